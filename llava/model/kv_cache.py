@@ -1,0 +1,131 @@
+"""Key/value cache of the decoder: preallocated, every layer with its own length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class RowState:
+    """What a group of layers knows about the rows of the batch; layers that saw the same tokens share it.
+
+    next_position: (B,) position of the next token
+    valid:         (B, n) False on the padding of the prompt, whose n places come first; tokens after
+                   them are always real. None: no padding
+    """
+
+    next_position: Tensor
+    valid: Tensor | None = None
+
+    def mask(self, length: int) -> Tensor | None:
+        """(B, length) True where a token is; None: everywhere."""
+        if self.valid is None or length <= self.valid.shape[1]:
+            return None if self.valid is None else self.valid[:, :length]
+        # Doubling keeps the number of copies logarithmic in the length of the answer.
+        more = self.valid.new_ones(self.valid.shape[0], length)
+        self.valid = torch.cat([self.valid, more], dim=1)
+        return self.valid[:, :length]
+
+    def select(self, rows: Tensor) -> None:
+        """Reorders the batch."""
+        self.next_position = self.next_position.index_select(0, rows)
+        if self.valid is not None:
+            self.valid = self.valid.index_select(0, rows)
+
+
+class KVCache:
+    """Keys and values of every layer for a batch of B rows.
+
+    Buffers are allocated once, at the first append of a layer, with `reserve` free places for the
+    tokens still to come; later appends write in place. A cache that runs full grows by half its
+    size. Layers may hold different numbers of tokens, and rows may have holes (padding).
+
+    reserve: tokens that will be appended after the prompt (`max_new_tokens`)
+    """
+
+    def __init__(self, num_layers: int, reserve: int = 64):
+        self.reserve = reserve
+        self.lengths = [0] * num_layers
+        self.rows: list[RowState | None] = [None] * num_layers
+        self._keys: list[Tensor | None] = [None] * num_layers  # (B, H, capacity, d)
+        self._values: list[Tensor | None] = [None] * num_layers
+
+    def __len__(self) -> int:
+        """Places used in layer 0, holes included."""
+        return self.lengths[0]
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds (B, H, q, d) keys and values; returns all of the layer's, (B, H, length, d)."""
+        start = self.lengths[layer]
+        stop = start + keys.shape[2]
+        if self._keys[layer] is None:
+            self._keys[layer] = _allocate(keys, stop + self.reserve)
+            self._values[layer] = _allocate(values, stop + self.reserve)
+        elif stop > self._keys[layer].shape[2]:
+            self._grow(layer, stop)
+        self._keys[layer][:, :, start:stop] = keys
+        self._values[layer][:, :, start:stop] = values
+        self.lengths[layer] = stop
+        if start == 0:
+            return keys, values
+        return self._keys[layer][:, :, :stop], self._values[layer][:, :, :stop]
+
+    def keep(self, layer: int, order: Tensor, state: RowState) -> None:
+        """Keeps the entries at `order` (B, n) of one layer; `state` describes the rows afterwards."""
+        index = order[:, None, :, None]
+        for buffers in (self._keys, self._values):
+            old = buffers[layer]
+            kept = old.gather(2, index.expand(-1, old.shape[1], -1, old.shape[3]))
+            buffers[layer] = _allocate(kept, kept.shape[2] + self.reserve)
+            buffers[layer][:, :, : kept.shape[2]] = kept
+        self.lengths[layer], self.rows[layer] = order.shape[1], state
+
+    def crop(self, layer: int, length: int) -> None:
+        """Forgets what was appended to a layer beyond `length` entries (no copy)."""
+        self.lengths[layer] = min(self.lengths[layer], length)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in the order `beam_idx`, as beam search asks for."""
+        for buffers in (self._keys, self._values):
+            for layer, buffer in enumerate(buffers):
+                if buffer is not None:
+                    buffers[layer] = buffer.index_select(0, beam_idx.to(buffer.device))
+        for state in {id(state): state for state in self.rows if state is not None}.values():
+            state.select(beam_idx.to(state.next_position.device))
+
+    def row_lengths(self) -> list[Tensor]:
+        """Per layer a (B,) tensor: tokens held, holes not counted."""
+        lengths = []
+        for layer, length in enumerate(self.lengths):
+            state = self.rows[layer]
+            mask = None if state is None else state.mask(length)
+            batch = 0 if self._keys[layer] is None else self._keys[layer].shape[0]
+            full = torch.full((batch,), length)
+            lengths.append(full if mask is None else mask.sum(dim=1).cpu())
+        return lengths
+
+    def num_bytes(self) -> int:
+        """Bytes of the entries that hold tokens, keys and values, from the tensors' element sizes."""
+        total = 0
+        for layer, tokens in enumerate(self.row_lengths()):
+            for buffer in (self._keys[layer], self._values[layer]):
+                if buffer is not None:
+                    _, heads, _, width = buffer.shape
+                    total += int(tokens.sum()) * heads * width * buffer.element_size()
+        return total
+
+    def _grow(self, layer: int, needed: int) -> None:
+        capacity = max(needed, self._keys[layer].shape[2] * 3 // 2)
+        used = self.lengths[layer]
+        for buffers in (self._keys, self._values):
+            old = buffers[layer]
+            buffers[layer] = _allocate(old, capacity)
+            buffers[layer][:, :, :used] = old[:, :, :used]
+
+
+def _allocate(like: Tensor, capacity: int) -> Tensor:
+    batch, heads, _, width = like.shape
+    return like.new_empty(batch, heads, capacity, width)

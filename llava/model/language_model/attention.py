@@ -1,0 +1,106 @@
+"""Attention of the decoder: backends, masks, and single rows of the attention map."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: torch >= 2.5 serves several query heads from one key head without copying it
+GROUPED_SDPA = "enable_gqa" in (F.scaled_dot_product_attention.__doc__ or "")
+BACKENDS = ("sdpa", "flash_attention_2", "eager")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> Tensor:
+    """Causal attention; q (B, H, Q, d), k and v (B, G, K, d) with G dividing H -> (B, H, Q, d).
+
+    mask: (B or 1, 1, Q, K) True where a query sees a key. None: the plain causal mask, the last
+    query seeing every key.
+    """
+    if backend == "flash_attention_2" and mask is None:
+        return _flash(q, k, v)
+    if backend == "eager":
+        return _eager(q, k, v, mask)
+    if mask is None and 1 < q.shape[2] < k.shape[2]:
+        mask = causal_mask(q.shape[2], k.shape[2], q.device)
+    grouped = {"enable_gqa": True} if GROUPED_SDPA and q.shape[1] != k.shape[1] else {}
+    if not grouped:
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, **grouped
+    )
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        mask = causal_mask(q.shape[2], k.shape[2], q.device)
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    scores = (q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5
+    scores = scores.float().masked_fill(~mask, float("-inf"))
+    return scores.softmax(dim=-1).to(q.dtype) @ v
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func  # an extra, checked when the model is built
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return flash_attn_func(q, k, v, causal=True).transpose(1, 2)
+
+
+def check_backend(name: str) -> str:
+    """`name`, when it is a backend that can run here; ValueError or ImportError otherwise."""
+    if name not in BACKENDS:
+        raise ValueError(f"unknown attn_implementation {name!r}, choose from {', '.join(BACKENDS)}")
+    if name == "flash_attention_2":
+        try:
+            import flash_attn  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                "attn_implementation 'flash_attention_2' needs the package flash-attn: "
+                "pip install -e .[flash], or use 'sdpa'"
+            ) from error
+    return name
+
+
+def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
+    """Every key/value head repeated for the query heads it serves: (B, G, K, d) -> (B, H, K, d)."""
+    groups = num_heads // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def causal_mask(num_queries: int, num_keys: int, device) -> Tensor:
+    """(1, 1, Q, K) True where a query may look; the queries are the last Q of the K tokens."""
+    keys = torch.arange(num_keys, device=device)
+    queries = keys[num_keys - num_queries :]
+    return (keys <= queries[:, None])[None, None]
+
+
+def padded_causal_mask(valid: Tensor, num_queries: int) -> Tensor:
+    """(B, 1, Q, K) causal mask that hides padding, from `valid` (B, K).
+
+    A query on padding sees itself: a row that sees nothing would become NaN and spread.
+    """
+    causal = causal_mask(num_queries, valid.shape[1], valid.device)
+    if num_queries == 1:
+        return valid[:, None, None, :]
+    own = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)[-num_queries:]
+    return causal & valid[:, None, None, :] | own
+
+
+def attention_rows(q: Tensor, k: Tensor, rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Rows of the causal attention map in fp32, without the map.
+
+    q (B, H, S, d) and k (B, G, S, d) after RoPE, rows (B, R) places of the queries, valid (B, S)
+    as in `Prefill` -> (B, H, R, S) softmax weights over all keys.
+    """
+    index = rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+    picked = q.gather(2, index).float() * q.shape[-1] ** -0.5
+    # Grouped queries share a key head: fold them into the row axis instead of repeating keys.
+    batch, heads, count, width = picked.shape
+    groups = k.shape[1]
+    picked = picked.reshape(batch, groups, heads // groups * count, width)
+    scores = (picked @ k.float().transpose(2, 3)).reshape(batch, heads, count, -1)
+    visible = torch.arange(k.shape[2], device=k.device) <= rows[:, None, :, None]
+    if valid is not None:
+        visible = visible & valid[:, None, None, :]
+    return scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)

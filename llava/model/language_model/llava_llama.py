@@ -1,0 +1,256 @@
+"""LLaVA on a Llama decoder: what transformers sees (config, forward, generate, registration)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ...constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from ..kv_cache import KVCache
+from ..llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from .modeling_llama import LlamaModel, LlamaPreTrainedModel
+
+
+class LlavaConfig(LlamaConfig):
+    model_type = "llava_llama"
+
+
+class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
+    """Decoder, vision tower and projector."""
+
+    config_class = LlavaConfig
+
+
+class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
+    """The whole model. `model.pruner` is the pruning method in use, see `llava.pruning`."""
+
+    config_class = LlavaConfig
+    model_class: type[LlavaLlamaModel] = LlavaLlamaModel
+    _tied_weights_keys = ["lm_head.weight"]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_model(self) -> LlavaLlamaModel:
+        return self.model
+
+    def get_decoder(self) -> LlavaLlamaModel:
+        return self.model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        images: Tensor | list[Tensor] | None = None,
+        image_sizes: list | None = None,
+        return_dict: bool | None = None,
+        questions: list[str] | None = None,
+        visual_index: Tensor | None = None,
+        patch_index: Tensor | None = None,
+        last_logits_only: bool = False,
+    ):
+        """Logits (B, S, vocabulary), or (B, 1, vocabulary) with `last_logits_only`, and the loss.
+
+        images, image_sizes, questions: as in `generate`. labels: (B, L), -100 is ignored; the loss
+        is the mean cross-entropy of the next token. In training mode with labels, logits are
+        computed for supervised tokens only and `logits` is None. When a method drops tokens inside
+        the decoder, S counts the survivors.
+        """
+        if output_attentions:
+            raise ValueError(
+                "output_attentions is not supported: no attention map is ever built; a pruning "
+                "method can record single rows (see llava.pruning.base.Pruner.probe_layers)"
+            )
+        if inputs_embeds is None:
+            has_images = images is not None and self.get_vision_tower() is not None
+            if past_key_values is None or not len(past_key_values):
+                if has_images and input_ids.shape[1] > 1:
+                    prompt = self.build_prompt(
+                        input_ids, attention_mask, labels, images, image_sizes, questions
+                    )
+                    inputs_embeds, attention_mask = prompt.inputs_embeds, prompt.attention_mask
+                    position_ids = prompt.position_ids
+                    labels = None if labels is None else prompt.labels
+                    visual_index, patch_index = prompt.visual_index, prompt.patch_index
+                elif (input_ids == IMAGE_TOKEN_INDEX).any():
+                    raise ValueError("the prompt holds <image> marks, but no images were given")
+            if inputs_embeds is None:
+                inputs_embeds = self.model.embed_tokens(input_ids)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        cache = past_key_values
+        if cache is None and use_cache and not self.training:
+            cache = KVCache(self.config.num_hidden_layers)
+        tower = self.get_vision_tower()
+        side = None if tower is None else tower.num_patches_per_side
+        out = self.model(
+            inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            visual_index=visual_index,
+            patch_index=patch_index,
+            cache=cache,
+            pruner=self.pruner,
+            grid=(side, side),
+            trace=self.pruning_trace,
+            output_hidden_states=bool(output_hidden_states),
+        )
+        hidden, loss, logits = out.hidden_states, None, None
+        if labels is not None and out.index is not None:
+            labels = labels.gather(1, out.index)
+            if out.valid is not None:
+                labels = labels.masked_fill(~out.valid, IGNORE_INDEX)
+        if labels is not None and self.training:
+            loss = self._loss(hidden, labels)
+        else:
+            logits = self._head(hidden[:, -1:] if last_logits_only else hidden)
+            if labels is not None:
+                loss = F.cross_entropy(
+                    logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
+                )
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=cache, hidden_states=out.all_hidden_states
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden).float()
+
+    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy over supervised tokens, logits computed for those alone."""
+        targets = labels[:, 1:]
+        supervised = targets != IGNORE_INDEX
+        logits = self._head(hidden[:, :-1][supervised])
+        return F.cross_entropy(logits, targets[supervised])
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        images: Tensor | list[Tensor] | None = None,
+        image_sizes: list | None = None,
+        questions: list[str] | None = None,
+        **kwargs,
+    ):
+        """Generates text; returns the new tokens only, (B, up to max_new_tokens).
+
+        inputs:      (B, L) prompt ids with -200 where an image goes (also as `input_ids=`)
+        images:      (n, 3, S, S), (n, crops, 3, S, S) or a list of crops per image, for all prompts
+                     in order; see `llava.mm_utils.process_images`
+        image_sizes: (width, height) of every image; needed where images are cut into crops
+        questions:   the question of every image, for methods that read it
+        The rest is transformers' `generate`: `attention_mask` (needed when prompts are padded; any
+        side), `do_sample`, `temperature`, `top_p`, `num_beams`, `max_new_tokens`, `streamer`,
+        `stopping_criteria`, ...
+        """
+        input_ids = kwargs.pop("input_ids", inputs)
+        if "inputs_embeds" in kwargs:
+            raise NotImplementedError("`inputs_embeds` is not supported")
+        if kwargs.pop("position_ids", None) is not None:
+            raise ValueError("position_ids cannot be passed to generate: they follow from the mask")
+        if input_ids is None:
+            raise ValueError("generate needs input_ids, the ids of the prompts")
+        prompt = self.build_prompt(
+            input_ids,
+            kwargs.pop("attention_mask", None),
+            images=images,
+            image_sizes=image_sizes,
+            questions=questions,
+            padding_side="left",
+        )
+        if kwargs.get("use_cache", True) is not False:
+            reserve = kwargs.get("max_new_tokens") or self.generation_config.max_new_tokens or 64
+            kwargs["past_key_values"] = KVCache(self.config.num_hidden_layers, reserve)
+        if images is not None:
+            kwargs |= {"visual_index": prompt.visual_index, "patch_index": prompt.patch_index}
+        output = super().generate(
+            inputs_embeds=prompt.inputs_embeds,
+            attention_mask=prompt.attention_mask,
+            position_ids=prompt.position_ids,
+            **kwargs,
+        )
+        return drop_first_token(output)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        visual_index: Tensor | None = None,
+        patch_index: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> dict:
+        """The prompt's embeddings in the first step, the newest token afterwards."""
+        if past_key_values is not None and len(past_key_values):
+            return {
+                "input_ids": input_ids[:, -1:],
+                "past_key_values": past_key_values,
+                "use_cache": True,
+                "last_logits_only": True,
+            }
+        if input_ids.shape[1] > 1 and inputs_embeds is not None:
+            # Without a cache the prompt is run again in every step, with the answer so far behind it.
+            answer = input_ids[:, 1:]
+            grow = torch.ones_like(answer)
+            last = position_ids.amax(dim=1, keepdim=True)
+            inputs_embeds = torch.cat([inputs_embeds, self.model.embed_tokens(answer)], dim=1)
+            attention_mask = torch.cat([attention_mask, grow.bool()], dim=1)
+            position_ids = torch.cat([position_ids, last + grow.cumsum(dim=1)], dim=1)
+            if visual_index is not None:
+                visual_index = torch.cat([visual_index, -grow], dim=1)
+                patch_index = torch.cat([patch_index, -grow], dim=1)
+        return {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "visual_index": visual_index,
+            "patch_index": patch_index,
+            "past_key_values": past_key_values,
+            "use_cache": past_key_values is not None,
+            "last_logits_only": True,
+        }
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs) -> dict:
+        """Only the cache changes from step to step; it knows masks and positions itself."""
+        model_kwargs["past_key_values"] = outputs.past_key_values
+        return model_kwargs
+
+
+def drop_first_token(output):
+    """Without the BOS that transformers puts before a generation that started from embeddings."""
+    if isinstance(output, Tensor):
+        return output[:, 1:]
+    output.sequences = output.sequences[:, 1:]
+    return output
+
+
+AutoConfig.register(LlavaConfig.model_type, LlavaConfig)
+AutoModelForCausalLM.register(LlavaConfig, LlavaLlamaForCausalLM)

@@ -1,0 +1,33 @@
+"""LLaVA on a Mistral decoder: the same layers (grouped queries, RoPE theta 1e6) under its own names."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
+
+from .llava_llama import LlavaLlamaForCausalLM, LlavaLlamaModel
+
+
+class LlavaMistralConfig(MistralConfig):
+    model_type = "llava_mistral"
+
+
+class LlavaMistralModel(LlavaLlamaModel):
+    config_class = LlavaMistralConfig
+
+
+class LlavaMistralForCausalLM(LlavaLlamaForCausalLM):
+    """Mistral-based LLaVA-NeXT. Sliding windows are not implemented (released checkpoints use none)."""
+
+    config_class = LlavaMistralConfig
+    model_class = LlavaMistralModel
+
+    def __init__(self, config):
+        if config.sliding_window is not None:
+            raise ValueError(
+                f"sliding_window ({config.sliding_window}) is not supported: set it to null in config.json"
+            )
+        super().__init__(config)
+
+
+AutoConfig.register(LlavaMistralConfig.model_type, LlavaMistralConfig)
+AutoModelForCausalLM.register(LlavaMistralConfig, LlavaMistralForCausalLM)

@@ -1,0 +1,348 @@
+"""The decoder of LLaVA: Llama and Mistral layers with one hook between them.
+
+What sets it apart from the stock implementation: RoPE at explicit positions (gaps are legal), caches
+whose length differs per layer, rows of a batch with different numbers of tokens, single attention
+rows on request beside SDPA or FlashAttention, and a call to the pruning method before every layer
+of a prefill that holds an image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...pruning.base import Prefill, Pruner
+from ...pruning.cost import DecoderShape
+from ..kv_cache import KVCache, RowState
+from .attention import attend, attention_rows, check_backend, padded_causal_mask
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, statistics in fp32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * (wide * scale).to(x.dtype)
+
+
+class Rotary:
+    """Cosines and sines of RoPE at any positions; holds no tensors, so it survives any loading."""
+
+    def __init__(self, config):
+        self.width = config.hidden_size // config.num_attention_heads
+        self.theta = getattr(config, "rope_theta", 10000.0)
+        scaling = getattr(config, "rope_scaling", None) or {"type": "linear", "factor": 1.0}
+        if scaling.get("type") != "linear":
+            raise ValueError(f"rope_scaling {scaling!r} is not supported, choose type 'linear'")
+        self.stretch = float(scaling["factor"])
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions (B, S) -> cos, sin, each (B, 1, S, d)."""
+        even = torch.arange(0, self.width, 2, device=positions.device).float()
+        frequency = 1.0 / self.theta ** (even / self.width)
+        angle = (positions[..., None].float() / self.stretch) * frequency
+        angle = torch.cat([angle, angle], dim=-1)[:, None]
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """x (B, H, S, d) turned by the angles of its positions."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+@dataclass
+class Step:
+    """What the layers of one forward pass share.
+
+    rope:  cos and sin of the tokens' positions
+    mask:  as in `attend`
+    valid: (B, S) as in `Prefill`
+    rows:  (B, R) queries whose attention the layer records; None: it records nothing
+    state: what the cache of these layers has to know about the rows
+    """
+
+    rope: tuple[Tensor, Tensor]
+    mask: Tensor | None = None
+    valid: Tensor | None = None
+    rows: Tensor | None = None
+    state: RowState | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped queries and RoPE."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        width, self.num_heads = config.hidden_size, config.num_attention_heads
+        self.num_kv_heads = getattr(config, "num_key_value_heads", None) or self.num_heads
+        self.head_dim = width // self.num_heads
+        self.layer_idx = layer_idx
+        self.backend = config._attn_implementation
+        bias = getattr(config, "attention_bias", False)
+        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
+
+    def forward(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
+        batch, size, _ = x.shape
+        q = self.q_proj(x).view(batch, size, self.num_heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(batch, size, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(batch, size, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, step.rope), rotate(k, step.rope)
+        row = None if step.rows is None else attention_rows(q, k, step.rows, step.valid)
+        if cache is not None:
+            k, v = cache.append(self.layer_idx, k, v)
+        out = attend(q, k, v, step.mask, self.backend)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, size, -1)), row
+
+
+class MLP(nn.Module):
+    """Gated MLP (SwiGLU)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        if config.hidden_act != "silu":
+            raise ValueError(f"hidden_act {config.hidden_act!r} is not supported, choose 'silu'")
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP with residual connections."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer_idx)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
+        """x (B, S, D) -> the same shape, and the attention rows that `step.rows` asks for."""
+        out, row = self.self_attn(self.input_layernorm(x), step, cache)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), row
+
+
+@dataclass
+class DecoderOutput:
+    """What leaves the last layer.
+
+    hidden_states:     (B, S', D) after the final norm
+    index:             (B, S') place of each token in the prompt; None: nothing was removed
+    valid:             (B, S') as in `Prefill`
+    all_hidden_states: input of every layer and the final output, when asked for
+    """
+
+    hidden_states: Tensor
+    index: Tensor | None
+    valid: Tensor | None
+    all_hidden_states: tuple[Tensor, ...] | None
+
+
+class LlamaPreTrainedModel(PreTrainedModel):
+    """Ties the decoder to transformers' saving, loading and initialisation."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]
+    _skip_keys_device_placement = "past_key_values"
+    _supports_flash_attn_2 = True
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            module.weight.data.normal_(mean=0.0, std=std)
+            if module.bias is not None:
+                module.bias.data.zero_()
+        elif isinstance(module, nn.Embedding):
+            module.weight.data.normal_(mean=0.0, std=std)
+            if module.padding_idx is not None:
+                module.weight.data[module.padding_idx].zero_()
+
+
+class LlamaModel(LlamaPreTrainedModel):
+    """Embeddings, decoder layers and final norm; parameter names as in published checkpoints."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        check_backend(config._attn_implementation)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = Rotary(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        visual_index: Tensor | None = None,
+        patch_index: Tensor | None = None,
+        cache: KVCache | None = None,
+        pruner: Pruner | None = None,
+        grid: tuple[int, int] | None = None,
+        trace=None,
+        output_hidden_states: bool = False,
+    ) -> DecoderOutput:
+        """Runs all layers on `inputs_embeds` (B, S, D).
+
+        With an empty cache, or none, this is a prefill: `attention_mask` (B, S) marks tokens,
+        `visual_index` and `patch_index` say where the images are (see `Prefill`) and `pruner` is
+        called before every layer. With a filled cache the tokens continue the rows of the cache.
+        """
+        collect: list[Tensor] | None = [] if output_hidden_states else None
+        if cache is not None and len(cache):
+            x = self._continue(inputs_embeds, cache, collect)
+            index = valid = None
+        else:
+            prefill = self._start(
+                inputs_embeds, attention_mask, position_ids, visual_index, patch_index, grid
+            )
+            hooks = pruner if visual_index is not None else None
+            if trace is not None:
+                trace.start_prefill(self._shape(inputs_embeds), prefill.position_ids)
+            x, index, valid = self._prefill(prefill, cache, hooks, trace, collect)
+        x = self.norm(x)
+        if collect is not None:
+            collect.append(x)
+        return DecoderOutput(x, index, valid, tuple(collect) if collect is not None else None)
+
+    def _start(self, x, attention_mask, position_ids, visual_index, patch_index, grid) -> Prefill:
+        batch, size, _ = x.shape
+        valid = None
+        if attention_mask is not None and not attention_mask.all():
+            valid = attention_mask.bool()
+        index = torch.arange(size, device=x.device).expand(batch, -1)
+        if position_ids is None:
+            position_ids = index if valid is None else (valid.long().cumsum(1) - 1).clamp(min=0)
+        text = torch.full_like(index, -1)
+        return Prefill(
+            decoder=self,
+            layer=0,
+            hidden_states=x,
+            position_ids=position_ids.expand(batch, -1),
+            visual_index=text if visual_index is None else visual_index,
+            patch_index=text if patch_index is None else patch_index,
+            index=index,
+            valid=valid,
+            grid=grid,
+        )
+
+    def _prefill(self, prefill: Prefill, cache, pruner, trace, collect):
+        """All layers on the prompt; returns hidden states, surviving index (or None) and valid."""
+        probes = set() if pruner is None else set(pruner.probe_layers(len(self.layers)))
+        start, step = prefill.index, self._prefill_step(prefill)
+        for number, layer in enumerate(self.layers):
+            if pruner is not None:
+                before, prefill.layer = prefill, number
+                prefill = pruner.before_layer(number, prefill)
+                if prefill.index is not before.index:
+                    step = self._prefill_step(prefill)
+                    if cache is not None and pruner.prunes_earlier_caches:
+                        drop_from_cache(cache, number, before, prefill, step.state)
+                    if trace is not None:
+                        trace.add_change(number, prefill.index, prefill.valid)
+            if trace is not None:
+                trace.add_layer(prefill.visual_index, prefill.valid, prefill.index)
+            if collect is not None:
+                collect.append(prefill.hidden_states)
+            probing = number in probes
+            prefill.hidden_states, prefill.attention = self._run(
+                layer,
+                prefill.hidden_states,
+                replace(step, rows=pruner.probe_rows(prefill)) if probing else step,
+                cache,
+            )
+            if cache is not None:
+                cache.rows[number] = step.state
+        if trace is not None and cache is not None:
+            trace.finish_prefill(cache)
+        index = None if prefill.index is start else prefill.index
+        return prefill.hidden_states, index, prefill.valid
+
+    def _prefill_step(self, prefill: Prefill) -> Step:
+        valid, x = prefill.valid, prefill.hidden_states
+        return Step(
+            rope=self.rotary(prefill.position_ids, x.dtype),
+            mask=None if valid is None else padded_causal_mask(valid, x.shape[1]),
+            valid=valid,
+            state=RowState(next_position(prefill), valid),
+        )
+
+    def _continue(self, x: Tensor, cache: KVCache, collect) -> Tensor:
+        """All layers on the (B, q) tokens that follow those in the cache."""
+        count = x.shape[1]
+        steps: dict[int, Step] = {}  # layers that hold the same tokens share one
+        for number, layer in enumerate(self.layers):
+            state = cache.rows[number]
+            if id(state) not in steps:
+                positions = state.next_position[:, None] + torch.arange(count, device=x.device)
+                valid = state.mask(cache.lengths[number] + count)
+                mask = None if valid is None else padded_causal_mask(valid, count)
+                steps[id(state)] = Step(self.rotary(positions, x.dtype), mask, state=state)
+            if collect is not None:
+                collect.append(x)
+            x, _ = layer(x, steps[id(state)], cache)
+        for step in steps.values():
+            step.state.next_position = step.state.next_position + count
+        return x
+
+    def _run(self, layer, x, step, cache):
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(layer.__call__, x, step, cache)
+        return layer(x, step, cache)
+
+    def _shape(self, x: Tensor) -> DecoderShape:
+        return DecoderShape.from_config(self.config, x.element_size())
+
+
+def drop_from_cache(
+    cache: KVCache, num_layers: int, before: Prefill, after: Prefill, state: RowState
+) -> None:
+    """Removes from the first `num_layers` layers what a method dropped between two prefill states."""
+    old = before.index
+    if before.valid is not None:
+        old = old.masked_fill(~before.valid, -1)
+    # `index` ascends in every row, so a search finds where the survivors were.
+    order = torch.searchsorted(old.contiguous(), after.index.contiguous())
+    order = order.clamp(max=old.shape[1] - 1)
+    for layer in range(num_layers):
+        cache.keep(layer, order, state)
+
+
+def next_position(prefill: Prefill) -> Tensor:
+    """(B,) position of the first generated token: one after the last position of the prompt."""
+    positions = prefill.position_ids
+    if prefill.valid is not None:
+        positions = positions.masked_fill(~prefill.valid, -1)
+    return positions.amax(dim=1) + 1

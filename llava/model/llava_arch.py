@@ -1,0 +1,363 @@
+"""Images into the language model: vision tower, projector, and the splice into the prompt.
+
+Two of the three hook sites of a pruning method are here: after the encoder and after the projector.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+)
+from ..mm_utils import get_anyres_image_grid_shape
+from ..pruning.base import Pruner, VisionTokens
+from .image_layout import ImageTokens, flat_layout, spatial_layout, unpad_image, with_newline
+from .multimodal_encoder.builder import build_vision_tower
+from .multimodal_projector.builder import build_vision_projector
+from .prompt import Prompt, build_row, pad_rows
+
+__all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
+
+
+class LlavaMetaModel:
+    """Mixin of the inner model: holds tower, projector and the newline embedding."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        if getattr(config, "mm_vision_tower", None):
+            self.vision_tower = build_vision_tower(config, delay_load=True)
+            self.mm_projector = build_vision_projector(config, delay_load=True)
+            if "unpad" in getattr(config, "mm_patch_merge_type", "flat"):
+                self.image_newline = nn.Parameter(torch.empty(config.hidden_size))
+
+    def get_vision_tower(self):
+        tower = getattr(self, "vision_tower", None)
+        return tower[0] if isinstance(tower, list) else tower
+
+    def initialize_vision_modules(self, model_args, fsdp=None) -> None:
+        """Adds tower and projector to a language model, or readies those it has, for training.
+
+        `model_args` names them as in `llava.train.arguments.ModelArguments`; weights of
+        `pretrain_mm_mlp_adapter` are loaded into the projector (and newline embedding, if there).
+        """
+        config = self.config
+        config.mm_vision_tower = model_args.vision_tower
+        config.mm_vision_select_layer = model_args.mm_vision_select_layer
+        config.mm_vision_select_feature = model_args.mm_vision_select_feature
+        config.mm_patch_merge_type = model_args.mm_patch_merge_type
+        tower = self.get_vision_tower()
+        if tower is None:
+            tower = build_vision_tower(model_args)
+            self.vision_tower = [tower] if fsdp else tower  # a list keeps FSDP from wrapping it
+        else:
+            tower.load_model()
+        config.use_mm_proj = True
+        config.mm_projector_type = getattr(model_args, "mm_projector_type", "linear")
+        config.mm_hidden_size = tower.hidden_size
+        if getattr(self, "mm_projector", None) is None:
+            self.mm_projector = build_vision_projector(config)
+            if "unpad" in config.mm_patch_merge_type:
+                width = config.hidden_size
+                self.image_newline = nn.Parameter(torch.randn(width) / math.sqrt(width))
+        else:
+            self.mm_projector.requires_grad_(True)
+        if model_args.pretrain_mm_mlp_adapter:
+            self._load_adapter(model_args.pretrain_mm_mlp_adapter)
+
+    def _load_adapter(self, path: str) -> None:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        projector = {
+            key.split("mm_projector.", 1)[1]: value
+            for key, value in weights.items()
+            if "mm_projector." in key
+        }
+        self.mm_projector.load_state_dict(projector)
+        for key, value in weights.items():
+            if key.endswith("image_newline") and hasattr(self, "image_newline"):
+                self.image_newline.data.copy_(value)
+
+
+class LlavaMetaForCausalLM:
+    """Mixin of the causal language models: encoding, splicing, and the pruning method in use."""
+
+    #: set by `trace_pruning` for the time of its block
+    pruning_trace = None
+    _pruner: Pruner = Pruner()
+
+    def get_model(self):
+        raise NotImplementedError(f"{type(self).__name__} must define get_model()")
+
+    def get_vision_tower(self):
+        return self.get_model().get_vision_tower()
+
+    # --- the pruning method -------------------------------------------------------------------
+
+    @property
+    def pruner(self) -> Pruner:
+        """The pruning method in use; assign `build_pruner("none")` to switch pruning off."""
+        return self._pruner
+
+    @pruner.setter
+    def pruner(self, pruner: Pruner) -> None:
+        if not isinstance(pruner, Pruner):
+            raise ValueError(f"pruner must come from build_pruner(...), got {pruner!r}")
+        config = self.config
+        native = getattr(self, "_native_anyres", None) or {
+            key: getattr(config, key, None)
+            for key in ("image_grid_pinpoints", "mm_patch_merge_type")
+        }
+        anyres = getattr(config, "image_aspect_ratio", None) == "anyres"
+        tower = self.get_vision_tower()
+        if tower is not None:
+            crops = self._crops_in_budget(pruner, native["image_grid_pinpoints"])
+            pruner.check(tower.num_patches, config.num_hidden_layers, crops)
+            if pruner.needs and tower.select_feature != "patch":
+                raise ValueError(
+                    f"{pruner!r} works on patches, but mm_vision_select_feature is "
+                    f"{tower.select_feature!r}"
+                )
+        self._native_anyres = native
+        # Images are prepared from the config, by `process_images`: it has to say what applies now.
+        config.image_grid_pinpoints = native["image_grid_pinpoints"]
+        config.mm_patch_merge_type = native["mm_patch_merge_type"] or "flat"
+        if anyres and tower is not None and pruner.anyres_tiles is not None:
+            side = tower.image_size
+            config.image_grid_pinpoints = [[side * n for n in pruner.anyres_tiles]]
+            config.mm_patch_merge_type = config.mm_patch_merge_type.replace("_unpad", "")
+        self._pruner = pruner
+        self.pruner_module = pruner.module
+
+    def _crops_in_budget(self, pruner: Pruner, pinpoints) -> int:
+        """Crops of one image that share `visual_token_num`."""
+        if getattr(self.config, "image_aspect_ratio", None) != "anyres":
+            return 1
+        if pruner.anyres_tiles is not None:
+            return 1 + math.prod(pruner.anyres_tiles)
+        side = self.get_vision_tower().image_size
+        tiles = (get_anyres_image_grid_shape((w, h), [(w, h)], side) for w, h in pinpoints)
+        return 1 + max(math.prod(shape) for shape in tiles)
+
+    # --- vision -------------------------------------------------------------------------------
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Projected, pruned features (B, T, D) of crops (B, 3, S, S)."""
+        return self.encode_vision(images).features
+
+    def encode_vision(
+        self,
+        crops: Tensor,
+        image_index: Tensor | None = None,
+        questions: list[str] | None = None,
+    ) -> VisionTokens:
+        """Tokens of crops (B, 3, S, S) as they enter the language model.
+
+        image_index: (B,) image each crop belongs to (default: one crop per image).
+        """
+        pruner = self.pruner
+        vision = self.get_vision_tower().tokens(crops, pruner.needs)
+        if image_index is None:
+            image_index = torch.arange(crops.shape[0], device=crops.device)
+        vision.image_index, vision.questions = image_index, questions
+        native = getattr(self, "_native_anyres", {}).get("image_grid_pinpoints")
+        pinpoints = native or getattr(self.config, "image_grid_pinpoints", None)
+        vision.crops_in_budget = self._crops_in_budget(pruner, pinpoints)
+        vision = pruner.after_encoder(vision)
+        projector = self.get_model().mm_projector
+        weight = next(projector.parameters(), None)
+        features = vision.features if weight is None else vision.features.to(weight.dtype)
+        vision.features = projector(features)
+        return pruner.after_projector(vision)
+
+    def _image_tokens(self, images, image_sizes, questions) -> list[ImageTokens]:
+        """Tokens of every image, laid out for the prompt; images as in `generate`."""
+        tiled = isinstance(images, list) or images.ndim == 5
+        parts = [image if image.ndim == 4 else image[None] for image in images]
+        counts = [len(part) for part in parts]
+        crops = torch.cat(parts) if tiled else images
+        owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        vision = self.encode_vision(crops, owner.to(crops.device), questions)
+        tokens, start = [], 0
+        for number, count in enumerate(counts):
+            size = None if image_sizes is None else image_sizes[number]
+            tokens.append(self._layout(vision, slice(start, start + count), tiled, size, number))
+            start += count
+        if self.pruning_trace is not None:
+            for image in tokens:
+                self.pruning_trace.add_image(image.patches, image.embeds)
+        return tokens
+
+    def _layout(self, vision, crops: slice, tiled: bool, image_size, number: int) -> ImageTokens:
+        merge = getattr(self.config, "mm_patch_merge_type", "flat") or "flat"
+        tower = self.get_vision_tower()
+        num_patches = tower.num_patches + (tower.select_feature == "cls_patch")
+        if not tiled or merge == "flat":
+            return flat_layout(vision, crops, num_patches)
+        if not merge.startswith("spatial"):
+            raise ValueError(
+                f"Unexpected mm_patch_merge_type: {merge!r}, choose flat or spatial..."
+            )
+        newline = self.get_model().image_newline if "unpad" in merge else None
+        count = crops.stop - crops.start
+        if count == 1:
+            flat = flat_layout(vision, crops, num_patches)
+            return flat if newline is None else with_newline(flat, newline)
+        if num_patches != tower.num_patches:
+            raise ValueError(
+                f"mm_patch_merge_type {merge!r} needs mm_vision_select_feature 'patch'"
+            )
+        if getattr(self.config, "image_aspect_ratio", "square") != "anyres":
+            raise ValueError(
+                f"mm_patch_merge_type {merge!r} with several crops needs image_aspect_ratio 'anyres'"
+            )
+        if image_size is None:
+            raise ValueError(
+                f"image {number} has {count} crops: pass its (width, height) in image_sizes"
+            )
+        pinpoints = self.config.image_grid_pinpoints
+        tiles = get_anyres_image_grid_shape(image_size, pinpoints, tower.image_size)
+        if count != 1 + math.prod(tiles):
+            raise ValueError(
+                f"image {number} has {count} crops, but {pinpoints} cuts size {tuple(image_size)} into "
+                f"1 + {tiles[0]} x {tiles[1]}; prepare images with process_images and the config of "
+                "this model after choosing the pruning method"
+            )
+        return spatial_layout(vision, crops, num_patches, tiles, image_size, newline)
+
+    # --- splice -------------------------------------------------------------------------------
+
+    def build_prompt(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        images: Tensor | list[Tensor] | None = None,
+        image_sizes=None,
+        questions: list[str] | None = None,
+        padding_side: str | None = None,
+    ) -> Prompt:
+        """Embeds prompts (B, L) and puts the images in place of their marks.
+
+        Images go to the marks in order of appearance, sample after sample. Their number must equal
+        the number of marks, or exceed it by one per text-only sample (which uses up a dummy).
+        Raises ValueError otherwise.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = mask.bool().cpu()
+        marked = (input_ids.cpu() == IMAGE_TOKEN_INDEX) & mask
+        slots = image_slots(marked.sum(dim=1).tolist(), 0 if images is None else len(images))
+        tokens = (
+            []
+            if images is None or not any(slots)
+            else (self._image_tokens(images, image_sizes, questions))
+        )
+        embeds = self.get_model().embed_tokens(input_ids.clamp(min=0))
+        if labels is None:
+            labels = torch.full_like(input_ids, IGNORE_INDEX)
+        limit = getattr(self.config, "tokenizer_model_max_length", None)
+        rows = []
+        for row, own in enumerate(slots):
+            keep = mask[row].nonzero()[:, 0]
+            marks = marked[row][keep].nonzero()[:, 0].tolist()
+            keep = keep.to(embeds.device)
+            rows.append(
+                build_row(
+                    embeds[row, keep],
+                    labels[row, keep],
+                    marks,
+                    [tokens[i] for i in own],
+                    self.pruner.position_policy,
+                    limit,
+                )
+            )
+        side = padding_side or getattr(self.config, "tokenizer_padding_side", "right")
+        return pad_rows(rows, side)
+
+    def prepare_inputs_labels_for_multimodal(
+        self,
+        input_ids,
+        position_ids,
+        attention_mask,
+        past_key_values,
+        labels,
+        images,
+        image_sizes=None,
+    ):
+        """The splice in the form of LLaVA: (input_ids, position_ids, attention_mask,
+        past_key_values, inputs_embeds, labels). What was None stays None, except that the mask is
+        kept when rows were padded."""
+        if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        prompt = self.build_prompt(input_ids, attention_mask, labels, images, image_sizes)
+        if attention_mask is not None:
+            attention_mask = prompt.attention_mask.to(attention_mask.dtype)
+        elif not bool(prompt.attention_mask.all()):
+            attention_mask = prompt.attention_mask
+        return (
+            None,
+            None if position_ids is None else prompt.position_ids,
+            attention_mask,
+            past_key_values,
+            prompt.inputs_embeds,
+            None if labels is None else prompt.labels,
+        )
+
+    def initialize_vision_tokenizer(self, model_args, tokenizer) -> None:
+        """Adds the image marker tokens that `model_args` asks for; new rows are the mean of the old."""
+        if model_args.mm_use_im_patch_token:
+            tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+            self.resize_token_embeddings(len(tokenizer))
+        tune = model_args.tune_mm_mlp_adapter
+        if model_args.mm_use_im_start_end:
+            markers = [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
+            added = tokenizer.add_tokens(markers, special_tokens=True)
+            self.resize_token_embeddings(len(tokenizer))
+            tables = (self.get_input_embeddings(), self.get_output_embeddings())
+            if added:
+                for table in tables:
+                    weight = table.weight.data
+                    weight[-added:] = weight[:-added].mean(dim=0, keepdim=True)
+            if tune:
+                tables[0].requires_grad_(True)
+                tables[1].requires_grad_(False)
+            if model_args.pretrain_mm_mlp_adapter:
+                self._load_marker_rows(model_args.pretrain_mm_mlp_adapter, added)
+        elif model_args.mm_use_im_patch_token and tune:
+            self.get_input_embeddings().requires_grad_(False)
+            self.get_output_embeddings().requires_grad_(False)
+
+    def _load_marker_rows(self, path: str, added: int) -> None:
+        saved = torch.load(path, map_location="cpu", weights_only=True)["model.embed_tokens.weight"]
+        weight = self.get_input_embeddings().weight.data
+        if added != 2 or (saved.shape != weight.shape and len(saved) != added):
+            raise ValueError(
+                f"embeddings of shape {tuple(saved.shape)} in {path} do not fit a table of shape "
+                f"{tuple(weight.shape)} with {added} new tokens (2 expected)"
+            )
+        weight[-added:] = saved[-added:]
+
+
+def image_slots(marks: list[int], num_images: int) -> list[list[int]]:
+    """Which images each sample gets, from its number of marks.
+
+    Raises ValueError unless the images match the marks, or exceed them by one per text-only sample.
+    """
+    text_only = marks.count(0)
+    dummies = num_images == sum(marks) + text_only
+    if num_images != sum(marks) and not dummies:
+        raise ValueError(
+            f"{num_images} images for {sum(marks)} <image> marks in {len(marks)} prompts: the numbers "
+            f"must match, or exceed by one for each of the {text_only} text-only prompts"
+        )
+    slots, used = [], 0
+    for count in marks:
+        slots.append(list(range(used, used + count)))
+        used += count or int(dummies)
+    return slots

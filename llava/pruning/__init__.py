@@ -1,0 +1,59 @@
+"""Pruning methods for visual tokens: one file per method, one table of all of them."""
+
+from __future__ import annotations
+
+from .base import DecoderPruner, Prefill, Pruner, SelectPruner, VisionTokens, option_names
+from .random import Random
+from .trace import PruningTrace, trace_pruning
+from .vispruner import VisPruner
+
+METHODS: dict[str, type[Pruner]] = {cls.name: cls for cls in (Pruner, Random, VisPruner)}
+
+#: constructor keywords of published repositories -> the method they belong to
+LEGACY_KEYWORDS = {"visual_token_num": VisPruner.name, "important_ratio": VisPruner.name}
+
+
+def build_pruner(name: str = "none", **options) -> Pruner:
+    """Returns the pruning method called `name` with its defaults overridden by `options`.
+
+    Raises ValueError, listing the choices, on an unknown name or option.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown pruning method {name!r}, choose from {', '.join(METHODS)}")
+    known = option_names(METHODS[name])
+    if unknown := [key for key in options if key not in known]:
+        raise ValueError(
+            f"unknown option {', '.join(map(repr, unknown))} for pruning method {name!r}, "
+            f"choose from {', '.join(known) or 'none (it has no options)'}"
+        )
+    return METHODS[name](**options)
+
+
+def pruner_from_keywords(pruner: Pruner | str | None, keywords: dict) -> Pruner:
+    """The method that `load_pretrained_model(..., pruner=, **keywords)` asks for.
+
+    Removes the keywords of published repositories (`visual_token_num`, `important_ratio`) from
+    `keywords`; without `pruner` they select the method they come from.
+    """
+    options = {key: keywords.pop(key) for key in LEGACY_KEYWORDS if key in keywords}
+    if isinstance(pruner, Pruner):
+        if options:
+            raise ValueError(f"{', '.join(options)} given beside a finished pruner {pruner!r}")
+        return pruner
+    if pruner is None:
+        pruner = LEGACY_KEYWORDS[next(iter(options))] if options else "none"
+    return build_pruner(pruner, **options)
+
+
+__all__ = [
+    "METHODS",
+    "DecoderPruner",
+    "Prefill",
+    "Pruner",
+    "PruningTrace",
+    "SelectPruner",
+    "VisionTokens",
+    "build_pruner",
+    "pruner_from_keywords",
+    "trace_pruning",
+]

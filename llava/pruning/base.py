@@ -1,0 +1,311 @@
+"""What a pruning method sees, and the base classes it builds on.
+
+Letters in shapes, here and in every method:
+`B` crops or prompts, `N` patches before and `T` tokens after selection, `S` tokens of a prompt, `H` heads,
+`C` vision width, `D` language-model width, `h, w` patch grid of one crop. Layers count from 0; "before
+layer K" means that layer K already sees fewer tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .ops import gather_tokens, rank_within_groups
+
+
+@dataclass
+class VisionTokens:
+    """Patch tokens of B image crops on their way from the vision tower to the language model.
+
+    features:      (B, N, C), width D after the projector
+    positions:     (B, N) row-major index of each token in the h x w grid of its crop
+    grid:          (h, w) patches per side of one crop
+    image_index:   (B,) which image of the call a crop belongs to; crops of an image are neighbours
+    crops_in_budget: crops that share `visual_token_num`: 5 on LLaVA-NeXT (640 = 5 x 128), else 1
+    valid:         (B, N) False on padding where crops keep different counts; None: all are tokens
+    merged:        (B, N) True on tokens blended from several patches; None: there are none
+    cls_attention: (B, H, N) what the class token attends to, per head      } None unless the
+    keys:          (B, N, C) attention keys of the selected tower layer     } method asks for
+    fingerprint:   (B,) integer that depends on the pixels alone            } them in `needs`
+    questions:     one string per image, for methods that read the text; None unless provided
+    """
+
+    features: Tensor
+    positions: Tensor
+    grid: tuple[int, int]
+    image_index: Tensor | None = None
+    crops_in_budget: int = 1
+    valid: Tensor | None = None
+    merged: Tensor | None = None
+    cls_attention: Tensor | None = None
+    keys: Tensor | None = None
+    fingerprint: Tensor | None = None
+    questions: list[str] | None = None
+
+    def keep(self, index: Tensor) -> VisionTokens:
+        """The tokens at `index` (B, T), in that order, with everything that travels with them."""
+
+        def pick(value):
+            return None if value is None else value.gather(1, index)
+
+        cls_attention = self.cls_attention
+        if cls_attention is not None:
+            heads = index[:, None].expand(-1, cls_attention.shape[1], -1)
+            cls_attention = cls_attention.gather(2, heads)
+        return replace(
+            self,
+            features=gather_tokens(self.features, index),
+            positions=pick(self.positions),
+            valid=pick(self.valid),
+            merged=pick(self.merged),
+            keys=None if self.keys is None else gather_tokens(self.keys, index),
+            cls_attention=cls_attention,
+        )
+
+
+@dataclass
+class Prefill:
+    """The prompts of a batch as they enter one decoder layer.
+
+    decoder:       the language model (embeddings, layers), for methods that read or run layers
+    layer:         index of the layer about to run
+    hidden_states: (B, S, D)
+    position_ids:  (B, S) positions seen by RoPE; they may have gaps
+    visual_index:  (B, S) which image of the row a token belongs to (0, 1, ...); -1 on text
+    patch_index:   (B, S) crop * N + patch of a visual token; -1 on text, newline and merged tokens
+    index:         (B, S) place of each token in the prompt that entered layer 0
+    valid:         (B, S) False on padding; None: every place is a token
+    grid:          (h, w) patches per side of one crop before any pruning
+    attention:     (B, H, R, S) fp32 rows of the previous layer that `probe_rows` asked for (one row,
+                   the last prompt token, unless told otherwise); None where no row was probed
+    """
+
+    decoder: nn.Module
+    layer: int
+    hidden_states: Tensor
+    position_ids: Tensor
+    visual_index: Tensor
+    patch_index: Tensor
+    index: Tensor
+    valid: Tensor | None
+    grid: tuple[int, int]
+    attention: Tensor | None = None
+
+    @property
+    def is_visual(self) -> Tensor:
+        """(B, S) True on image tokens."""
+        return self.visual_index >= 0
+
+    @property
+    def last(self) -> Tensor:
+        """(B,) place of the last prompt token of every row."""
+        size = self.hidden_states.shape[1]
+        places = torch.arange(size, device=self.hidden_states.device)
+        if self.valid is None:
+            return places[-1:].expand(self.hidden_states.shape[0])
+        return (self.valid * places).amax(dim=1)
+
+    def keep(self, mask: Tensor, renumber: bool = False) -> Prefill:
+        """Only the tokens where `mask` (B, S) is True, in their order.
+
+        Rows may keep different counts: shorter ones are padded on the left. Positions stay as they
+        are (gaps are legal) unless `renumber`, which counts 0, 1, 2, ... again in every row.
+        """
+        if self.valid is not None:
+            mask = mask & self.valid
+        counts = mask.sum(dim=1)
+        longest, shortest = torch.stack([counts.amax(), counts.amin()]).tolist()
+        order = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, mask.shape[1] - longest :]
+        valid = None if longest == shortest else mask.gather(1, order)
+        position_ids = self.position_ids.gather(1, order)
+        if renumber:
+            ones = torch.ones_like(order) if valid is None else valid.long()
+            position_ids = (ones.cumsum(dim=1) - 1).clamp(min=0)
+        kept = replace(
+            self,
+            hidden_states=gather_tokens(self.hidden_states, order),
+            position_ids=position_ids,
+            visual_index=self.visual_index.gather(1, order),
+            patch_index=self.patch_index.gather(1, order),
+            index=self.index.gather(1, order),
+            valid=valid,
+            attention=None,
+        )
+        if valid is not None:  # padding belongs to no image
+            kept.visual_index = kept.visual_index.masked_fill(~valid, -1)
+        return kept
+
+    def keep_visual(self, score: Tensor, num_keep: int | Tensor, renumber: bool = False) -> Prefill:
+        """Keeps all text and, of every image, the `num_keep` tokens with the highest `score` (B, S).
+
+        `num_keep` is one count for all images or a (B, S) count looked up at each token. Equal
+        scores go to the earlier token.
+        """
+        rank = rank_within_groups(score, self.visual_index)
+        return self.keep(~self.is_visual | (rank < num_keep), renumber)
+
+
+class Pruner:
+    """Base class, and the method called "none": every hook is the identity.
+
+    An instance holds hyper-parameters (and, for learned methods, trained weights in `module`).
+    Whatever belongs to one image or prompt travels in `VisionTokens` and `Prefill`, so that one
+    instance serves any number of requests.
+    """
+
+    name: ClassVar[str] = "none"
+    #: extras wanted from the vision tower: "cls_attention", "keys", "fingerprint"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    #: "sequence": kept visual tokens are counted 0, 1, 2, ...; "grid": they stay where the unpruned
+    #: image would have put them, and the text after the image stays where it was
+    position_policy: ClassVar[str] = "sequence"
+    #: LLaVA-NeXT: tiles (across, down) every image is cut into, without newline tokens and unpadding;
+    #: None: the resolutions and the layout the checkpoint was trained with
+    anyres_tiles: ClassVar[tuple[int, int] | None] = None
+    #: what is dropped before a layer also leaves the caches of the layers that already ran
+    prunes_earlier_caches: ClassVar[bool] = False
+    #: trained weights, registered on the model the method is assigned to
+    module: nn.Module | None = None
+
+    def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
+        """Raises ValueError when this setting cannot run on a model of that shape.
+
+        num_patches: patches of one crop; crops: crops of an image (5 on LLaVA-NeXT, else 1).
+        Called when the method is assigned to a model, so that errors come at load time.
+        """
+
+    def after_encoder(self, vision: VisionTokens) -> VisionTokens:
+        """In vision space, before the projector."""
+        return vision
+
+    def after_projector(self, vision: VisionTokens) -> VisionTokens:
+        """In language-model space."""
+        return vision
+
+    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Decoder layers of which attention rows are recorded for the hook that follows them."""
+        return ()
+
+    def probe_rows(self, prefill: Prefill) -> Tensor:
+        """(B, R) places of the query rows to record; the last prompt token unless overridden."""
+        return prefill.last[:, None]
+
+    def before_layer(self, index: int, prefill: Prefill) -> Prefill:
+        """Between decoder layers, during prefill and only when the prompt holds an image."""
+        return prefill
+
+    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
+        """Visual tokens entering each decoder layer for one image of `crops` crops."""
+        return [num_patches * crops] * num_layers
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+@dataclass
+class _BudgetPruner(Pruner):
+    """A method with a token budget."""
+
+    visual_token_num: int = 64
+
+    def __post_init__(self):
+        number = self.visual_token_num
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(
+                f"visual_token_num ({number!r}) must be a whole number of at least 1 token"
+            )
+
+    def tokens_per_crop(self, crops: int) -> int:
+        """The budget of one crop; `visual_token_num` is the sum over the crops of an image."""
+        return self.visual_token_num // crops
+
+    def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
+        check_budget(self.visual_token_num, num_patches, crops)
+
+
+def check_budget(visual_token_num: int, num_patches: int, crops: int) -> None:
+    """Raises ValueError when the budget does not fit an image of `crops` crops."""
+    if visual_token_num > num_patches * crops:
+        where = "of a crop" if crops == 1 else f"of {crops} crops"
+        raise ValueError(
+            f"visual_token_num ({visual_token_num}) exceeds the {num_patches * crops} patches {where}"
+        )
+    if visual_token_num < crops:
+        raise ValueError(
+            f"visual_token_num ({visual_token_num}) leaves less than one token for each of the "
+            f"{crops} crops of an image"
+        )
+
+
+@dataclass
+class SelectPruner(_BudgetPruner):
+    """Chooses patches between vision tower and projector; a method overrides `select` alone.
+
+    visual_token_num: tokens per image; on LLaVA-NeXT the sum over its crops, shared out equally
+    """
+
+    def select(self, vision: VisionTokens) -> Tensor:
+        """(B, T) places of the tokens to keep, T = `num_keep(vision)`, in any order."""
+        raise NotImplementedError(f"{type(self).__name__} must define select()")
+
+    def num_keep(self, vision: VisionTokens) -> int:
+        """Tokens to keep of each crop."""
+        return min(self.tokens_per_crop(vision.crops_in_budget), vision.features.shape[1])
+
+    def after_encoder(self, vision: VisionTokens) -> VisionTokens:
+        check_budget(self.visual_token_num, vision.features.shape[1], vision.crops_in_budget)
+        return vision.keep(self.select(vision).sort(dim=1).values)
+
+    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
+        return [min(self.tokens_per_crop(crops), num_patches) * crops] * num_layers
+
+
+@dataclass
+class DecoderPruner(_BudgetPruner):
+    """Drops visual tokens before one decoder layer; a method overrides `score` alone.
+
+    visual_token_num: tokens per image that enter `layer` and the layers after it
+    layer:            first decoder layer that sees fewer tokens (at least 1)
+    """
+
+    layer: int = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.layer < 1:
+            raise ValueError(f"layer ({self.layer}) must be at least 1: rows come from layer - 1")
+
+    def score(self, prefill: Prefill) -> Tensor:
+        """(B, S) importance of every token; values on text are ignored."""
+        return prefill.attention[:, :, -1].mean(dim=1)
+
+    def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
+        super().check(num_patches, num_layers, crops)
+        if self.layer >= num_layers:
+            raise ValueError(f"layer ({self.layer}) must be below the {num_layers} decoder layers")
+
+    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
+        return (self.layer - 1,)
+
+    def before_layer(self, index: int, prefill: Prefill) -> Prefill:
+        if index != self.layer:
+            return prefill
+        return prefill.keep_visual(self.score(prefill), self.visual_token_num)
+
+    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
+        dense = num_patches * crops
+        kept = min(self.visual_token_num, dense)
+        return [dense] * self.layer + [kept] * (num_layers - self.layer)
+
+
+def option_names(method: type[Pruner]) -> list[str]:
+    """Names of the options a method takes."""
+    return (
+        [f.name for f in fields(method) if f.init]
+        if hasattr(method, "__dataclass_fields__")
+        else []
+    )

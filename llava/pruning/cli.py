@@ -1,0 +1,57 @@
+"""The command-line options every program of the project takes to choose a pruning method."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+
+from . import METHODS, Pruner, build_pruner
+
+
+def add_pruning_args(parser: argparse.ArgumentParser) -> None:
+    """Adds --pruning-method, --visual-token-num and --pruning-arg (underscores work as well)."""
+    group = parser.add_argument_group("pruning")
+    group.add_argument(
+        "--pruning-method",
+        "--pruning_method",
+        default="none",
+        metavar="NAME",
+        help=f"how visual tokens are pruned: {', '.join(sorted(METHODS))} (default: none)",
+    )
+    group.add_argument(
+        "--visual-token-num",
+        "--visual_token_num",
+        type=int,
+        metavar="N",
+        help="token budget per image (default: the method's own)",
+    )
+    group.add_argument(
+        "--pruning-arg",
+        "--pruning_arg",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other option of the method, repeatable",
+    )
+
+
+def pruner_from_args(args: argparse.Namespace) -> Pruner:
+    """The method that the options of `add_pruning_args` describe.
+
+    Raises ValueError on an unknown method or option and on a KEY=VALUE without "=".
+    """
+    options = dict(_parse(pair) for pair in args.pruning_arg)
+    if args.visual_token_num is not None:
+        options["visual_token_num"] = args.visual_token_num
+    return build_pruner(args.pruning_method, **options)
+
+
+def _parse(pair: str) -> tuple[str, object]:
+    key, equals, text = pair.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--pruning-arg {pair!r} must have the form KEY=VALUE")
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        value = text  # a bare word is a string
+    return key.replace("-", "_"), value

@@ -1,0 +1,38 @@
+"""Tensor routines that two or more methods share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (B, T) of `x` (B, N, C) -> (B, T, C)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def top_stable(score: Tensor, count: int) -> Tensor:
+    """Places (B, count) of the largest scores (B, N), best first; equal scores: lower place first."""
+    return score.argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+def normalize(x: Tensor) -> Tensor:
+    """fp32 rows of unit length; a zero row stays zero."""
+    x = x.float()
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def rank_within_groups(score: Tensor, group: Tensor) -> Tensor:
+    """How many tokens of its own group beat each token: 0 for the best. Shapes (B, S) -> (B, S).
+
+    Tokens compete with tokens of the same row and the same `group`; equal scores rank in order of
+    place. Two stable sorts, no loop over rows or groups.
+    """
+    by_score = score.argsort(dim=1, descending=True, stable=True)
+    order = by_score.gather(1, group.gather(1, by_score).argsort(dim=1, stable=True))
+    sorted_group = group.gather(1, order)
+    places = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    starts = torch.ones_like(sorted_group, dtype=torch.bool)
+    starts[:, 1:] = sorted_group[:, 1:] != sorted_group[:, :-1]
+    first = (places * starts).cummax(dim=1).values
+    return torch.empty_like(order).scatter_(1, order, places - first)

@@ -1,0 +1,92 @@
+"""What a pruning method really kept: recorded by the model while it runs, read afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from .cost import DecoderShape, kv_cache_bytes, prefill_flops
+
+
+@dataclass
+class PruningTrace:
+    """Record of the prefills inside `with trace_pruning(model) as trace:`.
+
+    visual_positions: one tensor per image: row-major patch index (crop * N + patch) of every visual
+                      token that enters the decoder; -1 on merged and newline tokens
+    visual_embeds:    one (n, D) tensor per image, only with `trace_pruning(model, embeds=True)`
+    The other fields describe the latest prefill:
+    position_ids:     (B, S) positions seen by RoPE
+    decoder_keep:     layer -> one index tensor per row into the prompt that entered layer 0, for
+                      every layer where the set of tokens changed
+    visual_tokens:    per decoder layer a (B,) tensor: visual tokens entering it
+    prompt_tokens:    per decoder layer a (B,) tensor: all tokens entering it
+    kv_lengths:       per decoder layer a (B,) tensor: valid cache entries after prefill
+    """
+
+    keep_embeds: bool = False
+    visual_positions: list[Tensor] = field(default_factory=list)
+    visual_embeds: list[Tensor] = field(default_factory=list)
+    position_ids: Tensor | None = None
+    decoder_keep: dict[int, list[Tensor]] = field(default_factory=dict)
+    visual_tokens: list[Tensor] = field(default_factory=list)
+    prompt_tokens: list[Tensor] = field(default_factory=list)
+    kv_lengths: list[Tensor] = field(default_factory=list)
+    shape: DecoderShape | None = None
+    cache_bytes: int = 0
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the decoder layers in the latest prefill, summed over rows;
+        formula in `llava.pruning.cost.prefill_flops`."""
+        rows = zip(*(tokens.tolist() for tokens in self.prompt_tokens), strict=True)
+        return sum(prefill_flops(self.shape, row) for row in rows)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the valid cache entries after the latest prefill, from the tensors' own sizes;
+        without a cache (`use_cache=False`) what one would have held."""
+        if self.cache_bytes:
+            return self.cache_bytes
+        return sum(kv_cache_bytes(self.shape, t.sum().item()) for t in self.prompt_tokens)
+
+    def add_image(self, positions: Tensor, embeds: Tensor) -> None:
+        self.visual_positions.append(positions.detach().cpu())
+        if self.keep_embeds:
+            self.visual_embeds.append(embeds.detach().cpu())
+
+    def start_prefill(self, shape: DecoderShape, position_ids: Tensor) -> None:
+        self.shape, self.position_ids = shape, position_ids.detach().cpu()
+        self.decoder_keep, self.visual_tokens, self.prompt_tokens = {}, [], []
+        self.kv_lengths, self.cache_bytes = [], 0
+
+    def add_layer(self, visual_index: Tensor | None, valid: Tensor | None, size: Tensor) -> None:
+        """One layer of the prefill; `size` (B, S) only lends its shape and device."""
+        tokens = size.new_ones(size.shape, dtype=bool) if valid is None else valid
+        visual = tokens & (visual_index >= 0) if visual_index is not None else tokens & False
+        self.prompt_tokens.append(tokens.sum(dim=1).cpu())
+        self.visual_tokens.append(visual.sum(dim=1).cpu())
+
+    def add_change(self, layer: int, index: Tensor, valid: Tensor | None) -> None:
+        rows = index if valid is None else [row[ok] for row, ok in zip(index, valid, strict=True)]
+        self.decoder_keep[layer] = [row.detach().cpu() for row in rows]
+
+    def finish_prefill(self, cache) -> None:
+        self.kv_lengths = cache.row_lengths()
+        self.cache_bytes = cache.num_bytes()
+
+
+@contextmanager
+def trace_pruning(model: nn.Module, embeds: bool = False) -> Iterator[PruningTrace]:
+    """Records what the calls of `model` inside the block keep, see `PruningTrace`.
+
+    embeds: also keep the embeddings of the visual tokens.
+    """
+    outer, model.pruning_trace = model.pruning_trace, PruningTrace(keep_embeds=embeds)
+    try:
+        yield model.pruning_trace
+    finally:
+        model.pruning_trace = outer

@@ -1,0 +1,75 @@
+"""VisPruner: class-token attention picks the important patches, de-duplication the diverse ones.
+
+Paper: Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in
+Vision-Language Models, https://arxiv.org/abs/2412.01818
+
+Differs from the release: any budget and ratio works (there, a residue of odd size ends in an
+IndexError); arithmetic is fp32 with stable sorts (there, ties of half precision fall as the device
+likes); similarities are computed once instead of once per round; images of a batch stay separate.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import SelectPruner, VisionTokens
+from .ops import normalize, top_stable
+
+
+@dataclass
+class VisPruner(SelectPruner):
+    """
+    visual_token_num: tokens per image; on LLaVA-NeXT the sum over its five crops (640 = 5 x 128)
+    important_ratio:  share of the kept patches chosen by class-token attention, 0 to 1; the rest is
+                      chosen for diversity. 1 is attention alone
+    drop_per_round:   near-duplicates removed in each matching round; larger is faster and coarser
+    """
+
+    visual_token_num: int = 64
+    important_ratio: float = 0.5
+    drop_per_round: int = 8
+
+    name = "vispruner"
+    needs = frozenset({"cls_attention"})
+    anyres_tiles = (2, 2)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.important_ratio <= 1:
+            raise ValueError(f"important_ratio ({self.important_ratio}) must lie between 0 and 1")
+        if self.drop_per_round < 1:
+            raise ValueError(f"drop_per_round ({self.drop_per_round}) must be at least 1 patch")
+
+    def select(self, vision: VisionTokens) -> Tensor:
+        num_keep = self.num_keep(vision)
+        num_important = int(num_keep * self.important_ratio)
+        attention = vision.cls_attention.float().mean(dim=1)
+        order = top_stable(attention, attention.shape[1])  # (B, N)
+        important, rest = order[:, :num_important], order[:, num_important:]
+        diverse = self.drop_duplicates(vision.features, rest, num_keep - num_important)
+        return torch.cat([important, diverse], dim=1)
+
+    def drop_duplicates(self, features: Tensor, index: Tensor, num_keep: int) -> Tensor:
+        """Shrinks `index` (B, R) to (B, num_keep), the most redundant patches first.
+
+        Each round compares the patches at even ranks with those at odd ranks. An even one is
+        redundant when some odd one points the same way; odd ones always survive the round. The
+        survivors' new order decides the next pairing.
+        """
+        if num_keep == 0:
+            return index[:, :0]
+        if index.shape[1] == num_keep:
+            return index
+        unit = normalize(features)
+        similarity = unit @ unit.transpose(1, 2)  # (B, N, N)
+        batch = torch.arange(index.shape[0], device=index.device)[:, None, None]
+        while (excess := index.shape[1] - num_keep) > 0:
+            even, odd = index[:, ::2], index[:, 1::2]
+            num_drop = min(self.drop_per_round, excess, even.shape[1])
+            if odd.shape[1] == 0:  # a single patch has nothing to resemble
+                return index[:, :num_keep]
+            redundancy = similarity[batch, even[:, :, None], odd[:, None, :]].amax(dim=-1)
+            survivors = top_stable(redundancy, even.shape[1])[:, num_drop:]
+            index = torch.cat([even.gather(1, survivors), odd], dim=1)
+        return index
