@@ -32,7 +32,7 @@ class ImageTokens:
 def unpad_window(height: int, width: int, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
     """(top, bottom, left, right) of a padded map that holds the image of size (width, height).
 
-    The order of the float operations is part of the contract: another one moves token counts by one.
+    The order of the float operations is part of the contract: another one shifts token counts.
     """
     image_width, image_height = image_size
     if image_width / image_height > width / height:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass
 class RowState:
-    """What a group of layers knows about the rows of the batch; layers that saw the same tokens share it.
+    """The rows of the batch as a group of layers sees them, shared by layers with the same tokens.
 
     next_position: (B,) position of the next token
-    valid:         (B, n) False on the padding of the prompt, whose n places come first; tokens after
-                   them are always real. None: no padding
+    valid:         (B, n) False on the padding of the prompt, its first n places; later tokens are
+                   always real. None: no padding
     """
 
     next_position: Tensor
@@ -74,7 +74,7 @@ class KVCache:
         return self._keys[layer][:, :, :stop], self._values[layer][:, :, :stop]
 
     def keep(self, layer: int, order: Tensor, state: RowState) -> None:
-        """Keeps the entries at `order` (B, n) of one layer; `state` describes the rows afterwards."""
+        """Keeps the entries at `order` (B, n) of one layer; `state` describes the result."""
         index = order[:, None, :, None]
         for buffers in (self._keys, self._values):
             old = buffers[layer]
@@ -108,7 +108,7 @@ class KVCache:
         return lengths
 
     def num_bytes(self) -> int:
-        """Bytes of the entries that hold tokens, keys and values, from the tensors' element sizes."""
+        """Bytes of the keys and values that belong to tokens, from the tensors' element sizes."""
         total = 0
         for layer, tokens in enumerate(self.row_lengths()):
             for buffer in (self._keys[layer], self._values[layer]):

@@ -5,6 +5,7 @@ Two of the three hook sites of a pruning method are here: after the encoder and 
 
 from __future__ import annotations
 
+import ast
 import math
 
 import torch
@@ -91,6 +92,8 @@ class LlavaMetaForCausalLM:
     #: set by `trace_pruning` for the time of its block
     pruning_trace = None
     _pruner: Pruner = Pruner()
+    #: config values of the checkpoint that the method in use replaces
+    _native_anyres: dict = {}
 
     def get_model(self):
         raise NotImplementedError(f"{type(self).__name__} must define get_model()")
@@ -109,38 +112,56 @@ class LlavaMetaForCausalLM:
     def pruner(self, pruner: Pruner) -> None:
         if not isinstance(pruner, Pruner):
             raise ValueError(f"pruner must come from build_pruner(...), got {pruner!r}")
-        config = self.config
-        native = getattr(self, "_native_anyres", None) or {
-            key: getattr(config, key, None)
-            for key in ("image_grid_pinpoints", "mm_patch_merge_type")
-        }
-        anyres = getattr(config, "image_aspect_ratio", None) == "anyres"
         tower = self.get_vision_tower()
         if tower is not None:
-            crops = self._crops_in_budget(pruner, native["image_grid_pinpoints"])
-            pruner.check(tower.num_patches, config.num_hidden_layers, crops)
+            crops = self._crops_in_budget(pruner)
+            pruner.check(tower.num_patches, self.config.num_hidden_layers, crops)
             if pruner.needs and tower.select_feature != "patch":
                 raise ValueError(
                     f"{pruner!r} works on patches, but mm_vision_select_feature is "
                     f"{tower.select_feature!r}"
                 )
-        self._native_anyres = native
-        # Images are prepared from the config, by `process_images`: it has to say what applies now.
-        config.image_grid_pinpoints = native["image_grid_pinpoints"]
-        config.mm_patch_merge_type = native["mm_patch_merge_type"] or "flat"
-        if anyres and tower is not None and pruner.anyres_tiles is not None:
-            side = tower.image_size
-            config.image_grid_pinpoints = [[side * n for n in pruner.anyres_tiles]]
-            config.mm_patch_merge_type = config.mm_patch_merge_type.replace("_unpad", "")
+        self._prepare_config(pruner)
         self._pruner = pruner
         self.pruner_module = pruner.module
 
-    def _crops_in_budget(self, pruner: Pruner, pinpoints) -> int:
+    def _prepare_config(self, pruner: Pruner) -> None:
+        """Makes the config say how images are cut now: `process_images` reads it there."""
+        config = self.config
+        for key, value in self._native_anyres.items():  # undo what the previous method asked for
+            setattr(config, key, value)
+        self._native_anyres = {}
+        tower = self.get_vision_tower()
+        if getattr(config, "image_aspect_ratio", None) != "anyres" or tower is None:
+            return
+        if pruner.anyres_tiles is not None:
+            merge = getattr(config, "mm_patch_merge_type", "flat")
+            self._native_anyres = {
+                "image_grid_pinpoints": config.image_grid_pinpoints,
+                "mm_patch_merge_type": merge,
+            }
+            config.image_grid_pinpoints = [[tower.image_size * n for n in pruner.anyres_tiles]]
+            config.mm_patch_merge_type = merge.replace("_unpad", "")
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """Saves the plain model, whatever pruning method is in use."""
+        pruner, self.pruner = self.pruner, Pruner()
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.pruner = pruner
+
+    def _crops_in_budget(self, pruner: Pruner) -> int:
         """Crops of one image that share `visual_token_num`."""
         if getattr(self.config, "image_aspect_ratio", None) != "anyres":
             return 1
         if pruner.anyres_tiles is not None:
             return 1 + math.prod(pruner.anyres_tiles)
+        pinpoints = self._native_anyres.get(
+            "image_grid_pinpoints", self.config.image_grid_pinpoints
+        )
+        if isinstance(pinpoints, str):
+            pinpoints = ast.literal_eval(pinpoints)
         side = self.get_vision_tower().image_size
         tiles = (get_anyres_image_grid_shape((w, h), [(w, h)], side) for w, h in pinpoints)
         return 1 + max(math.prod(shape) for shape in tiles)
@@ -166,9 +187,7 @@ class LlavaMetaForCausalLM:
         if image_index is None:
             image_index = torch.arange(crops.shape[0], device=crops.device)
         vision.image_index, vision.questions = image_index, questions
-        native = getattr(self, "_native_anyres", {}).get("image_grid_pinpoints")
-        pinpoints = native or getattr(self.config, "image_grid_pinpoints", None)
-        vision.crops_in_budget = self._crops_in_budget(pruner, pinpoints)
+        vision.crops_in_budget = self._crops_in_budget(pruner)
         vision = pruner.after_encoder(vision)
         projector = self.get_model().mm_projector
         weight = next(projector.parameters(), None)
@@ -215,7 +234,8 @@ class LlavaMetaForCausalLM:
             )
         if getattr(self.config, "image_aspect_ratio", "square") != "anyres":
             raise ValueError(
-                f"mm_patch_merge_type {merge!r} with several crops needs image_aspect_ratio 'anyres'"
+                f"mm_patch_merge_type {merge!r} with several crops needs "
+                "image_aspect_ratio 'anyres'"
             )
         if image_size is None:
             raise ValueError(
@@ -225,9 +245,9 @@ class LlavaMetaForCausalLM:
         tiles = get_anyres_image_grid_shape(image_size, pinpoints, tower.image_size)
         if count != 1 + math.prod(tiles):
             raise ValueError(
-                f"image {number} has {count} crops, but {pinpoints} cuts size {tuple(image_size)} into "
-                f"1 + {tiles[0]} x {tiles[1]}; prepare images with process_images and the config of "
-                "this model after choosing the pruning method"
+                f"image {number} has {count} crops, but {pinpoints} cuts size {tuple(image_size)} "
+                f"into 1 + {tiles[0]} x {tiles[1]}; prepare images with process_images and the "
+                "config of this model after choosing the pruning method"
             )
         return spatial_layout(vision, crops, num_patches, tiles, image_size, newline)
 
@@ -310,7 +330,7 @@ class LlavaMetaForCausalLM:
         )
 
     def initialize_vision_tokenizer(self, model_args, tokenizer) -> None:
-        """Adds the image marker tokens that `model_args` asks for; new rows are the mean of the old."""
+        """Adds the image marker tokens `model_args` asks for; new rows are the mean of the old."""
         if model_args.mm_use_im_patch_token:
             tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
             self.resize_token_embeddings(len(tokenizer))
@@ -353,8 +373,8 @@ def image_slots(marks: list[int], num_images: int) -> list[list[int]]:
     dummies = num_images == sum(marks) + text_only
     if num_images != sum(marks) and not dummies:
         raise ValueError(
-            f"{num_images} images for {sum(marks)} <image> marks in {len(marks)} prompts: the numbers "
-            f"must match, or exceed by one for each of the {text_only} text-only prompts"
+            f"{num_images} images for {sum(marks)} <image> marks in {len(marks)} prompts: the "
+            f"numbers must match, or exceed by one for each of the {text_only} text-only prompts"
         )
     slots, used = [], 0
     for count in marks:

@@ -1,9 +1,9 @@
 """What a pruning method sees, and the base classes it builds on.
 
 Letters in shapes, here and in every method:
-`B` crops or prompts, `N` patches before and `T` tokens after selection, `S` tokens of a prompt, `H` heads,
-`C` vision width, `D` language-model width, `h, w` patch grid of one crop. Layers count from 0; "before
-layer K" means that layer K already sees fewer tokens.
+`B` crops or prompts, `N` patches before and `T` tokens after selection, `S` tokens of a prompt,
+`H` heads, `C` vision width, `D` language-model width, `h, w` patch grid of one crop. Layers count
+from 0; "before layer K" means that layer K already sees fewer tokens.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Prefill:
     index:         (B, S) place of each token in the prompt that entered layer 0
     valid:         (B, S) False on padding; None: every place is a token
     grid:          (h, w) patches per side of one crop before any pruning
-    attention:     (B, H, R, S) fp32 rows of the previous layer that `probe_rows` asked for (one row,
-                   the last prompt token, unless told otherwise); None where no row was probed
+    attention:     (B, H, R, S) fp32 rows of the previous layer that `probe_rows` asked for, by default
+                   one, the last prompt token; None where no row was probed
     """
 
     decoder: nn.Module
@@ -140,7 +140,7 @@ class Prefill:
         return kept
 
     def keep_visual(self, score: Tensor, num_keep: int | Tensor, renumber: bool = False) -> Prefill:
-        """Keeps all text and, of every image, the `num_keep` tokens with the highest `score` (B, S).
+        """Keeps all text and, of every image, `num_keep` tokens with the highest `score` (B, S).
 
         `num_keep` is one count for all images or a (B, S) count looked up at each token. Equal
         scores go to the earlier token.
@@ -163,7 +163,7 @@ class Pruner:
     #: "sequence": kept visual tokens are counted 0, 1, 2, ...; "grid": they stay where the unpruned
     #: image would have put them, and the text after the image stays where it was
     position_policy: ClassVar[str] = "sequence"
-    #: LLaVA-NeXT: tiles (across, down) every image is cut into, without newline tokens and unpadding;
+    #: LLaVA-NeXT: tiles (across, down) every image is cut into, without newlines and unpadding;
     #: None: the resolutions and the layout the checkpoint was trained with
     anyres_tiles: ClassVar[tuple[int, int] | None] = None
     #: what is dropped before a layer also leaves the caches of the layers that already ran
@@ -229,10 +229,11 @@ class _BudgetPruner(Pruner):
 
 def check_budget(visual_token_num: int, num_patches: int, crops: int) -> None:
     """Raises ValueError when the budget does not fit an image of `crops` crops."""
-    if visual_token_num > num_patches * crops:
-        where = "of a crop" if crops == 1 else f"of {crops} crops"
+    available = num_patches * crops
+    if visual_token_num > available:
+        where = "a crop" if crops == 1 else f"the {crops} crops of an image"
         raise ValueError(
-            f"visual_token_num ({visual_token_num}) exceeds the {num_patches * crops} patches {where}"
+            f"visual_token_num ({visual_token_num}) exceeds the {available} patches of {where}"
         )
     if visual_token_num < crops:
         raise ValueError(

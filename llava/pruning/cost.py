@@ -42,7 +42,7 @@ def layer_flops(shape: DecoderShape, tokens: int, formula: str = "exact") -> flo
 
     "exact": 2 operations per multiply-add: 2n(2d^2 + 2dk + 3dm) for the projections and the three
              matrices of the gated MLP, plus 4n^2 d for scores and weighted values. Norms, RoPE,
-             softmax and activation (below 1 %) are left out, and so is the saving of causal kernels.
+             softmax and activation (below 1 %) are left out, so is the saving of causal kernels.
     "fastv": 4nd^2 + 2n^2 d + 2ndm, the formula of the FastV paper and most tables after it:
              multiply-adds instead of operations, two MLP matrices, no grouped queries.
     """
@@ -60,5 +60,5 @@ def prefill_flops(shape: DecoderShape, tokens: Sequence[int], formula: str = "ex
 
 
 def kv_cache_bytes(shape: DecoderShape, entries: int) -> int:
-    """Bytes of `entries` cache entries (one token in one layer each): a key and a value per head."""
+    """Bytes of `entries` cache entries (one token in one layer): a key and a value per head."""
     return 2 * shape.kv_width * shape.bytes_per_value * entries

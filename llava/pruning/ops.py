@@ -12,7 +12,7 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 
 def top_stable(score: Tensor, count: int) -> Tensor:
-    """Places (B, count) of the largest scores (B, N), best first; equal scores: lower place first."""
+    """Places (B, count) of the largest scores (B, N), best first; ties go to the lower place."""
     return score.argsort(dim=1, descending=True, stable=True)[:, :count]
 
 

@@ -217,7 +217,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
                 "last_logits_only": True,
             }
         if input_ids.shape[1] > 1 and inputs_embeds is not None:
-            # Without a cache the prompt is run again in every step, with the answer so far behind it.
+            # Without a cache every step runs the prompt again, with the answer so far behind it.
             answer = input_ids[:, 1:]
             grow = torch.ones_like(answer)
             last = position_ids.amax(dim=1, keepdim=True)

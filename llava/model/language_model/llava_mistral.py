@@ -1,4 +1,4 @@
-"""LLaVA on a Mistral decoder: the same layers (grouped queries, RoPE theta 1e6) under its own names."""
+"""LLaVA on a Mistral decoder: the same layers with grouped queries, under their own names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class LlavaMistralModel(LlavaLlamaModel):
 
 
 class LlavaMistralForCausalLM(LlavaLlamaForCausalLM):
-    """Mistral-based LLaVA-NeXT. Sliding windows are not implemented (released checkpoints use none)."""
+    """Mistral-based LLaVA-NeXT, without sliding windows (released checkpoints use none)."""
 
     config_class = LlavaMistralConfig
     model_class = LlavaMistralModel
@@ -24,7 +24,8 @@ class LlavaMistralForCausalLM(LlavaLlamaForCausalLM):
     def __init__(self, config):
         if config.sliding_window is not None:
             raise ValueError(
-                f"sliding_window ({config.sliding_window}) is not supported: set it to null in config.json"
+                f"sliding_window ({config.sliding_window}) is not supported: "
+                "set it to null in config.json"
             )
         super().__init__(config)
 

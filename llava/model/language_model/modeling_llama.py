@@ -1,9 +1,9 @@
 """The decoder of LLaVA: Llama and Mistral layers with one hook between them.
 
-What sets it apart from the stock implementation: RoPE at explicit positions (gaps are legal), caches
-whose length differs per layer, rows of a batch with different numbers of tokens, single attention
-rows on request beside SDPA or FlashAttention, and a call to the pruning method before every layer
-of a prefill that holds an image.
+What sets it apart from the stock implementation: RoPE at explicit positions (gaps are legal),
+caches whose length differs per layer, rows of a batch with different numbers of tokens, single
+attention rows on request beside SDPA or FlashAttention, and a call to the pruning method before
+every layer of a prefill that holds an image.
 """
 
 from __future__ import annotations
@@ -329,7 +329,7 @@ class LlamaModel(LlamaPreTrainedModel):
 def drop_from_cache(
     cache: KVCache, num_layers: int, before: Prefill, after: Prefill, state: RowState
 ) -> None:
-    """Removes from the first `num_layers` layers what a method dropped between two prefill states."""
+    """Removes from the first `num_layers` layers what a method dropped after they ran."""
     old = before.index
     if before.valid is not None:
         old = old.masked_fill(~before.valid, -1)

@@ -33,8 +33,9 @@ def build_vision_tower(vision_tower_cfg, **kwargs) -> CLIPVisionTower:
     path = resolve_tower_path(name, getattr(vision_tower_cfg, "_name_or_path", None))
     if not (os.path.exists(path) or path.startswith(HUB_PREFIXES) or "ShareGPT4V" in path):
         raise ValueError(
-            f"Unknown vision tower: {name!r} is neither a folder (looked at {path!r}) nor a hub name "
-            f"starting with {' or '.join(HUB_PREFIXES)}; pass --vision-tower PATH to override it"
+            f"Unknown vision tower: {name!r} is neither a folder (looked at {path!r}) nor a hub "
+            f"name starting with {' or '.join(HUB_PREFIXES)}; "
+            "override it with --vision-tower PATH"
         )
     tower = CLIPVisionTowerS2 if getattr(vision_tower_cfg, "s2", False) else CLIPVisionTower
     return tower(path, args=vision_tower_cfg, **kwargs)

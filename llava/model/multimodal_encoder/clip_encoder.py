@@ -62,7 +62,7 @@ class CLIPVisionTower(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """Features (n, N, C) of crops (n, 3, S, S); a list of (3, S, S) gives a list of (1, N, C)."""
+        """Features (n, N, C) of crops (n, 3, S, S); a list of crops gives a list of (1, N, C)."""
         if isinstance(images, list):
             return [self(image[None]) for image in images]
         return self.tokens(images).features
