@@ -1,0 +1,152 @@
+"""The answers file: complete lines only, in question order, continued after any interruption.
+
+Beside `X.jsonl` lies `X.settings.json` with the settings that produced it, so that a run with
+other settings cannot continue the file by mistake.
+"""
+
+import json
+import os
+import time
+
+try:
+    import fcntl
+except ImportError:  # not on Windows; two writers are then not told apart
+    fcntl = None
+
+SECONDS_BETWEEN_SYNCS = 1.0
+HOW_TO_GO_ON = "choose another --answers-file, or start it again with --overwrite"
+
+
+class AnswersFile:
+    """Appends answer lines to a file; opened on an existing one, it continues where that ends.
+
+    path:      the file, created with its folder when needed
+    heads:     per question, in order, the fields that identify its line
+    settings:  what must be equal for two runs to belong together (JSON values)
+    overwrite: start again even if there are answers
+
+    `num_done` lines were there already. Half a line at the end is removed. Raises ValueError when
+    the lines answer other questions, or were made with other settings.
+    """
+
+    def __init__(self, path: str, heads: list[dict], settings: dict, overwrite: bool = False):
+        self.path = path
+        self.settings_path = os.path.splitext(path)[0] + ".settings.json"
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        # Unbuffered and in append mode: whatever happens, only the last line can be incomplete.
+        self.file = open(path, "ab+", buffering=0)  # noqa: SIM115 closed by __exit__
+        self.synced = time.monotonic()
+        try:
+            self._lock()
+            self.num_done = 0 if overwrite else self._continue(heads, settings)
+            if not self.num_done:
+                self.file.truncate(0)
+                self._write_settings(settings)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def _lock(self) -> None:
+        try:
+            if fcntl:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is writing to {self.path}") from error
+
+    def _continue(self, heads: list[dict], settings: dict) -> int:
+        """Cuts half a line off the end; returns how many complete lines there are."""
+        self.file.seek(0)
+        content = self.file.read()
+        lines = _complete_lines(content, self.path)
+        if lines:
+            self._compare_settings(settings)
+            self._compare_questions(lines, heads)
+        self.file.truncate(sum(len(line) + 1 for line, _ in lines))
+        return len(lines)
+
+    def _compare_settings(self, settings: dict) -> None:
+        if not os.path.exists(self.settings_path):
+            return  # an answers file from elsewhere: its questions and model are compared below
+        with open(self.settings_path, encoding="utf-8") as file:
+            before = json.load(file)
+        changed = [
+            f"{key} was {before.get(key)!r} and is now {settings.get(key)!r}"
+            for key in sorted(before.keys() | settings.keys())
+            if before.get(key) != settings.get(key)
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.path} was made with other settings ({'; '.join(changed)}): {HOW_TO_GO_ON}"
+            )
+
+    def _compare_questions(self, lines: list[tuple[bytes, dict]], heads: list[dict]) -> None:
+        if len(lines) > len(heads):
+            raise ValueError(
+                f"{self.path} has {len(lines)} answers to {len(heads)} questions: {HOW_TO_GO_ON}"
+            )
+        for number, ((_, record), head) in enumerate(zip(lines, heads, strict=False), start=1):
+            if any(record.get(key) != value for key, value in head.items()):
+                raise ValueError(
+                    f"{self.path}, line {number} answers question {record.get('question_id')!r}, "
+                    f"but question {head['question_id']!r} comes there (or its text differs): the "
+                    f"file belongs to other questions; {HOW_TO_GO_ON}"
+                )
+
+    def _write_settings(self, settings: dict) -> None:
+        temporary = f"{self.settings_path}.tmp"
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(settings, file, indent=2)
+        os.replace(temporary, self.settings_path)
+
+    def write(self, records: list[dict]) -> None:
+        """Appends lines; they survive a crash of the program at once, of the machine soon."""
+        data = memoryview("".join(json.dumps(r) + "\n" for r in records).encode())
+        while data:
+            data = data[self.file.write(data) :]
+        if time.monotonic() - self.synced > SECONDS_BETWEEN_SYNCS:
+            self._sync()
+
+    def _sync(self) -> None:
+        os.fsync(self.file.fileno())
+        self.synced = time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._sync()
+        self.file.close()
+
+
+def _complete_lines(content: bytes, path: str) -> list[tuple[bytes, dict]]:
+    """Returns (bytes, record) of every complete line; only the last one may be incomplete."""
+    *whole, _ = content.split(b"\n")
+    lines = []
+    for number, line in enumerate(whole, start=1):
+        record = _parse(line)
+        if record is None and number < len(whole):
+            raise ValueError(f"{path}, line {number} is not an answer: {HOW_TO_GO_ON}")
+        if record is not None:
+            lines.append((line, record))
+    return lines
+
+
+def _parse(line: bytes) -> dict | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "question_id" in record else None
+
+
+def read_answers_tolerantly(path: str) -> tuple[dict, int]:
+    """Returns the answer texts by question id, and how many broken lines were passed over."""
+    texts, num_broken = {}, 0
+    with open(path, "rb") as file:
+        for line in file:
+            record = _parse(line)
+            if record is None or "text" not in record:
+                num_broken += 1
+            else:
+                texts[record["question_id"]] = record["text"]
+    return texts, num_broken

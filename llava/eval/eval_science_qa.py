@@ -1,0 +1,111 @@
+"""ScienceQA: accuracy over all questions and over those with an image (the published number).
+
+python llava/eval/eval_science_qa.py --base-dir DIR --result-file A.jsonl --output-file O.jsonl \
+    --output-result R.json
+"""
+
+import argparse
+import json
+import os
+import re
+
+from llava.eval.errors import errors_as_messages
+from llava.eval.tasks import read_json, read_jsonl
+
+FAILED = "FAILED"
+SENTENCE = re.compile(r"The answer is ([A-Z]).")
+LETTERS = "ABCDE"
+
+
+def parse_letter(text: str, letters: str = LETTERS) -> str:
+    """Returns the option letter an answer names, or `FAILED`."""
+    if text in letters and len(text) == 1:
+        return text
+    if len(text) >= 3 and text[0] in letters and text[1:3] == ". ":
+        return text[0]
+    found = SENTENCE.findall(text)
+    return found[0] if len(found) == 1 else FAILED
+
+
+def evaluate(problems: dict, ids: list[str], answers: list[dict], letters: str = LETTERS) -> dict:
+    """Returns accuracies and the details of every question in `ids`; unanswered ones are wrong."""
+    given = {answer["question_id"]: answer for answer in answers}
+    entries, results, outputs = [], {}, {}
+    for key in ids:
+        answer = given.get(key, {"text": FAILED, "prompt": "Unknown"})
+        letter = parse_letter(answer["text"], letters)
+        choices = letters[: len(problems[key]["choices"])]
+        outputs[key] = answer["text"]
+        results[key] = choices.index(letter) if letter in choices else -1
+        entries.append(
+            {
+                "question_id": key,
+                "parsed_ans": letter,
+                "ground_truth": letters[problems[key]["answer"]],
+                "question": answer["prompt"],
+                "pred": answer["text"],
+                "is_multimodal": "<image>" in answer["prompt"],
+            }
+        )
+    right = [results[key] == problems[key]["answer"] for key in ids]
+    shown = [ok for ok, entry in zip(right, entries, strict=True) if entry["is_multimodal"]]
+    return {
+        "score": _percent(shown if shown else right),
+        "accuracy": _percent(right),
+        "image_accuracy": _percent(shown),
+        "correct": sum(right),
+        "count": len(ids),
+        "sqa_results": {"correct": [], "incorrect": []}
+        | {
+            name: [e for e, ok in zip(entries, right, strict=True) if ok == wanted]
+            for name, wanted in (("correct", True), ("incorrect", False))
+        },
+        "results": results,
+        "outputs": outputs,
+    }
+
+
+def _percent(right: list[bool]) -> float:
+    return sum(right) / len(right) * 100 if right else 0.0
+
+
+def report(result: dict) -> str:
+    return (
+        f"Total: {result['count']}, Correct: {result['correct']}, "
+        f"Accuracy: {result['accuracy']:.2f}%, IMG-Accuracy: {result['image_accuracy']:.2f}%\n"
+    )
+
+
+def read_problems(base_dir: str, split: str) -> tuple[dict, list[str]]:
+    """Returns all problems by id, and the ids of a split."""
+    splits = read_json(os.path.join(base_dir, "pid_splits.json"))
+    if split not in splits:
+        raise ValueError(f"no split {split!r}, choose from {', '.join(splits)}")
+    return read_json(os.path.join(base_dir, "problems.json")), splits[split]
+
+
+@errors_as_messages()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base-dir", required=True, help="holds problems.json, pid_splits.json")
+    parser.add_argument("--result-file", required=True)
+    parser.add_argument("--output-file", required=True, help="right and wrong answers, one object")
+    parser.add_argument("--output-result", required=True, help="accuracy and chosen options")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--options", default=LETTERS, help="letters of the options, in order")
+    args = parser.parse_args()
+    problems, ids = read_problems(args.base_dir, args.split)
+    answers = read_jsonl(args.result_file, ("question_id", "prompt", "text"))
+    result = evaluate(problems, ids, answers, args.options)
+    print(report(result), end="")
+    with open(args.output_file, "w", encoding="utf-8") as file:
+        json.dump(result["sqa_results"], file, indent=2)
+    summary = {"acc": result["accuracy"]} | {
+        key: result[key] for key in ("correct", "count", "results", "outputs")
+    }
+    with open(args.output_result, "w", encoding="utf-8") as file:
+        json.dump(summary, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Turns an answers file into the input of the MM-Vet judge: `{"v1_<question_id>": answer}`."""
+
+import argparse
+import json
+
+from llava.eval.errors import errors_as_messages
+from llava.eval.tasks import read_jsonl
+
+
+@errors_as_messages()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--src", required=True, help="answers file")
+    parser.add_argument("--dst", required=True, help="result file to write")
+    args = parser.parse_args()
+    answers = read_jsonl(args.src, ("question_id", "text"))
+    with open(args.dst, "w", encoding="utf-8") as file:
+        json.dump(
+            {f"v1_{answer['question_id']}": answer["text"] for answer in answers}, file, indent=2
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Turns VQAv2 answers into the upload of the evaluation server.
+
+The server wants an answer to every question of the full test set; those that were not asked get
+an empty one. Reads `DIR/answers/SPLIT/CKPT/merge.jsonl` and writes
+`DIR/answers_upload/SPLIT/CKPT.json`, unless `--src` and `--dst` name other places inside DIR.
+"""
+
+import argparse
+import json
+import os
+
+from llava.eval.answers import read_answers_tolerantly
+from llava.eval.errors import errors_as_messages
+from llava.eval.m4c_evaluator import EvalAIAnswerProcessor
+from llava.eval.tasks import read_jsonl
+
+FULL_TEST_SET = "llava_vqav2_mscoco_test2015.jsonl"
+
+
+def convert(questions: list[dict], texts: dict) -> list[dict]:
+    """Returns `[{"question_id", "answer"}]` in question order."""
+    normalise = EvalAIAnswerProcessor()
+    ids = [question["question_id"] for question in questions]
+    return [{"question_id": key, "answer": normalise(texts.get(key, ""))} for key in ids]
+
+
+@errors_as_messages()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dir", default="./playground/data/eval/vqav2")
+    parser.add_argument("--ckpt")
+    parser.add_argument("--split")
+    parser.add_argument("--src", help="answers file below DIR, instead of --split and --ckpt")
+    parser.add_argument("--dst", help="upload file below DIR, instead of --split and --ckpt")
+    args = parser.parse_args()
+    if not (args.src and args.dst) and not (args.ckpt and args.split):
+        parser.error("give --ckpt and --split, or --src and --dst")
+    src = args.src or os.path.join("answers", args.split, args.ckpt, "merge.jsonl")
+    dst = args.dst or os.path.join("answers_upload", args.split, f"{args.ckpt}.json")
+    texts, num_broken = read_answers_tolerantly(os.path.join(args.dir, src))
+    questions = read_jsonl(os.path.join(args.dir, FULL_TEST_SET), ("question_id",))
+    print(f"total results: {len(texts)}, total split: {len(questions)}, error_line: {num_broken}")
+    path = os.path.join(args.dir, dst)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(convert(questions, texts), file)
+
+
+if __name__ == "__main__":
+    main()

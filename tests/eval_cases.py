@@ -1,0 +1,99 @@
+"""Runs a recorded case of a scorer or converter: same files in, same text and files out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CATEGORY_RULE = "=" * 36
+
+
+def program(case: dict) -> list[str] | None:
+    """Returns the command of a case; None when it belongs to a program that is not ours yet."""
+    script, argv = case["script"], case["argv"]
+    if script.startswith("gqa official"):
+        return ["llava/eval/eval_gqa.py", *argv]
+    if script == "MME convert_answer_to_mme.py":
+        name = argv[argv.index("--experiment") + 1]
+        result = ["--result-file", f"answers/{name}.jsonl"]
+        return ["llava/eval/eval_mme.py", *result, "--output-dir", f"eval_tool/answers/{name}"]
+    if script == "MME eval_tool/calculation.py":
+        return ["llava/eval/eval_mme.py", "--results-dir", argv[argv.index("--results_dir") + 1]]
+    path = script.removeprefix("python -m ")
+    if path != script:
+        path = path.replace(".", "/") + ".py"
+    return [path, *argv] if (ROOT / path).exists() else None
+
+
+def run(case: dict, folder: Path) -> tuple[int, str, str]:
+    """Returns exit code, stdout and stderr of a case run in `folder`."""
+    for name, content in case["inputs"].items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    script, *argv = program(case)
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *argv],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def differences(case: dict, folder: Path) -> list[str]:
+    """Returns what a run of the case in the empty `folder` does differently; empty: reproduced."""
+    code, stdout, stderr = run(case, folder)
+    found = []
+    if case["returncode"] == 0 or _refusal_is_wanted(case):
+        if code != case["returncode"]:
+            found.append(f"exit code {code} instead of {case['returncode']}: {stderr[-500:]}")
+        silent = "--output-dir" in program(case)  # our converter also prints the score
+        if not silent and _blocks(stdout) != _blocks(case["stdout"]):
+            found.append(f"printed {stdout!r} instead of {case['stdout']!r}")
+    else:
+        # The reference crashed on legal input; we go on, and what it printed before is the same.
+        if code != 0:
+            found.append(f"exit code {code}: {stderr[-500:]}")
+        if not stdout.startswith(case["stdout"]):
+            found.append(f"printed {stdout!r}, which does not start with {case['stdout']!r}")
+    if case["returncode"] == 0:
+        for name, content in case["outputs"].items():
+            found += _file_differences(folder / name, content)
+    return found
+
+
+def _refusal_is_wanted(case: dict) -> bool:
+    """Input that is wrong (AssertionError), as opposed to a defect of the reference."""
+    return case["error"] is not None and case["error"].startswith("AssertionError")
+
+
+def _blocks(stdout: str) -> list[str]:
+    """The categories of POPE come in the order of the folder; our mean of them is extra."""
+    if CATEGORY_RULE not in stdout:
+        return [stdout]
+    blocks = [block.strip() for block in stdout.split(CATEGORY_RULE)]
+    return sorted(block for block in blocks if block and not block.startswith("Average F1"))
+
+
+def _file_differences(path: Path, content) -> list[str]:
+    if not path.exists():
+        return [f"{path.name} was not written"]
+    if isinstance(content, dict):
+        written = _sheet(path)
+        wanted = content
+    else:
+        written, wanted = path.read_text(encoding="utf-8"), content
+        if path.suffix == ".json":
+            written, wanted = json.loads(written), json.loads(wanted)
+    return [] if written == wanted else [f"{path.name}: {written!r} instead of {wanted!r}"]
+
+
+def _sheet(path: Path) -> dict:
+    import openpyxl
+
+    sheet = openpyxl.load_workbook(path).active
+    return {"sheet": sheet.title, "rows": [list(row) for row in sheet.iter_rows(values_only=True)]}
