@@ -1,0 +1,224 @@
+"""From images and text to what the model reads: pixel tensors and token ids."""
+
+import ast
+import math
+
+import torch
+from PIL import Image
+from transformers import StoppingCriteria
+from transformers.image_utils import ChannelDimension
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.image_io import expand2square, load_image, load_image_from_base64, to_rgb
+
+__all__ = [
+    "KeywordsStoppingCriteria",
+    "divide_to_patches",
+    "expand2square",
+    "get_anyres_image_grid_shape",
+    "get_model_name_from_path",
+    "infer_conv_mode",
+    "load_image",
+    "load_image_from_base64",
+    "process_anyres_image",
+    "process_images",
+    "resize_and_pad_image",
+    "select_best_resolution",
+    "tokenizer_image_token",
+]
+
+
+# Image preparation: sizes are (width, height), tiles are square and row-major.
+
+
+def select_best_resolution(original_size, possible_resolutions) -> tuple[int, int] | None:
+    """The candidate that shows most of the image, and among equals wastes the fewest pixels.
+
+    Both arguments hold (width, height) in pixels; the earlier candidate wins ties. None when the
+    image is so thin that no candidate would show a single pixel of it.
+    """
+    width, height = original_size
+    best, best_rank = None, (0, 0)
+    for target_width, target_height in possible_resolutions:
+        scale = min(target_width / width, target_height / height)
+        area = int(width * scale) * int(height * scale)
+        effective = min(area, width * height)  # enlarging shows nothing new
+        rank = (effective, -target_width * target_height)
+        if effective > 0 and (best is None or rank > best_rank):
+            best, best_rank = (target_width, target_height), rank
+    return best
+
+
+def resize_and_pad_image(image: Image.Image, target_resolution) -> Image.Image:
+    """The whole image, as large as fits into (width, height), centred on black; RGB."""
+    width, height = image.size
+    target_width, target_height = target_resolution
+    scale_width, scale_height = target_width / width, target_height / height
+    if scale_width < scale_height:
+        size = target_width, min(math.ceil(height * scale_width), target_height)
+    else:
+        size = min(math.ceil(width * scale_height), target_width), target_height
+    corner = (target_width - size[0]) // 2, (target_height - size[1]) // 2
+    canvas = Image.new("RGB", (target_width, target_height), (0, 0, 0))
+    canvas.paste(image.resize(size), corner)
+    return canvas
+
+
+def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
+    """Square tiles of `patch_size` pixels, row by row; black where a tile leaves the image."""
+    width, height = image.size
+    return [
+        image.crop((left, top, left + patch_size, top + patch_size))
+        for top in range(0, height, patch_size)
+        for left in range(0, width, patch_size)
+    ]
+
+
+def get_anyres_image_grid_shape(image_size, grid_pinpoints, patch_size: int) -> tuple[int, int]:
+    """(tiles across, tiles down) that an image of (width, height) is cut into.
+
+    grid_pinpoints: list of (width, height), or the same list as text
+    patch_size:     side of a tile in pixels
+    """
+    width, height = _anyres_resolution(image_size, grid_pinpoints)
+    return width // patch_size, height // patch_size
+
+
+def process_anyres_image(image: Image.Image, processor, grid_pinpoints) -> torch.Tensor:
+    """Overview and T tiles of one image, (1 + T, 3, S, S) float32.
+
+    The overview is the whole image squeezed into one tile; the tiles keep its proportions.
+    """
+    padded = resize_and_pad_image(image, _anyres_resolution(image.size, grid_pinpoints))
+    side = processor.size["shortest_edge"]
+    tiles = divide_to_patches(padded, processor.crop_size["height"])
+    return _pixel_values([image.resize((side, side)), *tiles], processor)
+
+
+def process_images(images: list[Image.Image], image_processor, model_cfg):
+    """Pixels for the vision tower, prepared as `model_cfg.image_aspect_ratio` says.
+
+    "pad":    padded to a square with the mean colour, (n, 3, S, S)
+    "anyres": overview and tiles, (n, 1 + T, 3, S, S), or a list of n tensors (1 + T, 3, S, S)
+              when the images differ in their number of tiles
+    else:     shorter side resized to S, centre crop, (n, 3, S, S)
+    """
+    images = [to_rgb(image) for image in images]
+    mode = getattr(model_cfg, "image_aspect_ratio", None)
+    if mode == "anyres":
+        pinpoints = model_cfg.image_grid_pinpoints
+        pixels = [process_anyres_image(image, image_processor, pinpoints) for image in images]
+        return torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
+    if mode == "pad":
+        mean_color = tuple(int(255 * mean) for mean in image_processor.image_mean)
+        images = [expand2square(image, mean_color) for image in images]
+    return _pixel_values(images, image_processor)
+
+
+def _anyres_resolution(image_size, grid_pinpoints) -> tuple[int, int]:
+    if isinstance(grid_pinpoints, str):
+        grid_pinpoints = ast.literal_eval(grid_pinpoints)
+    best = select_best_resolution(image_size, grid_pinpoints)
+    if best is None:
+        width, height = image_size
+        raise ValueError(f"an image of {width} x {height} is too thin for any of {grid_pinpoints}")
+    return best
+
+
+def _pixel_values(images: list[Image.Image], processor) -> torch.Tensor:
+    # The layout is said, not guessed: an image of 1 or 3 rows looks like channels first.
+    batch = processor.preprocess(
+        images, return_tensors="pt", input_data_format=ChannelDimension.LAST
+    )
+    return batch["pixel_values"]
+
+
+# Text.
+
+
+def tokenizer_image_token(
+    prompt: str, tokenizer, image_token_index: int = IMAGE_TOKEN_INDEX, return_tensors=None
+):
+    """Token ids of `prompt` with one `image_token_index` for every "<image>" in it.
+
+    The text between images is tokenised piece by piece, each as the start of a string. Returns a
+    list, or a 1-D LongTensor for `return_tensors="pt"`.
+    """
+    if return_tensors not in (None, "pt"):
+        raise ValueError(f"Unsupported tensor type: {return_tensors}")
+    chunks = [tokenizer(text).input_ids for text in prompt.split(DEFAULT_IMAGE_TOKEN)]
+    has_bos = bool(chunks[0]) and chunks[0][0] == tokenizer.bos_token_id
+    ids = chunks[0][:]
+    for chunk in chunks[1:]:
+        ids.append(image_token_index)
+        ids.extend(chunk[has_bos:])
+    return ids if return_tensors is None else torch.tensor(ids, dtype=torch.long)
+
+
+def get_model_name_from_path(model_path: str) -> str:
+    """Last folder of the path; `checkpoint-*` folders are prefixed with their parent's name."""
+    folders = model_path.strip("/").split("/")
+    if not folders[-1].startswith("checkpoint-"):
+        return folders[-1]
+    if len(folders) == 1:
+        raise IndexError(f"{model_path!r} needs its parent folder, which names the model")
+    return f"{folders[-2]}_{folders[-1]}"
+
+
+def infer_conv_mode(model_name: str) -> str:
+    """Name of the template a checkpoint was trained with, guessed from the checkpoint's name."""
+    name = model_name.lower()
+    rules = {
+        "llama-2": "llava_llama_2",
+        "mistral": "mistral_instruct",
+        "34b": "chatml_direct",
+        "v1": "vicuna_v1",
+        "mpt": "mpt",
+    }
+    return next((mode for part, mode in rules.items() if part in name), "llava_v0")
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """Stops generation when every row ends with a keyword.
+
+    A row ends with a keyword when its last ids are the keyword's, or when the text of its last
+    `max_keyword_len` new tokens contains it. The prompt never counts.
+
+    keywords:  texts to stop at
+    input_ids: (B, S) ids given to `generate`. The rows seen later may repeat them or, when
+               generation starts from embeddings, hold the new tokens only; both are recognised.
+    """
+
+    def __init__(self, keywords: list[str], tokenizer, input_ids: torch.Tensor):
+        if not keywords or not all(keywords):
+            raise ValueError(f"keywords must be a list of non-empty texts, not {keywords!r}")
+        self.keywords = list(keywords)
+        self.tokenizer = tokenizer
+        self.prompt = input_ids
+        self.start_len = input_ids.shape[1]
+        self.keyword_ids = [torch.tensor(self._without_bos(text)) for text in self.keywords]
+        self.max_keyword_len = max(len(ids) for ids in self.keyword_ids)
+
+    def __call__(self, output_ids: torch.LongTensor, scores=None, **kwargs) -> bool:
+        new_ids = self._new_ids(output_ids).tolist()
+        return all(self._ends_with_keyword(row) for row in new_ids)
+
+    def _without_bos(self, text: str) -> list[int]:
+        ids = self.tokenizer(text).input_ids
+        return ids[1:] if len(ids) > 1 and ids[0] == self.tokenizer.bos_token_id else ids
+
+    def _new_ids(self, output_ids):
+        prompt = self.prompt[0].to(output_ids.device)
+        if torch.equal(output_ids[0, : self.start_len], prompt):
+            return output_ids[:, self.start_len :]
+        # transformers 4.37 puts a BOS in front when it generates from embeddings.
+        has_bos = bool((output_ids[:, :1] == self.tokenizer.bos_token_id).all())
+        return output_ids[:, int(has_bos) :]
+
+    def _ends_with_keyword(self, row: list[int]) -> bool:
+        if not row:
+            return False
+        if any(row[-len(ids) :] == ids.tolist() for ids in self.keyword_ids):
+            return True
+        tail = self.tokenizer.decode(row[-self.max_keyword_len :], skip_special_tokens=True)
+        return any(keyword in tail for keyword in self.keywords)

@@ -1,0 +1,109 @@
+"""Logging and small helpers of the demo and of model loading."""
+
+import logging
+import logging.handlers
+import os
+import sys
+from pathlib import Path
+
+import requests
+
+from llava import constants
+
+server_error_msg = "**NETWORK ERROR DUE TO HIGH TRAFFIC. PLEASE REGENERATE OR REFRESH THIS PAGE.**"
+moderation_msg = "YOUR INPUT VIOLATES OUR CONTENT MODERATION GUIDELINES. PLEASE TRY AGAIN."
+
+MODERATION_URL = "https://api.openai.com/v1/moderations"
+MODERATION_SECONDS = 5
+
+_FORMATTER = logging.Formatter(
+    "%(asctime)s | %(levelname)s | %(name)s | %(message)s", datefmt="%Y-%m-%d %H:%M:%S"
+)
+_file_handler = None  # one log file per process, shared by all loggers
+
+
+def build_logger(logger_name: str, logger_filename: str) -> logging.Logger:
+    """The logger `logger_name`; everything logged or printed from now on also goes to a file.
+
+    The file is `constants.LOGDIR`/`logger_filename`, a new one each day (UTC). The first call
+    decides on the file, and replaces stdout and stderr by loggers of the same names.
+    """
+    global _file_handler
+    logging.basicConfig(level=logging.INFO)
+    logging.getLogger().handlers[0].setFormatter(_FORMATTER)
+    if _file_handler is None:
+        sys.stdout = StreamToLogger(logging.getLogger("stdout"), logging.INFO)
+        sys.stderr = StreamToLogger(logging.getLogger("stderr"), logging.ERROR)
+        Path(constants.LOGDIR).mkdir(parents=True, exist_ok=True)
+        _file_handler = logging.handlers.TimedRotatingFileHandler(
+            Path(constants.LOGDIR) / logger_filename, when="D", utc=True, encoding="UTF-8"
+        )
+        _file_handler.setFormatter(_FORMATTER)
+    logger = logging.getLogger(logger_name)
+    logger.setLevel(logging.INFO)
+    logging.getLogger().addHandler(_file_handler)
+    for existing in logging.root.manager.loggerDict.values():
+        # The others hand their records on to the root, and would write each line twice.
+        if isinstance(existing, logging.Logger) and not existing.propagate:
+            existing.addHandler(_file_handler)
+    return logger
+
+
+class StreamToLogger:
+    """A text stream that logs every complete line; whatever else is asked of it, stdout does."""
+
+    def __init__(self, logger: logging.Logger, log_level: int = logging.INFO):
+        self.terminal = sys.stdout
+        self.logger = logger
+        self.log_level = log_level
+        self.linebuf = ""
+
+    def __getattr__(self, name):
+        return getattr(self.terminal, name)
+
+    def write(self, text: str) -> int:
+        *lines, self.linebuf = (self.linebuf + text).split("\n")
+        for line in lines:
+            self.logger.log(self.log_level, line.rstrip())
+        return len(text)
+
+    def flush(self) -> None:
+        if self.linebuf:
+            self.logger.log(self.log_level, self.linebuf.rstrip())
+        self.linebuf = ""
+
+
+def disable_torch_init() -> None:
+    """Skips the random initialisation of linear and norm layers, for weights loaded afterwards.
+
+    Acts on the whole process: layers built later without loading weights hold arbitrary numbers.
+    """
+    import torch
+
+    for layer in (torch.nn.Linear, torch.nn.LayerNorm):
+        layer.reset_parameters = lambda self: None
+
+
+def violates_moderation(text: str, on_error: bool = False) -> bool:
+    """Whether OpenAI's moderation service, asked with OPENAI_API_KEY, flags `text`.
+
+    on_error: the answer when the service cannot be asked; True refuses what was not checked
+    """
+    try:
+        response = requests.post(
+            MODERATION_URL,
+            headers={"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"},
+            json={"input": text.replace("\n", "")},
+            timeout=MODERATION_SECONDS,
+        )
+        return bool(response.json()["results"][0]["flagged"])
+    except (requests.RequestException, KeyError, IndexError, TypeError) as error:
+        logging.getLogger(__name__).warning("moderation failed: %s", type(error).__name__)
+        return on_error
+
+
+def pretty_print_semaphore(semaphore) -> str:
+    """`semaphore` as "Semaphore(value=.., locked=..)", or "None"."""
+    if semaphore is None:
+        return "None"
+    return f"Semaphore(value={semaphore._value}, locked={semaphore.locked()})"

@@ -1,0 +1,44 @@
+"""Package, dependencies and extras. Tool settings: pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "llava/__init__.py").read_text()).group(1)
+
+EXTRAS = {
+    "serve": ["gradio>=6.17,<7", "fastapi", "uvicorn", "httpx"],
+    "train": ["peft"],
+    "deepspeed": ["deepspeed"],
+    "eval": ["matplotlib"],
+    "quant": ["bitsandbytes"],
+    "flash": ["flash-attn"],
+}
+EXTRAS["dev"] = ["pytest", "hypothesis", "ruff>=0.17,<0.18", *EXTRAS["train"], *EXTRAS["eval"]]
+
+setup(
+    name="llava",
+    version=VERSION,
+    description="LLaVA with every visual-token-pruning method behind one interface",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_namespace_packages(include=["llava", "llava.*"]),
+    install_requires=[
+        "torch>=2.1",
+        "transformers==4.37.2",
+        "accelerate",
+        "sentencepiece",
+        "protobuf",  # transformers reads sentencepiece models of newer Llama tokenizers with it
+        "safetensors",
+        "pillow<13",  # 13 resizes portrait images in another pass order, with other pixels
+        "numpy",
+        "requests",
+        "shortuuid",
+        "tqdm",
+    ],
+    extras_require=EXTRAS,
+)
