@@ -183,7 +183,7 @@ def load_image(question: Question, image: str, folder: str) -> Image.Image:
 
 
 def get_chunk(items: list, num_chunks: int, chunk_idx: int) -> list:
-    """Returns part `chunk_idx` of `items` cut into `num_chunks` equal ones; the last may be empty."""
+    """Returns part `chunk_idx` of `num_chunks` equal parts of `items`; late ones may be empty."""
     if num_chunks < 1 or not 0 <= chunk_idx < num_chunks:
         raise ValueError(f"chunk {chunk_idx} of {num_chunks} does not exist, counting from 0")
     size = math.ceil(len(items) / num_chunks)

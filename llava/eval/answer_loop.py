@@ -1,0 +1,219 @@
+"""The answer loop: questions in, answers out, in batches, with images prepared in the background.
+
+Every benchmark program and the suite run this one loop.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+)
+from llava.conversation import conv_templates
+from llava.eval.tasks import Question, load_image
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.pruning import trace_pruning
+
+PREPARED_IMAGES = 64  # neighbouring questions are often about one image
+
+
+@dataclass
+class Picture:
+    """An image ready for the model: pixels (3, S, S) or (crops, 3, S, S); size (width, height)."""
+
+    pixels: Tensor
+    size: tuple[int, int]
+
+
+@dataclass
+class AnswerLoop:
+    """Answers questions with a loaded model.
+
+    conv_mode:      name of the prompt template
+    batch_size:     prompts per call of `generate`
+    workers:        threads that decode and prepare images
+    max_new_tokens: length at which an answer is cut
+    temperature:    0 takes the likeliest token; larger values sample
+    """
+
+    tokenizer: object
+    model: object
+    image_processor: object
+    conv_mode: str
+    batch_size: int = 1
+    workers: int = 4
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float | None = None
+    num_beams: int = 1
+
+    #: visual tokens per prompt: entering the decoder, and on average over its layers
+    visual_tokens: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        if self.conv_mode not in conv_templates:
+            names = ", ".join(conv_templates)
+            raise ValueError(f"unknown conv mode {self.conv_mode!r}, choose from {names}")
+        if self.batch_size < 1:
+            raise ValueError(f"the batch size must be at least 1, got {self.batch_size}")
+
+    def answer(
+        self, questions: list[Question], image_folder: str
+    ) -> Iterator[tuple[list[Question], list[str]]]:
+        """Yields (questions, answers) batch by batch, in order.
+
+        Raises ValueError naming the question when an image is missing or broken; the batches
+        before it have been yielded by then.
+        """
+        for batch in batched(self.prepared(questions, image_folder), self.batch_size):
+            questions_of_batch = [question for question, _ in batch]
+            yield questions_of_batch, self.generate(batch)
+
+    def prepared(
+        self, questions: list[Question], image_folder: str
+    ) -> Iterator[tuple[Question, list[Picture]]]:
+        """Yields every question with its pictures, prepared some batches ahead of their use."""
+        ahead = deque()
+        recent: OrderedDict[str, Future] = OrderedDict()
+        with ThreadPoolExecutor(self.workers) as pool:
+            try:
+                for question in questions:
+                    futures = []
+                    for image in question.images:
+                        if image not in recent:
+                            recent[image] = pool.submit(self.prepare, question, image, image_folder)
+                        recent.move_to_end(image)
+                        futures.append(recent[image])
+                    ahead.append((question, futures))
+                    if len(recent) > PREPARED_IMAGES:
+                        recent.popitem(last=False)
+                    if len(ahead) > 2 * self.batch_size + self.workers:
+                        yield _finished(ahead.popleft())
+                while ahead:
+                    yield _finished(ahead.popleft())
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def prepare(self, question: Question, image: str, image_folder: str) -> Picture:
+        """Decodes one image and turns it into pixels as the checkpoint wants them."""
+        picture = load_image(question, image, image_folder)
+        try:
+            pixels = process_images([picture], self.image_processor, self.model.config)[0]
+        except ValueError as error:
+            raise ValueError(f"{question}, image {image}: {error}") from error
+        return Picture(pixels, picture.size)
+
+    @torch.inference_mode()
+    def generate(self, batch: list[tuple[Question, list[Picture]]]) -> list[str]:
+        """Returns the answers to one batch."""
+        prompts = [self.prompt(question) for question, _ in batch]
+        ids = [tokenizer_image_token(p, self.tokenizer, return_tensors="pt") for p in prompts]
+        pad_id = self.tokenizer.pad_token_id
+        pad_id = self.tokenizer.eos_token_id if pad_id is None else pad_id
+        input_ids, mask = pad_left(ids, pad_id)
+        device = self.model.device
+        arguments = {
+            "input_ids": input_ids.to(device),
+            "attention_mask": mask.to(device),
+            "pad_token_id": pad_id,
+            "max_new_tokens": self.max_new_tokens,
+            "num_beams": self.num_beams,
+            "use_cache": True,
+            **self._sampling(),
+            **self._images(batch),
+        }
+        if self.visual_tokens is None:
+            with trace_pruning(self.model) as trace:
+                output = self.model.generate(**arguments)
+            self.visual_tokens = count_visual_tokens(trace)
+        else:
+            output = self.model.generate(**arguments)
+        texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def prompt(self, question: Question) -> str:
+        """Returns the full prompt: image marks and text as one user turn of the template."""
+        mark = DEFAULT_IMAGE_TOKEN
+        if getattr(self.model.config, "mm_use_im_start_end", False):
+            mark = DEFAULT_IM_START_TOKEN + mark + DEFAULT_IM_END_TOKEN
+        text = question.text
+        if not question.images or text.count(DEFAULT_IMAGE_TOKEN) != len(question.images):
+            text = (mark + "\n") * len(question.images) + text
+        conversation = conv_templates[self.conv_mode].copy()
+        conversation.append_message(conversation.roles[0], text)
+        conversation.append_message(conversation.roles[1], None)
+        return conversation.get_prompt()
+
+    def _sampling(self) -> dict:
+        if self.temperature > 0:
+            return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        return {"do_sample": False}
+
+    def _images(self, batch: list[tuple[Question, list[Picture]]]) -> dict:
+        """All images of the batch in order; stacked when all have the same number of crops."""
+        pictures = [picture for _, own in batch for picture in own]
+        if not pictures:
+            return {"images": None}
+        place = {"device": self.model.device, "dtype": self.model.dtype, "non_blocking": True}
+        pixels = [picture.pixels for picture in pictures]
+        if len({tuple(p.shape) for p in pixels}) == 1:
+            images = torch.stack(pixels).to(**place)
+        else:
+            images = [p.to(**place) for p in pixels]
+        return {
+            "images": images,
+            "image_sizes": [picture.size for picture in pictures],
+            "questions": [question.text for question, own in batch for _ in own],
+        }
+
+
+def _finished(item: tuple[Question, list[Future]]) -> tuple[Question, list[Picture]]:
+    question, futures = item
+    return question, [future.result() for future in futures]
+
+
+def batched(items: Iterator, size: int) -> Iterator[list]:
+    """Yields lists of `size` items, the last one possibly shorter.
+
+    When `items` fails, what was collected comes first and the error after it.
+    """
+    items, failure = iter(items), None
+    while failure is None:
+        batch = []
+        try:
+            while len(batch) < size:
+                batch.append(next(items))
+        except StopIteration:
+            failure = StopIteration
+        except Exception as error:  # noqa: BLE001 raised again below
+            failure = error
+        if batch:
+            yield batch
+    if failure is not StopIteration:
+        raise failure
+
+
+def pad_left(rows: list[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Returns ids and attention mask (B, L) of prompts of different lengths."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, longest - len(row) :] = row
+        mask[number, longest - len(row) :] = 1
+    return ids, mask
+
+
+def count_visual_tokens(trace) -> tuple[float, float] | None:
+    """Returns visual tokens per prompt entering layer 0 and on average over layers, or None."""
+    if not trace.visual_tokens:
+        return None
+    layers = [tokens.float().mean().item() for tokens in trace.visual_tokens]
+    return layers[0], sum(layers) / len(layers)

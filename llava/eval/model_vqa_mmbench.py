@@ -1,0 +1,34 @@
+"""Answers the multiple-choice table of MMBench; the images are inside the table.
+
+python -m llava.eval.model_vqa_mmbench --model-path llava-v1.5-7b --question-file dev.tsv \
+    --answers-file A.jsonl --single-pred-prompt
+"""
+
+from functools import partial
+
+from llava.eval.errors import errors_as_messages
+from llava.eval.model_vqa_loader import build_parser, parse_args, run, use_playground_questions
+from llava.eval.tasks import SINGLE_PRED_PROMPT, mmbench_questions, read_table
+
+
+@errors_as_messages()
+def main():
+    parser = build_parser(__doc__.splitlines()[0])
+    parser.add_argument(
+        "--all-rounds", "--all_rounds", action="store_true", help="ask with every rotation"
+    )
+    parser.add_argument("--single-pred-prompt", "--single_pred_prompt", action="store_true")
+    parser.add_argument("--lang", default="en", choices=sorted(SINGLE_PRED_PROMPT))
+    args = parse_args(parser)
+    use_playground_questions(parser, args, "mmbench/mmbench_dev_20230712.tsv", "images")
+    to_questions = partial(
+        mmbench_questions,
+        all_rounds=args.all_rounds,
+        single_pred_prompt=args.single_pred_prompt,
+        lang=args.lang,
+    )
+    run(args, read_table(args.question_file), to_questions)
+
+
+if __name__ == "__main__":
+    main()

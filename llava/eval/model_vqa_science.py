@@ -1,0 +1,27 @@
+"""Answers ScienceQA: questions with options, about half of them with an image.
+
+python -m llava.eval.model_vqa_science --model-path llava-v1.5-7b --image-folder images/test \
+    --question-file llava_test_CQM-A.json --answers-file A.jsonl --single-pred-prompt
+"""
+
+from functools import partial
+
+from llava.eval.errors import errors_as_messages
+from llava.eval.model_vqa_loader import build_parser, parse_args, run
+from llava.eval.tasks import read_json_list, science_questions
+
+
+@errors_as_messages()
+def main():
+    parser = build_parser(__doc__.splitlines()[0], "tables/question.json", "llava_v0")
+    parser.add_argument("--single-pred-prompt", "--single_pred_prompt", action="store_true")
+    parser.add_argument(
+        "--answer-prompter", "--answer_prompter", action="store_true", help="accepted, no effect"
+    )
+    args = parse_args(parser)
+    records = read_json_list(args.question_file, ("id", "conversations"))
+    run(args, records, partial(science_questions, single_pred_prompt=args.single_pred_prompt))
+
+
+if __name__ == "__main__":
+    main()
