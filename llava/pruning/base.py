@@ -80,7 +80,7 @@ class Prefill:
     index:         (B, S) place of each token in the prompt that entered layer 0
     valid:         (B, S) False on padding; None: every place is a token
     grid:          (h, w) patches per side of one crop before any pruning
-    attention:     (B, H, R, S) fp32 rows of the previous layer that `probe_rows` asked for, by default
+    attention:     (B, H, R, S) fp32 rows of the previous layer that `probe_rows` chose, by default
                    one, the last prompt token; None where no row was probed
     """
 

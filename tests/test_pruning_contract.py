@@ -1,0 +1,177 @@
+"""What every method in METHODS promises."""
+
+import pytest
+import torch
+
+from llava.pruning import METHODS, build_pruner, trace_pruning
+from tests.conftest import SIDE, make_pruner, pad_batch
+
+NUM_PATCHES = 36
+GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=-1)
+
+
+@pytest.fixture(params=sorted(METHODS))
+def pruner(request):
+    return make_pruner(request.param)
+
+
+def generate(model, ids, images, **kwargs):
+    """New tokens, first logits and the trace."""
+    with trace_pruning(model, embeds=True) as trace:
+        out = model.generate(
+            ids,
+            images=images,
+            output_scores=True,
+            return_dict_in_generate=True,
+            **{**GREEDY, **kwargs},
+        )
+    return out.sequences, out.scores[0], trace
+
+
+def test_schedule_is_what_happens(model, pruner, sample):
+    model.pruner = pruner
+    prompt = sample(4, "image", 5)
+    _, _, trace = generate(model, prompt.ids, prompt.images)
+    seen = [int(tokens[0]) for tokens in trace.visual_tokens]
+    assert seen == pruner.token_schedule(NUM_PATCHES, 6)
+    assert [int(n[0]) for n in trace.kv_lengths] == [n + 10 for n in seen]
+
+
+def test_cache_bytes_are_those_of_the_kept_tokens(model, pruner, sample):
+    model.pruner = pruner
+    prompt = sample(4, "image", 5)
+    _, _, trace = generate(model, prompt.ids, prompt.images)
+    entries = sum(int(n[0]) for n in trace.kv_lengths)
+    assert trace.kv_bytes == entries * 2 * 32 * 4  # key and value, 32 wide, fp32
+
+
+def test_kept_patches_are_unique_and_in_raster_order(model, pruner, sample):
+    model.pruner = pruner
+    prompt = sample(4, "image", 5)
+    _, _, trace = generate(model, prompt.ids, prompt.images)
+    kept = trace.visual_positions[0]
+    plain = kept[kept >= 0]
+    assert plain.tolist() == sorted(set(plain.tolist()))
+    assert trace.visual_embeds[0].shape == (len(kept), 32)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batching_changes_nothing(model, pruner, sample, side):
+    model.pruner = pruner
+    prompts = [sample(3, "image", 9, seed=1), sample(12, "image", 2, seed=2), sample(5, seed=3)]
+    alone = [generate(model, p.ids, p.images) for p in prompts]
+    ids, mask = pad_batch([p.ids for p in prompts], side)
+    images = torch.cat([p.images for p in prompts if p.images is not None])
+    tokens, logits, trace = generate(model, ids, images, attention_mask=mask)
+    for row, (own_tokens, own_logits, own_trace) in enumerate(alone):
+        assert torch.equal(tokens[row], own_tokens[0])
+        torch.testing.assert_close(logits[row], own_logits[0], atol=1e-4, rtol=1e-4)
+        for layer, lengths in enumerate(own_trace.kv_lengths):
+            assert trace.kv_lengths[layer][row] == lengths[0]
+    for row in range(2):
+        assert torch.equal(trace.visual_positions[row], alone[row][2].visual_positions[0])
+
+
+def test_several_images_in_one_prompt_are_pruned_one_by_one(model, pruner, sample):
+    model.pruner = pruner
+    both = sample(3, "image", 4, "image", 5)
+    _, _, trace = generate(model, both.ids, both.images)
+    schedule = pruner.token_schedule(NUM_PATCHES, 6)
+    assert [int(n[0]) for n in trace.visual_tokens] == [2 * n for n in schedule]
+    assert len(trace.visual_positions) == 2
+
+
+def test_pruning_twice_gives_the_same_answer(model, pruner, sample):
+    model.pruner = pruner
+    prompt = sample(4, "image", 5)
+    first, second = (generate(model, prompt.ids, prompt.images) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_a_budget_of_all_patches_is_the_dense_model(model, sample, pruner):
+    prompt = sample(4, "image", 5)
+    dense = generate(model, prompt.ids, prompt.images)
+    model.pruner = make_pruner(pruner.name, NUM_PATCHES)
+    full = generate(model, prompt.ids, prompt.images)
+    torch.testing.assert_close(full[1], dense[1], atol=1e-5, rtol=1e-5)
+    assert torch.equal(full[0], dense[0])
+
+
+def test_a_budget_above_the_patch_count_is_an_error(model, pruner):
+    if not hasattr(pruner, "visual_token_num"):
+        pytest.skip("this method takes no budget")
+    with pytest.raises(ValueError, match="exceeds the 36 patches"):
+        model.pruner = make_pruner(pruner.name, NUM_PATCHES + 1)
+    with pytest.raises(ValueError, match="at least 1"):
+        make_pruner(pruner.name, 0)
+
+
+def test_text_only_prompts_are_untouched(model, pruner, sample):
+    prompt = sample(7)
+    dense = generate(model, prompt.ids, None)
+    model.pruner = pruner
+    pruned = generate(model, prompt.ids, None)
+    assert torch.equal(dense[0], pruned[0])
+    assert torch.equal(dense[1], pruned[1])
+
+
+def test_switching_off_restores_the_model(model, pruner, sample):
+    prompt = sample(4, "image", 5)
+    before = generate(model, prompt.ids, prompt.images)
+    model.pruner = pruner
+    generate(model, prompt.ids, prompt.images)
+    model.pruner = build_pruner("none")
+    after = generate(model, prompt.ids, prompt.images)
+    assert torch.equal(before[1], after[1])
+    assert torch.equal(before[0], after[0])
+
+
+def test_decoding_equals_running_the_whole_answer_again(model, pruner, sample):
+    model.pruner = pruner
+    prompt = sample(4, "image", 5)
+    cached, _, _ = generate(model, prompt.ids, prompt.images)
+    slow, _, _ = generate(model, prompt.ids, prompt.images, use_cache=False)
+    assert torch.equal(cached, slow) or pruner.probe_layers(6)  # a method may read the last token
+
+
+def test_beam_search_and_sampling_run(model, pruner, sample):
+    model.pruner = pruner
+    prompts = [sample(3, "image", 9, seed=1), sample(6, "image", 2, seed=2)]
+    ids, mask = pad_batch([p.ids for p in prompts])
+    images = torch.cat([p.images for p in prompts])
+    options = dict(attention_mask=mask, max_new_tokens=5, eos_token_id=-1)
+    beams = model.generate(ids, images=images, num_beams=3, do_sample=False, **options)
+    assert beams.shape == (2, 5)
+    torch.manual_seed(0)
+    assert model.generate(ids, images=images, do_sample=True, top_p=0.9, **options).shape == (2, 5)
+
+
+def test_anyres_images_follow_the_schedule(anyres_model, pruner, sample):
+    model = anyres_model
+    name = pruner.name
+    model.pruner = pruner = make_pruner(name, 50)
+    prompt = sample(4, "image", 5)
+    tiles = model.config.image_grid_pinpoints
+    size = (42, 84) if pruner.anyres_tiles is None else (2 * SIDE, 2 * SIDE)
+    count = 5 if len(tiles) == 1 else 3  # 84 x 168 for the portrait image
+    images = [torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(5))]
+    _, _, trace = generate(model, prompt.ids, images, image_sizes=[size])
+    real = [int(n) for n in (trace.visual_positions[0] >= 0).sum(dim=0, keepdim=True)]
+    if pruner.anyres_tiles is not None:
+        assert real == [pruner.token_schedule(NUM_PATCHES, 6, crops=5)[0]]
+    assert int(trace.visual_tokens[0][0]) == len(trace.visual_positions[0])
+
+
+def test_a_printed_method_builds_itself_again(pruner):
+    namespace = {cls.__name__: cls for cls in METHODS.values()}
+    assert repr(eval(repr(pruner), namespace)) == repr(pruner)
+
+
+def test_an_unknown_method_or_option_lists_the_choices():
+    with pytest.raises(ValueError, match="unknown pruning method 'nope', choose from none, random"):
+        build_pruner("nope")
+    with pytest.raises(ValueError, match="unknown option 'budget'.*visual_token_num, seed"):
+        build_pruner("random", budget=3)
+    with pytest.raises(ValueError, match="has no options"):
+        build_pruner("none", visual_token_num=3)
