@@ -1,0 +1,1 @@
+"""Training: projector pretraining, full fine-tuning and LoRA on conversation data."""

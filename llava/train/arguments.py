@@ -1,0 +1,94 @@
+"""The flags of the training program: three dataclasses, one flag per field.
+
+Names and defaults are those of the published recipes; what is added here is marked "added".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import List, Optional  # noqa: UP035  HfArgumentParser reads these annotations
+
+import torch
+import transformers
+
+
+@dataclass
+class ModelArguments:
+    """What is trained: the checkpoint, its vision modules and (added) the pruning it trains with."""
+
+    model_name_or_path: str = "facebook/opt-125m"
+    version: str = "v0"
+    freeze_backbone: bool = False
+    tune_mm_mlp_adapter: bool = False
+    vision_tower: Optional[str] = None
+    mm_vision_select_layer: int = -1
+    pretrain_mm_mlp_adapter: Optional[str] = None
+    mm_projector_type: str = "linear"
+    mm_use_im_start_end: bool = False
+    mm_use_im_patch_token: bool = True
+    mm_patch_merge_type: str = "flat"
+    mm_vision_select_feature: str = "patch"
+    unfreeze_mm_vision_tower: bool = field(
+        default=False, metadata={"help": "added: train the vision tower as well"}
+    )
+    pruning_method: str = field(
+        default="none", metadata={"help": "added: prune visual tokens while training"}
+    )
+    visual_token_num: Optional[int] = field(
+        default=None, metadata={"help": "added: token budget per image of the pruning method"}
+    )
+    pruning_arg: List[str] = field(  # noqa: UP006
+        default_factory=list, metadata={"help": "added: KEY=VALUE options of the pruning method"}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Where samples come from and how they become ids, labels and pixels."""
+
+    data_path: Optional[str] = None
+    lazy_preprocess: bool = field(default=False, metadata={"help": "ignored: always lazy"})
+    is_multimodal: bool = False
+    image_folder: Optional[str] = None
+    image_aspect_ratio: str = "square"
+    label_masks: str = field(
+        default="exact",
+        metadata={"help": "added: exact, or released (the published masks with their defects)"},
+    )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """The Trainer's own arguments plus LoRA, quantisation and learning-rate groups."""
+
+    cache_dir: Optional[str] = None
+    optim: str = "adamw_torch"
+    remove_unused_columns: bool = False
+    freeze_mm_mlp_adapter: bool = False
+    mpt_attn_impl: str = field(default="triton", metadata={"help": "unused: MPT is not supported"})
+    model_max_length: int = field(
+        default=512, metadata={"help": "longer sequences are cut on the right (and padded to it)"}
+    )
+    double_quant: bool = True
+    quant_type: str = "nf4"
+    bits: int = field(default=16, metadata={"help": "4, 8 (bitsandbytes) or 16"})
+    lora_enable: bool = False
+    lora_r: int = 64
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    lora_weight_path: str = field(default="", metadata={"help": "unused"})
+    lora_bias: str = field(default="none", metadata={"help": "none, all or lora_only"})
+    mm_projector_lr: Optional[float] = None
+    group_by_modality_length: bool = False
+    mm_vision_tower_lr: Optional[float] = field(
+        default=None, metadata={"help": "added: learning rate of an unfrozen vision tower"}
+    )
+    matrix_optim: str = field(
+        default="same",
+        metadata={"help": "added: muon = Muon for the matrices of the decoder layers"},
+    )
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type in which matrices are multiplied: float16, bfloat16 or float32."""
+        return torch.float16 if self.fp16 else torch.bfloat16 if self.bf16 else torch.float32

@@ -1,0 +1,225 @@
+"""Label masks: which ids of a conversation the model is trained to produce.
+
+A template's prompt is rendered once, as text, together with the character spans of the answers.
+Spans become label masks through the position of every token in the text, so no rule about how a
+tokenizer counts is needed, and every template is right by construction: what closing a turn adds
+to the prompt (the answer and its end mark) is what the model has to say.
+
+Differs from the release: its masks drift for `###` templates, drop whole samples for ChatML
+templates with Llama tokenizers and for answers that contain a separator. They are kept, as they
+are, in `released_labels.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.conversation import Conversation, SeparatorStyle
+
+Span = tuple[int, int]  # [start, end) in characters, or in bytes where said
+
+
+@dataclass
+class Rendered:
+    """A training prompt and the character spans the model learns to write."""
+
+    text: str
+    answers: list[Span]
+
+
+def preprocess(
+    messages: Sequence[dict],
+    tokenizer,
+    conv: Conversation,
+    has_image: bool,
+    label_masks: str = "exact",
+) -> dict[str, torch.Tensor]:
+    """`input_ids` and `labels`, both (S,) int64, of one conversation in the template `conv`.
+
+    messages: `{"from": "human" | "gpt", "value": text}`, alternating; a leading answer is dropped.
+    With an image, `<image>` becomes IMAGE_TOKEN_INDEX and nothing is cut; without, the text is
+    cut to `tokenizer.model_max_length` ids.
+    """
+    if label_masks == "released":
+        from .released_labels import preprocess_released
+
+        return preprocess_released(messages, tokenizer, conv, has_image)
+    if label_masks != "exact":
+        raise ValueError(f"label_masks {label_masks!r} is unknown, choose 'exact' or 'released'")
+    rendered = render(messages, conv)
+    has_image = has_image or conv.sep_style == SeparatorStyle.PLAIN
+    ids, spans = tokenize_with_spans(rendered.text, tokenizer, has_image)
+    labels = [
+        token if token != IMAGE_TOKEN_INDEX and _overlaps(span, rendered.answers) else IGNORE_INDEX
+        for token, span in zip(ids, spans, strict=True)
+    ]
+    if not has_image:
+        ids, labels = ids[: tokenizer.model_max_length], labels[: tokenizer.model_max_length]
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+
+
+def render(messages: Sequence[dict], conv: Conversation) -> Rendered:
+    """The training prompt of a conversation and the spans of its answers."""
+    if conv.sep_style == SeparatorStyle.PLAIN:
+        return _render_caption(messages, conv)
+    if conv.sep_style == SeparatorStyle.SINGLE:
+        return _render_single(named_turns(messages, conv), conv)
+    conv = conv.copy()
+    conv.messages = []
+    answers = []
+    for i, (role, value) in enumerate(alternating(messages, conv)):
+        conv.append_message(role, value if i % 2 == 0 else None)
+        if i % 2 == 1:
+            open_turn = len(conv.get_prompt())
+            conv.messages[-1][1] = value
+            answers.append((open_turn, len(conv.get_prompt())))
+    return Rendered(conv.get_prompt(), answers)
+
+
+def named_turns(messages: Sequence[dict], conv: Conversation) -> list[tuple[str, str]]:
+    """(template role, text) per message."""
+    roles = {"human": conv.roles[0], "gpt": conv.roles[1]}
+    return [(roles.get(message["from"], "unknown"), message["value"]) for message in messages]
+
+
+def alternating(messages: Sequence[dict], conv: Conversation) -> list[tuple[str, str]]:
+    """`named_turns`, starting with a human; ValueError unless human and gpt alternate."""
+    messages = messages[1:] if messages and messages[0]["from"] != "human" else messages
+    for i, message in enumerate(messages):
+        expected = ("human", "gpt")[i % 2]
+        if message["from"] != expected:
+            raise ValueError(
+                f"message {i} is from {message['from']!r}, expected {expected!r}: "
+                "human and gpt must alternate"
+            )
+    return named_turns(messages, conv)
+
+
+def caption_text(messages: Sequence[dict], conv: Conversation) -> str:
+    """The text of a projector-pretraining sample: the image, then the caption."""
+    if len(messages) != 2 or DEFAULT_IMAGE_TOKEN not in messages[0]["value"]:
+        raise ValueError(
+            f"the plain template needs two messages, the first with {DEFAULT_IMAGE_TOKEN}; "
+            f"got {len(messages)}, the first {messages[0]['value']!r}"
+        )
+    return DEFAULT_IMAGE_TOKEN + messages[1]["value"] + conv.sep
+
+
+def _render_caption(messages: Sequence[dict], conv: Conversation) -> Rendered:
+    text = caption_text(messages, conv)
+    return Rendered(text, [(len(DEFAULT_IMAGE_TOKEN), len(text))])
+
+
+def _render_single(turns: list[tuple[str, str]], conv: Conversation) -> Rendered:
+    # An answer ends with the separator that opens the next message: generation stops there.
+    text, answers = f"{conv.system}\n\n", []
+    for role, value in turns:
+        start = len(f"{text}{conv.sep} {role}:")
+        text += f"{conv.sep} {role}: {value}\n"
+        if role == conv.roles[1]:
+            answers.append((start, len(text) + len(conv.sep)))
+    return Rendered(f"{text}{conv.sep} ", answers)
+
+
+def tokenize_with_spans(text: str, tokenizer, has_image: bool) -> tuple[list[int], list[Span]]:
+    """Ids of a prompt and the character span each covers; `<image>` is one id if has_image.
+
+    The pieces between image tokens are tokenised one by one, as `tokenizer_image_token` does.
+    """
+    ids: list[int] = []
+    spans: list[Span] = []
+    start = 0
+    for k, piece in enumerate(text.split(DEFAULT_IMAGE_TOKEN) if has_image else [text]):
+        if k > 0:
+            ids.append(IMAGE_TOKEN_INDEX)
+            spans.append((start, start + len(DEFAULT_IMAGE_TOKEN)))
+            start += len(DEFAULT_IMAGE_TOKEN)
+        piece_ids = tokenizer(piece, truncation=False).input_ids
+        piece_spans = token_spans(piece, piece_ids, tokenizer)
+        drop = int(k > 0 and piece_ids[:1] == [tokenizer.bos_token_id])
+        ids += piece_ids[drop:]
+        spans += [(a + start, b + start) for a, b in piece_spans[drop:]]
+        start += len(piece)
+    return ids, spans
+
+
+def token_spans(text: str, ids: list[int], tokenizer) -> list[Span]:
+    """Character span of every id in `text`; ids that stand for no character have start == end."""
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, return_offsets_mapping=True, truncation=False)
+        if encoded.input_ids == ids:
+            return [tuple(span) for span in encoded.offset_mapping]
+    spans = _walk(text.encode(), tokenizer.convert_ids_to_tokens(ids), tokenizer)
+    if spans is None:
+        return _spans_from_prefixes(text, ids, tokenizer)
+    if text.isascii():
+        return spans
+    chars = _byte_to_char(text)
+    return [(chars[a], chars[b]) for a, b in spans]
+
+
+def _walk(text: bytes, pieces: list[str], tokenizer) -> list[Span] | None:
+    """Byte spans of sentencepiece pieces laid over the text they came from, None if they differ.
+
+    A piece may begin with a space the text lacks: the tokenizer puts one in front of its input and
+    behind special tokens. Such a space has no width.
+    """
+    spans, at = [], 0
+    for piece in pieces:
+        if at == 0 and piece == tokenizer.bos_token:
+            spans.append((0, 0))
+            continue
+        span = _place(text, at, _piece_bytes(piece))
+        if span is None:
+            return None
+        spans.append(span)
+        at = span[1]
+    return None if text[at:].strip() else spans
+
+
+def _piece_bytes(piece: str) -> bytes:
+    if len(piece) == 6 and piece.startswith("<0x"):
+        return bytes.fromhex(piece[3:5])
+    return piece.replace("\u2581", " ").encode()
+
+
+def _place(text: bytes, at: int, content: bytes) -> Span | None:
+    """Where a piece lies in the text from offset `at` on."""
+    for candidate in (content, content.removeprefix(b" ")):
+        if text.startswith(candidate, at):
+            return at, at + len(candidate)
+    # Some tokenizers turn any run of white space into one space.
+    start = len(text) - len(text[at:].lstrip())
+    content = content.lstrip(b" ")
+    return (at, start + len(content)) if text.startswith(content, start) else None
+
+
+def _spans_from_prefixes(text: str, ids: list[int], tokenizer) -> list[Span]:
+    """Spans for tokenizers that rewrite their input, by tokenising growing prefixes (slow).
+
+    A token ends at the first character after which it and all before it are the ids of the prefix.
+    """
+    spans, start, done = [], 0, 0
+    for end in range(len(text) + 1):
+        prefix = tokenizer(text[:end], truncation=False).input_ids
+        same = next((i for i, (a, b) in enumerate(zip(prefix, ids, strict=False)) if a != b), None)
+        same = min(len(prefix), len(ids)) if same is None else same
+        if same > done:
+            spans += [(start, end)] * (same - done)
+            start, done = end, same
+    return spans + [(start, len(text))] * (len(ids) - done)
+
+
+def _byte_to_char(text: str) -> list[int]:
+    """For every byte offset of the UTF-8 form, the character it belongs to."""
+    chars = [i for i, char in enumerate(text) for _ in char.encode()]
+    return [*chars, len(text)]
+
+
+def _overlaps(span: Span, answers: list[Span]) -> bool:
+    start, end = span
+    return any(start < answer_end and end > answer_start for answer_start, answer_end in answers)

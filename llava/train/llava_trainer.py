@@ -1,0 +1,210 @@
+"""The Trainer of transformers with LLaVA's sampler, learning-rate groups and checkpoints."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import GradientAccumulationPlugin
+from transformers import Trainer, TrainerCallback
+
+from .optimizer import MuonWith, decoder_matrices, parameter_groups, split_matrices
+from .sampler import EpochRandomSampler, LengthGroupedSampler
+from .saving import (
+    NON_LORA_FILE,
+    PROJECTOR_FILE,
+    PRUNER_FILE,
+    lora_state,
+    non_lora_state,
+    projector_state,
+    save_full,
+    save_lora,
+    save_projector,
+    unwrapped,
+)
+
+
+class SamplerEpochs(TrainerCallback):
+    """Tells the sampler which epoch begins, also in a resumed run."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.start_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class LLaVATrainer(Trainer):
+    """Trains a LLaVA model; `args` are `llava.train.arguments.TrainingArguments`.
+
+    The order of samples depends on seed and epoch only, so a resumed run sees the same batches.
+    """
+
+    _final = False
+
+    def create_accelerator_and_postprocess(self) -> None:
+        # transformers 4.37 passes arguments that accelerate 1.0 has removed.
+        self.accelerator = Accelerator(
+            dataloader_config=DataLoaderConfiguration(
+                dispatch_batches=self.args.dispatch_batches, split_batches=self.args.split_batches
+            ),
+            deepspeed_plugin=self.args.deepspeed_plugin,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=self.args.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+        )
+        self.gather_function = self.accelerator.gather_for_metrics
+        state = self.accelerator.state
+        self.is_deepspeed_enabled = getattr(state, "deepspeed_plugin", None) is not None
+        self.is_fsdp_enabled = getattr(state, "fsdp_plugin", None) is not None
+        if self.is_deepspeed_enabled and getattr(self.args, "hf_deepspeed_config", None) is None:
+            self.propagate_args_to_deepspeed()
+
+    # --- what is trained, in which order ------------------------------------------------------
+
+    def _get_train_sampler(self):
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if args.group_by_modality_length:
+            sampler = LengthGroupedSampler(
+                args.train_batch_size,
+                world_size=args.world_size * args.gradient_accumulation_steps,
+                lengths=self.train_dataset.modality_lengths,
+                group_by_modality=True,
+                seed=seed,
+            )
+        else:
+            sampler = EpochRandomSampler(len(self.train_dataset), seed)
+        self.add_callback(SamplerEpochs(sampler))
+        return sampler
+
+    def create_optimizer(self):
+        if self.optimizer is not None:
+            return self.optimizer
+        args = self.args
+        groups = parameter_groups(
+            self.model, args.weight_decay, args.mm_projector_lr, args.mm_vision_tower_lr
+        )
+        if args.matrix_optim not in ("same", "muon"):
+            raise ValueError(f"matrix_optim {args.matrix_optim!r} is unknown, choose same or muon")
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        if args.matrix_optim == "same":
+            self.optimizer = optimizer_class(groups, **options)
+        elif self.is_deepspeed_enabled:
+            raise ValueError("matrix_optim muon does not work with DeepSpeed, choose same")
+        else:
+            matrices, others = split_matrices(groups, decoder_matrices(self.model))
+            rest = optimizer_class(others, **options)
+            self.optimizer = MuonWith(matrices, rest, lr=args.learning_rate)
+        if optimizer_class.__name__ == "Adam8bit":
+            _keep_embeddings_exact(self.model)
+        return self.optimizer
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    @property
+    def saved_part(self) -> str:
+        """What checkpoints hold: "lora", "projector" or "full"."""
+        if hasattr(self.model, "peft_config"):
+            return "lora"
+        tune = getattr(self.model.config, "tune_mm_mlp_adapter", False)
+        return "projector" if tune else "full"
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the trained part of the model; called by every process.
+
+        Checkpoints during training (`_internal_call`) keep the training precision. The final result
+        is written in the compute precision, and its projector file beside a `checkpoint-N` folder.
+        """
+        folder = output_dir or self.args.output_dir
+        if self.saved_part == "full":
+            self._final = not _internal_call
+            super().save_model(folder, _internal_call)
+            return
+        if self.saved_part == "lora":
+            states = lora_state(self.model), non_lora_state(self.model)
+        else:
+            states = (projector_state(self.model),)
+        if self.args.should_save:
+            os.makedirs(folder, exist_ok=True)
+            if self.saved_part == "lora":
+                save_lora(self.model, folder, *states)
+            else:
+                save_projector(self.model, folder, *states, beside=not _internal_call)
+            self._save_extras(folder)
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        folder = output_dir or self.args.output_dir
+        os.makedirs(folder, exist_ok=True)
+        state = self.model.state_dict() if state_dict is None else state_dict
+        save_full(self.model, folder, state, self.args.compute_dtype if self._final else None)
+        self._save_extras(folder)
+
+    def _save_extras(self, folder: str) -> None:
+        if self.tokenizer is not None and self.saved_part == "full":
+            self.tokenizer.save_pretrained(folder)
+        if weights := self._pruner_state():
+            torch.save(weights, os.path.join(folder, PRUNER_FILE))
+
+    def _pruner_state(self) -> dict:
+        module = getattr(unwrapped(self.model), "pruner_module", None)
+        return {} if module is None else module.state_dict()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        def read(name: str) -> dict:
+            path = os.path.join(resume_from_checkpoint, name)
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+        model = self.model if model is None else model
+        if self.saved_part == "full":
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif self.saved_part == "projector":
+            load_some(model, read(PROJECTOR_FILE))
+        else:
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            weights = load_peft_weights(resume_from_checkpoint, device="cpu")
+            set_peft_model_state_dict(model, weights)
+            load_some(model, read(NON_LORA_FILE))
+        if self._pruner_state():
+            unwrapped(model).pruner_module.load_state_dict(read(PRUNER_FILE))
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        # A frozen tower and a pruning method are not part of a checkpoint.
+        kept = [
+            name
+            for name in load_result.missing_keys
+            if "vision_tower." not in name and not name.startswith("pruner_module.")
+        ]
+        load_result.missing_keys[:] = kept
+        super()._issue_warnings_after_load(load_result)
+
+    def _load_rng_state(self, checkpoint) -> None:
+        # The file holds numpy's state as an array, which torch.load refuses unless told.
+        allowed = [
+            np.ndarray,
+            np.dtype,
+            type(np.dtype(np.uint32)),
+            np.zeros(0).__reduce__()[0],
+        ]
+        with torch.serialization.safe_globals(allowed):
+            super()._load_rng_state(checkpoint)
+
+
+def load_some(model: torch.nn.Module, state: dict) -> None:
+    """Copies `state` into the model; ValueError if it names a parameter the model lacks."""
+    unexpected = model.load_state_dict(state, strict=False).unexpected_keys
+    if unexpected:
+        raise ValueError(f"the checkpoint holds weights the model lacks: {', '.join(unexpected)}")
+
+
+def _keep_embeddings_exact(model: torch.nn.Module) -> None:
+    """Optimizer state of embeddings in 32 bit, where the rest is in 8."""
+    import bitsandbytes
+
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})

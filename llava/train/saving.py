@@ -1,0 +1,128 @@
+"""What a training run writes: the projector alone, a LoRA adapter, or the whole model."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+ADAPTER_PARTS = ("mm_projector", "vision_resampler")
+PROJECTOR_FILE = "mm_projector.bin"
+NON_LORA_FILE = "non_lora_trainables.bin"
+PRUNER_FILE = "pruner.bin"
+
+
+def gathered(parameter: Tensor) -> Tensor:
+    """The whole parameter on the CPU; collected from all processes if DeepSpeed has split it."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().cpu().clone()
+    from deepspeed import zero  # only a parameter split by DeepSpeed gets here
+
+    with zero.GatheredParameters([parameter]):
+        return parameter.detach().cpu().clone()
+
+
+def select_state(model: nn.Module, wanted: Callable[[str, Tensor], bool]) -> dict[str, Tensor]:
+    """Copies of the parameters for which `wanted(name, parameter)`; every process must call it."""
+    return {name: gathered(p) for name, p in model.named_parameters() if wanted(name, p)}
+
+
+def projector_state(model: nn.Module) -> dict[str, Tensor]:
+    """The projector (and the embeddings, where image markers are trained with it)."""
+    parts = ADAPTER_PARTS
+    if getattr(model.config, "mm_use_im_start_end", False):
+        parts += ("embed_tokens", "embed_in")
+    return select_state(model, lambda name, _: any(part in name for part in parts))
+
+
+def lora_state(model: nn.Module) -> dict[str, Tensor]:
+    """Adapter weights, and the biases that are trained with them."""
+    bias = model.active_peft_config.bias
+    layers = {name.split("lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}
+
+    def wanted(name: str, _: Tensor) -> bool:
+        if "lora_" in name or bias == "none":
+            return "lora_" in name
+        is_bias = name.endswith("bias")
+        # peft nests an adapted layer's own bias: LAYER.base_layer.bias
+        return is_bias and (bias == "all" or name.removesuffix("base_layer.bias") in layers)
+
+    return select_state(model, wanted)
+
+
+def non_lora_state(model: nn.Module) -> dict[str, Tensor]:
+    """Trained parameters outside the adapter."""
+    return select_state(model, lambda name, p: p.requires_grad and "lora_" not in name)
+
+
+def save_projector(
+    model: nn.Module, folder: str, state: dict[str, Tensor], beside: bool = False
+) -> None:
+    """Writes config.json and mm_projector.bin.
+
+    beside: a folder named `checkpoint-N` gets its weights as `../mm_projector/checkpoint-N.bin`.
+    """
+    portable_config(model, folder).save_pretrained(folder)
+    parent, name = os.path.split(os.path.normpath(folder))
+    path = os.path.join(folder, PROJECTOR_FILE)
+    if beside and name.startswith("checkpoint-"):
+        path = os.path.join(parent, "mm_projector", f"{name}.bin")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    torch.save(state, path)
+
+
+def save_lora(model: nn.Module, folder: str, adapter: dict, others: dict) -> None:
+    """Writes the adapter, config.json and non_lora_trainables.bin; `model` is a PeftModel."""
+    model.save_pretrained(folder, state_dict=adapter, save_embedding_layers=False)
+    portable_config(model, folder).save_pretrained(folder)
+    torch.save(others, os.path.join(folder, NON_LORA_FILE))
+
+
+def save_full(
+    model: nn.Module, folder: str, state: dict[str, Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """Writes config.json and safetensors of the whole model, in `dtype` if given.
+
+    A frozen tower is left out: the config names it. A pruning method's own weights are left out.
+    """
+    tower = getattr(model.config, "unfreeze_mm_vision_tower", False)
+    state = {
+        name: value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        for name, value in state.items()
+        if not name.startswith("pruner_module.") and (tower or "vision_tower." not in name)
+    }
+    model.save_pretrained(folder, state_dict=state)
+    config = portable_config(model, folder)
+    if dtype is not None:
+        config.torch_dtype = dtype
+    config.save_pretrained(folder)
+
+
+def portable_config(model: nn.Module, folder: str):
+    """A copy of the model's config as it belongs into `folder`.
+
+    A vision tower given by a relative path is named relative to `folder`. Settings that a pruning
+    method changed for its own run are put back.
+    """
+    config = copy.deepcopy(model.config)
+    llava = unwrapped(model)
+    tower = llava.get_vision_tower() if hasattr(llava, "get_vision_tower") else None
+    name = getattr(config, "mm_vision_tower", None)
+    if tower is not None and name and not os.path.isabs(name):
+        if os.path.isdir(tower.vision_tower_name):
+            config.mm_vision_tower = os.path.relpath(tower.vision_tower_name, folder)
+    for key, value in (getattr(llava, "_native_anyres", None) or {}).items():
+        if hasattr(config, key) and value is not None:
+            setattr(config, key, value)
+    if os.path.isdir(config._name_or_path):  # no trace of the machine it was trained on
+        config._name_or_path = os.path.basename(os.path.normpath(config._name_or_path))
+    config.use_cache = True
+    return config
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The LLaVA inside a PeftModel, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model

@@ -1,0 +1,137 @@
+"""Trains LLaVA: projector pretraining, full fine-tuning or LoRA.
+
+    python -m llava.train.train --model_name_or_path CHECKPOINT --version v1 --data_path data.json \
+        --image_folder images --vision_tower openai/clip-vit-large-patch14-336 --output_dir OUT ...
+
+Several processes: `accelerate launch -m llava.train.train ...` or `deepspeed llava/train/train.py`.
+A run whose output folder holds `checkpoint-*` continues from the newest. See docs/Training.md.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import transformers
+from accelerate.state import AcceleratorState
+
+from llava.conversation import Conversation, conv_templates
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.data import make_supervised_data_module
+from llava.train.llava_trainer import LLaVATrainer
+from llava.train.model_setup import (
+    add_lora,
+    add_pruner,
+    add_vision,
+    freeze_backbone,
+    load_model,
+    settle_dtypes,
+)
+
+
+def train(
+    args: Sequence[str] | None = None,
+    attn_implementation: str | None = None,
+    pruner=None,
+    callbacks: Sequence[transformers.TrainerCallback] = (),
+) -> LLaVATrainer:
+    """Runs a whole training and returns the Trainer (its model is `.model`).
+
+    args:                command-line words, default those of this process
+    attn_implementation: "sdpa", "flash_attention_2" or "eager"
+    pruner:              a `llava.pruning.Pruner` to train with, instead of --pruning_method
+    callbacks:           further Trainer callbacks
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    with own_precision():
+        trainer = prepare(words, attn_implementation, pruner, callbacks)
+        output = pathlib.Path(trainer.args.output_dir)
+        trainer.train(resume_from_checkpoint=any(output.glob("checkpoint-*")))
+        trainer.save_state()
+        trainer.model.config.use_cache = True
+        trainer.save_model(str(output))
+    return trainer
+
+
+def prepare(
+    words: Sequence[str], attn_implementation: str | None = None, pruner=None, callbacks=()
+) -> LLaVATrainer:
+    """Everything up to the first step: arguments, model, tokenizer, data, Trainer."""
+    parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(args=list(words))
+    given = {word.lstrip("-").split("=")[0] for word in words if word.startswith("--")}
+    # Weights that no checkpoint brings (a new projector, LoRA) must not depend on the past.
+    transformers.set_seed(training_args.seed)
+    model = load_model(model_args, data_args, training_args, given, attn_implementation)
+    llava = model
+    freeze_backbone(model, model_args, training_args)
+    if training_args.lora_enable:
+        model = add_lora(model, training_args)
+    tokenizer = load_tokenizer(model_args, training_args)
+    conv = choose_template(tokenizer, llava, model_args.version)
+    if model_args.vision_tower is not None:
+        add_vision(llava, tokenizer, model_args, data_args, training_args)
+        add_pruner(llava, model_args, data_args, pruner)
+    settle_dtypes(model, training_args)
+    return LLaVATrainer(
+        model=model,
+        tokenizer=tokenizer,
+        args=training_args,
+        callbacks=list(callbacks),
+        **make_supervised_data_module(tokenizer, data_args, conv),
+    )
+
+
+def load_tokenizer(model_args, training_args):
+    """The checkpoint's slow tokenizer, padding on the right."""
+    return transformers.AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        cache_dir=training_args.cache_dir,
+        model_max_length=training_args.model_max_length,
+        padding_side="right",
+        use_fast=False,
+    )
+
+
+def choose_template(tokenizer, model, version: str) -> Conversation:
+    """The prompt template of `--version`; gives the tokenizer its padding token."""
+    if version == "v0":
+        if tokenizer.pad_token is None:
+            add_token_rows(tokenizer, model, {"pad_token": "[PAD]"})
+        return conv_templates["vicuna_v1"]
+    tokenizer.pad_token = tokenizer.unk_token
+    if version == "v0.5":
+        return conv_templates["vicuna_v1"]
+    return conv_templates.get(version, conv_templates["vicuna_v1"])
+
+
+def add_token_rows(tokenizer, model, special_tokens: dict[str, str]) -> None:
+    """Adds special tokens; their embeddings start as the mean of all others."""
+    added = tokenizer.add_special_tokens(special_tokens)
+    model.resize_token_embeddings(len(tokenizer))
+    if added:
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            weight = table.weight.data
+            weight[-added:] = weight[:-added].mean(dim=0, keepdim=True)
+
+
+@contextmanager
+def own_precision() -> Iterator[None]:
+    """Keeps the precision of this run from becoming that of later runs in the same process."""
+    name = "ACCELERATE_MIXED_PRECISION"
+    before = os.environ.get(name)
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state()
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+if __name__ == "__main__":
+    train()
