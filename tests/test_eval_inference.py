@@ -2,7 +2,6 @@
 
 import base64
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -54,3 +53,45 @@ def test_answers_and_key_order_equal_the_recorded_ones(case, tmp_path, monkeypat
     written = read(tmp_path / "a.jsonl")
     assert without_answer_id(written) == without_answer_id(case["answers"])
     assert [list(record) for record in written] == [list(record) for record in case["answers"]]
+
+
+@pytest.mark.parametrize("name", ["loader-v1.5", "loader-v1.6", "science-0", "mmbench-all-rounds"])
+def test_a_batch_gives_the_same_answers_as_one_by_one(name, tmp_path, monkeypatch):
+    case = next(case for case in CASES if case["id"] == name)
+    argv = prepare(case, tmp_path)
+    answer(monkeypatch, case["module"], [*argv, "--batch-size", "3"])
+    texts = [record["text"] for record in read(tmp_path / "a.jsonl")]
+    assert texts == [record["text"] for record in case["answers"]]
+
+
+def test_several_images_per_question_and_unequal_crops_fit_in_one_batch(tmp_path, monkeypatch):
+    case = next(case for case in CASES if case["id"] == "loader-v1.6")
+    both = ["img0_336x336.png", "img3_1200x500.png"]
+    questions = [
+        {"question_id": 0, "image": both, "text": "Compare."},
+        {"question_id": 1, "text": "No image here."},
+        {"question_id": 2, "image": both[1], "text": "What is this?"},
+    ]
+    content = "".join(json.dumps(question) + "\n" for question in questions)
+    argv = prepare(case | {"inputs": {"q.jsonl": content}}, tmp_path)
+    texts = []
+    for size in ("1", "3"):
+        answer(monkeypatch, case["module"], [*argv, "--batch-size", size, "--overwrite"])
+        texts.append([record["text"] for record in read(tmp_path / "a.jsonl")])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("content", [None, b"not an image"], ids=["missing", "corrupt"])
+def test_a_bad_image_is_named_and_answers_before_it_are_kept(content, tmp_path, monkeypatch):
+    case = next(case for case in CASES if case["id"] == "loader-v1.5")
+    bad = tmp_path / "bad.png"
+    if content:
+        bad.write_bytes(content)
+    line = json.dumps({"question_id": "q9", "image": str(bad), "text": "What?"}) + "\n"
+    lines = case["inputs"]["q.jsonl"].splitlines(keepends=True)
+    inputs = {"q.jsonl": "".join([*lines[:2], line, *lines[2:]])}
+    argv = prepare(case | {"inputs": inputs}, tmp_path)
+    with pytest.raises(SystemExit) as stop:  # a text as exit code: printed, and the status is 1
+        answer(monkeypatch, case["module"], [*argv, "--batch-size", "3"])
+    assert "question q9" in stop.value.code and str(bad) in stop.value.code
+    assert len(read(tmp_path / "a.jsonl")) == 2

@@ -1,0 +1,134 @@
+"""Every scorer and converter reproduces the recorded reference, digit for digit."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llava.eval import eval_gqa, eval_mmbench, eval_mme, eval_pope, eval_refcoco, eval_vqav2
+from llava.eval.m4c_evaluator import (
+    EvalAIAnswerProcessor,
+    STVQAAccuracyEvaluator,
+    STVQAANLSEvaluator,
+    TextVQAAccuracyEvaluator,
+)
+from llava.eval.tasks import option_letter, subset
+from tests import eval_cases
+
+GOLDEN = Path(__file__).parent / "golden" / "llava-base"
+CASES = [
+    case
+    for name in ("scoring_scripts.json", "scoring_sqa_conversion.json")
+    for case in json.loads((GOLDEN / name).read_text(encoding="utf-8"))
+    if eval_cases.program(case)
+]
+M4C = json.loads((GOLDEN / "scoring_m4c.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
+def test_scores_and_files_equal_the_recorded_ones(case, tmp_path):
+    if "xlsx" in str(case["outputs"]):
+        pytest.importorskip("openpyxl")
+    assert not eval_cases.differences(case, tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["out", "word_tokenize", "punct"])
+def test_normalised_answers_equal_the_recorded_ones(stage):
+    processor = EvalAIAnswerProcessor()
+    stages = {
+        "out": processor,
+        "word_tokenize": processor.word_tokenize,
+        "punct": lambda text: processor.process_punctuation(
+            processor.word_tokenize(text).replace("\n", " ").replace("\t", " ").strip()
+        ),
+    }
+    wrong = [c for c in M4C["normalise"] if stages[stage](c["in"]) != c[stage]]
+    assert not wrong
+
+
+def test_soft_accuracies_equal_the_recorded_ones():
+    evaluator = TextVQAAccuracyEvaluator()
+    for case in M4C["textvqa_scores"]:
+        assert evaluator.answer_scores(case["gts"]) == case["unique_scores"]
+        assert evaluator.score(case["pred"], case["gts"]) == case["score"]
+    entries = [{"pred_answer": c["pred"], "gt_answers": c["gts"]} for c in M4C["textvqa_scores"]]
+    assert evaluator.eval_pred_list(entries) == M4C["textvqa_mean_of_all"]
+
+
+def test_scene_text_scores_equal_the_recorded_ones():
+    for case in M4C["stvqa"]:
+        assert STVQAAccuracyEvaluator().score(case["pred"], case["gts"]) == case["acc"]
+        assert STVQAANLSEvaluator().score(case["pred"], case["gts"]) == case["anls"]
+
+
+def test_other_than_ten_human_answers_are_an_error():
+    with pytest.raises(ValueError, match="expected 10 human answers, got 3"):
+        TextVQAAccuracyEvaluator().score("a", ["a", "b", "c"])
+
+
+def test_pope_rates_over_nothing_are_zero():
+    result = eval_pope.metrics([(False, True), (False, False)])
+    assert result["precision"] == result["recall"] == result["f1"] == result["yes_ratio"] == 0
+    assert result["accuracy"] == 0.5
+
+
+def test_pope_pairs_answers_by_question_even_when_some_are_missing(tmp_path):
+    labels = ["yes", "no", "yes", "no"]
+    lines = [json.dumps({"question_id": i, "label": label}) for i, label in enumerate(labels)]
+    (tmp_path / "coco_pope_random.json").write_text("\n".join(lines))
+    questions = [{"question_id": 10 + i, "category": "random"} for i in range(4)]
+    answers = [{"question_id": 11, "text": "no"}, {"question_id": 12, "text": "yes"}]
+    result = eval_pope.evaluate(tmp_path, questions, answers)
+    assert result["score"] == 100
+    assert not result["categories"]["random"]["complete"]
+
+
+def test_gqa_names_a_question_without_prediction():
+    question = {"isBalanced": True, "answer": "yes"}
+    with pytest.raises(ValueError, match="1 questions lack a prediction, e.g. 7"):
+        eval_gqa.evaluate({"7": question}, [])
+
+
+def test_mme_needs_both_answers_on_an_image_for_the_second_half_of_the_score():
+    lines = ["a.txt\tq\tYes\tyes", "a.txt\tq\tNo\tYes", "b.txt\tq\tYes\tyes.", "b.txt\tq\tNo\tno"]
+    assert eval_mme.task_score(lines) == 75 + 50
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [("B", "B"), ("B.", "B"), ("(C) fish", "C"), ("dog", "A"), ("Because", None), ("E", None)],
+)
+def test_an_option_is_named_by_letter_or_by_its_words(text, letter):
+    assert option_letter(text, ["dog", "cat", "fish"]) == letter
+
+
+def test_mmbench_counts_a_question_only_when_every_round_is_right():
+    rows = [{"index": "1", "answer": "A", "category": "x"}]
+    first = {"question_id": 1, "text": "A", "options": ["p", "q"], "option_char": ["A", "B"]}
+    second = first | {"text": "B", "options": ["q", "p"], "option_char": ["B", "A"]}
+    assert eval_mmbench.evaluate(rows, [first, second])["score"] == 100
+    assert eval_mmbench.evaluate(rows, [first, second | {"text": "A"}])["score"] == 0
+
+
+def test_vqav2_gives_a_third_for_every_human_that_agrees():
+    humans = {1: ["red"] * 3 + ["blue"] * 7}
+    answers = [{"question_id": 1, "text": "Red."}]
+    assert eval_vqav2.evaluate(humans, answers)["score"] == pytest.approx(90)
+
+
+def test_refcoco_compares_in_the_padded_square():
+    record = {"question_id": 1, "bbox": [0, 0, 200, 100], "width": 200, "height": 100}
+    right = [{"question_id": 1, "text": "[0.00, 0.25, 1.00, 0.75]"}]
+    assert eval_refcoco.evaluate([record], right)["mean_iou"] == 1
+    unpadded = [{"question_id": 1, "text": "It is at [0.0, 0.0, 1.0, 1.0]."}]
+    assert eval_refcoco.evaluate([record], unpadded)["score"] == 100  # IoU is exactly one half
+    none = eval_refcoco.evaluate([record], [{"question_id": 1, "text": "left"}])
+    assert none["score"] == 0 and none["unreadable"] == 1
+
+
+def test_a_limit_keeps_pairs_of_neighbours_and_spreads_them():
+    assert subset(list(range(100)), 4) == [0, 1, 50, 51]
+    assert subset(list(range(3)), 10) == [0, 1, 2]
+    assert len(set(subset(list(range(301)), 100))) == 100
+    with pytest.raises(ValueError, match="limit of 0"):
+        subset([1, 2], 0)
