@@ -99,7 +99,8 @@ def test_the_cache_appends_in_place_and_grows_only_when_full():
 class DropHalf(DecoderPruner):
     """Keeps the first tokens of every image before layer 2; forgets them in earlier layers too."""
 
-    prunes_earlier_caches = True
+    def pruned_caches(self, index):
+        return range(index)
 
     def score(self, prefill):
         return -prefill.index.float()

@@ -5,28 +5,10 @@ Works for any subset of the patches, so pruned and unpruned images take the same
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from ..pruning.base import VisionTokens
-
-
-@dataclass
-class ImageTokens:
-    """Tokens of one image in the order they enter the language model.
-
-    embeds:  (n, D)
-    patches: (n,) crop * N + patch; -1 on newline and merged tokens
-    offsets: (n,) place in the sequence of the unpruned image
-    length:  tokens of the unpruned image
-    """
-
-    embeds: Tensor
-    patches: Tensor
-    offsets: Tensor
-    length: int
+from ..pruning.base import ImageTokens, VisionTokens
 
 
 def unpad_window(height: int, width: int, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -53,12 +35,14 @@ def flat_layout(vision: VisionTokens, crops: slice, num_patches: int) -> ImageTo
     positions = vision.positions[crops]
     count = positions.shape[0]
     shift = torch.arange(count, device=positions.device)[:, None] * num_patches
-    offsets, chosen = (positions + shift).flatten(), _chosen(vision, crops)
-    embeds = vision.features[crops].flatten(0, 1)
-    patches = _mark_merged(offsets, vision, crops)
-    if chosen is not None:
-        embeds, patches, offsets = embeds[chosen], patches[chosen], offsets[chosen]
-    return ImageTokens(embeds, patches, offsets, count * num_patches)
+    image = ImageTokens(
+        embeds=vision.features[crops].flatten(0, 1),
+        patches=_patch_numbers(vision, crops, shift, num_patches),
+        offsets=(positions + shift).flatten(),
+        length=count * num_patches,
+        tags=None if vision.tags is None else vision.tags[crops].flatten(),
+    )
+    return image if vision.valid is None else image.keep(_real(vision, crops))
 
 
 def spatial_layout(
@@ -81,48 +65,73 @@ def spatial_layout(
     tile = torch.arange(positions.shape[0], device=positions.device)[:, None]
     row = (tile // tiles[0] * rows + positions // columns).flatten()
     column = (tile % tiles[0] * columns + positions % columns).flatten()
-    patches = (positions + (tile + 1) * num_patches).flatten()
-    patches = patches if vision.merged is None else _mark_merged(patches, vision, grid)
     height, width = tiles[1] * rows, tiles[0] * columns
     window = (0, height, 0, width)
     if newline is not None:
         window = unpad_window(height, width, image_size)
     top, bottom, left, right = window
+    stride = right - left + (newline is not None)
+    length = (bottom - top) * stride
+    offsets = (row - top) * stride + column - left
     inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)
-    if (chosen := _chosen(vision, grid)) is not None:
-        inside = inside & chosen
-    num_rows, stride = bottom - top, right - left + (newline is not None)
-    offsets = ((row - top) * stride + column - left)[inside]
-    embeds, patches = vision.features[grid].flatten(0, 1)[inside], patches[inside]
+    # Tokens that stand for no patch follow the grid; `outer` is their order there.
+    in_grid = ((positions >= 0) & (positions < num_patches)).flatten()
+    outer = positions + tile * (positions.shape[1] + num_patches)
+    outer = torch.where(positions < 0, tile, outer + len(positions)).flatten()
+    offsets = torch.where(in_grid, offsets, length + outer)
+    chosen = inside | ~in_grid
+    if vision.valid is not None:
+        chosen = chosen & vision.valid[grid].flatten()
+    tokens = ImageTokens(
+        embeds=vision.features[grid].flatten(0, 1),
+        patches=_patch_numbers(vision, grid, (tile + 1) * num_patches, num_patches),
+        offsets=offsets,
+        length=length,
+        tags=None if vision.tags is None else vision.tags[grid].flatten(),
+    ).keep(chosen)
     if newline is not None:
-        ends = torch.arange(num_rows, device=offsets.device) * stride + stride - 1
-        offsets = torch.cat([offsets, ends])
-        embeds = torch.cat([embeds, newline.to(embeds.dtype).expand(num_rows, -1)])
-        patches = torch.cat([patches, torch.full_like(ends, -1)])
-    order = offsets.argsort(stable=True)
+        ends = torch.arange(bottom - top, device=offsets.device) * stride + stride - 1
+        tokens = _append(tokens, newline, ends)
+    tokens = tokens.keep(tokens.offsets.argsort(stable=True))
+    tags = None if tokens.tags is None else torch.cat([base.tags, tokens.tags])
     return ImageTokens(
-        embeds=torch.cat([base.embeds, embeds[order]]),
-        patches=torch.cat([base.patches, patches[order]]),
-        offsets=torch.cat([base.offsets, offsets[order] + num_patches]),
-        length=num_patches + num_rows * stride,
+        embeds=torch.cat([base.embeds, tokens.embeds]),
+        patches=torch.cat([base.patches, tokens.patches]),
+        offsets=torch.cat([base.offsets, tokens.offsets + num_patches]),
+        length=num_patches + length,
+        tags=tags,
     )
 
 
 def with_newline(tokens: ImageTokens, newline: Tensor) -> ImageTokens:
     """One newline embedding (D,) after the tokens, as single-crop images of LLaVA-NeXT have it."""
+    image = _append(tokens, newline, tokens.offsets.new_full((1,), tokens.length))
+    image.length += 1
+    return image
+
+
+def _append(tokens: ImageTokens, newline: Tensor, offsets: Tensor) -> ImageTokens:
+    """Newline embeddings at `offsets` (m,), behind the tokens."""
+    count = len(offsets)
+    tags = tokens.tags
     return ImageTokens(
-        embeds=torch.cat([tokens.embeds, newline.to(tokens.embeds.dtype)[None]]),
-        patches=torch.cat([tokens.patches, tokens.patches.new_full((1,), -1)]),
-        offsets=torch.cat([tokens.offsets, tokens.offsets.new_full((1,), tokens.length)]),
-        length=tokens.length + 1,
+        embeds=torch.cat([tokens.embeds, newline.to(tokens.embeds.dtype).expand(count, -1)]),
+        patches=torch.cat([tokens.patches, torch.full_like(offsets, -1)]),
+        offsets=torch.cat([tokens.offsets, offsets]),
+        length=tokens.length,
+        tags=None if tags is None else torch.cat([tags, tags.new_zeros(count)]),
     )
 
 
-def _chosen(vision: VisionTokens, crops: slice) -> Tensor | None:
-    return None if vision.valid is None else vision.valid[crops].flatten()
+def _real(vision: VisionTokens, crops: slice) -> Tensor:
+    """Places of the crops' tokens that are not padding."""
+    return vision.valid[crops].flatten().nonzero()[:, 0]
 
 
-def _mark_merged(patches: Tensor, vision: VisionTokens, crops: slice) -> Tensor:
-    if vision.merged is None:
-        return patches
-    return patches.masked_fill(vision.merged[crops].flatten(), -1)
+def _patch_numbers(vision, crops: slice, shift: Tensor, num_patches: int) -> Tensor:
+    """crop * N + patch of every token; -1 on tokens that are no patch."""
+    positions = vision.positions[crops]
+    no_patch = (positions < 0) | (positions >= num_patches)
+    if vision.merged is not None:
+        no_patch = no_patch | vision.merged[crops]
+    return (positions + shift).masked_fill(no_patch, -1).flatten()

@@ -19,8 +19,8 @@ from ..constants import (
     IMAGE_TOKEN_INDEX,
 )
 from ..mm_utils import get_anyres_image_grid_shape
-from ..pruning.base import Pruner, VisionTokens
-from .image_layout import ImageTokens, flat_layout, spatial_layout, unpad_image, with_newline
+from ..pruning.base import ImageTokens, Pruner, VisionTokens
+from .image_layout import flat_layout, spatial_layout, unpad_image, with_newline
 from .multimodal_encoder.builder import build_vision_tower
 from .multimodal_projector.builder import build_vision_projector
 from .prompt import Prompt, build_row, pad_rows
@@ -116,11 +116,13 @@ class LlavaMetaForCausalLM:
         if tower is not None:
             crops = self._crops_in_budget(pruner)
             pruner.check(tower.num_patches, self.config.num_hidden_layers, crops)
-            if pruner.needs and tower.select_feature != "patch":
+            wants_patches = pruner.needs or pruner.tower_extras(*tower.depth)
+            if wants_patches and tower.select_feature != "patch":
                 raise ValueError(
                     f"{pruner!r} works on patches, but mm_vision_select_feature is "
                     f"{tower.select_feature!r}"
                 )
+        pruner.attach(tower)
         self._prepare_config(pruner)
         self._pruner = pruner
         self.pruner_module = pruner.module
@@ -134,14 +136,14 @@ class LlavaMetaForCausalLM:
         tower = self.get_vision_tower()
         if getattr(config, "image_aspect_ratio", None) != "anyres" or tower is None:
             return
+        wanted = dict(pruner.anyres_config)
         if pruner.anyres_tiles is not None:
             merge = getattr(config, "mm_patch_merge_type", "flat")
-            self._native_anyres = {
-                "image_grid_pinpoints": config.image_grid_pinpoints,
-                "mm_patch_merge_type": merge,
-            }
-            config.image_grid_pinpoints = [[tower.image_size * n for n in pruner.anyres_tiles]]
-            config.mm_patch_merge_type = merge.replace("_unpad", "")
+            wanted["mm_patch_merge_type"] = merge.replace("_unpad", "")
+            wanted["image_grid_pinpoints"] = [[tower.image_size * n for n in pruner.anyres_tiles]]
+        self._native_anyres = {key: getattr(config, key, None) for key in wanted}
+        for key, value in wanted.items():
+            setattr(config, key, value)
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """Saves the plain model, whatever pruning method is in use."""
@@ -183,7 +185,7 @@ class LlavaMetaForCausalLM:
         image_index: (B,) image each crop belongs to (default: one crop per image).
         """
         pruner = self.pruner
-        vision = self.get_vision_tower().tokens(crops, pruner.needs)
+        vision = self.get_vision_tower().tokens(crops, pruner.needs, pruner)
         if image_index is None:
             image_index = torch.arange(crops.shape[0], device=crops.device)
         vision.image_index, vision.questions = image_index, questions
@@ -206,7 +208,8 @@ class LlavaMetaForCausalLM:
         tokens, start = [], 0
         for number, count in enumerate(counts):
             size = None if image_sizes is None else image_sizes[number]
-            tokens.append(self._layout(vision, slice(start, start + count), tiled, size, number))
+            image = self._layout(vision, slice(start, start + count), tiled, size, number)
+            tokens.append(self.pruner.after_layout(image))
             start += count
         if self.pruning_trace is not None:
             for image in tokens:
@@ -216,8 +219,8 @@ class LlavaMetaForCausalLM:
     def _layout(self, vision, crops: slice, tiled: bool, image_size, number: int) -> ImageTokens:
         merge = getattr(self.config, "mm_patch_merge_type", "flat") or "flat"
         tower = self.get_vision_tower()
-        num_patches = tower.num_patches + (tower.select_feature == "cls_patch")
-        if not tiled or merge == "flat":
+        num_patches = math.prod(vision.grid) + (tower.select_feature == "cls_patch")
+        if merge == "flat" or not tiled:
             return flat_layout(vision, crops, num_patches)
         if not merge.startswith("spatial"):
             raise ValueError(
@@ -228,7 +231,7 @@ class LlavaMetaForCausalLM:
         if count == 1:
             flat = flat_layout(vision, crops, num_patches)
             return flat if newline is None else with_newline(flat, newline)
-        if num_patches != tower.num_patches:
+        if tower.select_feature != "patch":
             raise ValueError(
                 f"mm_patch_merge_type {merge!r} needs mm_vision_select_feature 'patch'"
             )
@@ -298,7 +301,7 @@ class LlavaMetaForCausalLM:
                 )
             )
         side = padding_side or getattr(self.config, "tokenizer_padding_side", "right")
-        return pad_rows(rows, side)
+        return pad_rows(rows, side, tagged=any(image.tags is not None for image in tokens))
 
     def prepare_inputs_labels_for_multimodal(
         self,

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..constants import IGNORE_INDEX
-from .image_layout import ImageTokens
+from ..pruning.base import ImageTokens
+
+PIECES = ("x", "labels", "place", "visual", "patch", "tags")
 
 
 @dataclass
@@ -21,6 +23,7 @@ class Prompt:
     labels:         (B, S) or None
     visual_index:   (B, S) which image of the row a token belongs to, -1 on text and padding
     patch_index:    (B, S) crop * N + patch, -1 where there is none
+    token_tags:     (B, S) marks of the pruning method, 0 where there is none; None: it left none
     """
 
     inputs_embeds: Tensor
@@ -29,6 +32,7 @@ class Prompt:
     labels: Tensor | None
     visual_index: Tensor
     patch_index: Tensor
+    token_tags: Tensor | None = None
 
 
 def build_row(
@@ -44,9 +48,7 @@ def build_row(
     policy: "sequence" counts positions through; "grid" gives visual tokens the place they have in
     the unpruned image, and the text after it the place it had. The result is cut to `max_length`.
     """
-    pieces: dict[str, list[Tensor]] = {
-        key: [] for key in ("x", "labels", "place", "visual", "patch")
-    }
+    pieces: dict[str, list[Tensor]] = {key: [] for key in PIECES}
     start = place = 0
     stops = [*marks, embeds.shape[0]]
     for number, stop in enumerate(stops):
@@ -57,6 +59,7 @@ def build_row(
         pieces["place"].append(torch.arange(place, place + count, device=labels.device))
         pieces["visual"].append(nothing)
         pieces["patch"].append(nothing)
+        pieces["tags"].append(torch.zeros_like(nothing))
         start, place = stop + 1, place + count
         if number == len(marks):
             break
@@ -67,6 +70,8 @@ def build_row(
         pieces["place"].append(image.offsets + place)
         pieces["visual"].append(labels.new_full((tokens,), number))
         pieces["patch"].append(image.patches)
+        tags = torch.zeros_like(image.patches) if image.tags is None else image.tags
+        pieces["tags"].append(tags)
         place += image.length
     row = {key: torch.cat(parts)[:max_length] for key, parts in pieces.items()}
     if policy == "sequence":
@@ -74,8 +79,9 @@ def build_row(
     return row
 
 
-def pad_rows(rows: list[dict[str, Tensor]], side: str) -> Prompt:
-    """A batch of rows of `build_row`, padded on `side` ("left" or "right")."""
+def pad_rows(rows: list[dict[str, Tensor]], side: str, tagged: bool = False) -> Prompt:
+    """A batch of rows of `build_row`, padded on `side` ("left" or "right"); with `tagged` the
+    marks of the pruning method come along."""
     longest = max(len(row["labels"]) for row in rows)
 
     def pad(key: str, fill: int) -> Tensor:
@@ -95,4 +101,5 @@ def pad_rows(rows: list[dict[str, Tensor]], side: str) -> Prompt:
         labels=pad("labels", IGNORE_INDEX),
         visual_index=pad("visual", -1),
         patch_index=pad("patch", -1),
+        token_tags=pad("tags", 0) if tagged else None,
     )

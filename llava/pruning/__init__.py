@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from .base import DecoderPruner, Prefill, Pruner, SelectPruner, VisionTokens, option_names
+from .base import (
+    DecoderPruner,
+    ImageTokens,
+    Prefill,
+    Pruner,
+    SelectPruner,
+    TowerTokens,
+    VisionTokens,
+    option_names,
+)
 from .random import Random
 from .trace import PruningTrace, trace_pruning
 from .vispruner import VisPruner
@@ -48,10 +57,12 @@ def pruner_from_keywords(pruner: Pruner | str | None, keywords: dict) -> Pruner:
 __all__ = [
     "METHODS",
     "DecoderPruner",
+    "ImageTokens",
     "Prefill",
     "Pruner",
     "PruningTrace",
     "SelectPruner",
+    "TowerTokens",
     "VisionTokens",
     "build_pruner",
     "pruner_from_keywords",

@@ -8,7 +8,7 @@ from 0; "before layer K" means that layer K already sees fewer tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 import torch
@@ -18,11 +18,55 @@ from .ops import gather_tokens, rank_within_groups
 
 
 @dataclass
+class TowerTokens:
+    """Tokens inside the vision tower, for methods that merge them there.
+
+    hidden_states: (B, 1 + N, C), the class token first
+    positions:     (B, N) row-major patch index
+    merged:        (B, N) True on blended tokens; None: there are none
+    """
+
+    hidden_states: Tensor
+    positions: Tensor
+    merged: Tensor | None = None
+
+
+@dataclass
+class ImageTokens:
+    """Tokens of one image in the order they enter the language model.
+
+    embeds:  (n, D)
+    patches: (n,) crop * N + patch; -1 on newline and merged tokens
+    offsets: (n,) place in the sequence of the unpruned image
+    length:  tokens of the unpruned image
+    tags:    (n,) as in `VisionTokens`, 0 on newlines
+    """
+
+    embeds: Tensor
+    patches: Tensor
+    offsets: Tensor
+    length: int
+    tags: Tensor | None = None
+
+    def keep(self, index: Tensor) -> ImageTokens:
+        """The tokens at `index` (m,), in that order."""
+        return replace(
+            self,
+            embeds=self.embeds[index],
+            patches=self.patches[index],
+            offsets=self.offsets[index],
+            tags=None if self.tags is None else self.tags[index],
+        )
+
+
+@dataclass
 class VisionTokens:
     """Patch tokens of B image crops on their way from the vision tower to the language model.
 
     features:      (B, N, C), width D after the projector
-    positions:     (B, N) row-major index of each token in the h x w grid of its crop
+    positions:     (B, N) row-major index of each token in the h x w grid of its crop. A token that
+                   stands for no patch has -1 or h * w and above: on LLaVA-NeXT those of the tiles
+                   follow the grid, first the -1 tile by tile, then the others tile by tile
     grid:          (h, w) patches per side of one crop
     image_index:   (B,) which image of the call a crop belongs to; crops of an image are neighbours
     crops_in_budget: crops that share `visual_token_num`: 5 on LLaVA-NeXT (640 = 5 x 128), else 1
@@ -31,7 +75,11 @@ class VisionTokens:
     cls_attention: (B, H, N) what the class token attends to, per head      } None unless the
     keys:          (B, N, C) attention keys of the selected tower layer     } method asks for
     fingerprint:   (B,) integer that depends on the pixels alone            } them in `needs`
+    cls_token:     (B, 1, C) the class token of the selected layer       } asked for in `needs`
+    layers:        tower layer -> its extras, for what `tower_extras` asks
     questions:     one string per image, for methods that read the text; None unless provided
+    relevance:     (B, N) left by a method in `after_encoder` for its `after_projector`
+    tags:          (B, N) a method's own mark on each token, travels to `Prefill.tags`
     """
 
     features: Tensor
@@ -44,7 +92,16 @@ class VisionTokens:
     cls_attention: Tensor | None = None
     keys: Tensor | None = None
     fingerprint: Tensor | None = None
+    cls_token: Tensor | None = None
+    layers: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     questions: list[str] | None = None
+    relevance: Tensor | None = None
+    tags: Tensor | None = None
+
+    @property
+    def crops_of_image(self) -> Tensor:
+        """(B,) how many crops the image of each crop has."""
+        return torch.bincount(self.image_index)[self.image_index]
 
     def keep(self, index: Tensor) -> VisionTokens:
         """The tokens at `index` (B, T), in that order, with everything that travels with them."""
@@ -62,6 +119,8 @@ class VisionTokens:
             positions=pick(self.positions),
             valid=pick(self.valid),
             merged=pick(self.merged),
+            relevance=pick(self.relevance),
+            tags=pick(self.tags),
             keys=None if self.keys is None else gather_tokens(self.keys, index),
             cls_attention=cls_attention,
         )
@@ -80,6 +139,8 @@ class Prefill:
     index:         (B, S) place of each token in the prompt that entered layer 0
     valid:         (B, S) False on padding; None: every place is a token
     grid:          (h, w) patches per side of one crop before any pruning
+    tags:          (B, S) marks a method left in `VisionTokens.tags`; 0 elsewhere
+    scratch:       what a method remembers from one layer to the next, for this prefill alone
     attention:     (B, H, R, S) fp32 rows of the previous layer that `probe_rows` chose, by default
                    one, the last prompt token; None where no row was probed
     """
@@ -93,6 +154,8 @@ class Prefill:
     index: Tensor
     valid: Tensor | None
     grid: tuple[int, int]
+    tags: Tensor | None = None
+    scratch: dict = field(default_factory=dict)
     attention: Tensor | None = None
 
     @property
@@ -121,6 +184,11 @@ class Prefill:
         longest, shortest = torch.stack([counts.amax(), counts.amin()]).tolist()
         order = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, mask.shape[1] - longest :]
         valid = None if longest == shortest else mask.gather(1, order)
+        return self.take(order, valid, renumber)
+
+    def take(self, order: Tensor, valid: Tensor | None, renumber: bool = False) -> Prefill:
+        """The tokens at `order` (B, n), in that order; `valid` (B, n) is False on padding among
+        them, which stands on the left. `renumber` as in `keep`."""
         position_ids = self.position_ids.gather(1, order)
         if renumber:
             ones = torch.ones_like(order) if valid is None else valid.long()
@@ -133,11 +201,19 @@ class Prefill:
             patch_index=self.patch_index.gather(1, order),
             index=self.index.gather(1, order),
             valid=valid,
+            tags=None if self.tags is None else self.tags.gather(1, order),
             attention=None,
         )
         if valid is not None:  # padding belongs to no image
             kept.visual_index = kept.visual_index.masked_fill(~valid, -1)
         return kept
+
+    def attention_rows(self, layer: int, rows: Tensor) -> Tensor:
+        """(B, H, R, S) fp32 rows of the attention map that decoder layer `layer` would have on the
+        tokens as they are now; rows (B, R) are the places of the queries."""
+        return self.decoder.attention_rows(
+            layer, self.hidden_states, self.position_ids, rows, self.valid
+        )
 
     def keep_visual(self, score: Tensor, num_keep: int | Tensor, renumber: bool = False) -> Prefill:
         """Keeps all text and, of every image, `num_keep` tokens with the highest `score` (B, S).
@@ -158,7 +234,8 @@ class Pruner:
     """
 
     name: ClassVar[str] = "none"
-    #: extras wanted from the vision tower: "cls_attention", "keys", "fingerprint"
+    #: extras wanted from the selected layer of the vision tower: "cls_attention", "keys",
+    #: "cls_token", and "fingerprint" of the pixels
     needs: ClassVar[frozenset[str]] = frozenset()
     #: "sequence": kept visual tokens are counted 0, 1, 2, ...; "grid": they stay where the unpruned
     #: image would have put them, and the text after the image stays where it was
@@ -166,8 +243,9 @@ class Pruner:
     #: LLaVA-NeXT: tiles (across, down) every image is cut into, without newlines and unpadding;
     #: None: the resolutions and the layout the checkpoint was trained with
     anyres_tiles: ClassVar[tuple[int, int] | None] = None
-    #: what is dropped before a layer also leaves the caches of the layers that already ran
-    prunes_earlier_caches: ClassVar[bool] = False
+    #: LLaVA-NeXT: values that replace those of the config while the method is in use, for example
+    #: {"mm_patch_merge_type": "spatial"}
+    anyres_config: ClassVar[dict] = {}
     #: trained weights, registered on the model the method is assigned to
     module: nn.Module | None = None
 
@@ -178,6 +256,29 @@ class Pruner:
         Called when the method is assigned to a model, so that errors come at load time.
         """
 
+    def attach(self, tower) -> None:
+        """Called when the method is assigned to a model, with its vision tower (None: it has none).
+
+        A method that needs further weights of the tower's folder loads them here.
+        """
+
+    def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
+        """Extras wanted from other tower layers (0-based): "cls_attention" (B, H, N), "keys"
+        (B, N, C), "cls_query" (B, C), "attention_mean" (B, N) (column mean of the map over heads
+        and all queries), "output" (B, N, C). They come in `VisionTokens.layers`.
+
+        selected: the layer whose output are the features.
+        """
+        return {}
+
+    def before_tower(self, images: Tensor) -> Tensor:
+        """Crops (B, 3, S, S) before the tower; a smaller side gives a smaller grid."""
+        return images
+
+    def before_tower_layer(self, index: int, tokens: TowerTokens) -> TowerTokens:
+        """Between tower layers."""
+        return tokens
+
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
         """In vision space, before the projector."""
         return vision
@@ -185,6 +286,10 @@ class Pruner:
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
         """In language-model space."""
         return vision
+
+    def after_layout(self, image: ImageTokens) -> ImageTokens:
+        """The whole sequence of one image, newline tokens included, before it enters the prompt."""
+        return image
 
     def probe_layers(self, num_layers: int) -> tuple[int, ...]:
         """Decoder layers of which attention rows are recorded for the hook that follows them."""
@@ -198,8 +303,13 @@ class Pruner:
         """Between decoder layers, during prefill and only when the prompt holds an image."""
         return prefill
 
+    def pruned_caches(self, index: int) -> range:
+        """Layers that already ran whose caches lose what was dropped before layer `index`, too."""
+        return range(0)
+
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
-        """Visual tokens entering each decoder layer for one image of `crops` crops."""
+        """Visual tokens entering each decoder layer for one image of `crops` crops; where that
+        depends on the image, the most it can be."""
         return [num_patches * crops] * num_layers
 
     def __repr__(self) -> str:

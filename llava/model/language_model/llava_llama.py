@@ -73,6 +73,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
         questions: list[str] | None = None,
         visual_index: Tensor | None = None,
         patch_index: Tensor | None = None,
+        token_tags: Tensor | None = None,
         last_logits_only: bool = False,
     ):
         """Logits (B, S, vocabulary), or (B, 1, vocabulary) with `last_logits_only`, and the loss.
@@ -98,6 +99,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
                     position_ids = prompt.position_ids
                     labels = None if labels is None else prompt.labels
                     visual_index, patch_index = prompt.visual_index, prompt.patch_index
+                    token_tags = prompt.token_tags
                 elif (input_ids == IMAGE_TOKEN_INDEX).any():
                     raise ValueError("the prompt holds <image> marks, but no images were given")
             if inputs_embeds is None:
@@ -114,6 +116,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
             position_ids=position_ids,
             visual_index=visual_index,
             patch_index=patch_index,
+            token_tags=token_tags,
             cache=cache,
             pruner=self.pruner,
             grid=(side, side),
@@ -187,7 +190,11 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
             reserve = kwargs.get("max_new_tokens") or self.generation_config.max_new_tokens or 64
             kwargs["past_key_values"] = KVCache(self.config.num_hidden_layers, reserve)
         if images is not None:
-            kwargs |= {"visual_index": prompt.visual_index, "patch_index": prompt.patch_index}
+            kwargs |= {
+                "visual_index": prompt.visual_index,
+                "patch_index": prompt.patch_index,
+                "token_tags": prompt.token_tags,
+            }
         output = super().generate(
             inputs_embeds=prompt.inputs_embeds,
             attention_mask=prompt.attention_mask,
@@ -205,6 +212,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
         position_ids: Tensor | None = None,
         visual_index: Tensor | None = None,
         patch_index: Tensor | None = None,
+        token_tags: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> dict:
@@ -227,12 +235,15 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
             if visual_index is not None:
                 visual_index = torch.cat([visual_index, -grow], dim=1)
                 patch_index = torch.cat([patch_index, -grow], dim=1)
+            if token_tags is not None:
+                token_tags = torch.cat([token_tags, torch.zeros_like(grow)], dim=1)
         return {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "visual_index": visual_index,
             "patch_index": patch_index,
+            "token_tags": token_tags,
             "past_key_values": past_key_values,
             "use_cache": past_key_values is not None,
             "last_logits_only": True,

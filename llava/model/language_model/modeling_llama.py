@@ -71,6 +71,7 @@ class Step:
     valid: (B, S) as in `Prefill`
     rows:  (B, R) queries whose attention the layer records; None: it records nothing
     state: what the cache of these layers has to know about the rows
+    held:  (B, S) place of each token in the prompt that entered layer 0, -1 on padding
     """
 
     rope: tuple[Tensor, Tensor]
@@ -78,6 +79,7 @@ class Step:
     valid: Tensor | None = None
     rows: Tensor | None = None
     state: RowState | None = None
+    held: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -96,12 +98,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
 
-    def forward(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
+    def queries_and_keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """q (B, H, S, d) and k (B, G, S, d) after RoPE, from normed inputs x (B, S, D)."""
         batch, size, _ = x.shape
         q = self.q_proj(x).view(batch, size, self.num_heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(batch, size, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        return rotate(q, rope), rotate(k, rope)
+
+    def forward(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
+        batch, size, _ = x.shape
+        q, k = self.queries_and_keys(x, step.rope)
         v = self.v_proj(x).view(batch, size, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, step.rope), rotate(k, step.rope)
         row = None if step.rows is None else attention_rows(q, k, step.rows, step.valid)
         if cache is not None:
             k, v = cache.append(self.layer_idx, k, v)
@@ -208,6 +215,7 @@ class LlamaModel(LlamaPreTrainedModel):
         position_ids: Tensor | None = None,
         visual_index: Tensor | None = None,
         patch_index: Tensor | None = None,
+        token_tags: Tensor | None = None,
         cache: KVCache | None = None,
         pruner: Pruner | None = None,
         grid: tuple[int, int] | None = None,
@@ -217,17 +225,18 @@ class LlamaModel(LlamaPreTrainedModel):
         """Runs all layers on `inputs_embeds` (B, S, D).
 
         With an empty cache, or none, this is a prefill: `attention_mask` (B, S) marks tokens,
-        `visual_index` and `patch_index` say where the images are (see `Prefill`) and `pruner` is
-        called before every layer. With a filled cache the tokens continue the rows of the cache.
+        `visual_index`, `patch_index` and `token_tags` say where the images are (see `Prefill`) and
+        `pruner` is called before every layer. With a filled cache the tokens continue its rows.
         """
         collect: list[Tensor] | None = [] if output_hidden_states else None
         if cache is not None and len(cache):
             x = self._continue(inputs_embeds, cache, collect)
             index = valid = None
         else:
-            prefill = self._start(
-                inputs_embeds, attention_mask, position_ids, visual_index, patch_index, grid
-            )
+            prefill = self._start(inputs_embeds, attention_mask, position_ids)
+            prefill.grid, prefill.tags = grid, token_tags
+            if visual_index is not None:
+                prefill.visual_index, prefill.patch_index = visual_index, patch_index
             hooks = pruner if visual_index is not None else None
             if trace is not None:
                 trace.start_prefill(self._shape(inputs_embeds), prefill.position_ids)
@@ -237,7 +246,8 @@ class LlamaModel(LlamaPreTrainedModel):
             collect.append(x)
         return DecoderOutput(x, index, valid, tuple(collect) if collect is not None else None)
 
-    def _start(self, x, attention_mask, position_ids, visual_index, patch_index, grid) -> Prefill:
+    def _start(self, x, attention_mask, position_ids) -> Prefill:
+        """A prefill of text; the caller says where the images are."""
         batch, size, _ = x.shape
         valid = None
         if attention_mask is not None and not attention_mask.all():
@@ -251,25 +261,27 @@ class LlamaModel(LlamaPreTrainedModel):
             layer=0,
             hidden_states=x,
             position_ids=position_ids.expand(batch, -1),
-            visual_index=text if visual_index is None else visual_index,
-            patch_index=text if patch_index is None else patch_index,
+            visual_index=text,
+            patch_index=text,
             index=index,
             valid=valid,
-            grid=grid,
+            grid=None,
         )
 
     def _prefill(self, prefill: Prefill, cache, pruner, trace, collect):
         """All layers on the prompt; returns hidden states, surviving index (or None) and valid."""
         probes = set() if pruner is None else set(pruner.probe_layers(len(self.layers)))
         start, step = prefill.index, self._prefill_step(prefill)
+        held: list[Tensor] = []  # per layer, what its cache holds: index, -1 on padding
         for number, layer in enumerate(self.layers):
             if pruner is not None:
                 before, prefill.layer = prefill, number
                 prefill = pruner.before_layer(number, prefill)
                 if prefill.index is not before.index:
                     step = self._prefill_step(prefill)
-                    if cache is not None and pruner.prunes_earlier_caches:
-                        drop_from_cache(cache, number, before, prefill, step.state)
+                    if cache is not None:
+                        for earlier in pruner.pruned_caches(number):
+                            drop_from_cache(cache, earlier, held[earlier], prefill)
                     if trace is not None:
                         trace.add_change(number, prefill.index, prefill.valid)
             if trace is not None:
@@ -285,6 +297,7 @@ class LlamaModel(LlamaPreTrainedModel):
             )
             if cache is not None:
                 cache.rows[number] = step.state
+                held.append(step.held)
         if trace is not None and cache is not None:
             trace.finish_prefill(cache)
         index = None if prefill.index is start else prefill.index
@@ -297,7 +310,17 @@ class LlamaModel(LlamaPreTrainedModel):
             mask=None if valid is None else padded_causal_mask(valid, x.shape[1]),
             valid=valid,
             state=RowState(next_position(prefill), valid),
+            held=prefill.index if valid is None else prefill.index.masked_fill(~valid, -1),
         )
+
+    def attention_rows(
+        self, layer: int, x: Tensor, position_ids: Tensor, rows: Tensor, valid: Tensor | None
+    ) -> Tensor:
+        """(B, H, R, S) fp32 attention rows that `layer` would have on inputs x (B, S, D)."""
+        layer = self.layers[layer]
+        rope = self.rotary(position_ids, x.dtype)
+        q, k = layer.self_attn.queries_and_keys(layer.input_layernorm(x), rope)
+        return attention_rows(q, k, rows, valid)
 
     def _continue(self, x: Tensor, cache: KVCache, collect) -> Tensor:
         """All layers on the (B, q) tokens that follow those in the cache."""
@@ -326,18 +349,15 @@ class LlamaModel(LlamaPreTrainedModel):
         return DecoderShape.from_config(self.config, x.element_size())
 
 
-def drop_from_cache(
-    cache: KVCache, num_layers: int, before: Prefill, after: Prefill, state: RowState
-) -> None:
-    """Removes from the first `num_layers` layers what a method dropped after they ran."""
-    old = before.index
-    if before.valid is not None:
-        old = old.masked_fill(~before.valid, -1)
-    # `index` ascends in every row, so a search finds where the survivors were.
-    order = torch.searchsorted(old.contiguous(), after.index.contiguous())
-    order = order.clamp(max=old.shape[1] - 1)
-    for layer in range(num_layers):
-        cache.keep(layer, order, state)
+def drop_from_cache(cache: KVCache, layer: int, held: Tensor, after: Prefill) -> None:
+    """Takes from a layer that already ran what a method dropped later; positions stay.
+
+    held: (B, n) what the layer's cache holds, as in `Step`
+    """
+    # Both lists ascend in every row, so a search finds where the survivors were.
+    order = torch.searchsorted(held.contiguous(), after.index.contiguous())
+    state = RowState(cache.rows[layer].next_position, after.valid)
+    cache.keep(layer, order.clamp(max=held.shape[1] - 1), state)
 
 
 def next_position(prefill: Prefill) -> Tensor:

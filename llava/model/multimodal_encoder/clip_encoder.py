@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from ...pruning.base import VisionTokens
+from ...pruning.base import Pruner, TowerTokens, VisionTokens
 
-EXTRAS = frozenset({"cls_attention", "keys", "fingerprint"})
+EXTRAS = frozenset({"cls_attention", "keys", "cls_token", "fingerprint"})
+LAYER_EXTRAS = frozenset({"cls_attention", "keys", "cls_query", "attention_mean", "output"})
 
 
 class CLIPVisionTower(nn.Module):
@@ -68,40 +69,104 @@ class CLIPVisionTower(nn.Module):
         return self.tokens(images).features
 
     @torch.no_grad()
-    def tokens(self, images: Tensor, needs: frozenset[str] = frozenset()) -> VisionTokens:
-        """Tokens of crops (B, 3, S, S) with the extras named in `needs` (see `VisionTokens`)."""
+    def tokens(
+        self,
+        images: Tensor,
+        needs: frozenset[str] = frozenset(),
+        pruner: Pruner | None = None,
+    ) -> VisionTokens:
+        """Tokens of crops (B, 3, S, S) with the extras named in `needs` (see `VisionTokens`); the
+        hooks of `pruner` that act inside the tower are called."""
+        pruner = pruner or Pruner()
         if unknown := needs - EXTRAS:
             raise ValueError(f"unknown extras {sorted(unknown)}, choose from {sorted(EXTRAS)}")
-        hidden, attention, keys = self._run(images, bool(needs & {"cls_attention", "keys"}))
-        hidden = hidden.to(images.dtype) if images.is_floating_point() else hidden
-        if self.select_feature == "patch":
-            hidden = hidden[:, 1:]
-        count = hidden.shape[1]
-        side = self.num_patches_per_side
+        total, selected = self.depth
+        wanted = pruner.tower_extras(total, selected)
+        own = needs & LAYER_EXTRAS
+        images = pruner.before_tower(images)
+        side = images.shape[-1] // self.config.patch_size
+        layers: dict[int, dict[str, Tensor]] = {}
+        merged = {**wanted, selected: wanted.get(selected, frozenset()) | own}
+        tokens = self._run(images, merged, layers, pruner)
+        hidden = tokens.hidden_states.to(images.dtype)
+        extras = layers.get(selected, {})
+        features = hidden[:, 1:] if self.select_feature == "patch" else hidden
+        positions = tokens.positions
+        if self.select_feature != "patch":  # the class token is counted as the first "patch"
+            positions = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
         return VisionTokens(
-            features=hidden,
-            positions=torch.arange(count, device=hidden.device).expand(hidden.shape[0], -1),
+            features=features,
+            positions=positions,
             grid=(side, side),
-            cls_attention=attention if "cls_attention" in needs else None,
-            keys=keys if "keys" in needs else None,
+            merged=tokens.merged,
+            cls_attention=extras.get("cls_attention"),
+            keys=extras.get("keys"),
+            cls_token=hidden[:, :1] if "cls_token" in needs else None,
+            layers=layers,
             fingerprint=fingerprint(images) if "fingerprint" in needs else None,
         )
 
-    def _run(self, images: Tensor, probe: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Hidden states (B, 1 + N, C) of the selected layer; with `probe` also that layer's
-        class-token attention (B, H, N) in fp32 and patch keys (B, N, C)."""
+    def _run(
+        self,
+        images: Tensor,
+        wanted: dict[int, frozenset[str]],
+        found: dict[int, dict[str, Tensor]],
+        pruner: Pruner,
+    ) -> TowerTokens:
+        """Tokens after the selected layer; what `wanted` names of any layer goes into `found`.
+
+        Layers after the selected one run only as far as something is wanted from them.
+        """
         model = self.vision_tower.vision_model
-        x = model.pre_layrnorm(model.embeddings(images.to(self.device, self.dtype)))
-        layers = model.encoder.layers[: self.num_run_layers]
-        attention = keys = None
-        for number, layer in enumerate(layers, start=1):
-            out, rows = self_attention(
-                layer.self_attn, layer.layer_norm1(x), probe and number == len(layers)
-            )
-            attention, keys = rows if rows is not None else (None, None)
-            x = x + out
+        x = model.pre_layrnorm(self._embed(images.to(self.device, self.dtype)))
+        count = x.shape[1] - 1
+        places = torch.arange(count, device=x.device).expand(x.shape[0], -1)
+        tokens = TowerTokens(x, places)
+        chosen = tokens if self.num_run_layers == 0 else None
+        last = max([self.num_run_layers - 1, *(n for n, names in wanted.items() if names)])
+        for number, layer in enumerate(model.encoder.layers[: last + 1]):
+            tokens = pruner.before_tower_layer(number, tokens)
+            names = wanted.get(number, frozenset())
+            if unknown := names - LAYER_EXTRAS:
+                raise ValueError(
+                    f"unknown extras {sorted(unknown)}, choose from {sorted(LAYER_EXTRAS)}"
+                )
+            x = tokens.hidden_states
+            normed = layer.layer_norm1(x)
+            needs_output = number < last or number < self.num_run_layers or "output" in names
+            attention = layer.self_attn
+            q, k = attention.q_proj(normed), attention.k_proj(normed)
+            found[number] = attention_extras(attention, q, k, names)
+            if not needs_output:  # only the projections of this layer were wanted
+                break
+            x = x + attention.out_proj(self_attention(attention, normed, q, k))
             x = x + layer.mlp(layer.layer_norm2(x))
-        return x, attention, keys
+            tokens = TowerTokens(x, tokens.positions, tokens.merged)
+            if "output" in names:
+                found[number]["output"] = x[:, 1:]
+            if number == self.num_run_layers - 1:
+                chosen = tokens
+        return chosen
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Embeddings (B, 1 + N, C); positions are interpolated for crops of another size."""
+        embeddings = self.vision_tower.vision_model.embeddings
+        if images.shape[-1] == self.config.image_size:
+            return embeddings(images)
+        side = images.shape[-1] // self.config.patch_size
+        table = embeddings.position_embedding.weight
+        full = self.num_patches_per_side
+        grid = table[1:].unflatten(0, (full, full)).permute(2, 0, 1)[None].float()
+        grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+        positions = torch.cat([table[:1], grid[0].flatten(1).t().to(table.dtype)])
+        patches = embeddings.patch_embedding(images).flatten(2).transpose(1, 2)
+        cls = embeddings.class_embedding.expand(len(images), 1, -1)
+        return torch.cat([cls, patches], dim=1) + positions
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """(number of tower layers, 0-based layer whose output are the features)."""
+        return self.config.num_hidden_layers, self.num_run_layers - 1
 
     @property
     def num_run_layers(self) -> int:
@@ -148,22 +213,39 @@ class CLIPVisionTower(nn.Module):
         return self.num_patches_per_side**2
 
 
-def self_attention(attn, x: Tensor, probe: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Full attention of a CLIP layer on its normed input x (B, 1 + N, C).
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, T, C) -> (B, H, T, C / H)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
-    With `probe` also the class token's row over the patches (B, H, N), a softmax over all keys of
-    which the class token's own share is cut off, and the patches' keys (B, N, C).
+
+def self_attention(attention, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Full attention of a CLIP layer, before its output projection; x, q, k are (B, T, C)."""
+    heads = attention.num_heads
+    q, k, v = (split_heads(t, heads) for t in (q, k, attention.v_proj(x)))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def attention_extras(attention, q: Tensor, k: Tensor, names: frozenset[str]) -> dict[str, Tensor]:
+    """The extras of one layer that its queries and keys (B, 1 + N, C) give, in fp32.
+
+    cls_attention (B, H, N) is a softmax over all keys of which the class token's own share is cut
+    off; attention_mean (B, N) is the column mean of the map over heads and all queries.
     """
-    q, k, v = (
-        proj(x).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
-        for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
-    )
-    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    rows = None
-    if probe:
-        scores = q[:, :, :1].float() @ k.float().transpose(2, 3) * attn.scale
-        rows = scores.softmax(dim=-1)[:, :, 0, 1:], k.transpose(1, 2).flatten(2)[:, 1:]
-    return attn.out_proj(out), rows
+    found: dict[str, Tensor] = {}
+    if "keys" in names:
+        found["keys"] = k[:, 1:]
+    if "cls_query" in names:
+        found["cls_query"] = q[:, 0]
+    heads = attention.num_heads
+    if names & {"cls_attention", "attention_mean"}:
+        queries, keys = (split_heads(t, heads).float() for t in (q, k))
+        keys = keys.transpose(2, 3) * attention.scale
+    if "cls_attention" in names:
+        found["cls_attention"] = (queries[:, :, :1] @ keys).softmax(dim=-1)[:, :, 0, 1:]
+    if "attention_mean" in names:  # head by head: one map at a time is enough memory
+        total = sum((queries[:, h] @ keys[:, h]).softmax(dim=-1).mean(dim=1) for h in range(heads))
+        found["attention_mean"] = (total / heads)[:, 1:]
+    return found
 
 
 def fingerprint(images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPImageProcessor
 
-from ...pruning.base import VisionTokens
+from ...pruning.base import Pruner, VisionTokens
 from .clip_encoder import CLIPVisionTower, fingerprint
 
 
@@ -34,10 +34,16 @@ class CLIPVisionTowerS2(CLIPVisionTower):
         return processor
 
     @torch.no_grad()
-    def tokens(self, images: Tensor, needs: frozenset[str] = frozenset()) -> VisionTokens:
+    def tokens(
+        self,
+        images: Tensor,
+        needs: frozenset[str] = frozenset(),
+        pruner: Pruner | None = None,
+    ) -> VisionTokens:
         if images.shape[-1] != images.shape[-2]:
             raise ValueError(f"the multi-scale tower needs square images, got {images.shape[-2:]}")
-        if extra := needs - {"fingerprint"}:
+        inner = {} if pruner is None else pruner.tower_extras(*self.depth)
+        if extra := (needs | frozenset().union(*inner.values())) - {"fingerprint"}:
             raise ValueError(f"the multi-scale tower cannot provide {sorted(extra)}")
         maps = [self._scale_map(images, side) for side in self.s2_scales]
         size = maps[0].shape[-2:]
@@ -62,7 +68,7 @@ class CLIPVisionTowerS2(CLIPVisionTower):
         # (B, 3, tiles, edge, tiles, edge) -> one crop per tile, tiles of an image row by row
         crops = scaled.unflatten(3, (tiles, edge)).unflatten(2, (tiles, edge))
         crops = crops.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
-        hidden, _, _ = self._run(crops, probe=False)
+        hidden = self._run(crops, {}, {}, Pruner()).hidden_states
         hidden = hidden[:, 1:] if self.select_feature == "patch" else hidden
         grid = int(hidden.shape[1] ** 0.5)
         grids = hidden.transpose(1, 2).unflatten(2, (grid, grid))
