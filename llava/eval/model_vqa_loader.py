@@ -36,9 +36,7 @@ def build_parser(
     parser = argparse.ArgumentParser(description=description)
     group = parser.add_argument_group("model")
     group.add_argument("--model-path", "--model_path", help="default: the playground checkpoint")
-    group.add_argument(
-        "--model-base", "--model_base", help="for partial checkpoints"
-    )
+    group.add_argument("--model-base", "--model_base", help="for partial checkpoints")
     group.add_argument("--vision-tower", "--vision_tower", help="replaces the checkpoint's own")
     group.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
     group.add_argument("--dtype", choices=sorted(DTYPES), help="default: what suits the device")
@@ -158,7 +156,7 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if args.model_path is None:
         from llava.playground import default_model_path
 
-        args.model_path = str(default_model_path())
+        args.model_path = default_model_path()
         if args.conv_mode == parser.get_default("conv_mode"):
             args.conv_mode = "auto"
     args.model_path = os.path.expanduser(args.model_path)
@@ -176,8 +174,8 @@ def use_playground_questions(parser, args, questions: str, images: str) -> None:
         return
     from llava.playground import benchmark_dir
 
-    args.question_file = str(benchmark_dir() / questions)
-    args.image_folder = args.image_folder or str(benchmark_dir() / images)
+    args.question_file = os.path.join(benchmark_dir(), questions)
+    args.image_folder = args.image_folder or os.path.join(benchmark_dir(), images)
     print(f"no question file given: using {args.question_file}", file=sys.stderr)
 
 

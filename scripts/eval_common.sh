@@ -1,0 +1,128 @@
+# Sourced by scripts/v1_5/eval/*.sh (and through them by scripts/v1_6/eval/*.sh):
+#
+#     bash scripts/v1_5/eval/pope.sh [TOKENS] [KEY=VALUE ...] [further options]
+#
+# TOKENS       visual tokens to keep; left out: the unpruned model
+# KEY=VALUE    options of the pruning method, e.g. important_ratio=0.7
+# Everything else is handed to the answering program (llava/eval/model_vqa_loader.py --help).
+#
+# From the environment:
+#   METHOD       pruning method (default: vispruner); none: the unpruned model
+#   CKPT         checkpoint: a folder, a name inside CKPT_DIR, or a name on the hub
+#                (default: the playground's; with CKPT_DIR: the published 7B model)
+#   CKPT_DIR     folder of the checkpoints
+#   DATA_DIR     evaluation data and answers (default: playground/data/eval); a benchmark that is
+#                not there is replaced by the playground's
+#   CUDA_VISIBLE_DEVICES   one process per listed GPU
+#   NPROC        number of processes, if it should be another
+#   BATCH_SIZE   prompts per step (default: 8)
+#   LIMIT        about so many questions, evenly spread, for quick runs
+#   CONV_MODE    prompt template (default: by the checkpoint's name)
+#   EXTRA        further options of the answering program, for all calls
+#   PYTHON       interpreter (default: .venv/bin/python if it is there, else python3)
+#
+# Answers go to DATA_DIR/BENCHMARK/answers/QUESTIONS/CKPT/METHOD/n_TOKENS[_KEY=VALUE].jsonl, the
+# score into a .score.json beside them. A run that was interrupted continues.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
+
+PLAYGROUND_MODEL=playground/checkpoints/llava-v1.5-playground
+PLAYGROUND_DATA=playground/benchmark
+DATA_DIR=${DATA_DIR:-playground/data/eval}
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
+fi
+
+# --- the command line: sets METHOD, LABEL (of the answers file) and OPTIONS ---
+OPTIONS=()
+TOKENS=
+if [[ ${1:-} =~ ^[0-9]+$ ]]; then
+    TOKENS=$1
+    shift
+fi
+[ -z "$TOKENS" ] && METHOD=${METHOD:-none}
+METHOD=${METHOD:-vispruner}
+[ "$METHOD" = none ] && TOKENS=
+LABEL=n_${TOKENS:-$([ "$METHOD" = none ] && echo all || echo default)}
+OPTIONS+=(--pruning-method "$METHOD" ${TOKENS:+--visual-token-num "$TOKENS"})
+for word in "$@"; do
+    if [[ $word =~ ^[a-zA-Z_]+=.+$ ]]; then
+        OPTIONS+=(--pruning-arg "$word")
+        LABEL+=_$word
+    else
+        OPTIONS+=("$word")
+    fi
+done
+if [ -n "${LIMIT:-}" ]; then
+    OPTIONS+=(--limit "$LIMIT")
+    LABEL+=_limit$LIMIT
+fi
+
+# --- the checkpoint: sets MODEL and MODEL_NAME ---
+if [ -n "${CKPT_DIR:-}" ]; then
+    MODEL=$CKPT_DIR/${CKPT:-${DEFAULT_CKPT:-llava-v1.5-7b}}
+elif [ -z "${CKPT:-}" ]; then
+    MODEL=$PLAYGROUND_MODEL
+elif [ -d "$CKPT" ] || [[ $CKPT == */* ]]; then
+    MODEL=$CKPT
+else
+    MODEL=liuhaotian/$CKPT
+fi
+MODEL_NAME=$(basename "$MODEL")
+
+# answer PROGRAM QUESTIONS IMAGES [options]: questions and images relative to the data folder.
+# Sets SOURCE, QUESTIONS and ANSWERS for `score`.
+answer() {
+    local program=$1 images
+    SOURCE=$DATA_DIR
+    if [ ! -e "$SOURCE/$2" ]; then
+        SOURCE=$PLAYGROUND_DATA
+        echo "$DATA_DIR/$2 is not there: using the playground's questions ($SOURCE/$2)"
+    fi
+    QUESTIONS=$SOURCE/$2
+    images=$SOURCE/$3
+    [ -d "$images" ] && [ "$SOURCE" != "$PLAYGROUND_DATA" ] || images=$SOURCE/images
+    local split
+    split=$(basename "${2%.*}")
+    ANSWERS=$DATA_DIR/${2%%/*}/answers/$split/$MODEL_NAME/$METHOD/$LABEL.jsonl
+    shift 3
+    echo "$MODEL_NAME, method $METHOD${TOKENS:+, $TOKENS tokens}: $QUESTIONS -> $ANSWERS"
+    # shellcheck disable=SC2086 # EXTRA holds several words
+    run_in_chunks "$PYTHON" -m "llava.eval.$program" --model-path "$MODEL" \
+        --question-file "$QUESTIONS" --image-folder "$images" --temperature 0 \
+        --conv-mode "${CONV_MODE:-auto}" --batch-size "${BATCH_SIZE:-8}" \
+        "$@" "${OPTIONS[@]}" ${EXTRA:-}
+}
+
+# Runs a command once, or once per GPU on a part of the questions; the parts are joined in order.
+run_in_chunks() {
+    local gpus=() chunks parts pids=() failed=0 i
+    IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
+    chunks=${NPROC:-${#gpus[@]}}
+    if [ "$chunks" -le 1 ]; then
+        "$@" --answers-file "$ANSWERS"
+        return
+    fi
+    parts=${ANSWERS%.jsonl}.parts
+    for ((i = 0; i < chunks; i++)); do
+        local gpu=()
+        [ ${#gpus[@]} -gt 0 ] && gpu=(env "CUDA_VISIBLE_DEVICES=${gpus[i % ${#gpus[@]}]}")
+        ${gpu[@]+"${gpu[@]}"} "$@" --answers-file "$parts/${chunks}_$i.jsonl" \
+            --num-chunks "$chunks" --chunk-idx "$i" &
+        pids+=($!)
+    done
+    for i in "${pids[@]}"; do wait "$i" || failed=1; done
+    [ "$failed" = 0 ] || { echo "error: a process failed, see above" >&2 && return 1; }
+    for ((i = 0; i < chunks; i++)); do cat "$parts/${chunks}_$i.jsonl"; done >"$ANSWERS.tmp"
+    mv "$ANSWERS.tmp" "$ANSWERS"
+    cp "$parts/${chunks}_0.settings.json" "${ANSWERS%.jsonl}.settings.json"
+}
+
+# score BENCHMARK: prints the benchmark's report and, as the last line, the score as JSON.
+score() {
+    "$PYTHON" -m llava.eval.score "$1" --data-dir "$SOURCE" --question-file "$QUESTIONS" \
+        --answers-file "$ANSWERS" ${LIMIT:+--limit "$LIMIT"}
+}
