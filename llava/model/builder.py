@@ -1,0 +1,269 @@
+"""Loading a checkpoint: tokenizer, model, image processor, and the pruning method.
+
+Handles full LLaVA-1.5 / LLaVA-NeXT checkpoints (Llama or Mistral), a projector trained on top of a
+base model, unmerged LoRA adapters, and plain language models. Everything is read from local folders
+(or the hub's cache); no code of a checkpoint is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_utils import no_init_weights
+
+from ..constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+)
+from ..pruning import Pruner, pruner_from_keywords
+from .checkpoint import (
+    TOWER_PREFIX,
+    Filler,
+    clean_trainable_names,
+    local_folder,
+    merge_lora,
+    read_tensors,
+)
+from .language_model.attention import check_backend
+from .language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from .language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
+from .multimodal_encoder.builder import resolve_tower_path
+from .placement import choose_device, choose_dtype, may_share, place, single_device
+from .quantization import import_bitsandbytes, quantize
+
+DEFAULT_CONTEXT_LEN = 2048
+
+
+def load_pretrained_model(
+    model_path: str,
+    model_base: str | None,
+    model_name: str,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    device_map: str | int | dict | None = "auto",
+    device: str | torch.device | None = None,
+    use_flash_attn: bool = False,
+    torch_dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    pruner: Pruner | str | None = None,
+    vision_tower: str | None = None,
+    vision_tower_dtype: torch.dtype | None = None,
+    **keywords,
+):
+    """Returns (tokenizer, model, image_processor, context_len), the model in eval mode.
+
+    model_path:  folder (or hub repository) of the model, the projector or the adapter
+    model_base:  folder of the model that a projector or adapter belongs to; None for full models
+    model_name:  "llava" in it, or in the config's architecture, makes it a multimodal model
+    load_8bit, load_4bit: quantise the decoder's linear layers (needs the extra `quant`)
+    device_map:  "auto", a device, or module name -> device
+    device:      None is cuda if present, else mps, else cpu
+    torch_dtype: None is float16 on a GPU. On the CPU it is what the checkpoint was saved in, except
+                 that float16, which CPUs are slow at, becomes float32
+    attn_implementation: "sdpa" (default), "flash_attention_2" or "eager"
+    pruner:      a Pruner or the name of a method; None is no pruning
+    vision_tower: folder to use in place of the config's `mm_vision_tower`
+    vision_tower_dtype: None is the model's own
+    keywords:    constructor keywords of published repositories that choose a method
+
+    image_processor is None for plain language models. Raises ValueError or FileNotFoundError, naming
+    the file and the weights, for whatever is missing, damaged, unknown or of the wrong shape.
+    """
+    pruner = pruner_from_keywords(pruner, keywords)
+    if keywords:
+        raise ValueError(f"unknown keywords of load_pretrained_model: {', '.join(keywords)}")
+    if load_8bit and load_4bit:
+        raise ValueError("load_8bit and load_4bit exclude each other")
+    folder, base = local_folder(model_path), model_base and local_folder(model_base)
+    values = read_config(folder, required=base is None)
+    device = single_device(device_map, device) or choose_device(device)
+    backend = check_backend(
+        "flash_attention_2" if use_flash_attn else attn_implementation or "sdpa"
+    )
+    if backend == "flash_attention_2" and device.type != "cuda":
+        raise ValueError(f"attn_implementation {backend!r} needs a CUDA device, not {device}")
+    quantized = load_8bit or load_4bit
+    if quantized:
+        import_bitsandbytes()
+    dtype = choose_dtype(torch_dtype, values or read_config(base), device, quantized)
+    fill_device = "cpu" if quantized or may_share(device_map, device) else device
+
+    if is_llava(model_name, values):
+        config, model_class = llava_config(folder, values, model_name, backend)
+        set_vision_tower(config, vision_tower, base)
+        model, filler = build_empty(model_class, config, dtype, fill_device)
+        fill_llava(filler, folder, base, model_name)
+        load_tower(model, filler, vision_tower_dtype or dtype, fill_device)
+        tokenizer = load_tokenizer(base or folder, fast="mistral" in model_name.lower())
+        add_image_tokens(model, tokenizer)
+        image_processor = model.get_vision_tower().image_processor
+    else:
+        if pruner.name != "none":
+            raise ValueError(f"{model_path} is a plain language model, {pruner!r} has no images")
+        model = load_plain(folder, base, dtype, fill_device, backend)
+        tokenizer = load_tokenizer(base or folder)
+        image_processor = None
+
+    load_generation_config(model, base or folder)
+    if quantized:
+        quantize(model, bits=4 if load_4bit else 8, dtype=dtype)
+    model = place(model.eval(), device_map, device)
+    if image_processor is not None:
+        model.pruner = pruner
+    context_len = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LEN)
+    return tokenizer, model, image_processor, context_len
+
+
+def read_config(folder: str, required: bool = True) -> dict:
+    """The values of config.json; {} when there is none and none is required."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        if not required:
+            return {}
+        raise FileNotFoundError(f"{folder} holds no config.json, so it is no checkpoint folder")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
+
+
+def is_llava(model_name: str, values: dict) -> bool:
+    architecture = (values.get("architectures") or [""])[0]
+    return "llava" in model_name.lower() or architecture.startswith("Llava")
+
+
+def llava_config(folder: str, values: dict, model_name: str, backend: str = "sdpa"):
+    """(config, model class) of a LLaVA folder.
+
+    The class follows the architecture, not `model_type`: old checkpoints say "llava", a name that
+    belongs to another model in transformers.
+    """
+    architecture = (values.get("architectures") or [""])[0]
+    kind = f"{architecture} {values.get('model_type', '')} {model_name}".lower()
+    if "mpt" in kind:
+        raise ValueError(f"{folder} is an MPT model, only Llama and Mistral are supported")
+    config_class, model_class = (
+        (LlavaMistralConfig, LlavaMistralForCausalLM)
+        if "mistral" in (architecture.lower() if architecture.startswith("Llava") else kind)
+        else (LlavaConfig, LlavaLlamaForCausalLM)
+    )
+    values = {key: value for key, value in values.items() if key != "model_type"}
+    values["architectures"] = [model_class.__name__]
+    config = config_class.from_dict({**values, "attn_implementation": backend})
+    config._name_or_path = os.path.abspath(folder)
+    return config, model_class
+
+
+def set_vision_tower(config, override: str | None, base: str | None) -> None:
+    """Settles which tower the config names; ValueError when it names none."""
+    if override:
+        config.mm_vision_tower = os.path.abspath(override) if os.path.isdir(override) else override
+    name = getattr(config, "mm_vision_tower", None)
+    if not name:
+        raise ValueError(
+            f"{config._name_or_path} names no vision tower (mm_vision_tower in config.json), so it "
+            "cannot see images; pass vision_tower=PATH (--vision-tower) or another checkpoint"
+        )
+    # A projector or adapter folder may have been moved away from the tower beside its base.
+    if base and not os.path.isdir(resolve_tower_path(name, config._name_or_path)):
+        config.mm_vision_tower = resolve_tower_path(name, os.path.abspath(base))
+
+
+def build_empty(model_class, config, dtype: torch.dtype, device) -> tuple[nn.Module, Filler]:
+    """A model without memory for its weights, and what fills it."""
+    with init_empty_weights(), no_init_weights():
+        model = model_class(config)
+    model.config.torch_dtype = dtype
+    return model, Filler(model, dtype, device)
+
+
+def fill_llava(filler: Filler, folder: str, base: str | None, model_name: str) -> None:
+    """Weights of a full checkpoint, or of a base with a projector or an adapter on top."""
+    if base is None:
+        filler.add_folder(folder)
+        return filler.finish(folder)
+    lora = "lora" in model_name.lower() or os.path.isfile(
+        os.path.join(folder, "adapter_config.json")
+    )
+    if lora:
+        trained = clean_trainable_names(read_tensors(folder, "non_lora_trainables"))
+    else:
+        trained = read_tensors(folder, "mm_projector")
+        if not trained:
+            raise FileNotFoundError(
+                f"{folder} holds neither mm_projector.bin nor an adapter to put on top of {base}"
+            )
+        # The published loader rounds the projector through half precision whatever the model's dtype.
+        trained = {name: tensor.half() for name, tensor in trained.items()}
+    for name, tensor in trained.items():
+        filler.add(name, tensor, folder)
+    filler.add_folder(base, fit=True)
+    filler.finish(f"{folder} with {base}")
+    if lora:
+        merge_lora(filler.model, folder)
+
+
+def load_tower(model: nn.Module, filler: Filler, dtype: torch.dtype, device) -> None:
+    """Readies the vision tower.
+
+    Its weights come from the checkpoint when it was trained along (`unfreeze_mm_vision_tower`) and
+    saved with the model, else from the tower's own folder.
+    """
+    tower = model.get_vision_tower()
+    lacking = [name for name in filler.missing() if name.startswith(TOWER_PREFIX)]
+    if any(name.startswith(TOWER_PREFIX) for name in filler.filled):
+        if lacking:
+            raise ValueError(
+                f"the checkpoint holds part of a vision tower only, {lacking[0]} is missing"
+            )
+    elif lacking:
+        tower.is_loaded = False  # built for weights that the checkpoint turned out not to have
+    tower.load_model(torch_dtype=dtype)
+    tower.to(device=device, dtype=dtype)
+
+
+def load_plain(folder: str, base: str | None, dtype, device, backend: str) -> nn.Module:
+    """A language model without images; with `base` the LoRA adapter in `folder` is merged into it."""
+    source = base or folder
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    with init_empty_weights(), no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=backend, trust_remote_code=False
+        )
+    model.config.torch_dtype = dtype
+    filler = Filler(model, dtype, device)
+    filler.add_folder(source)
+    filler.finish(source)
+    if base:
+        merge_lora(model, folder)
+    return model
+
+
+def load_tokenizer(folder: str, fast: bool = False):
+    """The tokenizer in `folder`, without a look at the network."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, use_fast=fast, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"no tokenizer can be loaded from {folder}: {error}") from error
+
+
+def add_image_tokens(model: nn.Module, tokenizer) -> None:
+    """Adds the marker tokens the config asks for and makes the vocabulary fit the tokenizer."""
+    if getattr(model.config, "mm_use_im_patch_token", True):
+        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+    if getattr(model.config, "mm_use_im_start_end", False):
+        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+    if len(tokenizer) != model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+
+
+def load_generation_config(model: nn.Module, folder: str) -> None:
+    if os.path.isfile(os.path.join(folder, "generation_config.json")):
+        model.generation_config = GenerationConfig.from_pretrained(folder)

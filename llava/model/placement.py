@@ -1,0 +1,95 @@
+"""Which device and number format a model runs in, and moving it there."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.utils import get_balanced_memory
+from torch import nn
+
+#: strategies that share a model out over several GPUs
+SHARING = ("auto", "balanced", "balanced_low_0", "sequential")
+#: share of a GPU's free memory that weights may fill, the rest is for activations and cache
+WEIGHT_SHARE = 0.85
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """`device`, or the best there is: cuda, then mps, then cpu. ValueError when it is not there."""
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} was asked for, but no CUDA device is available")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device {str(device)!r} was asked for, but MPS is not available")
+    return device
+
+
+def single_device(device_map, device: str | torch.device | None) -> torch.device | None:
+    """The one device a `device_map` argument comes down to; None when it names several."""
+    if device_map is None or device_map in SHARING:
+        return choose_device(device)
+    if isinstance(device_map, dict):
+        targets = set(device_map.values())
+        return choose_device(_named(targets.pop())) if len(targets) == 1 else None
+    return choose_device(_named(device_map))
+
+
+def _named(device):
+    return f"cuda:{device}" if isinstance(device, int) else device
+
+
+def choose_dtype(
+    dtype: torch.dtype | str | None, config: dict, device: torch.device, quantized: bool = False
+) -> torch.dtype:
+    """`dtype`, or the default: float16 on a GPU; on the CPU the dtype in the config values, with
+    float32 in place of float16."""
+    saved = getattr(torch, str(config.get("torch_dtype", "float32")).removeprefix("torch."))
+    if dtype == "auto":
+        return saved
+    if isinstance(dtype, str):
+        named = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(named, torch.dtype) or not named.is_floating_point:
+            raise ValueError(f"unknown torch_dtype {dtype!r}, choose float32, float16 or bfloat16")
+        return named
+    if dtype is not None:
+        return dtype
+    if quantized or device.type != "cpu":
+        return torch.float16
+    return torch.float32 if saved == torch.float16 else saved
+
+
+def place(model: nn.Module, device_map, device: torch.device) -> nn.Module:
+    """The model on its device, or shared out over several as `device_map` says."""
+    if not may_share(device_map, device):
+        return model.to(device)
+    if isinstance(device_map, dict):
+        return dispatch_model(model, {name: _named(where) for name, where in device_map.items()})
+    if device_map == "auto" and _fits(model, device):
+        return model.to(device)
+    return _share(model, device_map)
+
+
+def may_share(device_map, device: torch.device) -> bool:
+    """Whether the model may end up on more than one device."""
+    if isinstance(device_map, dict):
+        return single_device(device_map, device) is None
+    several = device == torch.device("cuda") and torch.cuda.device_count() > 1
+    return several and device_map in SHARING
+
+
+def _fits(model: nn.Module, device: torch.device) -> bool:
+    free, _ = torch.cuda.mem_get_info(device)
+    return sum(p.nbytes for p in model.parameters()) < WEIGHT_SHARE * free
+
+
+def _share(model: nn.Module, strategy: str) -> nn.Module:
+    whole = model._no_split_modules
+    memory = None
+    if strategy != "sequential":
+        low = strategy == "balanced_low_0"
+        memory = get_balanced_memory(model, no_split_module_classes=whole, low_zero=low)
+    device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
+    return dispatch_model(model, device_map)

@@ -1,0 +1,52 @@
+"""8-bit and 4-bit weights through bitsandbytes (the extra `quant`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+#: modules that stay in half precision: small, or sensitive
+KEPT = ("lm_head", "mm_projector", "vision_tower")
+#: activations above this magnitude take the half-precision path in 8 bits
+OUTLIER_THRESHOLD = 6.0
+
+
+def import_bitsandbytes():
+    """The package, or an ImportError that says how to get it."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ImportError(
+            "load_8bit and load_4bit need the package bitsandbytes: pip install -e .[quant]"
+        ) from error
+    return bitsandbytes
+
+
+def quantize(model: nn.Module, bits: int, dtype: torch.dtype) -> None:
+    """Replaces the decoder's linear layers by quantised ones, in place; `dtype` is that of products.
+
+    The weights are packed when the model moves to its device.
+    """
+    bnb = import_bitsandbytes()
+    for parent_name, parent in list(model.named_modules()):
+        for name, linear in list(parent.named_children()):
+            path = f"{parent_name}.{name}".split(".")
+            if isinstance(linear, nn.Linear) and not set(path) & set(KEPT):
+                setattr(parent, name, _quantized(bnb, linear, bits, dtype))
+
+
+def _quantized(bnb, linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Module:
+    sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+    weight = linear.weight.data
+    if bits == 4:
+        # The format of QLoRA: nf4 values with scales that are quantised themselves.
+        options = {"quant_type": "nf4", "compress_statistics": True}
+        new = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, device="meta", **options)
+        new.weight = bnb.nn.Params4bit(weight, requires_grad=False, **options)
+    else:
+        new = bnb.nn.Linear8bitLt(
+            *sizes, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD, device="meta"
+        )
+        new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    new.bias = linear.bias
+    return new.requires_grad_(False)

@@ -1,0 +1,124 @@
+"""Runs recorded reference cases: `python -m tests.golden_cases FOLDER [FOLDER ...]`.
+
+A folder holds an `index.json` (list of cases) and the files it names. Checkpoints and images are
+looked for beside the folder, then in `tests/golden`, then in `../shared/golden`. For every folder
+the differences and matched/total are printed; the exit status is 0 only when all cases match.
+
+A new method needs an entry in `tests/golden_checks/methods.py` when its recorded `args` are not the
+options of our class; a new kind needs an entry in `CHECKS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from llava.pruning import Pruner
+from tests.golden_checks.compare import Report
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "tests" / "golden"
+SHARED = ROOT.parent / "shared" / "golden"
+
+#: kind of case -> module in tests/golden_checks and function in it
+CHECKS = {
+    "e2e": ("e2e", "check_single"),
+    "e2e-batch": ("e2e", "check_batch"),
+    "function": ("methods", "check_function"),
+    "prompts": ("text", "check_prompts"),
+    "text": ("text", "check_text"),
+    "preprocess": ("preprocess", "check_preprocess"),
+    "vision": ("vision", "check_vision"),
+    "scoring": ("scoring", "check_scoring"),
+    "inference": ("inference", "check_inference"),
+    "training": ("training", "check_training"),
+    "loading": ("loading", "check_loading"),
+}
+
+
+def load_cases(folder: str | Path) -> list[dict]:
+    """The cases in the index of `folder`."""
+    with open(Path(folder) / "index.json", encoding="utf-8") as file:
+        index = json.load(file)
+    cases = index if isinstance(index, list) else index["cases"]
+    return [{"kind": "e2e", "args": {}, **case} for case in cases]
+
+
+def locate(name: str, folder: str | Path) -> Path:
+    """A checkpoint folder or image by name, as seen from a folder of cases."""
+    folder = Path(folder).resolve()
+    roots = [folder, folder / "images"]
+    for root in (folder.parent, SHIPPED, SHARED):
+        roots += [root, root / "images"]
+    for root in roots:
+        if (root / name).exists():
+            return root / name
+    raise FileNotFoundError(f"{name} is neither beside {folder} nor in {SHIPPED} or {SHARED}")
+
+
+def load_arrays(case: dict, folder: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of a case's npz file."""
+    with np.load(Path(folder) / case["file"]) as arrays:
+        return dict(arrays)
+
+
+def load_json(case: dict, folder: str | Path):
+    """The content of a case's JSON file."""
+    return json.loads((Path(folder) / case["file"]).read_text(encoding="utf-8"))
+
+
+def build_from_case(case: dict, folder: str | Path) -> Pruner:
+    """The pruning method a recorded case was made with."""
+    from tests.golden_checks.methods import build
+
+    return build(case, Path(folder))
+
+
+def run_case(case: dict, folder: str | Path) -> list[str]:
+    """What differs between a recorded case and ours; an empty list when it matches."""
+    if case["kind"] not in CHECKS:
+        return [f"cases of kind {case['kind']!r} are not supported"]
+    module, function = CHECKS[case["kind"]]
+    check = getattr(importlib.import_module(f"tests.golden_checks.{module}"), function)
+    report = Report()
+    try:
+        check(case, Path(folder), report)
+    except Exception as error:  # one broken case must not hide the others
+        report.add(f"{type(error).__name__}: {error}")
+    return report.problems
+
+
+def run_folder(folder: str | Path) -> tuple[int, int]:
+    """(matched, total) of one folder; prints what differs."""
+    cases = load_cases(folder)
+    matched = 0
+    for case in cases:
+        problems = run_case(case, folder)
+        matched += not problems
+        for problem in problems[:10]:
+            print(f"{Path(folder).name}/{case['id']}: {problem}")
+        if len(problems) > 10:
+            print(f"{Path(folder).name}/{case['id']}: and {len(problems) - 10} more differences")
+    print(f"{folder}: {matched}/{len(cases)}", flush=True)
+    return matched, len(cases)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folder with an index.json")
+    folders = parser.parse_args(arguments).folders
+    if missing := [name for name in folders if not (Path(name) / "index.json").is_file()]:
+        parser.error(f"no index.json in {', '.join(missing)}")
+    counts = [run_folder(name) for name in folders]
+    matched, total = (sum(column) for column in zip(*counts, strict=True))
+    print(f"total: {matched}/{total}")
+    return 0 if matched == total else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
