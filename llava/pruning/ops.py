@@ -36,3 +36,12 @@ def rank_within_groups(score: Tensor, group: Tensor) -> Tensor:
     starts[:, 1:] = sorted_group[:, 1:] != sorted_group[:, :-1]
     first = (places * starts).cummax(dim=1).values
     return torch.empty_like(order).scatter_(1, order, places - first)
+
+
+def scale_layer(layer: int, num_layers: int, reference: int = 32) -> int:
+    """The layer at the same relative depth of a model with `num_layers` layers.
+
+    layer: what the paper gives for `reference` layers (32 in a 7B decoder, 24 in a CLIP-L tower).
+    Rounded to the nearest layer, halves to the even one; a layer above 0 stays above 0.
+    """
+    return min(max(round(layer * num_layers / reference), min(layer, 1)), num_layers - 1)
