@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .ops import gather_tokens, rank_within_groups
+from .ops import gather_tokens, rank_within_groups, scale_layer
 
 
 @dataclass
@@ -380,15 +380,23 @@ class DecoderPruner(_BudgetPruner):
     """Drops visual tokens before one decoder layer; a method overrides `score` alone.
 
     visual_token_num: tokens per image that enter `layer` and the layers after it
-    layer:            first decoder layer that sees fewer tokens (at least 1)
+    layer:            first decoder layer that sees fewer tokens (at least 1); None: `paper_layer`,
+                      scaled to the depth of the decoder
     """
 
-    layer: int = 2
+    layer: int | None = None
+
+    #: `layer` of a 32-layer decoder when none is given
+    paper_layer: ClassVar[int] = 2
 
     def __post_init__(self):
         super().__post_init__()
-        if self.layer < 1:
+        if self.layer is not None and self.layer < 1:
             raise ValueError(f"layer ({self.layer}) must be at least 1: rows come from layer - 1")
+
+    def cut_layer(self, num_layers: int) -> int:
+        """`layer` in a decoder with `num_layers` layers."""
+        return scale_layer(self.paper_layer, num_layers) if self.layer is None else self.layer
 
     def score(self, prefill: Prefill) -> Tensor:
         """(B, S) importance of every token; values on text are ignored."""
@@ -396,21 +404,21 @@ class DecoderPruner(_BudgetPruner):
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
         super().check(num_patches, num_layers, crops)
-        if self.layer >= num_layers:
+        if not 1 <= self.cut_layer(num_layers) < num_layers:
             raise ValueError(f"layer ({self.layer}) must be below the {num_layers} decoder layers")
 
     def probe_layers(self, num_layers: int) -> tuple[int, ...]:
-        return (self.layer - 1,)
+        return (self.cut_layer(num_layers) - 1,)
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
-        if index != self.layer:
+        if index != self.cut_layer(len(prefill.decoder.layers)):
             return prefill
         return prefill.keep_visual(self.score(prefill), self.visual_token_num)
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
-        dense = num_patches * crops
+        dense, layer = num_patches * crops, self.cut_layer(num_layers)
         kept = min(self.visual_token_num, dense)
-        return [dense] * self.layer + [kept] * (num_layers - self.layer)
+        return [dense] * layer + [kept] * (num_layers - layer)
 
 
 def option_names(method: type[Pruner]) -> list[str]:
