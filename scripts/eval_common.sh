@@ -80,11 +80,15 @@ answer() {
     SOURCE=$DATA_DIR
     if [ ! -e "$SOURCE/$2" ]; then
         SOURCE=$PLAYGROUND_DATA
+        if [ ! -e "$SOURCE/$2" ]; then
+            echo "error: neither $DATA_DIR nor the playground has $2" >&2
+            return 1
+        fi
         echo "$DATA_DIR/$2 is not there: using the playground's questions ($SOURCE/$2)"
     fi
     QUESTIONS=$SOURCE/$2
-    images=$SOURCE/$3
-    [ -d "$images" ] && [ "$SOURCE" != "$PLAYGROUND_DATA" ] || images=$SOURCE/images
+    images=$SOURCE/images # the playground's benchmarks share one folder
+    [ -d "$images" ] || images=$SOURCE/$3
     local split
     split=$(basename "${2%.*}")
     ANSWERS=$DATA_DIR/${2%%/*}/answers/$split/$MODEL_NAME/$METHOD/$LABEL.jsonl

@@ -30,9 +30,10 @@ def undisturbed(tmp_path):
     return (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_a_run_cut_at_any_byte_continues_to_the_same_file(tmp_path, undisturbed):
+def test_a_run_cut_anywhere_continues_to_the_same_file(tmp_path, undisturbed):
     path = tmp_path / "a.jsonl"
-    for length in range(len(undisturbed)):
+    ends = [i for i, byte in enumerate(undisturbed) if byte == ord("\n")]
+    for length in {0, 7, 100, *ends, *(end + 1 for end in ends), len(undisturbed) - 5}:
         answer_all(path, overwrite=True)
         os.truncate(path, length)
         done = answer_all(path)

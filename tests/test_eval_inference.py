@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-GOLDEN = ROOT / "tests" / "golden"
+from llava.eval.answer_loop import AnswerLoop
+
+GOLDEN = Path(__file__).parent / "golden"
 CAP = 12  # new tokens, as in the recordings
 CASES = [
     case
@@ -70,15 +71,36 @@ def test_several_images_per_question_and_unequal_crops_fit_in_one_batch(tmp_path
     questions = [
         {"question_id": 0, "image": both, "text": "Compare."},
         {"question_id": 1, "text": "No image here."},
-        {"question_id": 2, "image": both[1], "text": "What is this?"},
     ]
     content = "".join(json.dumps(question) + "\n" for question in questions)
     argv = prepare(case | {"inputs": {"q.jsonl": content}}, tmp_path)
     texts = []
-    for size in ("1", "3"):
-        answer(monkeypatch, case["module"], [*argv, "--batch-size", size, "--overwrite"])
+    argv += ["--max_new_tokens", "4", "--overwrite"]
+    for size in ("1", "2"):
+        answer(monkeypatch, case["module"], [*argv, "--batch-size", size])
         texts.append([record["text"] for record in read(tmp_path / "a.jsonl")])
     assert texts[0] == texts[1]
+
+
+def test_a_stopped_run_is_continued_to_the_same_answers(tmp_path, monkeypatch):
+    case = next(case for case in CASES if case["id"] == "loader-v1.5")
+    argv = prepare(case, tmp_path)
+    generate, calls = AnswerLoop.generate, []
+
+    def stop_at_the_second_batch(loop, batch):
+        calls.append(batch)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(loop, batch)
+
+    monkeypatch.setattr(AnswerLoop, "generate", stop_at_the_second_batch)
+    with pytest.raises(KeyboardInterrupt):
+        answer(monkeypatch, case["module"], argv)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"question_id": 1, "pro')
+    answer(monkeypatch, case["module"], argv)
+    assert without_answer_id(read(path)) == without_answer_id(case["answers"])
+    assert len(calls) == len(case["answers"]) + 1
 
 
 @pytest.mark.parametrize("content", [None, b"not an image"], ids=["missing", "corrupt"])

@@ -62,10 +62,9 @@ class Benchmark:
         return [question for record in records for question in self.to_questions(record)]
 
     def image_folder(self, data_dir: str) -> str:
-        """Returns the image folder: the published one, else the one all benchmarks share."""
-        published = os.path.join(data_dir, self.images)
+        """Returns the folder all benchmarks share, where there is one, else the published one."""
         shared = os.path.join(data_dir, SHARED_IMAGES)
-        return published if os.path.isdir(published) or not os.path.isdir(shared) else shared
+        return shared if os.path.isdir(shared) else os.path.join(data_dir, self.images)
 
     def score(self, data_dir: str, path: str, answers: list[dict], limit: int | None) -> dict:
         """Returns the scores of a complete set of answers to the questions of file `path`."""

@@ -171,7 +171,13 @@ def load_loop(args) -> AnswerLoop:
         vision_tower=args.vision_tower,
     )
     return AnswerLoop(
-        tokenizer, model, image_processor, args.conv_mode, args.batch_size, args.workers
+        tokenizer,
+        model,
+        image_processor,
+        args.conv_mode,
+        args.batch_size,
+        args.workers,
+        args.max_new_tokens,
     )
 
 
@@ -209,6 +215,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--conv-mode", default="auto")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=sorted(DTYPES))
     args = parser.parse_args()

@@ -1,0 +1,144 @@
+"""The suite and the scripts run every benchmark and score what they wrote."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from llava.eval import suite, suite_report
+from llava.eval.benchmarks import BENCHMARKS
+from llava.pruning import build_pruner
+from tests import mini_benchmark
+
+ROOT = Path(__file__).resolve().parent.parent
+ALWAYS = {"pope": 200 / 3, "textvqa": 0, "gqa": 100, "vqav2": 100, "mme": 25, "refcoco": 0}
+
+
+class FakeLoop:
+    """Says yes to everything, and to options A; counts how often it is asked."""
+
+    conv_mode, max_new_tokens = "vicuna_v1", 8
+
+    def __init__(self):
+        self.model = SimpleNamespace(pruner=None)
+        self.asked = 0
+
+    def answer(self, questions, image_folder):
+        for question in questions:
+            assert all(os.path.exists(os.path.join(image_folder, i)) for i in _files(question))
+            self.asked += 1
+            self.visual_tokens = (64, 64)
+            yield [question], ["A" if "A. red" in question.text else "Yes"]
+
+
+def _files(question):
+    return [] if question.base64 else question.images
+
+
+@pytest.fixture
+def args(tmp_path):
+    return SimpleNamespace(
+        data_dir=str(mini_benchmark.build(tmp_path / "data")),
+        out=str(tmp_path / "out"),
+        limit=None,
+        model_name="m",
+        model_path="m",
+        batch_size=1,
+        conv_mode="vicuna_v1",
+        methods=["vispruner", "random"],
+        tokens=[576, 64, 16],
+        pruning_arg=["vispruner.important_ratio=0.75"],
+    )
+
+
+def test_every_method_and_budget_is_scored_on_every_benchmark(args):
+    runs = suite.plan(args, num_patches=576)
+    assert [(run.method, run.tokens) for run in runs] == [
+        ("none", 576),
+        ("vispruner", 64),
+        ("vispruner", 16),
+        ("random", 64),
+        ("random", 16),
+    ]
+    assert runs[1].pruner == build_pruner("vispruner", visual_token_num=64, important_ratio=0.75)
+    loop, benchmarks = FakeLoop(), suite.available(None, args.data_dir)
+    scores = suite.run_all(loop, runs, benchmarks, args)
+    assert {s.task for s in scores} == set(BENCHMARKS) and len(scores) == 5 * len(BENCHMARKS)
+    dense = {score.task: score.percent for score in scores if score.method == "none"}
+    assert dense == pytest.approx(ALWAYS | {"mmbench": 100, "sqa": 100})
+    asked = loop.asked
+    assert suite.run_all(loop, runs, benchmarks, args)[3].percent == scores[3].percent
+    assert loop.asked == asked  # a finished suite asks nothing again
+    written = json.loads(Path(args.out, "scores.json").read_text())["scores"]
+    assert len(written) == len(scores)
+
+
+def test_table_and_plot_show_all_methods(args, tmp_path):
+    scores = suite.run_all(
+        FakeLoop(), suite.plan(args, 576), suite.available(["pope", "gqa"], args.data_dir), args
+    )
+    text = suite_report.table(scores)
+    assert "| task | metric | 576 tokens | 64 tokens | 16 tokens |" in text
+    assert "| **average** |  | **83.3** | **83.3** | **83.3** |" in text
+    assert text.count("| pope | F1 | 66.7 |") == 2
+    pytest.importorskip("matplotlib")
+    suite_report.plot(scores, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_an_unknown_option_or_benchmark_is_found_before_anything_runs(args, tmp_path):
+    args.pruning_arg = ["random.speed=3"]
+    with pytest.raises(ValueError, match="unknown option 'speed'"):
+        suite.plan(args, 576)
+    with pytest.raises(ValueError, match="has the question file of no benchmark"):
+        suite.available(None, str(tmp_path))
+    os.remove(os.path.join(args.data_dir, BENCHMARKS["sqa"].questions))
+    with pytest.raises(ValueError, match="has no questions of sqa"):
+        suite.available(["pope", "sqa"], args.data_dir)
+
+
+def test_incomplete_answers_are_not_scored(args):
+    benchmark = BENCHMARKS["pope"]
+    path = os.path.join(args.data_dir, benchmark.questions)
+    with pytest.raises(ValueError, match="all 2 questions .* there are 1, 1 of them in place"):
+        first = benchmark.load_questions(path)[0].answer_line("Yes", "x", "m")
+        benchmark.score(args.data_dir, path, [first], None)
+
+
+def test_a_benchmark_script_splits_the_work_and_ends_with_the_score(tmp_path):
+    data = mini_benchmark.build(tmp_path / "data")
+    command = ["bash", "scripts/v1_6/eval/pope.sh", "64", "seed=1"]
+    environment = {
+        "METHOD": "random",
+        "CKPT": str(ROOT / "tests/golden/tiny-llava-v1.5"),
+        "DATA_DIR": str(data),
+        "NPROC": "2",
+        "EXTRA": "--max_new_tokens 4 --device cpu",
+        "PYTHON": sys.executable,
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    folder = data / "pope/answers/llava_pope_test/tiny-llava-v1.5/random"
+    assert last["answers_file"] == str(folder / "n_64_seed=1.jsonl") and last["count"] == 2
+    assert json.loads((folder / "n_64_seed=1.score.json").read_text())["score"] == last["score"]
+    assert (folder / "n_64_seed=1.jsonl").read_text().count("\n") == 2
+
+
+def test_a_script_says_when_a_benchmark_is_nowhere(tmp_path):
+    environment = {**os.environ, "DATA_DIR": str(tmp_path), "PYTHON": sys.executable}
+    script = (ROOT / "scripts/v1_5/eval/pope.sh").read_text().replace("pope/", "nowhere/")
+    copy = tmp_path / "scripts/v1_5/eval/pope.sh"
+    copy.parent.mkdir(parents=True)
+    copy.write_text(script)
+    (tmp_path / "scripts/eval_common.sh").write_text((ROOT / "scripts/eval_common.sh").read_text())
+    done = subprocess.run(["bash", copy], env=environment, capture_output=True, encoding="utf-8")
+    assert done.returncode == 1
+    assert "nor the playground has nowhere/llava_pope_test.jsonl" in done.stderr
