@@ -1,0 +1,114 @@
+"""LLaVA models of any size with random weights, built in memory: for measuring, not for answers."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import torch
+from torch import nn
+from transformers import CLIPImageProcessor, CLIPVisionConfig
+
+from llava.model import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.multimodal_encoder.builder import resolve_tower_path
+
+#: decoder sizes: hidden_size, intermediate_size, num_hidden_layers, num_attention_heads
+DECODERS = {
+    "1b": (2048, 5504, 22, 16),
+    "7b": (4096, 11008, 32, 32),
+    "13b": (5120, 13824, 40, 40),
+}
+#: CLIP ViT-L/14 at 336 pixels
+CLIP_LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+POOL_NUMBERS = 2**22 - 1  # odd, so that rows of a weight do not repeat each other
+
+
+def shapes(name: str) -> tuple[LlavaConfig, CLIPVisionConfig]:
+    """Configs of decoder and tower: a size of `DECODERS` with a CLIP-L tower, or the sizes of the
+    checkpoint in folder `name` (whose weights are not read)."""
+    if name in DECODERS:
+        width, inner, layers, heads = DECODERS[name]
+        config = LlavaConfig(
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            vocab_size=32000,
+            max_position_embeddings=4096,
+            mm_hidden_size=CLIP_LARGE["hidden_size"],
+            mm_projector_type="mlp2x_gelu",
+            mm_vision_select_layer=-2,
+            mm_vision_select_feature="patch",
+            image_aspect_ratio="pad",
+        )
+        return config, CLIPVisionConfig(**CLIP_LARGE)
+    if not os.path.isfile(os.path.join(name, "config.json")):
+        raise ValueError(
+            f"unknown --config {name!r}, choose {', '.join(DECODERS)}, playground or a folder with "
+            "a checkpoint"
+        )
+    config = LlavaConfig.from_pretrained(name)
+    tower = resolve_tower_path(config.mm_vision_tower, name)
+    return config, CLIPVisionConfig.from_pretrained(tower)
+
+
+def build_random_model(
+    config: LlavaConfig,
+    tower: CLIPVisionConfig,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> LlavaLlamaForCausalLM:
+    """A model of these shapes with small random weights; no token ends its answers."""
+    with tempfile.TemporaryDirectory() as folder:
+        tower.save_pretrained(folder)
+        side = tower.image_size
+        CLIPImageProcessor(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        ).save_pretrained(folder)
+        config.mm_vision_tower = folder
+        config.unfreeze_mm_vision_tower = True  # the tower is made here, not loaded from files
+        with torch.device("meta"):
+            model = LlavaLlamaForCausalLM(config)
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    fill_randomly(model, seed)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@torch.no_grad()
+def fill_randomly(model: nn.Module, seed: int = 0) -> None:
+    """Norm weights 1, biases 0, everything else uniform with a deviation of 0.02."""
+    weight = next(model.parameters())
+    bound = 0.02 * 3**0.5
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.rand(POOL_NUMBERS, generator=generator).mul_(2 * bound).sub_(bound)
+    pool = pool.to(weight.device, weight.dtype)
+    start = 0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 and name.endswith(("weight", "bias")):
+            parameter.fill_(name.endswith("weight"))
+            continue
+        start = _copy_cyclic(parameter.view(-1), pool, start)
+    for buffer in model.buffers():  # the tower's numbering of its positions
+        buffer.copy_(torch.arange(buffer.numel(), device=buffer.device).view(buffer.shape))
+
+
+def _copy_cyclic(target: torch.Tensor, pool: torch.Tensor, start: int) -> int:
+    """Fills `target` from `pool`, read in a circle from `start`; returns where it stopped."""
+    done = 0
+    while done < target.numel():
+        count = min(target.numel() - done, pool.numel() - start)
+        target[done : done + count] = pool[start : start + count]
+        done, start = done + count, (start + count) % pool.numel()
+    return start

@@ -1,0 +1,94 @@
+"""Time per stage of a running model, measured from outside it."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Span:
+    """One passage through a stage; moments are seconds on a CPU and events on a GPU."""
+
+    stage: str
+    parent: Span | None
+    start: object
+    stop: object = None
+
+
+class Stopwatch:
+    """Records when a model enters and leaves its stages.
+
+    On a GPU the moments are events in its stream, so nothing waits for it before `read`.
+    """
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.spans: list[Span] = []
+        self._open: Span | None = None
+
+    @contextmanager
+    def span(self, stage: str) -> Iterator[Span]:
+        """Times the block as one passage through `stage`."""
+        span = Span(stage, self._open, self._now())
+        self.spans.append(span)
+        self._open = span
+        try:
+            yield span
+        finally:
+            span.stop = self._now()
+            self._open = span.parent
+
+    @contextmanager
+    def watch(self, methods: list[tuple[object, str, str | Callable[[], str]]]) -> Iterator[None]:
+        """Times the calls of methods inside the block: (object, method name, stage), where stage
+        may be a function that names the stage of the call at hand."""
+        for owner, name, stage in methods:
+            setattr(owner, name, self._timed(getattr(owner, name), stage))
+        try:
+            yield
+        finally:
+            for owner, name, _ in methods:
+                delattr(owner, name)  # the method of the class shows again
+
+    def _timed(self, method: Callable, stage: str | Callable[[], str]) -> Callable:
+        @functools.wraps(method)  # transformers reads the signature of `forward`
+        def call(*args, **kwargs):
+            with self.span(stage if isinstance(stage, str) else stage()):
+                return method(*args, **kwargs)
+
+        return call
+
+    def count(self, stage: str) -> int:
+        """Passages through `stage` so far, an open one included."""
+        return sum(span.stage == stage for span in self.spans)
+
+    def read(self) -> dict[str, list[float]]:
+        """Seconds of every passage, by stage; time inside a nested stage counts there only."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds = {id(span): self.elapsed(span.start, span.stop) for span in self.spans}
+        own = dict(seconds)
+        for span in self.spans:
+            if span.parent is not None:
+                own[id(span.parent)] -= seconds[id(span)]
+        stages: dict[str, list[float]] = {}
+        for span in self.spans:
+            stages.setdefault(span.stage, []).append(own[id(span)])
+        return stages
+
+    def elapsed(self, start, stop) -> float:
+        """Seconds between two moments."""
+        return start.elapsed_time(stop) / 1000 if self.cuda else stop - start
+
+    def _now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -1,0 +1,39 @@
+"""Where the small checkpoint and benchmark of the repository are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1] / "playground"
+CHECKPOINT = "checkpoints/llava-v1.5-playground"
+BENCHMARK = "benchmark"
+
+
+def default_model_path() -> str:
+    """Folder of the playground checkpoint. Raises FileNotFoundError where it is not."""
+    return str(_existing(CHECKPOINT))
+
+
+def benchmark_dir() -> str:
+    """Folder of the playground benchmark. Raises FileNotFoundError where it is not."""
+    return str(_existing(BENCHMARK))
+
+
+def default_image() -> str:
+    """An image of the playground benchmark: the first by name."""
+    folder = _existing(f"{BENCHMARK}/images")
+    images = sorted(p for p in folder.iterdir() if p.suffix in (".jpg", ".png", ".webp"))
+    if not images:
+        raise FileNotFoundError(f"{folder} holds no images")
+    return str(images[0])
+
+
+def _existing(name: str) -> Path:
+    path = ROOT / name
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"the playground is not here ({path} is missing): it comes with a clone of the "
+            "repository, not with the installed package; name a checkpoint with --model-path and "
+            "an image with --image-file"
+        )
+    return path
