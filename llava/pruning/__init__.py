@@ -12,11 +12,22 @@ from .base import (
     VisionTokens,
     option_names,
 )
+from .divprune import DivPrune
+from .fastv import FastV
 from .random import Random
 from .trace import PruningTrace, trace_pruning
 from .vispruner import VisPruner
 
-METHODS: dict[str, type[Pruner]] = {cls.name: cls for cls in (Pruner, Random, VisPruner)}
+METHODS: dict[str, type[Pruner]] = {
+    cls.name: cls
+    for cls in (
+        Pruner,
+        Random,
+        VisPruner,
+        DivPrune,
+        FastV,
+    )
+}
 
 #: constructor keywords of published repositories -> the method they belong to
 LEGACY_KEYWORDS = {"visual_token_num": VisPruner.name, "important_ratio": VisPruner.name}

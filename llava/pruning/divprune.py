@@ -1,0 +1,89 @@
+"""DivPrune: the most diverse subset; every pick is the token farthest from those picked before.
+
+Paper: DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models,
+https://arxiv.org/abs/2503.02175
+
+Differs from the release: options instead of environment variables; the budget may be a count, not
+only a ratio; every image is pruned by itself at its true place (there, the first image decides for
+the whole batch and must start at the place of one fixed system prompt); distances are fp32, a token
+is never picked twice and ties go to the lower place (there, half precision ties, and duplicates may
+be sent twice); one running minimum instead of a matrix that is gathered anew for every pick.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import ImageTokens, SelectPruner, VisionTokens
+from .ops import normalize
+
+
+@dataclass
+class DivPrune(SelectPruner):
+    """
+    visual_token_num: tokens per image; on LLaVA-NeXT of the whole sequence of an image, in which
+                      newline tokens are candidates like any other
+    subset_ratio:     share of the image's tokens instead of their number (the paper's 0.098 is 56
+                      of 576), rounded half to even; None: `visual_token_num` counts
+    """
+
+    visual_token_num: int = 64
+    subset_ratio: float | None = None
+
+    name = "divprune"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.subset_ratio is not None and not 0 < self.subset_ratio <= 1:
+            raise ValueError(f"subset_ratio ({self.subset_ratio}) must lie above 0 and up to 1")
+
+    def num_tokens(self, available: int) -> int:
+        """Tokens to keep of an image that has `available`."""
+        if self.subset_ratio is None:
+            return min(self.visual_token_num, available)
+        return max(round(self.subset_ratio * available), 1)
+
+    def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
+        if self.subset_ratio is None:
+            super().check(num_patches, num_layers, crops)
+
+    def after_encoder(self, vision: VisionTokens) -> VisionTokens:
+        return vision  # distances are measured in the space of the language model
+
+    def after_projector(self, vision: VisionTokens) -> VisionTokens:
+        """Images of a single crop, all at once."""
+        if vision.crops_in_budget > 1:
+            return vision
+        picks = farthest_first(vision.features, self.num_tokens(vision.features.shape[1]))
+        return vision.keep(picks.sort(dim=1).values)
+
+    def after_layout(self, image: ImageTokens) -> ImageTokens:
+        """Images of several crops, of which each has its own number of tokens."""
+        count = self.num_tokens(image.length)
+        if len(image.embeds) <= count:
+            return image
+        return image.keep(farthest_first(image.embeds[None], count)[0].sort().values)
+
+    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
+        return [self.num_tokens(num_patches * crops)] * num_layers
+
+
+def farthest_first(features: Tensor, count: int) -> Tensor:
+    """Places (B, count) of features (B, N, C) in the order they are picked.
+
+    The first is the token with the most distant nearest neighbour, each further one the token whose
+    cosine distance to the picked ones is largest. Ties go to the lower place.
+    """
+    count = min(count, features.shape[1])
+    unit = normalize(features)
+    distance = (1 - unit @ unit.transpose(1, 2)).clamp(min=0)  # (B, N, N)
+    itself = torch.eye(features.shape[1], dtype=torch.bool, device=features.device)
+    isolation = distance.masked_fill(itself, torch.inf).amin(dim=2)
+    picks, reach = [], distance.new_full(isolation.shape, torch.inf)
+    for number in range(count):
+        pick = (reach if number else isolation).argmax(dim=1, keepdim=True)
+        row = distance.gather(1, pick[..., None].expand(-1, -1, distance.shape[2]))[:, 0]
+        reach = torch.minimum(reach, row).scatter(1, pick, -torch.inf)
+        picks.append(pick)
+    return torch.cat(picks, dim=1) if picks else isolation.new_empty(len(unit), 0).long()
