@@ -62,6 +62,12 @@ class LLaVATrainer(Trainer):
         if self.is_deepspeed_enabled and getattr(self.args, "hf_deepspeed_config", None) is None:
             self.propagate_args_to_deepspeed()
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
+        # transformers 4.37 calls a form of autocast that torch has deprecated.
+        if not self.use_cpu_amp:
+            return super().autocast_smart_context_manager(cache_enabled)
+        return torch.autocast("cpu", dtype=self.amp_dtype, cache_enabled=cache_enabled)
+
     # --- what is trained, in which order ------------------------------------------------------
 
     def _get_train_sampler(self):

@@ -62,6 +62,8 @@ def prepare(
     """Everything up to the first step: arguments, model, tokenizer, data, Trainer."""
     parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(args=list(words))
+    if training_args.gradient_checkpointing and training_args.gradient_checkpointing_kwargs is None:
+        training_args.gradient_checkpointing_kwargs = {"use_reentrant": False}
     given = {word.lstrip("-").split("=")[0] for word in words if word.startswith("--")}
     # Weights that no checkpoint brings (a new projector, LoRA) must not depend on the past.
     transformers.set_seed(training_args.seed)
