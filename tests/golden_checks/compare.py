@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 
+SCORES_ATOL = 1e-4
+
 
 class Report:
     """Differences between what a case recorded and what we compute; empty when all match.

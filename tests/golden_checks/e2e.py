@@ -1,5 +1,6 @@
 """Whole-model cases: prompt to greedy tokens, with what the pruning method kept."""
 
+import re
 from copy import copy
 
 import numpy as np
@@ -10,7 +11,7 @@ from llava.conversation import conv_templates
 from llava.mm_utils import tokenizer_image_token
 from llava.pruning import trace_pruning
 from tests.golden_cases import build_from_case, load_arrays
-from tests.golden_checks.methods import METHOD_CHECKS
+from tests.golden_checks.methods import method_check
 from tests.golden_checks.models import load_checkpoint, open_images, prepare
 
 EMBEDS_ATOL = 1e-4
@@ -41,9 +42,13 @@ def config_changes(case: dict) -> dict:
     return case["args"] if case.get("method", "none") == "none" else {}
 
 
-def check_single(case, folder, report):
-    """One prompt: pixels, visual embeddings, kept tokens, cache lengths, logits and tokens."""
+def check_single(case, folder, report, steps: int | None = None):
+    """One prompt: pixels, visual embeddings, kept tokens, cache lengths, logits and tokens.
+
+    steps: how many generated tokens to compare; None: all that were recorded
+    """
     recorded = load_arrays(case, folder)
+    recorded["output_ids"] = recorded["output_ids"][:steps]
     tokenizer, model, processor = load_checkpoint(case["checkpoint"], folder, config_changes(case))
     pruner = model.pruner = build_from_case(case, folder)
     prompt = case.get("prompt") or prompt_of(case, case["question"])
@@ -66,8 +71,8 @@ def check_single(case, folder, report):
         )
     scores = torch.stack(output.scores, dim=1)[0]
     trace.scores, trace.output_ids = scores, output.sequences[0]
-    if method_check := METHOD_CHECKS.get(case.get("method")):
-        if not method_check(case, recorded, model, pruner, pixels, trace, report):
+    if check_method := method_check(case):
+        if not check_method(case, recorded, model, pruner, pixels, trace, report):
             return  # another selection than the recorded one is allowed: nothing after it compares
     if "tokenizer_model_max_length" in case["args"]:
         embeds = model.build_prompt(input_ids, images=pixels, image_sizes=sizes).inputs_embeds[0]
@@ -152,8 +157,8 @@ def check_decoder(trace, recorded, report):
     if "position_ids" in recorded:
         report.equal("position_ids", trace.position_ids[0], recorded["position_ids"].reshape(-1))
     for name in recorded:
-        if name.startswith("decoder_keep_L"):
-            layer = int(name.removeprefix("decoder_keep_L"))
+        if match := re.fullmatch(r"decoder_keep_L(\d+)", name):  # other weights have a suffix
+            layer = int(match[1])
             if layer not in trace.decoder_keep:
                 report.add(f"{name}: nothing was dropped before layer {layer}")
             else:
@@ -169,7 +174,7 @@ def check_tokens(ours, scores, recorded, report, row=...):
         best = scores.topk(2, dim=-1).values
         gaps = (best[:, 0] - best[:, 1]).numpy()
     unclear = np.flatnonzero(np.asarray(gaps) < CLEAR_GAP)
-    steps = int(unclear[0]) if len(unclear) else len(gaps)
+    steps = int(unclear[0]) if len(unclear) else len(ours)
     report.equal("output_ids", ours[:steps], recorded["output_ids"][row][:steps])
 
 

@@ -1,118 +1,47 @@
-"""Per pruning method: recorded `args` to our options, and what its own fields say.
+"""Where a pruning method's recorded cases need more than the common comparison.
 
-BUILDERS       method -> function (case, folder) -> Pruner; default: `args` are our options
-METHOD_CHECKS  method -> extra check of a whole-model case; returns whether the recorded selection
-               must be, and was, reproduced, so that everything computed from it compares too
-FUNCTIONS      (method, function) -> check of a selection on recorded inputs
+`tests/golden_checks/<method>.py` may define
+build(case, folder) -> Pruner   recorded `args` to our options; default: `args` are our options
+check(case, recorded, model, pruner, pixels, trace, report) -> bool
+                                compares fields of its own; returns whether the recorded selection
+                                must be, and was, reproduced, so that all that follows compares too
+FUNCTIONS                       function name -> (case, folder, recorded, report), which compares a
+                                selection on recorded inputs
+check_<kind>(case, folder, report)
+                                a kind of case that this method alone has
 """
 
-import numpy as np
-import torch
+import importlib
+import importlib.util
 
-from llava.pruning import Pruner, VisionTokens, build_pruner
+from llava.pruning import Pruner, build_pruner
 from tests.golden_cases import load_arrays
 
-SCORES_ATOL = 1e-4
-#: LLaVA-NeXT as VisPruner runs it: an overview and 2 x 2 tiles
-NEXT_CROPS = 5
+
+def module_of(case):
+    """The module of the case's method, or None."""
+    name = case.get("method", "none").rstrip("+").replace("-", "_")
+    name = f"tests.golden_checks.{name}"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
 def build(case, folder) -> Pruner:
-    method = case.get("method", "none")
-    if method == "none":
-        return build_pruner("none")
-    if method in BUILDERS:
-        return BUILDERS[method](case, folder)
-    return build_pruner(method, **case["args"])
+    module, method = module_of(case), case.get("method", "none")
+    if hasattr(module, "build"):
+        return module.build(case, folder)
+    return build_pruner(method, **({} if method == "none" else case["args"]))
+
+
+def method_check(case):
+    """The method's own check of a whole-model case, or None."""
+    return getattr(module_of(case), "check", None)
 
 
 def check_function(case, folder, report):
     """The selection alone, on recorded inputs."""
-    key = (case["method"], case["function"])
-    if key not in FUNCTIONS:
-        report.add(f"function {key[1]!r} of {key[0]!r} is not supported")
+    name = case.get("function") or case["args"].get("function", "select")
+    functions = getattr(module_of(case), "FUNCTIONS", {})
+    if name not in functions:
+        report.add(f"function {name!r} of {case['method']!r} is not supported")
         return
-    FUNCTIONS[key](case, folder, load_arrays(case, folder), report)
-
-
-# VisPruner.
-
-
-def build_vispruner(case, folder) -> Pruner:
-    """The record counts tokens per crop, we count them per image."""
-    options = dict(case["args"])
-    if case.get("checkpoint", "").endswith("v1.6"):
-        options["visual_token_num"] *= NEXT_CROPS
-    return build_pruner("vispruner", **options)
-
-
-def check_vispruner(case, recorded, model, pruner, pixels, trace, report) -> bool:
-    """Scores, important tokens and stable tokens always; the whole set where it is exact."""
-    crops = pixels.flatten(0, -4)
-    vision = model.get_vision_tower().tokens(crops, pruner.needs)
-    vision.crops_in_budget = len(crops)
-    attention = vision.cls_attention.mean(dim=1)
-    report.close("attn_cls", attention, recorded["attn_cls"], SCORES_ATOL)
-    num_crops, num_patches = recorded["keep_mask"].shape
-    kept = torch.zeros(num_crops * num_patches, dtype=torch.bool)
-    kept[trace.visual_positions[0]] = True
-    kept = kept.view(num_crops, num_patches).numpy()
-    report.equal("kept per crop", kept.sum(1), recorded["keep_mask"].sum(1))
-    important = np.zeros_like(kept)
-    np.put_along_axis(important, recorded["important_indices"], True, axis=1)
-    report.equal("kept important tokens", kept & important, important)
-    core = recorded["stable_core_mask"]
-    report.equal("kept stable tokens", kept & core, core)
-    exact = recorded["tile_exact"]
-    report.equal("kept tokens of exact crops", kept[exact], recorded["keep_mask"][exact])
-    num_important = recorded["important_indices"].shape[1]
-    slow = slow_vispruner(vision.features, attention, num_important, int(kept[0].sum()))
-    report.equal("kept tokens, against the slow reference", kept, slow)
-    same = bool((kept == recorded["keep_mask"]).all())
-    if case["exact"]:
-        report.true("an exact case keeps other tokens", same)
-    return same
-
-
-def slow_vispruner(features, attention, num_important: int, num_keep: int) -> np.ndarray:
-    """Mask (crops, N) of the tokens the paper's rule keeps, token by token in plain Python."""
-    unit = features.float() / features.float().norm(dim=-1, keepdim=True)
-    similarity = (unit @ unit.transpose(1, 2)).numpy()
-    mask = np.zeros(attention.shape, dtype=bool)
-    for crop, scores in enumerate(attention.tolist()):
-        order = sorted(range(len(scores)), key=lambda i: -scores[i])
-        rest = order[num_important:] if num_keep > num_important else []
-        while len(rest) > num_keep - num_important:
-            candidates, partners = rest[::2], rest[1::2]
-            drop = min(8, len(rest) - (num_keep - num_important), len(candidates))
-            closest = {a: similarity[crop, a, partners].max() for a in candidates}
-            candidates.sort(key=lambda a: -closest[a])
-            rest = candidates[drop:] + partners
-        mask[crop, order[:num_important] + rest] = True
-    return mask
-
-
-def check_vispruner_select(case, folder, recorded, report):
-    if "attention" in recorded:  # a tower without class token: mean over all queries
-        attention = torch.tensor(recorded["attention"]).float().mean(dim=2)
-        report.close("score", attention.mean(dim=1), recorded["score"], SCORES_ATOL)
-    else:
-        attention = torch.tensor(recorded["attn"]).float()
-    features = torch.tensor(recorded["features"]).float()
-    count = features.shape[1]
-    vision = VisionTokens(
-        features=features,
-        positions=torch.arange(count).expand(len(features), -1),
-        grid=(1, count),
-        cls_attention=attention,
-    )
-    keep = build(case, folder).select(vision).sort(dim=1).values
-    report.equal("expected_keep", keep, recorded["expected_keep"].reshape(keep.shape[0], -1))
-
-
-BUILDERS = {"vispruner": build_vispruner}
-METHOD_CHECKS = {"vispruner": check_vispruner}
-FUNCTIONS = {
-    ("vispruner", "select"): check_vispruner_select,
-    ("vispruner", "siglip_select"): check_vispruner_select,
-}
+    functions[name](case, folder, load_arrays(case, folder), report)

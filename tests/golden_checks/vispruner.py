@@ -1,0 +1,85 @@
+"""VisPruner's recorded cases: tokens per crop; selections compare where the record is exact."""
+
+import numpy as np
+import torch
+
+from llava.pruning import Pruner, VisionTokens, build_pruner
+from tests.golden_checks.compare import SCORES_ATOL
+
+#: LLaVA-NeXT as VisPruner runs it: an overview and 2 x 2 tiles
+NEXT_CROPS = 5
+
+
+def build(case, folder) -> Pruner:
+    """The record counts tokens per crop, we count them per image."""
+    options = dict(case["args"])
+    if case.get("checkpoint", "").endswith("v1.6"):
+        options["visual_token_num"] *= NEXT_CROPS
+    return build_pruner("vispruner", **options)
+
+
+def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
+    """Scores, important tokens and stable tokens always; the whole set where it is exact."""
+    crops = pixels.flatten(0, -4)
+    vision = model.get_vision_tower().tokens(crops, pruner.needs)
+    vision.crops_in_budget = len(crops)
+    attention = vision.cls_attention.mean(dim=1)
+    report.close("attn_cls", attention, recorded["attn_cls"], SCORES_ATOL)
+    num_crops, num_patches = recorded["keep_mask"].shape
+    kept = torch.zeros(num_crops * num_patches, dtype=torch.bool)
+    kept[trace.visual_positions[0]] = True
+    kept = kept.view(num_crops, num_patches).numpy()
+    report.equal("kept per crop", kept.sum(1), recorded["keep_mask"].sum(1))
+    important = np.zeros_like(kept)
+    np.put_along_axis(important, recorded["important_indices"], True, axis=1)
+    report.equal("kept important tokens", kept & important, important)
+    core = recorded["stable_core_mask"]
+    report.equal("kept stable tokens", kept & core, core)
+    exact = recorded["tile_exact"]
+    report.equal("kept tokens of exact crops", kept[exact], recorded["keep_mask"][exact])
+    num_important = recorded["important_indices"].shape[1]
+    slow = slow_vispruner(vision.features, attention, num_important, int(kept[0].sum()))
+    report.equal("kept tokens, against the slow reference", kept, slow)
+    same = bool((kept == recorded["keep_mask"]).all())
+    if case["exact"]:
+        report.true("an exact case keeps other tokens", same)
+    return same
+
+
+def slow_vispruner(features, attention, num_important: int, num_keep: int) -> np.ndarray:
+    """Mask (crops, N) of the tokens the paper's rule keeps, token by token in plain Python."""
+    unit = features.float() / features.float().norm(dim=-1, keepdim=True)
+    similarity = (unit @ unit.transpose(1, 2)).numpy()
+    mask = np.zeros(attention.shape, dtype=bool)
+    for crop, scores in enumerate(attention.tolist()):
+        order = sorted(range(len(scores)), key=lambda i: -scores[i])
+        rest = order[num_important:] if num_keep > num_important else []
+        while len(rest) > num_keep - num_important:
+            candidates, partners = rest[::2], rest[1::2]
+            drop = min(8, len(rest) - (num_keep - num_important), len(candidates))
+            closest = {a: similarity[crop, a, partners].max() for a in candidates}
+            candidates.sort(key=lambda a: -closest[a])
+            rest = candidates[drop:] + partners
+        mask[crop, order[:num_important] + rest] = True
+    return mask
+
+
+def check_select(case, folder, recorded, report):
+    if "attention" in recorded:  # a tower without class token: mean over all queries
+        attention = torch.tensor(recorded["attention"]).float().mean(dim=2)
+        report.close("score", attention.mean(dim=1), recorded["score"], SCORES_ATOL)
+    else:
+        attention = torch.tensor(recorded["attn"]).float()
+    features = torch.tensor(recorded["features"]).float()
+    count = features.shape[1]
+    vision = VisionTokens(
+        features=features,
+        positions=torch.arange(count).expand(len(features), -1),
+        grid=(1, count),
+        cls_attention=attention,
+    )
+    keep = build(case, folder).select(vision).sort(dim=1).values
+    report.equal("expected_keep", keep, recorded["expected_keep"].reshape(keep.shape[0], -1))
+
+
+FUNCTIONS = {"select": check_select, "siglip_select": check_select}
