@@ -1,0 +1,155 @@
+"""Pictures of what a pruning method kept: the dropped patches of an image darkened."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.mm_utils import get_anyres_image_grid_shape
+from llava.pruning import PruningTrace
+
+PANEL_SIDE = 560  # pixels of the longer side of every panel
+GAP = 12  # pixels between panels and around the text
+TEXT_SIZE = 18
+DIM = 0.25  # brightness that a dropped patch keeps
+OUTLINE = (255, 200, 0)
+
+
+def surviving_patches(trace: PruningTrace, input_ids: Tensor) -> list[Tensor]:
+    """Per image the patches, crop * N + patch, of tokens that leave the last layer of the prefill.
+
+    input_ids: (L,) the one prompt of the trace. Merged and newline tokens (-1) stay in.
+    """
+    total = int(trace.prompt_tokens[0][0])
+    alive = torch.zeros(total, dtype=torch.bool)
+    last = trace.decoder_keep[max(trace.decoder_keep)][0] if trace.decoder_keep else slice(None)
+    alive[last] = True
+    survivors, place = [], 0
+    images = iter(trace.visual_positions)
+    for token in input_ids.tolist():
+        if token != IMAGE_TOKEN_INDEX:
+            place += 1
+            continue
+        patches = next(images)
+        survivors.append(patches[alive[place : place + len(patches)]])
+        place += len(patches)
+    return survivors
+
+
+def crop_boxes(size: tuple[int, int], config, tower) -> list[np.ndarray]:
+    """Where the patches of every crop lie on an image of (width, height) pixels.
+
+    One array (N, 4) of left, top, right, bottom per crop, in the order of `process_images`; boxes
+    on padding lie outside of the image.
+    """
+    width, height = size
+    cells, side = tower.num_patches_per_side, tower.image_size
+    mode = getattr(config, "image_aspect_ratio", None)
+    if mode == "anyres":
+        across, down = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side)
+        scale = max(width / (across * side), height / (down * side))  # image pixels per tile pixel
+        tile = side * scale
+        left, top = (width - across * tile) / 2, (height - down * tile) / 2
+        tiles = [
+            _grid(cells, left + column * tile, top + row * tile, tile, tile)
+            for row in range(down)
+            for column in range(across)
+        ]
+        return [_grid(cells, 0, 0, width, height), *tiles]
+    square = max(size) if mode == "pad" else min(size)  # padded to it, or cut out of the middle
+    return [_grid(cells, (width - square) / 2, (height - square) / 2, square, square)]
+
+
+def _grid(cells: int, left: float, top: float, width: float, height: float) -> np.ndarray:
+    row, column = np.divmod(np.arange(cells * cells), cells)
+    x, y = left + column * width / cells, top + row * height / cells
+    return np.stack([x, y, x + width / cells, y + height / cells], axis=1)
+
+
+def draw_image(image: Image.Image, patches: Tensor, boxes: list[np.ndarray]) -> list[Image.Image]:
+    """One panel for the whole image, and one for all tiles where there are any."""
+    per_crop = len(boxes[0])
+    kept = patches[patches >= 0].numpy()
+    panels = []
+    for crops in (range(0, 1), range(1, len(boxes))):
+        if len(crops):
+            own = kept[(kept >= crops.start * per_crop) & (kept < crops.stop * per_crop)]
+            panels.append(_panel(image, np.concatenate(boxes)[own]))
+    return panels
+
+
+def _panel(image: Image.Image, kept: np.ndarray) -> Image.Image:
+    scale = PANEL_SIDE / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    bright = np.asarray(image.convert("RGB").resize((width, height)), dtype=np.float32)
+    corners = np.rint(kept * scale).astype(int)
+    corners = np.clip(corners, 0, [width, height, width, height])
+    corners = corners[(corners[:, 2] > corners[:, 0]) & (corners[:, 3] > corners[:, 1])]
+    mask = np.zeros((height, width, 1), dtype=bool)
+    for left, top, right, bottom in corners:
+        mask[top:bottom, left:right] = True
+    panel = Image.fromarray(np.where(mask, bright, bright * DIM).astype(np.uint8))
+    draw = ImageDraw.Draw(panel)
+    for left, top, right, bottom in corners:
+        draw.rectangle((left, top, right - 1, bottom - 1), outline=OUTLINE)
+    return panel
+
+
+def side_by_side(panels: list[Image.Image], text: str) -> Image.Image:
+    """The panels in a row with lines of text below them."""
+    font = ImageFont.load_default(TEXT_SIZE)
+    width = sum(panel.width for panel in panels) + GAP * (len(panels) + 1)
+    lines = _wrap(text, font, width - 2 * GAP)
+    line_height = math.ceil(TEXT_SIZE * 1.4)
+    height = max(panel.height for panel in panels) + 3 * GAP + line_height * len(lines)
+    sheet = Image.new("RGB", (width, height), "white")
+    left = GAP
+    for panel in panels:
+        sheet.paste(panel, (left, GAP))
+        left += panel.width + GAP
+    top = height - GAP - line_height * len(lines)
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(sheet).text((GAP, top + number * line_height), line, "black", font)
+    return sheet
+
+
+def _wrap(text: str, font, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def show_pruning(
+    images: list[Image.Image], trace: PruningTrace, input_ids: Tensor, model, text: str = ""
+) -> Image.Image:
+    """The images of one prompt, side by side, with what the traced `generate` call kept of them.
+
+    input_ids: (L,) ids of the prompt. text: goes into the caption behind method and token counts.
+    """
+    survivors = surviving_patches(trace, input_ids)
+    tower = model.get_vision_tower()
+    panels, total = [], 0
+    for image, patches in zip(images, survivors, strict=True):
+        boxes = crop_boxes(image.size, model.config, tower)
+        total += sum(len(crop) for crop in boxes)
+        panels += draw_image(image, patches, boxes)
+    caption = f"{model.pruner!r}: {sum(map(len, survivors))} visual tokens of {total} patches"
+    mean = sum(int(tokens[0]) for tokens in trace.visual_tokens) / len(trace.visual_tokens)
+    if trace.decoder_keep:
+        caption += f", {mean:.1f} on average over the decoder's layers"
+    merged = sum(int((patches < 0).sum()) for patches in survivors)
+    if merged:
+        caption += f" ({merged} of them, merged or newline tokens, have no place of their own)"
+    if len(panels) > len(images):
+        caption += "; each image twice: patches of the overview, patches of the tiles"
+    return side_by_side(panels, f"{caption}. {text}".strip())

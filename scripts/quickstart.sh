@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# From a fresh clone to benchmark scores: makes .venv, installs the project, and evaluates the
+# playground checkpoint with all 576 and with 192, 128 and 64 visual tokens per image.
+#
+#     bash scripts/quickstart.sh                         a part of the questions, a few minutes
+#     LIMIT=300 bash scripts/quickstart.sh               about so many questions per task
+#     PYTHON=/path/to/python bash scripts/quickstart.sh  in an environment of your own
+#
+# A second run continues with the answers of the first. Results: runs/quickstart (OUT=... elsewhere).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/env.sh
+prepare_env eval
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # everything needed is in the repository
+
+LIMIT=${LIMIT:-60}
+OUT=${OUT:-runs/quickstart/limit_$LIMIT}
+mkdir -p "$OUT"
+
+echo "Evaluating the playground, about $LIMIT questions per task:"
+"$PYTHON" -m llava.eval.suite --tokens 576 192 128 64 --methods vispruner random \
+    --limit "$LIMIT" --out "$OUT"
+
+echo
+echo "One question, with the patches that VisPruner keeps:"
+"$PYTHON" -m llava.eval.run_llava --temperature 0 --pruning-method vispruner \
+    --visual-token-num 64 --show-pruning "$OUT/kept_patches.png"
+
+echo
+echo "Table:               $OUT/table.md"
+echo "Plot of the scores:  $OUT/plot.png"
+echo "Patches kept:        $OUT/kept_patches.png"
