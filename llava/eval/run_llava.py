@@ -151,7 +151,7 @@ def check_image_count(num_images: int, query: str) -> None:
 
 
 def check_picture_name(path: str | None) -> None:
-    """Raises ValueError when a picture cannot be written to `path`, before the model runs for it."""
+    """Raises ValueError when no picture can be written to `path`; called before the model runs."""
     if path is None:
         return
     if os.path.splitext(path)[1].lower() not in PICTURE_TYPES:
