@@ -1,7 +1,12 @@
-"""Runs a recorded case of a scorer or converter: same files in, same text and files out."""
+"""Runs recorded cases of scorers, converters and answering programs: same in, same out."""
 
+import base64
+import contextlib
+import importlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +102,60 @@ def _sheet(path: Path) -> dict:
 
     sheet = openpyxl.load_workbook(path).active
     return {"sheet": sheet.title, "rows": [list(row) for row in sheet.iter_rows(values_only=True)]}
+
+
+def inference_argv(case: dict, folder: Path, locate) -> list[str]:
+    """Writes the inputs of a recorded answering program; returns its command line.
+
+    locate: name of a checkpoint or image -> its path
+    """
+    for name, content in case["inputs"].items():
+        for image in set(re.findall(r"<base64 of ([^>]+)>", content)):
+            picture = base64.b64encode(locate(image).read_bytes()).decode()
+            content = content.replace(f"<base64 of {image}>", picture)
+        (folder / name).write_text(content, encoding="utf-8")
+    images = locate("img0_336x336.png").parent
+    places = {"@CK": locate(case["checkpoint"]), "@D": folder, "@IMG": images}
+    argv = case["argv"]
+    for mark, place in places.items():
+        argv = [word.replace(mark, str(place)) for word in argv]
+    cap = ["--max_new_tokens", str(case["generation_cap"])]
+    return [*argv, *cap, "--device", "cpu", "--dtype", "float32"]
+
+
+def run_program(module: str, argv: list[str]) -> str:
+    """Runs a program in this process; returns what it printed."""
+    before, sys.argv = sys.argv, [module, *argv]
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            importlib.import_module(module).main()
+    finally:
+        sys.argv = before
+    return printed.getvalue()
+
+
+def read_answers(path: Path) -> list[dict]:
+    """The answer lines without the random part."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "answer_id"} for line in lines]
+
+
+def inference_differences(case: dict, folder: Path, locate) -> list[str]:
+    """Returns what an answering program does differently from its recording."""
+    argv = inference_argv(case, folder, locate)
+    printed = run_program(case["module"], argv).splitlines()
+    if case["returncode"]:  # a defect of the reference on legal input: ours answers
+        return [] if printed and printed[-1] else ["gave no answer"]
+    if case["answers"] is None:
+        wanted = case["stdout"][-1]
+        return [] if printed[-1:] == [wanted] else [f"printed {printed!r} instead of {wanted!r}"]
+    written = (folder / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    if [list(json.loads(line)) for line in written] != [list(a) for a in case["answers"]]:
+        return [f"other keys or number of lines: {written}"]
+    pairs = zip(read_answers(folder / "a.jsonl"), case["answers"], strict=True)
+    return [
+        f"answer {ours} instead of {recorded}"
+        for ours, recorded in pairs
+        if ours != {key: value for key, value in recorded.items() if key != "answer_id"}
+    ]
