@@ -5,6 +5,8 @@ Works for any subset of the patches, so pruned and unpruned images take the same
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def unpad_image(tensor: Tensor, original_size: tuple[int, int]) -> Tensor:
 
 def flat_layout(vision: VisionTokens, crops: slice, num_patches: int) -> ImageTokens:
     """Crop after crop, tokens of a crop in their order."""
-    positions = vision.positions[crops]
+    positions, grid = vision.positions[crops], vision.grid
     count = positions.shape[0]
     shift = torch.arange(count, device=positions.device)[:, None] * num_patches
     image = ImageTokens(
@@ -41,6 +43,7 @@ def flat_layout(vision: VisionTokens, crops: slice, num_patches: int) -> ImageTo
         offsets=(positions + shift).flatten(),
         length=count * num_patches,
         tags=None if vision.tags is None else vision.tags[crops].flatten(),
+        blocks=(grid if math.prod(grid) == num_patches else (1, num_patches),) * count,
     )
     return image if vision.valid is None else image.keep(_real(vision, crops))
 
@@ -100,6 +103,7 @@ def spatial_layout(
         offsets=torch.cat([base.offsets, tokens.offsets + num_patches]),
         length=num_patches + length,
         tags=tags,
+        blocks=(*base.blocks, (bottom - top, stride)),
     )
 
 
@@ -107,6 +111,7 @@ def with_newline(tokens: ImageTokens, newline: Tensor) -> ImageTokens:
     """One newline embedding (D,) after the tokens, as single-crop images of LLaVA-NeXT have it."""
     image = _append(tokens, newline, tokens.offsets.new_full((1,), tokens.length))
     image.length += 1
+    image.blocks = (*tokens.blocks, (1, 1))
     return image
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adaptprune import AdaptPrune
 from .base import (
     DecoderPruner,
     ImageTokens,
@@ -16,6 +17,7 @@ from .divprune import DivPrune
 from .fastv import FastV
 from .random import Random
 from .trace import PruningTrace, trace_pruning
+from .visionzip import VisionZip
 from .vispruner import VisPruner
 
 METHODS: dict[str, type[Pruner]] = {
@@ -26,6 +28,8 @@ METHODS: dict[str, type[Pruner]] = {
         VisPruner,
         DivPrune,
         FastV,
+        VisionZip,
+        AdaptPrune,
     )
 }
 

@@ -40,6 +40,8 @@ class ImageTokens:
     offsets: (n,) place in the sequence of the unpruned image
     length:  tokens of the unpruned image
     tags:    (n,) as in `VisionTokens`, 0 on newlines
+    blocks:  (rows, columns) of the grids that the unpruned image is read as, one after the other,
+             row by row; newlines are the last column of theirs
     """
 
     embeds: Tensor
@@ -47,6 +49,7 @@ class ImageTokens:
     offsets: Tensor
     length: int
     tags: Tensor | None = None
+    blocks: tuple[tuple[int, int], ...] = ()
 
     def keep(self, index: Tensor) -> ImageTokens:
         """The tokens at `index` (m,), in that order."""
@@ -208,12 +211,39 @@ class Prefill:
             kept.visual_index = kept.visual_index.masked_fill(~valid, -1)
         return kept
 
+    def images(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The visual tokens image by image: row (G, 1), place (G, V) in that row, and real (G, V),
+        False on padding. G counts rows x images; V is the most tokens an image has."""
+        counts = self.image_counts()
+        most = int(counts.amax())
+        own = torch.arange(counts.shape[1], device=counts.device)[:, None]
+        member = (self.visual_index[:, None] == own).flatten(0, 1).to(torch.uint8)  # (G, S)
+        place = member.argsort(dim=1, descending=True, stable=True)[:, :most]
+        row = torch.arange(counts.shape[0], device=counts.device)
+        return (
+            row.repeat_interleave(counts.shape[1])[:, None],
+            place,
+            member.gather(1, place).bool(),
+        )
+
     def attention_rows(self, layer: int, rows: Tensor) -> Tensor:
         """(B, H, R, S) fp32 rows of the attention map that decoder layer `layer` would have on the
         tokens as they are now; rows (B, R) are the places of the queries."""
         return self.decoder.attention_rows(
             layer, self.hidden_states, self.position_ids, rows, self.valid
         )
+
+    def image_counts(self) -> Tensor:
+        """(B, I) tokens of every image of every row; I is the most images a row has, at least 1."""
+        images = max(1, int(self.visual_index.amax()) + 1)
+        owner = self.visual_index.masked_fill(~self.is_visual, images)
+        counts = owner.new_zeros(owner.shape[0], images + 1)
+        return counts.scatter_add_(1, owner, torch.ones_like(owner))[:, :images]
+
+    def at_tokens(self, values: Tensor) -> Tensor:
+        """(B, S) value of the image a token belongs to, from one per image (B, I); text gets that
+        of the first image."""
+        return values.gather(1, self.visual_index.clamp(min=0))
 
     def keep_visual(self, score: Tensor, num_keep: int | Tensor, renumber: bool = False) -> Prefill:
         """Keeps all text and, of every image, `num_keep` tokens with the highest `score` (B, S).

@@ -1,0 +1,156 @@
+"""AdaptPrune: attended patches one by one, each pick damping the similar patches around it.
+
+Paper: Multi-Cue Adaptive Visual Token Pruning for Large Vision-Language Models,
+https://arxiv.org/abs/2503.08019
+
+Differs from the release: layer K-1 runs once and only one row of its attention map is computed
+(there, it runs twice, fills its cache twice and repeats that at every decoding step); keys of
+layer K are projected for the visual tokens alone; spans and grids are the real ones, so any prompt,
+batch and number of images works (there, 576 tokens from place 35); all arithmetic is fp32 (there,
+ties of half precision fall as the device likes); a picked patch is never picked again. On
+LLaVA-NeXT, where nothing was released, the overview and the unpadded tiles with their newlines are
+one grid each: prior and damping stay inside a grid, the picks compete across both.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .base import DecoderPruner, ImageTokens, Prefill
+from .ops import normalize
+
+BITS = 12  # of each number in a tag
+
+
+@dataclass
+class AdaptPrune(DecoderPruner):
+    """
+    visual_token_num: tokens per image from `layer` on; the layers before it see all of them
+    layer:            K, the first decoder layer that sees fewer tokens (at least 1); None: 2 of 32
+                      layers, scaled to the depth of the decoder
+    keep_ratio:       share of an image's tokens that is kept, 0 to 1 (paper: 0.1), rounded down;
+                      replaces `visual_token_num`. None: the budget counts
+    distance_limit:   radius in patches within which a pick damps others; 0 damps nothing
+    distance_sigma:   width in patches of the damping over distance; larger spreads picks further
+    similarity_sigma: width of the damping over 1 - cosine of the keys; larger damps also patches
+                      that are less alike
+    prior_sigma:      width in patches of the preference for the centre; None: half the side of the
+                      grid, along each axis (12 on 24 x 24)
+    """
+
+    keep_ratio: float | None = None
+    distance_limit: float = 5.0
+    distance_sigma: float = 1.5
+    similarity_sigma: float = 0.05
+    prior_sigma: float | None = None
+
+    name = "adaptprune"
+    paper_layer = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.keep_ratio is not None and not 0 <= self.keep_ratio <= 1:
+            raise ValueError(f"keep_ratio ({self.keep_ratio}) must lie between 0 and 1")
+        if self.distance_limit < 0:
+            raise ValueError(f"distance_limit ({self.distance_limit}) must be at least 0 patches")
+        for name in ("distance_sigma", "similarity_sigma", "prior_sigma"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} ({value}) must be above 0")
+
+    def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
+        if self.keep_ratio is not None:  # the budget is not used
+            self = replace(self, keep_ratio=None, visual_token_num=crops)
+        super().check(num_patches, num_layers, crops)
+
+    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
+        dense, layer = num_patches * crops, self.cut_layer(num_layers)
+        return [dense] * layer + [min(self.num_keep(dense), dense)] * (num_layers - layer)
+
+    def num_keep(self, count: int) -> int:
+        """Tokens to keep of an image with `count`."""
+        return self.visual_token_num if self.keep_ratio is None else int(count * self.keep_ratio)
+
+    def after_layout(self, image: ImageTokens) -> ImageTokens:
+        return replace(image, tags=cell_tags(image))
+
+    def before_layer(self, index: int, prefill: Prefill) -> Prefill:
+        if self.keep_ratio is None or index != self.cut_layer(len(prefill.decoder.layers)):
+            return super().before_layer(index, prefill)
+        kept = (prefill.image_counts().double() * self.keep_ratio).long()
+        return prefill.keep_visual(self.score(prefill), prefill.at_tokens(kept))
+
+    def score(self, prefill: Prefill) -> Tensor:
+        """(B, S) the earlier a token is picked, the higher; 0 on those never picked."""
+        row, place, real = prefill.images()
+        rounds, score = self.num_keep(real.shape[1]), torch.zeros_like(prefill.index)
+        if rounds >= real.shape[1]:  # everything stays
+            return score
+        attention = prefill.attention[:, :, -1].mean(dim=1)
+        attention = attention[row, place].masked_fill(~real, -torch.inf)
+        keys = prefill.decoder.layers[prefill.layer].self_attn.k_proj(
+            prefill.hidden_states[row, place]
+        )
+        order = self.pick(attention, keys, prefill.tags[row, place], rounds)
+        ranks = torch.arange(rounds, 0, -1, device=order.device).expand_as(order)
+        return score.index_put((row.expand_as(order), place.gather(1, order)), ranks)
+
+    def pick(self, attention: Tensor, keys: Tensor, tags: Tensor, rounds: int) -> Tensor:
+        """(G, rounds) places of the picks in order, from attention (G, V), -inf on padding, keys
+        (G, V, C) before any rotation, and tags (G, V) of `cell_tags`."""
+        cells = unpack_tags(tags)
+        score, left = self.prior(cells) * attention, self.damping(keys, cells)
+        groups = torch.arange(len(score), device=score.device)
+        taken, order = torch.zeros_like(score), []
+        for _ in range(rounds):
+            best = (score + taken).argmax(dim=1)
+            order.append(best)
+            score = score * left[groups, best]
+            taken.scatter_(1, best[:, None], -torch.inf)
+        return torch.stack(order, dim=1) if order else tags[:, :0]
+
+    def prior(self, cells: tuple[Tensor, ...]) -> Tensor:
+        """(G, V) preference for the centre of the own grid, 1 at its middle."""
+        _, row, column, rows, columns = cells
+        return self.axis_prior(row, rows) * self.axis_prior(column, columns)
+
+    def axis_prior(self, index: Tensor, length: Tensor) -> Tensor:
+        half = (length // 2).float()
+        step = 2 * half / (length - 1).clamp(min=1)
+        place = step * index - half
+        nearest = step * ((length - 1) // 2) - half  # of the cells, to the middle
+        sigma = half.clamp(min=0.5) if self.prior_sigma is None else self.prior_sigma
+        return ((nearest**2 - place**2) / (2 * sigma**2)).exp()
+
+    def damping(self, keys: Tensor, cells: tuple[Tensor, ...]) -> Tensor:
+        """(G, V, V) what a pick (second axis) leaves of the score of every token (third axis)."""
+        block, row, column, _, _ = cells
+        down, across = (x[:, :, None] - x[:, None, :] for x in (row, column))
+        distance = (down**2 + across**2).float()
+        unit = normalize(keys)
+        unlike = 1 - unit @ unit.transpose(1, 2)
+        damped = (
+            -distance / (2 * self.distance_sigma**2) - unlike**2 / (2 * self.similarity_sigma**2)
+        ).exp()
+        near = (distance <= self.distance_limit**2) & (block[:, :, None] == block[:, None, :])
+        return torch.where(near & (block > 0)[:, None], 1 - damped, 1.0)
+
+
+def cell_tags(image: ImageTokens) -> Tensor:
+    """(n,) cell of every token in one number: block (from 1), row, column, rows, columns.
+
+    0 on tokens that stand in no grid, such as merged ones.
+    """
+    tags, start = torch.zeros_like(image.offsets), 0
+    for number, (rows, columns) in enumerate(image.blocks, start=1):
+        place = image.offsets - start
+        cell = (number, place // columns, place % columns, rows, columns)
+        tag = sum(value << BITS * n for n, value in enumerate(reversed(cell)))
+        tags = torch.where((place >= 0) & (place < rows * columns), tag, tags)
+        start += rows * columns
+    return tags
+
+
+def unpack_tags(tags: Tensor) -> tuple[Tensor, ...]:
+    """block, row, column, rows, columns of `cell_tags`."""
+    return tuple((tags >> BITS * n) & (2**BITS - 1) for n in reversed(range(5)))

@@ -1,0 +1,58 @@
+"""AdaptPrune: the recorded names of its options, its cues, and the order of the picks."""
+
+import numpy as np
+import torch
+
+from llava.pruning import ImageTokens, build_pruner
+from llava.pruning.adaptprune import cell_tags, unpack_tags
+from tests.golden_checks.compare import SCORES_ATOL
+
+NAMES = {"prune_layer_K": "layer"}
+
+
+def build(case, folder):
+    options = {NAMES.get(name, name): value for name, value in case["args"].items()}
+    options.pop("grid", None)
+    return build_pruner("adaptprune", **options)
+
+
+def tags_of(side: int) -> torch.Tensor:
+    """(1, side * side) tags of an unpruned square grid."""
+    places = torch.arange(side * side)
+    grid = ImageTokens(places, places, places, len(places), blocks=((side, side),))
+    return cell_tags(grid)[None]
+
+
+def check_cues(pruner, recorded, report):
+    """Prior, score map and order of the picks, from the recorded attention row and keys."""
+    attention = torch.tensor(recorded["attn_row"])[None]
+    tags = tags_of(round(attention.shape[1] ** 0.5))
+    prior = pruner.prior(unpack_tags(tags))
+    if "prior" in recorded:
+        report.close("prior", prior.flatten(), recorded["prior"].flatten(), SCORES_ATOL)
+    score = (prior * attention).flatten()
+    report.close("score_map", score, recorded["score_map"].flatten(), 1e-7, 1e-4)
+    keys = torch.tensor(recorded["keys_raw"])[None]
+    order = pruner.pick(attention, keys, tags, pruner.visual_token_num)[0]
+    if recorded.get("order_strict", True):
+        report.equal("selection_order", order, recorded["selection_order"])
+    report.equal("picked set", order.sort().values, np.sort(recorded["selection_order"]))
+
+
+def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
+    """The recorded cues give the recorded picks, and so does the model."""
+    check_cues(pruner, recorded, report)
+    start, kept = int(recorded["image_pos"]), trace.decoder_keep[pruner.layer][0]
+    patches = len(recorded["attn_row"])
+    visual = kept[(kept >= start) & (kept < start + patches)] - start
+    report.equal("keep_indices_visual", visual, np.sort(recorded["keep_indices_visual"]))
+    if "position_ids_pruned" in recorded:
+        report.equal("position_ids_pruned", kept, recorded["position_ids_pruned"])
+    return True
+
+
+def check_select(case, folder, recorded, report):
+    check_cues(build(case, folder), recorded, report)
+
+
+FUNCTIONS = {"select": check_select}
