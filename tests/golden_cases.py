@@ -4,8 +4,8 @@ A folder holds an `index.json` (list of cases) and the files it names. Checkpoin
 looked for beside the folder, then in `tests/golden`, then in `../shared/golden`. For every folder
 the differences and matched/total are printed; the exit status is 0 only when all cases match.
 
-A new method needs an entry in `tests/golden_checks/methods.py` when its recorded `args` are not the
-options of our class; a new kind needs an entry in `CHECKS`.
+A new method needs a file in `tests/golden_checks/` when its recorded `args` are not the options of
+our class (see `methods.py` there); a new kind needs an entry in `CHECKS`.
 """
 
 from __future__ import annotations
@@ -79,12 +79,22 @@ def build_from_case(case: dict, folder: str | Path) -> Pruner:
     return build(case, Path(folder))
 
 
+def check_of(case: dict):
+    """The function that checks a case: that of its method for this kind, else that of the kind."""
+    from tests.golden_checks.methods import module_of
+
+    own = getattr(module_of(case), f"check_{case['kind']}", None)
+    if own is not None or case["kind"] not in CHECKS:
+        return own
+    module, function = CHECKS[case["kind"]]
+    return getattr(importlib.import_module(f"tests.golden_checks.{module}"), function)
+
+
 def run_case(case: dict, folder: str | Path) -> list[str]:
     """What differs between a recorded case and ours; an empty list when it matches."""
-    if case["kind"] not in CHECKS:
+    check = check_of(case)
+    if check is None:
         return [f"cases of kind {case['kind']!r} are not supported"]
-    module, function = CHECKS[case["kind"]]
-    check = getattr(importlib.import_module(f"tests.golden_checks.{module}"), function)
     report = Report()
     try:
         check(case, Path(folder), report)

@@ -1,0 +1,55 @@
+"""FastV: from layer K on, keep the image tokens the last prompt token attended to most in layer K-1.
+
+Paper: An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large
+Vision-Language Models, https://arxiv.org/abs/2403.06764
+
+Differs from the release: one set is chosen in the prefill and serves the whole answer (the mask and
+in-place versions choose again at every step); layer K-1 runs once and only one row of its attention
+map is computed (there, it runs twice and fills its cache twice); the span of every image is the
+real one, every prompt of a batch and every image of a prompt is ranked on its own.
+"""
+
+from dataclasses import dataclass, replace
+
+from .base import DecoderPruner, Prefill
+
+
+@dataclass
+class FastV(DecoderPruner):
+    """
+    visual_token_num: tokens per image from `layer` on; the layers before it see all of them
+    layer:            K, the first decoder layer that sees fewer tokens (at least 1); None: 2 of 32
+                      layers, scaled to the depth of the decoder
+    ratio:            R, share of an image's tokens that is removed, 0 to below 1; replaces
+                      `visual_token_num`. None: the budget counts
+    """
+
+    ratio: float | None = None
+
+    name = "fastv"
+    paper_layer = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.ratio is not None and not 0 <= self.ratio < 1:
+            raise ValueError(f"ratio ({self.ratio}) must lie between 0 (keep all) and below 1")
+
+    def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
+        if self.ratio is not None:  # the budget is not used
+            replace(self, ratio=None, visual_token_num=crops).check(num_patches, num_layers, crops)
+        else:
+            super().check(num_patches, num_layers, crops)
+
+    def before_layer(self, index: int, prefill: Prefill) -> Prefill:
+        if self.ratio is None or index != self.cut_layer(len(prefill.decoder.layers)):
+            return super().before_layer(index, prefill)
+        counts = prefill.image_counts()
+        kept = (counts * (1 - self.ratio)).round().clamp(min=1).long()
+        return prefill.keep_visual(self.score(prefill), prefill.at_tokens(kept))
+
+    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
+        if self.ratio is None:
+            return super().token_schedule(num_patches, num_layers, crops)
+        dense, layer = num_patches * crops, self.cut_layer(num_layers)
+        kept = max(1, round(dense * (1 - self.ratio)))
+        return [dense] * layer + [kept] * (num_layers - layer)
