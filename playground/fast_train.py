@@ -179,7 +179,6 @@ def _attend_turns(q, k, v, head_k, head_v, bucket) -> torch.Tensor:
     return far.flatten(2, 3) @ head_v + (near @ own_v).flatten(2, 3)
 
 
-@lru_cache
 def causal(length: int, dtype: torch.dtype) -> torch.Tensor:
     """(length, length) with minus infinity above the diagonal."""
     return torch.full((length, length), float("-inf"), dtype=dtype).triu(1)
@@ -473,6 +472,9 @@ class Trainer:
         tower = load_tower(args.tower)
         self.model = Decoder(pieces().vocab_size())
         self.optimizers = optimizers(self.model, args.lr)
+        if args.compile:
+            for layer in self.model.model.layers:
+                layer.compile(dynamic=False)
         self.step, self.spent = 0, 0.0
         first = scenes.HELD_OUT_SEEDS + 400_000_000
         self.held_out = tower_features(tower, range(first, first + 48))
@@ -529,7 +531,8 @@ class Trainer:
         return float(loss.detach())
 
     def _log(self, recent: list[float]) -> None:
-        scores = evaluate(self.model, self.held_out, self.checks)
+        with torch.compiler.set_stance("force_eager"):
+            scores = evaluate(self.model, self.held_out, self.checks)
         line = {"step": self.step, "seconds": round(self.spent)}
         line["loss"] = round(float(np.mean(recent)), 4) if recent else None
         line["held_out"] = {name: round(value, 3) for name, value in scores.items()}
@@ -562,6 +565,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--keep", type=int, default=96)
     parser.add_argument("--dense-share", type=float, default=0.0, help="last part on all patches")
+    parser.add_argument("--compile", action="store_true", help="compile the decoder's layers")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--log-every", type=int, default=150)

@@ -165,7 +165,7 @@ def write_vqav2(folder: Path) -> None:
 
 
 def write_mmbench(folder: Path) -> None:
-    """Options, as the tab-separated table with pictures inside (small, so WebP 55)."""
+    """Options, as the tab-separated table with pictures inside (small, so WebP 20)."""
     columns = "index question hint A B C D answer category image source l2-category comment split"
     rows = ["\t".join(columns.split())]
     pictures: dict[int, str] = {}
@@ -175,7 +175,7 @@ def write_mmbench(folder: Path) -> None:
         if index not in pictures:
             buffer = io.BytesIO()
             image = Image.fromarray(scenes.render(held_out(index)))
-            image.save(buffer, "WEBP", quality=55, method=6)
+            image.save(buffer, "WEBP", quality=20, method=6)
             pictures[index] = base64.b64encode(buffer.getvalue()).decode()
         category = "attribute_recognition" if question.kind == "color" else "object_localization"
         cells = [str(number), question.bare, "", *question.options, *[""] * 4][: 3 + 4]
