@@ -1,0 +1,210 @@
+"""run_llava, the chat, and the pictures of kept patches, on the tiny recorded checkpoint."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
+
+from llava.eval import run_llava
+from llava.eval.show_pruning import crop_boxes, surviving_patches
+from llava.pruning import DecoderPruner, build_pruner, trace_pruning
+from llava.serve import cli
+
+GOLDEN = Path(__file__).parent / "golden"
+MODEL = str(GOLDEN / "tiny-llava-v1.5")
+ANYRES = str(GOLDEN / "tiny-llava-v1.6")
+IMAGE = str(GOLDEN / "images/img1_640x360.png")
+TALL = str(GOLDEN / "images/img2_300x480.png")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*arguments, program=run_llava) -> what the program printed."""
+
+    def call(*arguments, program=run_llava):
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        program.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def ask(*more, model=MODEL, image=IMAGE, query="What is it?"):
+    basics = ["--model-path", model, "--image-file", image, "--query", query]
+    return [*basics, "--max_new_tokens", 4, "--temperature", 0, *more]
+
+
+def test_the_answer_is_printed_and_the_same_in_every_run(run):
+    first = run(*ask("--pruning-method", "vispruner", "--visual-token-num", 64))
+    assert first.strip()
+    assert first == run(*ask("--pruning_method", "vispruner", "--visual_token_num", 64))
+
+
+def test_an_object_with_the_attributes_of_the_readme_is_enough(capsys):
+    args = type(
+        "Args",
+        (),
+        {
+            "model_path": MODEL,
+            "model_base": None,
+            "model_name": "tiny-llava-v1.5",
+            "query": "What is it?",
+            "conv_mode": None,
+            "image_file": IMAGE,
+            "sep": ",",
+            "temperature": 0,
+            "top_p": None,
+            "num_beams": 1,
+            "max_new_tokens": 4,
+        },
+    )()
+    assert run_llava.eval_model(args) is None
+    assert capsys.readouterr().out.strip()
+
+
+def test_flags_may_be_written_with_dashes_and_underscores():
+    dashes = ["--model-path", "m", "--image-file", "i", "--top-p", "0.5", "--max-new-tokens", "3"]
+    parse = run_llava.build_parser().parse_args
+    assert parse(dashes) == parse([flag.replace("-", "_").replace("__", "--") for flag in dashes])
+
+
+def test_kept_patches_of_several_anyres_images_are_drawn(run, tmp_path):
+    picture = tmp_path / "kept.png"
+    query = "<image-placeholder> and <image-placeholder>: which?"
+    budget = ["--pruning-method", "vispruner", "--visual-token-num", 160]
+    images = f"{IMAGE}|{TALL}"
+    more = ["--sep", "|", *budget, "--show-pruning", picture]
+    run(*ask(*more, model=ANYRES, image=images, query=query))
+    pixels = np.asarray(Image.open(picture))
+    assert pixels.shape[1] > 4 * 300  # two images, each as overview and tiles
+    assert (pixels == [255, 200, 0]).all(axis=2).any()
+
+
+BAD = {
+    "a missing image": (ask(image="no.png"), "image file not found: no.png"),
+    "an unknown method": (ask("--pruning-method", "magic"), "unknown pruning method 'magic'"),
+    "an unknown template": (ask("--conv-mode", "magic"), "unknown --conv-mode 'magic'"),
+    "budget 0": (
+        ask("--pruning-method", "random", "--visual-token-num", 0),
+        "visual_token_num (0) must be a whole number of at least 1",
+    ),
+    "a budget above the patch count": (
+        ask("--pruning-method", "random", "--visual-token-num", 577),
+        "visual_token_num (577) exceeds the 576 patches",
+    ),
+    "more images than marks": (ask(image=f"{IMAGE},{TALL}"), "2 images, but the query has places"),
+    "more marks than images": (
+        ask(query="<image-placeholder> <image-placeholder>"),
+        "1 images, but the query has places for 2",
+    ),
+    "no question": (["--image-file", IMAGE], "--query is missing"),
+    "a picture of no type": (ask("--show-pruning", "kept"), "must end in .png"),
+    "a model that is not there": (ask(model="./nowhere"), "./nowhere"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD.keys())
+def test_bad_input_ends_with_a_message(run, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert str(stop.value.code).startswith("error: ")
+    assert message in stop.value.code
+
+
+def test_a_corrupt_image_ends_with_a_message(run, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(Path(IMAGE).read_bytes()[:500])
+    with pytest.raises(SystemExit, match="cannot read image .*broken.png"):
+        run(*ask(image=broken))
+
+
+def test_a_checkpoint_without_a_tower_ends_with_a_message(run, tmp_path):
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=700,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / "llama" / name).write_bytes((Path(MODEL) / name).read_bytes())
+    with pytest.raises(SystemExit, match="without a vision tower"):
+        run(*ask(model=tmp_path / "llama"))
+
+
+def test_the_exit_code_of_bad_input_is_1():
+    command = [sys.executable, "-m", "llava.eval.run_llava", *map(str, ask(image="no.png"))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=GOLDEN.parents[1])
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: image file not found: no.png"
+
+
+def test_patches_that_a_layer_of_the_decoder_dropped_are_not_drawn(model, sample):
+    prompt = sample(3, "image", 2, "image", 2)
+    ids, images = prompt.ids, prompt.images
+    model.pruner = DecoderPruner(visual_token_num=5, layer=2)
+    with trace_pruning(model) as trace:
+        model.generate(ids, images=images, max_new_tokens=1, do_sample=False)
+    survivors = surviving_patches(trace, ids[0])
+    assert [len(patches) for patches in survivors] == [5, 5]
+    assert all(patches.tolist() == sorted(set(patches.tolist())) for patches in survivors)
+    model.pruner = build_pruner("none")
+    with trace_pruning(model) as trace:
+        model.generate(ids, images=images, max_new_tokens=1, do_sample=False)
+    assert [patches.tolist() for patches in surviving_patches(trace, ids[0])] == [[*range(36)]] * 2
+
+
+class Tower:
+    """4 x 4 patches of 10 pixels."""
+
+    num_patches_per_side, image_size = 4, 40
+
+
+@pytest.mark.parametrize(
+    "mode, first",
+    [("pad", [0, -20, 20, 0]), (None, [20, 0, 30, 10])],
+    ids=["padded to a square", "cut to a square"],
+)
+def test_patches_lie_where_the_preprocessing_put_them(mode, first):
+    (boxes,) = crop_boxes((80, 40), CLIPVisionConfig(image_aspect_ratio=mode), Tower)
+    assert boxes.shape == (16, 4)
+    assert boxes[0].tolist() == first
+
+
+def test_tiles_lie_side_by_side_on_the_image():
+    config = CLIPVisionConfig(image_aspect_ratio="anyres", image_grid_pinpoints=[[80, 40]])
+    overview, left, right = crop_boxes((160, 60), config, Tower)
+    assert overview[0].tolist() == [0, 0, 40, 15]
+    assert left[0].tolist() == [0, -10, 20, 10]  # 160 x 60 stands in the middle of 160 x 80
+    assert right[-1].tolist() == [140, 50, 160, 70]
+
+
+def test_the_chat_remembers_and_keeps_end_marks_out_of_its_history(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\nAnd now?\n\n"))
+    args = ["--model-path", MODEL, "--image-file", IMAGE, "--temperature", 0]
+    args += ["--max-new-tokens", 4, "--debug", "--pruning-method", "random"]
+    out = run(*args, program=cli)
+    prompts = [line for line in out.splitlines() if line.startswith("{'prompt'")]
+    assert len(prompts) == 2
+    assert prompts[1].count("<image>") == 1
+    assert "What is it?" in prompts[1] and "<s>" not in prompts[1]
+
+
+def test_the_streamed_answer_is_the_answer(capsys):
+    args = cli.build_parser().parse_args(["--model-path", MODEL, "--image-file", IMAGE])
+    args.temperature, args.max_new_tokens = 0, 4
+    chat = cli.open_chat(args)
+    capsys.readouterr()
+    streamer = cli.TextStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    answer = chat.ask("What is it?", streamer)
+    assert capsys.readouterr().out.strip() == answer
+    assert torch.is_tensor(chat.images["images"])
