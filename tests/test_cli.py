@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
 
+from llava import playground
 from llava.eval import run_llava
 from llava.eval.show_pruning import crop_boxes, surviving_patches
 from llava.pruning import DecoderPruner, build_pruner, trace_pruning
@@ -208,3 +209,29 @@ def test_the_streamed_answer_is_the_answer(capsys):
     answer = chat.ask("What is it?", streamer)
     assert capsys.readouterr().out.strip() == answer
     assert torch.is_tensor(chat.images["images"])
+
+
+def test_a_missing_playground_is_named(monkeypatch, tmp_path, run):
+    monkeypatch.setattr(playground, "ROOT", tmp_path / "playground")
+    with pytest.raises(SystemExit, match="playground is not here .*--model-path"):
+        run()
+
+
+def test_the_first_image_of_the_playground_is_the_default(monkeypatch, tmp_path):
+    folder = tmp_path / "benchmark/images"
+    folder.mkdir(parents=True)
+    for name in ("b.png", "a.jpg", "0.txt"):
+        (folder / name).touch()
+    monkeypatch.setattr(playground, "ROOT", tmp_path)
+    assert playground.default_image() == str(folder / "a.jpg")
+
+
+@pytest.mark.skipif(
+    not (playground.ROOT / playground.CHECKPOINT / "config.json").is_file(),
+    reason="the playground checkpoint is not there",
+)
+def test_without_options_the_playground_answers(run, tmp_path):
+    picture = tmp_path / "kept.png"
+    budget = ["--pruning-method", "vispruner", "--visual-token-num", 64]
+    assert run("--temperature", 0, *budget, "--show-pruning", picture).strip().isdigit()
+    assert picture.is_file()
