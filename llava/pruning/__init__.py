@@ -15,6 +15,7 @@ from .base import (
 )
 from .divprune import DivPrune
 from .fastv import FastV
+from .pyramiddrop import PyramidDrop
 from .random import Random
 from .trace import PruningTrace, trace_pruning
 from .visionzip import VisionZip
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Pruner]] = {
         FastV,
         VisionZip,
         AdaptPrune,
+        PyramidDrop,
     )
 }
 

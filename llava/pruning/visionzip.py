@@ -1,0 +1,143 @@
+"""VisionZip: the patches the class token attends to, plus a few tokens that merge all the others.
+
+Paper: VisionZip: Longer is Better but Not Necessary in Vision Language Models,
+https://arxiv.org/abs/2412.04467
+
+Differs from the release: nothing is patched into other classes of the process; scores and keys
+come from the layer the features come from (there, always layer 22 of 24); `contextual=0`, more
+contextual tokens than patches and more dominant tokens than patches work (there, they raise); ties
+go to the lower patch; sums are fp32; a budget of all patches leaves the image as it is (there, the
+class token and a merged token would take the place of patches).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .base import SelectPruner, VisionTokens
+from .ops import gather_tokens, normalize, top_stable
+
+
+@dataclass
+class VisionZip(SelectPruner):
+    """
+    visual_token_num: tokens per image, 27 dominant for 5 contextual ones (64 = 54 + 10); on
+                      LLaVA-NeXT the sum over five crops, images with fewer crops have fewer tokens
+    dominant:         tokens per crop kept as they are, the class token being the first of them
+    contextual:       tokens per crop that merge the rest. Given together, these two replace
+                      `visual_token_num` (191 and 30 are the release's defaults)
+    """
+
+    visual_token_num: int = 64
+    dominant: int | None = None
+    contextual: int | None = None
+
+    name = "visionzip"
+    needs = frozenset({"cls_attention", "keys", "cls_token"})
+    anyres_config = {"mm_patch_merge_type": "spatial"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.dominant is None) != (self.contextual is None):
+            raise ValueError(
+                f"dominant ({self.dominant}) and contextual ({self.contextual}) go together: give "
+                "both, or visual_token_num alone"
+            )
+        if self.dominant is not None and (self.dominant < 1 or self.contextual < 0):
+            raise ValueError(
+                f"dominant ({self.dominant}) must be at least 1, the class token, and contextual "
+                f"({self.contextual}) at least 0"
+            )
+
+    def counts(self, num_patches: int, crops: int) -> tuple[int, int]:
+        """(dominant patches, contextual tokens) of one crop; the class token comes on top."""
+        dominant, contextual = self.dominant, self.contextual
+        if dominant is None:
+            total = self.tokens_per_crop(crops)
+            contextual = min(max(1, round(total * 5 / 32)), total - 1)
+            dominant = total - contextual
+        patches = min(dominant - 1, num_patches)
+        return patches, min(contextual, num_patches - patches)
+
+    def keeps_all(self, num_patches: int, crops: int) -> bool:
+        return self.dominant is None and self.tokens_per_crop(crops) >= num_patches
+
+    def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
+        if self.dominant is None:
+            super().check(num_patches, num_layers, crops)
+
+    def after_encoder(self, vision: VisionTokens) -> VisionTokens:
+        size, crops = vision.features.shape[1], vision.crops_in_budget
+        if self.keeps_all(size, crops):
+            return vision
+        attention = vision.cls_attention.float().sum(dim=1)
+        keys = vision.keys.float().unflatten(-1, (vision.cls_attention.shape[1], -1)).mean(dim=2)
+        patches, tokens = compress(vision.features, attention, keys, *self.counts(size, crops))
+        batch, num_merged = len(patches), tokens.shape[1] - patches.shape[1]
+        positions = vision.positions
+        merged = size + torch.arange(num_merged, device=positions.device)
+        positions = [positions.new_full((batch, 1), -1), patches, merged.expand(batch, -1)]
+        positions = torch.cat(positions, dim=1)
+        return replace(
+            vision,
+            features=torch.cat([vision.cls_token, tokens], dim=1),
+            positions=positions,
+            merged=positions >= size,
+            cls_attention=None,
+            keys=None,
+        )
+
+    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
+        if self.keeps_all(num_patches, crops):
+            return [num_patches * crops] * num_layers
+        return [(1 + sum(self.counts(num_patches, crops))) * crops] * num_layers
+
+
+def compress(
+    features: Tensor, score: Tensor, keys: Tensor, dominant: int, contextual: int
+) -> tuple[Tensor, Tensor]:
+    """(patches kept (B, dominant), tokens (B, dominant + contextual, C)) of features (B, N, C).
+
+    score: (B, N), the highest ones are dominant; keys: (B, N, d), what the rest is matched by.
+    A contextual token is its target plus the mean of what was assigned to it.
+    """
+    chosen = torch.zeros_like(score, dtype=torch.bool)
+    chosen.scatter_(1, top_stable(score, dominant), True)
+    order = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    patches, rest = order[:, :dominant], order[:, dominant:]  # both in raster order
+    kept = gather_tokens(features, patches)
+    if contextual == 0:
+        return patches, kept
+    is_target, nearest = assign(gather_tokens(keys, rest), contextual)
+    wide = gather_tokens(features, rest).float()
+    weight = (~is_target).to(wide.dtype).expand(len(wide), -1)  # targets are assigned to nothing
+    count = wide.new_zeros(len(wide), contextual).scatter_add_(1, nearest, weight)
+    places = nearest[..., None].expand_as(wide)
+    total = torch.zeros_like(wide[:, :contextual]).scatter_add_(1, places, wide * weight[..., None])
+    merged = (
+        wide[:, target_places(rest.shape[1], contextual)] + total / count.clamp(min=1)[..., None]
+    )
+    return patches, torch.cat([kept, merged.to(features.dtype)], dim=1)
+
+
+def target_places(num_rest: int, contextual: int) -> slice:
+    """Every `step`-th of the remaining patches, the first `contextual` of them."""
+    step = max(1, num_rest // contextual)
+    return slice(0, step * contextual, step)
+
+
+def assign(keys: Tensor, contextual: int) -> tuple[Tensor, Tensor]:
+    """(which places are targets (M,), number of the target nearest to each place (B, M)) for the
+    keys (B, M, d) of the remaining patches; equally near targets: the first."""
+    targets = target_places(keys.shape[1], contextual)
+    is_target = torch.zeros(keys.shape[1], dtype=torch.bool, device=keys.device)
+    is_target[targets] = True
+    unit = normalize(keys)
+    return is_target, (unit @ unit[:, targets].transpose(1, 2)).argmax(dim=2)
+
+
+def visionzip(model, dominant: int = 191, contextual: int = 30):
+    """The entry point of the release: puts the method on a loaded model and returns the model."""
+    model.pruner = VisionZip(dominant=dominant, contextual=contextual)
+    return model
