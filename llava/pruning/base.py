@@ -8,6 +8,7 @@ from 0; "before layer K" means that layer K already sees fewer tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
@@ -31,6 +32,21 @@ class TowerTokens:
     merged: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class ImageLayout:
+    """How the crops of one image stand to one another.
+
+    crops:  which crops of the call
+    tiles:  (across, down) large grid that all crops but the first make, row by row; None: the crops
+            only follow one another
+    window: (top, bottom, left, right) patches of the large grid that show the image
+    """
+
+    crops: slice
+    tiles: tuple[int, int] | None = None
+    window: tuple[int, int, int, int] | None = None
+
+
 @dataclass
 class ImageTokens:
     """Tokens of one image in the order they enter the language model.
@@ -42,6 +58,7 @@ class ImageTokens:
     tags:    (n,) as in `VisionTokens`, 0 on newlines
     blocks:  (rows, columns) of the grids that the unpruned image is read as, one after the other,
              row by row; newlines are the last column of theirs
+    crops:   crops the image was cut into
     """
 
     embeds: Tensor
@@ -50,6 +67,7 @@ class ImageTokens:
     length: int
     tags: Tensor | None = None
     blocks: tuple[tuple[int, int], ...] = ()
+    crops: int = 1
 
     def keep(self, index: Tensor) -> ImageTokens:
         """The tokens at `index` (m,), in that order."""
@@ -72,6 +90,7 @@ class VisionTokens:
                    follow the grid, first the -1 tile by tile, then the others tile by tile
     grid:          (h, w) patches per side of one crop
     image_index:   (B,) which image of the call a crop belongs to; crops of an image are neighbours
+    layouts:       one per image; None: every crop is an image
     crops_in_budget: crops that share `visual_token_num`: 5 on LLaVA-NeXT (640 = 5 x 128), else 1
     valid:         (B, N) False on padding where crops keep different counts; None: all are tokens
     merged:        (B, N) True on tokens blended from several patches; None: there are none
@@ -89,6 +108,7 @@ class VisionTokens:
     positions: Tensor
     grid: tuple[int, int]
     image_index: Tensor | None = None
+    layouts: list[ImageLayout] | None = None
     crops_in_budget: int = 1
     valid: Tensor | None = None
     merged: Tensor | None = None
@@ -233,6 +253,11 @@ class Prefill:
             layer, self.hidden_states, self.position_ids, rows, self.valid
         )
 
+    def next_attention(self) -> Tensor:
+        """(B, S) fp32 head mean of what the last prompt token attends to in the layer about to
+        run."""
+        return self.attention_rows(self.layer, self.last[:, None])[:, :, 0].mean(dim=1)
+
     def image_counts(self) -> Tensor:
         """(B, I) tokens of every image of every row; I is the most images a row has, at least 1."""
         images = max(1, int(self.visual_index.amax()) + 1)
@@ -276,6 +301,12 @@ class Pruner:
     #: LLaVA-NeXT: values that replace those of the config while the method is in use, for example
     #: {"mm_patch_merge_type": "spatial"}
     anyres_config: ClassVar[dict] = {}
+    #: the choice reads tokens behind the image: running prompt and answer again from the start, as
+    #: `use_cache=False` does at every step, may choose other tokens
+    reads_text: ClassVar[bool] = False
+    #: what an image keeps depends on its content: `token_schedule` is a bound, and
+    #: `visual_token_num` the label of a published setting
+    adaptive: ClassVar[bool] = False
     #: trained weights, registered on the model the method is assigned to
     module: nn.Module | None = None
 
@@ -416,6 +447,7 @@ class DecoderPruner(_BudgetPruner):
 
     layer: int | None = None
 
+    reads_text = True
     #: `layer` of a 32-layer decoder when none is given
     paper_layer: ClassVar[int] = 2
 
@@ -449,6 +481,63 @@ class DecoderPruner(_BudgetPruner):
         dense, layer = num_patches * crops, self.cut_layer(num_layers)
         kept = min(self.visual_token_num, dense)
         return [dense] * layer + [kept] * (num_layers - layer)
+
+
+@dataclass
+class StagedPruner(Pruner):
+    """Drops visual tokens before several decoder layers, those first that the last prompt token
+    attends to least in the layer about to run; positions are counted anew after every cut.
+
+    A method overrides `image_schedule` alone.
+    """
+
+    reads_text = True
+
+    def image_schedule(
+        self, count: int, num_layers: int, num_patches: int, tag: int = 0
+    ) -> list[int]:
+        """Tokens of an image of `count` tokens that enter each layer; never more than before.
+
+        num_patches: patches of one crop; tag: the largest mark that the method left on the image's
+        tokens (`VisionTokens.tags`).
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define image_schedule()")
+
+    def before_layer(self, index: int, prefill: Prefill) -> Prefill:
+        if index == 0:
+            prefill.scratch["plan"] = self._plan(prefill)
+        cuts, kept = prefill.scratch["plan"]
+        if index not in cuts:
+            return prefill
+        score = prefill.next_attention()
+        return prefill.keep_visual(score, prefill.at_tokens(kept[..., index]), renumber=True)
+
+    def _plan(self, prefill: Prefill) -> tuple[set[int], Tensor]:
+        """Layers with a cut, and how many tokens of every image (B, I) enter each layer (..., L).
+
+        The only wait for the device; what follows has known sizes.
+        """
+        num_layers, counts = len(prefill.decoder.layers), prefill.image_counts()
+        tags = torch.zeros_like(counts)
+        if prefill.tags is not None:
+            owner = prefill.visual_index.clamp(min=0)
+            tags.scatter_reduce_(1, owner, prefill.tags * prefill.is_visual, "amax")
+        images, num_patches = torch.stack([counts, tags], dim=-1), math.prod(prefill.grid)
+        plan = [
+            [self.image_schedule(count, num_layers, num_patches, tag) for count, tag in row]
+            for row in images.tolist()
+        ]
+        cuts = {
+            layer
+            for row, own in zip(plan, counts.tolist(), strict=True)
+            for schedule, count in zip(row, own, strict=True)
+            for layer, kept in enumerate(schedule)
+            if kept < (schedule[layer - 1] if layer else count)
+        }
+        return cuts, torch.tensor(plan, device=counts.device)
+
+    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
+        return self.image_schedule(num_patches * crops, num_layers, num_patches)
 
 
 def option_names(method: type[Pruner]) -> list[str]:

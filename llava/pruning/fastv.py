@@ -1,4 +1,4 @@
-"""FastV: from layer K on, keep the image tokens the last prompt token attended to most in layer K-1.
+"""FastV: keep the image tokens the last prompt token attends to most early in the decoder.
 
 Paper: An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large
 Vision-Language Models, https://arxiv.org/abs/2403.06764

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,3 +47,12 @@ def scale_layer(layer: int, num_layers: int, reference: int = 32) -> int:
     Rounded to the nearest layer, halves to the even one; a layer above 0 stays above 0.
     """
     return min(max(round(layer * num_layers / reference), min(layer, 1)), num_layers - 1)
+
+
+def scale_layers(layers: Sequence[int], num_layers: int, reference: int = 32) -> tuple[int, ...]:
+    """`scale_layer` of ascending layers; where two would meet, the later one moves on."""
+    scaled: list[int] = []
+    for layer in layers:
+        place = scale_layer(layer, num_layers, reference)
+        scaled.append(max(place, scaled[-1] + 1) if scaled else place)
+    return tuple(scaled)
