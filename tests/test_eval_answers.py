@@ -99,12 +99,13 @@ def test_a_bare_file_name_needs_no_folder(tmp_path, monkeypatch):
         ('{"question_id": 2, "text": "no end', "not valid JSON"),
         ("[1, 2]", "expected an object, found list"),
         ('{"question_id": 2}', "no field 'text'"),
+        ('{"question_id": 2, "text": "\udce9"}', "not valid UTF-8"),
     ],
 )
 def test_a_broken_question_line_is_named(tmp_path, broken, reason):
     path = tmp_path / "q.jsonl"
     good = json.dumps({"question_id": 1, "text": "?"})
-    path.write_text(f"{good}\n\n{broken}\n{good}\n")
+    path.write_bytes(f"{good}\n\n{broken}\n{good}\n".encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=f"q.jsonl, line 3: {reason}"):
         tasks.read_jsonl(path, ("question_id", "text"))
 

@@ -97,7 +97,7 @@ def run(args, records: list[dict], to_questions: Callable[[dict], Iterator[Quest
             print(f"{path}: {answers.num_done} of {len(questions)} answers are there already")
         if remaining:
             loop = load(args)
-            with tqdm(total=len(questions), initial=answers.num_done, unit="answer") as progress:
+            with tqdm(total=len(questions), initial=answers.num_done, unit=" answers") as progress:
                 for batch, texts in loop.answer(remaining, os.path.expanduser(args.image_folder)):
                     answers.write(
                         [
@@ -127,6 +127,8 @@ def load(args) -> AnswerLoop:
         pruner=args.pruner,
         vision_tower=args.vision_tower,
     )
+    if image_processor is None:
+        raise ValueError(f"{args.model_path} has no vision tower: it cannot look at images")
     return AnswerLoop(
         tokenizer,
         model,

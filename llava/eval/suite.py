@@ -84,7 +84,8 @@ def answer(loop: AnswerLoop, questions, images: str, path: str, settings: dict) 
     heads = [question.head for question in questions]
     with AnswersFile(path, heads, settings) as answers:
         remaining = questions[answers.num_done :]
-        with tqdm(total=len(questions), initial=answers.num_done, leave=False) as progress:
+        bar = {"desc": os.path.basename(path), "unit": " answers", "leave": False}
+        with tqdm(total=len(questions), initial=answers.num_done, **bar) as progress:
             for batch, texts in loop.answer(remaining, images):
                 answers.write(
                     [
@@ -170,6 +171,8 @@ def load_loop(args) -> AnswerLoop:
         torch_dtype=DTYPES.get(args.dtype),
         vision_tower=args.vision_tower,
     )
+    if image_processor is None:
+        raise ValueError(f"{args.model_path} has no vision tower: it cannot look at images")
     return AnswerLoop(
         tokenizer,
         model,
@@ -201,8 +204,9 @@ def available(names: list[str] | None, data_dir: str) -> list[Benchmark]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[192, 128, 64])
+    methods = sorted(METHODS.keys() - {DENSE})
     parser.add_argument(
-        "--methods", nargs="+", default=["random"], choices=sorted(METHODS.keys() - {DENSE})
+        "--methods", nargs="+", default=methods, choices=methods, help="default: all"
     )
     parser.add_argument("--pruning-arg", action="append", default=[], metavar="METHOD.KEY=VALUE")
     parser.add_argument("--tasks", nargs="+", choices=sorted(BENCHMARKS), help="default: all")

@@ -33,6 +33,7 @@ def _method_table(method: str, dense: list[Score], scores: list[Score]) -> str:
     ]
     averages = [average(column) for column in columns]
     rows.append([f"**{AVERAGE}**", "", *(f"**{value:.1f}**" for value in averages)])
+    rows.append(["95 % interval", "±", *(f"{half_width(column):.1f}" for column in columns)])
     shares = [100 * value / averages[0] if averages[0] else 0.0 for value in averages]
     rows.append(["of the unpruned score", "%", *(f"{share:.1f}" for share in shares)])
     rows.append(["answers as unpruned", "%", *(_mean(c, "same_as_dense") for c in columns)])
@@ -46,6 +47,15 @@ def _method_table(method: str, dense: list[Score], scores: list[Score]) -> str:
 def average(column: list[Score]) -> float:
     """Returns the mean over tasks, each weighing the same, in percent."""
     return mean(score.percent for score in column) if column else 0.0
+
+
+def half_width(column: list[Score]) -> float:
+    """Returns half the 95 % interval of the average, from the number of questions asked.
+
+    Takes every task for a share of right answers, which is near enough for F1 and pair scores.
+    """
+    variances = [score.percent * (100 - score.percent) / score.count for score in column]
+    return 1.96 * sum(variances) ** 0.5 / len(column) if column else 0.0
 
 
 def _cell(column: list[Score], task: str) -> str:
@@ -81,48 +91,60 @@ def import_pyplot():
 
 
 def plot(scores: list[Score], path: str) -> None:
-    """Draws score over token budget: the average large, every task small; one line per method."""
+    """Draws score over token budget: the average large, every task small; one line per method.
+
+    The band around an average is its 95 % interval.
+    """
     pyplot = import_pyplot()
     tasks = list(dict.fromkeys(score.task for score in scores))
-    columns = 3
-    rows = max(2, -(-(len(tasks)) // columns))
-    figure = pyplot.figure(figsize=(4 + 2.6 * columns, 2.3 * rows + 0.6), layout="constrained")
+    columns = min(max(-(-len(tasks) // 2), 1), 4)
+    rows = max(2, -(-len(tasks) // columns))
+    figure = pyplot.figure(figsize=(5 + 2.3 * columns, 2.4 * rows + 0.4), layout="constrained")
     grid = figure.add_gridspec(rows, columns + 2)
     large = figure.add_subplot(grid[:, :2])
-    _panel(large, scores, None)
-    large.set_ylabel("score (% of maximum)")
+    _panel(large, scores, "average over tasks", band=True)
+    large.set(xlabel="visual tokens per image", ylabel="score (% of maximum)")
     large.legend(frameon=False, loc="lower right")
+    first = None
     for number, task in enumerate(tasks):
-        axes = figure.add_subplot(grid[number // columns, 2 + number % columns])
-        _panel(axes, scores, task)
+        place = grid[number // columns, 2 + number % columns]
+        axes = first = figure.add_subplot(place, sharey=first)
+        _panel(axes, [score for score in scores if score.task == task], task)
         axes.tick_params(labelsize=7)
-    large.set_xlabel("visual tokens per image")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
-def _panel(axes, scores: list[Score], task: str | None) -> None:
-    """One set of curves; `task` None draws the average over all tasks."""
-    curves = _curves([score for score in scores if task in (None, score.task)])
-    (full, value), *_ = curves.pop(DENSE)
-    axes.axhline(value, color="0.6", linestyle="--", linewidth=1, label="unpruned")
+def _panel(axes, scores: list[Score], title: str, band: bool = False) -> None:
+    """One set of curves: the mean of `scores` at every budget, by method."""
+    curves = _curves(scores)
+    full = curves.pop(DENSE)[0]
+    axes.axhline(full[1], color="0.6", linestyle="--", linewidth=1, label="unpruned")
     for method, points in curves.items():
-        axes.plot(*zip(*sorted([*points, (full, value)]), strict=True), "o-", ms=4, label=method)
+        tokens, values, widths = (list(column) for column in zip(*points, full, strict=True))
+        (line,) = axes.plot(tokens, values, "o-", markersize=4, label=method)
+        if band:
+            low = [value - width for value, width in zip(values, widths, strict=True)]
+            high = [value + width for value, width in zip(values, widths, strict=True)]
+            axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
     axes.set_xscale("log", base=2)
-    ticks = sorted({tokens for points in curves.values() for tokens, _ in points} | {full})
+    ticks = sorted({point[0] for points in curves.values() for point in (*points, full)})
     axes.set_xticks(ticks, labels=map(str, ticks))
     axes.minorticks_off()
-    axes.set_title(task or "average over tasks", fontsize=9 if task else 11)
+    axes.set_title(title, fontsize=11 if band else 9)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _curves(scores: list[Score]) -> dict[str, list[tuple[int, float]]]:
-    """Points (tokens, percent) by method; several tasks at one budget are averaged."""
+def _curves(scores: list[Score]) -> dict[str, list[tuple[int, float, float]]]:
+    """Points (tokens, average, half its interval) by method, small budgets first."""
     groups: dict[str, dict[int, list[Score]]] = {}
     for score in scores:
         groups.setdefault(score.method, {}).setdefault(score.tokens, []).append(score)
     return {
-        method: [(tokens, average(column)) for tokens, column in budgets.items()]
+        method: [
+            (tokens, average(column), half_width(column))
+            for tokens, column in sorted(budgets.items())
+        ]
         for method, budgets in groups.items()
     }

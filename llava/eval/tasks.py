@@ -54,20 +54,21 @@ class Question:
 def read_jsonl(path: str, fields: tuple[str, ...] = ()) -> list[dict]:
     """Returns the records of a JSON-lines file; `fields` must be present in each of them."""
     records = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:  # bytes, so that a line in a wrong encoding is named as well
         for number, line in enumerate(file, start=1):
             if line.strip():
                 records.append(_parse_line(line, f"{path}, line {number}", fields))
     return records
 
 
-def _parse_line(line: str, where: str, fields: tuple[str, ...]) -> dict:
+def _parse_line(line: bytes, where: str, fields: tuple[str, ...]) -> dict:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where}: not valid JSON ({error.msg} at column {error.colno})"
-        ) from error
+        reason = f"{error.msg} at column {error.colno}"
+        raise ValueError(f"{where}: not valid JSON ({reason})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not valid UTF-8 ({error.reason})") from error
     return _checked(record, where, fields)
 
 
