@@ -108,6 +108,20 @@ class LLaVATrainer(Trainer):
             _keep_embeddings_exact(self.model)
         return self.optimizer
 
+    def compute_loss(self, model, inputs, return_outputs: bool = False):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        llava = unwrapped(self.model)
+        alone = self.args.world_size == 1 and loss.requires_grad
+        if not alone and hasattr(llava, "get_vision_tower") and not self.is_zero3:
+            # A batch without images leaves the projector out, yet its gradient is waited for.
+            loss = loss + sum(p.sum() for p in projector_parameters(llava)) * 0.0
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def is_zero3(self) -> bool:
+        """Whether DeepSpeed has split the parameters between the processes."""
+        return any(hasattr(p, "ds_id") for p in self.model.parameters())
+
     # --- checkpoints --------------------------------------------------------------------------
 
     @property
@@ -197,6 +211,15 @@ class LLaVATrainer(Trainer):
         ]
         with torch.serialization.safe_globals(allowed):
             super()._load_rng_state(checkpoint)
+
+
+def projector_parameters(llava: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Trained parameters that only images use."""
+    return [
+        p
+        for name, p in llava.named_parameters()
+        if p.requires_grad and ("mm_projector" in name or name.endswith("image_newline"))
+    ]
 
 
 def load_some(model: torch.nn.Module, state: dict) -> None:

@@ -1,0 +1,125 @@
+"""Label masks: every answer and its end mark are supervised, nothing else is."""
+
+import functools
+
+import pytest
+from transformers import LlamaTokenizer
+
+from llava.constants import IGNORE_INDEX
+from llava.conversation import SeparatorStyle, conv_templates
+from llava.train import labels
+from llava.train.data import preprocess_multimodal
+from llava.train.labels import preprocess, token_spans, tokenize_with_spans
+from tests.golden_data import GOLDEN, golden_json
+
+RECORDED = golden_json("llava-base/train_labels.json")
+WITH_TURNS = {k for k, c in conv_templates.items() if c.sep_style != SeparatorStyle.PLAIN}
+# Templates whose published masks are wrong even with the tokenizer they were made for.
+REPAIRED = {"mpt", "chatml_direct", "llava_v0", "v0_mmtag", "default"}
+
+
+@functools.cache
+def tokenizer(variant: str = "slow_legacy", model_max_length: int = 2048):
+    made = LlamaTokenizer.from_pretrained(
+        GOLDEN / "tiny-llava-v1.5",
+        legacy="legacy_false" not in variant,
+        model_max_length=model_max_length,
+    )
+    if "im_tokens" in variant:
+        made.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    return made
+
+
+def run(case, label_masks):
+    conv = conv_templates[case["template"]]
+    messages = RECORDED["samples"][case["sample"]]
+    if case["has_image"]:
+        messages = preprocess_multimodal(messages, conv, case["mm_use_im_start_end"])
+        assert [m["value"] for m in messages] == case["after_preprocess_multimodal"]
+    model_tokenizer = tokenizer(case["tokenizer"], case["model_max_length"])
+    return preprocess(messages, model_tokenizer, conv, case["has_image"], label_masks)
+
+
+@pytest.mark.parametrize("template", sorted({c["template"] for c in RECORDED["cases"]}))
+def test_recorded_masks_are_reproduced(template):
+    for case in (c for c in RECORDED["cases"] if c["template"] == template):
+        if "error" in case:
+            for label_masks in ("exact", "released"):
+                with pytest.raises(ValueError, match="two messages"):
+                    run(case, label_masks)
+            continue
+        exact, released = run(case, "exact"), run(case, "released")
+        assert released["input_ids"].tolist() == exact["input_ids"].tolist() == case["input_ids"]
+        assert released["labels"].tolist() == case["labels"], case["sample"]
+        # A warning was printed where the published code drops a whole sample.
+        if template not in REPAIRED and not case["printed"]:
+            assert exact["labels"].tolist() == case["labels"], case["sample"]
+
+
+@pytest.mark.parametrize("variant", ["slow_legacy", "slow_legacy_false", "slow_legacy+im_tokens"])
+@pytest.mark.parametrize("template", sorted(WITH_TURNS))
+def test_the_model_learns_to_say_every_answer_and_its_end(template, variant):
+    conv = conv_templates[template]
+    for messages in RECORDED["samples"].values():
+        messages = messages[messages[0]["from"] == "gpt" :]
+        has_image = any("<image>" in m["value"] for m in messages)
+        item = preprocess(messages, tokenizer(variant), conv, has_image)
+        end = {
+            SeparatorStyle.TWO: conv.sep2,
+            SeparatorStyle.LLAMA_2: conv.sep2,
+            SeparatorStyle.MPT: conv.sep,
+            SeparatorStyle.SINGLE: "###",
+        }[conv.sep_style]
+        answers = [m["value"] for m in messages if m["from"] == "gpt"]
+        said = supervised_texts(item, tokenizer(variant))
+        assert [text.replace(" ", "").replace("\n", "") for text in said] == [
+            (answer + end).replace(" ", "").replace("\n", "") for answer in answers
+        ]
+
+
+def supervised_texts(item, model_tokenizer):
+    runs, ids = [], []
+    for token, label in zip(item["input_ids"].tolist(), item["labels"].tolist(), strict=True):
+        if label == IGNORE_INDEX:
+            runs, ids = (runs + [ids] if ids else runs), []
+        else:
+            assert label == token
+            ids.append(token)
+    return [model_tokenizer.decode(ids) for ids in [*runs, ids] if ids]
+
+
+def test_an_answer_that_contains_the_separator_is_still_learned():
+    messages = RECORDED["samples"]["answer_contains_role"]
+    item = preprocess(messages, tokenizer(), conv_templates["vicuna_v1"], has_image=False)
+    assert supervised_texts(item, tokenizer()) == [" ok ASSISTANT: yes</s>", " no</s>"]
+
+
+def test_token_spans_cover_the_text():
+    text = "A chat. USER: <image>\nhé ☃ you? ASSISTANT: ok</s>USER: no"
+    ids, spans = tokenize_with_spans(text, tokenizer(), has_image=True)
+    assert len(ids) == len(spans) and spans[-1][1] == len(text)
+    assert text[spans[ids.index(-200)][0] :].startswith("<image>")
+    assert all(a[1] <= b[1] for a, b in zip(spans, spans[1:], strict=False))
+
+
+def test_a_tokenizer_that_rewrites_its_input_gives_the_same_masks(monkeypatch):
+    conv, messages = conv_templates["vicuna_v1"], RECORDED["samples"]["two_turn_image"]
+    walked = preprocess(messages, tokenizer(), conv, has_image=True)
+    monkeypatch.setattr(labels, "_walk", lambda *args: None)
+    by_prefixes = preprocess(messages, tokenizer(), conv, has_image=True)
+    assert by_prefixes["labels"].tolist() == walked["labels"].tolist()
+
+
+def test_ids_without_text_have_no_width():
+    assert token_spans("ok", tokenizer()("ok").input_ids, tokenizer())[0] == (0, 0)
+
+
+def test_roles_must_alternate():
+    twice = [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]
+    with pytest.raises(ValueError, match="expected 'gpt'"):
+        preprocess(twice, tokenizer(), conv_templates["vicuna_v1"], has_image=False)
+
+
+def test_an_unknown_kind_of_mask_is_an_error():
+    with pytest.raises(ValueError, match="'exact' or 'released'"):
+        preprocess([], tokenizer(), conv_templates["vicuna_v1"], False, "fancy")
