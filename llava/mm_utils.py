@@ -31,12 +31,17 @@ __all__ = [
 # Image preparation: sizes are (width, height), tiles are square and row-major.
 
 
-def select_best_resolution(original_size, possible_resolutions) -> tuple[int, int] | None:
+def select_best_resolution(
+    original_size, possible_resolutions, selection: str = "area"
+) -> tuple[int, int] | None:
     """The candidate that shows most of the image, and among equals wastes the fewest pixels.
 
     Both arguments hold (width, height) in pixels; the earlier candidate wins ties. None when the
     image is so thin that no candidate would show a single pixel of it.
+    selection: "area" as above; "fill": the candidate the enlarged image fills to the largest share
     """
+    if selection not in ("area", "fill"):
+        raise ValueError(f"unknown anyres_selection {selection!r}, choose from area, fill")
     width, height = original_size
     best, best_rank = None, (0, 0)
     for target_width, target_height in possible_resolutions:
@@ -44,6 +49,8 @@ def select_best_resolution(original_size, possible_resolutions) -> tuple[int, in
         area = int(width * scale) * int(height * scale)
         effective = min(area, width * height)  # enlarging shows nothing new
         rank = (effective, -target_width * target_height)
+        if selection == "fill":
+            rank = (area / (target_width * target_height), 0)
         if effective > 0 and (best is None or rank > best_rank):
             best, best_rank = (target_width, target_height), rank
     return best
@@ -74,22 +81,27 @@ def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
     ]
 
 
-def get_anyres_image_grid_shape(image_size, grid_pinpoints, patch_size: int) -> tuple[int, int]:
+def get_anyres_image_grid_shape(
+    image_size, grid_pinpoints, patch_size: int, selection: str = "area"
+) -> tuple[int, int]:
     """(tiles across, tiles down) that an image of (width, height) is cut into.
 
     grid_pinpoints: list of (width, height), or the same list as text
     patch_size:     side of a tile in pixels
+    selection:      as in `select_best_resolution`
     """
-    width, height = _anyres_resolution(image_size, grid_pinpoints)
+    width, height = _anyres_resolution(image_size, grid_pinpoints, selection)
     return width // patch_size, height // patch_size
 
 
-def process_anyres_image(image: Image.Image, processor, grid_pinpoints) -> torch.Tensor:
+def process_anyres_image(
+    image: Image.Image, processor, grid_pinpoints, selection: str = "area"
+) -> torch.Tensor:
     """Overview and T tiles of one image, (1 + T, 3, S, S) float32.
 
     The overview is the whole image squeezed into one tile; the tiles keep its proportions.
     """
-    padded = resize_and_pad_image(image, _anyres_resolution(image.size, grid_pinpoints))
+    padded = resize_and_pad_image(image, _anyres_resolution(image.size, grid_pinpoints, selection))
     side = processor.size["shortest_edge"]
     tiles = divide_to_patches(padded, processor.crop_size["height"])
     return _pixel_values([image.resize((side, side)), *tiles], processor)
@@ -100,14 +112,18 @@ def process_images(images: list[Image.Image], image_processor, model_cfg):
 
     "pad":    padded to a square with the mean colour, (n, 3, S, S)
     "anyres": overview and tiles, (n, 1 + T, 3, S, S), or a list of n tensors (1 + T, 3, S, S)
-              when the images differ in their number of tiles
+              when the images differ in their number of tiles; `model_cfg.anyres_selection` says
+              how the resolution is chosen, see `select_best_resolution`
     else:     shorter side resized to S, centre crop, (n, 3, S, S)
     """
     images = [to_rgb(image) for image in images]
     mode = getattr(model_cfg, "image_aspect_ratio", None)
     if mode == "anyres":
         pinpoints = model_cfg.image_grid_pinpoints
-        pixels = [process_anyres_image(image, image_processor, pinpoints) for image in images]
+        selection = getattr(model_cfg, "anyres_selection", None) or "area"
+        pixels = [
+            process_anyres_image(image, image_processor, pinpoints, selection) for image in images
+        ]
         return torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
     if mode == "pad":
         mean_color = tuple(int(255 * mean) for mean in image_processor.image_mean)
@@ -115,10 +131,10 @@ def process_images(images: list[Image.Image], image_processor, model_cfg):
     return _pixel_values(images, image_processor)
 
 
-def _anyres_resolution(image_size, grid_pinpoints) -> tuple[int, int]:
+def _anyres_resolution(image_size, grid_pinpoints, selection: str) -> tuple[int, int]:
     if isinstance(grid_pinpoints, str):
         grid_pinpoints = ast.literal_eval(grid_pinpoints)
-    best = select_best_resolution(image_size, grid_pinpoints)
+    best = select_best_resolution(image_size, grid_pinpoints, selection)
     if best is None:
         width, height = image_size
         raise ValueError(f"an image of {width} x {height} is too thin for any of {grid_pinpoints}")

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..pruning.base import ImageTokens, VisionTokens
+from ..pruning.base import ImageLayout, ImageTokens, VisionTokens
 
 
 def unpad_window(height: int, width: int, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -24,6 +24,25 @@ def unpad_window(height: int, width: int, image_size: tuple[int, int]) -> tuple[
         return margin, height - margin, 0, width
     margin = (width - int(image_width * (height / image_height))) // 2
     return 0, height, margin, width - margin
+
+
+def image_layout(
+    crops: slice,
+    tiles: tuple[int, int] | None,
+    grid: tuple[int, int],
+    image_size: tuple[int, int] | None,
+) -> ImageLayout:
+    """Layout of an image of which `crops` show tiles (across, down) of `grid` patches each.
+
+    image_size: (width, height), to cut off the padding around the image; None: it stays
+    """
+    if tiles is None:
+        return ImageLayout(crops)
+    height, width = tiles[1] * grid[0], tiles[0] * grid[1]
+    window = (0, height, 0, width)
+    if image_size is not None:
+        window = unpad_window(height, width, image_size)
+    return ImageLayout(crops, tiles, window)
 
 
 def unpad_image(tensor: Tensor, original_size: tuple[int, int]) -> Tensor:
@@ -44,23 +63,19 @@ def flat_layout(vision: VisionTokens, crops: slice, num_patches: int) -> ImageTo
         length=count * num_patches,
         tags=None if vision.tags is None else vision.tags[crops].flatten(),
         blocks=(grid if math.prod(grid) == num_patches else (1, num_patches),) * count,
+        crops=count,
     )
     return image if vision.valid is None else image.keep(_real(vision, crops))
 
 
 def spatial_layout(
-    vision: VisionTokens,
-    crops: slice,
-    num_patches: int,
-    tiles: tuple[int, int],
-    image_size: tuple[int, int],
-    newline: Tensor | None,
+    vision: VisionTokens, layout: ImageLayout, num_patches: int, newline: Tensor | None
 ) -> ImageTokens:
     """The overview crop, then all tiles read as one grid, row by row across tiles.
 
-    tiles: (across, down); newline: (D,) embedding that ends every grid row once the padding around
-    the image is cut off; None: keep the padded grid and end rows with nothing.
+    newline: (D,) embedding that ends every grid row; None: rows end with nothing.
     """
+    crops, tiles = layout.crops, layout.tiles
     base = flat_layout(vision, slice(crops.start, crops.start + 1), num_patches)
     grid = slice(crops.start + 1, crops.stop)
     rows, columns = vision.grid
@@ -68,11 +83,7 @@ def spatial_layout(
     tile = torch.arange(positions.shape[0], device=positions.device)[:, None]
     row = (tile // tiles[0] * rows + positions // columns).flatten()
     column = (tile % tiles[0] * columns + positions % columns).flatten()
-    height, width = tiles[1] * rows, tiles[0] * columns
-    window = (0, height, 0, width)
-    if newline is not None:
-        window = unpad_window(height, width, image_size)
-    top, bottom, left, right = window
+    top, bottom, left, right = layout.window
     stride = right - left + (newline is not None)
     length = (bottom - top) * stride
     offsets = (row - top) * stride + column - left
@@ -104,6 +115,7 @@ def spatial_layout(
         length=num_patches + length,
         tags=tags,
         blocks=(*base.blocks, (bottom - top, stride)),
+        crops=crops.stop - crops.start,
     )
 
 

@@ -20,7 +20,13 @@ from ..constants import (
 )
 from ..mm_utils import get_anyres_image_grid_shape
 from ..pruning.base import ImageTokens, Pruner, VisionTokens
-from .image_layout import flat_layout, spatial_layout, unpad_image, with_newline
+from .image_layout import (
+    flat_layout,
+    image_layout,
+    spatial_layout,
+    unpad_image,
+    with_newline,
+)
 from .multimodal_encoder.builder import build_vision_tower
 from .multimodal_projector.builder import build_vision_projector
 from .prompt import Prompt, build_row, pad_rows
@@ -131,7 +137,10 @@ class LlavaMetaForCausalLM:
         """Makes the config say how images are cut now: `process_images` reads it there."""
         config = self.config
         for key, value in self._native_anyres.items():  # undo what the previous method asked for
-            setattr(config, key, value)
+            if value is None:
+                delattr(config, key)
+            else:
+                setattr(config, key, value)
         self._native_anyres = {}
         tower = self.get_vision_tower()
         if getattr(config, "image_aspect_ratio", None) != "anyres" or tower is None:
@@ -179,16 +188,22 @@ class LlavaMetaForCausalLM:
         crops: Tensor,
         image_index: Tensor | None = None,
         questions: list[str] | None = None,
+        arrangements: list[tuple] | None = None,
     ) -> VisionTokens:
         """Tokens of crops (B, 3, S, S) as they enter the language model.
 
-        image_index: (B,) image each crop belongs to (default: one crop per image).
+        image_index:  (B,) image each crop belongs to (default: one crop per image)
+        arrangements: per image (crops, tiles, size), see `image_layout`
         """
         pruner = self.pruner
         vision = self.get_vision_tower().tokens(crops, pruner.needs, pruner)
         if image_index is None:
             image_index = torch.arange(crops.shape[0], device=crops.device)
         vision.image_index, vision.questions = image_index, questions
+        if arrangements is not None:
+            vision.layouts = [
+                image_layout(crops, tiles, vision.grid, size) for crops, tiles, size in arrangements
+            ]
         vision.crops_in_budget = self._crops_in_budget(pruner)
         vision = pruner.after_encoder(vision)
         projector = self.get_model().mm_projector
@@ -204,33 +219,33 @@ class LlavaMetaForCausalLM:
         counts = [len(part) for part in parts]
         crops = torch.cat(parts) if tiled else images
         owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        vision = self.encode_vision(crops, owner.to(crops.device), questions)
-        tokens, start = [], 0
+        plans, start = [], 0
         for number, count in enumerate(counts):
             size = None if image_sizes is None else image_sizes[number]
-            image = self._layout(vision, slice(start, start + count), tiled, size, number)
-            tokens.append(self.pruner.after_layout(image))
+            plans.append(self._arrange(slice(start, start + count), tiled, size, number))
             start += count
+        vision = self.encode_vision(crops, owner.to(crops.device), questions, plans)
+        tokens = [
+            self.pruner.after_layout(self._layout(vision, layout, tiled))
+            for layout in vision.layouts
+        ]
         if self.pruning_trace is not None:
             for image in tokens:
                 self.pruning_trace.add_image(image.patches, image.embeds)
         return tokens
 
-    def _layout(self, vision, crops: slice, tiled: bool, image_size, number: int) -> ImageTokens:
+    def _arrange(self, crops: slice, tiled: bool, image_size, number: int) -> tuple:
+        """(crops, tiles, size) of image `number` as `image_layout` takes them."""
         merge = getattr(self.config, "mm_patch_merge_type", "flat") or "flat"
-        tower = self.get_vision_tower()
-        num_patches = math.prod(vision.grid) + (tower.select_feature == "cls_patch")
         if merge == "flat" or not tiled:
-            return flat_layout(vision, crops, num_patches)
+            return crops, None, None
         if not merge.startswith("spatial"):
             raise ValueError(
                 f"Unexpected mm_patch_merge_type: {merge!r}, choose flat or spatial..."
             )
-        newline = self.get_model().image_newline if "unpad" in merge else None
-        count = crops.stop - crops.start
+        count, tower = crops.stop - crops.start, self.get_vision_tower()
         if count == 1:
-            flat = flat_layout(vision, crops, num_patches)
-            return flat if newline is None else with_newline(flat, newline)
+            return crops, None, None
         if tower.select_feature != "patch":
             raise ValueError(
                 f"mm_patch_merge_type {merge!r} needs mm_vision_select_feature 'patch'"
@@ -245,14 +260,26 @@ class LlavaMetaForCausalLM:
                 f"image {number} has {count} crops: pass its (width, height) in image_sizes"
             )
         pinpoints = self.config.image_grid_pinpoints
-        tiles = get_anyres_image_grid_shape(image_size, pinpoints, tower.image_size)
+        selection = getattr(self.config, "anyres_selection", None) or "area"
+        tiles = get_anyres_image_grid_shape(image_size, pinpoints, tower.image_size, selection)
         if count != 1 + math.prod(tiles):
             raise ValueError(
                 f"image {number} has {count} crops, but {pinpoints} cuts size {tuple(image_size)} "
                 f"into 1 + {tiles[0]} x {tiles[1]}; prepare images with process_images and the "
                 "config of this model after choosing the pruning method"
             )
-        return spatial_layout(vision, crops, num_patches, tiles, image_size, newline)
+        return crops, tiles, image_size if "unpad" in merge else None
+
+    def _layout(self, vision: VisionTokens, layout, tiled: bool) -> ImageTokens:
+        """Tokens of one image in their order, newlines included."""
+        merge = getattr(self.config, "mm_patch_merge_type", "flat") or "flat"
+        class_token = self.get_vision_tower().select_feature == "cls_patch"
+        num_patches = math.prod(vision.grid) + class_token
+        newline = self.get_model().image_newline if "unpad" in merge and tiled else None
+        if layout.tiles is not None:
+            return spatial_layout(vision, layout, num_patches, newline)
+        flat = flat_layout(vision, layout.crops, num_patches)
+        return flat if newline is None else with_newline(flat, newline)
 
     # --- splice -------------------------------------------------------------------------------
 

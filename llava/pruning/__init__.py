@@ -13,13 +13,16 @@ from .base import (
     VisionTokens,
     option_names,
 )
+from .cdpruner import CDPruner
 from .divprune import DivPrune
 from .fastv import FastV
+from .nuwa import Nuwa
 from .pyramiddrop import PyramidDrop
 from .random import Random
 from .trace import PruningTrace, trace_pruning
 from .visionzip import VisionZip
 from .vispruner import VisPruner
+from .vscan import VScan
 
 METHODS: dict[str, type[Pruner]] = {
     cls.name: cls
@@ -32,6 +35,9 @@ METHODS: dict[str, type[Pruner]] = {
         VisionZip,
         AdaptPrune,
         PyramidDrop,
+        Nuwa,
+        VScan,
+        CDPruner,
     )
 }
 
