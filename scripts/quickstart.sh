@@ -13,7 +13,7 @@ source scripts/env.sh
 prepare_env eval
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # everything needed is in the repository
 
-LIMIT=${LIMIT:-60}
+LIMIT=${LIMIT:-100}
 OUT=${OUT:-runs/quickstart/limit_$LIMIT}
 mkdir -p "$OUT"
 

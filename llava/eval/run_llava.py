@@ -184,6 +184,8 @@ def answer(args) -> str:
     check_picture_name(args.show_pruning)
     query = DEFAULT_QUERY if args.query is None else args.query
     names = image_parser(args) if args.image_file else [default_image()]
+    if args.image_file is None:
+        print(f"image: {names[0]}; question: {query.splitlines()[0]}", file=sys.stderr)
     check_image_count(len(names), query)
     images = load_images(names)
     tokenizer, model, image_processor, conv_mode = load_model(args)
