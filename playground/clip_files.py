@@ -1,7 +1,7 @@
 """The Hugging Face CLIP folder of the playground: tokenizer, configuration and weights."""
 
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = ("a", "and", "the", "sign", *scenes.COLORS, *scenes.KINDS)
 
 
-@lru_cache(maxsize=None)
+@cache
 def byte_characters() -> tuple[str, ...]:
     """The printable character that stands for each byte in byte-level BPE files."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -26,7 +26,7 @@ def byte_characters() -> tuple[str, ...]:
     return tuple(table[byte] for byte in [*printable, *others])
 
 
-@lru_cache(maxsize=None)
+@cache
 def bpe_tables() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges, so that every word of WORDS is one token."""
     merges: list[tuple[str, str]] = []
@@ -59,7 +59,7 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-@lru_cache(maxsize=None)
+@cache
 def _word_ids(word: str) -> tuple[int, ...]:
     vocabulary, merges = bpe_tables()
     return tuple(vocabulary[part] for part in apply_merges(word, merges))

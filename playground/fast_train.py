@@ -5,8 +5,8 @@
 
 Why a loop of its own: on two CPU cores it gets through several times more questions than a general
 trainer. Every question is its own turn right behind the picture (turns do not see each other), and
-the decoder sees the foreground patches plus a few others. The last part of the training runs through
-llava.train.train on all patches and real conversations (see playground.train).
+the decoder sees the foreground patches plus a few others. The last part of the training runs
+through llava.train.train on all patches and real conversations (see playground.train).
 """
 
 import argparse
@@ -157,7 +157,9 @@ class Attention(nn.Module):
     def forward(self, x, rope, prefix: int) -> torch.Tensor:
         """x (batch, prefix + turns, width)."""
         shape = (*x.shape[:2], HEADS, -1)
-        q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            f(x).view(shape).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = rotate(q, *rope) * q.shape[-1] ** -0.5, rotate(k, *rope)
         sizes = [prefix, *(turns * length for turns, length in BUCKETS)]
         parts = list(zip(*(t.split(sizes, 2) for t in (q, k, v)), strict=True))
@@ -277,7 +279,9 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
 # Warm start ----------------------------------------------------------------------------------
 
 
-def align_projector(model: Decoder, features: torch.Tensor, seeds: range, steps: int = 300) -> float:
+def align_projector(
+    model: Decoder, features: torch.Tensor, seeds: range, steps: int = 300
+) -> float:
     """Fit the projector so that a patch looks like the sum of the words for what it shows.
 
     Returns the share of the targets' variance that is left.
@@ -362,6 +366,19 @@ def states_and_labels(model: Decoder, features: torch.Tensor, batch: dict):
         states = model(some, positions, ids, start)
         mask = labels != IGNORE
         return model.lm_head(states[mask]).float(), labels[mask]
+
+
+def answer_weights(batch: dict) -> torch.Tensor:
+    """Weight of every supervised id (n,): long answers (boxes, descriptions) must not drown the one
+    word of a short answer, and end marks are easy."""
+    found = []
+    for labels in batch["labels"]:
+        labels = torch.from_numpy(labels)
+        count = (labels != IGNORE).sum(dim=-1, keepdim=True).clamp(min=1)
+        weights = (count**-0.75).expand(labels.shape) * (1 - 0.7 * (labels == 2).float())
+        found.append(weights.flatten(1))
+    mask = torch.cat([torch.from_numpy(x).flatten(1) for x in batch["labels"]], 1) != IGNORE
+    return torch.cat(found, 1)[mask]
 
 
 @torch.no_grad()
@@ -459,7 +476,12 @@ def save_checkpoint(model: Decoder, folder: Path) -> None:
     state = {n: t.to(torch.bfloat16).contiguous() for n, t in model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config(), indent=2) + "\n", encoding="utf-8")
-    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "_from_model_config": True}
+    generation = {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "_from_model_config": True,
+    }
     text = json.dumps(generation, indent=2) + "\n"
     (folder / "generation_config.json").write_text(text, encoding="utf-8")
 
@@ -521,7 +543,9 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = self.args.lr * factor
         logits, labels = states_and_labels(self.model, self.features, batch)
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        weights = answer_weights(batch)
+        loss = (loss * weights).sum() / weights.sum()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:

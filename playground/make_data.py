@@ -72,7 +72,8 @@ def write_pope(folder: Path) -> None:
         ]
         write_lines(folder / "coco" / f"coco_pope_{category}.json", labels)
         lines += [
-            line(offset + i, image, question, category) for i, (image, question, _) in enumerate(rows)
+            line(offset + i, image, question, category)
+            for i, (image, question, _) in enumerate(rows)
         ]
     write_lines(folder / "llava_pope_test.jsonl", lines)
 

@@ -6,7 +6,7 @@ short word or number, about one patch per character. Needs numpy and Pillow only
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -26,8 +26,8 @@ SIGN_COLORS = ("red", "green", "blue", "purple", "black")
 KINDS = ("ball", "ring", "star", "ladder", "fence", "rope", "net", "board", "dice", "wall")
 WORDS = tuple(
     "cat dog sun tea map bus car log pen cab bed tap sea oat bag bat coat boat goat road rose moon "
-    "lamp gold team seal post camp note open stop land sand pool bell boot salt gate past soup peas "
-    "tent rest plan tuna menu deal".split()
+    "lamp gold team seal post camp note open stop land sand pool bell boot salt gate past soup "
+    "peas tent rest plan tuna menu deal".split()
 )
 CHARACTERS = "".join(sorted(set("".join(WORDS)))) + "0123456789"
 CELL = 14  # width of one character on a sign, px
@@ -129,7 +129,7 @@ def _sign_text(rng: np.random.Generator) -> str:
 
 
 def _thing_names(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
-    """Different (colour, kind) pairs out of few colours and kinds, so that counts above one occur."""
+    """Different (colour, kind) pairs of few colours and kinds, so that counts above one occur."""
     colors = rng.permutation(list(COLORS))[: rng.integers(3, 6)]
     kinds = rng.permutation(KINDS)[: rng.integers(3, 7)]
     pairs = [(str(color), str(kind)) for color in colors for kind in kinds]
@@ -183,7 +183,7 @@ def _noise_pool() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 11, (400, 400)).astype(np.uint8)
 
 
-@lru_cache(maxsize=None)
+@cache
 def thing_mask(kind: str, size: int) -> np.ndarray:
     """Ink mask (size, size) float32 in 0..1 of a kind of thing."""
     fine = 4  # sub-pixels per pixel and direction
@@ -223,7 +223,7 @@ def _texture(kind: str, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
     raise ValueError(f"unknown kind {kind!r}; possible: {', '.join(KINDS)}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _glyph(character: str) -> np.ndarray:
     """Ink mask (18, 14) float32 of one character, bold and centred on its own ink."""
     large = Image.new("L", (CELL * 4, CELL_HEIGHT * 4))

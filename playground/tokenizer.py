@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sentencepiece import sentencepiece_model_pb2 as schema
 
-from playground import questions, scenes
+from playground import questions
 
 SPACE = "\u2581"
 SYSTEM = (
@@ -41,9 +41,9 @@ PHRASES = (
     "Reference OCR token: ",
 )
 WORDS = (
-    "Is Are What Which How Where Describe There The the a an and or is are there thing things color "
-    "many left right of above below higher lower further on in written sign signs says image yes "
-    "no Yes No object objects picture word number this that not it A B C D to with"
+    "Is Are What Which How Where Describe There The the a an and or is are there thing things "
+    "color many left right of above below higher lower further on in written sign signs says image "
+    "yes no Yes No object objects picture word number this that not it A B C D to with"
 )
 ASCII = "".join(chr(code) for code in range(33, 127))
 

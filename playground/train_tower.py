@@ -164,7 +164,9 @@ class Block(nn.Module):
         """x (batch, tokens, width) -> the same shape."""
         y = self.layer_norm1(x)
         shape = (*x.shape[:2], self.heads, -1)
-        q, k, v = (f(y).view(shape).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            f(y).view(shape).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
+        )
         mixed = attend(q, k, v, self.causal)
         x = x + self.out_proj(mixed.transpose(1, 2).flatten(2))
         y = self.fc1(self.layer_norm2(x))
@@ -242,7 +244,7 @@ class Playground(nn.Module):
         self.apply(_initialise)
 
     def forward(self, patches: torch.Tensor, kept: torch.Tensor):
-        """uint8 patches (batch, kept, 588) -> dense logits, class logits of two depths, last state."""
+        """uint8 patches (batch, kept, 588) -> dense logits, class logits of two depths, states."""
         scale = (1 / (255 * STD)).repeat_interleave(PATCH * PATCH)
         shift = (MEAN / STD).repeat_interleave(PATCH * PATCH)
         deep, last = self.tower(patches.float() * scale - shift, kept)
@@ -352,8 +354,9 @@ def evaluate(model: Playground, data: dict, phrases: torch.Tensor) -> dict[str, 
         scores[f"letters{depth}"] = _f1(letters > 0, data["letters"] > 0)
         scores[f"count{depth}"] = _share(count.argmax(-1) == data["count"])
     mask = data["phrase"] != IGNORE
-    scores["phrase"] = _share((projected[:, 1:] @ F.normalize(texts, dim=-1).T).argmax(-1)[mask]
-                              == data["phrase"][mask])
+    scores["phrase"] = _share(
+        (projected[:, 1:] @ F.normalize(texts, dim=-1).T).argmax(-1)[mask] == data["phrase"][mask]
+    )
     return scores
 
 
