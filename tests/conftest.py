@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPModel
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model import (
@@ -45,6 +48,17 @@ TOWER = dict(
     image_size=SIDE,
     patch_size=PATCH,
 )
+#: beside the tower, for methods that read the question
+TEXT_TOWER = dict(
+    model_type="clip_text_model",
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    vocab_size=765,
+    bos_token_id=763,
+    eos_token_id=764,
+)
 PROCESSOR = dict(
     crop_size={"height": SIDE, "width": SIDE},
     size={"shortest_edge": SIDE},
@@ -56,9 +70,15 @@ PROCESSOR = dict(
 
 @pytest.fixture(scope="session")
 def tower_dir(tmp_path_factory):
+    """A full CLIP folder with random weights and the tokenizer of the recorded cases."""
     folder = tmp_path_factory.mktemp("tower")
-    (folder / "config.json").write_text(json.dumps(TOWER))
+    width = {"projection_dim": 20}
+    config = CLIPConfig(vision_config=TOWER | width, text_config=TEXT_TOWER | width, **width)
+    torch.manual_seed(0)
+    CLIPModel(config).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(Path(__file__).parent / "golden" / "tiny-clip-vit-l14-336" / name, folder)
     return str(folder)
 
 

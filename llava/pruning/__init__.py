@@ -19,6 +19,7 @@ from .fastv import FastV
 from .nuwa import Nuwa
 from .pyramiddrop import PyramidDrop
 from .random import Random
+from .sparsevlm import SparseVLM
 from .trace import PruningTrace, trace_pruning
 from .visionzip import VisionZip
 from .vispruner import VisPruner
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Pruner]] = {
         Nuwa,
         VScan,
         CDPruner,
+        SparseVLM,
     )
 }
 

@@ -1,0 +1,203 @@
+"""CDPruner: the subset with the largest determinant of a kernel of similarity and relevance.
+
+Paper: Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs,
+https://arxiv.org/abs/2506.10967
+
+Differs from the release: relevance is scaled within an image (there, over the whole batch, so that
+the answer depends on what else is asked); constant relevance counts as none (there, a division by
+zero); what depends linearly on the picks comes last, most relevant first, and no token is picked
+twice (there, fewer tokens than asked for remain); a batch may mix questions of any length; without
+a question, diversity alone decides (there, an error); no streams, no device-wide synchronisation.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .base import SelectPruner, VisionTokens
+from .ops import normalize
+
+#: last lines that say how to answer, not what is asked
+ANSWER_FORMATS = (
+    "\nAnswer the question using a single word or phrase.",
+    "\nAnswer with the option's letter from the given choices directly.",
+    "\n请直接回答选项字母。",
+)
+#: a span of cosines, and a share of a token's own weight, that count as zero in fp32
+NEGLIGIBLE = 1e-6
+QUESTIONS_REMEMBERED = 256
+
+
+@dataclass
+class CDPruner(SelectPruner):
+    """
+    visual_token_num: tokens per image; on LLaVA-NeXT the sum over its five crops (640 = 5 x 128)
+    theta:            weight of relevance against diversity, from 0 (none) to below 1; None: the
+                      kernel takes relevance as it is, as in the paper's tables
+    """
+
+    visual_token_num: int = 64
+    theta: float | None = None
+
+    name = "cdpruner"
+    anyres_tiles = (2, 2)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.theta is not None and not 0 <= self.theta < 1:
+            raise ValueError(f"theta ({self.theta}) must lie from 0 to below 1")
+
+    def attach(self, tower) -> None:
+        if tower is not None:
+            device = tower.device if tower.is_loaded else None
+            self.module = ClipText.load(tower.vision_tower_name).to(device)
+
+    def after_encoder(self, vision: VisionTokens) -> VisionTokens:
+        """Leaves the relevance of every patch to the question about its image."""
+        if vision.questions is None:
+            return vision
+        texts = self.module.directions([bare_question(text) for text in vision.questions])
+        patches = normalize(self.module.image_embeds(vision.features))
+        cosine = (patches @ texts[vision.image_index][..., None])[..., 0]
+        # Patches of CLIP resemble a text least where it is about them, hence the sign.
+        relevance = scale_per_image(-cosine, vision.image_index)
+        if self.theta is not None:
+            relevance = torch.exp(relevance * self.theta / (2 * (1 - self.theta)))
+        return replace(vision, relevance=relevance)
+
+    def after_projector(self, vision: VisionTokens) -> VisionTokens:
+        return super().after_encoder(vision)
+
+    def select(self, vision: VisionTokens) -> Tensor:
+        relevance = vision.relevance
+        if relevance is None:
+            relevance = torch.ones_like(vision.positions, dtype=torch.float32)
+        return largest_volume(vision.features, relevance, self.num_keep(vision))
+
+
+class ClipText(nn.Module):
+    """What maps texts and patches into the space CLIP compares them in.
+
+    text:       text model with projection
+    norm, projection: of the vision model
+    tokenizer:  of the text model
+    """
+
+    def __init__(self, text, norm: nn.LayerNorm, projection: nn.Linear, tokenizer):
+        super().__init__()
+        self.text, self.norm, self.projection = text, norm, projection
+        self.tokenizer = tokenizer
+        self.known: dict[str, Tensor] = {}
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, folder: str) -> "ClipText":
+        """From the folder or hub name of a full CLIP model; ValueError when it is not full."""
+        from transformers import (
+            CLIPTextModelWithProjection,
+            CLIPTokenizerFast,
+            CLIPVisionModelWithProjection,
+        )
+
+        parts = []
+        for kind in (CLIPTextModelWithProjection, CLIPVisionModelWithProjection):
+            try:
+                part, info = kind.from_pretrained(folder, output_loading_info=True)
+            except OSError as error:
+                raise ValueError(f"{folder} holds no weights of a CLIP model: {error}") from error
+            if info["missing_keys"]:
+                raise ValueError(
+                    f"{folder} lacks {len(info['missing_keys'])} weights of a full CLIP model, "
+                    f"{info['missing_keys'][0]} for one: this method needs the text tower and both "
+                    "projections beside the vision tower"
+                )
+            parts.append(part)
+        text, vision = parts
+        tokenizer = CLIPTokenizerFast.from_pretrained(folder)
+        return cls(text, vision.vision_model.post_layernorm, vision.visual_projection, tokenizer)
+
+    def image_embeds(self, features: Tensor) -> Tensor:
+        """(B, N, P) embeddings of patch features (B, N, C)."""
+        return self.projection(self.norm(features.to(self.projection.weight.dtype))).float()
+
+    def directions(self, texts: list[str]) -> Tensor:
+        """(n, P) means of the unit embeddings of each text's segments."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+        if new:
+            if len(self.known) + len(new) > QUESTIONS_REMEMBERED:
+                self.known = {text: self.known[text] for text in texts if text in self.known}
+            segments = [self.segments(text) for text in new]
+            embeds = normalize(self.embed([ids for own in segments for ids in own]))
+            parts = embeds.split([len(own) for own in segments])
+            self.known |= {text: own.mean(dim=0) for text, own in zip(new, parts, strict=True)}
+        return torch.stack([self.known[text] for text in texts]).to(self.projection.weight.device)
+
+    def segments(self, text: str) -> list[list[int]]:
+        """The ids of a text, start and end mark included, cut at the length the model can read."""
+        ids = self.tokenizer(text, verbose=False).input_ids
+        size = self.text.config.max_position_embeddings
+        return [ids[start : start + size] for start in range(0, len(ids), size)]
+
+    def embed(self, segments: list[list[int]]) -> Tensor:
+        """(m, P) embeddings of m segments."""
+        rows = [torch.tensor(ids) for ids in segments]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        device = self.projection.weight.device
+        with torch.no_grad():
+            return self.text(ids.to(device), attention_mask=mask.to(device)).text_embeds.float()
+
+
+def bare_question(text: str) -> str:
+    """The question without image marks and without the line that says how to answer."""
+    text = text.replace("<image>\n", "").replace("<image>", "")
+    for ending in ANSWER_FORMATS:
+        text = text.removesuffix(ending)
+    return text
+
+
+def scale_per_image(score: Tensor, image_index: Tensor) -> Tensor:
+    """Scores (B, N) brought to 0 ... 1 over the crops of each image; 1 where all are equal."""
+
+    def over_image(values: Tensor, how: str) -> Tensor:
+        best = torch.zeros_like(values).scatter_reduce_(
+            0, image_index, values, how, include_self=False
+        )
+        return best[image_index][:, None]
+
+    low = over_image(score.amin(dim=1), "amin")
+    span = over_image(score.amax(dim=1), "amax") - low
+    return torch.where(span > NEGLIGIBLE, (score - low + 1e-6) / span, 1.0)
+
+
+def largest_volume(features: Tensor, relevance: Tensor, count: int) -> Tensor:
+    """Places (B, count) in the order a greedy search for the largest determinant picks them.
+
+    The kernel of features (B, N, C) and relevance (B, N) > 0 is relevance_i cos_ij relevance_j. A
+    pick's gain is its squared distance to the span of the picks before it; one row of an
+    incremental Cholesky factor per pick keeps all gains current. Ties go to the lower place.
+    """
+    count = min(count, features.shape[1])
+    unit = normalize(features)
+    similarity = unit @ unit.transpose(1, 2)  # (B, N, N)
+    # The diagonal is 1 by definition; as computed, rounding would decide ties. 0 for zero features.
+    weight = relevance.square() * unit.any(dim=2)
+    gain, taken = weight, torch.zeros_like(weight, dtype=torch.bool)
+    rows = weight.new_zeros(len(unit), count, weight.shape[1])
+    picks = []
+    for number in range(count):
+        independent = gain > NEGLIGIBLE * weight
+        score = torch.where(independent, gain, -1 / relevance).masked_fill(taken, -torch.inf)
+        pick = score.argmax(dim=1, keepdim=True)
+        place = pick[..., None]
+        row = similarity.gather(1, place.expand(-1, 1, weight.shape[1]))[:, 0]
+        row = row * relevance * relevance.gather(1, pick)
+        known = rows[:, :number]
+        at_pick = known.gather(2, place.expand(-1, number, 1))
+        row = (row - (at_pick * known).sum(dim=1)) * gain.gather(1, pick).clamp(min=0).rsqrt()
+        row = torch.where(independent.gather(1, pick), row, 0.0)
+        rows[:, number] = row
+        gain, taken = gain - row.square(), taken.scatter(1, pick, True)
+        picks.append(pick)
+    return torch.cat(picks, dim=1)
