@@ -177,12 +177,12 @@ def build_variants(
     return variants
 
 
-def measure(variants: list[Variant], repeats: int, warmup: int = 2) -> None:
+def measure(variants: list[Variant], repeats: int, warmup: int = 2, cuda: bool = False) -> None:
     """Runs the variants in turns, each round starting with another one, and stores the rounds.
 
     Noise of a shared machine hits neighbours alike, so that ratios within a round stay meaningful.
+    With `cuda`, also the peak of GPU memory above what is held between runs.
     """
-    cuda = torch.cuda.is_available()
     for number in range(-warmup, repeats):
         shift = number % len(variants)
         for variant in variants[shift:] + variants[:shift]:
@@ -269,7 +269,9 @@ def describe(args: argparse.Namespace, model: LlavaLlamaForCausalLM) -> dict:
         "parameters": sum(p.numel() for p in model.parameters()),
         "attention": model.config._attn_implementation,
         "dtype": args.dtype,
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device)
+        if cuda
+        else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "batch_size": args.batch_size,
         "prompt_length": args.prompt_length,
@@ -320,7 +322,7 @@ def main(argv: list[str] | None = None) -> dict:
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     workload = Workload.random(model, args.batch_size, args.prompt_length, args.decode_tokens + 1)
     variants = build_variants(model, workload, methods, args.visual_token_num, args.stock)
-    measure(variants, args.repeats, args.warmup)
+    measure(variants, args.repeats, args.warmup, cuda=model.device.type == "cuda")
     result = {**about, "variants": summarize(variants)}
     print(format_table(result["variants"]))
     print("Milliseconds, medians. " + "; ".join(f"{k}: {v}" for k, v in STAGES.items()) + ".")
