@@ -78,7 +78,9 @@ def test_a_batch_is_the_recorded_one(batch, dataset, tokenizer, tmp_path):
         assert batch[key].tolist() == ARRAYS[f"batch_{key}"].tolist()
     assert list(batch["images"].shape) == ARRAYS["batch_images_shape"].tolist()
     assert not batch["images"][1].any()
-    assert np.allclose(batch["images"][:, :, 12::48, 12::48], ARRAYS["batch_images_sampled_pad"], atol=1e-4)
+    assert np.allclose(
+        batch["images"][:, :, 12::48, 12::48], ARRAYS["batch_images_sampled_pad"], atol=1e-4
+    )
     square = make_dataset(RECORDED["data"], tokenizer, tmp_path, image_aspect_ratio="square")
     pixels = torch.stack([square[i]["image"] for i in range(len(square))])[:, :, 12::48, 12::48]
     assert np.allclose(pixels, ARRAYS["batch_images_sampled_square"], atol=1e-4)
@@ -203,7 +205,9 @@ def test_a_sample_without_words_has_no_modality():
         get_modality_length_grouped_indices([3, 0, -1], 1, 1)
 
 
-@pytest.mark.parametrize(("name", "lr"), [("mm_projector_lr None", None), ("mm_projector_lr 2e-5", 2e-5)])
+@pytest.mark.parametrize(
+    ("name", "lr"), [("mm_projector_lr None", None), ("mm_projector_lr 2e-5", 2e-5)]
+)
 def test_optimizer_groups_are_the_recorded_ones(shared_model, name, lr):
     names = {id(p): n for n, p in shared_model.named_parameters()}
     shared_model.get_vision_tower().requires_grad_(False)

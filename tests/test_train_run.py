@@ -184,6 +184,16 @@ def test_a_pruning_method_can_be_trained_with(workplace, tmp_path):
         run(workplace, tmp_path, *flags, pruner=build_pruner("random"))
 
 
+def test_an_unfrozen_tower_learns_and_is_saved_with_the_model(workplace, tmp_path):
+    flags = ["--unfreeze_mm_vision_tower", True, "--mm_vision_tower_lr", 1e-3, "--max_steps", 2]
+    trainer = run(workplace, tmp_path, *flags)
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    trained = trainer.model.get_vision_tower().vision_tower.state_dict()[name]
+    assert not torch.equal(trained, load_file(workplace / "tower/model.safetensors")[name])
+    again = LlavaLlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.get_vision_tower().vision_tower.state_dict()[name], trained)
+
+
 def test_a_plain_language_model_gets_vision_modules(workplace, tmp_path):
     config = json.loads((workplace / "start/config.json").read_text())
     plain = {k: v for k, v in config.items() if not k.startswith(("mm_", "image_", "unfreeze"))}

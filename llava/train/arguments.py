@@ -6,7 +6,6 @@ Names and defaults are those of the published recipes; what is added here is mar
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import List, Optional  # noqa: UP035  HfArgumentParser reads these annotations
 
 import torch
 import transformers
@@ -14,15 +13,15 @@ import transformers
 
 @dataclass
 class ModelArguments:
-    """What is trained: the checkpoint, its vision modules and (added) the pruning it trains with."""
+    """What is trained: the checkpoint, its vision modules and (added) a pruning method."""
 
     model_name_or_path: str = "facebook/opt-125m"
     version: str = "v0"
     freeze_backbone: bool = False
     tune_mm_mlp_adapter: bool = False
-    vision_tower: Optional[str] = None
+    vision_tower: str | None = None
     mm_vision_select_layer: int = -1
-    pretrain_mm_mlp_adapter: Optional[str] = None
+    pretrain_mm_mlp_adapter: str | None = None
     mm_projector_type: str = "linear"
     mm_use_im_start_end: bool = False
     mm_use_im_patch_token: bool = True
@@ -34,10 +33,10 @@ class ModelArguments:
     pruning_method: str = field(
         default="none", metadata={"help": "added: prune visual tokens while training"}
     )
-    visual_token_num: Optional[int] = field(
+    visual_token_num: int | None = field(
         default=None, metadata={"help": "added: token budget per image of the pruning method"}
     )
-    pruning_arg: List[str] = field(  # noqa: UP006
+    pruning_arg: list[str] = field(
         default_factory=list, metadata={"help": "added: KEY=VALUE options of the pruning method"}
     )
 
@@ -46,10 +45,10 @@ class ModelArguments:
 class DataArguments:
     """Where samples come from and how they become ids, labels and pixels."""
 
-    data_path: Optional[str] = None
+    data_path: str | None = None
     lazy_preprocess: bool = field(default=False, metadata={"help": "ignored: always lazy"})
     is_multimodal: bool = False
-    image_folder: Optional[str] = None
+    image_folder: str | None = None
     image_aspect_ratio: str = "square"
     label_masks: str = field(
         default="exact",
@@ -61,7 +60,7 @@ class DataArguments:
 class TrainingArguments(transformers.TrainingArguments):
     """The Trainer's own arguments plus LoRA, quantisation and learning-rate groups."""
 
-    cache_dir: Optional[str] = None
+    cache_dir: str | None = None
     optim: str = "adamw_torch"
     remove_unused_columns: bool = False
     freeze_mm_mlp_adapter: bool = False
@@ -78,9 +77,9 @@ class TrainingArguments(transformers.TrainingArguments):
     lora_dropout: float = 0.05
     lora_weight_path: str = field(default="", metadata={"help": "unused"})
     lora_bias: str = field(default="none", metadata={"help": "none, all or lora_only"})
-    mm_projector_lr: Optional[float] = None
+    mm_projector_lr: float | None = None
     group_by_modality_length: bool = False
-    mm_vision_tower_lr: Optional[float] = field(
+    mm_vision_tower_lr: float | None = field(
         default=None, metadata={"help": "added: learning rate of an unfrozen vision tower"}
     )
     matrix_optim: str = field(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
+import types
 
 import torch
 import transformers
@@ -77,7 +79,7 @@ def checkpoint_family(path: str, cache_dir: str | None = None) -> str:
         family += "_mistral"
     if not any(known in family for known in ("llama", "mistral", "llava")) or "mpt" in family:
         raise ValueError(
-            f"{path} is a {family!r} model; only Llama, Mistral and LLaVA models on them are trained"
+            f"{path} is a {family!r} model; choose a Llama or Mistral model, or a LLaVA made of one"
         )
     return family
 
@@ -88,7 +90,9 @@ def adopt_settings(config, model_args, data_args, given: set[str]) -> None:
         if key not in given or not hasattr(model_args, key):
             value = getattr(config, key, None)
             setattr(model_args, key, getattr(model_args, key) if value is None else value)
-        elif key == "mm_projector_type" and config.mm_projector_type != model_args.mm_projector_type:
+        elif (
+            key == "mm_projector_type" and config.mm_projector_type != model_args.mm_projector_type
+        ):
             raise ValueError(
                 f"mm_projector_type {model_args.mm_projector_type!r} does not fit the checkpoint, "
                 f"whose projector is {config.mm_projector_type!r}"
@@ -110,7 +114,7 @@ def weights_dtype(model_args, training_args) -> torch.dtype:
         or training_args.lora_enable
         or training_args.bits < 16
     )
-    if trained and training_args.deepspeed is None:
+    if trained and not training_args.deepspeed:
         return torch.float32
     return training_args.compute_dtype
 
@@ -221,17 +225,25 @@ def add_vision(llava: nn.Module, tokenizer, model_args, data_args, training_args
     if model_args.unfreeze_mm_vision_tower:
         config.unfreeze_mm_vision_tower = True
         config.mm_vision_tower_lr = training_args.mm_vision_tower_lr
-        tower.vision_tower.requires_grad_(True)
+        unfreeze(tower)
     data_args.image_processor = tower.image_processor
     data_args.is_multimodal = True
     data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
+
+
+def unfreeze(tower: nn.Module) -> None:
+    """Trains the vision tower, whose methods otherwise keep gradients out."""
+    tower.vision_tower.requires_grad_(True)
+    tower.tokens = types.MethodType(inspect.unwrap(type(tower).tokens), tower)
 
 
 def add_pruner(llava: nn.Module, model_args, data_args, pruner=None) -> None:
     """Puts the pruning method of the flags, or the caller's, on the model."""
     chosen = model_args.pruning_method != "none" or model_args.pruning_arg
     if pruner is not None and chosen:
-        raise ValueError(f"a pruner object was passed beside pruning_method {model_args.pruning_method!r}")
+        raise ValueError(
+            f"a pruner object was passed beside pruning_method {model_args.pruning_method!r}"
+        )
     llava.pruner = pruner_from_args(model_args) if pruner is None else pruner
     if repr(llava.pruner) != repr(build_pruner("none")):
         logger.info("training with %r", llava.pruner)
@@ -244,7 +256,7 @@ def settle_dtypes(model: nn.Module, training_args) -> None:
 
     With quantised weights: norms in float32, LoRA layers and the vocabulary in bfloat16.
     """
-    dtype = torch.float32 if training_args.deepspeed is None else training_args.compute_dtype
+    dtype = torch.float32 if not training_args.deepspeed else training_args.compute_dtype
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -258,4 +270,3 @@ def settle_dtypes(model: nn.Module, training_args) -> None:
         if ("lm_head" in name or "embed_tokens" in name) and hasattr(module, "weight"):
             if training_args.bf16 and module.weight.dtype == torch.float32:
                 module.to(torch.bfloat16)
-

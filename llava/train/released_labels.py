@@ -2,7 +2,7 @@
 
 Used only with `--label_masks released`, to repeat an old run. Known defects: a sample whose ids do
 not add up (a separator inside an answer, ChatML with Llama tokenizers, several turns with a
-non-legacy tokenizer) is masked as a whole; the masks of `###` templates drift by one id per message.
+non-legacy tokenizer) is masked as a whole; masks of `###` templates drift by one id per message.
 """
 
 from __future__ import annotations
