@@ -289,17 +289,17 @@ def lora_scale(config: dict, module: str) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def write_checkpoint(folder: str, tensors: dict[str, Tensor], like: str | None = None) -> None:
+def write_checkpoint(
+    folder: str, tensors: dict[str, Tensor], like: str | None = None, torch_dtype: str | None = None
+) -> None:
     """Saves weights as safetensors, in files of at most `SHARD_BYTES`.
 
-    like: folder whose config and tokenizer files are copied along
+    like:        folder whose config and tokenizer files are copied along
+    torch_dtype: what the copied config says about the weights
     """
     os.makedirs(folder, exist_ok=True)
-    if like:
-        for name in os.listdir(like):
-            if name.endswith((".json", ".model", ".txt")) and not name.endswith(".index.json"):
-                if not os.path.exists(target := os.path.join(folder, name)):
-                    shutil.copyfile(os.path.join(like, name), target)
+    if like and os.path.abspath(like) != os.path.abspath(folder):
+        _copy_settings(like, folder, torch_dtype)
     shards, size = [{}], 0
     for name, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
@@ -321,3 +321,22 @@ def write_checkpoint(folder: str, tensors: dict[str, Tensor], like: str | None =
     }
     with open(os.path.join(folder, "model.safetensors.index.json"), "w", encoding="utf-8") as file:
         json.dump(index, file, indent=2)
+
+
+def _copy_settings(source: str, target: str, torch_dtype: str | None) -> None:
+    """Config and tokenizer files; a relative tower path is rewritten for its new place."""
+    for name in os.listdir(source):
+        if name.endswith((".json", ".model", ".txt")) and not name.endswith(".index.json"):
+            shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
+    path = os.path.join(target, "config.json")
+    if not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    tower = os.path.join(source, config.get("mm_vision_tower") or "")
+    if config.get("mm_vision_tower") and os.path.isdir(tower):
+        config["mm_vision_tower"] = os.path.relpath(tower, target)
+    if torch_dtype:
+        config["torch_dtype"] = torch_dtype
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(config, file, indent=2)

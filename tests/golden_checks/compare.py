@@ -50,7 +50,9 @@ class Report:
             return
         error = np.abs(ours - recorded)
         if error.size and not (error <= atol + rtol * np.abs(recorded)).all():
-            self.add(f"{name}: off by up to {error.max():.2e}, allowed {atol:.0e} + {rtol:.0e} relative")
+            self.add(
+                f"{name}: off by up to {error.max():.2e}, allowed {atol:.0e} + {rtol:.0e} relative"
+            )
 
 
 def _plain(value):

@@ -14,7 +14,9 @@ from tests.golden_cases import load_json, locate
 from tests.golden_checks.e2e import LOGITS_ATOL, check_tokens, prompt_of
 from tests.golden_checks.models import open_images, prepare
 
-PROJECTOR = [f"model.mm_projector.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")]
+PROJECTOR = [
+    f"model.mm_projector.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
+]
 
 
 def check_loading(case, folder, report):

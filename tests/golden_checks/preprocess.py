@@ -74,7 +74,8 @@ def check_pixels(pixels, row, processor, report):
     report.close("deviation", flat.std(dim=1, correction=0), row["std_per_channel"], 1e-4)
     report.close("range", [pixels.min(), pixels.max()], [row["min"], row["max"]], PIXELS_ATOL)
     mean, std = (
-        torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std)
+        torch.tensor(values)[:, None, None]
+        for values in (processor.image_mean, processor.image_std)
     )
     bytes_ = ((tiles * std + mean) * 255).round().to(torch.uint8).numpy()
     report.equal("tiles", [digest(tile) for tile in bytes_], row["uint8_tile_sha256"])

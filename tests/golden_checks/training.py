@@ -125,7 +125,7 @@ class Training:
         text_only = [i for i in range(len(samples)) if i not in with_image]
         return {
             "image_plus_text": [with_image[0], text_only[0]],
-            "two_images": with_image[:2],
+            "two_images": with_image[-2:],
         }.get(name, list(range(len(samples))))
 
     def loss(self, rows: list[int], only_projector: bool) -> torch.Tensor:

@@ -1,0 +1,29 @@
+"""Makes a model from its base and published differences.
+
+    python -m llava.model.apply_delta --base-model-path BASE --target-model-path OUT \
+        --delta-path DELTA
+"""
+
+import argparse
+
+from .checkpoint import local_folder, write_checkpoint
+from .delta import combine, read_weights
+
+
+def apply_delta(base_model_path: str, target_model_path: str, delta_path: str) -> None:
+    delta = local_folder(delta_path)
+    tensors = combine(read_weights(delta), read_weights(local_folder(base_model_path)), sign=1)
+    write_checkpoint(target_model_path, tensors, like=delta, torch_dtype="float16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base-model-path", required=True)
+    parser.add_argument("--target-model-path", required=True, help="folder to write")
+    parser.add_argument("--delta-path", required=True)
+    args = parser.parse_args()
+    apply_delta(args.base_model_path, args.target_model_path, args.delta_path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Rewrites a checkpoint in float16 safetensors.
+
+    python -m llava.model.consolidate --src CHECKPOINT --dst OUT
+
+Weights of a vision tower that was not trained along are left out: they come from the tower's folder.
+"""
+
+import argparse
+
+import torch
+
+from .builder import read_config
+from .checkpoint import TOWER_PREFIX, is_ignored, tensors_in, weight_files, write_checkpoint
+from .utils import auto_upgrade
+
+
+def consolidate_ckpt(src_path: str, dst_path: str) -> None:
+    auto_upgrade(src_path)
+    own_tower = read_config(src_path).get("unfreeze_mm_vision_tower", False)
+    tensors = {}
+    for path in weight_files(src_path):
+        for name, tensor in tensors_in(path):
+            if not is_ignored(name) and (own_tower or not name.startswith(TOWER_PREFIX)):
+                dtype = torch.float16 if tensor.is_floating_point() else tensor.dtype
+                tensors[name] = tensor.to(dtype, copy=True)
+    write_checkpoint(dst_path, tensors, like=src_path, torch_dtype="float16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--src", required=True, help="checkpoint folder")
+    parser.add_argument("--dst", required=True, help="folder to write")
+    args = parser.parse_args()
+    consolidate_ckpt(args.src, args.dst)
+
+
+if __name__ == "__main__":
+    main()

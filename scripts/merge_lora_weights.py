@@ -1,0 +1,46 @@
+"""Merges a LoRA adapter (and the projector trained with it) into its base model.
+
+    python scripts/merge_lora_weights.py --model-path ADAPTER --model-base BASE \
+        --save-model-path OUT
+
+The result loads like any other checkpoint, without a base.
+"""
+
+import argparse
+
+import torch
+
+from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import load_pretrained_model
+from llava.model.checkpoint import TOWER_PREFIX, write_checkpoint
+from llava.train.saving import portable_config
+
+
+def merge_lora(model_path: str, model_base: str, save_model_path: str) -> None:
+    name = get_model_name_from_path(model_path)
+    tokenizer, model, _, _ = load_pretrained_model(
+        model_path, model_base, name, device="cpu", torch_dtype=torch.float16
+    )
+    own_tower = getattr(model.config, "unfreeze_mm_vision_tower", False)
+    tensors = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if own_tower or not name.startswith(TOWER_PREFIX)
+    }
+    write_checkpoint(save_model_path, tensors)
+    portable_config(model, save_model_path).save_pretrained(save_model_path)
+    model.generation_config.save_pretrained(save_model_path)
+    tokenizer.save_pretrained(save_model_path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model-path", required=True, help="folder of the adapter")
+    parser.add_argument("--model-base", required=True, help="folder of the model it was trained on")
+    parser.add_argument("--save-model-path", required=True, help="folder to write")
+    args = parser.parse_args()
+    merge_lora(args.model_path, args.model_base, args.save_model_path)
+
+
+if __name__ == "__main__":
+    main()

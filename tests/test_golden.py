@@ -1,0 +1,74 @@
+"""Every recorded reference case matches: the part in tests/golden, and all of it when present."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.golden_cases import SHARED, SHIPPED, check_of, load_cases, main, run_case
+
+#: recordings of programs that the project does not have yet, and where a case asks for one
+LATER_FILES = {"serving.json", "scoring_gpt_review.json"}
+
+
+def recorded_cases():
+    """(folder, case) of every index; a case that ships is not run again from the full data."""
+    seen = set()
+    for root in (SHIPPED, SHARED):
+        for index in sorted(root.glob("*/index.json")):
+            for case in load_cases(index.parent):
+                key = index.parent.name, case["id"]
+                if key in seen or not supported(case):
+                    continue
+                seen.add(key)
+                yield pytest.param(index.parent, case, id="/".join(key))
+
+
+def supported(case) -> bool:
+    from llava.pruning import METHODS
+
+    known = case.get("method", "none") in METHODS
+    return known and check_of(case) is not None and case.get("file") not in LATER_FILES
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are tiny: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("folder", "case"), recorded_cases())
+def test_the_recorded_case_is_reproduced(folder, case):
+    assert run_case(case, folder) == []
+
+
+def test_the_runner_counts_what_matches_and_says_what_differs(tmp_path, capsys):
+    text = (SHIPPED / "llava-base" / "text_utils.json").read_text(encoding="utf-8")
+    (tmp_path / "text_utils.json").write_text(text.replace('"stop": true', '"stop": false'))
+    (tmp_path / "index.json").write_text(
+        '[{"id": "changed", "file": "text_utils.json", "kind": "text",'
+        ' "checkpoint": "tiny-llava-v1.5"},'
+        ' {"id": "new", "file": "x.npz", "kind": "hologram"}]'
+    )
+    assert main([str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "changed: stop of" in printed and "kind 'hologram' are not supported" in printed
+    assert printed.endswith("total: 0/2\n")
+
+
+def test_the_runner_succeeds_when_all_match(tmp_path, capsys):
+    case = '[{"id": "a", "file": "prompts.json", "kind": "prompts"}]'
+    (tmp_path / "index.json").write_text(case)
+    source = Path(SHIPPED / "llava-base" / "prompts.json")
+    (tmp_path / "prompts.json").write_text(source.read_text(encoding="utf-8"))
+    assert main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith("total: 1/1\n")
+
+
+def test_a_folder_without_an_index_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path)])
+    assert "no index.json" in capsys.readouterr().err
