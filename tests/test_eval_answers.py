@@ -6,10 +6,10 @@ import os
 import pytest
 
 from llava.eval import tasks
-from llava.eval.answers import AnswersFile
+from llava.eval.answers import AnswersFile, fingerprint
 
 HEADS = [{"question_id": i, "prompt": f"What is {i}?"} for i in range(6)]
-SETTINGS = {"model_path": "m", "pruner": "Pruner()"}
+SETTINGS = {"model": "m", "pruner": "Pruner()"}
 
 
 def line(head):
@@ -79,6 +79,17 @@ def test_answers_made_with_other_settings_are_not_continued(tmp_path, undisturbe
         answer_all(path, settings=changed)
     assert answer_all(path, settings=changed, overwrite=True) == 0
     assert path.read_bytes() == undisturbed
+
+
+def test_other_weights_have_another_fingerprint(tmp_path):
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(100_000) + b"a")
+    before = fingerprint(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("no weights")
+    assert fingerprint(str(tmp_path)) == before
+    weights.write_bytes(bytes(100_000) + b"b")
+    assert fingerprint(str(tmp_path)) != before
+    assert fingerprint("liuhaotian/llava-v1.5-7b") == "liuhaotian/llava-v1.5-7b"
 
 
 def test_two_processes_cannot_write_one_file(tmp_path):

@@ -45,6 +45,7 @@ def args(tmp_path):
         data_dir=str(mini_benchmark.build(tmp_path / "data")),
         out=str(tmp_path / "out"),
         limit=None,
+        overwrite=False,
         model_name="m",
         model_path="m",
         batch_size=1,

@@ -4,6 +4,7 @@ Beside `X.jsonl` lies `X.settings.json` with the settings that produced it, so t
 other settings cannot continue the file by mistake.
 """
 
+import hashlib
 import json
 import os
 import time
@@ -14,7 +15,8 @@ except ImportError:  # not on Windows; two writers are then not told apart
     fcntl = None
 
 SECONDS_BETWEEN_SYNCS = 1.0
-HOW_TO_GO_ON = "choose another --answers-file, or start it again with --overwrite"
+TAIL_BYTES = 2**16
+HOW_TO_GO_ON = "write to another place, or start it again with --overwrite"
 
 
 class AnswersFile:
@@ -137,6 +139,23 @@ def _parse(line: bytes) -> dict | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and "question_id" in record else None
+
+
+def fingerprint(checkpoint: str) -> str:
+    """Returns a digest that changes when the weights in a folder do; a name on the hub is its own.
+
+    Names, sizes and last bytes of the weight files, so that it costs nothing.
+    """
+    if not os.path.isdir(checkpoint):
+        return checkpoint
+    digest = hashlib.sha256()
+    for name in sorted(os.listdir(checkpoint)):
+        if name.endswith((".safetensors", ".bin")):
+            with open(os.path.join(checkpoint, name), "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(size - TAIL_BYTES, 0))
+                digest.update(f"{name} {size} ".encode() + file.read())
+    return digest.hexdigest()[:16]
 
 
 def read_answers_tolerantly(path: str) -> tuple[dict, int]:

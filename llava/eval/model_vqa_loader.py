@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from llava.conversation import conv_templates
 from llava.eval.answer_loop import AnswerLoop
-from llava.eval.answers import AnswersFile
+from llava.eval.answers import AnswersFile, fingerprint
 from llava.eval.errors import errors_as_messages
 from llava.eval.tasks import Question, get_chunk, jsonl_questions, read_jsonl, subset
 from llava.mm_utils import get_model_name_from_path, infer_conv_mode
@@ -149,7 +149,11 @@ def settings_of(args) -> dict:
     names += ("max_new_tokens", "dtype", "load_8bit", "load_4bit")
     names += ("single_pred_prompt", "lang")  # some programs only; they change what the model reads
     settings = {name: getattr(args, name, None) for name in names}
-    return settings | {"model_path": args.model_path.rstrip("/"), "pruner": repr(args.pruner)}
+    return settings | {
+        "model": args.model_name,
+        "weights": fingerprint(args.model_path),
+        "pruner": repr(args.pruner),
+    }
 
 
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -18,7 +18,7 @@ import shortuuid
 from tqdm import tqdm
 
 from llava.eval.answer_loop import AnswerLoop
-from llava.eval.answers import AnswersFile
+from llava.eval.answers import AnswersFile, fingerprint
 from llava.eval.benchmarks import BENCHMARKS, Benchmark
 from llava.eval.errors import errors_as_messages
 from llava.eval.model_vqa_loader import DTYPES, resolve_conv_mode
@@ -77,12 +77,14 @@ def plan(args, num_patches: int) -> list[Run]:
     return runs
 
 
-def answer(loop: AnswerLoop, questions, images: str, path: str, settings: dict) -> dict:
+def answer(
+    loop: AnswerLoop, questions, images: str, path: str, settings: dict, overwrite: bool
+) -> dict:
     """Answers what `path` does not hold yet; returns seconds and visual tokens of the new ones."""
     loop.visual_tokens, start = None, time.perf_counter()
     model_id = settings["model"]
     heads = [question.head for question in questions]
-    with AnswersFile(path, heads, settings) as answers:
+    with AnswersFile(path, heads, settings, overwrite) as answers:
         remaining = questions[answers.num_done :]
         bar = {"desc": os.path.basename(path), "unit": " answers", "leave": False}
         with tqdm(total=len(questions), initial=answers.num_done, **bar) as progress:
@@ -109,13 +111,13 @@ def run_task(loop, run: Run, benchmark: Benchmark, args, dense_texts: dict) -> S
     path = os.path.join(folder, f"n_{run.tokens}", f"{benchmark.name}.jsonl")
     settings = {
         "model": args.model_name,
-        "model_path": args.model_path,
+        "weights": fingerprint(args.model_path),
         "conv_mode": loop.conv_mode,
         "max_new_tokens": loop.max_new_tokens,
         "pruner": repr(run.pruner),
     }
     images = benchmark.image_folder(args.data_dir)
-    measured = answer(loop, questions, images, path, settings)
+    measured = answer(loop, questions, images, path, settings, args.overwrite)
     answers = read_jsonl(path)
     texts = [record["text"] for record in answers]
     dense = dense_texts.setdefault(benchmark.name, texts)  # the unpruned model runs first
@@ -212,6 +214,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=sorted(BENCHMARKS), help="default: all")
     parser.add_argument("--limit", type=int, help="about so many questions per task")
     parser.add_argument("--out", default="runs/suite", help="folder of all results")
+    parser.add_argument("--overwrite", action="store_true", help="discard answers already there")
     parser.add_argument("--model-path", help="default: the playground checkpoint")
     parser.add_argument("--model-base")
     parser.add_argument("--vision-tower")
