@@ -87,7 +87,7 @@ def checkpoint_family(path: str, cache_dir: str | None = None) -> str:
 def adopt_settings(config, model_args, data_args, given: set[str]) -> None:
     """Unifies the flags with the config of a LLaVA checkpoint, in both directions."""
     for key in CHECKPOINT_SETTINGS:
-        if key not in given or not hasattr(model_args, key):
+        if key not in given:
             value = getattr(config, key, None)
             setattr(model_args, key, getattr(model_args, key) if value is None else value)
         elif (
