@@ -148,6 +148,17 @@ class VisionTokens:
             cls_attention=cls_attention,
         )
 
+    def keep_mask(self, mask: Tensor) -> VisionTokens:
+        """The tokens where `mask` (B, N) is True, in their order; crops may keep different counts,
+        shorter ones are padded on the right."""
+        if self.valid is not None:
+            mask = mask & self.valid
+        counts = mask.sum(dim=1)
+        most, fewest = torch.stack([counts.amax(), counts.amin()]).tolist()
+        order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+        valid = None if most == fewest else mask.gather(1, order)
+        return replace(self.keep(order), valid=valid)
+
 
 @dataclass
 class Prefill:
@@ -159,7 +170,8 @@ class Prefill:
     position_ids:  (B, S) positions seen by RoPE; they may have gaps
     visual_index:  (B, S) which image of the row a token belongs to (0, 1, ...); -1 on text
     patch_index:   (B, S) crop * N + patch of a visual token; -1 on text, newline and merged tokens
-    index:         (B, S) place of each token in the prompt that entered layer 0
+    index:         (B, S) place of each token in the prompt that entered layer 0; negative on tokens
+                   that were blended inside the decoder
     valid:         (B, S) False on padding; None: every place is a token
     grid:          (h, w) patches per side of one crop before any pruning
     tags:          (B, S) marks a method left in `VisionTokens.tags`; 0 elsewhere
@@ -230,6 +242,44 @@ class Prefill:
         if valid is not None:  # padding belongs to no image
             kept.visual_index = kept.visual_index.masked_fill(~valid, -1)
         return kept
+
+    def keep_and_append(
+        self, mask: Tensor, tokens: Tensor, image: Tensor, real: Tensor, renumber: bool = False
+    ) -> Prefill:
+        """The tokens where `mask` (B, S) is True and, behind those of their image, new ones.
+
+        tokens (B, M, D) blended from several; image (B, M) of the row they belong to, ascending;
+        real (B, M) False on padding. Their `index` counts down from -1 over the whole prefill.
+        """
+        if self.valid is not None:
+            mask = mask & self.valid
+        batch, size = mask.shape
+        count, none = tokens.shape[1], torch.full_like(image, -1)
+        places = torch.arange(size, device=mask.device).expand(batch, -1)
+        ends = places.new_zeros(batch, self.image_counts().shape[1])
+        owner = self.visual_index.clamp(min=0)
+        ends = ends.scatter_reduce(1, owner, places * self.is_visual, "amax")  # (B, I)
+        number = torch.arange(count, device=mask.device)
+        behind = ends.gather(1, image) * (count + 1) + 1 + number
+        key = torch.cat([places * (count + 1), behind], dim=1)
+        alive = torch.cat([mask, real], dim=1)
+        counts = alive.sum(dim=1)
+        longest, shortest = torch.stack([counts.amax(), counts.amin()]).tolist()
+        order = key.masked_fill(~alive, -1).argsort(dim=1, stable=True)
+        order = order[:, order.shape[1] - longest :]
+        valid = None if longest == shortest else alive.gather(1, order)
+        first = self.scratch.get("blended", 0)
+        self.scratch["blended"] = first + count
+        grown = replace(
+            self,
+            hidden_states=torch.cat([self.hidden_states, tokens.to(self.hidden_states)], dim=1),
+            position_ids=torch.cat([self.position_ids, ends.gather(1, image)], dim=1),
+            visual_index=torch.cat([self.visual_index, image], dim=1),
+            patch_index=torch.cat([self.patch_index, none], dim=1),
+            index=torch.cat([self.index, none - first - number], dim=1),
+            tags=None if self.tags is None else torch.cat([self.tags, none + 1], dim=1),
+        )
+        return grown.take(order, valid, renumber)
 
     def images(self) -> tuple[Tensor, Tensor, Tensor]:
         """The visual tokens image by image: row (G, 1), place (G, V) in that row, and real (G, V),
@@ -325,15 +375,17 @@ class Pruner:
 
     def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
         """Extras wanted from other tower layers (0-based): "cls_attention" (B, H, N), "keys"
-        (B, N, C), "cls_query" (B, C), "attention_mean" (B, N) (column mean of the map over heads
-        and all queries), "output" (B, N, C). They come in `VisionTokens.layers`.
+        (B, N, C), "cls_query" and "cls_key" (B, C), "attention_mean" (B, N) (column mean of the map
+        over heads and all queries), "output" (B, N, C). They come in `VisionTokens.layers`.
 
         selected: the layer whose output are the features.
         """
         return {}
 
-    def before_tower(self, images: Tensor) -> Tensor:
-        """Crops (B, 3, S, S) before the tower; a smaller side gives a smaller grid."""
+    def before_tower(self, images: Tensor, patch_size: int, crops: int = 1) -> Tensor:
+        """Crops (B, 3, S, S) before the tower, `crops` of them sharing a budget. A smaller side, a
+        multiple of `patch_size`, gives fewer tokens; each gets the place in the full grid that its
+        centre lies on."""
         return images
 
     def before_tower_layer(self, index: int, tokens: TowerTokens) -> TowerTokens:

@@ -125,7 +125,8 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
         )
         hidden, loss, logits = out.hidden_states, None, None
         if labels is not None and out.index is not None:
-            labels = labels.gather(1, out.index)
+            labels = labels.gather(1, out.index.clamp(min=0))
+            labels = labels.masked_fill(out.index < 0, IGNORE_INDEX)
             if out.valid is not None:
                 labels = labels.masked_fill(~out.valid, IGNORE_INDEX)
         if labels is not None and self.training:

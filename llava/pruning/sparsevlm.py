@@ -1,0 +1,298 @@
+"""SparseVLM: words of the question that look at the image rate its tokens, in three stages; some of
+the dropped tokens come back as a few merged ones.
+
+Paper: SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference,
+https://arxiv.org/abs/2410.04417
+
+Differs from the release: only the rows of the rating words are computed, in three layers (there,
+every layer builds its map); ties in the clustering go to the earlier token (there, random noise);
+an image that already has no more tokens than a stage allows is left alone (there, it loses one);
+LLaVA-NeXT, several images per prompt, any budget, sampling and beams work; without a rating word
+all text after the image rates, without text after it the last prompt token does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Prefill, Pruner, check_budget
+from .density_peaks import cluster
+from .ops import gather_tokens, rank_within_groups, scale_layers, top_stable
+
+LAYERS = {"1.0": (2, 6, 15, 19), "1.5": (2, 6, 15), "2.0": (2, 6, 15)}
+#: tokens left at each stage for a published budget, of 576
+PATCHES = 576
+RETAINED = {
+    "1.5": {64: (66, 30, 17), 96: (238, 48, 26), 128: (303, 110, 36), 192: (300, 200, 110)},
+    "2.0": {64: (66, 34, 20), 96: (246, 54, 28), 128: (238, 108, 60), 192: (300, 200, 118)},
+}
+
+
+@dataclass
+class SparseVLM(Pruner):
+    """
+    visual_token_num:   label of the published settings, 192, 128, 96 and 64 of 576 tokens; between
+                        them the tokens of each stage are interpolated. More tokens than this enter
+                        the layers on average (192: 206.5), see `token_schedule`
+    retained_tokens:    tokens of an image left at each stage, of 576; scaled to its size. None:
+                        what the label says
+    pruning_layers:     layers (0-based) of which the attention rates; the layer after each sees
+                        fewer tokens. None: 2, 6, 15 of 32 layers, scaled to the depth
+    version:            "1.5": merged tokens; "2.0" (SparseVLM+): none, rating without the pull of
+                        near positions, best heads alone, positions keep their gaps; "1.0": merged
+                        tokens, as many kept as scale * rank of the ratings + bias, 4 stages
+    num_selected_heads: heads that rate in version 2.0
+    scale, bias:        of version 1.0: 13.5, 0 / 9, 6 / 0.8, 0 for 192 / 128 / 64
+    """
+
+    visual_token_num: int = 192
+    retained_tokens: Sequence[int] | None = None
+    pruning_layers: Sequence[int] | None = None
+    version: str = "1.5"
+    num_selected_heads: int = 14
+    scale: float = 13.5
+    bias: float = 0.0
+
+    name = "sparsevlm"
+    reads_text = True
+
+    def __post_init__(self):
+        self.version = str(self.version)
+        if self.version not in LAYERS:
+            raise ValueError(f"unknown version {self.version!r}, choose from {', '.join(LAYERS)}")
+        if self.visual_token_num < 1 or self.num_selected_heads < 1:
+            raise ValueError(
+                f"visual_token_num ({self.visual_token_num}) and num_selected_heads "
+                f"({self.num_selected_heads}) must be at least 1"
+            )
+        stages = len(self.pruning_layers or LAYERS[self.version])
+        if self.version == "1.0":
+            return
+        if len(self.retained_tokens or RETAINED[self.version][64]) != stages:
+            raise ValueError(
+                f"retained_tokens ({self.retained_tokens}) and pruning_layers "
+                f"({self.pruning_layers}) must have one entry per stage each"
+            )
+
+    @property
+    def adaptive(self) -> bool:
+        return self.version == "1.0"
+
+    def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
+        if self.retained_tokens is None and not self.adaptive:
+            check_budget(self.visual_token_num, num_patches, crops)
+        layers = self.stage_layers(num_layers)
+        if not 0 <= layers[0] or layers[-1] > num_layers - 2 or list(layers) != sorted(set(layers)):
+            raise ValueError(
+                f"pruning_layers {layers} must ascend and leave a layer of {num_layers} after them"
+            )
+
+    def stage_layers(self, num_layers: int) -> tuple[int, ...]:
+        return tuple(self.pruning_layers or scale_layers(LAYERS[self.version], num_layers))
+
+    # --- how many -----------------------------------------------------------------------------
+
+    def allowed(self, total: int) -> tuple[int, ...]:
+        """Tokens left at each stage of an image of `total` tokens, merged ones not counted."""
+        budget = self.visual_token_num
+        if self.retained_tokens is not None:
+            wanted = self.retained_tokens
+        elif budget >= total:
+            return (total,) * len(RETAINED[self.version][64])
+        else:
+            table = RETAINED[self.version]
+            table = {0: (0, 0, 0), **table, PATCHES: (PATCHES,) * 3}
+            label = budget * PATCHES / total
+            above = min(point for point in table if point >= label)
+            below = max(point for point in table if point <= label)
+            part = 0.0 if above == below else (label - below) / (above - below)
+            pairs = zip(table[below], table[above], strict=True)
+            wanted = [low + part * (high - low) for low, high in pairs]
+        return tuple(max(1, int(number * total / PATCHES + 1e-6)) for number in wanted)
+
+    def recycled(self, dropped: int) -> tuple[int, int]:
+        """(tokens that are merged, tokens they become) of `dropped` ones."""
+        if dropped <= 0 or self.version == "2.0":
+            return 0, 0
+        chosen = int(0.3 * dropped) + 1
+        return chosen, chosen // 10 + 1
+
+    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
+        count = num_patches * crops
+        plan = [count] * num_layers
+        if self.adaptive:
+            return plan
+        for layer, kept in zip(self.stage_layers(num_layers), self.allowed(count), strict=True):
+            if kept < plan[layer]:
+                left = kept + self.recycled(plan[layer] - kept)[1]
+                plan[layer + 1 :] = [left] * (num_layers - layer - 1)
+        return plan
+
+    # --- rating -------------------------------------------------------------------------------
+
+    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
+        return self.stage_layers(num_layers)
+
+    def probe_rows(self, prefill: Prefill) -> Tensor:
+        return self.rater_rows(prefill)[0]
+
+    def rater_rows(self, prefill: Prefill) -> tuple[Tensor, Tensor]:
+        """Places (B, R) of all rating words now, and (B, I, R) whether one rates an image."""
+        raters, most = prefill.scratch["raters"]
+        index = prefill.index.clamp(min=0)[:, None].expand(-1, raters.shape[1], -1)
+        flags = raters.gather(2, index) & ~prefill.is_visual[:, None]
+        if prefill.valid is not None:
+            flags = flags & prefill.valid[:, None]
+        last = torch.zeros_like(flags).scatter(
+            2, prefill.last[:, None, None].expand(-1, flags.shape[1], 1), True
+        )
+        flags = torch.where(flags.any(dim=-1, keepdim=True), flags, last)
+        rows = flags.any(dim=1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        rows = rows[:, :most]
+        return rows, flags.gather(2, rows[:, None].expand(-1, raters.shape[1], -1))
+
+    def score(self, attention: Tensor, weights: Tensor, own: Tensor) -> Tensor:
+        """(B, S) rating of every token by the words of its image.
+
+        attention (B, H, R, S); weights (B, I, R) who rates; own (B, I, S) which tokens they rate.
+        """
+        weights = weights.float() / weights.sum(dim=-1, keepdim=True).clamp(min=1)
+        rated = torch.einsum("bir,bhrs->bihs", weights, attention) * own[:, :, None]
+        if self.version == "2.0":
+            heads = rated.sum(dim=-1)  # (B, I, H)
+            best = top_stable(heads.flatten(0, 1), min(self.num_selected_heads, heads.shape[-1]))
+            best = best.view(*heads.shape[:2], -1, 1).expand(-1, -1, -1, rated.shape[-1])
+            rated = rated.gather(2, best)
+        return rated.mean(dim=2).sum(dim=1)
+
+    # --- stages -------------------------------------------------------------------------------
+
+    def before_layer(self, index: int, prefill: Prefill) -> Prefill:
+        if index == 0:
+            counts = prefill.image_counts().tolist()
+            prefill.scratch.update(raters=find_raters(prefill), totals=counts, counts=counts)
+        layers = self.stage_layers(len(prefill.decoder.layers))
+        if index - 1 not in layers:
+            return prefill
+        stage, attention = layers.index(index - 1), prefill.attention
+        rows, weights = self.rater_rows(prefill)
+        own = own_tokens(prefill, weights.shape[1])
+        if self.version == "2.0":
+            attention = attention / nearness(prefill.decoder.rotary, prefill.position_ids, rows)
+        score = self.score(attention, weights, own)
+        counts = prefill.scratch["counts"]
+        if self.version == "1.0":
+            kept = self.kept_by_rank(attention.mean(dim=1), weights, own, counts)
+        else:
+            totals = prefill.scratch["totals"]
+            kept = [
+                [min(count, self.allowed(total)[stage]) if count else 0 for count, total in pairs]
+                for pairs in (zip(a, b, strict=True) for a, b in zip(counts, totals, strict=True))
+            ]
+        if kept == counts:
+            return prefill
+        if self.version == "2.0":
+            prefill.scratch["counts"] = kept
+            return prefill.keep_visual(
+                score, prefill.at_tokens(torch.tensor(kept, device=score.device))
+            )
+        return self.keep_and_merge(prefill, score, kept, counts)
+
+    def kept_by_rank(self, rating: Tensor, weights: Tensor, own: Tensor, counts) -> list[list[int]]:
+        """Version 1.0: tokens to keep of every image, from the rank of its ratings (B, R, S)."""
+        block = rating[:, None] * weights[..., None] * own[:, :, None]  # (B, I, R, S)
+        larger = torch.maximum(weights.sum(dim=-1), own.sum(dim=-1))
+        rtol = larger * torch.finfo(block.dtype).eps
+        ranks = torch.linalg.matrix_rank(block, atol=torch.zeros_like(rtol), rtol=rtol).tolist()
+        return [
+            [
+                count
+                if count < 2 or rank == count
+                else max(1, min(int(rank * self.scale + self.bias), count - 1))
+                for rank, count in zip(*pair, strict=True)
+            ]
+            for pair in zip(ranks, counts, strict=True)
+        ]
+
+    def keep_and_merge(self, prefill: Prefill, score: Tensor, kept, counts) -> Prefill:
+        """The best tokens, then what the best of the others were merged into, then the text."""
+        pairs = [
+            [self.recycled(count - keep) for keep, count in zip(*row, strict=True)]
+            for row in zip(kept, counts, strict=True)
+        ]
+        plan = torch.tensor(pairs, device=score.device)  # (B, I, 2)
+        num_source, num_merged = plan.unbind(dim=-1)
+        most_source, most = (max(p[i] for row in pairs for p in row) for i in (0, 1))
+        num_kept = torch.tensor(kept, device=score.device)
+        batch, images = num_kept.shape
+
+        rank = rank_within_groups(score, prefill.visual_index) - prefill.at_tokens(num_kept)
+        source = prefill.is_visual & (rank >= 0) & (rank < prefill.at_tokens(num_source))
+        slot = prefill.visual_index * most_source + rank
+        slot = slot.masked_fill(~source, images * most_source)
+        places = torch.arange(score.shape[1], device=score.device).expand(batch, -1)
+        where = places.new_zeros(batch, images * most_source + 1).scatter(1, slot, places)[:, :-1]
+        tokens = gather_tokens(prefill.hidden_states, where).view(batch * images, most_source, -1)
+        valid = torch.arange(most_source, device=score.device) < num_source.flatten()[:, None]
+        merged = cluster(tokens, valid, num_merged.flatten().clamp(min=1), most)[2]
+
+        owner = torch.arange(images, device=score.device).repeat_interleave(most).expand(batch, -1)
+        real = torch.arange(most, device=score.device) < num_merged[..., None]
+        prefill.scratch["counts"] = [
+            [keep + new for keep, (_, new) in zip(*row, strict=True)]
+            for row in zip(kept, pairs, strict=True)
+        ]
+        return prefill.keep_and_append(
+            ~prefill.is_visual | (rank < 0),
+            merged.view(batch, images * most, -1),
+            owner,
+            real.flatten(1),
+            renumber=True,
+        )
+
+
+def find_raters(prefill: Prefill) -> tuple[Tensor, int]:
+    """(B, I, S) the words that rate each image, and the most words a row has.
+
+    A word after the image rates it when its share of the image's tokens, by inner product and
+    softmax over the words, is above average.
+    """
+    size, images = prefill.index.shape[1], prefill.image_counts().shape[1]
+    own = own_tokens(prefill, images)
+    text = ~prefill.is_visual if prefill.valid is None else ~prefill.is_visual & prefill.valid
+    places = torch.arange(size, device=text.device)
+    after = text[:, None] & (places > own.mul(places).amax(dim=-1, keepdim=True))  # (B, I, S)
+    after = after & own.any(dim=-1, keepdim=True)
+    words = after.any(dim=1)
+    most = max(1, int(words.sum(dim=1).amax()))
+    rows = words.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    x = prefill.hidden_states.float()
+    product = x @ gather_tokens(x, rows).transpose(1, 2)  # (B, S, R)
+    asked = after.gather(2, rows[:, None].expand(-1, images, -1))  # (B, I, R)
+    image = prefill.visual_index.clamp(min=0)[..., None].expand(-1, -1, most)
+    visible = asked.gather(1, image)  # (B, S, R)
+    share = product.masked_fill(~visible, -torch.inf).softmax(dim=-1).nan_to_num(0.0)
+    rating = own.float() @ share / own.sum(dim=-1, keepdim=True).clamp(min=1)  # (B, I, R)
+    mean = rating.sum(dim=-1, keepdim=True) / asked.sum(dim=-1, keepdim=True).clamp(min=1)
+    chosen = asked & (rating > mean)
+    chosen = torch.where(chosen.any(dim=-1, keepdim=True), chosen, asked)
+    raters = torch.zeros_like(after).scatter(2, rows[:, None].expand(-1, images, -1), chosen)
+    silent = (~raters.any(dim=-1)).any(dim=-1)  # of such an image, the last prompt token is asked
+    return raters, int((raters.any(dim=1).sum(dim=1) + silent).amax())
+
+
+def own_tokens(prefill: Prefill, images: int) -> Tensor:
+    """(B, I, S) True on the tokens of each image."""
+    numbers = torch.arange(images, device=prefill.visual_index.device)
+    return prefill.visual_index[:, None] == numbers[:, None]
+
+
+def nearness(rotary, position_ids: Tensor, rows: Tensor) -> Tensor:
+    """(B, 1, R, S) what RoPE alone makes of two vectors of ones, by their distance."""
+    cos, sin = rotary(position_ids, torch.float32)  # (B, 1, S, d)
+    index = rows[:, None, :, None].expand(-1, 1, -1, cos.shape[-1])
+    pull = cos.gather(2, index) @ cos.transpose(2, 3) + sin.gather(2, index) @ sin.transpose(2, 3)
+    pull = pull * cos.shape[-1] ** -0.5
+    return torch.where(pull.abs() < 1e-9, 1e-9, pull)

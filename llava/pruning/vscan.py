@@ -1,0 +1,181 @@
+"""VScan: patches a shallow and a deep tower layer look at, the others merged into them; then a cut
+in the middle of the decoder.
+
+Paper: VScan: Rethinking Visual Token Reduction for Efficient Large Vision-Language Models,
+https://arxiv.org/abs/2505.22654
+
+Differs from the release: on LLaVA-NeXT the cut in the decoder ranks all tokens of the image with
+the last prompt token and keeps the same share of them as on LLaVA-1.5 (there, the overview alone is
+cut, by a row of the map that belongs to an image token); budgets below two tokens per window have
+no local picks (there, an error); any grid, batch and image number; no attention map.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import StagedPruner, VisionTokens, check_budget
+from .ops import gather_tokens, normalize, rank_within_groups, scale_layer, scale_layers, top_stable
+
+#: the local layer counts in a 24-layer tower, the cut in a 32-layer decoder
+LOCAL_LAYER, TOWER_DEPTH, CUT_LAYERS = 5, 24, (16,)
+
+
+@dataclass
+class VScan(StagedPruner):
+    """
+    visual_token_num:  tokens per image, averaged over the decoder layers; on LLaVA-NeXT the sum
+                       over its crops. The two counts below follow from it unless they are given
+    encoder_token_num: tokens of each crop that leave the vision stage (less where half of them is
+                       no multiple of the windows: 150 of 576 become 139). None: 1.5 x the budget
+    layer_list:        decoder layers that see fewer tokens than the one before. None: 16 of 32
+                       layers, scaled to the depth
+    image_token_list:  tokens per crop left after each cut; an image of several crops keeps that
+                       share of its tokens. None: what gives the average, 0.5 x the budget
+    local_layer:       tower layer (0-based) of the local picks. None: 5 of 24, scaled
+    window:            side of the windows that share the local picks, in patches
+    """
+
+    visual_token_num: int = 64
+    encoder_token_num: int | None = None
+    layer_list: Sequence[int] | None = None
+    image_token_list: Sequence[int] | None = None
+    local_layer: int | None = None
+    window: int = 6
+
+    name = "vscan"
+    needs = frozenset({"cls_attention"})
+
+    def __post_init__(self):
+        numbers = [self.visual_token_num, self.encoder_token_num or 1]
+        if min([*numbers, *(self.image_token_list or ())]) < 1:
+            raise ValueError(
+                f"visual_token_num, encoder_token_num and image_token_list must be at least 1 "
+                f"token, got {numbers} and {self.image_token_list}"
+            )
+        if self.window < 1:
+            raise ValueError(f"window ({self.window}) must be at least 1 patch")
+        stages = len(self.layer_list or CUT_LAYERS)
+        if stages != len(self.image_token_list or [1]):
+            raise ValueError(
+                f"layer_list ({self.layer_list}) and image_token_list ({self.image_token_list}) "
+                "must have one entry per cut each"
+            )
+
+    def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
+        check_budget(self.visual_token_num, num_patches, crops)
+        if (self.encoder_token_num or 1) > num_patches:
+            raise ValueError(
+                f"encoder_token_num ({self.encoder_token_num}) exceeds the {num_patches} patches "
+                "of a crop"
+            )
+        layers = self.cut_layers(num_layers)
+        if not 0 <= min(layers) <= max(layers) < num_layers or list(layers) != sorted(set(layers)):
+            raise ValueError(f"layer_list {layers} must ascend below the {num_layers} layers")
+        self.token_schedule(num_patches, num_layers, crops)
+
+    def attach(self, tower) -> None:
+        if tower is not None:
+            self.tower_extras(*tower.depth)
+
+    def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
+        local = self.local_layer
+        if local is None:
+            local = min(scale_layer(LOCAL_LAYER, num_layers, TOWER_DEPTH), selected)
+        if not 0 <= local <= selected:
+            raise ValueError(f"local_layer ({local}) must be one of the {selected + 1} layers run")
+        return {local: frozenset({"cls_attention"})}
+
+    def cut_layers(self, num_layers: int) -> tuple[int, ...]:
+        return tuple(self.layer_list or scale_layers(CUT_LAYERS, num_layers))
+
+    def encoder_tokens(self, budget: int, num_patches: int) -> int:
+        """T, the tokens a crop is asked to keep in the vision stage; `budget` is that of a crop."""
+        return min(self.encoder_token_num or max(1, int(1.5 * budget)), num_patches)
+
+    # --- vision stage -------------------------------------------------------------------------
+
+    def after_projector(self, vision: VisionTokens) -> VisionTokens:
+        num_patches = vision.features.shape[1]
+        budget = self.visual_token_num // vision.crops_in_budget
+        wanted = self.encoder_tokens(budget, num_patches)
+        if wanted == num_patches:
+            kept = vision
+        else:
+            index = self.select(vision, wanted)
+            kept = vision.keep(index)
+            kept.features = absorb(vision.features, index)
+        kept.tags = torch.full_like(kept.positions, budget)
+        return kept
+
+    def select(self, vision: VisionTokens, wanted: int) -> Tensor:
+        """(B, K) patches to keep, ascending; K = `num_selected`."""
+        local, best = self.local_picks(vision, wanted), vision.cls_attention.float().mean(dim=1)
+        rest = best.masked_fill(local, -1.0)  # below any attention
+        best = top_stable(rest, wanted - wanted // 2)
+        count = self.num_selected(wanted, vision.grid)
+        mask = local.scatter(1, best, True).to(torch.uint8)
+        return mask.argsort(dim=1, descending=True, stable=True)[:, :count].sort(dim=1).values
+
+    def local_picks(self, vision: VisionTokens, wanted: int) -> Tensor:
+        """(B, N) True on the patches of every window that the shallow layer looks at most."""
+        found = (vision.layers[layer] for layer in sorted(vision.layers))
+        score = next(extras["cls_attention"] for extras in found if "cls_attention" in extras)
+        score = score.float().mean(dim=1)
+        row, column = vision.positions // vision.grid[1], vision.positions % vision.grid[1]
+        across = math.ceil(vision.grid[1] / self.window)
+        group = row // self.window * across + column // self.window
+        return rank_within_groups(score, group) < wanted // 2 // self.num_windows(vision.grid)
+
+    def num_windows(self, grid: tuple[int, int]) -> int:
+        return math.prod(math.ceil(side / self.window) for side in grid)
+
+    def num_selected(self, wanted: int, grid: tuple[int, int]) -> int:
+        """Tokens a crop really keeps when it is asked for `wanted`."""
+        if wanted == math.prod(grid):
+            return wanted
+        quota = wanted // 2 // self.num_windows(grid)
+        rows, columns = (
+            [min(self.window, side - start) for start in range(0, side, self.window)]
+            for side in grid
+        )
+        local = sum(min(quota, height * width) for height in rows for width in columns)
+        return local + wanted - wanted // 2
+
+    # --- decoder stage ------------------------------------------------------------------------
+
+    def image_schedule(
+        self, count: int, num_layers: int, num_patches: int, tag: int = 0
+    ) -> list[int]:
+        layers, wanted = self.cut_layers(num_layers), self.encoder_tokens(tag, num_patches)
+        left = self.image_token_list
+        if left is None:
+            rest = tag * num_layers - wanted * layers[0]
+            left = [max(1, rest // (num_layers - layers[0]))]
+        plan = [count] * num_layers
+        for layer, number in zip(layers, left, strict=True):
+            number = number if count <= wanted else count * number // wanted
+            plan[layer:] = [min(plan[layer], number)] * (num_layers - layer)
+        return plan
+
+    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
+        budget, side = self.visual_token_num // crops, math.isqrt(num_patches)
+        wanted = self.encoder_tokens(budget, num_patches)
+        kept = self.num_selected(wanted, (side, side))
+        return self.image_schedule(kept * crops, num_layers, num_patches, budget)
+
+
+def absorb(features: Tensor, index: Tensor) -> Tensor:
+    """Tokens at `index` (B, K) of `features` (B, N, D), each averaged with those of the others that
+    point its way most (cosine; equal: the earlier one)."""
+    unit = normalize(features)
+    nearest = (unit @ gather_tokens(unit, index).transpose(1, 2)).argmax(dim=-1)  # (B, N)
+    own = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    nearest = nearest.scatter(1, index, own)
+    share = F.one_hot(nearest, index.shape[1]).float()  # (B, N, K)
+    total = share.transpose(1, 2) @ features.float()
+    return (total / share.sum(dim=1)[..., None]).to(features.dtype)
