@@ -157,9 +157,9 @@ def test_anyres_images_follow_the_schedule(anyres_model, pruner, sample):
     count = 5 if len(tiles) == 1 else 3  # 84 x 168 for the portrait image
     images = [torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(5))]
     _, _, trace = generate(model, prompt.ids, images, image_sizes=[size])
-    real = [int(n) for n in (trace.visual_positions[0] >= 0).sum(dim=0, keepdim=True)]
-    if pruner.anyres_tiles is not None:
-        assert real == [pruner.token_schedule(NUM_PATCHES, 6, crops=5)[0]]
+    if pruner.anyres_tiles is not None:  # then there are no newlines to count
+        schedule = pruner.token_schedule(NUM_PATCHES, 6, crops=5)
+        assert len(trace.visual_positions[0]) == schedule[0]
     assert int(trace.visual_tokens[0][0]) == len(trace.visual_positions[0])
 
 

@@ -196,7 +196,8 @@ class LlavaMetaForCausalLM:
         arrangements: per image (crops, tiles, size), see `image_layout`
         """
         pruner = self.pruner
-        vision = self.get_vision_tower().tokens(crops, pruner.needs, pruner)
+        budget = self._crops_in_budget(pruner)
+        vision = self.get_vision_tower().tokens(crops, pruner.needs, pruner, budget)
         if image_index is None:
             image_index = torch.arange(crops.shape[0], device=crops.device)
         vision.image_index, vision.questions = image_index, questions
@@ -204,7 +205,6 @@ class LlavaMetaForCausalLM:
             vision.layouts = [
                 image_layout(crops, tiles, vision.grid, size) for crops, tiles, size in arrangements
             ]
-        vision.crops_in_budget = self._crops_in_budget(pruner)
         vision = pruner.after_encoder(vision)
         projector = self.get_model().mm_projector
         weight = next(projector.parameters(), None)

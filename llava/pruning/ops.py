@@ -56,3 +56,8 @@ def scale_layers(layers: Sequence[int], num_layers: int, reference: int = 32) ->
         place = scale_layer(layer, num_layers, reference)
         scaled.append(max(place, scaled[-1] + 1) if scaled else place)
     return tuple(scaled)
+
+
+def middle_places(count: int, size: int, device=None) -> Tensor:
+    """(count,) place, of `size` in a row, that the middle of each of `count` parts lies on."""
+    return (2 * torch.arange(count, device=device) + 1) * size // (2 * count)

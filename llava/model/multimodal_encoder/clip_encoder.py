@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from ...pruning.base import Pruner, TowerTokens, VisionTokens
+from ...pruning.ops import middle_places
 
 EXTRAS = frozenset({"cls_attention", "keys", "cls_token", "fingerprint"})
-LAYER_EXTRAS = frozenset({"cls_attention", "keys", "cls_query", "attention_mean", "output"})
+LAYER_EXTRAS = frozenset(
+    {"cls_attention", "keys", "cls_query", "cls_key", "attention_mean", "output"}
+)
 
 
 class CLIPVisionTower(nn.Module):
@@ -74,6 +77,7 @@ class CLIPVisionTower(nn.Module):
         images: Tensor,
         needs: frozenset[str] = frozenset(),
         pruner: Pruner | None = None,
+        crops_in_budget: int = 1,
     ) -> VisionTokens:
         """Tokens of crops (B, 3, S, S) with the extras named in `needs` (see `VisionTokens`); the
         hooks of `pruner` that act inside the tower are called."""
@@ -83,8 +87,10 @@ class CLIPVisionTower(nn.Module):
         total, selected = self.depth
         wanted = pruner.tower_extras(total, selected)
         own = needs & LAYER_EXTRAS
-        images = pruner.before_tower(images)
-        side = images.shape[-1] // self.config.patch_size
+        patch_size = self.config.patch_size
+        grid = (images.shape[-1] // patch_size,) * 2
+        images = pruner.before_tower(images, patch_size, crops_in_budget)
+        side = images.shape[-1] // patch_size
         layers: dict[int, dict[str, Tensor]] = {}
         merged = {**wanted, selected: wanted.get(selected, frozenset()) | own}
         tokens = self._run(images, merged, layers, pruner)
@@ -94,10 +100,14 @@ class CLIPVisionTower(nn.Module):
         positions = tokens.positions
         if self.select_feature != "patch":  # the class token is counted as the first "patch"
             positions = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
+        elif side != grid[0]:
+            middle = middle_places(side, grid[0], hidden.device)
+            positions = (middle[:, None] * grid[1] + middle).flatten()[positions]
         return VisionTokens(
             features=features,
             positions=positions,
-            grid=(side, side),
+            grid=grid,
+            crops_in_budget=crops_in_budget,
             merged=tokens.merged,
             cls_attention=extras.get("cls_attention"),
             keys=extras.get("keys"),
@@ -236,6 +246,8 @@ def attention_extras(attention, q: Tensor, k: Tensor, names: frozenset[str]) -> 
         found["keys"] = k[:, 1:]
     if "cls_query" in names:
         found["cls_query"] = q[:, 0]
+    if "cls_key" in names:
+        found["cls_key"] = k[:, 0]
     heads = attention.num_heads
     if names & {"cls_attention", "attention_mean"}:
         queries, keys = (split_heads(t, heads).float() for t in (q, k))

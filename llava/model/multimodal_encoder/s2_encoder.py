@@ -39,12 +39,23 @@ class CLIPVisionTowerS2(CLIPVisionTower):
         images: Tensor,
         needs: frozenset[str] = frozenset(),
         pruner: Pruner | None = None,
+        crops_in_budget: int = 1,
     ) -> VisionTokens:
         if images.shape[-1] != images.shape[-2]:
             raise ValueError(f"the multi-scale tower needs square images, got {images.shape[-2:]}")
         inner = {} if pruner is None else pruner.tower_extras(*self.depth)
         if extra := (needs | frozenset().union(*inner.values())) - {"fingerprint"}:
             raise ValueError(f"the multi-scale tower cannot provide {sorted(extra)}")
+        before = (
+            images
+            if pruner is None
+            else pruner.before_tower(images, self.config.patch_size, crops_in_budget)
+        )
+        if before.shape != images.shape:
+            raise ValueError(
+                f"the multi-scale tower cannot take smaller images, as {pruner!r} asks"
+            )
+        images = before
         maps = [self._scale_map(images, side) for side in self.s2_scales]
         size = maps[0].shape[-2:]
         maps = [F.interpolate(m.float(), size=size, mode="area").to(m.dtype) for m in maps]
@@ -54,6 +65,7 @@ class CLIPVisionTowerS2(CLIPVisionTower):
             features=features,
             positions=torch.arange(count, device=features.device).expand(batch, -1),
             grid=tuple(size),
+            crops_in_budget=crops_in_budget,
             fingerprint=fingerprint(images) if "fingerprint" in needs else None,
         )
 
