@@ -87,7 +87,7 @@ def test_shards_and_their_index_load(folder, weights, kind):
     weight_map = {n: name for name, tensors in shards.items() for n in tensors}
     (folder / f"{stem}.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert same(load(folder)[1], weights)
-    (folder / "part-1.").with_suffix(f".{kind}").unlink()
+    (folder / f"part-1.{kind}").unlink()
     with pytest.raises(FileNotFoundError, match=f"missing files: part-1.{kind}"):
         load(folder)
 
@@ -204,11 +204,8 @@ def plain(tmp_path):
 def test_a_plain_language_model_loads_without_a_processor(plain):
     tokenizer, model, processor, _ = load(plain, name="vicuna")
     assert processor is None and type(model) is LlamaForCausalLM
-    out = model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=3, do_sample=False)
-    again = LlamaForCausalLM.from_pretrained(plain)
-    assert torch.equal(
-        out, again.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=3, do_sample=False)
-    )
+    prompt, expected = torch.tensor([[1, 5, 6]]), LlamaForCausalLM.from_pretrained(plain)
+    assert torch.equal(model(prompt).logits, expected(prompt).logits)
     with pytest.raises(ValueError, match="plain language model"):
         load(plain, name="vicuna", pruner="random")
 
@@ -238,11 +235,7 @@ def test_the_tower_saved_with_the_model_is_used_when_it_was_trained(tmp_path):
         folder = copy_of(CHECKPOINT, tmp_path / str(unfreeze), unfreeze_mm_vision_tower=unfreeze)
         save_file(everything, folder / "model.safetensors")
         shift = load(folder)[1].state_dict()[name] - (trained[name] - 1)
-        assert torch.equal(shift, torch.full_like(shift, float(unfreeze)))
-    folder = copy_of(CHECKPOINT, tmp_path / "True")
-    save_file(
-        everything | {"lm_head.weight": everything["lm_head.weight"]}, folder / "model.safetensors"
-    )
+        assert torch.allclose(shift, torch.full_like(shift, float(unfreeze)), atol=1e-6)
     del everything[name]
     save_file(everything, copy_of(
         CHECKPOINT, tmp_path / "part", unfreeze_mm_vision_tower=True
@@ -469,7 +462,6 @@ PEAK = textwrap.dedent("""
 @pytest.mark.parametrize(
     ("kind", "saved", "loaded"),
     [
-        ("safetensors", torch.float16, "float16"),
         ("safetensors", torch.float16, "float32"),
         ("bin", torch.float32, "bfloat16"),
     ],

@@ -72,8 +72,8 @@ def load_pretrained_model(
     vision_tower_dtype: None is the model's own
     keywords:    constructor keywords of published repositories that choose a method
 
-    image_processor is None for plain language models. Raises ValueError or FileNotFoundError, naming
-    the file and the weights, for whatever is missing, damaged, unknown or of the wrong shape.
+    image_processor is None for plain language models. Raises ValueError or FileNotFoundError, with
+    the names of file and weights, for whatever is missing, damaged, unknown or of the wrong shape.
     """
     pruner = pruner_from_keywords(pruner, keywords)
     if keywords:
@@ -200,7 +200,7 @@ def fill_llava(filler: Filler, folder: str, base: str | None, model_name: str) -
             raise FileNotFoundError(
                 f"{folder} holds neither mm_projector.bin nor an adapter to put on top of {base}"
             )
-        # The published loader rounds the projector through half precision whatever the model's dtype.
+        # The published loader rounds the projector through half precision, whatever the dtype.
         trained = {name: tensor.half() for name, tensor in trained.items()}
     for name, tensor in trained.items():
         filler.add(name, tensor, folder)
@@ -230,7 +230,7 @@ def load_tower(model: nn.Module, filler: Filler, dtype: torch.dtype, device) -> 
 
 
 def load_plain(folder: str, base: str | None, dtype, device, backend: str) -> nn.Module:
-    """A language model without images; with `base` the LoRA adapter in `folder` is merged into it."""
+    """A model without images; with `base` the LoRA adapter in `folder` is merged into that."""
     source = base or folder
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with init_empty_weights(), no_init_weights():

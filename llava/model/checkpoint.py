@@ -172,7 +172,8 @@ class Filler:
             tensor = fit_rows(tensor, shape[0])
         if tensor.shape != shape:
             raise ValueError(
-                f"{source}: {name} has shape {tuple(tensor.shape)}, the config asks for {tuple(shape)}"
+                f"{source}: {name} has shape {tuple(tensor.shape)}, "
+                f"the config asks for {tuple(shape)}"
             )
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
         set_tensor(self.model, name, tensor.to(self.device, dtype, copy=True))

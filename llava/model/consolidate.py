@@ -2,7 +2,7 @@
 
     python -m llava.model.consolidate --src CHECKPOINT --dst OUT
 
-Weights of a vision tower that was not trained along are left out: they come from the tower's folder.
+Weights of a vision tower that was not trained along are left out: the tower has its own folder.
 """
 
 import argparse

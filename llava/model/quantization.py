@@ -23,7 +23,7 @@ def import_bitsandbytes():
 
 
 def quantize(model: nn.Module, bits: int, dtype: torch.dtype) -> None:
-    """Replaces the decoder's linear layers by quantised ones, in place; `dtype` is that of products.
+    """Replaces the decoder's linear layers by quantised ones; they multiply in `dtype`.
 
     The weights are packed when the model moves to its device.
     """
