@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava.pruning import METHODS
 from tests.golden_cases import SHARED, SHIPPED, check_of, load_cases, main, run_case
 
-#: recordings of programs that the project does not have yet, and where a case asks for one
-LATER_FILES = {"serving.json", "scoring_gpt_review.json"}
+#: what a check says about a recorded program that does not exist yet
+NOT_YET = "is not part of the project"
 
 
 def recorded_cases():
@@ -25,10 +26,7 @@ def recorded_cases():
 
 
 def supported(case) -> bool:
-    from llava.pruning import METHODS
-
-    known = case.get("method", "none") in METHODS
-    return known and check_of(case) is not None and case.get("file") not in LATER_FILES
+    return case.get("method", "none") in METHODS and check_of(case) is not None
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +40,7 @@ def one_thread():
 
 @pytest.mark.parametrize(("folder", "case"), recorded_cases())
 def test_the_recorded_case_is_reproduced(folder, case):
-    assert run_case(case, folder) == []
+    assert [problem for problem in run_case(case, folder) if NOT_YET not in problem] == []
 
 
 def test_the_runner_counts_what_matches_and_says_what_differs(tmp_path, capsys):
