@@ -14,9 +14,16 @@ from .base import (
     option_names,
 )
 from .cdpruner import CDPruner
+from .chain import Chain, split_options
 from .divprune import DivPrune
+from .downsample import Downsample
+from .fastervlm import FasterVLM
 from .fastv import FastV
+from .hiprune import HiPrune
+from .mustdrop import MustDrop
 from .nuwa import Nuwa
+from .pool import Pool
+from .prumerge import PruMerge
 from .pyramiddrop import PyramidDrop
 from .random import Random
 from .sparsevlm import SparseVLM
@@ -40,6 +47,12 @@ METHODS: dict[str, type[Pruner]] = {
         VScan,
         CDPruner,
         SparseVLM,
+        FasterVLM,
+        HiPrune,
+        PruMerge,
+        Pool,
+        Downsample,
+        MustDrop,
     )
 }
 
@@ -50,8 +63,12 @@ LEGACY_KEYWORDS = {"visual_token_num": VisPruner.name, "important_ratio": VisPru
 def build_pruner(name: str = "none", **options) -> Pruner:
     """Returns the pruning method called `name` with its defaults overridden by `options`.
 
+    "a+b" is method a before the decoder and method b inside it; the names are prefixes of their
+    options: build_pruner("vispruner+fastv", vispruner_visual_token_num=192, fastv_layer=3).
     Raises ValueError, listing the choices, on an unknown name or option.
     """
+    if "+" in name:
+        return Chain(*(build_pruner(part, **own) for part, own in split_options(name, options)))
     if name not in METHODS:
         raise ValueError(f"unknown pruning method {name!r}, choose from {', '.join(METHODS)}")
     known = option_names(METHODS[name])
@@ -81,6 +98,7 @@ def pruner_from_keywords(pruner: Pruner | str | None, keywords: dict) -> Pruner:
 
 __all__ = [
     "METHODS",
+    "Chain",
     "DecoderPruner",
     "ImageTokens",
     "Prefill",

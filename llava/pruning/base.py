@@ -24,11 +24,15 @@ class TowerTokens:
 
     hidden_states: (B, 1 + N, C), the class token first
     positions:     (B, N) row-major patch index
+    image_index:   (B,) which image of the call a crop belongs to
+    valid:         (B, N) False on padding where crops have different counts; None: all are tokens
     merged:        (B, N) True on blended tokens; None: there are none
     """
 
     hidden_states: Tensor
     positions: Tensor
+    image_index: Tensor
+    valid: Tensor | None = None
     merged: Tensor | None = None
 
 
@@ -416,7 +420,7 @@ class Pruner:
         """Between decoder layers, during prefill and only when the prompt holds an image."""
         return prefill
 
-    def pruned_caches(self, index: int) -> range:
+    def pruned_caches(self, index: int, num_layers: int) -> range:
         """Layers that already ran whose caches lose what was dropped before layer `index`, too."""
         return range(0)
 

@@ -146,11 +146,7 @@ class Nuwa(DecoderPruner):
             chosen = places.gather(1, chosen)
             features[chosen], kept[chosen] = blended.to(features.dtype), True
         vision = replace(vision, features=features.view_as(vision.features), layers={})
-        kept = kept.view(vision.positions.shape)
-        most = int(kept.sum(dim=1).amax())
-        order = kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-        valid = kept.gather(1, order)
-        return replace(vision.keep(order), valid=valid)
+        return vision.keep_mask(kept.view(vision.positions.shape))
 
     def views(self, vision: VisionTokens) -> dict[View, list[Tensor]]:
         """What is pruned as one grid, by shape and budget: single crops, and the tiles of an image

@@ -6,6 +6,8 @@ eager attention, no layer after the selected one, and attention rows without att
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -78,9 +80,13 @@ class CLIPVisionTower(nn.Module):
         needs: frozenset[str] = frozenset(),
         pruner: Pruner | None = None,
         crops_in_budget: int = 1,
+        image_index: Tensor | None = None,
     ) -> VisionTokens:
         """Tokens of crops (B, 3, S, S) with the extras named in `needs` (see `VisionTokens`); the
-        hooks of `pruner` that act inside the tower are called."""
+        hooks of `pruner` that act inside the tower are called.
+
+        image_index: (B,) image each crop belongs to (default: one crop per image).
+        """
         pruner = pruner or Pruner()
         if unknown := needs - EXTRAS:
             raise ValueError(f"unknown extras {sorted(unknown)}, choose from {sorted(EXTRAS)}")
@@ -93,7 +99,9 @@ class CLIPVisionTower(nn.Module):
         side = images.shape[-1] // patch_size
         layers: dict[int, dict[str, Tensor]] = {}
         merged = {**wanted, selected: wanted.get(selected, frozenset()) | own}
-        tokens = self._run(images, merged, layers, pruner)
+        if image_index is None:
+            image_index = torch.arange(len(images), device=images.device)
+        tokens = self._run(images, merged, layers, pruner, image_index)
         hidden = tokens.hidden_states.to(images.dtype)
         extras = layers.get(selected, {})
         features = hidden[:, 1:] if self.select_feature == "patch" else hidden
@@ -108,6 +116,7 @@ class CLIPVisionTower(nn.Module):
             positions=positions,
             grid=grid,
             crops_in_budget=crops_in_budget,
+            valid=tokens.valid,
             merged=tokens.merged,
             cls_attention=extras.get("cls_attention"),
             keys=extras.get("keys"),
@@ -122,6 +131,7 @@ class CLIPVisionTower(nn.Module):
         wanted: dict[int, frozenset[str]],
         found: dict[int, dict[str, Tensor]],
         pruner: Pruner,
+        image_index: Tensor,
     ) -> TowerTokens:
         """Tokens after the selected layer; what `wanted` names of any layer goes into `found`.
 
@@ -131,7 +141,7 @@ class CLIPVisionTower(nn.Module):
         x = model.pre_layrnorm(self._embed(images.to(self.device, self.dtype)))
         count = x.shape[1] - 1
         places = torch.arange(count, device=x.device).expand(x.shape[0], -1)
-        tokens = TowerTokens(x, places)
+        tokens = TowerTokens(x, places, image_index.to(x.device))
         chosen = tokens if self.num_run_layers == 0 else None
         last = max([self.num_run_layers - 1, *(n for n, names in wanted.items() if names)])
         for number, layer in enumerate(model.encoder.layers[: last + 1]):
@@ -146,12 +156,13 @@ class CLIPVisionTower(nn.Module):
             needs_output = number < last or number < self.num_run_layers or "output" in names
             attention = layer.self_attn
             q, k = attention.q_proj(normed), attention.k_proj(normed)
-            found[number] = attention_extras(attention, q, k, names)
+            mask = None if tokens.valid is None else F.pad(tokens.valid, (1, 0), value=True)
+            found[number] = attention_extras(attention, q, k, names, mask)
             if not needs_output:  # only the projections of this layer were wanted
                 break
-            x = x + attention.out_proj(self_attention(attention, normed, q, k))
+            x = x + attention.out_proj(self_attention(attention, normed, q, k, mask))
             x = x + layer.mlp(layer.layer_norm2(x))
-            tokens = TowerTokens(x, tokens.positions, tokens.merged)
+            tokens = replace(tokens, hidden_states=x)
             if "output" in names:
                 found[number]["output"] = x[:, 1:]
             if number == self.num_run_layers - 1:
@@ -228,15 +239,22 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def self_attention(attention, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """Full attention of a CLIP layer, before its output projection; x, q, k are (B, T, C)."""
+def self_attention(attention, x: Tensor, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """Full attention of a CLIP layer, before its output projection; x, q, k are (B, T, C).
+
+    mask: (B, T) False on padding, which nobody looks at; None: there is none
+    """
     heads = attention.num_heads
     q, k, v = (split_heads(t, heads) for t in (q, k, attention.v_proj(x)))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    mask = None if mask is None else mask[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-def attention_extras(attention, q: Tensor, k: Tensor, names: frozenset[str]) -> dict[str, Tensor]:
-    """The extras of one layer that its queries and keys (B, 1 + N, C) give, in fp32.
+def attention_extras(
+    attention, q: Tensor, k: Tensor, names: frozenset[str], mask: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The extras of one layer that its queries and keys (B, 1 + N, C) give, in fp32; `mask`
+    (B, 1 + N) is False on padding.
 
     cls_attention (B, H, N) is a softmax over all keys of which the class token's own share is cut
     off; attention_mean (B, N) is the column mean of the map over heads and all queries.
@@ -253,7 +271,10 @@ def attention_extras(attention, q: Tensor, k: Tensor, names: frozenset[str]) -> 
         queries, keys = (split_heads(t, heads).float() for t in (q, k))
         keys = keys.transpose(2, 3) * attention.scale
     if "cls_attention" in names:
-        found["cls_attention"] = (queries[:, :, :1] @ keys).softmax(dim=-1)[:, :, 0, 1:]
+        scores = queries[:, :, :1] @ keys
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
+        found["cls_attention"] = scores.softmax(dim=-1)[:, :, 0, 1:]
     if "attention_mean" in names:  # head by head: one map at a time is enough memory
         total = sum((queries[:, h] @ keys[:, h]).softmax(dim=-1).mean(dim=1) for h in range(heads))
         found["attention_mean"] = (total / heads)[:, 1:]

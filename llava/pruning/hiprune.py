@@ -1,0 +1,100 @@
+"""HiPrune: patches a middle tower layer attends to, their neighbours, and those of a deep layer.
+
+Paper: HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in Vision-Language
+Models, https://arxiv.org/abs/2508.00553
+
+Differs from the release: the column means of two attention maps are computed, one head at a time
+(there, all maps of all layers are kept); images of a call keep a budget each (there, they share
+one); with a large `alpha` the neighbours that do not fit are left out (there, an error); fp32 and
+stable ties; any device.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .base import ImageLayout, SelectPruner, VisionTokens
+from .ops import scale_layer, top_stable
+
+
+@dataclass
+class HiPrune(SelectPruner):
+    """
+    visual_token_num: tokens per image; on LLaVA-NeXT shared out equally among its crops, rounded
+                      down (160 over three crops are 53 each)
+    alpha:            share of the budget, 0 to 1, that anchors and their neighbours may take at
+                      most; larger favours the middle layer
+    object_layer:     tower layer of the anchors, counted from 1 as in the paper; None: 9 of 24
+                      layers, scaled to the depth of the tower
+    wrap:             as released, the neighbour beyond the border of the grid is the first or last
+                      patch of the next row, and beyond the first or last row the corner patch;
+                      False: there is none
+    """
+
+    alpha: float = 0.1
+    object_layer: int | None = None
+    wrap: bool = True
+
+    name = "hiprune"
+    anyres_config = {"mm_patch_merge_type": "spatial"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha ({self.alpha}) must lie between 0 and 1")
+        if self.object_layer is not None and self.object_layer < 1:
+            raise ValueError(f"object_layer ({self.object_layer}) counts from 1")
+
+    def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
+        middle = self.object_layer
+        middle = scale_layer(9, num_layers, reference=24) if middle is None else middle
+        if middle - 1 > selected:
+            raise ValueError(
+                f"object_layer ({middle}) must be at most {selected + 1}, the layer of the features"
+            )
+        return {layer: frozenset({"attention_mean"}) for layer in (middle - 1, selected)}
+
+    def after_encoder(self, vision: VisionTokens) -> VisionTokens:
+        means = [
+            vision.layers[number]["attention_mean"]
+            for number in sorted(vision.layers)
+            if "attention_mean" in vision.layers[number]
+        ]
+        middle, deep = means[0], means[-1]
+        kept = torch.zeros_like(deep, dtype=torch.bool)
+        for budget, crops in self.budgets(vision).items():
+            rows = torch.tensor(crops, device=kept.device)
+            chosen = self.choose(middle[rows], deep[rows], budget, vision.grid)
+            kept[rows] = torch.zeros_like(kept[rows]).scatter_(1, chosen, True)
+        return replace(vision, layers={}).keep_mask(kept)
+
+    def budgets(self, vision: VisionTokens) -> dict[int, list[int]]:
+        """Tokens of a crop -> the crops of images that have as many crops."""
+        batch, num_patches = vision.features.shape[:2]
+        found: dict[int, list[int]] = {}
+        for layout in vision.layouts or [ImageLayout(slice(n, n + 1)) for n in range(batch)]:
+            crops = range(layout.crops.start, layout.crops.stop)
+            budget = min(self.tokens_per_crop(len(crops)), num_patches)
+            found.setdefault(budget, []).extend(crops)
+        return found
+
+    def choose(self, middle: Tensor, deep: Tensor, budget: int, grid: tuple[int, int]) -> Tensor:
+        """Places (G, budget) from the attention (G, N) every patch receives in the two layers."""
+        anchors = top_stable(middle, round(budget * self.alpha / 5))
+        shallow = self.with_neighbours(anchors, grid)
+        # Attention is at most 1: anchors come first, then neighbours, then the deep layer's choice.
+        score = deep + torch.zeros_like(deep).scatter_(1, shallow, 1.0)
+        return top_stable(score.scatter_add(1, anchors, torch.ones_like(deep)), budget)
+
+    def with_neighbours(self, anchors: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(G, 5n) anchors (G, n) with their left, right, upper and lower neighbours, clamped to the
+        grid; a neighbour that does not exist is the anchor itself."""
+        rows, columns = grid
+        moved = [anchors + step for step in (0, -1, 1, -columns, columns)]
+        if self.wrap:
+            return torch.cat(moved, dim=1).clamp(0, rows * columns - 1)
+        row, column = anchors // columns, anchors % columns
+        exists = [row >= 0, column > 0, column < columns - 1, row > 0, row < rows - 1]
+        pairs = zip(exists, moved, strict=True)
+        return torch.cat([torch.where(ok, place, anchors) for ok, place in pairs], dim=1)

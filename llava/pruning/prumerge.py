@@ -1,0 +1,153 @@
+"""PruMerge: patches whose class-token attention is an outlier, each with its nearest neighbours.
+
+Every kept patch adds up what its most similar patches carry, weighted by their attention; one more
+token holds the sum of all that was not kept. PruMerge+ also keeps patches at regular intervals. The
+tokens are in the order of their attention, not of the image.
+
+Paper: LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models,
+https://arxiv.org/abs/2403.15388
+
+Differs from the release: every image has its own number of tokens (there, one for the whole batch,
+and PruMerge+ runs on single images only); an image without outliers keeps its most attended patch
+(there, an error or nothing); with a fixed ratio PruMerge+ keeps no patch twice; all centres are
+merged at once (there, two Python loops); `visual_token_num` fixes the total, which the release
+cannot. LLaVA-1.5 only, as in the paper.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .base import Pruner, VisionTokens, check_budget
+from .ops import gather_tokens, normalize
+
+
+@dataclass
+class PruMerge(Pruner):
+    """
+    visual_token_num: tokens per image, the one for the rest included; None: as many as there are
+                      outliers, or as `reduction_ratio` says
+    plus:             also keep patches at regular intervals (PruMerge+)
+    reduction_ratio:  share of the patches that are kept for their attention, above 0 to 1 (trained
+                      checkpoints: 1/8); None: the share of outliers in each image
+    outlier_factor:   an outlier lies this many interquartile ranges above the third quartile;
+                      larger keeps fewer
+    neighbors:        patches merged into each kept one
+    """
+
+    visual_token_num: int | None = None
+    plus: bool = False
+    reduction_ratio: float | None = None
+    outlier_factor: float = 1.5
+    neighbors: int = 32
+
+    name = "prumerge"
+
+    def __post_init__(self):
+        budget, ratio = self.visual_token_num, self.reduction_ratio
+        if budget is not None and (isinstance(budget, bool) or budget != int(budget) or budget < 1):
+            raise ValueError(
+                f"visual_token_num ({budget!r}) must be a whole number of at least 1 token"
+            )
+        if ratio is not None and not 0 < ratio <= 1:
+            raise ValueError(f"reduction_ratio ({ratio}) must lie above 0 and be at most 1")
+        if budget is not None and (self.plus or ratio is not None):
+            raise ValueError("visual_token_num excludes plus and reduction_ratio: choose one")
+        if self.neighbors < 0:
+            raise ValueError(f"neighbors ({self.neighbors}) must be at least 0")
+
+    def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
+        if crops > 1:
+            raise ValueError("prumerge is defined for one crop per image, not for anyres images")
+        if self.visual_token_num is not None:
+            check_budget(self.visual_token_num, num_patches, crops)
+
+    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
+        most = num_patches if self.plus else num_patches // 4 + 1  # a quarter is above a quartile
+        if self.visual_token_num is not None:
+            most = self.visual_token_num
+        elif self.reduction_ratio is not None and not self.plus:
+            most = min(max(1, int(num_patches * self.reduction_ratio)) + 1, num_patches + 1)
+        return [most] * num_layers
+
+    def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
+        return {num_layers - 1: frozenset({"keys", "cls_key", "cls_query"})}
+
+    def after_encoder(self, vision: VisionTokens) -> VisionTokens:
+        num_patches = vision.features.shape[1]
+        if self.visual_token_num is not None and self.visual_token_num >= num_patches:
+            return vision
+        last = vision.layers[max(vision.layers)]
+        attention = class_attention(last["cls_query"], last["cls_key"], last["keys"])
+        centers, valid = self.centers(attention)
+        tokens = self.merge(vision.features.float(), last["keys"], attention, centers, valid)
+        rest = centers.new_full((len(centers), 1), num_patches)
+        positions = torch.cat([centers, rest], dim=1)
+        return replace(
+            vision,
+            features=tokens.to(vision.features.dtype),
+            positions=positions,
+            valid=torch.cat([valid, torch.ones_like(rest, dtype=torch.bool)], dim=1),
+            merged=torch.ones_like(positions, dtype=torch.bool),
+            layers={},
+        )
+
+    def centers(self, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches to keep (B, M) by falling attention (B, N), then those at regular intervals; and
+        (B, M) False on padding."""
+        size = attention.shape[1]
+        number, start, step = self.counts(attention)
+        patch = torch.arange(size, device=attention.device)
+        rank = attention.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        top = rank < number
+        key = torch.where(top, rank, 3 * size)
+        if self.plus:
+            regular = (patch >= start) & ((patch - start) % step == 0) & (patch < size - 1)
+            key = torch.where(regular & ~top, size + patch, key)
+        most = int((key < 3 * size).sum(dim=1).amax())
+        order = key.argsort(dim=1, stable=True)[:, :most]
+        return order, key.gather(1, order) < 3 * size
+
+    def counts(self, attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 1) each: patches kept for their attention, first of those at regular intervals, and
+        the interval."""
+        size = attention.shape[1]
+        if self.visual_token_num is not None:
+            number = torch.full_like(attention[:, :1], self.visual_token_num - 1).long()
+            return number, number, number
+        if self.reduction_ratio is not None:
+            ratio = torch.full_like(attention[:, :1], self.reduction_ratio, dtype=torch.double)
+        else:
+            low, high = attention.quantile(torch.tensor([0.25, 0.75]).to(attention), dim=1)
+            bound = high + self.outlier_factor * (high - low)
+            ratio = (attention > bound[:, None]).double().mean(dim=1, keepdim=True)
+        number = (size * ratio).long().clamp(min=1)
+        interval = (1 / ratio.clamp(min=1 / size)).long()
+        if self.reduction_ratio is not None:
+            return number, interval // 2, interval
+        return number, torch.zeros_like(number), (interval // 3).clamp(min=1)
+
+    def merge(
+        self, features: Tensor, keys: Tensor, attention: Tensor, centers: Tensor, valid: Tensor
+    ) -> Tensor:
+        """Tokens (B, M + 1, C): every centre with its neighbours, and the sum of the rest."""
+        unit = normalize(keys)
+        own = centers[..., None]
+        similar = gather_tokens(unit, centers) @ unit.transpose(1, 2)  # (B, M, N)
+        similar = similar.scatter(2, own, -torch.inf)
+        count = min(self.neighbors, features.shape[1] - 1)
+        nearest = similar.argsort(dim=2, descending=True, stable=True)[..., :count]
+        near = torch.zeros_like(similar).scatter_(2, nearest, 1.0)
+        weight = (near * attention[:, None]).scatter(2, own, 1.0)
+        kept = torch.zeros_like(attention).scatter_add_(1, centers, valid.to(attention.dtype))
+        rest = attention * (kept == 0)
+        return torch.cat([weight, rest[:, None]], dim=1) @ features
+
+
+def class_attention(query: Tensor, cls_key: Tensor, keys: Tensor) -> Tensor:
+    """(B, N) share of the class token's attention, all heads as one; query and cls_key (B, C) of
+    the class token, keys (B, N, C) of the patches."""
+    every = torch.cat([cls_key[:, None], keys], dim=1).float()
+    scores = (every @ query.float()[..., None])[..., 0] * query.shape[1] ** -0.5
+    return scores.softmax(dim=1)[:, 1:]

@@ -1,0 +1,28 @@
+"""HiPrune: names of its options, the attention of the two layers, and the anchors."""
+
+from llava.pruning import build_pruner
+from llava.pruning.ops import top_stable
+from tests.golden_checks.compare import SCORES_ATOL
+
+
+def build(case, folder):
+    args = case["args"]
+    return build_pruner(
+        "hiprune",
+        visual_token_num=args["retention"],
+        alpha=args["alpha"],
+        object_layer=args["object_layer"],
+    )
+
+
+def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
+    crops = pixels.flatten(0, -4)
+    layers = model.get_vision_tower().tokens(crops, pruner.needs, pruner).layers
+    middle = layers[pruner.object_layer - 1]["attention_mean"]
+    report.close("attn_mid", middle, recorded["attn_mid"], SCORES_ATOL)
+    deep = layers[max(layers)]["attention_mean"]
+    report.close("attn_deep", deep, recorded["attn_deep"], SCORES_ATOL)
+    anchors = top_stable(middle, recorded["anchors"].shape[1])
+    report.equal("anchors", anchors, recorded["anchors"])
+    report.equal("tokens", len(trace.visual_positions[0]), case["args"]["tokens"])
+    return True
