@@ -129,7 +129,7 @@ class AnswerLoop:
             **self._sampling(),
             **self._images(batch),
         }
-        if self.visual_tokens is None:
+        if self.visual_tokens is None and arguments["images"] is not None:
             with trace_pruning(self.model) as trace:
                 output = self.model.generate(**arguments)
             self.visual_tokens = count_visual_tokens(trace)
@@ -192,7 +192,7 @@ def batched(items: Iterator, size: int) -> Iterator[list]:
                 batch.append(next(items))
         except StopIteration:
             failure = StopIteration
-        except Exception as error:  # noqa: BLE001 raised again below
+        except Exception as error:  # raised again below
             failure = error
         if batch:
             yield batch

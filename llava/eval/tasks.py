@@ -144,18 +144,21 @@ def mmbench_questions(
     row: dict, all_rounds: bool = False, single_pred_prompt: bool = False, lang: str = "en"
 ) -> Iterator[Question]:
     """MMBench: one question per row, or one per rotation of its options (circular evaluation)."""
-    letters = list(OPTIONS)
-    options = [row[letter] for letter in _present_options(row)]
-    letters = letters[: len(options)]
+    letters = list(_present_options(row))
+    options = [row[letter] for letter in letters]
     question = "\n".join(part for part in (row.get("hint"), row["question"] or "") if part)
     suffix = "\n" + SINGLE_PRED_PROMPT[lang] if single_pred_prompt else ""
     for round_id in range(len(options) if all_rounds else 1):
-        turn = lambda items, k=round_id: items[k:] + items[:k]  # noqa: E731
-        shown = zip(OPTIONS, turn(options), strict=False)
-        prompt = "\n".join([question, *(f"{letter}. {option}" for letter, option in shown)])
+        shown = _rotated(options, round_id)
+        lines = [f"{letter}. {text}" for letter, text in zip(letters, shown, strict=True)]
+        prompt = "\n".join([question, *lines])
         head = {"question_id": as_int(row["index"]), "round_id": round_id, "prompt": prompt}
-        tail = {"options": turn(options), "option_char": turn(letters)}
+        tail = {"options": shown, "option_char": _rotated(letters, round_id)}
         yield Question(head, prompt + suffix, [row["image"]], tail, base64=True)
+
+
+def _rotated(items: list, by: int) -> list:
+    return items[by:] + items[:by]
 
 
 def _present_options(row: dict) -> Iterator[str]:
