@@ -1,8 +1,4 @@
-"""Nüwa: whole runs with what stage 1 and stage 2 did, and its parts on recorded inputs.
-
-Cases of variant "released" record known defects and are no target; those of Qwen2.5-VL wait for
-that model.
-"""
+"""Nüwa: whole runs with what stage 1 and stage 2 did, and its parts on recorded inputs."""
 
 import math
 
@@ -19,13 +15,6 @@ from tests.golden_checks.compare import SCORES_ATOL
 from tests.golden_checks.models import load_checkpoint, open_images, prepare
 
 OPTIONS = ("visual_token_num", "distance", "pillar_quantile")
-
-
-def no_target(case) -> str | None:
-    """Why a case is not something to match, or None."""
-    if case["args"].get("variant") == "released":
-        return "records a defect of the release"
-    return None
 
 
 def build(case, folder):
