@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "llava/__init__.py").read_t
 
 EXTRAS = {
     "serve": ["gradio>=6.17,<7", "fastapi", "uvicorn", "httpx"],
-    "train": ["peft"],
+    "train": ["peft>=0.10,<0.12"],  # newer ones break the Trainer of the pinned transformers
     "deepspeed": ["deepspeed"],
     "eval": ["matplotlib"],
     "quant": ["bitsandbytes"],
@@ -30,7 +30,7 @@ setup(
     install_requires=[
         "torch>=2.1",
         "transformers==4.37.2",
-        "accelerate",
+        "accelerate>=0.28",
         "sentencepiece",
         "protobuf",  # transformers reads sentencepiece models of newer Llama tokenizers with it
         "safetensors",

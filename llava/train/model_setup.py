@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
-import types
 
 import torch
 import transformers
@@ -225,16 +223,10 @@ def add_vision(llava: nn.Module, tokenizer, model_args, data_args, training_args
     if model_args.unfreeze_mm_vision_tower:
         config.unfreeze_mm_vision_tower = True
         config.mm_vision_tower_lr = training_args.mm_vision_tower_lr
-        unfreeze(tower)
+        tower.vision_tower.requires_grad_(True)
     data_args.image_processor = tower.image_processor
     data_args.is_multimodal = True
     data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
-
-
-def unfreeze(tower: nn.Module) -> None:
-    """Trains the vision tower, whose methods otherwise keep gradients out."""
-    tower.vision_tower.requires_grad_(True)
-    tower.tokens = types.MethodType(inspect.unwrap(type(tower).tokens), tower)
 
 
 def add_pruner(llava: nn.Module, model_args, data_args, pruner=None) -> None:

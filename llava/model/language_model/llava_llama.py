@@ -146,11 +146,12 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
         return self.lm_head(hidden).float()
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy over supervised tokens, logits computed for those alone."""
+        """Mean cross-entropy over supervised tokens (0 without any), logits for those alone."""
         targets = labels[:, 1:]
         supervised = targets != IGNORE_INDEX
         logits = self._head(hidden[:, :-1][supervised])
-        return F.cross_entropy(logits, targets[supervised])
+        total = F.cross_entropy(logits, targets[supervised], reduction="sum")
+        return total / supervised.sum().clamp(min=1)
 
     @torch.no_grad()
     def generate(

@@ -73,7 +73,6 @@ class CLIPVisionTower(nn.Module):
             return [self(image[None]) for image in images]
         return self.tokens(images).features
 
-    @torch.no_grad()
     def tokens(
         self,
         images: Tensor,
