@@ -12,7 +12,7 @@ EXTRAS = {
     "serve": ["gradio>=6.17,<7", "fastapi", "uvicorn", "httpx"],
     "train": ["peft>=0.10,<0.12"],  # newer ones break the Trainer of the pinned transformers
     "deepspeed": ["deepspeed"],
-    "eval": ["matplotlib"],
+    "eval": ["matplotlib", "openpyxl"],
     "quant": ["bitsandbytes"],
     "flash": ["flash-attn"],
 }

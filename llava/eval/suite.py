@@ -244,7 +244,7 @@ def main():
     benchmarks = available(args.tasks, args.data_dir)
     import_pyplot()  # a missing extra should be known before hours of answering
     loop = load_loop(args)
-    crops = loop.model._crops_in_budget(build_pruner())
+    crops = loop.model.crops_in_budget(build_pruner())
     runs = plan(args, crops * loop.model.get_vision_tower().num_patches)
     os.makedirs(args.out, exist_ok=True)
     scores = run_all(loop, runs, benchmarks, args)
