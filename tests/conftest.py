@@ -154,8 +154,13 @@ def make_pruner(name: str, visual_token_num: int = 10):
     """A method with a small budget; methods without one as they are."""
     from llava.pruning import METHODS
 
+    if "+" in name:  # the first leaves more than the second where the budget is small
+        first, second = name.split("+")
+        budgets = {first: max(visual_token_num, 30), second: visual_token_num}
+        return build_pruner(name, **{f"{m}_visual_token_num": n for m, n in budgets.items()})
     options = option_names(METHODS[name])
-    budget = {"visual_token_num": visual_token_num} if "visual_token_num" in options else {}
+    takes_budget = "visual_token_num" in options and not build_pruner(name).adaptive
+    budget = {"visual_token_num": visual_token_num} if takes_budget else {}
     return build_pruner(name, **budget)
 
 

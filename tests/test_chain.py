@@ -1,0 +1,90 @@
+"""Two methods in a row."""
+
+import pytest
+import torch
+
+from llava.pruning import Chain, build_pruner, trace_pruning
+
+
+def test_options_find_their_method_by_its_name():
+    chain = build_pruner(
+        "vispruner+fastv", vispruner_visual_token_num=192, fastv_visual_token_num=64, fastv_layer=3
+    )
+    assert isinstance(chain, Chain) and chain.name == "vispruner+fastv"
+    assert chain.first == build_pruner("vispruner", visual_token_num=192)
+    assert chain.second == build_pruner("fastv", visual_token_num=64, layer=3)
+
+
+def test_the_second_starts_from_what_the_first_leaves():
+    chain = build_pruner(
+        "downsample+fastv", downsample_visual_token_num=128, fastv_ratio=0.5, fastv_layer=1
+    )
+    assert chain.token_schedule(576, 3) == [121, 60, 60]
+    assert chain.token_schedule(576, 3, crops=5) == [125, 62, 62]
+
+
+def test_the_first_alone_decides_what_enters_the_decoder(model, sample):
+    prompt = sample(4, "image", 5)
+
+    def entering(pruner):
+        model.pruner = pruner
+        with trace_pruning(model, embeds=True) as trace:
+            model.generate(prompt.ids, images=prompt.images, max_new_tokens=1)
+        return trace
+
+    alone = entering(build_pruner("vispruner", visual_token_num=12))
+    chain = build_pruner(
+        "vispruner+fastv",
+        vispruner_visual_token_num=12,
+        fastv_visual_token_num=5,
+        fastv_layer=2,
+    )
+    both = entering(chain)
+    assert torch.equal(both.visual_embeds[0], alone.visual_embeds[0])
+    assert [int(count) for count in both.visual_tokens] == [12, 12, 5, 5, 5, 5]
+
+
+def test_what_each_needs_is_asked_for():
+    chain = build_pruner("visionzip+adaptprune")
+    assert chain.needs == build_pruner("visionzip").needs
+    assert chain.anyres_config == {"mm_patch_merge_type": "spatial"}
+    assert chain.reads_text and not chain.adaptive
+
+
+def test_weights_of_both_are_registered(model):
+    plain = set(model.state_dict())
+    model.pruner = build_pruner(
+        "cdpruner+fastv", cdpruner_visual_token_num=10, fastv_visual_token_num=4
+    )
+    assert any("pruner_module.cdpruner.text" in name for name in model.state_dict())
+    model.pruner = build_pruner("none")
+    assert set(model.state_dict()) == plain
+
+
+def test_a_second_budget_above_the_first_is_an_error_at_load_time(model):
+    with pytest.raises(ValueError, match="fastv, on the 10 tokens that vispruner leaves: .*64"):
+        model.pruner = build_pruner("vispruner+fastv", vispruner_visual_token_num=10)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("fastv+vispruner", "fastv acts inside the decoder"),
+        ("vispruner+divprune", "divprune does not act inside the decoder alone"),
+        ("vispruner+nuwa", "nuwa does not act inside the decoder alone"),
+        ("vispruner+none", "none does not act inside the decoder alone"),
+        ("vispruner+nope", "unknown pruning method 'nope'"),
+        ("vispruner+fastv+fastv", "METHOD\\+METHOD"),
+        ("vispruner+vispruner", "METHOD\\+METHOD"),
+    ],
+)
+def test_what_does_not_fit_together_is_an_error(name, message):
+    with pytest.raises(ValueError, match=message):
+        build_pruner(name)
+
+
+def test_an_option_of_neither_method_is_an_error():
+    with pytest.raises(ValueError, match="must start with vispruner_ or fastv_"):
+        build_pruner("vispruner+fastv", visual_token_num=64)
+    with pytest.raises(ValueError, match="unknown option 'budget' for pruning method 'fastv'"):
+        build_pruner("vispruner+fastv", fastv_budget=64)
