@@ -40,6 +40,8 @@ from playground.train_tower import WIDTH as TOWER_WIDTH
 
 WIDTH, LAYERS, HEADS, INNER = 256, 6, 8, 704
 ROPE_BASE, EPS = 10000.0, 1e-5
+PLACE_PERIODS = (2.0, 0.6, 0.2)  # wave lengths of the code of a place, in sides of the picture
+PLACE_SCALE = 0.4
 # (turns per picture, ids per turn): short answers, boxes and long questions, options, description
 BUCKETS = ((13, 20), (4, 25), (1, 36), (1, 70))
 SYSTEM = tokenizer.SYSTEM.removesuffix("ASSISTANT:")  # ends with "USER: "
@@ -280,11 +282,12 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def align_projector(
-    model: Decoder, features: torch.Tensor, seeds: range, steps: int = 300
+    model: Decoder, features: torch.Tensor, seeds: range, steps: int = 900
 ) -> float:
-    """Fit the projector so that a patch looks like the sum of the words for what it shows.
+    """Fit the projector so that a patch looks like the words for what it shows and where it lies.
 
-    Returns the share of the targets' variance that is left.
+    Without the code of the place the decoder first learns to answer what needs no place, and the
+    projector loses it. Returns the share of the targets' variance that is left.
     """
     words = model.model.embed_tokens.weight.detach()
     sources, targets = [], []
@@ -292,7 +295,7 @@ def align_projector(
         found = patch_targets(scenes.make_scene(seed))
         where = np.flatnonzero(found["color"] != IGNORE)
         sources.append(features[index, where])
-        targets.append(_word_sums(found, where, words))
+        targets.append(_word_sums(found, where, words) + place_code(found["box"][where]))
     sources, targets = torch.cat(sources).float(), torch.cat(targets)
     projector = model.model.mm_projector
     optimizer = torch.optim.AdamW(projector.parameters(), lr=2e-3)
@@ -304,6 +307,16 @@ def align_projector(
         error.backward()
         optimizer.step()
     return float(error.detach())
+
+
+def place_code(boxes: np.ndarray) -> torch.Tensor:
+    """Waves of the four edges of boxes (n, 4) px along 24 random directions of (n, width)."""
+    shares = torch.from_numpy(boxes) / scenes.IMAGE_SIZE
+    angles = 2 * math.pi * shares[..., None] / torch.tensor(PLACE_PERIODS)
+    waves = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(WIDTH, waves.shape[1], generator=generator)
+    return PLACE_SCALE * waves @ torch.linalg.qr(random)[0].T
 
 
 def _word_sums(found: dict, where: np.ndarray, words: torch.Tensor) -> torch.Tensor:
