@@ -16,22 +16,29 @@ def add_pruning_args(parser: argparse.ArgumentParser) -> None:
         "--pruning_method",
         default="none",
         metavar="NAME",
-        help=f"how visual tokens are pruned: {', '.join(sorted(METHODS))} (default: none)",
+        help=f"how visual tokens are pruned: {', '.join(sorted(METHODS))}, or two in a row as "
+        "METHOD+METHOD (default: none)",
     )
-    group.add_argument(
+    add_option_args(group)
+
+
+def add_option_args(parser) -> None:
+    """Adds --visual-token-num and --pruning-arg, for programs that take the method elsewhere."""
+    parser.add_argument(
         "--visual-token-num",
         "--visual_token_num",
         type=int,
         metavar="N",
         help="token budget per image (default: the method's own)",
     )
-    group.add_argument(
+    parser.add_argument(
         "--pruning-arg",
         "--pruning_arg",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="any other option of the method, repeatable",
+        help="any other option of the method, repeatable; of METHOD+METHOD with the method's name "
+        "as a prefix: fastv_layer=3",
     )
 
 

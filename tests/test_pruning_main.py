@@ -1,0 +1,70 @@
+"""`python -m llava.pruning`: what a setting means."""
+
+from dataclasses import replace
+
+import pytest
+
+from llava.pruning import METHODS, Pruner, build_pruner
+from llava.pruning.__main__ import SIZES, Plan, main
+
+
+def lines(capsys, *arguments) -> list[str]:
+    main(list(arguments))
+    return [line.strip() for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_is_described_for_every_model(capsys, name):
+    out = lines(capsys, name)
+    assert sum(line.startswith("LLaVA-") for line in out) == 4
+    assert sum(line.startswith(("tokens entering", "does not run here")) for line in out) == 4
+
+
+def test_neighbouring_layers_with_the_same_count_share_an_entry(capsys):
+    out = lines(capsys, "fastv", "--visual-token-num", "64", "--layers", "32")
+    assert out[3] == "tokens entering layer 0-1: 576, 2-31: 64"
+    assert out[4] == "average over layers: 96.0 of 576 (16.7%)"
+
+
+def test_depth_is_that_of_the_model_or_the_one_given(capsys):
+    assert "LLaVA-1.5 13B, 40 layers" in lines(capsys, "none")
+    assert "LLaVA-1.5 13B, 10 layers" in lines(capsys, "none", "--layers", "10")
+
+
+def test_numbers_of_the_dense_7b_model():
+    shape = SIZES["7B"]
+    plan = Plan.of(Pruner(), shape, crops=1)
+    assert plan.kv_bytes(shape, text=0) == 2 * 2 * 4096 * 576 * 32
+    n, d, m = 576 + 40, 4096, 11008
+    fastv = 32 * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
+    assert plan.flops(shape, 40, "fastv") == pytest.approx(fastv)
+
+
+def test_a_budget_that_does_not_fit_one_model_is_told_for_that_model(capsys):
+    out = lines(capsys, "vispruner", "--visual-token-num", "640")
+    assert sum("does not run here: visual_token_num (640) exceeds" in line for line in out) == 2
+    assert "tokens entering layer 0-31: 640" in out
+
+
+def test_what_depends_on_the_image_is_told_as_a_bound(capsys):
+    adaptive = [name for name in METHODS if build_pruner(name).adaptive]
+    for name in adaptive:
+        assert any("at most" in line for line in lines(capsys, name))
+
+
+def test_entries_dropped_from_earlier_caches_are_not_counted():
+    class Late(Pruner):
+        def token_schedule(self, num_patches, num_layers, crops=1):
+            return [10, 10, 4]
+
+        def pruned_caches(self, index, num_layers):
+            return range(1, 2) if index == 2 else range(0)
+
+    assert Plan.of(Late(), replace(SIZES["7B"], num_layers=3), 1).entries == 10 + 4 + 4
+
+
+def test_mistakes_end_with_one_line():
+    with pytest.raises(SystemExit, match="error: unknown pruning method 'nope'"):
+        main(["nope"])
+    with pytest.raises(SystemExit, match="must start with vispruner_ or fastv_"):
+        main(["vispruner+fastv", "--visual-token-num", "64"])
