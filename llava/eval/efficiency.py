@@ -151,6 +151,7 @@ def llava_facts(model: LlavaLlamaForCausalLM, pruner: Pruner, workload: Workload
     }
 
 
+@torch.no_grad()
 def build_variants(
     model: LlavaLlamaForCausalLM,
     workload: Workload,

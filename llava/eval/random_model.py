@@ -79,7 +79,7 @@ def build_random_model(
         config.unfreeze_mm_vision_tower = True  # the tower is made here, not loaded from files
         with torch.device("meta"):
             model = LlavaLlamaForCausalLM(config)
-    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    model = model.to(dtype).to_empty(device=device).eval()
     fill_randomly(model, seed)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
