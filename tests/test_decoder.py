@@ -99,7 +99,7 @@ def test_the_cache_appends_in_place_and_grows_only_when_full():
 class DropHalf(DecoderPruner):
     """Keeps the first tokens of every image before layer 2; forgets them in earlier layers too."""
 
-    def pruned_caches(self, index):
+    def pruned_caches(self, index, num_layers):
         return range(index)
 
     def score(self, prefill):

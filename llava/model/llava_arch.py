@@ -120,7 +120,12 @@ class LlavaMetaForCausalLM:
             raise ValueError(f"pruner must come from build_pruner(...), got {pruner!r}")
         tower = self.get_vision_tower()
         if tower is not None:
-            crops = self._crops_in_budget(pruner)
+            crops = self.crops_in_budget(pruner)
+            if crops > 1 and not pruner.anyres:
+                raise ValueError(
+                    f"{pruner.name} is defined for one crop per image, but this model cuts images "
+                    f"into up to {crops}"
+                )
             pruner.check(tower.num_patches, self.config.num_hidden_layers, crops)
             wants_patches = pruner.needs or pruner.tower_extras(*tower.depth)
             if wants_patches and tower.select_feature != "patch":
@@ -162,7 +167,7 @@ class LlavaMetaForCausalLM:
         finally:
             self.pruner = pruner
 
-    def _crops_in_budget(self, pruner: Pruner) -> int:
+    def crops_in_budget(self, pruner: Pruner) -> int:
         """Crops of one image that share `visual_token_num`."""
         if getattr(self.config, "image_aspect_ratio", None) != "anyres":
             return 1
@@ -196,10 +201,10 @@ class LlavaMetaForCausalLM:
         arrangements: per image (crops, tiles, size), see `image_layout`
         """
         pruner = self.pruner
-        budget = self._crops_in_budget(pruner)
-        vision = self.get_vision_tower().tokens(crops, pruner.needs, pruner, budget)
+        budget = self.crops_in_budget(pruner)
         if image_index is None:
             image_index = torch.arange(crops.shape[0], device=crops.device)
+        vision = self.get_vision_tower().tokens(crops, pruner.needs, pruner, budget, image_index)
         vision.image_index, vision.questions = image_index, questions
         if arrangements is not None:
             vision.layouts = [
@@ -217,6 +222,8 @@ class LlavaMetaForCausalLM:
         tiled = isinstance(images, list) or images.ndim == 5
         parts = [image if image.ndim == 4 else image[None] for image in images]
         counts = [len(part) for part in parts]
+        if questions is not None and len(questions) != len(counts):
+            raise ValueError(f"{len(questions)} questions for {len(counts)} images: give one each")
         crops = torch.cat(parts) if tiled else images
         owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         plans, start = [], 0

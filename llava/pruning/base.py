@@ -211,6 +211,13 @@ class Prefill:
             return places[-1:].expand(self.hidden_states.shape[0])
         return (self.valid * places).amax(dim=1)
 
+    def places(self, flags: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """Places (B, most) of the tokens where `flags` (B, S) is True, in order, and which of them
+        are real (B, most); the others are the last prompt token, so that they can be probed."""
+        order = flags.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+        real = flags.gather(1, order)
+        return torch.where(real, order, self.last[:, None]), real
+
     def keep(self, mask: Tensor, renumber: bool = False) -> Prefill:
         """Only the tokens where `mask` (B, S) is True, in their order.
 
@@ -361,6 +368,8 @@ class Pruner:
     #: what an image keeps depends on its content: `token_schedule` is a bound, and
     #: `visual_token_num` the label of a published setting
     adaptive: ClassVar[bool] = False
+    #: False where the method is defined for one crop per image only
+    anyres: ClassVar[bool] = True
     #: trained weights, registered on the model the method is assigned to
     module: nn.Module | None = None
 

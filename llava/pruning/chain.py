@@ -71,6 +71,10 @@ class Chain(Pruner):
         return any(method.adaptive for method in self.methods)
 
     @property
+    def anyres(self) -> bool:
+        return all(method.anyres for method in self.methods)
+
+    @property
     def module(self) -> nn.Module | None:
         modules = {m.name: m.module for m in self.methods if m.module is not None}
         return nn.ModuleDict(modules) if modules else None

@@ -149,9 +149,9 @@ class SparseVLM(Pruner):
             2, prefill.last[:, None, None].expand(-1, flags.shape[1], 1), True
         )
         flags = torch.where(flags.any(dim=-1, keepdim=True), flags, last)
-        rows = flags.any(dim=1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-        rows = rows[:, :most]
-        return rows, flags.gather(2, rows[:, None].expand(-1, raters.shape[1], -1))
+        rows, real = prefill.places(flags.any(dim=1), most)
+        weights = flags.gather(2, rows[:, None].expand(-1, raters.shape[1], -1))
+        return rows, weights & real[:, None]
 
     def score(self, attention: Tensor, weights: Tensor, own: Tensor) -> Tensor:
         """(B, S) rating of every token by the words of its image.

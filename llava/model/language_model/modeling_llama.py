@@ -280,7 +280,7 @@ class LlamaModel(LlamaPreTrainedModel):
                 if prefill.index is not before.index:
                     step = self._prefill_step(prefill)
                     if cache is not None:
-                        for earlier in pruner.pruned_caches(number):
+                        for earlier in pruner.pruned_caches(number, len(self.layers)):
                             drop_from_cache(cache, earlier, held[earlier], prefill)
                     if trace is not None:
                         trace.add_change(number, prefill.index, prefill.valid)
@@ -307,10 +307,10 @@ class LlamaModel(LlamaPreTrainedModel):
         valid, x = prefill.valid, prefill.hidden_states
         return Step(
             rope=self.rotary(prefill.position_ids, x.dtype),
-            mask=None if valid is None else padded_causal_mask(valid, x.shape[1]),
+            mask=padded_causal_mask(valid, x.shape[1]) if hides_tokens(valid) else None,
             valid=valid,
             state=RowState(next_position(prefill), valid),
-            held=prefill.index if valid is None else prefill.index.masked_fill(~valid, -1),
+            held=held_places(prefill),
         )
 
     def attention_rows(
@@ -349,6 +349,14 @@ class LlamaModel(LlamaPreTrainedModel):
         return DecoderShape.from_config(self.config, x.element_size())
 
 
+def held_places(prefill: Prefill) -> Tensor:
+    """(B, S) as in `Step`: ascending in every row wherever the padding stands, behind tokens it
+    repeats the last of them."""
+    if prefill.valid is None:
+        return prefill.index
+    return prefill.index.masked_fill(~prefill.valid, -1).cummax(dim=1).values
+
+
 def drop_from_cache(cache: KVCache, layer: int, held: Tensor, after: Prefill) -> None:
     """Takes from a layer that already ran what a method dropped later; positions stay.
 
@@ -358,6 +366,11 @@ def drop_from_cache(cache: KVCache, layer: int, held: Tensor, after: Prefill) ->
     order = torch.searchsorted(held.contiguous(), after.index.contiguous())
     state = RowState(cache.rows[layer].next_position, after.valid)
     cache.keep(layer, order.clamp(max=held.shape[1] - 1), state)
+
+
+def hides_tokens(valid: Tensor | None) -> bool:
+    """Whether padding stands before a token; behind all tokens the causal mask hides it anyway."""
+    return valid is not None and bool((valid[:, 1:] & ~valid[:, :-1]).any())
 
 
 def next_position(prefill: Prefill) -> Tensor:

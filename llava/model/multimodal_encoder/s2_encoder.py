@@ -33,13 +33,13 @@ class CLIPVisionTowerS2(CLIPVisionTower):
         processor.crop_size["height"] = processor.crop_size["width"] = side
         return processor
 
-    @torch.no_grad()
     def tokens(
         self,
         images: Tensor,
         needs: frozenset[str] = frozenset(),
         pruner: Pruner | None = None,
         crops_in_budget: int = 1,
+        image_index: Tensor | None = None,
     ) -> VisionTokens:
         if images.shape[-1] != images.shape[-2]:
             raise ValueError(f"the multi-scale tower needs square images, got {images.shape[-2:]}")

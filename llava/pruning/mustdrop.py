@@ -1,0 +1,189 @@
+"""MustDrop: even windows are merged early in the vision tower, then what little text looks at is
+dropped at four decoder layers, by thresholds; the caches follow after the prefill.
+
+Paper: Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model,
+https://arxiv.org/abs/2411.10803
+
+Differs from the release: a generated token stands behind the tokens that the layer really ran on
+(there, behind the shortened cache, before some of its own keys); the crops of one image share a
+count of merged windows (there, all crops of a call); cache cuts follow the depth (there, 32
+layers); any batch, image number, grid and backend works, without attention maps. Patches beside
+the last full window are left alone.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Prefill, Pruner, TowerTokens, VisionTokens
+from .ops import gather_tokens, normalize, rank_within_groups, scale_layers, top_stable
+
+LAYERS = (2, 6, 10, 14)
+#: published label -> (global_thr, individual_thr)
+THRESHOLDS = {192: (0.001, 0.001), 128: (0.0012, 0.001), 64: (0.011, 0.01)}
+
+
+@dataclass
+class MustDrop(Pruner):
+    """
+    visual_token_num:  label of a published setting of the two thresholds: 192, 128 or 64 tokens on
+                       average. How many are really kept depends on image and question
+    global_thr:        a token is dropped when its share of the attention that the text pays to the
+                       image is below this ... None: what the label says
+    individual_thr:    ... and no text token pays it as much attention as this. None: likewise
+    spatial_threshold: windows whose patches resemble each other this much on average (cosine, after
+                       the first tower layer) become one token
+    window:            side of the windows, in patches
+    key_ratio:         share of the tokens that are never dropped: those the class token attends to
+                       most in the last tower layer
+    pruning_layers:    layers (0-based) of which the attention counts; the layer after each sees
+                       fewer tokens. None: 2, 6, 10, 14 of 32 layers, scaled to the depth
+    """
+
+    visual_token_num: int = 64
+    global_thr: float | None = None
+    individual_thr: float | None = None
+    spatial_threshold: float = 0.8
+    window: int = 3
+    key_ratio: float = 0.08
+    pruning_layers: Sequence[int] | None = None
+
+    name = "mustdrop"
+    anyres_config = {"mm_patch_merge_type": "flat"}
+    adaptive = True
+    reads_text = True
+
+    def __post_init__(self):
+        given = (self.global_thr, self.individual_thr)
+        if None in given and self.visual_token_num not in THRESHOLDS:
+            raise ValueError(
+                f"visual_token_num ({self.visual_token_num}) must be one of the published settings "
+                f"{', '.join(map(str, THRESHOLDS))}, or give global_thr and individual_thr"
+            )
+        if self.window < 2:
+            raise ValueError(f"window ({self.window}) must be at least 2 patches")
+        if not 0 <= self.key_ratio <= 1:
+            raise ValueError(f"key_ratio ({self.key_ratio}) must lie between 0 and 1")
+
+    def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
+        layers = self.stage_layers(num_layers)
+        if not 0 <= layers[0] or layers[-1] > num_layers - 2 or list(layers) != sorted(set(layers)):
+            raise ValueError(
+                f"pruning_layers {layers} must ascend and leave a layer of {num_layers} after them"
+            )
+
+    @property
+    def thresholds(self) -> tuple[float, float]:
+        given = (self.global_thr, self.individual_thr)
+        label = THRESHOLDS.get(self.visual_token_num, given)
+        return tuple(low if own is None else own for own, low in zip(given, label, strict=True))
+
+    def stage_layers(self, num_layers: int) -> tuple[int, ...]:
+        return tuple(self.pruning_layers or scale_layers(LAYERS, num_layers))
+
+    # --- vision tower -------------------------------------------------------------------------
+
+    def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
+        return {num_layers - 1: frozenset({"cls_attention"})}
+
+    def before_tower_layer(self, index: int, tokens: TowerTokens) -> TowerTokens:
+        if index != 1:
+            return tokens
+        patches, side = tokens.hidden_states[:, 1:], math.isqrt(tokens.positions.shape[1])
+        across = side // self.window
+        if across == 0:
+            return tokens
+        members = self.windows(side, patches.device)  # (W, w * w)
+        blocks = patches[:, members]  # (B, W, w * w, C)
+        evenness = mean_similarity(blocks)
+        num_even = (evenness >= self.spatial_threshold).sum(dim=1)
+        shared = num_even.new_full((len(patches),), across**2)
+        shared = shared.scatter_reduce(0, tokens.image_index, num_even, "amin")
+        num_even = shared[tokens.image_index]  # (B,) the same for all crops of an image
+
+        order = top_stable(evenness, across**2)  # (B, W) most even first
+        means = gather_tokens(blocks.float().mean(dim=2).to(patches.dtype), order)
+        slot = torch.arange(across**2, device=patches.device)
+        made = slot < num_even[:, None]
+        merged_in = torch.zeros_like(made).scatter(1, order, made)  # (B, W) by window
+        gone = torch.zeros_like(tokens.positions, dtype=torch.bool)
+        gone[:, members.flatten()] = merged_in.repeat_interleave(self.window**2, dim=1)
+        alive = torch.cat([made, ~gone], dim=1)
+        counts = alive.sum(dim=1)
+        longest, shortest = torch.stack([counts.amax(), counts.amin()]).tolist()
+        place = alive.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
+        states = gather_tokens(torch.cat([means, patches], dim=1), place)
+        is_merged = place < across**2
+        positions = torch.cat([torch.full_like(order, -1), tokens.positions], dim=1)
+        return TowerTokens(
+            hidden_states=torch.cat([tokens.hidden_states[:, :1], states], dim=1),
+            positions=positions.gather(1, place),
+            image_index=tokens.image_index,
+            valid=None if longest == shortest else alive.gather(1, place),
+            merged=is_merged,
+        )
+
+    def windows(self, side: int, device) -> Tensor:
+        """(W, window^2) patches of every full window of a side x side grid, row-major."""
+        full = side // self.window * self.window
+        grid = torch.arange(side * side, device=device).view(side, side)[:full, :full]
+        grid = grid.unflatten(1, (-1, self.window)).unflatten(0, (-1, self.window))
+        return grid.transpose(1, 2).reshape(-1, self.window**2)
+
+    def after_encoder(self, vision: VisionTokens) -> VisionTokens:
+        """Marks the tokens that are never dropped."""
+        attention = next(x["cls_attention"] for x in vision.layers.values() if "cls_attention" in x)
+        score = attention.float().mean(dim=1)
+        if vision.valid is None:
+            count = torch.full_like(vision.image_index, score.shape[1])
+        else:
+            score, count = score.masked_fill(~vision.valid, -1.0), vision.valid.sum(dim=1)
+        num_keys = (count.double() * self.key_ratio).ceil()
+        rank = rank_within_groups(score, torch.zeros_like(vision.positions))
+        vision.tags = (rank < num_keys[:, None]).long()
+        return vision
+
+    # --- decoder ------------------------------------------------------------------------------
+
+    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
+        return self.stage_layers(num_layers)
+
+    def probe_rows(self, prefill: Prefill) -> Tensor:
+        return self.text_rows(prefill)[0]
+
+    def text_rows(self, prefill: Prefill) -> tuple[Tensor, Tensor]:
+        """Places (B, R) of the text behind the first image, and which of them are real (B, R)."""
+        flags = ~prefill.is_visual & (prefill.is_visual.cumsum(dim=1) > 0)
+        if prefill.valid is not None:
+            flags = flags & prefill.valid
+        if "rows" not in prefill.scratch:  # text is never dropped: the count stays
+            prefill.scratch["rows"] = max(1, int(flags.sum(dim=1).amax()))
+        return prefill.places(flags, prefill.scratch["rows"])
+
+    def before_layer(self, index: int, prefill: Prefill) -> Prefill:
+        if index - 1 not in self.stage_layers(len(prefill.decoder.layers)):
+            return prefill
+        seen = prefill.attention.mean(dim=1) * self.text_rows(prefill)[1][..., None]  # (B, R, S)
+        total, most = seen.sum(dim=1), seen.amax(dim=1)
+        owner = prefill.visual_index.clamp(min=0)
+        images = total.new_zeros(total.shape[0], prefill.image_counts().shape[1])
+        images = images.scatter_add(1, owner, total * prefill.is_visual)
+        share, single = self.thresholds
+        dull = (total < share * prefill.at_tokens(images)) & (most < single)
+        return prefill.keep(~(prefill.is_visual & dull & (prefill.tags != 1)), renumber=True)
+
+    def pruned_caches(self, index: int, num_layers: int) -> range:
+        """After the last cut the layers from the first cut on hold its survivors alone."""
+        layers = self.stage_layers(num_layers)
+        return range(layers[0], index) if index == layers[-1] + 1 else range(0)
+
+
+def mean_similarity(blocks: Tensor) -> Tensor:
+    """(B, W) mean cosine between different tokens of each block (B, W, n, C)."""
+    unit, size = normalize(blocks), blocks.shape[2]
+    gram = unit @ unit.transpose(2, 3)
+    alone = gram.diagonal(dim1=2, dim2=3).sum(dim=-1)
+    return (gram.sum(dim=(2, 3)) - alone) / (size * (size - 1))
