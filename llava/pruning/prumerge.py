@@ -43,6 +43,11 @@ class PruMerge(Pruner):
     neighbors: int = 32
 
     name = "prumerge"
+    anyres = False
+
+    @property
+    def adaptive(self) -> bool:
+        return self.visual_token_num is None
 
     def __post_init__(self):
         budget, ratio = self.visual_token_num, self.reduction_ratio
@@ -58,8 +63,6 @@ class PruMerge(Pruner):
             raise ValueError(f"neighbors ({self.neighbors}) must be at least 0")
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
-        if crops > 1:
-            raise ValueError("prumerge is defined for one crop per image, not for anyres images")
         if self.visual_token_num is not None:
             check_budget(self.visual_token_num, num_patches, crops)
 
