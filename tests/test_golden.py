@@ -38,7 +38,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(("folder", "case"), recorded_cases())
+@pytest.mark.parametrize(("folder", "case"), list(recorded_cases()))
 def test_the_recorded_case_is_reproduced(folder, case):
     assert [problem for problem in run_case(case, folder) if NOT_YET not in problem] == []
 

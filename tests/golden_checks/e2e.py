@@ -1,12 +1,10 @@
 """Whole-model cases: prompt to greedy tokens, with what the pruning method kept."""
 
 import re
-from contextlib import nullcontext
 from copy import copy
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
@@ -47,18 +45,8 @@ def config_changes(case: dict) -> dict:
 def check_single(case, folder, report, steps: int | None = None):
     """One prompt: pixels, visual embeddings, kept tokens, cache lengths, logits and tokens.
 
-    A selection that hangs on the last bit (`exact` false) is run on the unfused attention kernel,
-    whose rounding is that of the recording.
-
     steps: how many generated tokens to compare; None: all that were recorded
     """
-    kernel = sdpa_kernel(SDPBackend.MATH) if case.get("exact") is False else nullcontext()
-    with kernel:
-        compare_single(case, folder, report, steps)
-
-
-def compare_single(case, folder, report, steps: int | None = None):
-    """`check_single` on the attention kernel in use."""
     recorded = load_arrays(case, folder)
     recorded["output_ids"] = recorded["output_ids"][:steps]
     tokenizer, model, processor = load_checkpoint(case["checkpoint"], folder, config_changes(case))
