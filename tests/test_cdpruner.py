@@ -122,6 +122,13 @@ def test_the_question_decides_what_is_kept_and_batches_change_nothing(model, sam
     assert kept(ids, torch.cat([images, images]), questions, attention_mask=mask) == alone
 
 
+def test_every_image_needs_a_question_of_its_own(model, sample):
+    model.pruner = build_pruner("cdpruner", visual_token_num=10)
+    prompt = sample(4, "image", 5, "image", 2)
+    with pytest.raises(ValueError, match="1 questions for 2 images"):
+        model.generate(prompt.ids, images=prompt.images, questions=["what is it?"])
+
+
 def test_more_weight_on_relevance_keeps_more_relevant_patches():
     features, relevance = random(1, 30, 8), torch.linspace(0, 1, 30)[None]
     sums = []

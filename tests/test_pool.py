@@ -54,6 +54,12 @@ def test_cells_are_as_square_as_the_budget_allows(count, per_row):
     assert sorted(set(torch.bincount(middle // 24).tolist()) - {0}) == per_row
 
 
+def test_a_class_token_among_the_patches_is_an_error(make_model):
+    model = make_model(mm_vision_select_feature="cls_patch")
+    with pytest.raises(ValueError, match="grid of patches.*cls_patch"):
+        model.pruner = build_pruner("pool", visual_token_num=9)
+
+
 def test_wide_grids_have_wide_rows():
     _, middle = cells((2, 8), 4)
     assert middle.tolist() == [9, 11, 13, 15]

@@ -52,6 +52,12 @@ class CDPruner(SelectPruner):
         if tower is not None:
             device = tower.device if tower.is_loaded else None
             self.module = ClipText.load(tower.vision_tower_name).to(device)
+            width = self.module.projection.in_features
+            if tower.hidden_size != width:
+                raise ValueError(
+                    f"{self.name} compares features of width {width} with the question, this "
+                    f"vision tower gives {tower.hidden_size}"
+                )
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
         """Leaves the relevance of every patch to the question about its image."""

@@ -21,6 +21,13 @@ class Pool(SelectPruner):
     name = "pool"
     anyres_tiles = (2, 2)
 
+    def attach(self, tower) -> None:
+        if tower is not None and tower.select_feature != "patch":
+            raise ValueError(
+                f"{self.name} averages a grid of patches, but mm_vision_select_feature is "
+                f"{tower.select_feature!r}"
+            )
+
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
         share, centre = cells(vision.grid, self.num_keep(vision), vision.features.device)
         features = (share @ vision.features.float()).to(vision.features.dtype)
