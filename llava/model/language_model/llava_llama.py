@@ -132,7 +132,8 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
         if labels is not None and self.training:
             loss = self._loss(hidden, labels)
         else:
-            logits = self._head(hidden[:, -1:] if last_logits_only else hidden)
+            # A slice with gaps would make the product copy the whole head first.
+            logits = self._head(hidden[:, -1:].contiguous() if last_logits_only else hidden)
             if labels is not None:
                 loss = F.cross_entropy(
                     logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
