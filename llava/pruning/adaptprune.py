@@ -101,12 +101,10 @@ class AdaptPrune(DecoderPruner):
         cells = unpack_tags(tags)
         score, left = self.prior(cells) * attention, self.damping(keys, cells)
         groups = torch.arange(len(score), device=score.device)
-        taken, order = torch.zeros_like(score), []
-        for _ in range(rounds):
-            best = (score + taken).argmax(dim=1)
-            order.append(best)
-            score = score * left[groups, best]
-            taken.scatter_(1, best[:, None], -torch.inf)
+        order = []
+        for _ in range(rounds):  # four small operations per pick, and no copy to the host
+            order.append(best := score.argmax(dim=1))
+            score.mul_(left[groups, best]).scatter_(1, best[:, None], -torch.inf)
         return torch.stack(order, dim=1) if order else tags[:, :0]
 
     def prior(self, cells: tuple[Tensor, ...]) -> Tensor:
@@ -133,7 +131,8 @@ class AdaptPrune(DecoderPruner):
             -distance / (2 * self.distance_sigma**2) - unlike**2 / (2 * self.similarity_sigma**2)
         ).exp()
         near = (distance <= self.distance_limit**2) & (block[:, :, None] == block[:, None, :])
-        return torch.where(near & (block > 0)[:, None], 1 - damped, 1.0)
+        left = (1 - damped).clamp(min=1e-30)  # never 0: a taken token (-inf) must stay taken
+        return torch.where(near & (block > 0)[:, None], left, 1.0)
 
 
 def cell_tags(image: ImageTokens) -> Tensor:
