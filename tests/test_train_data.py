@@ -153,7 +153,7 @@ def test_loss_and_gradients_are_the_recorded_ones(shared_model, batch, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "rows"), [(2, [0, 2]), (3, [0, 1, 2, 3])])
+@pytest.mark.parametrize(("case", "rows"), [(2, [2, 3]), (3, [0, 1, 2, 3])])
 def test_loss_of_other_batches_is_the_recorded_one(shared_model, batch, case, rows):
     with torch.no_grad():
         loss = shared_model(**{key: value[rows] for key, value in batch.items()}).loss

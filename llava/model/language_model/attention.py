@@ -78,13 +78,13 @@ def causal_mask(num_queries: int, num_keys: int, device) -> Tensor:
 def padded_causal_mask(valid: Tensor, num_queries: int) -> Tensor:
     """(B, 1, Q, K) causal mask that hides padding, from `valid` (B, K).
 
-    A query on padding sees itself: a row that sees nothing would become NaN and spread.
+    A query on padding that would see nothing sees everything (else it became NaN and spread), which
+    is also what the stock implementation does.
     """
-    causal = causal_mask(num_queries, valid.shape[1], valid.device)
     if num_queries == 1:
         return valid[:, None, None, :]
-    own = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)[-num_queries:]
-    return causal & valid[:, None, None, :] | own
+    mask = causal_mask(num_queries, valid.shape[1], valid.device) & valid[:, None, None, :]
+    return mask | ~mask.any(dim=-1, keepdim=True)
 
 
 def attention_rows(q: Tensor, k: Tensor, rows: Tensor, valid: Tensor | None) -> Tensor:

@@ -80,7 +80,8 @@ class CLIPVisionTowerS2(CLIPVisionTower):
         # (B, 3, tiles, edge, tiles, edge) -> one crop per tile, tiles of an image row by row
         crops = scaled.unflatten(3, (tiles, edge)).unflatten(2, (tiles, edge))
         crops = crops.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
-        hidden = self._run(crops, {}, {}, Pruner()).hidden_states
+        owner = torch.arange(len(crops), device=crops.device)
+        hidden = self._run(crops, {}, {}, Pruner(), owner).hidden_states
         hidden = hidden[:, 1:] if self.select_feature == "patch" else hidden
         grid = int(hidden.shape[1] ** 0.5)
         grids = hidden.transpose(1, 2).unflatten(2, (grid, grid))
