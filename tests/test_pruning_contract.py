@@ -81,6 +81,18 @@ def test_batching_changes_nothing(model, pruner, sample, side):
         assert torch.equal(trace.visual_positions[row], alone[row][2].visual_positions[0])
 
 
+@pytest.mark.parametrize("budget", [1, 7])
+def test_images_at_the_end_and_side_by_side_run_in_any_batch(model, pruner, sample, budget):
+    model.pruner = make_pruner(pruner.name, budget)
+    prompts = [sample(2, "image", seed=2), sample("image", "image", 1, seed=3), sample(3, seed=5)]
+    alone = [generate(model, p.ids, p.images, max_new_tokens=2) for p in prompts]
+    ids, mask = pad_batch([p.ids for p in prompts])
+    images = torch.cat([p.images for p in prompts if p.images is not None])
+    _, logits, _ = generate(model, ids, images, attention_mask=mask, max_new_tokens=2)
+    for row, (_, own_logits, _) in enumerate(alone):
+        torch.testing.assert_close(logits[row], own_logits[0], atol=1e-4, rtol=1e-4)
+
+
 def test_several_images_in_one_prompt_are_pruned_one_by_one(model, pruner, sample):
     model.pruner = pruner
     both = sample(3, "image", 4, "image", 5)
