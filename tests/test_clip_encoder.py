@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llava.pruning.base import VisionTokens
+from llava.pruning.tokens import VisionTokens
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..pruning.base import ImageLayout, ImageTokens, VisionTokens
+from ..pruning.tokens import ImageLayout, ImageTokens, VisionTokens
 
 
 def unpad_window(height: int, width: int, image_size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -19,7 +19,8 @@ from ..constants import (
     IMAGE_TOKEN_INDEX,
 )
 from ..mm_utils import get_anyres_image_grid_shape
-from ..pruning.base import ImageTokens, Pruner, VisionTokens
+from ..pruning.base import Pruner
+from ..pruning.tokens import ImageTokens, VisionTokens
 from .image_layout import (
     flat_layout,
     image_layout,

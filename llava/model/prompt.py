@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..constants import IGNORE_INDEX
-from ..pruning.base import ImageTokens
+from ..pruning.tokens import ImageTokens
 
 PIECES = ("x", "labels", "place", "visual", "patch", "tags")
 

@@ -3,16 +3,7 @@
 from __future__ import annotations
 
 from .adaptprune import AdaptPrune
-from .base import (
-    DecoderPruner,
-    ImageTokens,
-    Prefill,
-    Pruner,
-    SelectPruner,
-    TowerTokens,
-    VisionTokens,
-    option_names,
-)
+from .base import DecoderPruner, Pruner, SelectPruner, option_names
 from .cdpruner import CDPruner
 from .chain import Chain, split_options
 from .divprune import DivPrune
@@ -27,6 +18,7 @@ from .prumerge import PruMerge
 from .pyramiddrop import PyramidDrop
 from .random import Random
 from .sparsevlm import SparseVLM
+from .tokens import ImageTokens, Prefill, TowerTokens, VisionTokens
 from .trace import PruningTrace, trace_pruning
 from .visionzip import VisionZip
 from .vispruner import VisPruner

@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .base import DecoderPruner, ImageTokens, Prefill
+from .base import DecoderPruner
 from .ops import normalize
+from .tokens import ImageTokens, Prefill
 
 BITS = 12  # of each number in a tag
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .base import SelectPruner, VisionTokens
+from .base import SelectPruner
 from .ops import normalize
+from .tokens import VisionTokens
 
 #: last lines that say how to answer, not what is asked
 ANSWER_FORMATS = (

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import ImageTokens, SelectPruner, VisionTokens
+from .base import SelectPruner
 from .ops import normalize
+from .tokens import ImageTokens, VisionTokens
 
 
 @dataclass

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import SelectPruner, VisionTokens
+from .base import SelectPruner
+from .tokens import VisionTokens
 
 
 @dataclass

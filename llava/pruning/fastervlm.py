@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import SelectPruner, VisionTokens
+from .base import SelectPruner
 from .ops import top_stable
+from .tokens import VisionTokens
 
 
 @dataclass

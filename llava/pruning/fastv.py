@@ -11,7 +11,8 @@ real one, every prompt of a batch and every image of a prompt is ranked on its o
 
 from dataclasses import dataclass, replace
 
-from .base import DecoderPruner, Prefill
+from .base import DecoderPruner
+from .tokens import Prefill
 
 
 @dataclass

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .base import ImageLayout, SelectPruner, VisionTokens
+from .base import SelectPruner
 from .ops import scale_layer, top_stable
+from .tokens import ImageLayout, VisionTokens
 
 
 @dataclass

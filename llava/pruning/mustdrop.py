@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Prefill, Pruner, TowerTokens, VisionTokens
+from .base import Pruner
 from .ops import gather_tokens, normalize, rank_within_groups, scale_layers, top_stable
+from .tokens import Prefill, TowerTokens, VisionTokens
 
 LAYERS = (2, 6, 10, 14)
 #: published label -> (global_thr, individual_thr)

@@ -21,9 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import DecoderPruner, ImageLayout, ImageTokens, Prefill, VisionTokens
+from .base import DecoderPruner
 from .ops import normalize, rank_within_groups, scale_layer, top_stable
 from .random import scramble
+from .tokens import ImageLayout, ImageTokens, Prefill, VisionTokens
 
 CELL = 2  # patches along the side of a cell
 #: tokens after stage 1 on LLaVA-NeXT where the release rounds otherwise than 20 / 11 of the budget

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .base import SelectPruner, VisionTokens
+from .base import SelectPruner
+from .tokens import VisionTokens
 
 
 @dataclass

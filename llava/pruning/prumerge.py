@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .base import Pruner, VisionTokens, check_budget
+from .base import Pruner, check_budget
 from .ops import gather_tokens, normalize
+from .tokens import VisionTokens
 
 
 @dataclass

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import SelectPruner, VisionTokens
+from .base import SelectPruner
 from .ops import top_stable
+from .tokens import VisionTokens
 
 
 @dataclass

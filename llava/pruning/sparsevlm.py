@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Prefill, Pruner, check_budget
+from .base import Pruner, check_budget
 from .density_peaks import cluster
 from .ops import gather_tokens, rank_within_groups, scale_layers, top_stable
+from .tokens import Prefill
 
 LAYERS = {"1.0": (2, 6, 15, 19), "1.5": (2, 6, 15), "2.0": (2, 6, 15)}
 #: tokens left at each stage for a published budget, of 576

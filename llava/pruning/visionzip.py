@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .base import SelectPruner, VisionTokens
+from .base import SelectPruner
 from .ops import gather_tokens, normalize, top_stable
+from .tokens import VisionTokens
 
 
 @dataclass

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import SelectPruner, VisionTokens
+from .base import SelectPruner
 from .ops import normalize, top_stable
+from .tokens import VisionTokens
 
 
 @dataclass

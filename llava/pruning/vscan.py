@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import StagedPruner, VisionTokens, check_budget
+from .base import StagedPruner, check_budget
 from .ops import gather_tokens, normalize, rank_within_groups, scale_layer, scale_layers, top_stable
+from .tokens import VisionTokens
 
 #: the local layer counts in a 24-layer tower, the cut in a 32-layer decoder
 LOCAL_LAYER, TOWER_DEPTH, CUT_LAYERS = 5, 24, (16,)

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...pruning.base import Prefill, Pruner
+from ...pruning.base import Pruner
 from ...pruning.cost import DecoderShape
+from ...pruning.tokens import Prefill
 from ..kv_cache import KVCache, RowState
 from .attention import attend, attention_rows, check_backend, padded_causal_mask
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from ...pruning.base import Pruner, TowerTokens, VisionTokens
+from ...pruning.base import Pruner
 from ...pruning.ops import middle_places
+from ...pruning.tokens import TowerTokens, VisionTokens
 
 EXTRAS = frozenset({"cls_attention", "keys", "cls_token", "fingerprint"})
 LAYER_EXTRAS = frozenset(

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPImageProcessor
 
-from ...pruning.base import Pruner, VisionTokens
+from ...pruning.base import Pruner
+from ...pruning.tokens import VisionTokens
 from .clip_encoder import CLIPVisionTower, fingerprint
 
 
