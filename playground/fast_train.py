@@ -353,14 +353,14 @@ def make_batch(indices, first_seed: int, epoch: int, keep: int) -> dict:
     return batch
 
 
-def feed(queue: mp.Queue, pictures: int, size: int, keeps, seed: int) -> None:
+def feed(queue: mp.Queue, first_seed: int, pictures: int, size: int, keeps, seed: int) -> None:
     """Worker: batches of ever new questions for ever."""
     epoch = seed
     while True:
         order = np.random.default_rng(epoch).permutation(pictures)
         for first in range(0, pictures - size + 1, size):
             chosen = order[first : first + size]
-            queue.put(make_batch(chosen, scenes.TRAIN_SEEDS, epoch, keeps.value))
+            queue.put(make_batch(chosen, first_seed, epoch, keeps.value))
         epoch += 1
 
 
@@ -515,7 +515,8 @@ class Trainer:
         self.held_out = tower_features(tower, range(first, first + 48))
         chunks = np.arange(48).reshape(6, 8)
         self.checks = [make_batch(chunk, first, 0, PATCHES) | {"grid": True} for chunk in chunks]
-        seeds = range(scenes.TRAIN_SEEDS, scenes.TRAIN_SEEDS + args.pictures)
+        start = scenes.TRAIN_SEEDS + args.first
+        seeds = range(start, start + args.pictures)
         began = time.monotonic()
         self.features = tower_features(tower, seeds)
         print(f"features of {len(seeds)} pictures: {time.monotonic() - began:.0f} s", flush=True)
@@ -531,7 +532,8 @@ class Trainer:
         args = self.args
         keeps = mp.Value("i", args.keep)
         queue = mp.Queue(4)
-        work = (queue, args.pictures, args.batch, keeps, self.step)
+        first = scenes.TRAIN_SEEDS + args.first
+        work = (queue, first, args.pictures, args.batch, keeps, self.step)
         mp.Process(target=feed, args=work, daemon=True).start()
         began = saved = time.monotonic()
         earlier, recent = self.spent, []
@@ -598,6 +600,7 @@ def main() -> None:
     parser.add_argument("--tower", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=20, help="time budget after preparation")
+    parser.add_argument("--first", type=int, default=0, help="first training scene")
     parser.add_argument("--pictures", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--keep", type=int, default=96)

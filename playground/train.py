@@ -76,7 +76,7 @@ def finetune_words(output: Path, pictures: int, learning_rate: float) -> list[st
         "model_max_length": 2048,
         "dataloader_num_workers": 0,
         "logging_steps": 10,
-        "save_steps": 100,
+        "save_steps": 50,
         "save_total_limit": 1,
         "report_to": "none",
         "seed": 0,
