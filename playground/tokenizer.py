@@ -10,9 +10,12 @@ import argparse
 import json
 from pathlib import Path
 
-from sentencepiece import sentencepiece_model_pb2 as schema
+from transformers.convert_slow_tokenizer import import_protobuf
 
 from playground import questions
+
+# The same module as transformers uses: two definitions of one message cannot share a process.
+schema = import_protobuf()
 
 SPACE = "\u2581"
 SYSTEM = (
