@@ -34,7 +34,7 @@ def tower(args: argparse.Namespace) -> None:
 
 def decoder(args: argparse.Namespace) -> None:
     """Stage 2."""
-    words = ["--tower", TOWER, "--output", LLAVA]
+    words = ["--tower", TOWER, "--output", LLAVA, "--compile"]
     _module("playground.fast_train", *words, "--minutes", args.minutes or MINUTES["decoder"])
 
 
