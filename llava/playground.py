@@ -28,6 +28,17 @@ def default_image() -> str:
     return str(images[0])
 
 
+def trained_part(method: str, model_path: str) -> str | None:
+    """Folder of the trained part of a pruning method that comes with the playground checkpoint.
+
+    None unless `model_path` is that checkpoint and the part is there: what was trained on one model
+    fits no other, so a learned method never falls back to it elsewhere.
+    """
+    folder = ROOT / f"checkpoints/{method}-playground"
+    own = bool(model_path) and Path(model_path).resolve() == (ROOT / CHECKPOINT).resolve()
+    return str(folder) if own and folder.is_dir() else None
+
+
 def _existing(name: str) -> Path:
     path = ROOT / name
     if not path.is_dir():

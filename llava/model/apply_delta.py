@@ -6,7 +6,8 @@
 
 import argparse
 
-from .checkpoint import local_folder, write_checkpoint
+from ..weight_files import local_folder
+from .checkpoint import write_checkpoint
 from .delta import combine, read_weights
 
 

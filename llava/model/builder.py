@@ -22,11 +22,11 @@ from ..constants import (
     DEFAULT_IMAGE_PATCH_TOKEN,
 )
 from ..pruning import Pruner, pruner_from_keywords
+from ..weight_files import local_folder
 from .checkpoint import (
     TOWER_PREFIX,
     Filler,
     clean_trainable_names,
-    local_folder,
     merge_lora,
     read_tensors,
 )

@@ -1,7 +1,6 @@
 """Weights on disk: reading and writing checkpoint folders, filling a model, merging LoRA.
 
-Nothing here runs code from a file: safetensors hold none, and `.bin` files are read with
-`weights_only=True`. Tensors are read one at a time, so that filling a model needs little more
+Tensors are read one at a time (`llava.weight_files`), so that filling a model needs little more
 memory than the model itself.
 """
 
@@ -10,17 +9,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import warnings
-import zipfile
-from collections.abc import Iterable, Iterator
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..weight_files import tensors_in
 
 #: (index file, single file), in order of preference
 WEIGHT_FILES = (
@@ -30,31 +27,8 @@ WEIGHT_FILES = (
 #: recomputed by the model, saved by some versions of other libraries
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "embeddings.position_ids")
 TOWER_PREFIX = "model.vision_tower."
-#: share of a file that may stay mapped in memory beside the tensors already copied
-MAPPED_SHARE = 0.05
 #: bytes per file of the checkpoints we write
 SHARD_BYTES = 5 * 10**9
-
-
-def local_folder(name: str) -> str:
-    """The folder `name`, or the download of the hub repository called `name`."""
-    if os.path.isdir(name):
-        return name
-    if os.path.isabs(name) or name.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise FileNotFoundError(f"checkpoint folder {name!r} does not exist")
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(
-            name, allow_patterns=["*.json", "*.model", "*.txt", "*.safetensors"]
-        )
-        if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
-            folder = snapshot_download(name, allow_patterns=["*.json", "*.model", "*.txt", "*.bin"])
-    except Exception as error:
-        raise FileNotFoundError(
-            f"{name!r} is neither a folder nor a hub repository that can be reached: {error}"
-        ) from error
-    return folder
 
 
 def weight_files(folder: str) -> list[str]:
@@ -78,47 +52,6 @@ def weight_files(folder: str) -> list[str]:
         f"{folder} holds no model weights (looked for "
         f"{', '.join(name for pair in WEIGHT_FILES for name in pair)})"
     )
-
-
-def tensors_in(path: str, skip: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of one file; a tensor is only good until the next one is asked for."""
-    skip = set(skip)
-    try:
-        read = _safetensors_in if path.endswith(".safetensors") else _bin_in
-        yield from read(path, skip)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is refused: it holds something other than tensors, which could run code "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is damaged or not a weight file: {error}") from error
-
-
-def _safetensors_in(path: str, skip: set[str]) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(path, "pt") as file:
-        names = [name for name in file.keys() if name not in skip]
-    for name in names:
-        # Opened anew for each tensor: pages of a mapping count as memory until it is closed.
-        with safe_open(path, "pt") as file:
-            yield name, file.get_tensor(name)
-
-
-def _bin_in(path: str, skip: set[str]) -> Iterator[tuple[str, Tensor]]:
-    mmap = zipfile.is_zipfile(path)  # files of torch < 1.6 are no archives and cannot be mapped
-    limit = max(os.path.getsize(path) * MAPPED_SHARE, 1)
-    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    names, mapped = [name for name in tensors if name not in skip], 0
-    for name in names:
-        if mapped > limit:
-            tensors, mapped = None, 0
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        tensor = tensors[name]
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, expected a tensor")
-        mapped += tensor.nbytes if mmap else 0
-        yield name, tensor
-        del tensor
 
 
 def read_tensors(folder: str, name: str) -> dict[str, Tensor]:

@@ -119,6 +119,7 @@ class LlavaMetaForCausalLM:
     def pruner(self, pruner: Pruner) -> None:
         if not isinstance(pruner, Pruner):
             raise ValueError(f"pruner must come from build_pruner(...), got {pruner!r}")
+        pruner.attach_model(self)
         tower = self.get_vision_tower()
         if tower is not None:
             crops = self.crops_in_budget(pruner)

@@ -48,6 +48,13 @@ class Pruner:
     #: trained weights, registered on the model the method is assigned to
     module: nn.Module | None = None
 
+    def attach_model(self, model: nn.Module) -> None:
+        """Called with the whole language model before anything else when the method is assigned.
+
+        A method with trained weights builds and loads its `module` here, see
+        `llava.pruning.learned`; it may read `model.config`, `model.model` and `model.lm_head`.
+        """
+
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
         """Raises ValueError when this setting cannot run on a model of that shape.
 

@@ -99,6 +99,10 @@ class Chain(Pruner):
         left, crops = self.left_by_first(num_patches, num_layers, crops)
         return self.second.token_schedule(left, num_layers, crops)
 
+    def attach_model(self, model) -> None:
+        for method in self.methods:
+            method.attach_model(model)
+
     def attach(self, tower) -> None:
         for method in self.methods:
             method.attach(tower)
