@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..pruning.tokens import ImageLayout, ImageTokens, VisionTokens
@@ -62,6 +63,7 @@ def flat_layout(vision: VisionTokens, crops: slice, num_patches: int) -> ImageTo
         offsets=(positions + shift).flatten(),
         length=count * num_patches,
         tags=None if vision.tags is None else vision.tags[crops].flatten(),
+        context=None if vision.context is None else vision.context[crops].flatten(0, 1),
         blocks=(grid if math.prod(grid) == num_patches else (1, num_patches),) * count,
         crops=count,
     )
@@ -102,18 +104,21 @@ def spatial_layout(
         offsets=offsets,
         length=length,
         tags=None if vision.tags is None else vision.tags[grid].flatten(),
+        context=None if vision.context is None else vision.context[grid].flatten(0, 1),
     ).keep(chosen)
     if newline is not None:
         ends = torch.arange(bottom - top, device=offsets.device) * stride + stride - 1
         tokens = _append(tokens, newline, ends)
     tokens = tokens.keep(tokens.offsets.argsort(stable=True))
     tags = None if tokens.tags is None else torch.cat([base.tags, tokens.tags])
+    context = None if tokens.context is None else torch.cat([base.context, tokens.context])
     return ImageTokens(
         embeds=torch.cat([base.embeds, tokens.embeds]),
         patches=torch.cat([base.patches, tokens.patches]),
         offsets=torch.cat([base.offsets, tokens.offsets + num_patches]),
         length=num_patches + length,
         tags=tags,
+        context=context,
         blocks=(*base.blocks, (bottom - top, stride)),
         crops=crops.stop - crops.start,
     )
@@ -130,13 +135,14 @@ def with_newline(tokens: ImageTokens, newline: Tensor) -> ImageTokens:
 def _append(tokens: ImageTokens, newline: Tensor, offsets: Tensor) -> ImageTokens:
     """Newline embeddings at `offsets` (m,), behind the tokens."""
     count = len(offsets)
-    tags = tokens.tags
+    tags, context = tokens.tags, tokens.context
     return ImageTokens(
         embeds=torch.cat([tokens.embeds, newline.to(tokens.embeds.dtype).expand(count, -1)]),
         patches=torch.cat([tokens.patches, torch.full_like(offsets, -1)]),
         offsets=torch.cat([tokens.offsets, offsets]),
         length=tokens.length,
         tags=None if tags is None else torch.cat([tags, tags.new_zeros(count)]),
+        context=None if context is None else F.pad(context, (0, 0, 0, count)),
     )
 
 

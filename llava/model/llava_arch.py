@@ -321,6 +321,7 @@ class LlavaMetaForCausalLM:
         if labels is None:
             labels = torch.full_like(input_ids, IGNORE_INDEX)
         limit = getattr(self.config, "tokenizer_model_max_length", None)
+        widths = [image.context.shape[1] for image in tokens if image.context is not None]
         rows = []
         for row, own in enumerate(slots):
             keep = mask[row].nonzero()[:, 0]
@@ -334,6 +335,7 @@ class LlavaMetaForCausalLM:
                     [tokens[i] for i in own],
                     self.pruner.position_policy,
                     limit,
+                    max(widths, default=0),
                 )
             )
         side = padding_side or getattr(self.config, "tokenizer_padding_side", "right")

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..constants import IGNORE_INDEX
 from ..pruning.tokens import ImageTokens
 
-PIECES = ("x", "labels", "place", "visual", "patch", "tags")
+PIECES = ("x", "labels", "place", "visual", "patch", "tags", "context")
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Prompt:
     visual_index:   (B, S) which image of the row a token belongs to, -1 on text and padding
     patch_index:    (B, S) crop * N + patch, -1 where there is none
     token_tags:     (B, S) marks of the pruning method, 0 where there is none; None: it left none
+    token_context:  (B, S, E) values of the pruning method, likewise
     """
 
     inputs_embeds: Tensor
@@ -33,6 +34,7 @@ class Prompt:
     visual_index: Tensor
     patch_index: Tensor
     token_tags: Tensor | None = None
+    token_context: Tensor | None = None
 
 
 def build_row(
@@ -42,11 +44,13 @@ def build_row(
     images: list[ImageTokens],
     policy: str,
     max_length: int | None,
+    context_width: int = 0,
 ) -> dict[str, Tensor]:
     """One sample: text `embeds` (L, D) with images in place of the tokens at `marks`.
 
     policy: "sequence" counts positions through; "grid" gives visual tokens the place they have in
     the unpruned image, and the text after it the place it had. The result is cut to `max_length`.
+    context_width: E of `ImageTokens.context`, 0 where the images of the batch have none.
     """
     pieces: dict[str, list[Tensor]] = {key: [] for key in PIECES}
     start = place = 0
@@ -60,6 +64,7 @@ def build_row(
         pieces["visual"].append(nothing)
         pieces["patch"].append(nothing)
         pieces["tags"].append(torch.zeros_like(nothing))
+        pieces["context"].append(embeds.new_zeros(count, context_width))
         start, place = stop + 1, place + count
         if number == len(marks):
             break
@@ -72,6 +77,8 @@ def build_row(
         pieces["patch"].append(image.patches)
         tags = torch.zeros_like(image.patches) if image.tags is None else image.tags
         pieces["tags"].append(tags)
+        blank = embeds.new_zeros(tokens, context_width)
+        pieces["context"].append(blank if image.context is None else image.context.to(embeds.dtype))
         place += image.length
     row = {key: torch.cat(parts)[:max_length] for key, parts in pieces.items()}
     if policy == "sequence":
@@ -102,4 +109,5 @@ def pad_rows(rows: list[dict[str, Tensor]], side: str, tagged: bool = False) -> 
         visual_index=pad("visual", -1),
         patch_index=pad("patch", -1),
         token_tags=pad("tags", 0) if tagged else None,
+        token_context=pad("context", 0) if rows[0]["context"].shape[1] else None,
     )

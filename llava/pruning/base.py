@@ -45,6 +45,8 @@ class Pruner:
     adaptive: ClassVar[bool] = False
     #: False where the method is defined for one crop per image only
     anyres: ClassVar[bool] = True
+    #: what `probe_rows` records: "weights", "log_weights" or "scores" (before the softmax)
+    probe_form: ClassVar[str] = "weights"
     #: trained weights, registered on the model the method is assigned to
     module: nn.Module | None = None
 
@@ -54,6 +56,10 @@ class Pruner:
         A method with trained weights builds and loads its `module` here, see
         `llava.pruning.learned`; it may read `model.config`, `model.model` and `model.lm_head`.
         """
+
+    def use_random_parts(self, model: nn.Module) -> None:
+        """Makes `module` of random weights that fit `model`, where the method has one, so that it
+        is not loaded when the method is assigned: for measuring times, not for answers."""
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
         """Raises ValueError when this setting cannot run on a model of that shape.
@@ -109,6 +115,11 @@ class Pruner:
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         """Between decoder layers, during prefill and only when the prompt holds an image."""
+        return prefill
+
+    def after_layers(self, prefill: Prefill) -> Prefill:
+        """After the last decoder layer of such a prefill, before the final norm. What is dropped
+        here is missing in the caches that `pruned_caches` names for the number of layers."""
         return prefill
 
     def pruned_caches(self, index: int, num_layers: int) -> range:

@@ -67,6 +67,10 @@ class Chain(Pruner):
         return any(method.reads_text for method in self.methods)
 
     @property
+    def probe_form(self) -> str:
+        return self.second.probe_form
+
+    @property
     def adaptive(self) -> bool:
         return any(method.adaptive for method in self.methods)
 
@@ -103,6 +107,10 @@ class Chain(Pruner):
         for method in self.methods:
             method.attach_model(model)
 
+    def use_random_parts(self, model) -> None:
+        for method in self.methods:
+            method.use_random_parts(model)
+
     def attach(self, tower) -> None:
         for method in self.methods:
             method.attach(tower)
@@ -136,6 +144,9 @@ class Chain(Pruner):
 
     def before_layer(self, index, prefill):
         return self.second.before_layer(index, prefill)
+
+    def after_layers(self, prefill):
+        return self.second.after_layers(prefill)
 
     def pruned_caches(self, index, num_layers):
         return self.second.pruned_caches(index, num_layers)

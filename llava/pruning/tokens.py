@@ -58,6 +58,7 @@ class ImageTokens:
     offsets: (n,) place in the sequence of the unpruned image
     length:  tokens of the unpruned image
     tags:    (n,) as in `VisionTokens`, 0 on newlines
+    context: (n, E) as in `VisionTokens`, 0 on newlines
     blocks:  (rows, columns) of the grids that the unpruned image is read as, one after the other,
              row by row; newlines are the last column of theirs
     crops:   crops the image was cut into
@@ -70,6 +71,7 @@ class ImageTokens:
     tags: Tensor | None = None
     blocks: tuple[tuple[int, int], ...] = ()
     crops: int = 1
+    context: Tensor | None = None
 
     def keep(self, index: Tensor) -> ImageTokens:
         """The tokens at `index` (m,), in that order."""
@@ -79,6 +81,7 @@ class ImageTokens:
             patches=self.patches[index],
             offsets=self.offsets[index],
             tags=None if self.tags is None else self.tags[index],
+            context=None if self.context is None else self.context[index],
         )
 
 
@@ -104,6 +107,7 @@ class VisionTokens:
     questions:     one string per image, for methods that read the text; None unless provided
     relevance:     (B, N) left by a method in `after_encoder` for its `after_projector`
     tags:          (B, N) a method's own mark on each token, travels to `Prefill.tags`
+    context:       (B, N, E) a method's own values for each token, travel to `Prefill.context`
     """
 
     features: Tensor
@@ -122,6 +126,7 @@ class VisionTokens:
     questions: list[str] | None = None
     relevance: Tensor | None = None
     tags: Tensor | None = None
+    context: Tensor | None = None
 
     @property
     def crops_of_image(self) -> Tensor:
@@ -146,6 +151,7 @@ class VisionTokens:
             merged=pick(self.merged),
             relevance=pick(self.relevance),
             tags=pick(self.tags),
+            context=None if self.context is None else gather_tokens(self.context, index),
             keys=None if self.keys is None else gather_tokens(self.keys, index),
             cls_attention=cls_attention,
         )
@@ -180,6 +186,8 @@ class Prefill:
     scratch:       what a method remembers from one layer to the next, for this prefill alone
     attention:     (B, H, R, S) fp32 rows of the previous layer that `probe_rows` chose, by default
                    one, the last prompt token; None where no row was probed
+    context:       (B, S, E) values a method left in `VisionTokens.context`, 0 elsewhere; None: none
+    next_position: (B,) position of the first generated token; None: one after the last in use
     """
 
     decoder: nn.Module
@@ -194,6 +202,8 @@ class Prefill:
     tags: Tensor | None = None
     scratch: dict = field(default_factory=dict)
     attention: Tensor | None = None
+    context: Tensor | None = None
+    next_position: Tensor | None = None
 
     @property
     def is_visual(self) -> Tensor:
@@ -246,7 +256,9 @@ class Prefill:
             index=self.index.gather(1, order),
             valid=valid,
             tags=None if self.tags is None else self.tags.gather(1, order),
+            context=None if self.context is None else gather_tokens(self.context, order),
             attention=None,
+            next_position=None if renumber else self.next_position,
         )
         if valid is not None:  # padding belongs to no image
             kept.visual_index = kept.visual_index.masked_fill(~valid, -1)
@@ -287,8 +299,48 @@ class Prefill:
             patch_index=torch.cat([self.patch_index, none], dim=1),
             index=torch.cat([self.index, none - first - number], dim=1),
             tags=None if self.tags is None else torch.cat([self.tags, none + 1], dim=1),
+            context=None,  # blended tokens have none of their own
         )
         return grown.take(order, valid, renumber)
+
+    def append(self, tokens: Tensor) -> Prefill:
+        """New tokens (B, M, D) behind every prompt, at the positions that follow it.
+
+        They are no part of the prompt: their `index` counts down from -1 as in `keep_and_append`,
+        and generation continues at the position it would have without them.
+        """
+        batch, count = tokens.shape[:2]
+        none = self.index.new_full((batch, count), -1)
+        number = torch.arange(count, device=none.device)
+        follows = self.next_position
+        if follows is None:
+            places = self.position_ids
+            if self.valid is not None:
+                places = places.masked_fill(~self.valid, -1)
+            follows = places.amax(dim=1) + 1
+        first = self.scratch.get("blended", 0)
+        self.scratch["blended"] = first + count
+        real = torch.ones_like(none, dtype=torch.bool)
+        context = self.context
+        if context is not None:
+            context = torch.cat([context, context.new_zeros(batch, count, context.shape[2])], dim=1)
+        return replace(
+            self,
+            hidden_states=torch.cat([self.hidden_states, tokens.to(self.hidden_states)], dim=1),
+            position_ids=torch.cat([self.position_ids, follows[:, None] + number], dim=1),
+            visual_index=torch.cat([self.visual_index, none], dim=1),
+            patch_index=torch.cat([self.patch_index, none], dim=1),
+            index=torch.cat([self.index, none - first - number], dim=1),
+            valid=None if self.valid is None else torch.cat([self.valid, real], dim=1),
+            tags=None if self.tags is None else torch.cat([self.tags, none + 1], dim=1),
+            context=context,
+            attention=None,
+            next_position=follows,
+        )
+
+    def record_importance(self, score: Tensor) -> None:
+        """Leaves `score` (B, S), what the method thinks of each token, for a trace."""
+        self.scratch["importance"] = self.index, score
 
     def images(self) -> tuple[Tensor, Tensor, Tensor]:
         """The visual tokens image by image: row (G, 1), place (G, V) in that row, and real (G, V),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from .cost import DecoderShape, kv_cache_bytes, prefill_flops
@@ -25,6 +26,8 @@ class PruningTrace:
     visual_tokens:    per decoder layer a (B,) tensor: visual tokens entering it
     prompt_tokens:    per decoder layer a (B,) tensor: all tokens entering it
     kv_lengths:       per decoder layer a (B,) tensor: valid cache entries after prefill
+    importance:       per image a tensor aligned with its visual tokens (NaN: not judged): what the
+                      method thought of them; None where it records nothing
     """
 
     keep_embeds: bool = False
@@ -35,6 +38,7 @@ class PruningTrace:
     visual_tokens: list[Tensor] = field(default_factory=list)
     prompt_tokens: list[Tensor] = field(default_factory=list)
     kv_lengths: list[Tensor] = field(default_factory=list)
+    importance: list[Tensor] | None = None
     shape: DecoderShape | None = None
     cache_bytes: int = 0
 
@@ -61,7 +65,7 @@ class PruningTrace:
     def start_prefill(self, shape: DecoderShape, position_ids: Tensor) -> None:
         self.shape, self.position_ids = shape, position_ids.detach().cpu()
         self.decoder_keep, self.visual_tokens, self.prompt_tokens = {}, [], []
-        self.kv_lengths, self.cache_bytes = [], 0
+        self.kv_lengths, self.cache_bytes, self.importance = [], 0, None
 
     def add_layer(self, visual_index: Tensor | None, valid: Tensor | None, size: Tensor) -> None:
         """One layer of the prefill; `size` (B, S) only lends its shape and device."""
@@ -74,9 +78,25 @@ class PruningTrace:
         rows = index if valid is None else [row[ok] for row, ok in zip(index, valid, strict=True)]
         self.decoder_keep[layer] = [row.detach().cpu() for row in rows]
 
-    def finish_prefill(self, cache) -> None:
-        self.kv_lengths = cache.row_lengths()
-        self.cache_bytes = cache.num_bytes()
+    def finish_prefill(self, cache, visual_index: Tensor, judged=None) -> None:
+        """visual_index (B, S) of the prompt; judged: what `Prefill.record_importance` left."""
+        if cache is not None:
+            self.kv_lengths = cache.row_lengths()
+            self.cache_bytes = cache.num_bytes()
+        if judged is not None:
+            self.importance = importance_per_image(*judged, visual_index)
+
+
+def importance_per_image(index: Tensor, score: Tensor, visual_index: Tensor) -> list[Tensor]:
+    """Scores (B, n) of the tokens that stood at `index` (B, n), image after image of all rows."""
+    images = []
+    for row, places in enumerate(index):
+        known = places >= 0
+        full = torch.full(visual_index.shape[1:], float("nan"), device=score.device)
+        full[places[known]] = score[row, known].float()
+        count = int(visual_index[row].amax()) + 1
+        images += [full[visual_index[row] == image].cpu() for image in range(count)]
+    return images
 
 
 @contextmanager

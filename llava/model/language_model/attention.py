@@ -87,11 +87,18 @@ def padded_causal_mask(valid: Tensor, num_queries: int) -> Tensor:
     return mask | ~mask.any(dim=-1, keepdim=True)
 
 
-def attention_rows(q: Tensor, k: Tensor, rows: Tensor, valid: Tensor | None) -> Tensor:
+ROW_FORMS = {"weights": torch.softmax, "log_weights": torch.log_softmax}
+
+
+def attention_rows(
+    q: Tensor, k: Tensor, rows: Tensor, valid: Tensor | None, form: str = "weights"
+) -> Tensor:
     """Rows of the causal attention map in fp32, without the map.
 
-    q (B, H, S, d) and k (B, G, S, d) after RoPE, rows (B, R) places of the queries, valid (B, S)
-    as in `Prefill` -> (B, H, R, S) softmax weights over all keys.
+    q (B, H, Q, d) and k (B, G, S, d) after RoPE, the queries being those of the last Q tokens; rows
+    (B, R) places among the queries; valid (B, S) as in `Prefill`. Returns (B, H, R, S) over all
+    keys: softmax weights, their logarithm ("log_weights"), or the scaled products before the
+    softmax ("scores"); hidden keys have 0 or -inf.
     """
     index = rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
     picked = q.gather(2, index).float() * q.shape[-1] ** -0.5
@@ -100,7 +107,9 @@ def attention_rows(q: Tensor, k: Tensor, rows: Tensor, valid: Tensor | None) -> 
     groups = k.shape[1]
     picked = picked.reshape(batch, groups, heads // groups * count, width)
     scores = (picked @ k.float().transpose(2, 3)).reshape(batch, heads, count, -1)
-    visible = torch.arange(k.shape[2], device=k.device) <= rows[:, None, :, None]
+    behind = k.shape[2] - q.shape[2]
+    visible = torch.arange(k.shape[2], device=k.device) <= rows[:, None, :, None] + behind
     if valid is not None:
         visible = visible & valid[:, None, None, :]
-    return scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    return ROW_FORMS[form](scores, dim=-1) if form in ROW_FORMS else scores

@@ -74,6 +74,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
         visual_index: Tensor | None = None,
         patch_index: Tensor | None = None,
         token_tags: Tensor | None = None,
+        token_context: Tensor | None = None,
         last_logits_only: bool = False,
     ):
         """Logits (B, S, vocabulary), or (B, 1, vocabulary) with `last_logits_only`, and the loss.
@@ -99,7 +100,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
                     position_ids = prompt.position_ids
                     labels = None if labels is None else prompt.labels
                     visual_index, patch_index = prompt.visual_index, prompt.patch_index
-                    token_tags = prompt.token_tags
+                    token_tags, token_context = prompt.token_tags, prompt.token_context
                 elif (input_ids == IMAGE_TOKEN_INDEX).any():
                     raise ValueError("the prompt holds <image> marks, but no images were given")
             if inputs_embeds is None:
@@ -117,6 +118,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
             visual_index=visual_index,
             patch_index=patch_index,
             token_tags=token_tags,
+            token_context=token_context,
             cache=cache,
             pruner=self.pruner,
             grid=(side, side),
@@ -197,6 +199,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
                 "visual_index": prompt.visual_index,
                 "patch_index": prompt.patch_index,
                 "token_tags": prompt.token_tags,
+                "token_context": prompt.token_context,
             }
         output = super().generate(
             inputs_embeds=prompt.inputs_embeds,
@@ -216,6 +219,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
         visual_index: Tensor | None = None,
         patch_index: Tensor | None = None,
         token_tags: Tensor | None = None,
+        token_context: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> dict:
@@ -240,6 +244,8 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
                 patch_index = torch.cat([patch_index, -grow], dim=1)
             if token_tags is not None:
                 token_tags = torch.cat([token_tags, torch.zeros_like(grow)], dim=1)
+            if token_context is not None:
+                token_context = F.pad(token_context, (0, 0, 0, grow.shape[1]))
         return {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
@@ -247,6 +253,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
             "visual_index": visual_index,
             "patch_index": patch_index,
             "token_tags": token_tags,
+            "token_context": token_context,
             "past_key_values": past_key_values,
             "use_cache": past_key_values is not None,
             "last_logits_only": True,

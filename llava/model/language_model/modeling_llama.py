@@ -8,6 +8,7 @@ every layer of a prefill that holds an image.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,6 +72,7 @@ class Step:
     mask:  as in `attend`
     valid: (B, S) as in `Prefill`
     rows:  (B, R) queries whose attention the layer records; None: it records nothing
+    form:  what it records of them, see `attention_rows`
     state: what the cache of these layers has to know about the rows
     held:  (B, S) place of each token in the prompt that entered layer 0, -1 on padding
     """
@@ -79,6 +81,7 @@ class Step:
     mask: Tensor | None = None
     valid: Tensor | None = None
     rows: Tensor | None = None
+    form: str = "weights"
     state: RowState | None = None
     held: Tensor | None = None
 
@@ -110,9 +113,11 @@ class Attention(nn.Module):
         batch, size, _ = x.shape
         q, k = self.queries_and_keys(x, step.rope)
         v = self.v_proj(x).view(batch, size, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        row = None if step.rows is None else attention_rows(q, k, step.rows, step.valid)
         if cache is not None:
             k, v = cache.append(self.layer_idx, k, v)
+        row = None
+        if step.rows is not None:
+            row = attention_rows(q, k, step.rows, step.valid, step.form)
         out = attend(q, k, v, step.mask, self.backend)
         return self.o_proj(out.transpose(1, 2).reshape(batch, size, -1)), row
 
@@ -217,6 +222,7 @@ class LlamaModel(LlamaPreTrainedModel):
         visual_index: Tensor | None = None,
         patch_index: Tensor | None = None,
         token_tags: Tensor | None = None,
+        token_context: Tensor | None = None,
         cache: KVCache | None = None,
         pruner: Pruner | None = None,
         grid: tuple[int, int] | None = None,
@@ -227,7 +233,7 @@ class LlamaModel(LlamaPreTrainedModel):
 
         With an empty cache, or none, this is a prefill: `attention_mask` (B, S) marks tokens,
         `visual_index`, `patch_index` and `token_tags` say where the images are (see `Prefill`) and
-        `pruner` is called before every layer. With a filled cache the tokens continue its rows.
+        `pruner` is called between layers, `token_context` being its own. With a filled cache the tokens continue its rows.
         """
         collect: list[Tensor] | None = [] if output_hidden_states else None
         if cache is not None and len(cache):
@@ -235,7 +241,7 @@ class LlamaModel(LlamaPreTrainedModel):
             index = valid = None
         else:
             prefill = self._start(inputs_embeds, attention_mask, position_ids)
-            prefill.grid, prefill.tags = grid, token_tags
+            prefill.grid, prefill.tags, prefill.context = grid, token_tags, token_context
             if visual_index is not None:
                 prefill.visual_index, prefill.patch_index = visual_index, patch_index
             hooks = pruner if visual_index is not None else None
@@ -272,7 +278,7 @@ class LlamaModel(LlamaPreTrainedModel):
     def _prefill(self, prefill: Prefill, cache, pruner, trace, collect):
         """All layers on the prompt; returns hidden states, surviving index (or None) and valid."""
         probes = set() if pruner is None else set(pruner.probe_layers(len(self.layers)))
-        start, step = prefill.index, self._prefill_step(prefill)
+        start, visual, step = prefill.index, prefill.visual_index, self._prefill_step(prefill)
         held: list[Tensor] = []  # per layer, what its cache holds: index, -1 on padding
         for number, layer in enumerate(self.layers):
             if pruner is not None:
@@ -280,11 +286,7 @@ class LlamaModel(LlamaPreTrainedModel):
                 prefill = pruner.before_layer(number, prefill)
                 if prefill.index is not before.index:
                     step = self._prefill_step(prefill)
-                    if cache is not None:
-                        for earlier in pruner.pruned_caches(number, len(self.layers)):
-                            drop_from_cache(cache, earlier, held[earlier], prefill)
-                    if trace is not None:
-                        trace.add_change(number, prefill.index, prefill.valid)
+                    self._dropped(number, prefill, pruner, held, cache, trace)
             if trace is not None:
                 trace.add_layer(prefill.visual_index, prefill.valid, prefill.index)
             if collect is not None:
@@ -293,16 +295,31 @@ class LlamaModel(LlamaPreTrainedModel):
             prefill.hidden_states, prefill.attention = self._run(
                 layer,
                 prefill.hidden_states,
-                replace(step, rows=pruner.probe_rows(prefill)) if probing else step,
+                replace(step, rows=pruner.probe_rows(prefill), form=pruner.probe_form)
+                if probing
+                else step,
                 cache,
             )
             if cache is not None:
                 cache.rows[number] = step.state
                 held.append(step.held)
-        if trace is not None and cache is not None:
-            trace.finish_prefill(cache)
+        if pruner is not None:
+            before = prefill
+            prefill = pruner.after_layers(prefill)
+            if prefill.index is not before.index:
+                self._dropped(len(self.layers), prefill, pruner, held, cache, trace)
+        if trace is not None:
+            trace.finish_prefill(cache, visual, prefill.scratch.get("importance"))
         index = None if prefill.index is start else prefill.index
         return prefill.hidden_states, index, prefill.valid
+
+    def _dropped(self, number: int, prefill: Prefill, pruner, held, cache, trace) -> None:
+        """Makes caches and trace follow a change of the tokens before layer `number`."""
+        if cache is not None:
+            layers = pruner.pruned_caches(number, len(self.layers))
+            drop_from_caches(cache, layers, held, prefill)
+        if trace is not None:
+            trace.add_change(number, prefill.index, prefill.valid)
 
     def _prefill_step(self, prefill: Prefill) -> Step:
         valid, x = prefill.valid, prefill.hidden_states
@@ -351,22 +368,34 @@ class LlamaModel(LlamaPreTrainedModel):
 
 
 def held_places(prefill: Prefill) -> Tensor:
-    """(B, S) as in `Step`: ascending in every row wherever the padding stands, behind tokens it
-    repeats the last of them."""
-    if prefill.valid is None:
-        return prefill.index
-    return prefill.index.masked_fill(~prefill.valid, -1).cummax(dim=1).values
+    """(B, S) as in `Step`: ascending in every row; padding and tokens that were not in the prompt
+    repeat the last token before them."""
+    index = prefill.index
+    if prefill.valid is not None:
+        index = index.masked_fill(~prefill.valid, -1)
+    return index.cummax(dim=1).values
 
 
-def drop_from_cache(cache: KVCache, layer: int, held: Tensor, after: Prefill) -> None:
-    """Takes from a layer that already ran what a method dropped later; positions stay.
+def drop_from_caches(
+    cache: KVCache, layers: Iterable[int], held: list[Tensor], after: Prefill
+) -> None:
+    """Takes from layers that already ran what a method dropped later; positions stay.
 
-    held: (B, n) what the layer's cache holds, as in `Step`
+    held: per layer (B, n) what its cache holds, as in `Step`; layers with the same tokens share it
     """
-    # Both lists ascend in every row, so a search finds where the survivors were.
-    order = torch.searchsorted(held.contiguous(), after.index.contiguous())
-    state = RowState(cache.rows[layer].next_position, after.valid)
-    cache.keep(layer, order.clamp(max=held.shape[1] - 1), state)
+    orders: dict[int, Tensor] = {}
+    states: dict[int, RowState] = {}  # layers that shared a state still do
+    for layer in layers:
+        own, before = held[layer], cache.rows[layer]
+        if id(own) not in orders:
+            # Both lists ascend in every row, so a search finds where the survivors were.
+            order = torch.searchsorted(own.contiguous(), after.index.contiguous())
+            orders[id(own)] = order.clamp(max=own.shape[1] - 1)
+        if id(before) not in states:
+            follows = after.next_position
+            follows = before.next_position if follows is None else follows
+            states[id(before)] = RowState(follows, after.valid)
+        cache.keep(layer, orders[id(own)], states[id(before)])
 
 
 def hides_tokens(valid: Tensor | None) -> bool:
@@ -375,7 +404,10 @@ def hides_tokens(valid: Tensor | None) -> bool:
 
 
 def next_position(prefill: Prefill) -> Tensor:
-    """(B,) position of the first generated token: one after the last position of the prompt."""
+    """(B,) position of the first generated token: one after the last position of the prompt,
+    unless the method says otherwise."""
+    if prefill.next_position is not None:
+        return prefill.next_position
     positions = prefill.position_ids
     if prefill.valid is not None:
         positions = positions.masked_fill(~prefill.valid, -1)
