@@ -233,7 +233,8 @@ class LlamaModel(LlamaPreTrainedModel):
 
         With an empty cache, or none, this is a prefill: `attention_mask` (B, S) marks tokens,
         `visual_index`, `patch_index` and `token_tags` say where the images are (see `Prefill`) and
-        `pruner` is called between layers, `token_context` being its own. With a filled cache the tokens continue its rows.
+        `pruner` is called between layers, `token_context` being its own. With a filled cache the
+        tokens continue its rows.
         """
         collect: list[Tensor] | None = [] if output_hidden_states else None
         if cache is not None and len(cache):
