@@ -240,7 +240,7 @@ class LlavaMetaForCausalLM:
         ]
         if self.pruning_trace is not None:
             for image in tokens:
-                self.pruning_trace.add_image(image.patches, image.embeds)
+                self.pruning_trace.add_image(image.patches, image.embeds, image.length)
         return tokens
 
     def _arrange(self, crops: slice, tiled: bool, image_size, number: int) -> tuple:

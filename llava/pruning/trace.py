@@ -32,6 +32,7 @@ class PruningTrace:
 
     keep_embeds: bool = False
     visual_positions: list[Tensor] = field(default_factory=list)
+    unpruned_lengths: list[int] = field(default_factory=list)
     visual_embeds: list[Tensor] = field(default_factory=list)
     position_ids: Tensor | None = None
     decoder_keep: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -57,8 +58,9 @@ class PruningTrace:
             return self.cache_bytes
         return sum(kv_cache_bytes(self.shape, t.sum().item()) for t in self.prompt_tokens)
 
-    def add_image(self, positions: Tensor, embeds: Tensor) -> None:
+    def add_image(self, positions: Tensor, embeds: Tensor, unpruned_length: int) -> None:
         self.visual_positions.append(positions.detach().cpu())
+        self.unpruned_lengths.append(unpruned_length)
         if self.keep_embeds:
             self.visual_embeds.append(embeds.detach().cpu())
 
