@@ -9,7 +9,10 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+
+from tests.stub_judge import stub_judge
 
 ROOT = Path(__file__).resolve().parent.parent
 CATEGORY_RULE = "=" * 36
@@ -32,17 +35,21 @@ def program(case: dict) -> list[str] | None:
     return [path, *argv] if (ROOT / path).exists() else None
 
 
-def run(case: dict, folder: Path) -> tuple[int, str, str]:
-    """Returns exit code, stdout and stderr of a case run in `folder`."""
+def run(case: dict, folder: Path, judge_url: str | None = None) -> tuple[int, str, str]:
+    """Returns exit code, stdout and stderr of a case run in `folder`.
+
+    judge_url: endpoint of the recorded judge; it is asked one question at a time
+    """
     for name, content in case["inputs"].items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8")
     script, *argv = program(case)
+    judge = {"OPENAI_BASE_URL": judge_url, "JUDGE_WORKERS": "1"} if judge_url else {}
     done = subprocess.run(
         [sys.executable, ROOT / script, *argv],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **judge},
         capture_output=True,
         encoding="utf-8",
     )
@@ -51,8 +58,12 @@ def run(case: dict, folder: Path) -> tuple[int, str, str]:
 
 def differences(case: dict, folder: Path) -> list[str]:
     """Returns what a run of the case in the empty `folder` does differently; empty: reproduced."""
-    code, stdout, stderr = run(case, folder)
+    replies = case.get("judge_replies")
+    with stub_judge(replies) if replies else nullcontext() as judge:
+        code, stdout, stderr = run(case, folder, judge.url if judge else None)
     found = []
+    if judge and judge.requests != case["judge_requests"]:
+        found.append(f"asked {judge.requests} instead of {case['judge_requests']}")
     if case["returncode"] == 0 or _refusal_is_wanted(case):
         if code != case["returncode"]:
             found.append(f"exit code {code} instead of {case['returncode']}: {stderr[-500:]}")

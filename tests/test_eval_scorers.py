@@ -18,9 +18,8 @@ from tests import eval_cases
 GOLDEN = Path(__file__).parent / "golden" / "llava-base"
 CASES = [
     case
-    for name in ("scoring_scripts.json", "scoring_sqa_conversion.json")
-    for case in json.loads((GOLDEN / name).read_text(encoding="utf-8"))
-    if eval_cases.program(case)
+    for name in ("scripts", "sqa_conversion", "gpt_review")
+    for case in json.loads((GOLDEN / f"scoring_{name}.json").read_text(encoding="utf-8"))
 ]
 M4C = json.loads((GOLDEN / "scoring_m4c.json").read_text(encoding="utf-8"))
 

@@ -1,0 +1,19 @@
+"""Review of text answers: a judge scores a reference and a candidate on every question.
+
+python -m llava.eval.eval_gpt_review -q Q.jsonl -a REFERENCE.jsonl A.jsonl -o REVIEW.jsonl
+
+The judge is any OpenAI-compatible endpoint (`--help`); a run that was stopped goes on.
+`python -m llava.eval.summarize_gpt_review -f REVIEW.jsonl` prints the scores.
+"""
+
+from llava.eval import gpt_review
+from llava.eval.errors import errors_as_messages
+
+
+@errors_as_messages()
+def main():
+    gpt_review.main(gpt_review.TEXT, __doc__.splitlines()[0])
+
+
+if __name__ == "__main__":
+    main()
