@@ -18,9 +18,16 @@ from transformers import PreTrainedModel
 
 from ...pruning.base import Pruner
 from ...pruning.cost import DecoderShape
+from ...pruning.ops import gather_tokens
 from ...pruning.tokens import Prefill
 from ..kv_cache import KVCache, RowState
-from .attention import attend, attention_rows, check_backend, padded_causal_mask
+from .attention import (
+    attend,
+    attention_rows,
+    check_backend,
+    padded_causal_mask,
+    repeat_heads,
+)
 
 
 class RMSNorm(nn.Module):
@@ -109,10 +116,15 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(batch, size, self.num_kv_heads, self.head_dim).transpose(1, 2)
         return rotate(q, rope), rotate(k, rope)
 
+    def values(self, x: Tensor) -> Tensor:
+        """v (B, G, S, d) from normed inputs x (B, S, D)."""
+        batch, size, _ = x.shape
+        return self.v_proj(x).view(batch, size, self.num_kv_heads, self.head_dim).transpose(1, 2)
+
     def forward(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
         batch, size, _ = x.shape
         q, k = self.queries_and_keys(x, step.rope)
-        v = self.v_proj(x).view(batch, size, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        v = self.values(x)
         if cache is not None:
             k, v = cache.append(self.layer_idx, k, v)
         row = None
@@ -153,6 +165,24 @@ class DecoderLayer(nn.Module):
         out, row = self.self_attn(self.input_layernorm(x), step, cache)
         x = x + out
         return x + self.mlp(self.post_attention_layernorm(x)), row
+
+    def at_rows(
+        self, x: Tensor, step: Step, rows: Tensor, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """The outputs (B, R, D) at places `rows` (B, R) alone, and the attention (B, H, R, S) there.
+
+        Keys and values of all tokens x (B, S, D) are computed, and kept in an empty `cache`.
+        """
+        attention, normed = self.self_attn, self.input_layernorm(x)
+        q, k = attention.queries_and_keys(normed, step.rope)
+        v = attention.values(normed)
+        if cache is not None:
+            cache.append(attention.layer_idx, k, v)
+        weights = attention_rows(q, k, rows, step.valid)
+        out = weights.to(v.dtype) @ repeat_heads(v, attention.num_heads)
+        out = attention.o_proj(out.transpose(1, 2).flatten(2))
+        x = gather_tokens(x, rows) + out
+        return x + self.mlp(self.post_attention_layernorm(x)), weights
 
 
 @dataclass
@@ -331,6 +361,20 @@ class LlamaModel(LlamaPreTrainedModel):
             state=RowState(next_position(prefill), valid),
             held=held_places(prefill),
         )
+
+    def branch(
+        self, prefill: Prefill, layers: nn.ModuleList, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Further layers on the tokens as they are now, beside the decoder's own.
+
+        Returns what the last of `layers` gives at the last prompt token, (B, 1, D) before any norm,
+        and what that token attends to there, (B, H, 1, S) in fp32. With a cache, which must hold
+        nothing of these layers yet, their keys and values are kept.
+        """
+        x, step = prefill.hidden_states, self._prefill_step(prefill)
+        for layer in layers[:-1]:
+            x, _ = layer(x, step, cache)
+        return layers[-1].at_rows(x, step, prefill.last[:, None], cache)
 
     def attention_rows(
         self, layer: int, x: Tensor, position_ids: Tensor, rows: Tensor, valid: Tensor | None
