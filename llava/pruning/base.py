@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .drafter import Drafter
 from .ops import scale_layer
 from .tokens import ImageTokens, Prefill, TowerTokens, VisionTokens
 
@@ -117,6 +118,15 @@ class Pruner:
         """Between decoder layers, during prefill and only when the prompt holds an image."""
         return prefill
 
+    def drafter(self, num_layers: int) -> Drafter | None:
+        """What guesses tokens ahead of a decoder with `num_layers` layers; None: nothing does."""
+        return None
+
+    def for_call(self, keywords: dict) -> tuple[Pruner, dict]:
+        """The method and the keywords of one `generate` call, from those the caller gave: a method
+        may read keywords of its published interface."""
+        return self, keywords
+
     def after_layers(self, prefill: Prefill) -> Prefill:
         """After the last decoder layer of such a prefill, before the final norm. What is dropped
         here is missing in the caches that `pruned_caches` names for the number of layers."""
@@ -136,7 +146,7 @@ class Pruner:
 
 
 @dataclass
-class _BudgetPruner(Pruner):
+class BudgetPruner(Pruner):
     """A method with a token budget."""
 
     visual_token_num: int = 64
@@ -172,7 +182,7 @@ def check_budget(visual_token_num: int, num_patches: int, crops: int) -> None:
 
 
 @dataclass
-class SelectPruner(_BudgetPruner):
+class SelectPruner(BudgetPruner):
     """Chooses patches between vision tower and projector; a method overrides `select` alone.
 
     visual_token_num: tokens per image; on LLaVA-NeXT the sum over its crops, shared out equally
@@ -195,7 +205,7 @@ class SelectPruner(_BudgetPruner):
 
 
 @dataclass
-class DecoderPruner(_BudgetPruner):
+class DecoderPruner(BudgetPruner):
     """Drops visual tokens before one decoder layer; a method overrides `score` alone.
 
     visual_token_num: tokens per image that enter `layer` and the layers after it

@@ -148,6 +148,13 @@ class Chain(Pruner):
     def after_layers(self, prefill):
         return self.second.after_layers(prefill)
 
+    def drafter(self, num_layers):
+        return self.second.drafter(num_layers)
+
+    def for_call(self, keywords):
+        second, keywords = self.second.for_call(keywords)
+        return (self if second is self.second else Chain(self.first, second)), keywords
+
     def pruned_caches(self, index, num_layers):
         return self.second.pruned_caches(index, num_layers)
 
