@@ -73,6 +73,11 @@ class KVCache:
             return keys, values
         return self._keys[layer][:, :, :stop], self._values[layer][:, :, :stop]
 
+    def entries(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer that holds some, (B, H, length, d) each."""
+        length = self.lengths[layer]
+        return self._keys[layer][:, :, :length], self._values[layer][:, :, :length]
+
     def keep(self, layer: int, order: Tensor, state: RowState) -> None:
         """Keeps the entries at `order` (B, n) of one layer; `state` describes the result."""
         index = order[:, None, :, None]

@@ -108,6 +108,12 @@ class LlavaMetaForCausalLM:
     def get_vision_tower(self):
         return self.get_model().get_vision_tower()
 
+    @property
+    def patch_grid(self) -> tuple[int, int] | None:
+        """(h, w) patches of one crop; None without a vision tower."""
+        tower = self.get_vision_tower()
+        return None if tower is None else (tower.num_patches_per_side,) * 2
+
     # --- the pruning method -------------------------------------------------------------------
 
     @property
@@ -207,7 +213,8 @@ class LlavaMetaForCausalLM:
         if image_index is None:
             image_index = torch.arange(crops.shape[0], device=crops.device)
         vision = self.get_vision_tower().tokens(crops, pruner.needs, pruner, budget, image_index)
-        vision.image_index, vision.questions = image_index, questions
+        vision.image_index = image_index
+        vision.questions = questions if pruner.reads_question else None
         if arrangements is not None:
             vision.layouts = [
                 image_layout(crops, tiles, vision.grid, size) for crops, tiles, size in arrangements
@@ -219,8 +226,8 @@ class LlavaMetaForCausalLM:
         vision.features = projector(features)
         return pruner.after_projector(vision)
 
-    def _image_tokens(self, images, image_sizes, questions) -> list[ImageTokens]:
-        """Tokens of every image, laid out for the prompt; images as in `generate`."""
+    def image_tokens(self, images, image_sizes=None, questions=None) -> list[ImageTokens]:
+        """Tokens of every image, laid out for the prompt; arguments as in `generate`."""
         tiled = isinstance(images, list) or images.ndim == 5
         parts = [image if image.ndim == 4 else image[None] for image in images]
         counts = [len(part) for part in parts]
@@ -234,14 +241,10 @@ class LlavaMetaForCausalLM:
             plans.append(self._arrange(slice(start, start + count), tiled, size, number))
             start += count
         vision = self.encode_vision(crops, owner.to(crops.device), questions, plans)
-        tokens = [
+        return [
             self.pruner.after_layout(self._layout(vision, layout, tiled))
             for layout in vision.layouts
         ]
-        if self.pruning_trace is not None:
-            for image in tokens:
-                self.pruning_trace.add_image(image.patches, image.embeds, image.length)
-        return tokens
 
     def _arrange(self, crops: slice, tiled: bool, image_size, number: int) -> tuple:
         """(crops, tiles, size) of image `number` as `image_layout` takes them."""
@@ -297,7 +300,7 @@ class LlavaMetaForCausalLM:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        images: Tensor | list[Tensor] | None = None,
+        images: Tensor | list[Tensor] | list[ImageTokens] | None = None,
         image_sizes=None,
         questions: list[str] | None = None,
         padding_side: str | None = None,
@@ -306,17 +309,19 @@ class LlavaMetaForCausalLM:
 
         Images go to the marks in order of appearance, sample after sample. Their number must equal
         the number of marks, or exceed it by one per text-only sample (which uses up a dummy).
-        Raises ValueError otherwise.
+        They may also be what `image_tokens` made of them. Raises ValueError otherwise.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = mask.bool().cpu()
         marked = (input_ids.cpu() == IMAGE_TOKEN_INDEX) & mask
         slots = image_slots(marked.sum(dim=1).tolist(), 0 if images is None else len(images))
-        tokens = (
-            []
-            if images is None or not any(slots)
-            else (self._image_tokens(images, image_sizes, questions))
-        )
+        tokens = []
+        if any(slots):
+            encoded = isinstance(images[0], ImageTokens)
+            tokens = images if encoded else self.image_tokens(images, image_sizes, questions)
+        if self.pruning_trace is not None:
+            for image in tokens:
+                self.pruning_trace.add_image(image.patches, image.embeds, image.length)
         embeds = self.get_model().embed_tokens(input_ids.clamp(min=0))
         if labels is None:
             labels = torch.full_like(input_ids, IGNORE_INDEX)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -35,6 +35,11 @@ class Prompt:
     patch_index: Tensor
     token_tags: Tensor | None = None
     token_context: Tensor | None = None
+
+    def part(self, row: int, columns: slice) -> Prompt:
+        """The tokens at `columns` of one row, as a batch of one."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return Prompt(**{k: None if v is None else v[row : row + 1, columns] for k, v in values})
 
 
 def build_row(

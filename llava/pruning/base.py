@@ -41,6 +41,8 @@ class Pruner:
     #: the choice reads tokens behind the image: running prompt and answer again from the start, as
     #: `use_cache=False` does at every step, may choose other tokens
     reads_text: ClassVar[bool] = False
+    #: a hook before the decoder reads `VisionTokens.questions`; other methods are not given them
+    reads_question: ClassVar[bool] = False
     #: what an image keeps depends on its content: `token_schedule` is a bound, and
     #: `visual_token_num` the label of a published setting
     adaptive: ClassVar[bool] = False
@@ -135,6 +137,17 @@ class Pruner:
     def pruned_caches(self, index: int, num_layers: int) -> range:
         """Layers that already ran whose caches lose what was dropped before layer `index`, too."""
         return range(0)
+
+    def reusable_layers(self, prefill: Prefill) -> int:
+        """How many decoder layers, from the first on, this method leaves alone: it neither drops,
+        changes nor probes tokens in them. They work the same whatever text follows the image, so
+        that `llava.model.reuse` runs them once for all questions about it. Then `before_layer` is
+        called before layer 0 and from this layer on.
+
+        prefill: a prompt up to the end of its last image, before layer 0.
+        """
+        active = overrides(self, "before_layer", "probe_layers", "after_layers")
+        return 0 if active else len(prefill.decoder.layers)
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         """Visual tokens entering each decoder layer for one image of `crops` crops; where that
@@ -245,6 +258,10 @@ class DecoderPruner(BudgetPruner):
             return prefill
         return prefill.keep_visual(self.score(prefill), self.visual_token_num)
 
+    def reusable_layers(self, prefill: Prefill) -> int:
+        num_layers = len(prefill.decoder.layers)
+        return min(self.cut_layer(num_layers), *self.probe_layers(num_layers), num_layers)
+
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         dense, layer = num_patches * crops, self.cut_layer(num_layers)
         kept = min(self.visual_token_num, dense)
@@ -280,6 +297,9 @@ class StagedPruner(Pruner):
         score = prefill.next_attention()
         return prefill.keep_visual(score, prefill.at_tokens(kept[..., index]), renumber=True)
 
+    def reusable_layers(self, prefill: Prefill) -> int:
+        return min(self._plan(prefill)[0], default=len(prefill.decoder.layers))
+
     def _plan(self, prefill: Prefill) -> tuple[set[int], Tensor]:
         """Layers with a cut, and how many tokens of every image (B, I) enter each layer (..., L).
 
@@ -306,6 +326,11 @@ class StagedPruner(Pruner):
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         return self.image_schedule(num_patches * crops, num_layers, num_patches)
+
+
+def overrides(method: Pruner, *hooks: str) -> bool:
+    """Whether a method defines any of these hooks itself."""
+    return any(getattr(type(method), hook) is not getattr(Pruner, hook) for hook in hooks)
 
 
 def option_names(method: type[Pruner]) -> list[str]:

@@ -42,6 +42,7 @@ class CDPruner(SelectPruner):
     theta: float | None = None
 
     name = "cdpruner"
+    reads_question = True
     anyres_tiles = (2, 2)
 
     def __post_init__(self):

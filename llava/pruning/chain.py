@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .base import Pruner
+from .base import Pruner, overrides
 
 BEFORE_DECODER = ("before_tower", "before_tower_layer", "after_encoder", "after_projector")
 
@@ -69,6 +69,10 @@ class Chain(Pruner):
     @property
     def probe_form(self) -> str:
         return self.second.probe_form
+
+    @property
+    def reads_question(self) -> bool:
+        return any(method.reads_question for method in self.methods)
 
     @property
     def adaptive(self) -> bool:
@@ -158,10 +162,8 @@ class Chain(Pruner):
     def pruned_caches(self, index, num_layers):
         return self.second.pruned_caches(index, num_layers)
 
-
-def overrides(method: Pruner, *hooks: str) -> bool:
-    """Whether a method defines any of these hooks itself."""
-    return any(getattr(type(method), hook) is not getattr(Pruner, hook) for hook in hooks)
+    def reusable_layers(self, prefill):
+        return self.second.reusable_layers(prefill)
 
 
 def split_options(name: str, options: dict) -> list[tuple[str, dict]]:

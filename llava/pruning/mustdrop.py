@@ -176,6 +176,9 @@ class MustDrop(Pruner):
         dull = (total < share * prefill.at_tokens(images)) & (most < single)
         return prefill.keep(~(prefill.is_visual & dull & (prefill.tags != 1)), renumber=True)
 
+    def reusable_layers(self, prefill: Prefill) -> int:
+        return self.stage_layers(len(prefill.decoder.layers))[0]
+
     def pruned_caches(self, index: int, num_layers: int) -> range:
         """After the last cut the layers from the first cut on hold its survivors alone."""
         layers = self.stage_layers(num_layers)

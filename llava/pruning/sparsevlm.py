@@ -170,6 +170,9 @@ class SparseVLM(Pruner):
 
     # --- stages -------------------------------------------------------------------------------
 
+    def reusable_layers(self, prefill: Prefill) -> int:
+        return self.stage_layers(len(prefill.decoder.layers))[0]
+
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if index == 0:
             counts = prefill.image_counts().tolist()

@@ -104,7 +104,7 @@ class VisionTokens:
     fingerprint:   (B,) integer that depends on the pixels alone            } them in `needs`
     cls_token:     (B, 1, C) the class token of the selected layer       } asked for in `needs`
     layers:        tower layer -> its extras, for what `tower_extras` asks
-    questions:     one string per image, for methods that read the text; None unless provided
+    questions:     one string per image, for methods with `reads_question`; None unless provided
     relevance:     (B, N) left by a method in `after_encoder` for its `after_projector`
     tags:          (B, N) a method's own mark on each token, travels to `Prefill.tags`
     context:       (B, N, E) a method's own values for each token, travel to `Prefill.context`

@@ -11,6 +11,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ...constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from ..kv_cache import KVCache
 from ..llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from ..prompt import Prompt
+from ..reuse import Prefix
 from .modeling_llama import LlamaModel, LlamaPreTrainedModel
 
 
@@ -76,13 +78,14 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
         token_tags: Tensor | None = None,
         token_context: Tensor | None = None,
         last_logits_only: bool = False,
+        prefix: Prefix | None = None,
     ):
         """Logits (B, S, vocabulary), or (B, 1, vocabulary) with `last_logits_only`, and the loss.
 
         images, image_sizes, questions: as in `generate`. labels: (B, L), -100 is ignored; the loss
         is the mean cross-entropy of the next token. In training mode with labels, logits are
         computed for supervised tokens only and `logits` is None. When a method drops tokens inside
-        the decoder, S counts the survivors.
+        the decoder, S counts the survivors. prefix: as in `generate_from`.
         """
         if output_attentions:
             raise ValueError(
@@ -109,8 +112,6 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
         cache = past_key_values
         if cache is None and use_cache and not self.training:
             cache = KVCache(self.config.num_hidden_layers)
-        tower = self.get_vision_tower()
-        side = None if tower is None else tower.num_patches_per_side
         out = self.model(
             inputs_embeds,
             attention_mask=attention_mask,
@@ -121,9 +122,10 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
             token_context=token_context,
             cache=cache,
             pruner=self.pruner,
-            grid=(side, side),
+            grid=self.patch_grid,
             trace=self.pruning_trace,
             output_hidden_states=bool(output_hidden_states),
+            prefix=prefix,
         )
         hidden, loss, logits = out.hidden_states, None, None
         if labels is not None and out.index is not None:
@@ -191,10 +193,20 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
             questions=questions,
             padding_side="left",
         )
+        return self.generate_from(prompt, **kwargs)
+
+    @torch.no_grad()
+    def generate_from(self, prompt: Prompt, prefix: Prefix | None = None, **kwargs):
+        """`generate` for prompts that are embedded already, padded on the left.
+
+        prefix: what is known of their first tokens, see `llava.model.reuse`
+        """
         if kwargs.get("use_cache", True) is not False:
             reserve = kwargs.get("max_new_tokens") or self.generation_config.max_new_tokens or 64
+            if prefix is not None:  # the rest of the prompt is appended, too
+                reserve += prompt.inputs_embeds.shape[1] - prefix.size
             kwargs["past_key_values"] = KVCache(self.config.num_hidden_layers, reserve)
-        if images is not None:
+        if bool((prompt.visual_index >= 0).any()):
             kwargs |= {
                 "visual_index": prompt.visual_index,
                 "patch_index": prompt.patch_index,
@@ -205,6 +217,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
             inputs_embeds=prompt.inputs_embeds,
             attention_mask=prompt.attention_mask,
             position_ids=prompt.position_ids,
+            prefix=prefix,
             **kwargs,
         )
         return drop_first_token(output)
@@ -221,6 +234,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
         token_tags: Tensor | None = None,
         token_context: Tensor | None = None,
         use_cache: bool | None = None,
+        prefix: Prefix | None = None,
         **kwargs,
     ) -> dict:
         """The prompt's embeddings in the first step, the newest token afterwards."""
@@ -257,6 +271,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
             "past_key_values": past_key_values,
             "use_cache": past_key_values is not None,
             "last_logits_only": True,
+            "prefix": prefix,
         }
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs) -> dict:

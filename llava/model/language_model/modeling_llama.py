@@ -21,6 +21,7 @@ from ...pruning.cost import DecoderShape
 from ...pruning.ops import gather_tokens
 from ...pruning.tokens import Prefill
 from ..kv_cache import KVCache, RowState
+from ..reuse import Prefix
 from .attention import (
     attend,
     attention_rows,
@@ -81,7 +82,6 @@ class Step:
     rows:  (B, R) queries whose attention the layer records; None: it records nothing
     form:  what it records of them, see `attention_rows`
     state: what the cache of these layers has to know about the rows
-    held:  (B, S) place of each token in the prompt that entered layer 0, -1 on padding
     """
 
     rope: tuple[Tensor, Tensor]
@@ -90,7 +90,6 @@ class Step:
     rows: Tensor | None = None
     form: str = "weights"
     state: RowState | None = None
-    held: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -258,33 +257,35 @@ class LlamaModel(LlamaPreTrainedModel):
         grid: tuple[int, int] | None = None,
         trace=None,
         output_hidden_states: bool = False,
+        prefix: Prefix | None = None,
     ) -> DecoderOutput:
         """Runs all layers on `inputs_embeds` (B, S, D).
 
         With an empty cache, or none, this is a prefill: `attention_mask` (B, S) marks tokens,
         `visual_index`, `patch_index` and `token_tags` say where the images are (see `Prefill`) and
         `pruner` is called between layers, `token_context` being its own. With a filled cache the
-        tokens continue its rows.
+        tokens continue its rows. What is known of the prompts in `prefix` is not computed again;
+        when it went through all layers, only what follows it comes out.
         """
         collect: list[Tensor] | None = [] if output_hidden_states else None
         if cache is not None and len(cache):
             x = self._continue(inputs_embeds, cache, collect)
             index = valid = None
         else:
-            prefill = self._start(inputs_embeds, attention_mask, position_ids)
+            prefill = self.start(inputs_embeds, attention_mask, position_ids)
             prefill.grid, prefill.tags, prefill.context = grid, token_tags, token_context
             if visual_index is not None:
                 prefill.visual_index, prefill.patch_index = visual_index, patch_index
             hooks = pruner if visual_index is not None else None
             if trace is not None:
                 trace.start_prefill(self._shape(inputs_embeds), prefill.position_ids)
-            x, index, valid = self._prefill(prefill, cache, hooks, trace, collect)
+            x, index, valid = self._prefill(prefill, cache, hooks, trace, collect, prefix)
         x = self.norm(x)
         if collect is not None:
             collect.append(x)
         return DecoderOutput(x, index, valid, tuple(collect) if collect is not None else None)
 
-    def _start(self, x, attention_mask, position_ids) -> Prefill:
+    def start(self, x, attention_mask=None, position_ids=None) -> Prefill:
         """A prefill of text; the caller says where the images are."""
         batch, size, _ = x.shape
         valid = None
@@ -306,17 +307,22 @@ class LlamaModel(LlamaPreTrainedModel):
             grid=None,
         )
 
-    def _prefill(self, prefill: Prefill, cache, pruner, trace, collect):
+    def _prefill(self, prefill: Prefill, cache, pruner, trace, collect, prefix=None):
         """All layers on the prompt; returns hidden states, surviving index (or None) and valid."""
         probes = set() if pruner is None else set(pruner.probe_layers(len(self.layers)))
         start, visual, step = prefill.index, prefill.visual_index, self._prefill_step(prefill)
-        held: list[Tensor] = []  # per layer, what its cache holds: index, -1 on padding
-        for number, layer in enumerate(self.layers):
+        places = held_places if drops_from_caches(pruner, len(self.layers)) else lambda _: None
+        own, held, done = places(prefill), [], 0  # held: per layer, what its cache holds
+        if prefix is not None:
+            done = prefix.depth
+            prefill = self._resume(prefill, step.state, cache, pruner, trace, prefix)
+            held = [own] * done
+        for number, layer in enumerate(self.layers[done:], start=done):
             if pruner is not None:
                 before, prefill.layer = prefill, number
                 prefill = pruner.before_layer(number, prefill)
                 if prefill.index is not before.index:
-                    step = self._prefill_step(prefill)
+                    step, own = self._prefill_step(prefill), places(prefill)
                     self._dropped(number, prefill, pruner, held, cache, trace)
             if trace is not None:
                 trace.add_layer(prefill.visual_index, prefill.valid, prefill.index)
@@ -333,7 +339,7 @@ class LlamaModel(LlamaPreTrainedModel):
             )
             if cache is not None:
                 cache.rows[number] = step.state
-                held.append(step.held)
+                held.append(own)
         if pruner is not None:
             before = prefill
             prefill = pruner.after_layers(prefill)
@@ -343,6 +349,42 @@ class LlamaModel(LlamaPreTrainedModel):
             trace.finish_prefill(cache, visual, prefill.scratch.get("importance"))
         index = None if prefill.index is start else prefill.index
         return prefill.hidden_states, index, prefill.valid
+
+    def _resume(self, prefill: Prefill, state, cache, pruner, trace, prefix) -> Prefill:
+        """The layers that `prefix` went through, on what follows it; returns the prompt as it
+        enters the next layer (what follows alone where there is none)."""
+        index = prefill.index
+        prefill = pruner.before_layer(0, prefill)
+        if prefill.index is not index:
+            raise ValueError(
+                f"{pruner.name} changes tokens before layer 0, but its reusable_layers says that "
+                f"it leaves {prefix.depth} layers alone"
+            )
+        prefill.hidden_states = self.first_layers(prefill, prefix.depth, cache, prefix)
+        for number in range(prefix.depth):
+            cache.rows[number] = state
+            if trace is not None:
+                trace.add_layer(prefill.visual_index, prefill.valid, index)
+        if prefix.depth < len(self.layers):
+            parts = [prefix.hidden_states(index.shape[0]), prefill.hidden_states]
+            prefill.hidden_states = torch.cat(parts, dim=1)
+        return prefill
+
+    def first_layers(
+        self, prefill: Prefill, depth: int, cache: KVCache, prefix: Prefix | None = None
+    ) -> Tensor:
+        """(B, S, D) tokens of a prompt as they enter layer `depth` when no method acts before it;
+        with `prefix` those that follow it."""
+        known = 0 if prefix is None else prefix.size
+        x, valid = prefill.hidden_states[:, known:], prefill.valid
+        mask = padded_causal_mask(valid, x.shape[1]) if hides_tokens(valid) else None
+        step = Step(self.rotary(prefill.position_ids[:, known:], x.dtype), mask)
+        for number in range(depth):
+            if known:
+                keys, values = prefix.keys_and_values(number, x.shape[0])
+                cache.append(number, keys, values)
+            x, _ = self._run(self.layers[number], x, step, cache)
+        return x
 
     def _dropped(self, number: int, prefill: Prefill, pruner, held, cache, trace) -> None:
         """Makes caches and trace follow a change of the tokens before layer `number`."""
@@ -359,7 +401,6 @@ class LlamaModel(LlamaPreTrainedModel):
             mask=padded_causal_mask(valid, x.shape[1]) if hides_tokens(valid) else None,
             valid=valid,
             state=RowState(next_position(prefill), valid),
-            held=held_places(prefill),
         )
 
     def branch(
@@ -413,8 +454,8 @@ class LlamaModel(LlamaPreTrainedModel):
 
 
 def held_places(prefill: Prefill) -> Tensor:
-    """(B, S) as in `Step`: ascending in every row; padding and tokens that were not in the prompt
-    repeat the last token before them."""
+    """(B, S) place of each token in the prompt that entered layer 0, ascending in every row:
+    padding and tokens that were not in the prompt repeat the last token before them."""
     index = prefill.index
     if prefill.valid is not None:
         index = index.masked_fill(~prefill.valid, -1)
@@ -426,7 +467,7 @@ def drop_from_caches(
 ) -> None:
     """Takes from layers that already ran what a method dropped later; positions stay.
 
-    held: per layer (B, n) what its cache holds, as in `Step`; layers with the same tokens share it
+    held: per layer `held_places` of what its cache holds; layers with the same tokens share it
     """
     orders: dict[int, Tensor] = {}
     states: dict[int, RowState] = {}  # layers that shared a state still do
@@ -441,6 +482,13 @@ def drop_from_caches(
             follows = before.next_position if follows is None else follows
             states[id(before)] = RowState(follows, after.valid)
         cache.keep(layer, orders[id(own)], states[id(before)])
+
+
+def drops_from_caches(pruner: Pruner | None, num_layers: int) -> bool:
+    """Whether a method takes tokens from caches of layers that already ran."""
+    return pruner is not None and any(
+        len(pruner.pruned_caches(index, num_layers)) for index in range(num_layers + 1)
+    )
 
 
 def hides_tokens(valid: Tensor | None) -> bool:

@@ -1,0 +1,195 @@
+"""What prompts share is computed once: questions about one image share everything up to its end.
+
+`PrefixCache.generate` answers like `model.generate`. How far the work is shared follows from the
+pruning method: the tokens of an image unless it reads the question (`Pruner.reads_question`), and
+the decoder layers that work the same whatever text follows (`Pruner.reusable_layers`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..constants import IMAGE_TOKEN_INDEX
+from ..pruning.tokens import ImageTokens
+from .kv_cache import KVCache
+
+
+@dataclass(eq=False)
+class Picture:
+    """An image ready for the model; the same object stands for the same image.
+
+    pixels: (3, S, S), or (crops, 3, S, S)
+    size:   (width, height) of the original
+    """
+
+    pixels: Tensor
+    size: tuple[int, int]
+
+
+@dataclass
+class Beginning:
+    """The first tokens of a prompt after the first layers of the decoder.
+
+    keys, values:  one (G, P, d) tensor per layer that was run
+    hidden_states: (P, D) as they enter the layer after those
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    hidden_states: Tensor
+
+    @property
+    def depth(self) -> int:
+        """Decoder layers that were run."""
+        return len(self.keys)
+
+    def __len__(self) -> int:
+        return self.hidden_states.shape[0]
+
+
+class Prefix:
+    """What is known of the first `size` columns of a batch of prompts, padded on the left.
+
+    The rows may begin differently and know beginnings of different length: the columns end where
+    the first of them is at its end, but a row has at least one token behind them.
+    """
+
+    def __init__(self, beginnings: list[Beginning], lengths: list[int]):
+        """beginnings: of every row, of equal depth; lengths: tokens of every row"""
+        self.beginnings = beginnings
+        self.depth = beginnings[0].depth
+        unknown = [length - len(own) for own, length in zip(beginnings, lengths, strict=True)]
+        tail = max(1, *unknown)
+        self.size = max(lengths) - tail
+        self.counts = [max(0, length - tail) for length in lengths]
+
+    def keys_and_values(self, layer: int, batch: int) -> tuple[Tensor, Tensor]:
+        """(B, G, size, d) each; B may be a multiple of the rows (beams)."""
+        keys = self._columns([own.keys[layer] for own in self.beginnings], batch)
+        return keys, self._columns([own.values[layer] for own in self.beginnings], batch)
+
+    def hidden_states(self, batch: int) -> Tensor:
+        """(B, size, D) tokens as they enter layer `depth`."""
+        return self._columns([own.hidden_states for own in self.beginnings], batch)
+
+    def _columns(self, rows: list[Tensor], batch: int) -> Tensor:
+        shape = (*rows[0].shape[:-2], self.size, rows[0].shape[-1])
+        out = rows[0].new_zeros(len(rows), *shape)
+        for row, known, count in zip(out, rows, self.counts, strict=True):
+            row[..., self.size - count :, :] = known[..., :count, :]
+        return out.repeat_interleave(batch // len(rows), dim=0) if batch > len(rows) else out
+
+
+class PrefixCache:
+    """Remembers what the prompts of one batch began with, for those of the next one.
+
+    A model whose weights or whose method's options change needs a new cache; another method
+    assigned to the model empties it.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.pruner = None
+        self._images: dict[tuple, ImageTokens] = {}
+        self._beginnings: dict[tuple, Beginning] = {}
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: list[Tensor], pictures: list[list[Picture]], questions: list[str], **kwargs
+    ) -> Tensor:
+        """Returns the new tokens, as `model.generate` on the left-padded batch does.
+
+        prompts:   ids (L,) of every prompt, with -200 where an image goes
+        pictures:  those of every prompt, in order
+        questions: of every prompt, for methods that read it
+        The rest is as in `model.generate`.
+        """
+        if self.pruner is not self.model.pruner:
+            self.pruner, self._images, self._beginnings = self.model.pruner, {}, {}
+        image_keys = [
+            [(picture, text if self.pruner.reads_question else None) for picture in own]
+            for own, text in zip(pictures, questions, strict=True)
+        ]
+        self._encode([key for own in image_keys for key in own])
+        images = [self._images[key] for own in image_keys for key in own]
+        ids, mask = pad_left(prompts, kwargs.get("pad_token_id") or 0)
+        device = self.model.device
+        prompt = self.model.build_prompt(
+            ids.to(device), mask.to(device), images=images or None, padding_side="left"
+        )
+        prefix = None
+        if images and kwargs.get("use_cache", True):
+            prefix = self._prefix(prompt, prompts, image_keys)
+        return self.model.generate_from(prompt, prefix=prefix, **kwargs)
+
+    def _encode(self, keys: list[tuple]) -> None:
+        """Makes `_images` hold the tokens of these images and no others."""
+        missing = [key for key in dict.fromkeys(keys) if key not in self._images]
+        known = {key: self._images[key] for key in dict.fromkeys(keys) if key in self._images}
+        if missing:
+            place = {"device": self.model.device, "dtype": self.model.dtype, "non_blocking": True}
+            pixels = [picture.pixels.to(**place) for picture, _ in missing]
+            texts = [text for _, text in missing]
+            tokens = self.model.image_tokens(
+                torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels,
+                [picture.size for picture, _ in missing],
+                texts if self.pruner.reads_question else None,
+            )
+            known |= dict(zip(missing, tokens, strict=True))
+        self._images = known
+
+    def _prefix(self, prompt, prompts: list[Tensor], image_keys: list[list]) -> Prefix | None:
+        """The beginnings of the rows, up to their last image; None where there is nothing to
+        share."""
+        size = prompt.visual_index.shape[1]
+        places = torch.arange(1, size + 1, device=prompt.visual_index.device)
+        ends = (places * (prompt.visual_index >= 0)).amax(dim=1)
+        lengths = prompt.attention_mask.sum(dim=1)
+        ends, lengths = torch.stack([ends, lengths]).tolist()
+        if not all(ends):
+            return None
+        known, rows = {}, []
+        for row, (end, length) in enumerate(zip(ends, lengths, strict=True)):
+            marks = (prompts[row] == IMAGE_TOKEN_INDEX).nonzero()
+            key = (tuple(prompts[row][: int(marks[-1])].tolist()), tuple(image_keys[row]))
+            if key not in known:
+                known[key] = self._beginnings.get(key)
+            if known[key] is None:
+                known[key] = self._begin(prompt, row, slice(size - length, end))
+            rows.append(known[key])
+        self._beginnings = known
+        depths = {own.depth for own in rows}
+        return Prefix(rows, lengths) if len(depths) == 1 and depths != {0} else None
+
+    def _begin(self, prompt, row: int, columns: slice) -> Beginning:
+        """Runs the tokens at `columns` of one row through the layers the method leaves alone."""
+        decoder = self.model.get_model()
+        part = prompt.part(row, columns)
+        prefill = replace(
+            decoder.start(part.inputs_embeds, position_ids=part.position_ids),
+            visual_index=part.visual_index,
+            patch_index=part.patch_index,
+            tags=part.token_tags,
+            context=part.token_context,
+            grid=self.model.patch_grid,
+        )
+        depth = self.pruner.reusable_layers(prefill)
+        cache = KVCache(len(decoder.layers), reserve=0)
+        hidden_states = decoder.first_layers(prefill, depth, cache)
+        entries = [cache.entries(layer) for layer in range(depth)]
+        keys, values = [k[0] for k, _ in entries], [v[0] for _, v in entries]
+        return Beginning(keys, values, hidden_states[0])
+
+
+def pad_left(rows: list[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Returns ids and attention mask (B, L) of prompts of different lengths."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, longest - len(row) :] = row
+        mask[number, longest - len(row) :] = 1
+    return ids, mask
