@@ -40,6 +40,7 @@ CHECKS = {
     "inference": ("inference", "check_inference"),
     "training": ("training", "check_training"),
     "loading": ("loading", "check_loading"),
+    "serving": ("serving", "check_serving"),
 }
 
 

@@ -1,0 +1,284 @@
+"""Answers requests with one loaded model: checks and prepares them, generates, reports.
+
+Everything here but `Engine.stream` runs in threads; the model is shared as `turns` describes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+
+from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from ..conversation import conv_templates
+from ..eval.run_llava import image_inputs
+from ..mm_utils import infer_conv_mode, tokenizer_image_token
+from ..pruning import Pruner
+from .dialogue import last_question
+from .errors import ServeError, encode_chunk
+from .images import decode_images
+from .limits import LIMITS, Limits
+from .methods import MethodShelf, offer, unavailable
+from .outbox import Aborted, Outbox
+from .protocol import GenerateRequest
+from .report import image_geometry, placement, pruning_report, settings
+from .service import internal_error, log_failure
+from .turns import Seat, Turns
+
+TOO_LONG = "Exceeds max token length. Please start a new conversation, thanks."
+LEAST_TEMPERATURE = 0.001  # below, the likeliest token is taken
+KEEP_ALIVE_SECONDS = 5.0  # clients give up on a stream that is silent for 10 s
+PREPARERS = 2  # requests whose images are decoded at the same time
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """A request that was checked and is ready to run.
+
+    ids:            (L,) ids of the prompt, -200 for an image
+    inputs:         the arguments of `generate` that carry the images
+    max_new_tokens: 0 or less when the prompt leaves no room
+    """
+
+    request: GenerateRequest
+    request_id: str
+    seat: Seat
+    ids: Tensor
+    inputs: dict
+    max_new_tokens: int
+    geometry: list[dict] = field(default_factory=list)
+    place: dict = field(default_factory=dict)
+
+
+class Engine:
+    """One model and everything it needs to answer.
+
+    model_name:  what clients call it
+    concurrency: requests that are answered at the same time
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        model,
+        image_processor,
+        model_name: str,
+        concurrency: int = 5,
+        limits: Limits = LIMITS,
+    ):
+        self.tokenizer, self.model, self.image_processor = tokenizer, model, image_processor
+        self.model_name, self.limits = model_name, limits
+        self.template = conv_templates[infer_conv_mode(model_name)]
+        self.methods = offer(model)
+        self.shelf = MethodShelf(model.pruner)
+        self.turns = Turns(model)
+        self._answering = ThreadPoolExecutor(concurrency, "answer")
+        self._preparing = ThreadPoolExecutor(PREPARERS, "prepare")
+
+    def status(self) -> dict:
+        """What the worker's status says beyond the published protocol."""
+        default = self.shelf.default
+        return {
+            "pruning_methods": self.methods,
+            "default_pruning": {"method": default.name, "options": settings(default)},
+            "num_patches": self.model.get_vision_tower().num_patches,
+            "context_length": self._context_length(),
+        }
+
+    def _context_length(self) -> int:
+        return getattr(self.model.config, "max_position_embeddings", 2048)
+
+    async def prepare(self, request: GenerateRequest, request_id: str) -> Job:
+        """Checks everything that can be wrong with a request. Raises ServeError."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._preparing, self._prepare, request, request_id)
+
+    def _prepare(self, request: GenerateRequest, request_id: str) -> Job:
+        texts = request.images or []
+        if request.model not in (None, self.model_name):
+            raise ServeError("unknown_model", "This worker serves another model.")
+        marks = request.prompt.count(DEFAULT_IMAGE_TOKEN) if texts else 0
+        if marks != len(texts):
+            raise ServeError(
+                "image_count",
+                f"Number of images ({len(texts)}) does not match number of {DEFAULT_IMAGE_TOKEN} "
+                f"tokens in the prompt ({marks}).",
+            )
+        if not texts and DEFAULT_IMAGE_TOKEN in request.prompt:
+            raise ServeError(
+                "image_count", f"The prompt has an {DEFAULT_IMAGE_TOKEN} token, but no image came."
+            )
+        pruner = self.shelf.get(request.pruning)
+        images = decode_images(texts, self.limits)
+        seat = self.turns.seat(pruner)
+        try:
+            seat.__enter__()
+        except (ValueError, OSError, ImportError) as error:
+            raise unavailable(error) from None
+        try:
+            return self._inputs(request, request_id, seat, images)
+        except ValueError as error:
+            logger.info("request %s: %s", request_id, type(error).__name__)
+            raise ServeError("bad_image", "An image cannot be prepared for this model.") from None
+        finally:
+            seat.__exit__()
+
+    def _inputs(self, request: GenerateRequest, request_id: str, seat: Seat, images) -> Job:
+        inputs, geometry, crops = {}, [], 0
+        if images:
+            inputs = image_inputs(images, self.image_processor, self.model)
+            question = request.question
+            if question is None:
+                question = last_question(request.prompt, self.template)
+            inputs["questions"] = [question] * len(images)
+            geometry = [image_geometry(image.size, self.model) for image in images]
+            crops = sum(len(p) if p.ndim == 4 else 1 for p in inputs["images"])
+        ids = tokenizer_image_token(
+            self._marked(request.prompt), self.tokenizer, return_tensors="pt"
+        )
+        room = self._context_length() - len(ids)
+        room -= crops * self.model.get_vision_tower().num_patches
+        most = min(request.max_new_tokens, self.limits.new_tokens, room)
+        place = placement(self.model.config)
+        return Job(request, request_id, seat, ids, inputs, most, geometry, place)
+
+    def _marked(self, prompt: str) -> str:
+        if not getattr(self.model.config, "mm_use_im_start_end", False):
+            return prompt
+        wrapped = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+        return prompt.replace(DEFAULT_IMAGE_TOKEN, wrapped)
+
+    async def stream(self, job: Job):
+        """The chunks of the answer, encoded. Closing the stream ends the work."""
+        if job.max_new_tokens < 1:
+            text = job.request.prompt + TOO_LONG
+            yield encode_chunk({"text": text, "error_code": 0, "cause": "prompt_too_long"})
+            return
+        outbox = Outbox(asyncio.get_running_loop(), self.limits.stall_seconds)
+        future = self._answering.submit(self._run, job, outbox)
+        latest = {"text": job.request.prompt, "error_code": 0}
+        chunks = outbox.chunks(KEEP_ALIVE_SECONDS)
+        try:
+            async for chunk in chunks:
+                latest = chunk or latest
+                yield encode_chunk(latest)
+        finally:
+            outbox.close()
+            future.cancel()
+            await chunks.aclose()
+
+    def _run(self, job: Job, outbox: Outbox) -> None:
+        """In a thread of its own: the whole answer, or the reason why there is none."""
+        with suppress(Aborted):
+            try:
+                with torch.inference_mode(), job.seat:
+                    self._generate(job, outbox)
+            except Exception as error:
+                if isinstance(error, Aborted):
+                    raise
+                outbox.put(failure(error, job.request_id).chunk(job.request_id))
+            finally:
+                outbox.end()
+
+    def _generate(self, job: Job, outbox: Outbox) -> None:
+        request = job.request
+        sampling = {"do_sample": False}
+        if request.temperature > LEAST_TEMPERATURE:
+            sampling = {
+                "do_sample": True,
+                "temperature": request.temperature,
+                "top_p": request.top_p,
+            }
+        writer = Writer(self.tokenizer, job, outbox)
+        with suppress(Stopped):
+            self.model.generate(
+                job.ids[None].to(self.model.device),
+                **job.inputs,
+                **sampling,
+                max_new_tokens=job.max_new_tokens,
+                pad_token_id=self.tokenizer.pad_token_id,
+                use_cache=True,
+                streamer=writer,
+            )
+
+    def close(self) -> None:
+        self._answering.shutdown(wait=False, cancel_futures=True)
+        self._preparing.shutdown(wait=False, cancel_futures=True)
+
+
+class Stopped(Exception):
+    """The answer reached its stop text."""
+
+
+class Writer(TextStreamer):
+    """Turns new tokens into chunks, and passes the turn at the model on with each of them."""
+
+    def __init__(self, tokenizer, job: Job, outbox: Outbox):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.job, self.outbox = job, outbox
+        self.answer, self.new_tokens = "", 0
+        self.started, self.prefill_seconds = time.perf_counter(), None
+
+    def put(self, value) -> None:
+        if not self.next_tokens_are_prompt:
+            self.new_tokens += value.numel()
+            if self.prefill_seconds is None:
+                self.prefill_seconds = time.perf_counter() - self.started
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.answer += text
+        stop = self.job.request.stop
+        at = self.answer.find(stop) if stop else -1
+        if at >= 0:
+            self.answer = self.answer[:at]
+        chunk = {"text": self.job.request.prompt + self.answer, "error_code": 0}
+        if stream_end or at >= 0:
+            chunk["pruning_report"] = self.report()
+        self.job.seat.pass_on(lambda: self.outbox.put(chunk))
+        if at >= 0:
+            raise Stopped
+
+    def report(self) -> dict:
+        job = self.job
+        kept = pruning_report(job.seat.pruner, job.seat.trace, job.ids, job.geometry, job.place)
+        return {
+            **kept,
+            "prefill_seconds": self.prefill_seconds,
+            "total_seconds": time.perf_counter() - self.started,
+            "new_tokens": self.new_tokens,
+        }
+
+
+def failure(error: Exception, request_id: str) -> ServeError:
+    """What the user is told about an error of the model."""
+    if isinstance(error, ServeError):
+        return error
+    log_failure(error, request_id)
+    if is_out_of_memory(error):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return ServeError(
+            "out_of_memory",
+            "The worker ran out of memory. Use a smaller image, a shorter prompt or fewer tokens.",
+        )
+    return internal_error()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
+    )
+
+
+__all__ = ["Engine", "Job", "Pruner", "Writer"]

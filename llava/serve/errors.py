@@ -1,0 +1,57 @@
+"""Failures of the service: a cause a program can act on and a sentence a person can."""
+
+from __future__ import annotations
+
+import json
+import secrets
+
+#: cause -> (HTTP status, error code of the streaming protocol)
+CAUSES = {
+    "bad_request": (400, 1),
+    "bad_image": (400, 1),
+    "image_count": (400, 1),
+    "method_unavailable": (400, 1),
+    "unauthorized": (401, 1),
+    "forbidden": (403, 1),
+    "unknown_model": (404, 1),
+    "too_slow": (408, 1),
+    "too_large": (413, 1),
+    "not_json": (415, 1),
+    "internal": (500, 1),
+    "out_of_memory": (503, 1),
+    "busy": (503, 1),
+    "no_worker": (503, 2),
+    "worker_died": (502, 3),
+}
+SEPARATOR = b"\0"
+
+
+class ServeError(Exception):
+    """A request that is refused or failed.
+
+    cause:   key of `CAUSES`
+    message: a sentence for the user; no path, address or value of the server may be in it
+    """
+
+    def __init__(self, cause: str, message: str):
+        super().__init__(message)
+        self.cause, self.message = cause, message
+        self.status, self.error_code = CAUSES[cause]
+
+    def chunk(self, request_id: str) -> dict:
+        """The last chunk of a stream, and the body of a refusal."""
+        return {
+            "text": self.message,
+            "error_code": self.error_code,
+            "cause": self.cause,
+            "request_id": request_id,
+        }
+
+
+def encode_chunk(chunk: dict) -> bytes:
+    """One chunk as it goes over the wire: JSON and a null byte."""
+    return json.dumps(chunk).encode() + SEPARATOR
+
+
+def new_request_id() -> str:
+    return secrets.token_hex(4)

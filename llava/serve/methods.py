@@ -1,0 +1,130 @@
+"""The pruning methods a worker offers on its one model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+from collections import OrderedDict
+
+from ..pruning import METHODS, Pruner, build_pruner
+from ..pruning.base import option_names
+from .errors import ServeError
+from .protocol import PruningRequest
+
+KEPT = 32  # settings that stay built; a method with trained parts keeps one
+BUDGET = "visual_token_num"
+_PATH = re.compile(r"\S*[/\\]\S*")
+
+logger = logging.getLogger(__name__)
+
+
+class MethodShelf:
+    """Builds methods for requests, and remembers the latest.
+
+    default: what a request without a method gets
+    """
+
+    def __init__(self, default: Pruner):
+        self.default = default
+        self._built: OrderedDict[str, Pruner] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, request: PruningRequest | None) -> Pruner:
+        """The method a request asks for. Raises ServeError when it or an option is not known."""
+        if request is None:
+            return self.default
+        options = {name: _listed(value) for name, value in request.options.items()}
+        if request.visual_token_num is not None:
+            options[BUDGET] = request.visual_token_num
+        key = json.dumps([request.method, options], sort_keys=True)
+        with self._lock:
+            if key in self._built:
+                self._built.move_to_end(key)
+                return self._built[key]
+            pruner = self._build(request.method, options)
+            self._built[key] = pruner
+            self._forget(pruner)
+        return pruner
+
+    def _build(self, name: str, options: dict) -> Pruner:
+        check_texts(name, options)
+        try:
+            return build_pruner(name, **options)
+        except (ValueError, TypeError, OSError, ArithmeticError) as error:
+            raise unavailable(error) from None
+
+    def _forget(self, newest: Pruner) -> None:
+        """Trained parts are large: of a method that has some, the newest setting alone stays."""
+        for key, pruner in list(self._built.items()):
+            same = type(pruner) is type(newest) and pruner is not newest
+            if same and newest.module is not None:
+                del self._built[key]
+        while len(self._built) > KEPT:
+            self._built.popitem(last=False)
+
+
+def _listed(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+def check_texts(name: str, options: dict) -> None:
+    """Refuses text where a method has none by default: it could name a file of the server."""
+    known = {}
+    for method in name.split("+"):
+        prefix = f"{method}_" if "+" in name else ""
+        known |= {f"{prefix}{key}": value for key, value in defaults(method).items()}
+    for key, value in options.items():
+        if isinstance(value, str) and key in known and not isinstance(known[key], str):
+            raise ServeError("method_unavailable", f"The option {key} takes no text in a request.")
+
+
+def defaults(name: str) -> dict:
+    """Options of a method with their defaults; {} for an unknown one."""
+    method = METHODS.get(name)
+    if method is None or not option_names(method):
+        return {}
+    fields = method.__dataclass_fields__
+    return {key: _plain(getattr(method, key, None), fields[key]) for key in option_names(method)}
+
+
+def _plain(value, field):
+    value = getattr(field, "default", value)
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return value if isinstance(value, (bool, int, float, str)) else None
+
+
+def unavailable(error: Exception) -> ServeError:
+    """Why a method cannot be used, without places on the server's disk."""
+    if isinstance(error, FileNotFoundError):
+        text = "it needs a trained part or files that this server does not have"
+    elif isinstance(error, OSError):
+        text = "its files cannot be read on this server"
+    else:
+        text = _PATH.sub("...", str(error))[:300]
+    return ServeError("method_unavailable", f"The pruning method cannot be used: {text}.")
+
+
+def offer(model) -> list[dict]:
+    """What the status says about every method; tries each on the model, which must be idle."""
+    before, listing = model.pruner, []
+    for name in METHODS:
+        reason = None
+        try:
+            model.pruner = build_pruner(name)
+        except Exception as error:
+            logger.info("%s is not available: %s", name, error)
+            reason = unavailable(error).message
+        finally:
+            model.pruner = before
+        listing.append(
+            {
+                "name": name,
+                "options": defaults(name),
+                "available": reason is None,
+                "reason": reason,
+            }
+        )
+    return listing

@@ -1,0 +1,134 @@
+"""Answers requests with one model, and any pruning method a request names.
+
+    python -m llava.serve.model_worker --controller http://localhost:10000 --port 40000 \
+        --worker http://localhost:40000 --model-path liuhaotian/llava-v1.5-7b
+
+Without --model-path it serves the playground checkpoint. --pruning-method and its options are what
+requests get that name none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+
+from ..eval.errors import errors_as_messages
+from ..eval.run_llava import DTYPES, add_option
+from ..mm_utils import get_model_name_from_path
+from ..playground import default_model_path
+from ..pruning.cli import add_pruning_args, pruner_from_args
+from .service import serve, set_up_logging
+
+from .auth import add_token_arg, check_exposure, read_token  # isort: skip
+from .errors import new_request_id
+from .heart_beat import HeartBeat
+from .worker_app import Places, worker_app
+
+logger = logging.getLogger(__name__)
+
+
+def add_service_args(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that all kinds of workers share."""
+    add_option(parser, "--host", default="localhost")
+    add_option(parser, "--port", type=int, default=21002)
+    add_option(
+        parser,
+        "--worker-address",
+        help="how controller and clients call this worker (default: http://HOST:PORT)",
+    )
+    add_option(parser, "--controller-address", default="http://localhost:21001")
+    add_option(parser, "--model-name", help="what clients call the model")
+    add_option(
+        parser,
+        "--limit-model-concurrency",
+        type=int,
+        default=5,
+        metavar="N",
+        help="requests that are answered at the same time",
+    )
+    add_option(
+        parser,
+        "--max-queue",
+        type=int,
+        default=32,
+        metavar="N",
+        help="requests that may wait beside them; more are refused with 503",
+    )
+    add_option(parser, "--stream-interval", type=int, default=1, help="accepted, has no effect")
+    add_option(parser, "--no-register", action="store_true", help="run without a controller")
+    add_option(parser, "--log-dir", metavar="DIR", help="also log to a file in DIR")
+    add_token_arg(parser)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_service_args(parser)
+    add_option(parser, "--model-path", help="default: the playground checkpoint")
+    add_option(parser, "--model-base", help="base model of a projector or LoRA checkpoint")
+    add_option(parser, "--vision-tower", metavar="DIR", help="replaces the checkpoint's own")
+    add_option(parser, "--device", help="cuda, mps or cpu (default: the best there is)")
+    add_option(parser, "--dtype", choices=DTYPES, help="default: what suits the device")
+    add_option(parser, "--load-8bit", action="store_true")
+    add_option(parser, "--load-4bit", action="store_true")
+    add_option(parser, "--use-flash-attn", action="store_true")
+    add_option(
+        parser, "--multi-modal", action="store_true", help="accepted: the checkpoint says it"
+    )
+    add_pruning_args(parser)
+    return parser
+
+
+def load_engine(args):
+    """The model that the options ask for, ready to answer."""
+    pruner = pruner_from_args(args)  # before the model: a typing error should not cost a minute
+    path = os.path.expanduser(args.model_path or default_model_path())
+    name = get_model_name_from_path(path)
+    from ..model.builder import load_pretrained_model
+    from .engine import Engine
+
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        path,
+        args.model_base,
+        name,
+        load_8bit=args.load_8bit,
+        load_4bit=args.load_4bit,
+        device=args.device,
+        torch_dtype=DTYPES.get(args.dtype),
+        use_flash_attn=args.use_flash_attn,
+        pruner=pruner,
+        vision_tower=args.vision_tower,
+    )
+    if image_processor is None:
+        raise ValueError(f"{path} is a model without a vision tower: it cannot look at images")
+    served_as = args.model_name or name
+    return Engine(tokenizer, model, image_processor, served_as, args.limit_model_concurrency)
+
+
+def run_worker(args, load_backend) -> None:
+    """Loads what answers, then serves it until the process is stopped."""
+    if args.limit_model_concurrency < 1 or args.max_queue < 0:
+        raise ValueError("--limit-model-concurrency must be at least 1, --max-queue at least 0")
+    token = read_token(args.token_file)
+    check_exposure(args.host, token)
+    set_up_logging(f"model_worker_{new_request_id()[:6]}.log", args.log_dir)
+    backend = load_backend(args)
+    address = args.worker_address or f"http://{args.host}:{args.port}"
+    heart_beat = None
+    if not args.no_register:
+        heart_beat = HeartBeat(args.controller_address, address, dict, token)
+    places = Places(args.limit_model_concurrency + args.max_queue)
+    logger.info("serving %s", backend.model_name)
+    serve(worker_app(backend, places, token, heart_beat), args.host, args.port)
+
+
+@errors_as_messages()
+def main() -> None:
+    args = build_parser().parse_args()
+    if args.multi_modal:
+        logger.warning("--multi-modal has no effect: the checkpoint says what it can do")
+    run_worker(args, load_engine)
+
+
+if __name__ == "__main__":
+    main()
