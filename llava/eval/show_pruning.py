@@ -18,6 +18,7 @@ GAP = 12  # pixels between panels and around the text
 TEXT_SIZE = 18
 DIM = 0.25  # brightness that a dropped patch keeps
 OUTLINE = (255, 200, 0)
+HEAT = 0.5  # share of the colour in a map of importance
 
 
 def surviving_patches(trace: PruningTrace, input_ids: Tensor) -> list[Tensor]:
@@ -98,6 +99,36 @@ def _panel(image: Image.Image, kept: np.ndarray) -> Image.Image:
     for left, top, right, bottom in corners:
         draw.rectangle((left, top, right - 1, bottom - 1), outline=OUTLINE)
     return panel
+
+
+def draw_importance(
+    image: Image.Image, values: list[float], boxes: list[np.ndarray]
+) -> list[Image.Image]:
+    """Panels as in `draw_image`, the patches coloured by their value: blue is low, red is high.
+
+    values: one per patch, in the order of `boxes`
+    """
+    per_crop, values = len(boxes[0]), np.asarray(values, dtype=np.float32)
+    low, high = values.min(), values.max()
+    levels = (values - low) / max(high - low, np.finfo(np.float32).tiny)
+    panels = []
+    for crops in (range(0, 1), range(1, len(boxes))):
+        own = slice(crops.start * per_crop, crops.stop * per_crop)
+        if len(crops):
+            panels.append(_heat_panel(image, np.concatenate(boxes)[own], levels[own]))
+    return panels
+
+
+def _heat_panel(image: Image.Image, boxes: np.ndarray, levels: np.ndarray) -> Image.Image:
+    scale = PANEL_SIDE / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    heat = Image.new("RGB", (width, height))
+    draw = ImageDraw.Draw(heat)
+    for (left, top, right, bottom), level in zip(boxes * scale, levels, strict=False):
+        hue = round(170 * (1 - float(level)))  # 170 of 255 is blue, 0 is red
+        draw.rectangle((left, top, right, bottom), f"hsv({hue * 360 // 255}, 100%, 100%)")
+    grey = image.convert("L").convert("RGB").resize((width, height))
+    return Image.blend(grey, heat, HEAT)
 
 
 def side_by_side(panels: list[Image.Image], text: str) -> Image.Image:

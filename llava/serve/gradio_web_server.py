@@ -1,0 +1,174 @@
+"""The web page of the demo: ask about images, and see what a pruning method keeps.
+
+    python -m llava.serve.gradio_web_server --controller-url http://localhost:21001 --port 7860
+
+Listens on loopback unless told otherwise; texts and images are stored only when that is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+
+from llava.eval.errors import errors_as_messages
+
+from .auth import add_token_arg, is_loopback, read_token
+
+logger = logging.getLogger("llava.serve.web")
+WAITING_QUESTIONS = 64  # in line behind those that are answered; more are turned away
+SESSIONS = 256  # visitors whose dialogue is remembered
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the page to a network")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument("--controller-url", default="http://localhost:21001")
+    parser.add_argument(
+        "--concurrency-count", type=int, default=16, help="answers that are written at a time"
+    )
+    parser.add_argument(
+        "--model-list-mode",
+        choices=("once", "reload"),
+        default="once",
+        help="ask for the models at the start, or at every visit",
+    )
+    parser.add_argument("--share", action="store_true", help="public address through gradio's site")
+    parser.add_argument(
+        "--moderate", action="store_true", help="ask OpenAI's moderation service about every text"
+    )
+    parser.add_argument("--embed", action="store_true", help="for a frame in another page")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name under which visitors reach the page, for example behind a proxy; repeatable "
+        "(default: those of loopback, or any where --host is not loopback)",
+    )
+    parser.add_argument("--log-dir", default=".", help="where the two options below write")
+    parser.add_argument(
+        "--log-conversations", action="store_true", help="write dialogues and votes to a file"
+    )
+    parser.add_argument(
+        "--save-images", action="store_true", help="store the images of logged dialogues, too"
+    )
+    add_token_arg(parser)
+    return parser
+
+
+def allowed_hosts(args) -> tuple[str, ...] | None:
+    """Names under which the page may be asked for; None for any."""
+    from .web.guard import LOOPBACK
+
+    if args.allow_host:
+        return (*LOOPBACK, *(name.lower() for name in args.allow_host))
+    return None if args.share or not is_loopback(args.host) else LOOPBACK
+
+
+def first_models(service) -> tuple[str, ...]:
+    """The models at the start; none while there is no controller, the page asks again then."""
+    from .web.failures import Failure
+
+    try:
+        return tuple(asyncio.run(service.models()))
+    except Failure as failure:
+        logger.warning("%s", failure.sentence)
+        return ()
+
+
+def build_page(args):
+    """The gradio application that the options ask for."""
+    from .web.client import Service
+    from .web.log import ConversationLog
+    from .web.page import Page, PageOptions
+
+    if args.save_images and not args.log_conversations:
+        raise ValueError("--save-images goes with --log-conversations, which is missing")
+    service = Service(args.controller_url, read_token(args.token_file))
+    reload = args.model_list_mode == "reload"
+    options = PageOptions(
+        models=() if reload else first_models(service),
+        reload=reload,
+        embed=args.embed,
+        moderate=args.moderate,
+        concurrency=args.concurrency_count,
+    )
+    log = ConversationLog(args.log_dir, args.log_conversations, args.save_images)
+    return Page(service, log, options).blocks
+
+
+def launch(args, uploads: str):
+    """Starts the page in threads of its own; returns (gradio application, address).
+
+    uploads: folder for uploaded images, private to this process
+    """
+    # Read by gradio when it is imported: nothing is reported, and uploads stay in our folder.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = uploads
+    try:
+        import gradio  # noqa: F401
+        from starlette.middleware import Middleware
+    except ImportError as error:
+        raise ImportError(
+            "the web page needs the packages of the extra `serve`: pip install -e '.[serve]'"
+        ) from error
+    from .web.guard import UPLOAD_BYTES, Guard
+    from .web.style import css, theme
+
+    page = build_page(args)
+    page.queue(
+        api_open=False,
+        max_size=WAITING_QUESTIONS,
+        default_concurrency_limit=args.concurrency_count,
+    )
+    guard = Middleware(Guard, hosts=allowed_hosts(args), embed=args.embed)
+    _, address, shared = page.launch(
+        server_name=args.host,
+        server_port=args.port,
+        share=args.share,
+        prevent_thread_lock=True,
+        show_error=False,
+        quiet=True,
+        allowed_paths=[],
+        max_file_size=UPLOAD_BYTES,
+        state_session_capacity=SESSIONS,
+        footer_links=[],
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        app_kwargs={"middleware": [guard], "openapi_url": None, "docs_url": None},
+        theme=theme(),
+        css=css(),
+    )
+    return page, shared or address
+
+
+@errors_as_messages()
+def main() -> None:
+    args = build_parser().parse_args()
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s | %(levelname)s | %(name)s | %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every address
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    uploads = tempfile.mkdtemp(prefix="llava-page-")
+    try:
+        page, address = launch(args, uploads)
+        print(f"The page is at {address}", flush=True)
+        stop.wait()
+        page.close(verbose=False)
+    finally:
+        shutil.rmtree(uploads, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""The chat: questions about an image, streamed answers, votes, and what the pruning kept."""
+
+from __future__ import annotations
+
+import html
+import logging
+import time
+from dataclasses import dataclass, field
+
+import gradio as gr
+from PIL import Image
+
+from llava.conversation import Conversation
+from llava.utils import moderation_msg, violates_moderation
+
+from ..errors import new_request_id
+from . import asking
+from .client import Service
+from .controls import Controls
+from .failures import Failure
+from .insight import EMPTY, insight
+from .log import ConversationLog
+from .picker import MethodPicker
+from .pictures import data_uri
+
+logger = logging.getLogger("llava.serve.web")
+CURSOR = "▌"
+STOPPED = "*(stopped)*"
+THUMBNAIL = 320  # pixels of the longer side of an image in the chat
+
+
+@dataclass
+class Chat:
+    """What a visitor's chat remembers.
+
+    image:   the picture the dialogue is about, as it was chosen
+    bubbles: the chat window: user and assistant in turn
+    started: time of the latest question
+    """
+
+    conversation: Conversation | None = None
+    image: Image.Image | None = None
+    bubbles: list[dict] = field(default_factory=list)
+    started: float = 0.0
+    model: str = ""
+
+
+class ChatTab:
+    """Layout and events of the first tab; call inside the layout.
+
+    moderate: ask OpenAI's moderation service about every text first
+    """
+
+    def __init__(self, service: Service, controls: Controls, log: ConversationLog, moderate: bool):
+        self.service, self.controls, self.log, self.moderate = service, controls, log, moderate
+        self.methods = gr.State({"methods": {}, "dense": None})
+        self.chat = gr.State(None, time_to_live=3600)
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=6, min_width=320):
+                self._add_window()
+            with gr.Column(scale=5, min_width=320):
+                with gr.Group(elem_classes="pv-picker"):
+                    self.picker = MethodPicker("chat", default="vispruner")
+                self.insight = gr.HTML(EMPTY, elem_id="insight", padding=False)
+
+    def _add_window(self) -> None:
+        self.window = gr.Chatbot(
+            label="Chat",
+            height=430,
+            elem_id="chatbot",
+            sanitize_html=True,
+            layout="bubble",
+            buttons=["copy"],
+            feedback_options=None,
+            allow_tags=["img"],
+            show_label=False,
+            placeholder="Choose an example or an image of your own, and ask.",
+        )
+        with gr.Row(elem_classes="pv-ask"):
+            self.text = gr.Textbox(
+                show_label=False,
+                placeholder="Ask about the image and press Enter",
+                scale=8,
+                lines=1,
+                max_lines=4,
+                max_length=4000,
+                elem_id="question",
+                container=False,
+                min_width=120,
+            )
+            self.send = gr.Button("Send", variant="primary", scale=1, min_width=70, elem_id="send")
+            self.stop = gr.Button(
+                "Stop", variant="stop", scale=1, min_width=70, elem_id="stop", visible=False
+            )
+        with gr.Row(elem_classes="pv-buttons"):
+            labels = ("👍 Upvote", "👎 Downvote", "⚠️ Flag", "🔄 Regenerate", "🗑️ Clear")
+            names = ("upvote", "downvote", "flag", "regenerate", "clear")
+            self.buttons = [
+                gr.Button(label, interactive=False, size="sm", min_width=90, elem_id=name)
+                for label, name in zip(labels, names, strict=True)
+            ]
+        self.votes, (self.again, self.clear) = self.buttons[:3], self.buttons[3:]
+
+    @property
+    def outputs(self) -> set:
+        shown = {self.chat, self.window, self.text, self.insight, self.send, self.stop}
+        return shown | set(self.buttons)
+
+    def connect(self, concurrency: int) -> None:
+        """Wires the events; `concurrency` answers are written at a time."""
+        inputs = self.controls.inputs | self.picker.inputs | {self.methods, self.chat, self.text}
+        slow = dict(
+            inputs=inputs,
+            outputs=self.outputs,
+            concurrency_limit=concurrency,
+            concurrency_id="answers",
+            show_progress="hidden",
+        )
+        running = [
+            gr.on([self.send.click, self.text.submit], self.ask, **slow),
+            self.again.click(self.regenerate, **slow),
+        ]
+        quick = dict(queue=False, show_progress="hidden")
+        self.stop.click(self.stopped, {self.chat}, self.outputs, cancels=running, **quick)
+        self.clear.click(self.cleared, None, self.outputs, **quick)
+        for button, kind in zip(self.votes, ("upvote", "downvote", "flag"), strict=True):
+            button.click(self._voter(kind), {self.chat, self.controls.model}, self.votes, **quick)
+
+    async def ask(self, values: dict, request: gr.Request):
+        """Send: the question goes into the dialogue, a new image starts a new one."""
+        chat = values[self.chat] or Chat()
+        text, image = (values[self.text] or "").strip(), values[self.controls.image]
+        if not text:
+            gr.Warning("Type a question first.")
+            yield {self.chat: chat}
+            return
+        if self.moderate and violates_moderation(text, on_error=True):
+            gr.Warning(moderation_msg)
+            yield {self.chat: chat}
+            return
+        async for update in self._answer(
+            chat, values, request, lambda s: _add(chat, s, text, image)
+        ):
+            yield update
+
+    async def regenerate(self, values: dict, request: gr.Request):
+        """Asks the latest question again, with the method and parameters chosen now."""
+        chat = values[self.chat]
+        if chat is None or not chat.bubbles:
+            return
+        async for update in self._answer(chat, values, request, lambda s: _reopen(chat, s)):
+            yield update
+
+    async def _answer(self, chat: Chat, values: dict, request: gr.Request, prepare):
+        number = new_request_id()
+        chat.started = time.time()
+        try:
+            pruning = self.picker.request(values[self.methods]["methods"], values)
+            settings = self.controls.settings(values, pruning)
+            chat.model = settings.model
+            prepare(settings)
+            chat.bubbles[-1]["content"] = CURSOR
+            yield {**self._busy(), self.chat: chat, self.window: chat.bubbles, self.text: ""}
+            report = None
+            async for answer in asking.ask(self.service, chat.conversation, settings, number):
+                report = answer.report
+                chat.bubbles[-1]["content"] = html.escape(answer.text, quote=False) + CURSOR
+                yield {self.window: chat.bubbles}
+            chat.bubbles[-1]["content"] = html.escape(answer.text, quote=False) or "*(no text)*"
+            self.log.chat(settings.model, chat.conversation, chat.started, _ip(request))
+            images = chat.conversation.get_images(return_pil=True)
+            panel = {self.insight: insight(images, report)} if images else {}
+            yield {**self._ready(), self.window: chat.bubbles, **panel}
+            if images and report and values[self.controls.dense] and report.method != "none":
+                dense = await asking.dense_seconds(
+                    self.service, chat.conversation, settings, number
+                )
+                yield {self.insight: insight(images, report, dense)}
+        except Failure as failure:
+            logger.warning("request %s: %s", number, failure.cause)
+            yield self._failed(chat, failure.text(number), values)
+        except Exception as error:
+            logger.exception("request %s: %s", number, type(error).__name__)
+            yield self._failed(chat, Failure("page_error").text(number), values)
+
+    def _busy(self) -> dict:
+        off = {button: gr.update(interactive=False) for button in self.buttons}
+        return {**off, self.send: gr.update(visible=False), self.stop: gr.update(visible=True)}
+
+    def _ready(self, votes: bool = True) -> dict:
+        on = {button: gr.update(interactive=True) for button in (self.again, self.clear)}
+        on |= {button: gr.update(interactive=votes) for button in self.votes}
+        return {**on, self.send: gr.update(visible=True), self.stop: gr.update(visible=False)}
+
+    def _failed(self, chat: Chat, sentence: str, values: dict) -> dict:
+        """The sentence as the answer; where no question was asked yet, the typed text stays."""
+        if not chat.bubbles or chat.conversation is None:
+            chat.bubbles = [{"role": "assistant", "content": f"⚠️ {sentence}"}]
+            text = {self.text: values[self.text]}
+        else:
+            chat.bubbles[-1] = {"role": "assistant", "content": f"⚠️ {sentence}"}
+            text = {}
+        return {**self._ready(votes=False), self.chat: chat, self.window: chat.bubbles, **text}
+
+    def stopped(self, values: dict):
+        """Stop: what was written so far stays, and can be asked again."""
+        chat = values[self.chat]
+        if chat is None or not chat.bubbles:
+            return self._ready(votes=False)
+        shown = chat.bubbles[-1]["content"].removesuffix(CURSOR)
+        if STOPPED not in shown:
+            chat.bubbles[-1]["content"] = f"{shown} {STOPPED}".strip()
+        return {**self._ready(), self.chat: chat, self.window: chat.bubbles}
+
+    def cleared(self):
+        """Clear: a new dialogue; image and method stay."""
+        off = {button: gr.update(interactive=False) for button in self.buttons}
+        return {
+            **self._ready(),
+            **off,
+            self.chat: None,
+            self.window: [],
+            self.text: "",
+            self.insight: EMPTY,
+        }
+
+    def _voter(self, kind: str):
+        def vote(values: dict, request: gr.Request):
+            chat = values[self.chat]
+            if chat is not None and chat.conversation is not None:
+                self.log.vote(kind, chat.model, chat.conversation, _ip(request))
+            return {button: gr.update(interactive=False) for button in self.votes}
+
+        return vote
+
+
+def _add(chat: Chat, settings: asking.Settings, text: str, image: Image.Image | None) -> None:
+    fresh = image is not None and not _same(image, chat.image)
+    if fresh or chat.conversation is None:
+        chat.conversation, chat.image, chat.bubbles = asking.new_conversation(settings), image, []
+    first = not chat.bubbles
+    asking.add_question(chat.conversation, text, image if first else None, settings.mode)
+    picture = f'<img src="{data_uri(image, THUMBNAIL)}" alt="image">\n\n' if first and image else ""
+    shown = picture + html.escape(text, quote=False)
+    chat.bubbles += [{"role": "user", "content": shown}, {"role": "assistant", "content": ""}]
+
+
+def _reopen(chat: Chat, settings: asking.Settings) -> None:
+    messages = chat.conversation.messages
+    messages[-1][1] = None
+    if isinstance(messages[-2][1], tuple):
+        messages[-2][1] = (*messages[-2][1][:2], settings.mode)
+    chat.bubbles[-1] = {"role": "assistant", "content": ""}
+
+
+def _same(image: Image.Image, other: Image.Image | None) -> bool:
+    return other is not None and image.size == other.size and image.tobytes() == other.tobytes()
+
+
+def _ip(request: gr.Request) -> str:
+    return request.client.host if request and request.client else ""

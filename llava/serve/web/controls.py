@@ -1,0 +1,74 @@
+"""Model, image, examples and parameters: the left column, shared by both tabs."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from .asking import Settings
+from .examples import examples
+from .templates import AUTOMATIC, choices
+
+MODES = ["Crop", "Resize", "Pad", "Default"]
+
+
+class Controls:
+    """The shared components; call inside the layout."""
+
+    def __init__(self, models: list[str]):
+        self.model = gr.Dropdown(
+            models,
+            value=models[0] if models else None,
+            label="Model",
+            interactive=True,
+            elem_id="model",
+            allow_custom_value=False,
+        )
+        self.image = gr.Image(
+            type="pil",
+            format="png",
+            label="Image",
+            sources=["upload", "clipboard"],
+            height=300,
+            buttons=["fullscreen"],
+            elem_id="image",
+        )
+        self.samples = examples()
+        if self.samples:
+            # Pictures alone: the question appears in its box with a click.
+            self.examples = gr.Dataset(
+                components=[gr.Image(visible=False, type="filepath")],
+                samples=[[path] for path, _ in self.samples],
+                label="Examples",
+                type="index",
+                elem_id="examples",
+            )
+
+    def parameters(self) -> None:
+        """Adds the accordion of sampling parameters."""
+        with gr.Accordion("Parameters", open=False, elem_id="parameters"):
+            self.temperature = gr.Slider(0, 1, 0.2, step=0.1, label="Temperature")
+            self.top_p = gr.Slider(0, 1, 0.7, step=0.1, label="Top P")
+            self.max_tokens = gr.Slider(0, 1024, 512, step=64, label="Max output tokens")
+            self.template = gr.Dropdown(choices(), value=AUTOMATIC, label="Prompt template")
+            self.mode = gr.Radio(MODES, value="Default", label="Images that are not square")
+            self.dense = gr.Checkbox(
+                True, label="Also measure the prefill without pruning (asks the worker once more)"
+            )
+
+    @property
+    def inputs(self) -> set:
+        """Components that `settings` reads, and the image."""
+        chosen = {self.model, self.image, self.temperature, self.top_p, self.max_tokens}
+        return chosen | {self.template, self.mode, self.dense}
+
+    def settings(self, values: dict, pruning: dict | None) -> Settings:
+        """What is chosen, with the "pruning" field of a request."""
+        return Settings(
+            values[self.model] or "",
+            values[self.template],
+            values[self.mode],
+            values[self.temperature],
+            values[self.top_p],
+            values[self.max_tokens],
+            pruning,
+        )

@@ -1,0 +1,100 @@
+"""The method menu: what a worker offers, and the "pruning" field of a request."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field
+
+from ..limits import OPTION_CHARS
+from .failures import Failure
+
+BUDGET = "visual_token_num"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method as a worker lists it in its status.
+
+    options: name -> default; reason: why the method cannot be used, None when it can
+    """
+
+    name: str
+    options: dict = field(default_factory=dict)
+    reason: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name if self.reason is None else f"{self.name} (not available)"
+
+    @property
+    def budget(self) -> int | None:
+        """Default of the token budget, None where the method has none or works it out itself."""
+        return self.options.get(BUDGET)
+
+    @property
+    def extra(self) -> dict:
+        """The options beside the budget."""
+        return {name: default for name, default in self.options.items() if name != BUDGET}
+
+
+def offered(status: dict) -> dict[str, Method]:
+    """The methods in a worker's status by name; empty for a worker that knows nothing of them."""
+    methods = {}
+    for entry in status.get("pruning_methods") or []:
+        options = entry.get("options") or {}
+        reason = None if entry.get("available", True) else entry.get("reason") or "not available"
+        method = Method(str(entry["name"]), dict(options), reason)
+        methods[method.name] = method
+    return methods
+
+
+def largest_budget(methods: dict[str, Method], dense_tokens: int | None) -> int:
+    """Right end of the budget slider: the dense count where it is known, else twice the largest
+    default."""
+    defaults = [method.budget or 0 for method in methods.values()]
+    return dense_tokens or max(2 * max(defaults, default=0), 2)
+
+
+def pruning_request(
+    methods: dict[str, Method], name: str | None, budget: int | None, texts: list[str]
+) -> dict | None:
+    """The "pruning" field of a request; None leaves the choice to the worker.
+
+    budget: tokens per image, None for the method's own
+    texts:  what was typed for the options beside the budget, in their order; "" is the default
+    Raises Failure when the method cannot be used, or a text is no value for its option.
+    """
+    if not methods or not name:
+        return None
+    method = methods.get(name)
+    if method is None:
+        raise Failure("no_method")
+    if method.reason is not None:
+        raise Failure("no_method", f"The method {name} is not available: {method.reason}")
+    options = {
+        option: _value(option, text, default)
+        for (option, default), text in zip(method.extra.items(), texts, strict=False)
+        if text and text.strip()
+    }
+    tokens = None if budget is None or BUDGET not in method.options else int(budget)
+    return {"method": name, BUDGET: tokens, "options": options}
+
+
+def _value(option: str, text: str, default):
+    text = text.strip()
+    if len(text) > OPTION_CHARS:
+        raise Failure("bad_option", f"The text for {option} is longer than {OPTION_CHARS}.")
+    if isinstance(default, str):
+        return text
+    try:
+        value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = text  # a bare word; whether it is a value, the worker knows
+    if default is None or isinstance(value, type(default)):
+        return value
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    kind = {bool: "True or False", int: "a whole number", float: "a number"}
+    raise Failure(
+        "bad_option", f"{option} must be {kind.get(type(default), 'a value')}, not {text!r}."
+    )

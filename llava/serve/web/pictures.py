@@ -1,0 +1,70 @@
+"""Pictures of a report: the kept patches at every stage, and the importance map of a method."""
+
+from __future__ import annotations
+
+import base64
+import io
+from types import SimpleNamespace
+
+import torch
+from PIL import Image
+
+from llava.eval.show_pruning import PANEL_SIDE, crop_boxes, draw_image, draw_importance
+
+from .report import ImageReport, Report
+
+IMPORTANCE = "importance"  # title of the map
+QUALITY = 82  # of the JPEG files in the page
+
+
+def stages(images: list[Image.Image], report: Report) -> list[tuple[str, list[Image.Image]]]:
+    """(title, panels) for every stage of the pruning, the importance map last.
+
+    images: what was sent with the question, in its order
+    """
+    views = [("kept before the decoder", _all(images, report, lambda image: image.kept))]
+    layers = sorted({layer for image in report.images for layer, _ in image.layers})
+    for layer in layers:
+        panels = _all(images, report, lambda image, layer=layer: _patches_at(image, layer))
+        views.append((f"from layer {layer} on", panels))
+    if any(image.importance for image in report.images):
+        views.append((IMPORTANCE, _importance(images, report)))
+    return views
+
+
+def data_uri(image: Image.Image, side: int = PANEL_SIDE) -> str:
+    """The image, at most `side` pixels long, as text for the `src` of an <img>."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _patches_at(image: ImageReport, layer: int) -> list[int]:
+    reached = [patches for at, patches in image.layers if at <= layer]
+    return reached[-1] if reached else image.kept
+
+
+def _all(images, report, patches_of) -> list[Image.Image]:
+    panels = []
+    for image, entry in zip(images, report.images, strict=False):
+        patches = torch.tensor(patches_of(entry), dtype=torch.long)
+        panels += draw_image(image, patches[patches < entry.total], _boxes(image, entry, report))
+    return panels
+
+
+def _importance(images, report) -> list[Image.Image]:
+    return [
+        panel
+        for image, entry in zip(images, report.images, strict=False)
+        if entry.importance
+        for panel in draw_importance(image, entry.importance, _boxes(image, entry, report))
+    ]
+
+
+def _boxes(image: Image.Image, entry: ImageReport, report: Report):
+    placement = {"image_aspect_ratio": "pad", **report.placement}
+    side = placement.get("image_size") or max(image.size)
+    tower = SimpleNamespace(num_patches_per_side=entry.grid[0], image_size=side)
+    return crop_boxes(image.size, SimpleNamespace(**placement), tower)

@@ -1,0 +1,164 @@
+"""A controller with one worker in a thread, for tests of the web page: no model, set answers.
+
+What the worker does depends on a word in the question: "slow" (20 pieces, 0.2 s each), "crash"
+(the connection breaks in the middle), "broken" (an error chunk), "full" (503), else ten words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+MODEL = "llava-v1.5-fake"
+GRID, LAYERS = 6, 8
+DENSE = GRID * GRID
+METHODS = [
+    {"name": "none", "options": {}, "available": True, "reason": None},
+    {
+        "name": "vispruner",
+        "options": {"visual_token_num": 9, "important_ratio": 0.5, "seed": None},
+        "available": True,
+        "reason": None,
+    },
+    {
+        "name": "fastv",
+        "options": {"visual_token_num": 12, "layer": None},
+        "available": True,
+        "reason": None,
+    },
+    {
+        "name": "twigvlm",
+        "options": {"visual_token_num": 12},
+        "available": False,
+        "reason": "its trained part is missing <b>here</b>.",
+    },
+]
+
+
+class FakeService:
+    """bodies: what was asked; ended: how answers ended ("done" or "left")."""
+
+    def __init__(self):
+        self.url = ""
+        self.models: list[str] = [MODEL]
+        self.methods: list[dict] | None = METHODS
+        self.bodies: list[dict] = []
+        self.headers: list[dict] = []
+        self.ended: list[str] = []
+        self.app = self._app()
+
+    def _app(self) -> FastAPI:
+        app = FastAPI()
+
+        @app.post("/refresh_all_workers")
+        async def refresh():
+            return None
+
+        @app.post("/list_models")
+        async def models():
+            return {"models": self.models}
+
+        @app.post("/get_worker_address")
+        async def address(request: Request):
+            model = (await request.json())["model"]
+            return {"address": self.url if model in self.models else ""}
+
+        @app.post("/worker_get_status")
+        async def status():
+            known = {} if self.methods is None else {"pruning_methods": self.methods}
+            known = known and {**known, "visual_tokens": DENSE}
+            return {"model_names": self.models, "speed": 1, "queue_length": 0, **known}
+
+        @app.post("/worker_generate_stream")
+        async def generate(request: Request):
+            body = await request.json()
+            self.bodies.append(body)
+            self.headers.append(dict(request.headers))
+            if "full" in body["prompt"]:
+                refusal = {"text": "All slots are taken.", "error_code": 1, "cause": "busy"}
+                return Response(json.dumps(refusal).encode() + b"\0", 503)
+            return StreamingResponse(self._answer(body))
+
+        @app.exception_handler(Exception)
+        async def failed(request, error):
+            return JSONResponse({}, 500)
+
+        return app
+
+    async def _answer(self, body: dict):
+        prompt, text = body["prompt"], ""
+        asked = prompt.rsplit("USER:", 1)[-1]
+        pause, words = (0.2, 20) if "slow" in asked else (0.01, 10)
+        end = "left"
+        try:
+            for number in range(words):
+                text += f"word{number} "
+                yield _chunk({"text": prompt + text, "error_code": 0})
+                await asyncio.sleep(pause)
+                if number == 3 and "crash" in asked:
+                    raise RuntimeError("the worker dies")
+                if number == 3 and "broken" in asked:
+                    sentence = "The GPU has too little memory left for this image."
+                    yield _chunk({"text": sentence, "error_code": 1, "cause": "out_of_memory"})
+                    return
+            yield _chunk(
+                {"text": prompt + text, "error_code": 0, "pruning_report": make_report(body)}
+            )
+            end = "done"
+        finally:
+            self.ended.append(end)
+
+
+def make_report(body: dict) -> dict | None:
+    """What a worker reports for a request."""
+    if not body.get("images"):
+        return None
+    pruning = body.get("pruning") or {"method": "none", "visual_token_num": None}
+    method, count = pruning["method"], pruning["visual_token_num"] or DENSE
+    late = method == "fastv"  # drops inside the decoder
+    kept = list(range(DENSE)) if late else list(range(0, DENSE, DENSE // count))[:count]
+    layers = [[2, list(range(count))]] if late else []
+    per_layer = [DENSE if late and layer < 2 else count for layer in range(LAYERS)]
+    return {
+        "method": method,
+        "grid": [[GRID, GRID]],
+        "images": [{"kept": kept, "total": DENSE, "layers": layers}],
+        "tokens_per_layer": per_layer,
+        "dense_tokens": DENSE,
+        "prefill_seconds": 0.001 * sum(per_layer),
+        "kv_bytes": 1000 * sum(per_layer),
+        "dense_kv_bytes": 1000 * DENSE * LAYERS,
+        "importance": [list(range(DENSE))] if method == "vispruner" else None,
+    }
+
+
+def _chunk(chunk: dict) -> bytes:
+    return json.dumps(chunk).encode() + b"\0"
+
+
+@contextmanager
+def running(service: FakeService):
+    """Serves `service` on a free loopback port inside the block."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = uvicorn.Config(service.app, port=port, log_level="critical")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    service.url = f"http://127.0.0.1:{port}"
+    try:
+        yield service
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join()
