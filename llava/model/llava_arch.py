@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +147,20 @@ class LlavaMetaForCausalLM:
         self._prepare_config(pruner)
         self._pruner = pruner
         self.pruner_module = pruner.module
+
+    @contextmanager
+    def using(self, pruner: Pruner) -> Iterator[None]:
+        """Another setting of the method in use, for the time of a block."""
+        before = self._pruner
+        tower = self.get_vision_tower()
+        if pruner is not before and tower is not None:
+            crops = self.crops_in_budget(pruner)
+            pruner.check(tower.num_patches, self.config.num_hidden_layers, crops)
+        self._pruner = pruner
+        try:
+            yield
+        finally:
+            self._pruner = before
 
     def _prepare_config(self, pruner: Pruner) -> None:
         """Makes the config say how images are cut now: `process_images` reads it there."""

@@ -20,6 +20,7 @@ from .random import Random
 from .sparsevlm import SparseVLM
 from .tokens import ImageTokens, Prefill, TowerTokens, VisionTokens
 from .trace import PruningTrace, trace_pruning
+from .twigvlm import TwigVLM
 from .visionzip import VisionZip
 from .vispruner import VisPruner
 from .vscan import VScan
@@ -45,11 +46,16 @@ METHODS: dict[str, type[Pruner]] = {
         Pool,
         Downsample,
         MustDrop,
+        TwigVLM,
     )
 }
 
 #: constructor keywords of published repositories -> the method they belong to
-LEGACY_KEYWORDS = {"visual_token_num": VisPruner.name, "important_ratio": VisPruner.name}
+LEGACY_KEYWORDS = {
+    "twig": TwigVLM.name,
+    "visual_token_num": VisPruner.name,
+    "important_ratio": VisPruner.name,
+}
 
 
 def build_pruner(name: str = "none", **options) -> Pruner:
@@ -75,10 +81,11 @@ def build_pruner(name: str = "none", **options) -> Pruner:
 def pruner_from_keywords(pruner: Pruner | str | None, keywords: dict) -> Pruner:
     """The method that `load_pretrained_model(..., pruner=, **keywords)` asks for.
 
-    Removes the keywords of published repositories (`visual_token_num`, `important_ratio`) from
-    `keywords`; without `pruner` they select the method they come from.
+    Removes the keywords of published repositories (`LEGACY_KEYWORDS`) from `keywords`; without
+    `pruner` the first of them selects the method it comes from. None is as good as not given.
     """
     options = {key: keywords.pop(key) for key in LEGACY_KEYWORDS if key in keywords}
+    options = {key: value for key, value in options.items() if value is not None}
     if isinstance(pruner, Pruner):
         if options:
             raise ValueError(f"{', '.join(options)} given beside a finished pruner {pruner!r}")

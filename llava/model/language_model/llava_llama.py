@@ -9,6 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from ...pruning.drafter import Drafter
+from ..generation import GenerationStrategies
 from ..kv_cache import KVCache
 from ..llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 from ..prompt import Prompt
@@ -26,7 +28,7 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
     config_class = LlavaConfig
 
 
-class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
+class LlavaLlamaForCausalLM(GenerationStrategies, LlavaMetaForCausalLM, LlamaPreTrainedModel):
     """The whole model. `model.pruner` is the pruning method in use, see `llava.pruning`."""
 
     config_class = LlavaConfig
@@ -176,7 +178,8 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
         questions:   the question of every image, for methods that read it
         The rest is transformers' `generate`: `attention_mask` (needed when prompts are padded; any
         side), `do_sample`, `temperature`, `top_p`, `num_beams`, `max_new_tokens`, `streamer`,
-        `stopping_criteria`, ...
+        `stopping_criteria`, ... and `generation_strategy`, see `llava.model.generation`: with
+        "self_speculative" also `num_speculations` and `draft_stop_prob`.
         """
         input_ids = kwargs.pop("input_ids", inputs)
         if "inputs_embeds" in kwargs:
@@ -185,15 +188,17 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
             raise ValueError("position_ids cannot be passed to generate: they follow from the mask")
         if input_ids is None:
             raise ValueError("generate needs input_ids, the ids of the prompts")
-        prompt = self.build_prompt(
-            input_ids,
-            kwargs.pop("attention_mask", None),
-            images=images,
-            image_sizes=image_sizes,
-            questions=questions,
-            padding_side="left",
-        )
-        return self.generate_from(prompt, **kwargs)
+        pruner, kwargs = self.pruner.for_call(kwargs)
+        with self.using(pruner):
+            prompt = self.build_prompt(
+                input_ids,
+                kwargs.pop("attention_mask", None),
+                images=images,
+                image_sizes=image_sizes,
+                questions=questions,
+                padding_side="left",
+            )
+            return self.generate_from(prompt, **kwargs)
 
     @torch.no_grad()
     def generate_from(self, prompt: Prompt, prefix: Prefix | None = None, **kwargs):
@@ -201,7 +206,8 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
 
         prefix: what is known of their first tokens, see `llava.model.reuse`
         """
-        if kwargs.get("use_cache", True) is not False:
+        drafter = self.drafter_for(kwargs)
+        if drafter is None and kwargs.get("use_cache", True) is not False:
             reserve = kwargs.get("max_new_tokens") or self.generation_config.max_new_tokens or 64
             if prefix is not None:  # the rest of the prompt is appended, too
                 reserve += prompt.inputs_embeds.shape[1] - prefix.size
@@ -218,6 +224,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
             attention_mask=prompt.attention_mask,
             position_ids=prompt.position_ids,
             prefix=prefix,
+            drafter=drafter,
             **kwargs,
         )
         return drop_first_token(output)
@@ -235,9 +242,15 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaPreTrainedModel):
         token_context: Tensor | None = None,
         use_cache: bool | None = None,
         prefix: Prefix | None = None,
+        drafter: Drafter | None = None,
         **kwargs,
     ) -> dict:
         """The prompt's embeddings in the first step, the newest token afterwards."""
+        if drafter is not None:  # greedy search and sampling never get here with one
+            raise ValueError(
+                "generation_strategy 'self_speculative' works with greedy search and sampling "
+                "(num_beams=1) only"
+            )
         if past_key_values is not None and len(past_key_values):
             return {
                 "input_ids": input_ids[:, -1:],

@@ -168,7 +168,7 @@ class DecoderLayer(nn.Module):
     def at_rows(
         self, x: Tensor, step: Step, rows: Tensor, cache: KVCache | None
     ) -> tuple[Tensor, Tensor]:
-        """The outputs (B, R, D) at places `rows` (B, R) alone, and the attention (B, H, R, S) there.
+        """Outputs (B, R, D) at places `rows` (B, R) alone, and the attention (B, H, R, S) there.
 
         Keys and values of all tokens x (B, S, D) are computed, and kept in an empty `cache`.
         """

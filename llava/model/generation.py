@@ -1,0 +1,192 @@
+"""Generation strategies: how a model's `generate` gets from one token to the next."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import MaxLengthCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from ..pruning import METHODS, Pruner
+from ..pruning.drafter import Drafter
+from .self_speculative import Speculation, SpeculationLog
+from .token_choice import TokenChoice
+
+STRATEGIES = ("autoregressive", "self_speculative")
+#: keywords of `generate` that replace options of the drafter
+DRAFTER_OPTIONS = ("num_speculations", "draft_stop_prob")
+#: arguments of the decoder that `generate` passes on
+PROMPT_TENSORS = (
+    "inputs_embeds",
+    "position_ids",
+    "visual_index",
+    "patch_index",
+    "token_tags",
+    "token_context",
+)
+
+
+@dataclass
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
+    """As of other strategies, and `logs`: a `SpeculationLog` for every prompt."""
+
+    logs: list[SpeculationLog] | None = None
+
+
+def check_strategy(name: str) -> str:
+    """`name`, when it is a strategy; ValueError listing them otherwise."""
+    if name not in STRATEGIES:
+        raise ValueError(
+            f"unknown generation_strategy {name!r}, choose from {', '.join(STRATEGIES)}"
+        )
+    return name
+
+
+class GenerationStrategies:
+    """Mixin of causal language models: chooses the strategy of a `generate` call.
+
+    It takes the place of transformers' greedy search and sampling, so everything that `generate`
+    prepares for those (length, processors, stopping criteria, streamer) holds here as well.
+    """
+
+    #: what `generate` uses when the call does not say
+    generation_strategy = STRATEGIES[0]
+
+    def drafter_for(self, keywords: dict) -> Drafter | None:
+        """The drafter that a `generate` call asks for; takes its keywords out of `keywords`.
+
+        Raises ValueError for an unknown strategy, for one that the pruning method in use cannot
+        serve, and for options without a strategy they belong to.
+        """
+        strategy = keywords.pop("generation_strategy", None) or self.generation_strategy
+        options = {key: keywords.pop(key) for key in DRAFTER_OPTIONS if key in keywords}
+        if check_strategy(strategy) == STRATEGIES[0]:
+            if options:
+                raise ValueError(f"{', '.join(options)} need generation_strategy={STRATEGIES[1]!r}")
+            return None
+        drafter = self.pruner.drafter(self.config.num_hidden_layers)
+        if drafter is None:
+            able = [name for name, cls in METHODS.items() if cls.drafter is not Pruner.drafter]
+            raise ValueError(
+                f"generation_strategy {strategy!r} needs a pruning method that guesses tokens "
+                f"({', '.join(able)}); the one in use is {self.pruner.name!r}"
+            )
+        if keywords.get("use_cache", True) is False:
+            raise ValueError(f"generation_strategy {strategy!r} needs a cache (use_cache=True)")
+        return replace(drafter, **options)
+
+    def greedy_search(self, input_ids: Tensor, drafter: Drafter | None = None, **keywords):
+        if drafter is None:
+            return super().greedy_search(input_ids, **keywords)
+        return self._speculate(input_ids, drafter, None, **keywords)
+
+    def sample(self, input_ids: Tensor, drafter: Drafter | None = None, **keywords):
+        if drafter is None:
+            return super().sample(input_ids, **keywords)
+        warpers = keywords.pop("logits_warper", None)
+        return self._speculate(
+            input_ids, drafter, LogitsProcessorList() if warpers is None else warpers, **keywords
+        )
+
+    def _speculate(
+        self,
+        input_ids: Tensor,
+        drafter: Drafter,
+        warpers: LogitsProcessorList | None,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        pad_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        output_scores: bool = False,
+        return_dict_in_generate: bool = False,
+        streamer=None,
+        synced_gpus: bool = False,
+        **prompt,
+    ):
+        """Prompt after prompt: rows that accept different numbers of guesses stay independent."""
+        if streamer is not None and len(input_ids) > 1:
+            raise ValueError(f"a streamer shows one answer, but there are {len(input_ids)} prompts")
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+        answers = []
+        for row, start in enumerate(input_ids):
+            choice = TokenChoice(logits_processor, warpers, start[None], ends)
+            own = one_row(prompt, row)
+            answers.append(
+                speculate(self, drafter, choice, own, stopping_criteria, streamer, output_scores)
+            )
+        sequences = padded([answer[0] for answer in answers], pad_token_id)
+        if not return_dict_in_generate:
+            return sequences
+        scores = padded_scores([answer[1] for answer in answers]) if output_scores else None
+        logs = [answer[2] for answer in answers]
+        return SpeculativeOutput(sequences=sequences, scores=scores, logs=logs)
+
+
+def speculate(
+    model, drafter, choice, prompt: dict, criteria, streamer, keep_scores: bool
+) -> tuple[Tensor, list[Tensor], SpeculationLog]:
+    """One answer: (n,) ids behind those of `choice`, included, scores (V,) per token if wanted, and
+    the log."""
+    begin = size = choice.ids.shape[1]
+    others = [rule for rule in criteria if not isinstance(rule, MaxLengthCriteria)]
+    ends, scores = set(choice.ends.tolist()), []
+    began = time.perf_counter()
+    speculation = Speculation(model, drafter, choice, criteria.max_length - size)
+    tokens, rows, numbers = speculation.start(prompt)
+    speculation.log.first_seconds = time.perf_counter() - began
+    while True:
+        if keep_scores:
+            scores.extend(rows)
+        count, finished = answered(choice.ids, numbers, ends, others, scores or None)
+        if streamer is not None:
+            streamer.put(tokens[:count].cpu())
+        size += count
+        if finished or size >= criteria.max_length:
+            break
+        tokens, rows, numbers = speculation.step()
+    if streamer is not None:
+        streamer.end()
+    log = speculation.finished_log()
+    log.seconds = time.perf_counter() - began
+    return choice.ids[0, :size], scores[: size - begin], log
+
+
+def answered(
+    ids: Tensor, numbers: list[int], ends: set[int], criteria: list, scores
+) -> tuple[int, bool]:
+    """(how many of the new tokens belong to the answer, whether it is finished).
+
+    ids: (1, n) the answer with the new tokens, which are `numbers`
+    """
+    before = ids.shape[1] - len(numbers)
+    for count, number in enumerate(numbers, start=1):
+        known = ids[:, : before + count]
+        if number in ends or any(rule(known, scores) for rule in criteria):
+            return count, True
+    return len(numbers), False
+
+
+def one_row(prompt: dict, row: int) -> dict:
+    """The decoder's arguments for one row of a batch, its padding removed."""
+    tensors = {key: prompt[key] for key in PROMPT_TENSORS if prompt.get(key) is not None}
+    real = prompt["attention_mask"][row].bool()
+    return {key: tensor[row][real][None] for key, tensor in tensors.items()}
+
+
+def padded(rows: list[Tensor], pad_token_id: int | None) -> Tensor:
+    """(B, longest) ids, shorter answers padded on the right."""
+    if len({len(row) for row in rows}) > 1 and pad_token_id is None:
+        raise ValueError("answers of different lengths need a pad_token_id")
+    return torch.nn.utils.rnn.pad_sequence(rows, True, pad_token_id or 0)
+
+
+def padded_scores(answers: list[list[Tensor]]) -> tuple[Tensor, ...]:
+    """Per token the scores (B, V) of all answers, zero behind the end of one."""
+    longest = max(map(len, answers))
+    blank = torch.zeros_like(answers[0][0])
+    filled = [answer + [blank] * (longest - len(answer)) for answer in answers]
+    return tuple(torch.stack(rows) for rows in zip(*filled, strict=True))

@@ -1,0 +1,285 @@
+"""Self-speculative generation: a drafter guesses tokens, the whole decoder verifies them at once.
+
+The drafter shares the first layers with the decoder (see `llava.pruning.drafter`), so a token runs
+through those once and its hidden row serves guessing and verifying. Every emitted token is a choice
+of the decoder: greedy output is that of autoregressive generation, sampled output has its
+distribution. Verified tokens stay in the caches, rejected ones are forgotten by setting a number.
+
+Paper: Growing a Twig to Accelerate Large Vision-Language Models, https://arxiv.org/abs/2503.14075
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..pruning.base import Pruner
+from ..pruning.drafter import DRAFTER_ROW, Drafter
+from ..pruning.tokens import Prefill
+from .kv_cache import KVCache
+from .language_model.attention import causal_mask
+from .language_model.modeling_llama import Step
+from .token_choice import TokenChoice
+
+
+@dataclass
+class SpeculationLog:
+    """What one prompt's generation did, step by step (a step is one run of the whole decoder).
+
+    drafts:        tokens guessed in each step
+    probabilities: the drafter's probability of each of them
+    accepted:      how many of them the decoder agreed with, from the first on
+    bonus:         the decoder's own token behind those
+    kv_lengths:    entries of every layer's cache after the step, the drafter's layers last
+    first_seconds: until the tokens of the first step were known, vision excluded
+    seconds:       of the whole generation, vision excluded
+    """
+
+    drafts: list[list[int]] = field(default_factory=list)
+    probabilities: list[list[float]] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    bonus: list[int] = field(default_factory=list)
+    kv_lengths: list[list[int]] = field(default_factory=list)
+    first_seconds: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted guesses per guess, 0 without any; the decoder's own tokens do not count."""
+        return sum(self.accepted) / max(1, sum(map(len, self.drafts)))
+
+    @property
+    def tokens_per_step(self) -> float:
+        return 1 + sum(self.accepted) / max(1, len(self.accepted))
+
+    @property
+    def mean_draft_length(self) -> float:
+        return sum(map(len, self.drafts)) / max(1, len(self.drafts))
+
+
+@dataclass
+class Guess:
+    """Tokens the drafter guessed: one (1, 1) tensor each, with its probability (1,) and, when
+    tokens are sampled, the distribution (1, V) it was drawn from."""
+
+    tokens: list[Tensor] = field(default_factory=list)
+    probabilities: list[Tensor] = field(default_factory=list)
+    distributions: list[Tensor | None] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Speculation:
+    """The generation of one prompt.
+
+    model:     a LLaVA model
+    choice:    how tokens follow from logits
+    most:      tokens to generate at most, at least 1
+    """
+
+    def __init__(self, model, drafter: Drafter, choice: TokenChoice, most: int):
+        self.decoder, self.head, self.drafter = model.model, model.lm_head, drafter
+        self.model, self.choice, self.most = model, choice, most
+        self.depth = len(self.decoder.layers)
+        reserve = most + drafter.num_speculations + 1
+        self.cache = KVCache(self.depth + len(drafter.layers), reserve)
+        self.shared = self.decoder.layers[: drafter.shared_layers]
+        self.deep = self.decoder.layers[drafter.shared_layers :]
+        self.newest: Tensor | None = None  # (1, 1) the newest token of the answer
+        self.count = 0  # tokens of the answer
+        self.done = 0  # tokens of the answer whose keys and values are final
+        self.fed = 0  # tokens of the answer, guesses included, that the shared layers have seen
+        self.drafted = 0  # of those, how many the drafter's layers have seen
+        self.waiting: list[Tensor] = []  # (1, 1, D) rows the drafter's layers have not seen yet
+        self.log = SpeculationLog()
+
+    # --- the prompt ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def start(self, prompt: dict) -> tuple[Tensor, Tensor, list[int]]:
+        """Runs the prompt and verifies the first guesses, in one pass of the deeper layers.
+
+        prompt: the arguments of the decoder that describe one row, without padding
+        Returns the new tokens (n,), their scores (n, V), and the tokens as numbers.
+        """
+        embeds, trace = prompt["inputs_embeds"], self.model.pruning_trace
+        self.first_position = int(prompt["position_ids"].amax()) + 1
+        self._prepare_rope(embeds)
+        if prompt.get("visual_index") is None:
+            nowhere = torch.full(embeds.shape[:2], -1, device=embeds.device)
+            prompt = {**prompt, "visual_index": nowhere, "patch_index": nowhere}
+        seen = bool((prompt["visual_index"] >= 0).any())
+        hooks = DraftingHooks(self, self.model.pruner if seen else Pruner())
+        out = self.decoder(
+            **prompt, cache=self.cache, pruner=hooks, grid=self.model.patch_grid, trace=trace
+        )
+        guess = hooks.guess
+        count = len(guess)
+        self.prompt_lengths = [
+            length - (count if layer < self.depth else self.drafted)
+            for layer, length in enumerate(self.cache.lengths)
+        ]
+        if trace is not None:
+            self._trace_prompt(trace, count)
+        logits = self.head(out.hidden_states[:, -(count + 1) :].contiguous()).float()[0]
+        return self._verify(guess, logits)
+
+    def _trace_prompt(self, trace, count: int) -> None:
+        """Makes the trace describe the prompt alone, without the `count` guesses behind it."""
+        first, lengths = self.drafter.shared_layers, self.cache.lengths
+        for layer in range(first, self.depth):
+            trace.prompt_tokens[layer] = trace.prompt_tokens[layer] - count
+        total = trace.prompt_tokens[0]
+        for layer in [layer for layer in trace.decoder_keep if layer >= first and count]:
+            kept = [row[: len(row) - count] for row in trace.decoder_keep[layer]]
+            before = trace.prompt_tokens[layer - 1] if layer else total
+            trace.decoder_keep[layer] = kept
+            if len(kept[0]) == before:  # nothing but the guesses changed there
+                del trace.decoder_keep[layer]
+        self.cache.lengths = list(self.prompt_lengths)
+        trace.kv_lengths = self.cache.row_lengths()[: self.depth]
+        trace.cache_bytes = self.cache.num_bytes()
+        self.cache.lengths = lengths
+
+    def guess_first(self, prefill: Prefill) -> tuple[Guess, list[Tensor]]:
+        """The first guesses, from the prompt as it leaves the shared layers."""
+        hidden, row = self.decoder.branch(prefill, self.drafter.layers, self.cache)
+        prefill.scratch[DRAFTER_ROW] = row
+        return self._guess(self.drafter.logits(hidden)[:, -1])
+
+    # --- later steps --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> tuple[Tensor, Tensor, list[int]]:
+        """Guesses and verifies once more; returns as `start` does."""
+        guess, rows = self._guess(None)
+        x = torch.cat(rows, dim=1)
+        steps: dict[int, Step] = {}  # layers that hold the same number of tokens share one
+        for layer in self.deep:
+            held = self.cache.lengths[layer.self_attn.layer_idx]
+            if held not in steps:
+                steps[held] = self._step(self.done, x.shape[1], held)
+            x, _ = layer(x, steps[held], self.cache)
+        return self._verify(guess, self.head(self.decoder.norm(x)).float()[0])
+
+    def _guess(self, logits: Tensor | None) -> tuple[Guess, list[Tensor]]:
+        """Guesses until the drafter is unsure, and the rows (1, 1, D) of all tokens fed meanwhile.
+
+        logits: (1, V) of the drafter at the last prompt token; None in later steps, which start
+                by feeding the newest token
+        """
+        guess, rows = Guess(), []
+        limit = min(self.drafter.num_speculations, self.most - self.count - 1)
+        newest = self.newest
+        while len(guess) < limit:
+            if logits is None:
+                rows.append(self._feed(newest))
+                logits = self._drafter_logits()
+            token, probability, distribution = self.choice.guess(logits, guess.tokens)
+            guess.tokens.append(token)
+            guess.probabilities.append(probability)
+            guess.distributions.append(distribution)
+            newest, logits = token, None
+            if self.choice.stops(token, probability, self.drafter.draft_stop_prob):
+                break
+        if newest is not None:
+            rows.append(self._feed(newest))
+        return guess, rows
+
+    def _feed(self, token: Tensor) -> Tensor:
+        """Runs one token (1, 1) through the shared layers."""
+        x, step = self.decoder.embed_tokens(token), self._step(self.fed, 1)
+        for layer in self.shared:
+            x, _ = layer(x, step, self.cache)
+        self.fed += 1
+        self.waiting.append(x)
+        return x
+
+    def _drafter_logits(self) -> Tensor:
+        """(1, V) after the newest token fed.
+
+        The row of the last guess of a step waits until the next one, where it runs along if it was
+        accepted: a row more costs next to nothing, a pass of its own as much as any.
+        """
+        x = torch.cat(self.waiting, dim=1)
+        held = self.cache.lengths[self.depth]
+        step = self._step(self.drafted, x.shape[1], held)
+        for layer in self.drafter.layers:
+            x, _ = layer(x, step, self.cache)
+        self.drafted += len(self.waiting)
+        self.waiting = []
+        return self.drafter.logits(x[:, -1:].contiguous())[:, -1]
+
+    # --- verification -------------------------------------------------------------------------
+
+    def _verify(self, guess: Guess, logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        """Accepts guesses; logits (g + 1, V) of the decoder before each guess and behind the last.
+
+        Returns what `start` returns.
+        """
+        tokens, numbers, scores = self.choice.verify(logits, guess)
+        accepted = len(numbers) - 1
+        self.count += accepted + 1
+        self.done = self.count - 1
+        self.newest = tokens[accepted:, None]
+        self._roll_back()
+        self._record(guess, numbers)
+        self.choice.add(tokens)
+        return tokens, scores, numbers
+
+    def _roll_back(self) -> None:
+        """Forgets what belongs to rejected guesses."""
+        for layer, length in enumerate(self.prompt_lengths):
+            self.cache.crop(layer, length + self.done)
+        self.fed = min(self.fed, self.done)
+        self.waiting = self.waiting[: max(0, self.done - self.drafted)]
+        self.drafted = min(self.drafted, self.done)
+
+    def _record(self, guess: Guess, numbers: list[int]) -> None:
+        self.log.drafts.append(guess.tokens)
+        self.log.probabilities.append(guess.probabilities)
+        self.log.accepted.append(len(numbers) - 1)
+        self.log.bonus.append(numbers[-1])
+        self.log.kv_lengths.append(list(self.cache.lengths))
+
+    def finished_log(self) -> SpeculationLog:
+        """The log with plain numbers in place of tensors; waits for the device."""
+        log = self.log
+        log.drafts = [[int(token) for token in step] for step in log.drafts]
+        log.probabilities = [[float(p) for p in step] for step in log.probabilities]
+        return log
+
+    # --- positions ----------------------------------------------------------------------------
+
+    def _prepare_rope(self, like: Tensor) -> None:
+        count = self.most + self.drafter.num_speculations + 1
+        positions = self.first_position + torch.arange(count, device=like.device)
+        self.cos, self.sin = self.decoder.rotary(positions[None], like.dtype)
+
+    def _step(self, start: int, count: int, held: int = 0) -> Step:
+        """For `count` tokens of the answer from `start` on, behind `held` cache entries."""
+        rope = self.cos[:, :, start : start + count], self.sin[:, :, start : start + count]
+        if count == 1 or self.decoder.config._attn_implementation == "flash_attention_2":
+            return Step(rope)  # that backend aligns queries with the last keys by itself
+        return Step(rope, causal_mask(count, held + count, self.cos.device))
+
+
+class DraftingHooks:
+    """A pruning method with guessing put before it: once the shared layers have run the prompt,
+    the drafter guesses, and the guesses join the prompt behind what the method keeps of it."""
+
+    def __init__(self, speculation: Speculation, pruner: Pruner):
+        self.speculation, self.pruner, self.guess = speculation, pruner, Guess()
+
+    def __getattr__(self, name: str):
+        return getattr(self.pruner, name)
+
+    def before_layer(self, index: int, prefill: Prefill) -> Prefill:
+        rows: list[Tensor] = []
+        if index == self.speculation.drafter.shared_layers:
+            self.guess, rows = self.speculation.guess_first(prefill)
+        prefill = self.pruner.before_layer(index, prefill)
+        return prefill.append(torch.cat(rows, dim=1)) if rows else prefill

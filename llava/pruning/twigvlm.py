@@ -1,0 +1,286 @@
+"""TwigVLM: a small trained branch of the decoder chooses the tokens, and guesses the answer's.
+
+Paper: Growing a Twig to Accelerate Large Vision-Language Models, https://arxiv.org/abs/2503.14075
+
+The twig is T decoder layers, a norm and a head on the output of decoder layer K - 1. What the last
+prompt token attends to in its last layer ranks the visual tokens before layer K; before the "final
+wipe" layer all that are left go. `model.generate(..., generation_strategy="self_speculative")` lets
+the twig guess tokens that the whole decoder verifies.
+
+Differs from the release: scores and their head mean stay in fp32; text-only prompts, several images
+(one pool), batches and any backend work; budgets out of reach are errors; a twig that does not fit
+is refused; a sharper budget than an image has tokens switches pruning off for it, wipe included.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .base import BudgetPruner
+from .drafter import DRAFTER_ROW, Drafter
+from .learned import build_part, part_folder, read_part, read_part_config, save_part
+from .ops import rank_within_groups, scale_layer
+from .tokens import Prefill
+
+#: in a 32-layer decoder: K, the layer before which all visual tokens go, layers of the twig
+FIRST_LAYER, WIPE_LAYER, TWIG_LAYERS = 2, 24, 3
+#: keyword of the published `generate` and its entries
+PUBLISHED_KEYWORD = "twigvlm_config"
+PUBLISHED_ENTRIES = ("enable_pruning", "attention_rank", "generation_strategy")
+
+
+class Twig(nn.Module):
+    """The trained part; layers of the same make as the decoder's, numbered behind them."""
+
+    def __init__(self, model: nn.Module, count: int):
+        super().__init__()
+        decoder, config = model.model, model.config
+        layer = type(decoder.layers[0])
+        first = config.num_hidden_layers
+        self.layers = nn.ModuleList(layer(config, first + number) for number in range(count))
+        self.norm = type(decoder.norm)(config.hidden_size, config.rms_norm_eps)
+        self.head = nn.Linear(config.hidden_size, model.lm_head.weight.shape[0], bias=False)
+
+
+def published_name(name: str) -> str:
+    """Name in a checkpoint of a tensor of `Twig`."""
+    return name.replace("head.", "lm_head.") if name.startswith("head.") else f"model.{name}"
+
+
+@dataclass
+class TwigVLM(BudgetPruner):
+    """
+    visual_token_num: tokens per image, averaged over the decoder layers: all of them enter layers
+                      0 to K - 1, as many as the average asks for layer K and those up to
+                      `final_wipe_layer`, none the layers from there on
+    twig:             folder of the twig; None: the one that comes with the playground checkpoint
+    twig_K:           decoder layers in common. None: what the twig's config says, else the
+                      environment variable twig_K, else 2 of 32, scaled to the depth
+    twig_T:           layers of the twig; only checked, the file says how many there are
+    final_wipe_layer: None: 24 of 32, scaled to the depth, at most 24 (as published for 40 layers)
+    enable_pruning:   False keeps all visual tokens; the twig can still guess tokens
+    num_speculations, draft_stop_prob: as in `llava.pruning.drafter.Drafter`
+    """
+
+    twig: str | None = None
+    twig_K: int | None = None
+    twig_T: int | None = None
+    final_wipe_layer: int | None = None
+    enable_pruning: bool = True
+    num_speculations: int = 5
+    draft_stop_prob: float = 0.6
+
+    name = "twigvlm"
+    reads_text = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        Drafter(0, None, None, None, self.num_speculations, self.draft_stop_prob)  # checks them
+        self.module: Twig | None = None
+        self._config: dict = {}
+        if self.twig is not None and os.path.isdir(self.twig):
+            self._config = read_part_config(self.twig, self.name)
+
+    # --- the twig -----------------------------------------------------------------------------
+
+    def attach_model(self, model: nn.Module) -> None:
+        if self.module is None:
+            path = getattr(model.config, "_name_or_path", "")
+            folder = part_folder(self.name, self.twig, path, "twig")
+            self._config = read_part_config(folder, self.name)
+            self.module = load_twig(folder, model, self.twig_T or _environment("twig_T"))
+        weight = self.module.norm.weight
+        if weight.shape[0] != model.config.hidden_size:
+            raise ValueError(
+                f"the twig is {weight.shape[0]} wide, this model {model.config.hidden_size}: load "
+                "a twig that was trained on it"
+            )
+        like = model.model.norm.weight
+        self.module.to(device=like.device, dtype=like.dtype)
+        depth, layers = model.config.num_hidden_layers, len(self.module.layers)
+        shared = self.shared_layers(depth)
+        if shared + layers > depth:
+            raise ValueError(
+                f"twig_K ({shared}) and the twig's {layers} layers exceed the {depth} layers of "
+                "the decoder"
+            )
+
+    def use_random_parts(self, model: nn.Module) -> None:
+        """Random weights in place of trained ones, where only costs and shapes matter."""
+        count = self.twig_T or scale_layer(TWIG_LAYERS, model.config.num_hidden_layers)
+        self.module = Twig(model, count).apply(model._init_weights).requires_grad_(False).eval()
+
+    def drafter(self, num_layers: int) -> Drafter | None:
+        if self.module is None:
+            return None
+        return Drafter(
+            self.shared_layers(num_layers),
+            self.module.layers,
+            self.module.norm,
+            self.module.head,
+            self.num_speculations,
+            self.draft_stop_prob,
+        )
+
+    # --- budget -------------------------------------------------------------------------------
+
+    def shared_layers(self, num_layers: int) -> int:
+        """K in a decoder with `num_layers` layers."""
+        for given in (self.twig_K, self._config.get("twig_K"), _environment("twig_K")):
+            if given is not None:
+                return given
+        return scale_layer(FIRST_LAYER, num_layers)
+
+    def wipe_layer(self, num_layers: int) -> int:
+        """The layer before which all visual tokens go; `num_layers` for never."""
+        if self.final_wipe_layer is not None:
+            return self.final_wipe_layer
+        # The published setting of the 13B model, with 40 layers, wipes before 24 as well.
+        return min(scale_layer(WIPE_LAYER, num_layers), WIPE_LAYER)
+
+    def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
+        first, wipe = self.shared_layers(num_layers), self.wipe_layer(num_layers)
+        if not 0 <= first < wipe <= num_layers:
+            raise ValueError(
+                f"twig_K ({first}) must be at least 0 and below final_wipe_layer ({wipe}), which "
+                f"must not exceed the {num_layers} decoder layers"
+            )
+        if not self.enable_pruning:
+            return
+        super().check(num_patches, num_layers, crops)
+        least = -(-first * num_patches * crops // num_layers)
+        if self.visual_token_num < least:
+            raise ValueError(
+                f"visual_token_num ({self.visual_token_num}) is out of reach: all "
+                f"{num_patches * crops} tokens enter the first {first} of {num_layers} layers, "
+                f"which alone are {least} on average"
+            )
+
+    def kept_tokens(self, total: Tensor, budget: Tensor, num_layers: int) -> Tensor:
+        """Visual tokens that enter layers K up to the wipe, of `total` tokens of a prompt; all
+        three of one shape, `budget` being the average over all layers that is aimed at."""
+        first, wipe = self.shared_layers(num_layers), self.wipe_layer(num_layers)
+        kept = -((first * total - num_layers * budget) // (wipe - first))  # rounded up
+        return torch.where(budget >= total, total, torch.minimum(kept.clamp(min=0), total))
+
+    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
+        total = torch.tensor(num_patches * crops)
+        budget = torch.tensor(self.visual_token_num)
+        if not self.enable_pruning or budget >= total:
+            return [int(total)] * num_layers
+        first, wipe = self.shared_layers(num_layers), self.wipe_layer(num_layers)
+        kept = int(self.kept_tokens(total, budget, num_layers))
+        return [int(total)] * first + [kept] * (wipe - first) + [0] * (num_layers - wipe)
+
+    # --- pruning ------------------------------------------------------------------------------
+
+    def before_layer(self, index: int, prefill: Prefill) -> Prefill:
+        num_layers = len(prefill.decoder.layers)
+        if not self.enable_pruning:
+            return prefill
+        if index == self.shared_layers(num_layers):
+            return self._choose(prefill, num_layers)
+        wiped = prefill.scratch.get("wiped")
+        if index == self.wipe_layer(num_layers) and wiped is not None:
+            return prefill.keep(~(prefill.is_visual & wiped))
+        return prefill
+
+    def reusable_layers(self, prefill: Prefill) -> int:
+        num_layers = len(prefill.decoder.layers)
+        return self.shared_layers(num_layers) if self.enable_pruning else num_layers
+
+    def _choose(self, prefill: Prefill, num_layers: int) -> Prefill:
+        counts = prefill.image_counts()  # (B, I)
+        total = counts.sum(dim=1, keepdim=True)
+        budget = self.visual_token_num * (counts > 0).sum(dim=1, keepdim=True)
+        if not bool((budget < total).any()):
+            return prefill
+        prefill.scratch["wiped"] = budget < total
+        rank = rank_within_groups(self.score(prefill), prefill.is_visual.long())
+        kept = self.kept_tokens(total, budget, num_layers)
+        return prefill.keep(~prefill.is_visual | (rank < kept))
+
+    def score(self, prefill: Prefill) -> Tensor:
+        """(B, S) what the last prompt token attends to in the twig's last layer, head mean."""
+        row = prefill.scratch.get(DRAFTER_ROW)
+        if row is None:
+            _, row = prefill.decoder.branch(prefill, self.module.layers)
+        return row[:, :, 0].mean(dim=1)
+
+    # --- the published interface --------------------------------------------------------------
+
+    def for_call(self, keywords: dict) -> tuple[TwigVLM, dict]:
+        """Reads `twigvlm_config={"enable_pruning", "attention_rank", "generation_strategy"}`."""
+        if PUBLISHED_KEYWORD not in keywords:
+            return self, keywords
+        keywords = dict(keywords)
+        entries = dict(keywords.pop(PUBLISHED_KEYWORD) or {})
+        if unknown := [key for key in entries if key not in PUBLISHED_ENTRIES]:
+            raise ValueError(
+                f"unknown entry {', '.join(map(repr, unknown))} of {PUBLISHED_KEYWORD}, choose "
+                f"from {', '.join(PUBLISHED_ENTRIES)}"
+            )
+        if "generation_strategy" in entries:
+            keywords["generation_strategy"] = entries["generation_strategy"]
+        options = {"enable_pruning": entries.get("enable_pruning", self.enable_pruning)}
+        if entries.get("attention_rank") is not None:
+            rank = entries["attention_rank"]
+            options["visual_token_num"] = int(rank) if rank == int(rank) else rank
+        pruner = replace(self, **options)
+        pruner.module, pruner._config = self.module, self._config
+        return pruner, keywords
+
+
+def load_twig(folder: str, model: nn.Module, count: int | None = None) -> Twig:
+    """The twig in `folder`, in the published layout or ours, with the device and type of `model`.
+
+    count: layers it must have; None: any number
+    Raises ValueError when it has another number, or does not fit the model.
+    """
+    path, tensors = read_part(folder)
+    numbers = {int(m[1]) for name in tensors if (m := re.match(r"model\.layers\.(\d+)\.", name))}
+    if not numbers:
+        raise ValueError(f"{path} holds no layers of a twig (model.layers.0. ...)")
+    if count is not None and len(numbers) != count:
+        raise ValueError(f"twig_T is {count}, but the twig in {path} has {len(numbers)} layers")
+    if len(numbers) > model.config.num_hidden_layers:
+        raise ValueError(
+            f"the twig in {path} has {len(numbers)} layers, more than the decoder it belongs to "
+            f"({model.config.num_hidden_layers})"
+        )
+    named = {_our_name(name): tensor for name, tensor in tensors.items()}
+    return build_part(lambda: Twig(model, len(numbers)), named, path, model.model.norm.weight)
+
+
+def save_twig(folder: str, twig: Twig, shared_layers: int, base_model: str) -> None:
+    """Writes a twig in the published layout, with our config.json."""
+    tensors = {published_name(name): tensor for name, tensor in twig.state_dict().items()}
+    save_part(
+        folder,
+        TwigVLM.name,
+        tensors,
+        base_model,
+        twig_K=shared_layers,
+        twig_T=len(twig.layers),
+        hidden_size=twig.norm.weight.shape[0],
+        vocab_size=twig.head.weight.shape[0],
+    )
+
+
+def _our_name(name: str) -> str:
+    return name.removeprefix("model.").replace("lm_head.", "head.")
+
+
+def _environment(name: str) -> int | None:
+    """The whole number in an environment variable of the published programs."""
+    text = os.environ.get(name)
+    if not text:
+        return None
+    if not text.isdigit():
+        raise ValueError(f"the environment variable {name} ({text!r}) must be a whole number")
+    return int(text)
