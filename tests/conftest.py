@@ -161,7 +161,23 @@ def make_pruner(name: str, visual_token_num: int = 10):
     options = option_names(METHODS[name])
     takes_budget = "visual_token_num" in options and not build_pruner(name).adaptive
     budget = {"visual_token_num": visual_token_num} if takes_budget else {}
-    return build_pruner(name, **budget)
+    return with_random_parts(build_pruner(name, **budget))
+
+
+def with_random_parts(pruner):
+    """`pruner`, which makes random weights for itself where it finds no trained ones."""
+    load = pruner.attach_model
+
+    def attach_model(model):
+        try:
+            load(model)
+        except FileNotFoundError:
+            torch.manual_seed(0)
+            pruner.use_random_parts(model)
+            load(model)
+
+    pruner.attach_model = attach_model
+    return pruner
 
 
 def pad_batch(rows, side="left"):

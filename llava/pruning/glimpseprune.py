@@ -1,0 +1,303 @@
+"""GlimpsePrune: a learned token glances at the image, and decides how much of it is needed.
+
+Paper: A Glimpse to Compress: Dynamic Visual Token Pruning for Large Vision-Language Models,
+https://arxiv.org/abs/2508.01548
+
+A trained token, the glimpse, stands behind the prompt. What it attends to in one decoder layer,
+with hidden states of the vision tower, goes through a small transformer that gives every visual
+token a probability of being needed. After `reduce_layer` the tokens below the threshold leave the
+hidden states and the caches of all layers, and the glimpse leaves with them. Positions stay.
+
+Differs from the release: attention rows and angles are fp32; any attention backend; batches,
+several images and LLaVA-NeXT work: every crop is judged by itself, cap and minimum are those of the
+whole prompt, and a newline token stays when a token of its row does. No `use_zero_masks` (a
+threshold of 1 does the same) and no `AttnFuserDummy`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .base import Pruner
+from .glimpseprune_modules import PAPER_LAYER, Glimpse, GlimpseConfig
+from .learned import WEIGHTS_FILE, build_part, part_folder, read_part, read_part_config
+from .ops import gather_tokens, rank_within_groups, scale_layer
+from .tokens import Prefill, VisionTokens
+
+#: weight files, ours and the published ones
+WEIGHTS_FILES = (WEIGHTS_FILE, "new_modules_gp.safetensors", "new_modules_gp.pt")
+#: corner -> (row, column) as shares of the last one
+ANCHORS = {"tl": (0, 0), "tr": (0, 1), "bl": (1, 0), "br": (1, 1)}
+#: what the paper uses where neither the caller nor the trained part says otherwise
+DEFAULTS = {
+    "reduce_threshold": 0.5,
+    "min_remain_num": 1,
+    "max_remain_ratio": None,
+    "anchor_positions": (),
+}
+
+
+@dataclass
+class GlimpsePrune(Pruner):
+    """
+    visual_token_num: most tokens an image keeps (several images share the sum); None: no cap
+    max_remain_ratio: the same as a share of the image's tokens; the smaller cap holds
+    reduce_threshold: tokens with a larger probability stay
+    min_remain_num:   tokens that stay in any case: the most probable ones
+    anchor_positions: corners that stay in any case: of "tl", "tr", "bl", "br"
+    new_modules:      folder of the trained part, ours or the published layout, or hub repository;
+                      None: the one of the playground, on the playground's model
+    ref_boxes:        diagnosis, in place of the glimpse: what these boxes cover stays; boxes are
+                      (left, top, right, bottom), as shares of the picture the tower sees
+
+    None for `reduce_threshold`, `min_remain_num`, `max_remain_ratio` and `anchor_positions` is what
+    the trained part says; the paper: 0.5, 1, no cap, none.
+    """
+
+    visual_token_num: int | None = None
+    max_remain_ratio: float | None = None
+    reduce_threshold: float | None = None
+    min_remain_num: int | None = None
+    anchor_positions: Sequence[str] | None = None
+    new_modules: str | None = None
+    ref_boxes: Sequence[Sequence[float]] | None = None
+
+    name = "glimpseprune"
+    adaptive = True
+    reads_text = True
+
+    def __post_init__(self):
+        self.saved: dict = {}  # settings in the config of the trained part
+        if self.visual_token_num is not None and self.visual_token_num < 1:
+            raise ValueError(f"visual_token_num ({self.visual_token_num}) must be at least 1 token")
+        if self.max_remain_ratio is not None and not 0 < self.max_remain_ratio <= 1:
+            raise ValueError(f"max_remain_ratio ({self.max_remain_ratio}) must be above 0, up to 1")
+        if self.reduce_threshold is not None and not 0 <= self.reduce_threshold <= 1:
+            raise ValueError(f"reduce_threshold ({self.reduce_threshold}) must be from 0 to 1")
+        if self.min_remain_num is not None and self.min_remain_num < 0:
+            raise ValueError(f"min_remain_num ({self.min_remain_num}) must not be negative")
+        if unknown := set(self.anchor_positions or ()) - set(ANCHORS):
+            raise ValueError(
+                f"anchor_positions {sorted(unknown)} are unknown, choose from {', '.join(ANCHORS)}"
+            )
+
+    def setting(self, name: str):
+        """The caller's value of an option, else that of the trained part, else the paper's."""
+        given = getattr(self, name)
+        return self.saved.get(name, DEFAULTS[name]) if given is None else given
+
+    # --- the trained part ---------------------------------------------------------------------
+
+    def attach_model(self, model: nn.Module) -> None:
+        if self.module is None:
+            self.module = self.load(model)
+        config = self.module.config
+        fits = (config.hidden_size, config.num_attention_heads)
+        needed = (model.config.hidden_size, model.config.num_attention_heads)
+        if fits != needed:
+            raise ValueError(
+                f"the trained part of {self.name} is for a decoder of width and heads {fits}, this "
+                f"model has {needed}"
+            )
+        config.check_depth(model.config.num_hidden_layers, model.get_vision_tower().depth[0])
+
+    def load(self, model: nn.Module) -> Glimpse:
+        """Reads the trained part that belongs to `model`."""
+        path = getattr(model.config, "_name_or_path", "")
+        folder = part_folder(self.name, self.new_modules, path, "new_modules")
+        self.saved = {k: v for k, v in read_part_config(folder, self.name).items() if k in DEFAULTS}
+        config = GlimpseConfig.from_values(read_part_config(folder, self.name), model)
+        source, tensors = read_part(folder, WEIGHTS_FILES)
+        like = model.get_input_embeddings().weight
+        return build_part(lambda: Glimpse(config), tensors, source, like)
+
+    def use_random_parts(self, model: nn.Module) -> None:
+        weight = model.get_input_embeddings().weight
+        self.module = Glimpse(GlimpseConfig.for_model(model)).to(weight).requires_grad_(False)
+        self.module.initialize()
+        self.module.eval()
+
+    @property
+    def probe_form(self) -> str:
+        scores = self.module is not None and self.module.config.use_attention_logits
+        return "scores" if scores else "log_weights"
+
+    def last_dense_layer(self, num_layers: int) -> int:
+        """`reduce_layer`: the last layer that sees all visual tokens."""
+        if self.module is None:
+            return scale_layer(PAPER_LAYER, num_layers)
+        return min(self.module.config.reduce_layer, num_layers - 1)
+
+    # --- before the decoder -------------------------------------------------------------------
+
+    def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
+        states = () if self.module is None else self.module.config.selected_visual_layers
+        return {state - 1: frozenset({"output"}) for state in states}
+
+    def after_encoder(self, vision: VisionTokens) -> VisionTokens:
+        chosen = self.module.config.selected_visual_layers
+        states = [vision.layers[state - 1]["output"] for state in chosen]
+        vision.context = self.module.attn_fuser.conditions(states)
+        return vision
+
+    # --- inside the decoder -------------------------------------------------------------------
+
+    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
+        return () if self.ref_boxes is not None else self.module.config.selected_layers
+
+    def before_layer(self, index: int, prefill: Prefill) -> Prefill:
+        if index == 0 and self.ref_boxes is None:
+            return self.add_glimpse(prefill)
+        prefill = self.remember_row(index, prefill)
+        if index == self.last_dense_layer(len(prefill.decoder.layers)) + 1:
+            return self.reduce(prefill)
+        vector = prefill.scratch.get("glimpse", {}).get(index)
+        return prefill if vector is None else add_to_glimpse(prefill, vector)
+
+    def after_layers(self, prefill: Prefill) -> Prefill:
+        count = len(prefill.decoder.layers)
+        prefill = self.remember_row(count, prefill)
+        return self.reduce(prefill) if self.last_dense_layer(count) == count - 1 else prefill
+
+    def pruned_caches(self, index: int, num_layers: int) -> range:
+        return range(index) if index == self.last_dense_layer(num_layers) + 1 else range(0)
+
+    def add_glimpse(self, prefill: Prefill) -> Prefill:
+        vectors = self.module.vectors()
+        last = self.last_dense_layer(len(prefill.decoder.layers))
+        prefill.scratch["glimpse"] = {n: v for n, v in vectors.items() if n <= last}
+        start = vectors[0]
+        return prefill.append(start.expand(len(prefill.hidden_states), *start.shape))
+
+    def remember_row(self, index: int, prefill: Prefill) -> Prefill:
+        """Keeps what the last glimpse token paid each token in the layer before `index`."""
+        if prefill.attention is not None:
+            row = prefill.attention[:, :, 0].transpose(1, 2)  # (B, S, H)
+            prefill.scratch.setdefault("rows", {})[index - 1] = row
+        return prefill
+
+    def reduce(self, prefill: Prefill) -> Prefill:
+        """Without the glimpse and without the visual tokens that are not needed."""
+        judged = prefill.patch_index >= 0
+        if self.ref_boxes is None:
+            chance = self.importance(prefill).sigmoid()
+        else:
+            cells = boxes_to_cells(self.ref_boxes, prefill.grid).to(judged.device)
+            places = prefill.patch_index.clamp(min=0) % cells.numel()
+            chance = cells.flatten()[places].float()
+        chance = chance.masked_fill(~judged, 0)
+        prefill.record_importance(chance.masked_fill(~judged, float("nan")))
+        kept = self.choose(chance, judged, prefill)
+        kept = kept | self.newlines(kept, prefill)
+        text = ~prefill.is_visual & (prefill.index >= 0)
+        return replace(prefill, context=None).keep(text | kept)
+
+    def importance(self, prefill: Prefill) -> Tensor:
+        """(B, S) logits of the visual tokens; values on other tokens mean nothing."""
+        rows = [prefill.scratch["rows"][layer] for layer in self.module.config.selected_layers]
+        rows = torch.cat(rows, dim=-1)
+        place, real = view_places(prefill)
+        batch, size = prefill.patch_index.shape
+        seen = place.clamp(max=size - 1)
+        shape = (-1, math.prod(prefill.grid))
+        rows, context = (gather_tokens(x, seen) for x in (rows, prefill.context))
+        rows = rows.masked_fill(~real[..., None], 0)
+        inputs = rows.unflatten(1, shape).flatten(0, 1), context.unflatten(1, shape).flatten(0, 1)
+        real = real.unflatten(1, shape).flatten(0, 1)
+        logits = self.module.attn_fuser(*inputs, prefill.grid, real)[-1].float()
+        found = logits.new_zeros(batch, size + 1)  # the last column takes what is no token
+        return found.scatter(1, place, logits.view(batch, -1))[:, :size]
+
+    def choose(self, chance: Tensor, judged: Tensor, prefill: Prefill) -> Tensor:
+        """(B, S) True on the visual tokens that stay: threshold, cap, minimum, anchors."""
+        rank = rank_within_groups(chance, judged.long())
+        total = judged.sum(dim=1)
+        kept = judged & (chance > self.setting("reduce_threshold"))
+        for over, most in self.caps(kept.sum(dim=1), total, prefill):
+            capped = judged & (rank < most[:, None])
+            kept = torch.where(over[:, None], capped, kept)
+        least = self.setting("min_remain_num") or 0
+        kept = kept | (judged & (rank < least) & (kept.sum(dim=1) < least)[:, None])
+        rows, columns = prefill.grid
+        for name in self.setting("anchor_positions") or ():
+            down, across = ANCHORS[name]
+            corner = down * (rows - 1) * columns + across * (columns - 1)
+            kept = kept | (prefill.patch_index == corner)
+        return kept
+
+    def caps(self, count: Tensor, total: Tensor, prefill: Prefill):
+        """Which prompts (B,) exceed a cap, and what they may keep (B,); one pair for each cap."""
+        if (ratio := self.setting("max_remain_ratio")) is not None:
+            yield count.double() / total > ratio, (ratio * total.double()).long()
+        if self.visual_token_num is not None:
+            images = (prefill.image_counts() > 0).sum(dim=1)
+            most = self.visual_token_num * images
+            if ratio is not None:
+                most = torch.minimum(most, (ratio * total.double()).long())
+            yield count > most, most
+
+    def newlines(self, kept: Tensor, prefill: Prefill) -> Tensor:
+        """(B, S) True on the newline tokens whose row of patches keeps one."""
+        newline = prefill.is_visual & (prefill.patch_index < 0)
+        per_crop = math.prod(prefill.grid)
+        # The overview in front of the tiles has no newlines: its tokens are no part of a row.
+        tile = prefill.patch_index >= per_crop
+        behind_tile = tile.roll(1, dims=1)
+        row = newline.long().cumsum(dim=1) - newline.long()
+        group = 2 * row + torch.where(newline, behind_tile, tile).long()
+        alive = torch.zeros_like(group.repeat(1, 2)).scatter_add(1, group, kept.long())
+        return newline & (alive.gather(1, group) > 0)
+
+    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
+        dense, last = num_patches * crops, self.last_dense_layer(num_layers)
+        most = dense
+        if (ratio := self.setting("max_remain_ratio")) is not None:
+            most = min(most, int(ratio * dense))
+        if self.visual_token_num is not None:
+            most = min(most, self.visual_token_num)
+        most = max(most, self.setting("min_remain_num") or 0)
+        most = min(most + len(self.setting("anchor_positions") or ()), dense)
+        return [dense] * (last + 1) + [most] * (num_layers - last - 1)
+
+
+def add_to_glimpse(prefill: Prefill, vector: Tensor) -> Prefill:
+    """`vector` (le_length, D) added to the glimpse, the last tokens of every prompt."""
+    x, count = prefill.hidden_states, len(vector)
+    return replace(prefill, hidden_states=torch.cat([x[:, :-count], x[:, -count:] + vector], dim=1))
+
+
+def view_places(prefill: Prefill) -> tuple[Tensor, Tensor]:
+    """Place (B, V * N) in the prompt of every patch of every view, and where there is one.
+
+    V counts images x crops, view after view; where a patch was cut off or a row has fewer views,
+    the place is S.
+    """
+    image, patch = prefill.visual_index, prefill.patch_index
+    batch, size = patch.shape
+    per_crop = math.prod(prefill.grid)
+    images, crops = torch.stack([image.amax() + 1, patch.amax() // per_crop + 1]).tolist()
+    total = images * crops * per_crop
+    slot = torch.where(patch >= 0, image * crops * per_crop + patch, total)
+    places = torch.arange(size, device=patch.device).expand(batch, -1)
+    table = torch.full((batch, total + 1), size, device=patch.device)
+    table = table.scatter(1, slot, places)[:, :total]
+    return table, table < size
+
+
+def boxes_to_cells(boxes: Sequence[Sequence[float]], grid: tuple[int, int]) -> Tensor:
+    """(h, w) True where a box lies; boxes are (left, top, right, bottom), shares of the picture.
+
+    Both ends count, so that even a box without area marks a cell.
+    """
+    rows, columns = grid
+    cells = torch.zeros(grid, dtype=torch.bool)
+    for left, top, right, bottom in boxes:
+        down = slice(int(top * rows), min(int(bottom * rows), rows - 1) + 1)
+        across = slice(int(left * columns), min(int(right * columns), columns - 1) + 1)
+        cells[down, across] = True
+    return cells

@@ -1,0 +1,307 @@
+"""The trained part of GlimpsePrune: glimpse vectors and the visual importance predictor.
+
+Names of parameters and settings are those of the published files (`new_modules_gp.pt` and its
+config.json), so that both load as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .ops import scale_layer
+
+#: layers of the paper: glimpse row and cut of 32 decoder layers, hidden states of a 24-layer tower
+#: of which LLaVA reads the one numbered `PAPER_FEATURES`
+PAPER_LAYER, PAPER_TOWER_STATES, PAPER_FEATURES = 21, (23, 17, 11, 5), 23
+PREDICTOR = "AttnFuserV1"
+
+
+@dataclass(frozen=True)
+class GlimpseConfig:
+    """Shape of the trained part, and where it acts. Layers count from 0.
+
+    hidden_size:            width of the decoder
+    num_attention_heads:    its query heads
+    mm_hidden_size:         width of the vision tower
+    rms_norm_eps:           of the decoder, used for the glimpse vectors
+    le_layers:              decoder layers in front of which a learned vector is added to the
+                            glimpse; 0 is the one that makes it
+    le_length:              glimpse tokens
+    le_dropout_prob:        dropout of the glimpse vectors, in training
+    selected_layers:        decoder layers of which the glimpse's attention row is read
+    reduce_layer:           last decoder layer that sees all visual tokens
+    selected_visual_layers: hidden states of the tower that condition the predictor, one for each of
+                            its layers; 0 is the embeddings, so n is the output of layer n - 1
+    attn_fuse_size:         width of the predictor
+    visual_cond_size:       width of a condition
+    attn_fuse_num_heads:    heads of the predictor
+    use_attention_logits:   it reads scaled products instead of the logarithm of attention weights
+    deep_supervision:       every layer of it has an output, for the training loss
+    """
+
+    hidden_size: int
+    num_attention_heads: int
+    mm_hidden_size: int
+    le_layers: tuple[int, ...]
+    selected_layers: tuple[int, ...]
+    reduce_layer: int
+    selected_visual_layers: tuple[int, ...]
+    rms_norm_eps: float = 1e-5
+    le_length: int = 1
+    le_dropout_prob: float = 0.0
+    attn_fuse_size: int = 256
+    visual_cond_size: int = 512
+    attn_fuse_num_heads: int = 4
+    use_attention_logits: bool = False
+    deep_supervision: bool = False
+
+    def __post_init__(self):
+        width, heads = self.attn_fuse_size + self.visual_cond_size, self.attn_fuse_num_heads
+        if width % (4 * heads) or self.attn_fuse_size % heads:
+            raise ValueError(
+                f"attn_fuse_num_heads ({heads}) must divide attn_fuse_size ({self.attn_fuse_size}) "
+                f"and, four times, attn_fuse_size + visual_cond_size ({width})"
+            )
+        if self.le_length < 1:
+            raise ValueError(f"le_length ({self.le_length}) must be at least 1 glimpse token")
+        if 0 not in self.le_layers:
+            raise ValueError(f"le_layers {self.le_layers} must contain 0, where the glimpse starts")
+        if not self.selected_layers or max(self.selected_layers) > self.reduce_layer:
+            raise ValueError(
+                f"selected_layers {self.selected_layers} must not lie behind reduce_layer "
+                f"({self.reduce_layer})"
+            )
+        if min(self.selected_visual_layers, default=0) < 1:
+            raise ValueError(
+                f"selected_visual_layers {self.selected_visual_layers} must be 1 (output of the "
+                "first layer) or above"
+            )
+
+    @classmethod
+    def for_model(cls, model: nn.Module, **changes) -> GlimpseConfig:
+        """The paper's setting, its layers scaled to the depth of `model`; `changes` replace it."""
+        config, tower = model.config, model.get_vision_tower()
+        depth, states = config.num_hidden_layers, tower.depth[1] + 1
+        layer = scale_layer(PAPER_LAYER, depth)
+        tower_states = (scale_layer(n, states + 1, PAPER_FEATURES + 1) for n in PAPER_TOWER_STATES)
+        paper = {
+            "le_layers": tuple(range(depth)),
+            "selected_layers": (layer,),
+            "reduce_layer": layer,
+            "selected_visual_layers": tuple(tower_states),
+        }
+        return cls.from_values({**paper, **changes}, model)
+
+    @classmethod
+    def from_values(cls, values: dict, model: nn.Module) -> GlimpseConfig:
+        """The config that the keys of a config.json describe, for `model`.
+
+        Raises ValueError when they do not fit it, or ask for another predictor.
+        """
+        if (kind := values.get("attn_fuse_type", PREDICTOR)) != PREDICTOR:
+            raise ValueError(f"attn_fuse_type {kind!r} is not supported, choose {PREDICTOR!r}")
+        config, tower = model.config, model.get_vision_tower()
+        known = {f.name for f in fields(cls)}
+        given = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in values.items()
+            if key in known
+        }
+        given |= {
+            "hidden_size": config.hidden_size,
+            "num_attention_heads": config.num_attention_heads,
+            "mm_hidden_size": tower.hidden_size,
+            "rms_norm_eps": config.rms_norm_eps,
+        }
+        if missing := [f.name for f in fields(cls) if f.name not in given and f.default is MISSING]:
+            raise ValueError(f"the config of the trained part lacks {', '.join(missing)}")
+        made = cls(**given)
+        made.check_depth(config.num_hidden_layers, tower.depth[0])
+        return made
+
+    def check_depth(self, num_layers: int, tower_layers: int) -> None:
+        """Raises ValueError when a layer does not exist in a model of that depth."""
+        for name, last in (
+            ("le_layers", num_layers - 1),
+            ("selected_layers", num_layers - 1),
+            ("selected_visual_layers", tower_layers),
+        ):
+            if not 0 <= max(layers := getattr(self, name)) <= last:
+                raise ValueError(f"{name} {layers} must not exceed {last} on this model")
+
+    def values(self) -> dict:
+        """What belongs into a config.json: everything the base model does not say."""
+        base = ("hidden_size", "num_attention_heads", "mm_hidden_size", "rms_norm_eps")
+        return {key: value for key, value in asdict(self).items() if key not in base}
+
+
+class Glimpse(nn.Module):
+    """Everything GlimpsePrune trains."""
+
+    def __init__(self, config: GlimpseConfig):
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        shape = len(config.le_layers), config.le_length, width
+        self.learnable_embeddings = nn.Parameter(torch.empty(shape))
+        self.le_proj = nn.Linear(width, width)
+        self.le_norm = RMSNorm(width, config.rms_norm_eps)
+        self.attn_fuser = ImportancePredictor(config)
+
+    def vectors(self) -> dict[int, Tensor]:
+        """Decoder layer -> (le_length, D) that the glimpse starts from there, or is added to it."""
+        made = self.le_norm(self.le_proj(self.learnable_embeddings))
+        made = F.dropout(made, self.config.le_dropout_prob, self.training)
+        return dict(zip(self.config.le_layers, made, strict=True))
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Fresh weights, as training starts from them."""
+        for name, parameter in self.named_parameters():
+            if name == "learnable_embeddings":
+                parameter.normal_(std=0.02)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1)
+            else:
+                nn.init.xavier_uniform_(parameter)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, statistics in fp32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * (wide * scale).to(x.dtype)
+
+
+class ImportancePredictor(nn.Module):
+    """A small transformer over the patches of one view: attention of the glimpse in, logits out.
+
+    Queries and keys also see a hidden state of the vision tower, and where on the grid they are.
+    """
+
+    def __init__(self, config: GlimpseConfig):
+        super().__init__()
+        width, count = config.attn_fuse_size, len(config.selected_visual_layers)
+        inputs = config.num_attention_heads * len(config.selected_layers)
+        self.attn_in_proj = nn.Linear(inputs, width)
+        self.cond_in_projs = nn.ModuleList(
+            nn.Linear(config.mm_hidden_size, config.visual_cond_size) for _ in range(count)
+        )
+        self.layers = nn.ModuleList(PredictorLayer(config) for _ in range(count))
+        self.attn_out_projs = nn.ModuleList(
+            nn.Linear(width, 1) if config.deep_supervision or j == count - 1 else nn.Identity()
+            for j in range(count)
+        )
+        self.all_outputs = config.deep_supervision
+        self.head_width = (width + config.visual_cond_size) // config.attn_fuse_num_heads
+
+    def conditions(self, states: list[Tensor]) -> Tensor:
+        """(B, N, J * C) from J hidden states (B, N, vision width) of the tower."""
+        parts = zip(self.cond_in_projs, states, strict=True)
+        return torch.cat([project(x.to(project.weight.dtype)) for project, x in parts], dim=-1)
+
+    def forward(
+        self, rows: Tensor, conditions: Tensor, grid: tuple[int, int], real: Tensor | None = None
+    ) -> list[Tensor]:
+        """Logits (V, N) of every output, the one that decides last.
+
+        rows:       (V, N, layers * heads) what the glimpse pays each patch of V views
+        conditions: (V, N, J * C) of `conditions`
+        grid:       (h, w) patches of a view, N = h * w
+        real:       (V, N) False where there is no token; None: everywhere is one
+        """
+        x = self.attn_in_proj(rows.to(self.attn_in_proj.weight.dtype))
+        rope = grid_angles(grid, self.head_width, x.device)
+        mask = None
+        if real is not None:  # a view without tokens sees everything, so that no NaN comes up
+            mask = (real | ~real.any(dim=1, keepdim=True))[:, None, None]
+        outputs = []
+        parts = conditions.to(x.dtype).chunk(len(self.layers), dim=-1)
+        for layer, condition, head in zip(self.layers, parts, self.attn_out_projs, strict=True):
+            x = layer(x, condition, rope, mask)
+            if self.all_outputs or layer is self.layers[-1]:
+                outputs.append(head(x)[..., 0])
+        return outputs
+
+
+class PredictorLayer(nn.Module):
+    """Attention and gated MLP, pre-norm, with residual connections."""
+
+    def __init__(self, config: GlimpseConfig):
+        super().__init__()
+        width = config.attn_fuse_size
+        self.norm1, self.norm2 = RMSNorm(width, 1e-6), RMSNorm(width, 1e-6)
+        self.attn = PredictorAttention(config)
+        self.mlp = GatedMLP(width, 2 * width)
+
+    def forward(self, x: Tensor, condition: Tensor, rope, mask: Tensor | None) -> Tensor:
+        """x (V, N, F) and condition (V, N, C) -> (V, N, F)."""
+        x = x + self.attn(self.norm1(x), condition, rope, mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class PredictorAttention(nn.Module):
+    """Attention in which every patch of a view sees every other; values see no condition."""
+
+    def __init__(self, config: GlimpseConfig):
+        super().__init__()
+        width, both = config.attn_fuse_size, config.attn_fuse_size + config.visual_cond_size
+        self.num_heads = config.attn_fuse_num_heads
+        self.q_proj = nn.Linear(both, both, bias=False)
+        self.k_proj = nn.Linear(both, both, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, condition: Tensor, rope, mask: Tensor | None) -> Tensor:
+        seen = torch.cat([x, condition], dim=-1)
+        q, k = (rotate(self._split(p(seen)), rope) for p in (self.q_proj, self.k_proj))
+        out = F.scaled_dot_product_attention(q, k, self._split(self.v_proj(x)), attn_mask=mask)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU with biases."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner)
+        self.up_proj = nn.Linear(width, inner)
+        self.down_proj = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def grid_angles(grid: tuple[int, int], width: int, device) -> tuple[Tensor, Tensor]:
+    """fp32 cos and sin (N, width) of 2D RoPE: half of the angles turn with the row, half with the
+    column."""
+    even = torch.arange(width // 4, device=device, dtype=torch.float32)
+    frequency = 10000.0 ** (-4 * even / width)
+    row, column = (torch.arange(side, device=device)[:, None] * frequency for side in grid)
+    angle = torch.cat([row.repeat_interleave(grid[1], dim=0), column.repeat(grid[0], 1)], dim=1)
+    angle = torch.cat([angle, angle], dim=1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """x (V, H, N, e) turned by the angles of its patches, computed in fp32."""
+    cos, sin = rope
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)

@@ -1,0 +1,132 @@
+"""GlimpsePrune: the glimpse's attention, importance logits, masks, batches, and what is oracle."""
+
+import numpy as np
+import torch
+
+from llava.pruning import build_pruner, trace_pruning
+from tests.golden_cases import build_from_case, load_arrays
+from tests.golden_checks.compare import SCORES_ATOL
+from tests.golden_checks.e2e import LOGITS_ATOL, check_single, check_tokens, question_of
+from tests.golden_checks.models import load_checkpoint, open_images, prepare
+
+IMPORTANCE_ATOL = 2e-4
+
+
+def build(case, folder):
+    options = dict(case["args"], new_modules=str(folder / case["args"]["new_modules"]))
+    if options.pop("use_ref_masks", False):
+        options["ref_boxes"] = options.pop("normed_bboxes")
+    return build_pruner("glimpseprune", **options)
+
+
+class Spy:
+    """Keeps what the predictor got and gave, layer by layer."""
+
+    def __init__(self, pruner):
+        fuser = pruner.module.attn_fuser
+        self.rows = self.logits = None
+        self.hidden = []
+        self.handles = [
+            fuser.register_forward_hook(self.seen),
+            *(layer.register_forward_hook(self.layer) for layer in fuser.layers),
+        ]
+
+    def seen(self, _, inputs, output):
+        self.rows, self.logits = inputs[0], output[-1]
+
+    def layer(self, _, inputs, output):
+        self.hidden.append(output)
+
+    def remove(self):
+        for handle in self.handles:
+            handle.remove()
+
+
+def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
+    layer = pruner.last_dense_layer(model.config.num_hidden_layers) + 1
+    kept = trace.decoder_keep[layer][0]
+    report.equal("position_ids", trace.position_ids[0][kept], recorded.pop("position_ids"))
+    start = int((trace.visual_tokens[0] * 0 + list(recorded["input_ids"]).index(-200))[0])
+    patches = kept[(kept >= start) & (kept < start + len(recorded["keep_mask"]))] - start
+    report.equal("keep_indices", patches, recorded.pop("keep_indices"))
+    report.equal(
+        "keep_mask", np.isin(np.arange(len(recorded["keep_mask"])), patches), recorded["keep_mask"]
+    )
+    if "vip_logits" in recorded:
+        check_importance(case, recorded, model, pruner, pixels, trace, report)
+    return True
+
+
+def check_importance(case, recorded, model, pruner, pixels, trace, report):
+    chance = 1 / (1 + np.exp(-recorded["vip_logits"]))
+    report.close("importance in the trace", trace.importance[0], chance, IMPORTANCE_ATOL)
+    spy = Spy(pruner)
+    ids = torch.tensor(recorded["input_ids"])[None]
+    with torch.no_grad():
+        model(ids, images=pixels, **question_of(case, pixels))
+    spy.remove()
+    report.close("glimpse_attn", spy.rows[0], recorded["glimpse_attn"], IMPORTANCE_ATOL)
+    report.close("vip_logits", spy.logits[0], recorded["vip_logits"], IMPORTANCE_ATOL)
+    for number, hidden in enumerate(spy.hidden):
+        if f"vip_hidden_{number}" in recorded:
+            wanted = recorded[f"vip_hidden_{number}"]
+            report.close(f"vip_hidden_{number}", hidden[0], wanted, IMPORTANCE_ATOL)
+    if "glimpse_vectors" in recorded:
+        vectors = torch.stack(list(pruner.module.vectors().values()))
+        report.close("glimpse_vectors", vectors, recorded["glimpse_vectors"], SCORES_ATOL)
+    if "vip_cond" in recorded:
+        tower = model.get_vision_tower()
+        extras = tower.tokens(pixels, pruner.needs, pruner).layers
+        for number, state in enumerate(pruner.module.config.selected_visual_layers):
+            ours = extras[state - 1]["output"][0]
+            report.close(f"vip_cond {number}", ours, recorded["vip_cond"][number], SCORES_ATOL)
+
+
+def check_e2e(case, folder, report):
+    """A single prompt, or a batch where several were recorded."""
+    if isinstance(case["question"], list):
+        check_rows(case, folder, report)
+    else:
+        check_single(case, folder, report)
+
+
+def check_rows(case, folder, report):
+    """Rows of a batch that keep different numbers of tokens."""
+    recorded = load_arrays(case, folder)
+    tokenizer, model, processor = load_checkpoint(case["checkpoint"], folder)
+    model.pruner = pruner = build_from_case(case, folder)
+    pixels, sizes = prepare(open_images(case["image"], folder), model, processor)
+    ids, mask = (torch.tensor(recorded[key]) for key in ("input_ids", "attention_mask"))
+    with trace_pruning(model) as trace:
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            images=pixels,
+            image_sizes=sizes,
+            do_sample=False,
+            max_new_tokens=recorded["output_ids"].shape[1],
+            eos_token_id=-1,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    scores = torch.stack(output.scores, dim=1)
+    layer = pruner.last_dense_layer(model.config.num_hidden_layers) + 1
+    report.close("first_logits", scores[:, 0], recorded["first_logits"], LOGITS_ATOL)
+    padded = trace.position_ids.shape[1] - mask.sum(dim=1) - len(recorded["keep_mask"][0]) + 1
+    lengths = recorded["attention_mask_kept"].sum(axis=1)
+    for row in range(len(ids)):
+        report.prefix = f"row {row}: "
+        chance = 1 / (1 + np.exp(-recorded["vip_logits"][row]))
+        report.close("importance", trace.importance[row], chance, IMPORTANCE_ATOL)
+        kept = trace.decoder_keep[layer][row]
+        start = int(padded[row]) + list(ids[row][mask[row].bool()]).index(-200)
+        visual = (kept >= start) & (kept < start + len(recorded["keep_mask"][row]))
+        places = np.flatnonzero(recorded["keep_mask"][row])
+        report.equal("keep_mask", kept[visual] - start, places)
+        own = recorded["position_ids"][row][recorded["attention_mask_kept"][row].astype(bool)]
+        report.equal("position_ids", trace.position_ids[row][kept], own)
+        report.equal("length", trace.kv_lengths[layer][row], lengths[row])
+        check_tokens(output.sequences[row], scores[row], recorded, report, row)
+    report.prefix = ""
+    longest = [int(n.max()) for n in trace.kv_lengths]
+    report.equal("kv_len", longest, recorded["kv_len"].tolist())
