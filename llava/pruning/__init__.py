@@ -10,6 +10,7 @@ from .divprune import DivPrune
 from .downsample import Downsample
 from .fastervlm import FasterVLM
 from .fastv import FastV
+from .glimpseprune import GlimpsePrune
 from .hiprune import HiPrune
 from .mustdrop import MustDrop
 from .nuwa import Nuwa
@@ -46,6 +47,7 @@ METHODS: dict[str, type[Pruner]] = {
         Pool,
         Downsample,
         MustDrop,
+        GlimpsePrune,
         TwigVLM,
     )
 }
