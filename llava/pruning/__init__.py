@@ -47,8 +47,8 @@ METHODS: dict[str, type[Pruner]] = {
         Pool,
         Downsample,
         MustDrop,
-        GlimpsePrune,
         TwigVLM,
+        GlimpsePrune,
     )
 }
 
