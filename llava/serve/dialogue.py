@@ -35,6 +35,18 @@ def last_question(prompt: str, template: Conversation) -> str:
     return _MARKS.sub("", said[-1] if said else prompt).strip()
 
 
+def system_text(prompt: str, template: Conversation) -> str:
+    """What stands before the first turn of the user."""
+    user, _ = _role_marks(template)
+    if not user:
+        return ""
+    if template.sep_style is SeparatorStyle.LLAMA_2:
+        found = re.search(r"<<SYS>>(.*?)<</SYS>>", prompt, flags=re.DOTALL)
+        return found[1].strip() if found else ""
+    before, mark, _ = prompt.partition(user)
+    return _without_separators(before, template) if mark else ""
+
+
 def _role_marks(template: Conversation) -> tuple[str, str]:
     if template.sep_style is SeparatorStyle.LLAMA_2:
         return "[INST]", "[/INST]"

@@ -20,15 +20,14 @@ from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IM
 from ..conversation import conv_templates
 from ..eval.run_llava import image_inputs
 from ..mm_utils import infer_conv_mode, tokenizer_image_token
-from ..pruning import Pruner
 from .dialogue import last_question
 from .errors import ServeError, encode_chunk
 from .images import decode_images
 from .limits import LIMITS, Limits
-from .methods import MethodShelf, offer, unavailable
+from .methods import MethodShelf, offer, settings, unavailable
 from .outbox import Aborted, Outbox
 from .protocol import GenerateRequest
-from .report import image_geometry, placement, pruning_report, settings
+from .report import image_geometry, placement, pruning_report
 from .service import internal_error, log_failure
 from .turns import Seat, Turns
 
@@ -279,6 +278,3 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
     )
-
-
-__all__ = ["Engine", "Job", "Pruner", "Writer"]

@@ -32,6 +32,11 @@ def decode_images(texts: list[str], limits: Limits = LIMITS) -> list[Image.Image
     return images
 
 
+def image_type(text: str) -> str:
+    """The media type of base64 text that `decode_images` accepted."""
+    return f"image/{_open(text, 1).format.lower()}"
+
+
 def _open(text: str, number: int) -> Image.Image:
     """The image, its header read and nothing decoded."""
     try:

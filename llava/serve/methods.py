@@ -7,12 +7,14 @@ import logging
 import re
 import threading
 from collections import OrderedDict
+from dataclasses import MISSING
 
 from ..pruning import METHODS, Pruner, build_pruner
 from ..pruning.base import option_names
 from .errors import ServeError
 from .protocol import PruningRequest
 
+PLAIN = (bool, int, float, str, list, tuple, type(None))
 KEPT = 32  # settings that stay built; a method with trained parts keeps one
 BUDGET = "visual_token_num"
 _PATH = re.compile(r"\S*[/\\]\S*")
@@ -74,26 +76,43 @@ def check_texts(name: str, options: dict) -> None:
     known = {}
     for method in name.split("+"):
         prefix = f"{method}_" if "+" in name else ""
-        known |= {f"{prefix}{key}": value for key, value in defaults(method).items()}
+        known |= {f"{prefix}{key}": value for key, value in all_defaults(method).items()}
     for key, value in options.items():
         if isinstance(value, str) and key in known and not isinstance(known[key], str):
             raise ServeError("method_unavailable", f"The option {key} takes no text in a request.")
 
 
-def defaults(name: str) -> dict:
+def all_defaults(name: str) -> dict:
     """Options of a method with their defaults; {} for an unknown one."""
     method = METHODS.get(name)
-    if method is None or not option_names(method):
-        return {}
-    fields = method.__dataclass_fields__
-    return {key: _plain(getattr(method, key, None), fields[key]) for key in option_names(method)}
+    names = [] if method is None else option_names(method)
+    return {key: _default(method.__dataclass_fields__[key]) for key in names}
 
 
-def _plain(value, field):
-    value = getattr(field, "default", value)
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    return value if isinstance(value, (bool, int, float, str)) else None
+def defaults(name: str) -> dict:
+    """The options that a request may set, as plain values: those that name files are left out."""
+    found = {}
+    for key, value in all_defaults(name).items():
+        names_file = value is None and "str" in str(METHODS[name].__dataclass_fields__[key].type)
+        if not names_file and isinstance(value, PLAIN):
+            found[key] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def _default(field):
+    if field.default is not MISSING:
+        return field.default
+    return None if field.default_factory is MISSING else field.default_factory()
+
+
+def settings(pruner: Pruner) -> dict:
+    """The values that a method's options have, as far as a request could have set them."""
+    if parts := getattr(pruner, "methods", None):
+        return {
+            f"{part.name}_{key}": value for part in parts for key, value in settings(part).items()
+        }
+    values = {key: getattr(pruner, key) for key in defaults(pruner.name)}
+    return {key: value for key, value in values.items() if isinstance(value, PLAIN)}
 
 
 def unavailable(error: Exception) -> ServeError:

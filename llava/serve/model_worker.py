@@ -32,12 +32,12 @@ def add_service_args(parser: argparse.ArgumentParser) -> None:
     """Adds the options that all kinds of workers share."""
     add_option(parser, "--host", default="localhost")
     add_option(parser, "--port", type=int, default=21002)
-    add_option(
-        parser,
+    # Without a second spelling, so that --worker and --controller are clear abbreviations.
+    parser.add_argument(
         "--worker-address",
         help="how controller and clients call this worker (default: http://HOST:PORT)",
     )
-    add_option(parser, "--controller-address", default="http://localhost:21001")
+    parser.add_argument("--controller-address", default="http://localhost:21001")
     add_option(parser, "--model-name", help="what clients call the model")
     add_option(
         parser,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, is_dataclass
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from ..constants import IMAGE_TOKEN_INDEX
 from ..eval.show_pruning import crop_boxes
 from ..pruning import Pruner, PruningTrace
 from ..pruning.cost import kv_cache_bytes
+from .methods import settings
 
 PLACEMENT = ("image_aspect_ratio", "image_grid_pinpoints")
 
@@ -62,13 +61,6 @@ def pruning_report(
         "importance": _importance(trace, geometry),
         "placement": place,
     }
-
-
-def settings(pruner: Pruner) -> dict:
-    """The options of a method that are plain values."""
-    values = asdict(pruner) if is_dataclass(pruner) else {}
-    plain = (bool, int, float, str, list, tuple, type(None))
-    return {key: value for key, value in values.items() if isinstance(value, plain)}
 
 
 def _images(trace: PruningTrace, input_ids: Tensor, geometry: list[dict]) -> list[dict]:

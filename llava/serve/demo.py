@@ -1,0 +1,160 @@
+"""The whole demo with one command: controller, one worker and the web page.
+
+    python -m llava.serve.demo
+
+Serves the playground checkpoint unless --model-path names another, on this machine only, with a
+token made up for this run. Ctrl-C stops all three. Further options go to the worker, for example
+--device cpu or --pruning-method vispruner.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import requests
+
+from ..eval.errors import errors_as_messages
+from .auth import TOKEN_VARIABLE, add_token_arg, check_exposure, read_token, token_headers
+
+HERE = "127.0.0.1"
+POLL_SECONDS = 0.2
+READY_SECONDS = 600  # a large model takes minutes to load
+STOP_SECONDS = 15  # what is left then is killed
+
+
+class Demo:
+    """The three processes.
+
+    environment: theirs, the token in it
+    """
+
+    def __init__(self, environment: dict[str, str]):
+        self.environment, self.processes = environment, {}
+
+    def start(self, name: str, *arguments) -> None:
+        """Runs `python -m llava.serve.NAME ARGUMENTS`."""
+        command = [sys.executable, "-m", f"llava.serve.{name}", *map(str, arguments)]
+        self.processes[name] = subprocess.Popen(command, env=self.environment)
+
+    def check(self) -> None:
+        """Raises ValueError when one of the processes has ended."""
+        for name, process in self.processes.items():
+            if (code := process.poll()) is not None:
+                raise ValueError(f"{name} ended (exit code {code}); what it printed says why")
+
+    def wait_until(self, ready) -> None:
+        """Returns once `ready()`; ValueError when a process ends before, or it takes too long."""
+        end = time.monotonic() + READY_SECONDS
+        while not ready():
+            self.check()
+            if time.monotonic() > end:
+                raise ValueError(f"the demo is not ready after {READY_SECONDS} s")
+            time.sleep(POLL_SECONDS)
+
+    def stop(self) -> None:
+        """Ends all processes, the web page first; kills what does not end."""
+        for process in reversed(self.processes.values()):
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+        end = time.monotonic() + STOP_SECONDS
+        for process in self.processes.values():
+            try:
+                process.wait(max(0.1, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def free_ports(count: int) -> list[int]:
+    """Numbers of ports on loopback that nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind((HERE, 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def answers(url: str, token: str, ready=lambda reply: True) -> bool:
+    """Whether a POST to `url` succeeds and its JSON reply is `ready`."""
+    try:
+        reply = requests.post(url, headers=token_headers(token), timeout=2, allow_redirects=False)
+        return reply.status_code == 200 and ready(reply.json())
+    except (requests.RequestException, ValueError):
+        return False
+
+
+def is_listening(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--host", default=HERE, help="where the web page listens")
+    parser.add_argument("--port", type=int, default=7860, help="of the web page")
+    parser.add_argument("--model-path", help="default: the playground checkpoint")
+    add_token_arg(parser)
+    return parser
+
+
+def run(args, worker_args: list[str]) -> None:
+    """Starts everything, prints the address, and waits until it is stopped."""
+    token = read_token(args.token_file)
+    check_exposure(args.host, token)
+    token = token or secrets.token_hex(32)
+    if is_listening("127.0.0.1" if args.host == "0.0.0.0" else args.host, args.port):
+        raise ValueError(f"port {args.port} is in use, choose another one with --port")
+    demo = Demo({**os.environ, TOKEN_VARIABLE: token})
+    controller_port, worker_port = free_ports(2)
+    controller = f"http://{HERE}:{controller_port}"
+    model = ["--model-path", args.model_path] if args.model_path else []
+    try:
+        demo.start("controller", "--host", HERE, "--port", controller_port)
+        demo.wait_until(lambda: answers(f"{controller}/list_models", token))
+        where = ["--host", HERE, "--port", worker_port, "--controller-address", controller]
+        demo.start("model_worker", *where, *model, *worker_args)
+        demo.wait_until(lambda: answers(f"{controller}/list_models", token, has_models))
+        page = ["--host", args.host, "--port", args.port, "--controller-url", controller]
+        demo.start("gradio_web_server", *page, "--model-list-mode", "reload")
+        demo.wait_until(lambda: is_listening(args.host, args.port))
+        print(f"The demo is at http://{args.host}:{args.port} (Ctrl-C stops it)", flush=True)
+        while True:
+            demo.check()
+            time.sleep(POLL_SECONDS)
+    finally:
+        demo.stop()
+
+
+def has_models(reply: dict) -> bool:
+    return bool(reply["models"])
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+@errors_as_messages()
+def main() -> None:
+    args, worker_args = build_parser().parse_known_args()
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        run(args, worker_args)
+    except KeyboardInterrupt:
+        print("The demo has stopped.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Tells a controller about a worker that did not register itself.
+
+    python -m llava.serve.register_worker --controller http://localhost:10000 \
+        --worker-name http://localhost:40000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import requests
+
+from ..eval.errors import errors_as_messages
+from .auth import add_token_arg, read_token, token_headers
+
+SECONDS = 30
+
+
+def post(address: str, path: str, body: dict | None, token: str | None = None, **options):
+    """The reply of controller or worker. Raises ValueError with its reason when it refuses."""
+    reply = requests.post(
+        address.rstrip("/") + path,
+        json=body,
+        headers={"User-Agent": "LLaVA Client", **token_headers(token)},
+        timeout=options.pop("timeout", SECONDS),
+        allow_redirects=False,
+        **options,
+    )
+    if reply.status_code != 200:
+        raise ValueError(f"{path} was refused ({reply.status_code}): {reason(reply)}")
+    return reply
+
+
+def reason(reply) -> str:
+    try:
+        return json.loads(reply.content.rstrip(b"\0"))["text"]
+    except (ValueError, KeyError, TypeError):
+        return "no reason given"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--controller-address", required=True)
+    parser.add_argument("--worker-name", required=True, help="address of the worker")
+    parser.add_argument(
+        "--check-heart-beat", action="store_true", help="drop it when it sends no heart beat"
+    )
+    add_token_arg(parser)
+    return parser
+
+
+@errors_as_messages()
+def main() -> None:
+    args = build_parser().parse_args()
+    body = {
+        "worker_name": args.worker_name,
+        "check_heart_beat": args.check_heart_beat,
+        "worker_status": None,
+    }
+    post(args.controller_address, "/register_worker", body, read_token(args.token_file))
+
+
+if __name__ == "__main__":
+    main()

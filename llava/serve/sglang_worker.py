@@ -1,0 +1,226 @@
+"""A worker that lets another server do the work: SGLang, or any that speaks OpenAI's protocol.
+
+    python -m llava.serve.sglang_worker --controller http://localhost:10000 --port 40000 \
+        --worker http://localhost:40000 --sgl-endpoint http://127.0.0.1:30000
+
+Such a server prunes nothing: requests that name a pruning method are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..constants import DEFAULT_IMAGE_TOKEN
+from ..conversation import conv_templates
+from ..eval.errors import errors_as_messages
+from ..mm_utils import get_model_name_from_path, infer_conv_mode
+from .service import log_failure  # first of the service's modules: it names the missing extra
+
+import httpx  # isort: skip
+
+from .dialogue import system_text, turns
+from .errors import ServeError, encode_chunk
+from .images import decode_images, image_type
+from .limits import CHUNK_BYTES, LIMITS, STATUS_BYTES, Limits
+from .model_worker import add_service_args, run_worker
+from .protocol import GenerateRequest
+
+CONNECT_SECONDS = 5.0
+SILENCE_SECONDS = 120.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """A request that was checked. types: media type of every image."""
+
+    request: GenerateRequest
+    request_id: str
+    types: list[str]
+
+
+class Forwarder:
+    """Passes requests on to the server at `endpoint` and its answers back.
+
+    api: "sglang" (`/generate`, the prompt as it is) or "openai" (`/v1/chat/completions`, the
+         prompt taken apart into messages)
+    key: secret of that server, sent as a bearer token
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        model_name: str,
+        api: str = "sglang",
+        key: str | None = None,
+        limits: Limits = LIMITS,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ):
+        self.model_name, self.api, self.limits = model_name, api, limits
+        self.template = conv_templates[infer_conv_mode(model_name)]
+        self.client = httpx.AsyncClient(
+            base_url=endpoint,
+            headers=key_headers(key),
+            timeout=httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS),
+            transport=transport,
+            follow_redirects=False,
+            trust_env=False,
+        )
+
+    def status(self) -> dict:
+        return {"pruning_methods": []}
+
+    async def prepare(self, request: GenerateRequest, request_id: str) -> Job:
+        images = request.images or []
+        if request.model not in (None, self.model_name):
+            raise ServeError("unknown_model", "This worker serves another model.")
+        if request.pruning is not None and request.pruning.method != "none":
+            raise ServeError("method_unavailable", "This worker cannot prune visual tokens.")
+        marks = request.prompt.count(DEFAULT_IMAGE_TOKEN)
+        if marks != len(images):
+            raise ServeError(
+                "image_count",
+                f"Number of images ({len(images)}) does not match number of {DEFAULT_IMAGE_TOKEN} "
+                f"tokens in the prompt ({marks}).",
+            )
+        await asyncio.to_thread(decode_images, images, self.limits)
+        return Job(request, request_id, [image_type(image) for image in images])
+
+    async def stream(self, job: Job):
+        path, body = self._upstream(job)
+        text = ""
+        try:
+            async with self.client.stream("POST", path, json=body) as response:
+                if response.status_code != 200:
+                    raise ServeError("internal", "The model server refused the request.")
+                async for event in events(response):
+                    text = self._text(event, text)
+                    yield encode_chunk({"text": job.request.prompt + text, "error_code": 0})
+        except httpx.HTTPError as error:
+            logger.warning("request %s: %s", job.request_id, type(error).__name__)
+            died = ServeError("worker_died", "The model server behind this worker is gone.")
+            yield encode_chunk(died.chunk(job.request_id))
+        except ServeError as error:
+            yield encode_chunk(error.chunk(job.request_id))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            log_failure(error, job.request_id)
+            wrong = ServeError("internal", "The model server sent something that is no answer.")
+            yield encode_chunk(wrong.chunk(job.request_id))
+
+    def _upstream(self, job: Job) -> tuple[str, dict]:
+        """(path, body) of the request to the server."""
+        request = job.request
+        sampling = {"temperature": request.temperature, "top_p": request.top_p}
+        if request.stop:
+            sampling["stop"] = request.stop
+        tokens = min(request.max_new_tokens, self.limits.new_tokens)
+        if self.api == "sglang":
+            prompt = request.prompt.replace(f" {DEFAULT_IMAGE_TOKEN}\n", DEFAULT_IMAGE_TOKEN)
+            body = {
+                "text": prompt,
+                "sampling_params": {"max_new_tokens": tokens, **sampling},
+                "stream": True,
+            }
+            return "/generate", body | ({"image_data": request.images} if request.images else {})
+        return "/v1/chat/completions", {
+            "model": self.model_name,
+            "messages": messages(job, self.template),
+            "max_tokens": tokens,
+            "stream": True,
+            **sampling,
+        }
+
+    def _text(self, event: dict, before: str) -> str:
+        """The answer so far."""
+        if self.api == "sglang":
+            return str(event["text"])
+        piece = event["choices"][0]["delta"].get("content") if event["choices"] else None
+        return before + (piece or "")
+
+    def close(self) -> None:
+        with suppress(RuntimeError):
+            asyncio.get_running_loop().create_task(self.client.aclose())
+
+
+def messages(job: Job, template) -> list[dict]:
+    """The dialogue of a prompt in OpenAI's form, images in their places."""
+    request, found = job.request, []
+    if system := system_text(request.prompt, template):
+        found.append({"role": "system", "content": system})
+    images = iter(zip(request.images or [], job.types, strict=True))
+    for speaker, text in turns(request.prompt, template):
+        parts = []
+        for number, piece in enumerate(text.split(DEFAULT_IMAGE_TOKEN)):
+            if number:
+                data, kind = next(images)
+                url = f"data:{kind};base64,{data}"
+                parts.append({"type": "image_url", "image_url": {"url": url}})
+            if piece.strip():
+                parts.append({"type": "text", "text": piece.strip()})
+        found.append({"role": ("user", "assistant")[speaker], "content": parts})
+    return found
+
+
+async def events(response):
+    """The JSON objects of a stream of server-sent events, up to `[DONE]`."""
+    waiting = b""
+    async for piece in response.aiter_bytes():
+        *lines, waiting = (waiting + piece).split(b"\n")
+        if len(waiting) > CHUNK_BYTES:
+            raise ValueError("event too large")
+        for line in lines:
+            data = line.strip().removeprefix(b"data:").strip()
+            if data == b"[DONE]":
+                return
+            if line.startswith(b"data:"):
+                yield json.loads(data)
+
+
+def key_headers(key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def served_model(endpoint: str, api: str, key: str | None = None) -> str:
+    """What the server says it serves. Raises ValueError when it does not say."""
+    paths = ("/get_model_info", "/model_info") if api == "sglang" else ("/v1/models",)
+    for path in paths:
+        with suppress(httpx.HTTPError, ValueError, KeyError, IndexError, TypeError):
+            reply = httpx.get(
+                endpoint.rstrip("/") + path, headers=key_headers(key), timeout=CONNECT_SECONDS
+            )
+            if reply.status_code == 200 and len(reply.content) <= STATUS_BYTES:
+                known = reply.json()
+                path = known["model_path"] if api == "sglang" else known["data"][0]["id"]
+                return get_model_name_from_path(path)
+    raise ValueError(f"{endpoint} does not say what it serves: is it running? Or pass --model-name")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_service_args(parser)
+    parser.add_argument("--sgl-endpoint", required=True, help="address of the server")
+    parser.add_argument("--api", choices=("sglang", "openai"), default="sglang")
+    parser.add_argument("--api-key-file", metavar="FILE", help="file with the server's secret")
+    return parser
+
+
+def load_forwarder(args) -> Forwarder:
+    key = Path(args.api_key_file).read_text().strip() if args.api_key_file else None
+    name = args.model_name or served_model(args.sgl_endpoint, args.api, key)
+    return Forwarder(args.sgl_endpoint, name, args.api, key)
+
+
+@errors_as_messages()
+def main() -> None:
+    run_worker(build_parser().parse_args(), load_forwarder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Sends one question without an image, and shows the answer as it comes.
+
+    python -m llava.serve.test_message --controller http://localhost:10000 \
+        --model-name llava-v1.5-7b --message "Tell me a story."
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from ..conversation import SeparatorStyle, conv_templates
+from ..eval.errors import errors_as_messages
+from ..mm_utils import infer_conv_mode
+from .auth import add_token_arg, read_token
+from .register_worker import post
+
+
+def find_worker(args, token: str | None) -> str:
+    """Address of a worker for the model. Raises ValueError when there is none."""
+    if args.worker_address:
+        return args.worker_address
+    post(args.controller_address, "/refresh_all_workers", None, token)
+    models = post(args.controller_address, "/list_models", None, token).json()["models"]
+    print(f"Models: {sorted(models)}")
+    body = {"model": args.model_name}
+    address = post(args.controller_address, "/get_worker_address", body, token).json()["address"]
+    if not address:
+        raise ValueError(f"no worker serves {args.model_name!r}, choose from {sorted(models)}")
+    print(f"worker_addr: {address}")
+    return address
+
+
+def request_body(model_name: str, message: str, max_new_tokens: int) -> dict:
+    conversation = conv_templates[infer_conv_mode(model_name)].copy()
+    conversation.append_message(conversation.roles[0], message)
+    conversation.append_message(conversation.roles[1], None)
+    single = conversation.sep_style in (SeparatorStyle.SINGLE, SeparatorStyle.MPT)
+    return {
+        "model": model_name,
+        "prompt": conversation.get_prompt(),
+        "max_new_tokens": max_new_tokens,
+        "temperature": 0.7,
+        "stop": conversation.sep if single else conversation.sep2,
+    }
+
+
+def show_answer(address: str, body: dict, token: str | None, seconds: float = 60) -> str:
+    """Prints the stream over one line and returns the whole text."""
+    reply = post(address, "/worker_generate_stream", body, token, timeout=seconds, stream=True)
+    text = ""
+    for piece in reply.iter_lines(chunk_size=8192, decode_unicode=False, delimiter=b"\0"):
+        if piece:
+            chunk = json.loads(piece)
+            if chunk["error_code"]:
+                raise ValueError(f"{chunk['text']} (error_code: {chunk['error_code']})")
+            text = chunk["text"]
+            sys.stdout.write("\r" + text)
+            sys.stdout.flush()
+    print()
+    return text
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--controller-address", default="http://localhost:21001")
+    parser.add_argument("--worker-address", help="default: the controller names one")
+    parser.add_argument("--model-name", default="llava-v1.5-playground")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--message", default="Tell me a story with more than 1000 words.")
+    add_token_arg(parser)
+    return parser
+
+
+@errors_as_messages()
+def main() -> None:
+    args = build_parser().parse_args()
+    token = read_token(args.token_file)
+    address = find_worker(args, token)
+    show_answer(address, request_body(args.model_name, args.message, args.max_new_tokens), token)
+
+
+if __name__ == "__main__":
+    main()
