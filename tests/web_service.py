@@ -74,7 +74,7 @@ class FakeService:
         @app.post("/worker_get_status")
         async def status():
             known = {} if self.methods is None else {"pruning_methods": self.methods}
-            known = known and {**known, "visual_tokens": DENSE}
+            known = known and {**known, "num_patches": DENSE}
             return {"model_names": self.models, "speed": 1, "queue_length": 0, **known}
 
         @app.post("/worker_generate_stream")

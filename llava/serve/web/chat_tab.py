@@ -26,7 +26,7 @@ from .pictures import data_uri
 logger = logging.getLogger("llava.serve.web")
 CURSOR = "▌"
 STOPPED = "*(stopped)*"
-THUMBNAIL = 320  # pixels of the longer side of an image in the chat
+THUMBNAIL = 240  # pixels of the longer side of an image in the chat
 
 
 @dataclass
@@ -72,7 +72,7 @@ class ChatTab:
             layout="bubble",
             buttons=["copy"],
             feedback_options=None,
-            allow_tags=["img"],
+            allow_tags=True,
             show_label=False,
             placeholder="Choose an example or an image of your own, and ask.",
         )
@@ -122,7 +122,7 @@ class ChatTab:
         ]
         quick = dict(queue=False, show_progress="hidden")
         self.stop.click(self.stopped, {self.chat}, self.outputs, cancels=running, **quick)
-        self.clear.click(self.cleared, None, self.outputs, **quick)
+        gr.on([self.clear.click, self.window.clear], self.cleared, None, self.outputs, **quick)
         for button, kind in zip(self.votes, ("upvote", "downvote", "flag"), strict=True):
             button.click(self._voter(kind), {self.chat, self.controls.model}, self.votes, **quick)
 
@@ -240,9 +240,11 @@ def _add(chat: Chat, settings: asking.Settings, text: str, image: Image.Image | 
         chat.conversation, chat.image, chat.bubbles = asking.new_conversation(settings), image, []
     first = not chat.bubbles
     asking.add_question(chat.conversation, text, image if first else None, settings.mode)
-    picture = f'<img src="{data_uri(image, THUMBNAIL)}" alt="image">\n\n' if first and image else ""
-    shown = picture + html.escape(text, quote=False)
-    chat.bubbles += [{"role": "user", "content": shown}, {"role": "assistant", "content": ""}]
+    if first and image is not None:
+        picture = f'<img src="{data_uri(image, THUMBNAIL)}" alt="the image asked about">'
+        chat.bubbles.append({"role": "user", "content": gr.HTML(picture)})
+    chat.bubbles.append({"role": "user", "content": html.escape(text, quote=False)})
+    chat.bubbles.append({"role": "assistant", "content": ""})
 
 
 def _reopen(chat: Chat, settings: asking.Settings) -> None:

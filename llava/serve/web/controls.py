@@ -28,7 +28,7 @@ class Controls:
             format="png",
             label="Image",
             sources=["upload", "clipboard"],
-            height=300,
+            height=270,
             buttons=["fullscreen"],
             elem_id="image",
         )

@@ -23,7 +23,7 @@ def insight(
     """
     if report is None:
         return "<p class='pv-empty'>This answer came without a pruning report.</p>"
-    parts = [_cards(report, dense_seconds), _layers(report), _views(images, report)]
+    parts = [_cards(report, dense_seconds), _views(images, report), _layers(report)]
     return f"<div class='pv'>{''.join(parts)}</div>"
 
 
@@ -31,7 +31,7 @@ def _cards(report: Report, dense_seconds: float | None) -> str:
     tokens = _number(report.mean_tokens)
     cards = [
         _card(
-            "Visual tokens, mean of layers",
+            "Visual tokens",
             tokens,
             f"{report.dense_tokens}",
             report.mean_tokens,
@@ -64,7 +64,7 @@ def _card(title: str, value: str, dense: str | None, ours: float, theirs: float 
         )
     return (
         f"<div class='pv-card'><div class='pv-title'>{title}</div>"
-        f"<div class='pv-value'>{value}{change}</div><div class='pv-dense'>{beside}</div></div>"
+        f"<div class='pv-value'>{value}</div><div class='pv-dense'>{beside} {change}</div></div>"
     )
 
 
@@ -78,8 +78,8 @@ def _layers(report: Report) -> str:
     last = len(report.tokens_per_layer) - 1
     spans = ", ".join(_spans(report.tokens_per_layer))
     return (
-        "<div class='pv-layers'><div class='pv-title'>Visual tokens entering each decoder layer"
-        f"</div><div class='pv-bars'>{bars}</div>"
+        "<div class='pv-layers'><div class='pv-title'>Visual tokens entering each decoder layer, "
+        f"{_number(report.mean_tokens)} on average</div><div class='pv-bars'>{bars}</div>"
         f"<div class='pv-axis'><span>layer 0</span><span>layer {last}</span></div>"
         f"<div class='pv-dense'>{spans}</div></div>"
     )
@@ -119,7 +119,7 @@ def _views(images: list[Image.Image], report: Report) -> str:
 
 
 def _note(report: Report) -> str:
-    merged = sum(patch < 0 for image in report.images for patch in image.kept)
+    merged = sum(image.merged for image in report.images)
     if not merged:
         return ""
     return (

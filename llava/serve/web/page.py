@@ -107,7 +107,7 @@ class Page:
                 status = await self.service.status(model)
             except Failure as failure:
                 gr.Warning(failure.sentence)
-        methods, dense = offered(status), status.get("visual_tokens")
+        methods, dense = offered(status), status.get("num_patches")
         updates = {self.chat.methods: {"methods": methods, "dense": dense}}
         for picker in self.pickers:
             updates |= picker.offer(methods, values[picker.method], dense)

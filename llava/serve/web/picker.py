@@ -5,7 +5,7 @@ from __future__ import annotations
 import gradio as gr
 
 from ..limits import OPTION_CHARS
-from .methods import Method, largest_budget, pruning_request
+from .methods import BUDGET, Method, largest_budget, pruning_request
 
 MAX_OPTIONS = 12  # text boxes for options; a method with more shows only these, and says so
 UNKNOWN = "The worker of this model offers no choice of pruning methods."
@@ -73,7 +73,8 @@ class MethodPicker:
     def choose(self, methods: dict[str, Method], name: str | None, dense: int | None) -> dict:
         """Updates after a method was chosen: its budget and its options, all at their defaults."""
         method = methods.get(name, Method("none"))
-        has_budget = "visual_token_num" in method.options
+        has_budget = BUDGET in method.options
+        undecided = has_budget and method.budget is None
         note = "" if method.reason is None else f"**Not available:** {method.reason}"
         most = largest_budget(methods, dense)
         options = list(method.extra.items())
@@ -86,7 +87,7 @@ class MethodPicker:
                 maximum=most,
                 value=min(method.budget or max(1, most // 9), most),
             ),
-            self.own: gr.update(visible=has_budget, value=has_budget and method.budget is None),
+            self.own: gr.update(visible=undecided, value=undecided),
             self.accordion: gr.update(visible=bool(options)),
         }
         for number, box in enumerate(self.boxes):

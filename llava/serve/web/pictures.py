@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-from types import SimpleNamespace
 
+import numpy as np
 import torch
 from PIL import Image
 
-from llava.eval.show_pruning import PANEL_SIDE, crop_boxes, draw_image, draw_importance
+from llava.eval.show_pruning import PANEL_SIDE, draw_image, draw_importance
 
 from .report import ImageReport, Report
 
@@ -50,7 +50,7 @@ def _all(images, report, patches_of) -> list[Image.Image]:
     panels = []
     for image, entry in zip(images, report.images, strict=False):
         patches = torch.tensor(patches_of(entry), dtype=torch.long)
-        panels += draw_image(image, patches[patches < entry.total], _boxes(image, entry, report))
+        panels += draw_image(image, patches[patches < entry.total], _boxes(image, entry))
     return panels
 
 
@@ -59,12 +59,23 @@ def _importance(images, report) -> list[Image.Image]:
         panel
         for image, entry in zip(images, report.images, strict=False)
         if entry.importance
-        for panel in draw_importance(image, entry.importance, _boxes(image, entry, report))
+        for panel in draw_importance(image, entry.importance, _boxes(image, entry))
     ]
 
 
-def _boxes(image: Image.Image, entry: ImageReport, report: Report):
-    placement = {"image_aspect_ratio": "pad", **report.placement}
-    side = placement.get("image_size") or max(image.size)
-    tower = SimpleNamespace(num_patches_per_side=entry.grid[0], image_size=side)
-    return crop_boxes(image.size, SimpleNamespace(**placement), tower)
+def _boxes(image: Image.Image, entry: ImageReport) -> list[np.ndarray]:
+    """Per crop the places of its patches on the image, (N, 4) in pixels."""
+    rows, columns = entry.grid
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    cells = np.stack([column, row, column + 1, row + 1], axis=1) / [columns, rows, columns, rows]
+    boxes = []
+    for left, top, right, bottom in entry.crops or [_padded(image)]:
+        corner, size = np.array([left, top] * 2), np.array([right - left, bottom - top] * 2)
+        boxes.append((corner + cells * size) * (image.size * 2))
+    return boxes
+
+
+def _padded(image: Image.Image) -> list[float]:
+    """The square around the centred image, in shares of its width and height."""
+    across, down = (max(image.size) / side for side in image.size)
+    return [(1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2]

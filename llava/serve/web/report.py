@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ImageReport:
-    """One image. Patches are numbered crop * N + patch; -1 is a token without a place.
+    """One image. Patches are numbered crop * N + patch.
 
     kept:       patches of the tokens that enter the decoder
+    merged:     tokens that enter it without a place of their own: merged ones, line ends
     layers:     (layer, patches) for every layer before which tokens were dropped
     total:      patches of the image
     grid:       (rows, columns) of patches in a crop
+    crops:      per crop (left, top, right, bottom) as shares of the image's width and height,
+                None where the worker does not say
     importance: one value per patch, None where the method has no such map
     """
 
@@ -20,6 +23,8 @@ class ImageReport:
     layers: list[tuple[int, list[int]]]
     total: int
     grid: tuple[int, int]
+    merged: int = 0
+    crops: list[list[float]] | None = None
     importance: list[float] | None = None
 
 
@@ -32,7 +37,6 @@ class Report:
     dense_tokens:     visual tokens without pruning
     prefill_seconds:  time until the first token
     kv_bytes, dense_kv_bytes: size of the cache after the prefill, and without pruning
-    placement:        how the images were cut (`image_aspect_ratio`, `image_grid_pinpoints`)
     """
 
     method: str
@@ -42,7 +46,6 @@ class Report:
     prefill_seconds: float
     kv_bytes: int
     dense_kv_bytes: int
-    placement: dict
 
     @property
     def mean_tokens(self) -> float:
@@ -62,6 +65,8 @@ def read_report(data: dict | None) -> Report | None:
                 [(int(layer), [int(patch) for patch in kept]) for layer, kept in image["layers"]],
                 int(image["total"]),
                 (int(grid[0]), int(grid[1])),
+                int(image.get("merged", 0)),
+                image.get("crops") and [_box(crop) for crop in image["crops"]],
                 values and [float(value) for value in values],
             )
             for image, grid, values in zip(data["images"], data["grid"], importance, strict=True)
@@ -74,7 +79,11 @@ def read_report(data: dict | None) -> Report | None:
             float(data["prefill_seconds"]),
             int(data["kv_bytes"]),
             int(data["dense_kv_bytes"]),
-            dict(data.get("placement") or {}),
         )
     except (KeyError, TypeError, ValueError, IndexError):
         return None
+
+
+def _box(crop) -> list[float]:
+    left, top, right, bottom = map(float, crop)
+    return [left, top, right, bottom]

@@ -28,12 +28,12 @@ _PANEL = """
 .pv-empty { color: var(--body-text-color-subdued); padding: .8rem 1rem; margin: 0;
   border: 1px dashed var(--border-color-primary); border-radius: 8px; }
 .pv { display: flex; flex-direction: column; gap: .7rem; }
-.pv-cards { display: grid; grid-template-columns: repeat(3, 1fr); gap: .5rem; }
+.pv-cards { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .5rem; }
 .pv-card, .pv-layers, .pv-views, .pv-answer { border: 1px solid var(--border-color-primary);
   border-radius: 8px; padding: .55rem .7rem; background: var(--block-background-fill); }
 .pv-title { font-size: .75rem; color: var(--body-text-color-subdued); }
 .pv-value { font-size: 1.25rem; font-weight: 650; white-space: nowrap; }
-.pv-change { font-size: .75rem; font-weight: 500; margin-left: .4rem; color: #4f46e5; }
+.pv-change { font-weight: 650; color: #4f46e5; white-space: nowrap; }
 .dark .pv-change { color: #a5b4fc; }
 .pv-dense { font-size: .75rem; color: var(--body-text-color-subdued); margin: .15rem 0 0; }
 .pv-bars { display: flex; align-items: flex-end; gap: 3px; height: 64px; margin-top: .4rem; }
@@ -49,18 +49,21 @@ _PANEL = """
 .pv-views > input:checked + label { background: #4f46e5; border-color: #4f46e5; color: white; }
 .pv-views > input:focus-visible + label { outline: 2px solid #6366f1; outline-offset: 2px; }
 .pv-pane { display: none; }
-.pv-pane img { width: 100%; max-width: 560px; border-radius: 6px; display: block;
+.pv-pane img { width: 100%; max-width: 420px; border-radius: 6px; display: block;
   margin: 0 auto .3rem; }
 .pv-answer { font-size: 1rem; margin-bottom: .7rem; white-space: pre-wrap;
   overflow-wrap: anywhere; }
 #chatbot img { max-width: 220px; border-radius: 8px; margin: 0; }
-#insight, #left-panel, #right-panel { min-height: 0; }
+#insight, #left-panel, #right-panel { min-height: 0; padding: 0 !important; overflow: visible; }
+#insight > *, #left-panel > *, #right-panel > * { padding: 0 !important; }
+#examples .gallery { display: grid !important; grid-template-columns: repeat(4, 1fr); gap: .4rem; }
+#examples .gallery-item, #examples .container { width: 100% !important; height: auto !important; }
+#examples img { width: 100%; height: auto; aspect-ratio: 1; object-fit: cover; }
 @media (max-width: 640px) {
   .gradio-container main, .gradio-container .main { padding: .6rem !important; }
   #title h1 { font-size: 1.2rem; }
   .pv-value { font-size: 1rem; }
   .pv-card { padding: .45rem .5rem; }
-  .pv-change { display: block; margin: 0; }
   #image { height: 230px !important; }
 }
 """
