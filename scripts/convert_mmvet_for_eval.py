@@ -1,8 +1,8 @@
 """Turns an answers file into the input of the MM-Vet judge: `{"v1_<question_id>": answer}`."""
 
 import argparse
-import json
 
+from llava.eval import uploads
 from llava.eval.errors import errors_as_messages
 from llava.eval.tasks import read_jsonl
 
@@ -14,10 +14,7 @@ def main():
     parser.add_argument("--dst", required=True, help="result file to write")
     args = parser.parse_args()
     answers = read_jsonl(args.src, ("question_id", "text"))
-    with open(args.dst, "w", encoding="utf-8") as file:
-        json.dump(
-            {f"v1_{answer['question_id']}": answer["text"] for answer in answers}, file, indent=2
-        )
+    uploads.write_json(uploads.mmvet(answers), args.dst, indent=2)
 
 
 if __name__ == "__main__":

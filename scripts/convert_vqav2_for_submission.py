@@ -6,22 +6,14 @@ an empty one. Reads `DIR/answers/SPLIT/CKPT/merge.jsonl` and writes
 """
 
 import argparse
-import json
 import os
 
+from llava.eval import uploads
 from llava.eval.answers import read_answers_tolerantly
 from llava.eval.errors import errors_as_messages
-from llava.eval.m4c_evaluator import EvalAIAnswerProcessor
 from llava.eval.tasks import read_jsonl
 
 FULL_TEST_SET = "llava_vqav2_mscoco_test2015.jsonl"
-
-
-def convert(questions: list[dict], texts: dict) -> list[dict]:
-    """Returns `[{"question_id", "answer"}]` in question order."""
-    normalise = EvalAIAnswerProcessor()
-    ids = [question["question_id"] for question in questions]
-    return [{"question_id": key, "answer": normalise(texts.get(key, ""))} for key in ids]
 
 
 @errors_as_messages()
@@ -40,10 +32,7 @@ def main():
     texts, num_broken = read_answers_tolerantly(os.path.join(args.dir, src))
     questions = read_jsonl(os.path.join(args.dir, FULL_TEST_SET), ("question_id",))
     print(f"total results: {len(texts)}, total split: {len(questions)}, error_line: {num_broken}")
-    path = os.path.join(args.dir, dst)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(convert(questions, texts), file)
+    uploads.write_json(uploads.vqav2(questions, texts), os.path.join(args.dir, dst))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 #
 #     bash scripts/v1_5/eval/pope.sh [TOKENS] [KEY=VALUE ...] [further options]
 #
-# TOKENS       visual tokens to keep; left out: the unpruned model
+# TOKENS       visual tokens to keep; left out: the unpruned model, or METHOD's own budget. For a
+#              method that decides per image, TOKENS is the most it may keep
 # KEY=VALUE    options of the pruning method, e.g. important_ratio=0.7
 # Everything else is handed to the answering program (llava/eval/model_vqa_loader.py --help).
 #
@@ -11,13 +12,16 @@
 #   CKPT         checkpoint: a folder, a name inside CKPT_DIR, or a name on the hub
 #                (default: the playground's; with CKPT_DIR: the published 7B model)
 #   CKPT_DIR     folder of the checkpoints
-#   DATA_DIR     evaluation data and answers (default: playground/data/eval); a benchmark that is
-#                not there is replaced by the playground's
+#   DATA_DIR     evaluation data and answers: playground/data/eval/README.md has its layout. Not
+#                set: playground/data/eval, where a benchmark that is not there is replaced by the
+#                playground's
 #   CUDA_VISIBLE_DEVICES   one process per listed GPU
 #   NPROC        number of processes, if it should be another
 #   BATCH_SIZE   prompts per step (default: 8)
 #   LIMIT        about so many questions, evenly spread, for quick runs
 #   CONV_MODE    prompt template (default: by the checkpoint's name)
+#   OPENAI_API_KEY, OPENAI_BASE_URL, JUDGE_MODEL, JUDGE_WORKERS, JUDGE_WORDING
+#                the judge of llavabench, mmvet and viscot: docs/Evaluation.md
 #   EXTRA        further options of the answering program, for all calls
 #   PYTHON       interpreter (default: .venv/bin/python if it is there, else python3)
 #
@@ -29,12 +33,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 
 PLAYGROUND_MODEL=playground/checkpoints/llava-v1.5-playground
-PLAYGROUND_DATA=playground/benchmark
-DATA_DIR=${DATA_DIR:-playground/data/eval}
+DEFAULT_DATA=playground/data/eval
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
     [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
 fi
+
+SCORES=() # files of the scores so far
 
 # --- the command line: sets METHOD, LABEL (of the answers file) and OPTIONS ---
 OPTIONS=()
@@ -73,30 +78,28 @@ else
 fi
 MODEL_NAME=$(basename "$MODEL")
 
-# answer PROGRAM QUESTIONS IMAGES [options]: questions and images relative to the data folder.
-# Sets SOURCE, QUESTIONS and ANSWERS for `score`.
+# evaluate BENCHMARK PROGRAM [options]: answers the questions and scores the answers. The benchmark is
+# one in llava/eval/benchmarks.py; SPLIT from the environment chooses another split of it.
+evaluate() {
+    local name=$1${SPLIT:+_$SPLIT}
+    shift
+    answer "$name" "$@"
+    score "$name"
+}
+
+# answer BENCHMARK PROGRAM [options]: sets SOURCE, QUESTIONS, IMAGES and ANSWERS.
 answer() {
-    local program=$1 images
-    SOURCE=$DATA_DIR
-    if [ ! -e "$SOURCE/$2" ]; then
-        SOURCE=$PLAYGROUND_DATA
-        if [ ! -e "$SOURCE/$2" ]; then
-            echo "error: neither $DATA_DIR nor the playground has $2" >&2
-            return 1
-        fi
-        echo "$DATA_DIR/$2 is not there: using the playground's questions ($SOURCE/$2)"
-    fi
-    QUESTIONS=$SOURCE/$2
-    images=$SOURCE/images # the playground's benchmarks share one folder
-    [ -d "$images" ] || images=$SOURCE/$3
-    local split
-    split=$(basename "${2%.*}")
-    ANSWERS=$DATA_DIR/${2%%/*}/answers/$split/$MODEL_NAME/$METHOD/$LABEL.jsonl
-    shift 3
+    local found path split program=$2
+    found=$("$PYTHON" -m llava.eval.data_files "$1" ${DATA_DIR:+--data-dir "$DATA_DIR"})
+    eval "$found"
+    path=${QUESTIONS#"$SOURCE/"}
+    split=$(basename "${path%.*}")
+    ANSWERS=${DATA_DIR:-$DEFAULT_DATA}/${path%%/*}/answers/$split/$MODEL_NAME/$METHOD/$LABEL.jsonl
+    shift 2
     echo "$MODEL_NAME, method $METHOD${TOKENS:+, $TOKENS tokens}: $QUESTIONS -> $ANSWERS"
     # shellcheck disable=SC2086 # EXTRA holds several words
     run_in_chunks "$PYTHON" -m "llava.eval.$program" --model-path "$MODEL" \
-        --question-file "$QUESTIONS" --image-folder "$images" --temperature 0 \
+        --question-file "$QUESTIONS" --image-folder "$IMAGES" --temperature 0 \
         --conv-mode "${CONV_MODE:-auto}" --batch-size "${BATCH_SIZE:-8}" \
         "$@" "${OPTIONS[@]}" ${EXTRA:-}
 }
@@ -129,4 +132,26 @@ run_in_chunks() {
 score() {
     "$PYTHON" -m llava.eval.score "$1" --data-dir "$SOURCE" --question-file "$QUESTIONS" \
         --answers-file "$ANSWERS" ${LIMIT:+--limit "$LIMIT"}
+    SCORES+=("${ANSWERS%.jsonl}.score.json")
+    [ -z "${SCORE_LIST:-}" ] || echo "${SCORES[-1]}" >>"$SCORE_LIST" # all.sh makes a table of them
+}
+
+# list_benchmarks [options]: names there is data for.
+list_benchmarks() {
+    "$PYTHON" -m llava.eval.data_files list ${DATA_DIR:+--data-dir "$DATA_DIR"} "$@"
+}
+
+# run_all ARGUMENTS: runs the script of every benchmark there is data for; a table of all scores.
+# One that fails does not stop the others.
+run_all() {
+    local script split failed=()
+    SCORE_LIST=$(mktemp)
+    export SCORE_LIST
+    while read -r script split <&3; do
+        echo "=== $script $split"
+        SPLIT=$split bash "scripts/v1_5/eval/$script.sh" "$@" || failed+=("$script $split")
+    done 3< <(list_benchmarks --scripts)
+    "$PYTHON" -m llava.eval.score_table --list "$SCORE_LIST"
+    rm "$SCORE_LIST"
+    [ ${#failed[@]} = 0 ] || { printf 'error: %s failed\n' "${failed[@]}" >&2 && return 1; }
 }

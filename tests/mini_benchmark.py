@@ -9,6 +9,7 @@ IMAGES = Path(__file__).parent / "golden" / "images"
 NAMES = ("img0_336x336.png", "img1_640x360.png")
 SHORT = "\nAnswer the question using a single word or phrase."
 TRUTH = ("Yes", "No")
+NAMED = ("pope", "textvqa", "gqa", "vqav2", "mmbench", "mme", "refcoco", "sqa")
 
 
 def build(folder: Path) -> Path:

@@ -171,7 +171,10 @@ def _wanted_pause(response: requests.Response) -> float:
 
 
 def add_judge_args(
-    parser: argparse.ArgumentParser, model: str, max_tokens: int, temperature: float
+    parser: argparse.ArgumentParser,
+    model: str | None = None,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
 ) -> None:
     """Adds the options of the judge, with a program's own defaults.
 
@@ -182,14 +185,14 @@ def add_judge_args(
     group.add_argument(
         "--judge-model",
         default=environment.get("JUDGE_MODEL") or model,
-        help="default: JUDGE_MODEL from the environment, else %(default)s",
+        help=f"default: JUDGE_MODEL from the environment, else {model or 'as published'}",
     )
     group.add_argument(
         "--judge-url",
         default=environment.get("OPENAI_BASE_URL") or OPENAI_URL,
         help="any OpenAI-compatible endpoint, up to /v1 (default: OPENAI_BASE_URL, else OpenAI's)",
     )
-    group.add_argument("--judge-cache", help="file of verdicts (default: beside the output)")
+    group.add_argument("--judge-cache", help="file of all verdicts (default: beside the output)")
     group.add_argument(
         "--judge-workers",
         type=int,

@@ -2,37 +2,129 @@
 
 python -m llava.eval.score pope --data-dir playground/data/eval --answers-file A.jsonl
 
-The same object, with all details, is written beside the answers as `A.score.json`.
+The same object, with all details, is written beside the answers as `A.score.json`. Where a server
+scores, its upload file is written; where a judge does, it is asked if the environment names one
+(OPENAI_API_KEY or OPENAI_BASE_URL), and otherwise `score` is null.
 """
 
 import argparse
 import json
 import os
 
-from llava.eval.benchmarks import BENCHMARKS
+from llava.eval import budgets
+from llava.eval.benchmarks import Benchmark, find_benchmark
 from llava.eval.errors import errors_as_messages
+from llava.eval.judge import add_judge_args, has_endpoint, judge_from_args
+from llava.eval.judged_scores import JudgedRun
 from llava.eval.tasks import read_jsonl
 
 SUMMARY = ("benchmark", "metric", "score", "percent", "count")
 
 
+def _split(answers_file: str) -> tuple[str, str] | None:
+    """What is before and behind the folder `answers` in a path without its ending, or None."""
+    parts = os.path.splitext(answers_file)[0].split(os.sep)
+    if "answers" not in parts:
+        return None
+    last = len(parts) - 1 - parts[::-1].index("answers")
+    return os.sep.join(parts[:last]), os.sep.join(parts[last + 1 :])
+
+
+def elsewhere(answers_file: str, folder: str, ending: str) -> str:
+    """Returns the answers' path with `folder` in place of its part `answers`, and that ending."""
+    around = _split(answers_file)
+    if around is None:
+        return f"{os.path.splitext(answers_file)[0]}.{folder}{ending}"
+    return os.path.join(around[0], folder, around[1]) + ending
+
+
+def shared_cache(answers_file: str) -> str:
+    """One file of verdicts per benchmark: many answers of two methods are the same."""
+    folder = (_split(answers_file) or [os.path.dirname(answers_file)])[0]
+    return os.path.join(folder, "judge_cache.jsonl")
+
+
+def ask_judge(benchmark: Benchmark, args, questions: str) -> dict | None:
+    """Returns the judge's scores, or None (saying so) when there is no judge."""
+    judged = benchmark.judge
+    if not has_endpoint():
+        print(
+            f"{benchmark.name} is scored by a judge such as {judged.model}: set OPENAI_API_KEY, or "
+            "OPENAI_BASE_URL to another endpoint, and run the same command again"
+        )
+        return None
+    for name in ("model", "temperature"):
+        if getattr(args, f"judge_{name}") is None:
+            setattr(args, f"judge_{name}", getattr(judged, name))
+    args.max_tokens = args.max_tokens or judged.max_tokens
+    args.judge_cache = args.judge_cache or shared_cache(args.answers_file)
+    output = elsewhere(args.answers_file, "reviews", ".jsonl")
+    run = JudgedRun(args.data_dir, questions, args.answers_file, output, args.judge_wording)
+    return judged.score(judge_from_args(args, output), run)
+
+
+def write_upload(benchmark: Benchmark, args, questions: str, answers: list[dict]) -> str | None:
+    """Writes the file for the benchmark's server; returns its path, or None (saying why)."""
+    upload = benchmark.upload
+    path = elsewhere(args.answers_file, upload.folder, upload.ending)
+    try:
+        upload.write(args.data_dir, questions, answers, path)
+    except ImportError as error:
+        print(f"no file for the server: {error}")
+        return None
+    print(f"for the server: {path}\n  {upload.server}")
+    return path
+
+
+def score(benchmark: Benchmark, args, questions: str, answers: list[dict]) -> dict:
+    """Returns the result as `A.score.json` holds it; prints the reports on the way."""
+    result, report = None, benchmark.report
+    if benchmark.judge:
+        benchmark.check_complete(questions, answers, args.limit)
+        result, report = ask_judge(benchmark, args, questions), benchmark.judge.report
+    elif benchmark.scorable(args.data_dir):
+        result = benchmark.score(args.data_dir, questions, answers, args.limit)
+    else:
+        benchmark.check_complete(questions, answers, args.limit)
+    if result:
+        print(report(result), end="")
+    else:
+        result = {"score": None, "percent": None, "count": len(answers)}
+    result = benchmark.labelled(result) | {"visual_tokens": budgets.summarize(answers)}
+    if result["visual_tokens"]:
+        print(budgets.report(result["visual_tokens"]), end="")
+    if args.limit is None and benchmark.has_upload(args.data_dir):
+        result["upload"] = write_upload(benchmark, args, questions, answers)
+    elif result["score"] is None and not benchmark.judge:
+        print(f"no score: the right answers are not public ({benchmark.name})")
+    return result
+
+
 @errors_as_messages()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmark", choices=sorted(BENCHMARKS))
+    parser.add_argument("benchmark", help="name in llava/eval/benchmarks.py")
     parser.add_argument("--data-dir", default="playground/data/eval")
     parser.add_argument("--question-file", help="default: the benchmark's, in the data folder")
     parser.add_argument("--answers-file", required=True)
     parser.add_argument("--limit", type=int, help="as it was when the questions were answered")
+    parser.add_argument(
+        "--judge-wording",
+        default=os.environ.get("JUDGE_WORDING"),
+        help="the benchmark's own rule.json or few-shot prompt (default: JUDGE_WORDING, else ours)",
+    )
+    add_judge_args(parser)
     args = parser.parse_args()
-    benchmark = BENCHMARKS[args.benchmark]
+    benchmark = find_benchmark(args.benchmark)
     questions = args.question_file or os.path.join(args.data_dir, benchmark.questions)
     answers = read_jsonl(args.answers_file, ("question_id", "text"))
-    result = benchmark.score(args.data_dir, questions, answers, args.limit)
-    print(benchmark.report(result), end="")
+    result = score(benchmark, args, questions, answers)
     with open(f"{os.path.splitext(args.answers_file)[0]}.score.json", "w") as file:
         json.dump(result, file, indent=2)
-    print(json.dumps({key: result[key] for key in SUMMARY} | {"answers_file": args.answers_file}))
+    summary = {key: result[key] for key in SUMMARY} | {"answers_file": args.answers_file}
+    if result["visual_tokens"]:
+        summary["visual_tokens"] = round(result["visual_tokens"]["mean"], 1)
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":

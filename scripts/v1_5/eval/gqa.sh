@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # GQA, attributes and relations: exact-match accuracy on the balanced test-development split.
 #
-#     bash scripts/v1_5/eval/gqa.sh [TOKENS] [KEY=VALUE ...]       see scripts/eval_common.sh
+#     bash scripts/v1_5/eval/gqa.sh [TOKENS] [KEY=VALUE ...]   see scripts/eval_common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../../eval_common.sh"
 
-answer model_vqa_loader gqa/llava_gqa_testdev_balanced.jsonl gqa/data/images
-score gqa
+evaluate gqa model_vqa_loader

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # MME, yes/no questions in pairs: the perception score (and cognition, where it is asked).
 #
-#     bash scripts/v1_5/eval/mme.sh [TOKENS] [KEY=VALUE ...]       see scripts/eval_common.sh
+#     bash scripts/v1_5/eval/mme.sh [TOKENS] [KEY=VALUE ...]   see scripts/eval_common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../../eval_common.sh"
 
-answer model_vqa_loader MME/llava_mme.jsonl MME/MME_Benchmark_release_version
-score mme
+evaluate mme model_vqa_loader

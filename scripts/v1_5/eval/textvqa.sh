@@ -4,5 +4,4 @@
 #     bash scripts/v1_5/eval/textvqa.sh [TOKENS] [KEY=VALUE ...]   see scripts/eval_common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../../eval_common.sh"
 
-answer model_vqa_loader textvqa/llava_textvqa_val_v051_ocr.jsonl textvqa/train_images
-score textvqa
+evaluate textvqa model_vqa_loader

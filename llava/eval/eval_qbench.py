@@ -1,0 +1,90 @@
+"""Q-Bench, perception (LLVisionQA): questions on image quality with two to four options.
+
+python -m llava.eval.eval_qbench --question-file llvisionqa_dev.json --result-file A.jsonl
+
+Right answers are public for the development split. The official evaluation reads long answers with
+a language model; here an answer must name the letter or repeat the option.
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from llava.eval.errors import errors_as_messages
+from llava.eval.tasks import Question, option_letter, read_json_list, read_jsonl
+
+FIELDS = ("question", "img_path", "candidates")
+INSTRUCTION = {
+    "en": "Choose between one of the options as follows:",
+    "zh": "在下列选项中选择一个:",
+}
+TYPES = {0: "yes or no", 1: "what", 2: "how"}
+CONCERNS = {
+    0: "distortion",
+    1: "other",
+    2: "in-context distortion",
+    3: "in-context other",
+}
+
+
+@dataclass
+class QBenchQuestion(Question):
+    """A question whose answer line repeats its record, the answer in `response`."""
+
+    record: dict = field(default_factory=dict)
+
+    def answer_line(self, text: str, answer_id: str, model_id: str) -> dict:
+        line = super().answer_line(text, answer_id, model_id)
+        return {**self.record, "response": text} | line
+
+
+def qbench_questions(record: dict, lang: str = "en") -> Iterator[Question]:
+    """Q-Bench: `{type, concern, question, img_path, candidates, correct_ans?}`."""
+    options = "".join(
+        f"{letter}. {text}\n" for letter, text in zip("ABCD", record["candidates"], strict=False)
+    )
+    text = f"{record['question']}\n{INSTRUCTION[lang]}\n{options}"
+    head = {"question_id": record["img_path"], "prompt": text}
+    yield QBenchQuestion(head, text, [record["img_path"]], record=record)
+
+
+def has_answers(path: str) -> bool:
+    """True when the right answers are in the question file."""
+    records = read_json_list(path, FIELDS)
+    return bool(records) and all(record.get("correct_ans") for record in records)
+
+
+def evaluate(records: list[dict], answers: list[dict]) -> dict:
+    """Returns the accuracy in percent, by type and concern as well; both lists in order."""
+    groups = defaultdict(list)
+    for record, answer in zip(records, answers, strict=True):
+        candidates = record["candidates"]
+        letter = option_letter(answer["text"], candidates)
+        right = letter is not None and candidates["ABCD".index(letter)] == record["correct_ans"]
+        groups["all"].append(right)
+        groups[f"type: {TYPES.get(record.get('type'), record.get('type'))}"].append(right)
+        groups[f"concern: {CONCERNS.get(record.get('concern'), record.get('concern'))}"].append(
+            right
+        )
+    scores = {name: 100 * sum(hits) / len(hits) for name, hits in sorted(groups.items())}
+    return {"score": scores.pop("all", 0.0), "count": len(groups["all"]), "groups": scores}
+
+
+def report(result: dict) -> str:
+    lines = [f"  {name}: {score:.2f}%\n" for name, score in result["groups"].items()]
+    return f"Samples: {result['count']}\nAccuracy: {result['score']:.2f}%\n" + "".join(lines)
+
+
+@errors_as_messages()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--question-file", required=True)
+    parser.add_argument("--result-file", required=True)
+    args = parser.parse_args()
+    records = read_json_list(args.question_file, (*FIELDS, "correct_ans"))
+    print(report(evaluate(records, read_jsonl(args.result_file, ("text",)))), end="")
+
+
+if __name__ == "__main__":
+    main()

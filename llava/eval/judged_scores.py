@@ -1,0 +1,85 @@
+"""Benchmarks that a judge scores: one function each, gathered for `benchmarks`."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llava.eval import eval_mmvet, eval_viscot, gpt_review, summarize_gpt_review
+from llava.eval.judge import Judge
+from llava.eval.tasks import read_json, read_jsonl
+
+
+@dataclass(frozen=True)
+class JudgedRun:
+    """A complete set of answers and what its judge may need besides.
+
+    output:  file of verdicts to write, and to go on with
+    wording: the benchmark's own instruction to the judge, given by the user; None: ours
+    """
+
+    data_dir: str
+    question_file: str
+    answers_file: str
+    output: str
+    wording: str | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How a judge scores a benchmark.
+
+    model, max_tokens, temperature: of the published verdicts
+    score: (judge, run) -> dict with `score` in percent, `count` and details
+    """
+
+    model: str
+    max_tokens: int
+    temperature: float
+    score: Callable[[Judge, JudgedRun], dict]
+    report: Callable[[dict], str]
+
+
+def llava_bench(judge: Judge, run: JudgedRun) -> dict:
+    """LLaVA-Bench: our answers in percent of those of text-only GPT-4 that saw the captions."""
+    folder = os.path.join(run.data_dir, "llava-bench-in-the-wild")
+    contexts = read_jsonl(os.path.join(folder, "context.jsonl"), ("image", "caption"))
+    reference = read_jsonl(os.path.join(folder, "answers_gpt4.jsonl"), ("question_id", "text"))
+    questions = read_jsonl(run.question_file, ("question_id", "text", "image", "category"))
+    answers = read_jsonl(run.answers_file, ("question_id", "text"))
+    asked = {answer["question_id"] for answer in answers}
+    heads, prompts = gpt_review.heads_and_prompts(
+        gpt_review.BENCH,
+        [question for question in questions if question["question_id"] in asked],
+        [[record for record in reference if record["question_id"] in asked], answers],
+        gpt_review.read_rules(run.wording or gpt_review.OWN_RULES),
+        {context["image"]: context for context in contexts},
+    )
+    gpt_review.review(judge, heads, prompts, run.output)
+    means, unreadable = summarize_gpt_review.summarize(read_jsonl(run.output))
+    total = means.get("all", (0.0, 0.0))
+    return {
+        "score": summarize_gpt_review.relative(*total),
+        "count": len(heads),
+        "unreadable": unreadable,
+        "means": means,
+    }
+
+
+def llava_bench_report(result: dict) -> str:
+    return summarize_gpt_review.report(result["means"])
+
+
+def mmvet(judge: Judge, run: JudgedRun) -> dict:
+    entries = read_json(os.path.join(run.data_dir, "mm-vet", "mm-vet.json"))
+    instruction = eval_mmvet.read_instruction(run.wording)
+    answers = read_jsonl(run.answers_file, ("question_id", "text"))
+    return eval_mmvet.grade(judge, entries, answers, run.output, instruction)
+
+
+def viscot(judge: Judge, run: JudgedRun) -> dict:
+    return eval_viscot.score_file(run.answers_file, judge)
+
+
+LLAVA_BENCH = Judged(gpt_review.BENCH.model, 1024, 0.2, llava_bench, llava_bench_report)
+MMVET = Judged(eval_mmvet.MODEL, 16, 0.0, mmvet, eval_mmvet.report)
+VISCOT = Judged(eval_viscot.MODEL, 512, 0.0, viscot, eval_viscot.report)

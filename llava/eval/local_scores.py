@@ -1,0 +1,89 @@
+"""What each benchmark's scorer needs from the data folder, gathered for `benchmarks`.
+
+Every function takes (data folder, question file, answers) and returns `{"score", "count", ...}`.
+"""
+
+import os
+
+from llava.eval import (
+    eval_gqa,
+    eval_mmbench,
+    eval_mme,
+    eval_pope,
+    eval_qbench,
+    eval_refcoco,
+    eval_science_qa,
+    eval_seed,
+    eval_textvqa,
+    eval_vizwiz,
+    eval_vqav2,
+    uploads,
+)
+from llava.eval.tasks import as_int, read_json, read_json_list, read_jsonl, read_table
+
+
+def pope(data_dir, path, answers):
+    folder = os.path.join(data_dir, "pope", "coco")
+    return eval_pope.evaluate(folder, read_jsonl(path), answers)
+
+
+def textvqa(data_dir, path, answers):
+    annotations = os.path.join(data_dir, "textvqa", "TextVQA_0.5.1_val.json")
+    return eval_textvqa.evaluate(eval_textvqa.read_annotations(annotations), answers)
+
+
+def gqa(data_dir, path, answers):
+    questions = read_json(os.path.join(data_dir, "gqa", "data", "testdev_balanced_questions.json"))
+    entries = uploads.gqa(answers)
+    given = {entry["questionId"] for entry in entries}
+    return eval_gqa.evaluate({k: q for k, q in questions.items() if k in given}, entries)
+
+
+def vqav2(data_dir, path, answers):
+    annotations = os.path.join(data_dir, "vqav2", "v2_mscoco_val2014_annotations.json")
+    return eval_vqav2.evaluate(eval_vqav2.read_annotations(annotations), answers)
+
+
+def vizwiz(data_dir, path, answers):
+    humans = eval_vizwiz.read_annotations(os.path.join(data_dir, "vizwiz", "val.json"))
+    return eval_vizwiz.evaluate(humans, read_jsonl(path, ("question_id", "image")), answers)
+
+
+def mmbench(data_dir, path, answers):
+    return eval_mmbench.evaluate(read_table(path, ("index", "answer")), answers)
+
+
+def mme(data_dir, path, answers):
+    truth = eval_mme.read_ground_truth(os.path.join(data_dir, "MME"))
+    return eval_mme.evaluate(eval_mme.convert(truth, answers))
+
+
+def seed(data_dir, path, answers):
+    annotation = read_json(os.path.join(data_dir, "seed_bench", "SEED-Bench.json"))
+    texts = eval_seed.texts_by_id(answers)
+    asked = [q for q in annotation["questions"] if as_int(q["question_id"]) in texts]
+    scores = eval_seed.evaluate({**annotation, "questions": asked}, texts)
+    return {"score": scores[eval_seed.TOTAL], "count": len(asked), "scores": scores}
+
+
+def seed_report(result):
+    return eval_seed.report(result["scores"])
+
+
+def qbench(data_dir, path, answers):
+    key = lambda record: (record["img_path"], record["question"])  # noqa: E731
+    records = {key(record): record for record in read_json_list(path, eval_qbench.FIELDS)}
+    return eval_qbench.evaluate([records[key(answer)] for answer in answers], answers)
+
+
+def refcoco(data_dir, path, answers):
+    """The boxes of `llava_refcoco_val.jsonl` are in `refcoco_val.jsonl` beside it."""
+    folder, name = os.path.split(path)
+    annotations = os.path.join(folder, name.removeprefix("llava_"))
+    return eval_refcoco.evaluate(eval_refcoco.read_annotations(annotations), answers)
+
+
+def science_qa(data_dir, path, answers):
+    problems, _ = eval_science_qa.read_problems(os.path.join(data_dir, "scienceqa"), "test")
+    asked = [answer["question_id"] for answer in answers]
+    return eval_science_qa.evaluate(problems, asked, answers)

@@ -1,0 +1,27 @@
+"""Answers Q-Bench: questions on image quality with options.
+
+python -m llava.eval.model_vqa_qbench --model-path llava-v1.5-7b --image-folder DIR \
+    --question-file llvisionqa_dev.json --answers-file A.jsonl [--lang zh]
+
+Lines hold the fields of the question, the answer as `response`.
+"""
+
+from functools import partial
+
+from llava.eval.errors import errors_as_messages
+from llava.eval.eval_qbench import FIELDS, INSTRUCTION, qbench_questions
+from llava.eval.model_vqa_loader import build_parser, parse_args, run
+from llava.eval.tasks import read_json_list
+
+
+@errors_as_messages()
+def main():
+    parser = build_parser(__doc__.splitlines()[0], "llvisionqa_dev.json")
+    parser.add_argument("--lang", default="en", choices=sorted(INSTRUCTION))
+    args = parse_args(parser)
+    records = read_json_list(args.question_file, FIELDS)
+    run(args, records, partial(qbench_questions, lang=args.lang))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""One Markdown table of several `.score.json` files, which `llava.eval.score` writes.
+
+python -m llava.eval.score_table A.score.json B.score.json ...
+"""
+
+import argparse
+import json
+
+from llava.eval.errors import errors_as_messages
+from llava.eval.tasks import read_json
+
+
+def table(results: list[dict]) -> str:
+    """Returns the table; benchmarks of a family that is published as one number get their mean."""
+    lines = [
+        "| benchmark | metric | score | questions | visual tokens |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for result in [*results, *_family_mean(results, "viscot_", "viscot, mean")]:
+        tokens = (result.get("visual_tokens") or {}).get("mean")
+        cells = [
+            result["benchmark"],
+            result["metric"],
+            _score(result),
+            str(result["count"]),
+            "" if tokens is None else f"{tokens:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _score(result: dict) -> str:
+    if result["score"] is not None:
+        return f"{result['score']:.2f}"
+    return "by its server" if "upload" in result else "no judge"
+
+
+def _family_mean(results: list[dict], prefix: str, name: str) -> list[dict]:
+    """The plain mean over the scored members of a family, when there are several."""
+    family = [r for r in results if r["benchmark"].startswith(prefix) and r["score"] is not None]
+    if len(family) < 2:
+        return []
+    score = sum(r["score"] for r in family) / len(family)
+    count = sum(r["count"] for r in family)
+    return [{"benchmark": name, "metric": family[0]["metric"], "score": score, "count": count}]
+
+
+@errors_as_messages()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", help=".score.json files")
+    parser.add_argument("--list", help="file that names further ones, one per line")
+    args = parser.parse_args()
+    files = args.files
+    if args.list:
+        with open(args.list, encoding="utf-8") as file:
+            files = [*files, *file.read().splitlines()]
+    results = [read_json(path) for path in files]
+    print(table(results))
+    print(json.dumps({result["benchmark"]: result["score"] for result in results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# MM-Vet, open questions that need several skills: grades by a judge, and the file for its server.
+#
+#     bash scripts/v1_5/eval/mmvet.sh [TOKENS] [KEY=VALUE ...]   see scripts/eval_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../../eval_common.sh"
+
+evaluate mmvet model_vqa

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# SEED-Bench, questions with options on images and on the middle frames of videos: accuracy.
+#
+#     bash scripts/v1_5/eval/seed.sh [TOKENS] [KEY=VALUE ...]   see scripts/eval_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../../eval_common.sh"
+
+evaluate seed model_vqa_loader
