@@ -27,12 +27,13 @@ class FakeLoop:
         self.model = SimpleNamespace(pruner=None)
         self.asked = 0
 
-    def answer(self, questions, image_folder):
-        for question in questions:
-            assert all(os.path.exists(os.path.join(image_folder, i)) for i in _files(question))
-            self.asked += 1
+    def run(self, batches, image_folder):
+        for numbers, questions in batches:
+            for question in questions:
+                assert all(os.path.exists(os.path.join(image_folder, i)) for i in _files(question))
+                self.asked += 1
             self.visual_tokens = (64, 64)
-            yield [question], ["A" if "A. red" in question.text else "Yes"]
+            yield numbers, ["A" if "A. red" in q.text else "Yes" for q in questions]
 
 
 def _files(question):
@@ -48,7 +49,8 @@ def args(tmp_path):
         overwrite=False,
         model_name="m",
         model_path="m",
-        batch_size=1,
+        batch_size=2,
+        reuse=True,
         conv_mode="vicuna_v1",
         methods=["vispruner", "random"],
         tokens=[576, 64, 16],

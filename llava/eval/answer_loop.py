@@ -4,12 +4,11 @@ Every benchmark program and the suite run this one loop.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
@@ -19,17 +18,11 @@ from llava.constants import (
 from llava.conversation import conv_templates
 from llava.eval.tasks import Question, load_image
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.reuse import Picture, PrefixCache, pad_left
 from llava.pruning import trace_pruning
 
 PREPARED_IMAGES = 64  # neighbouring questions are often about one image
-
-
-@dataclass
-class Picture:
-    """An image ready for the model: pixels (3, S, S) or (crops, 3, S, S); size (width, height)."""
-
-    pixels: Tensor
-    size: tuple[int, int]
+BATCHES_AHEAD = 2
 
 
 @dataclass
@@ -37,22 +30,22 @@ class AnswerLoop:
     """Answers questions with a loaded model.
 
     conv_mode:      name of the prompt template
-    batch_size:     prompts per call of `generate`
     workers:        threads that decode and prepare images
     max_new_tokens: length at which an answer is cut
-    temperature:    0 takes the likeliest token; larger values sample
+    temperature:    0 takes the likeliest token; larger values sample, seeded by question number
+    reuse:          what the questions about one image share is computed once; same answers
     """
 
     tokenizer: object
     model: object
     image_processor: object
     conv_mode: str
-    batch_size: int = 1
     workers: int = 4
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float | None = None
     num_beams: int = 1
+    reuse: bool = True
 
     #: visual tokens per prompt: entering the decoder, and on average over its layers
     visual_tokens: tuple[float, float] | None = None
@@ -61,43 +54,46 @@ class AnswerLoop:
         if self.conv_mode not in conv_templates:
             names = ", ".join(conv_templates)
             raise ValueError(f"unknown conv mode {self.conv_mode!r}, choose from {names}")
-        if self.batch_size < 1:
-            raise ValueError(f"the batch size must be at least 1, got {self.batch_size}")
+        self.known = PrefixCache(self.model)
 
-    def answer(
-        self, questions: list[Question], image_folder: str
-    ) -> Iterator[tuple[list[Question], list[str]]]:
-        """Yields (questions, answers) batch by batch, in order.
+    def run(
+        self, batches: Iterable[tuple[list[int], list[Question]]], image_folder: str
+    ) -> Iterator[tuple[list[int], list[str]]]:
+        """Yields (numbers, answers) of every batch of (numbers, questions), in order.
 
-        Raises ValueError naming the question when an image is missing or broken; the batches
-        before it have been yielded by then.
+        Batches are taken a little ahead of their turn. Raises ValueError naming the question when
+        an image is missing or broken; the batches before it have been yielded by then.
         """
-        for batch in batched(self.prepared(questions, image_folder), self.batch_size):
-            questions_of_batch = [question for question, _ in batch]
-            yield questions_of_batch, self.generate(batch)
+        for numbers, batch in self.prepared(batches, image_folder):
+            if self.temperature > 0:
+                torch.manual_seed(numbers[0])
+            yield numbers, self.generate(batch)
 
     def prepared(
-        self, questions: list[Question], image_folder: str
-    ) -> Iterator[tuple[Question, list[Picture]]]:
-        """Yields every question with its pictures, prepared some batches ahead of their use."""
+        self, batches: Iterable[tuple[list[int], list[Question]]], image_folder: str
+    ) -> Iterator[tuple[list[int], list[tuple[Question, list[Picture]]]]]:
+        """Yields every batch with its pictures, prepared some batches ahead of their use."""
         ahead = deque()
         recent: OrderedDict[str, Future] = OrderedDict()
         with ThreadPoolExecutor(self.workers) as pool:
             try:
-                for question in questions:
-                    futures = []
-                    for image in question.images:
-                        if image not in recent:
-                            recent[image] = pool.submit(self.prepare, question, image, image_folder)
-                        recent.move_to_end(image)
-                        futures.append(recent[image])
-                    ahead.append((question, futures))
-                    if len(recent) > PREPARED_IMAGES:
+                for numbers, questions in batches:
+                    pending = []
+                    for question in questions:
+                        for image in question.images:
+                            if image not in recent:
+                                recent[image] = pool.submit(
+                                    self.prepare, question, image, image_folder
+                                )
+                            recent.move_to_end(image)
+                        pending.append((question, [recent[image] for image in question.images]))
+                    ahead.append((numbers, pending))
+                    while len(recent) > PREPARED_IMAGES:
                         recent.popitem(last=False)
-                    if len(ahead) > 2 * self.batch_size + self.workers:
-                        yield _finished(ahead.popleft())
+                    if len(ahead) > BATCHES_AHEAD:
+                        yield _finished(*ahead.popleft())
                 while ahead:
-                    yield _finished(ahead.popleft())
+                    yield _finished(*ahead.popleft())
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -113,30 +109,40 @@ class AnswerLoop:
     @torch.inference_mode()
     def generate(self, batch: list[tuple[Question, list[Picture]]]) -> list[str]:
         """Returns the answers to one batch."""
-        prompts = [self.prompt(question) for question, _ in batch]
-        ids = [tokenizer_image_token(p, self.tokenizer, return_tensors="pt") for p in prompts]
+        ids = [
+            tokenizer_image_token(self.prompt(question), self.tokenizer, return_tensors="pt")
+            for question, _ in batch
+        ]
+        if self.visual_tokens is None and any(pictures for _, pictures in batch):
+            with trace_pruning(self.model) as trace:
+                output = self._generate(ids, batch)
+            self.visual_tokens = count_visual_tokens(trace)
+        else:
+            output = self._generate(ids, batch)
+        texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _generate(self, ids: list[torch.Tensor], batch) -> torch.Tensor:
+        """New tokens of the prompts `ids`."""
         pad_id = self.tokenizer.pad_token_id
-        pad_id = self.tokenizer.eos_token_id if pad_id is None else pad_id
-        input_ids, mask = pad_left(ids, pad_id)
-        device = self.model.device
-        arguments = {
-            "input_ids": input_ids.to(device),
-            "attention_mask": mask.to(device),
-            "pad_token_id": pad_id,
+        options = {
+            "pad_token_id": self.tokenizer.eos_token_id if pad_id is None else pad_id,
             "max_new_tokens": self.max_new_tokens,
             "num_beams": self.num_beams,
             "use_cache": True,
             **self._sampling(),
-            **self._images(batch),
         }
-        if self.visual_tokens is None and arguments["images"] is not None:
-            with trace_pruning(self.model) as trace:
-                output = self.model.generate(**arguments)
-            self.visual_tokens = count_visual_tokens(trace)
-        else:
-            output = self.model.generate(**arguments)
-        texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        if self.reuse:
+            pictures, texts = [own for _, own in batch], [question.text for question, _ in batch]
+            return self.known.generate(ids, pictures, texts, **options)
+        input_ids, mask = pad_left(ids, options["pad_token_id"])
+        device = self.model.device
+        return self.model.generate(
+            input_ids.to(device),
+            attention_mask=mask.to(device),
+            **options,
+            **self._images(batch),
+        )
 
     def prompt(self, question: Question) -> str:
         """Returns the full prompt: image marks and text as one user turn of the template."""
@@ -174,41 +180,8 @@ class AnswerLoop:
         }
 
 
-def _finished(item: tuple[Question, list[Future]]) -> tuple[Question, list[Picture]]:
-    question, futures = item
-    return question, [future.result() for future in futures]
-
-
-def batched(items: Iterator, size: int) -> Iterator[list]:
-    """Yields lists of `size` items, the last one possibly shorter.
-
-    When `items` fails, what was collected comes first and the error after it.
-    """
-    items, failure = iter(items), None
-    while failure is None:
-        batch = []
-        try:
-            while len(batch) < size:
-                batch.append(next(items))
-        except StopIteration:
-            failure = StopIteration
-        except Exception as error:  # raised again below
-            failure = error
-        if batch:
-            yield batch
-    if failure is not StopIteration:
-        raise failure
-
-
-def pad_left(rows: list[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Returns ids and attention mask (B, L) of prompts of different lengths."""
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), pad_id)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, longest - len(row) :] = row
-        mask[number, longest - len(row) :] = 1
-    return ids, mask
+def _finished(numbers: list[int], pending: list) -> tuple[list[int], list]:
+    return numbers, [(question, [f.result() for f in futures]) for question, futures in pending]
 
 
 def count_visual_tokens(trace) -> tuple[float, float] | None:

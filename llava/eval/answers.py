@@ -1,18 +1,22 @@
 """The answers file: complete lines only, in question order, continued after any interruption.
 
 Beside `X.jsonl` lies `X.settings.json` with the settings that produced it, so that a run with
-other settings cannot continue the file by mistake.
+other settings cannot continue the file by mistake. Answers found before their turn wait in
+journals (`llava.eval.journal`).
 """
 
 import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable
 
 try:
     import fcntl
 except ImportError:  # not on Windows; two writers are then not told apart
     fcntl = None
+
+from llava.eval.journal import Journal, read_journals, remove_journals
 
 SECONDS_BETWEEN_SYNCS = 1.0
 TAIL_BYTES = 2**16
@@ -29,6 +33,9 @@ class AnswersFile:
 
     `num_done` lines were there already. Half a line at the end is removed. Raises ValueError when
     the lines answer other questions, or were made with other settings.
+
+    Answers come in question order (`write`), or in any order with their numbers (`put`, and
+    `finish` at the end); journals of other processes may help with the latter.
     """
 
     def __init__(self, path: str, heads: list[dict], settings: dict, overwrite: bool = False):
@@ -40,9 +47,13 @@ class AnswersFile:
         self.synced = time.monotonic()
         try:
             self._lock()
-            self.num_done = 0 if overwrite else self._continue(heads, settings)
+            self.heads, self.journal, self.ahead = heads, None, {}
+            if overwrite:
+                remove_journals(path)
+            self.num_done = self.length = 0 if overwrite else self._continue(settings)
             if not self.num_done:
                 self.file.truncate(0)
+            if not self.known:
                 self._write_settings(settings)
         except BaseException:
             self.file.close()
@@ -55,14 +66,21 @@ class AnswersFile:
         except BlockingIOError as error:
             raise ValueError(f"another process is writing to {self.path}") from error
 
-    def _continue(self, heads: list[dict], settings: dict) -> int:
+    @property
+    def known(self) -> set[int]:
+        """Numbers of the questions that are answered, in the file or ahead of it."""
+        return self.ahead.keys() | set(range(self.length))
+
+    def _continue(self, settings: dict) -> int:
         """Cuts half a line off the end; returns how many complete lines there are."""
         self.file.seek(0)
         content = self.file.read()
         lines = _complete_lines(content, self.path)
-        if lines:
+        self.ahead = read_journals(self.path)
+        if lines or self.ahead:
             self._compare_settings(settings)
-            self._compare_questions(lines, heads)
+            self._compare_questions({n: record for n, (_, record) in enumerate(lines)})
+            self._compare_questions(self.ahead)
         self.file.truncate(sum(len(line) + 1 for line, _ in lines))
         return len(lines)
 
@@ -81,17 +99,20 @@ class AnswersFile:
                 f"{self.path} was made with other settings ({'; '.join(changed)}): {HOW_TO_GO_ON}"
             )
 
-    def _compare_questions(self, lines: list[tuple[bytes, dict]], heads: list[dict]) -> None:
-        if len(lines) > len(heads):
+    def _compare_questions(self, records: dict[int, dict]) -> None:
+        if records and max(records) >= len(self.heads):
             raise ValueError(
-                f"{self.path} has {len(lines)} answers to {len(heads)} questions: {HOW_TO_GO_ON}"
+                f"{self.path} has {max(records) + 1} answers to {len(self.heads)} questions: "
+                f"{HOW_TO_GO_ON}"
             )
-        for number, ((_, record), head) in enumerate(zip(lines, heads, strict=False), start=1):
+        for number, record in records.items():
+            head = self.heads[number]
             if any(record.get(key) != value for key, value in head.items()):
                 raise ValueError(
-                    f"{self.path}, line {number} answers question {record.get('question_id')!r}, "
-                    f"but question {head['question_id']!r} comes there (or its text differs): the "
-                    f"file belongs to other questions; {HOW_TO_GO_ON}"
+                    f"{self.path}, line {number + 1} answers question "
+                    f"{record.get('question_id')!r}, but question {head['question_id']!r} comes "
+                    "there (or its text differs): the file belongs to other questions; "
+                    f"{HOW_TO_GO_ON}"
                 )
 
     def _write_settings(self, settings: dict) -> None:
@@ -105,8 +126,38 @@ class AnswersFile:
         data = memoryview("".join(json.dumps(r) + "\n" for r in records).encode())
         while data:
             data = data[self.file.write(data) :]
+        self.length += len(records)
         if time.monotonic() - self.synced > SECONDS_BETWEEN_SYNCS:
             self._sync()
+
+    def put(self, numbers: list[int], records: list[dict]) -> None:
+        """Keeps the answers to the questions with these numbers; those known are not replaced."""
+        if numbers != list(range(self.length, self.length + len(numbers))):
+            self.journal = self.journal or Journal(self.path, 0)
+            self.journal.write(numbers, records)
+        self._take(zip(numbers, records, strict=True))
+
+    def _take(self, answers: Iterable[tuple[int, dict]]) -> None:
+        """Keeps numbered answers in mind, and writes those whose turn it is."""
+        for number, record in answers:
+            if number >= self.length:
+                self.ahead.setdefault(number, record)
+        following = []
+        while self.length + len(following) in self.ahead:
+            following.append(self.ahead.pop(self.length + len(following)))
+        if following:
+            self.write(following)
+
+    def finish(self) -> None:
+        """Takes in the journals of all processes. Raises ValueError when answers are missing."""
+        self._take(read_journals(self.path).items())
+        if self.length < len(self.heads):
+            raise ValueError(
+                f"{self.path} has {len(self.known)} of {len(self.heads)} answers: start the same "
+                "command again to go on"
+            )
+        self._sync()
+        remove_journals(self.path)
 
     def _sync(self) -> None:
         os.fsync(self.file.fileno())
@@ -116,6 +167,8 @@ class AnswersFile:
         return self
 
     def __exit__(self, *_):
+        if self.journal:
+            self.journal.close()
         self._sync()
         self.file.close()
 

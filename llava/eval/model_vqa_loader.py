@@ -10,20 +10,24 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
-import shortuuid
-import torch
-from tqdm import tqdm
-
-from llava.conversation import conv_templates
-from llava.eval.answer_loop import AnswerLoop
-from llava.eval.answers import AnswersFile, fingerprint
+from llava.eval.answering import Task, answer_questions
+from llava.eval.answers import fingerprint
 from llava.eval.errors import errors_as_messages
+from llava.eval.loading import (
+    DTYPES,
+    add_model_args,
+    add_speed_args,
+    load_loop,
+    resolve_conv_mode,
+)
 from llava.eval.tasks import Question, get_chunk, jsonl_questions, read_jsonl, subset
-from llava.mm_utils import get_model_name_from_path, infer_conv_mode
+from llava.eval.workers import Workers
+from llava.mm_utils import get_model_name_from_path
 from llava.pruning.cli import add_pruning_args, pruner_from_args
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+__all__ = ["DTYPES", "build_parser", "parse_args", "resolve_conv_mode", "run"]
 
 
 def build_parser(
@@ -34,16 +38,7 @@ def build_parser(
 ) -> argparse.ArgumentParser:
     """Returns the options that all answering programs share, with a program's own defaults."""
     parser = argparse.ArgumentParser(description=description)
-    group = parser.add_argument_group("model")
-    group.add_argument("--model-path", "--model_path", help="default: the playground checkpoint")
-    group.add_argument("--model-base", "--model_base", help="for partial checkpoints")
-    group.add_argument("--vision-tower", "--vision_tower", help="replaces the checkpoint's own")
-    group.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
-    group.add_argument("--dtype", choices=sorted(DTYPES), help="default: what suits the device")
-    group.add_argument("--load-8bit", "--load_8bit", action="store_true")
-    group.add_argument("--load-4bit", "--load_4bit", action="store_true")
-    group.add_argument("--attn-implementation", "--attn_implementation")
-
+    add_model_args(parser)
     group = parser.add_argument_group("questions and answers")
     group.add_argument("--image-folder", "--image_folder", default="")
     group.add_argument("--question-file", "--question_file", default=question_file)
@@ -52,8 +47,7 @@ def build_parser(
     group.add_argument("--num-chunks", "--num_chunks", type=int, default=1)
     group.add_argument("--chunk-idx", "--chunk_idx", type=int, default=0)
     group.add_argument("--limit", type=int, help="about so many questions, evenly spread")
-    group.add_argument("--batch-size", "--batch_size", type=int, default=1)
-    group.add_argument("--workers", type=int, default=4, help="threads that prepare images")
+    add_speed_args(group)
 
     group = parser.add_argument_group("generation")
     group.add_argument(
@@ -67,80 +61,27 @@ def build_parser(
     return parser
 
 
-def resolve_conv_mode(conv_mode: str, model_name: str) -> str:
-    """Returns the template name; raises ValueError on an unknown one.
-
-    "auto" goes by the model's name. Checkpoints named "plain" were trained with the `_mmtag`
-    variant of their template.
-    """
-    if conv_mode == "auto":
-        conv_mode = infer_conv_mode(model_name)
-    plain = "plain" in model_name and "finetune" not in model_name.lower()
-    if plain and "mmtag" not in conv_mode:
-        conv_mode += "_mmtag"
-        print(f"{model_name} looks like a plain model: using the conv mode {conv_mode}")
-    if conv_mode not in conv_templates:
-        names = ", ".join(conv_templates)
-        raise ValueError(f"unknown conv mode {conv_mode!r}, choose from auto, {names}")
-    return conv_mode
-
-
 def run(args, records: list[dict], to_questions: Callable[[dict], Iterator[Question]]) -> None:
-    """Answers the questions of this process's chunk of `records` into `args.answers_file`."""
+    """Answers the questions of this process's chunk of `records` into `args.answers_file`.
+
+    Processes that were started together (`accelerate launch`) share the chunk.
+    """
     records = get_chunk(subset(records, args.limit), args.num_chunks, args.chunk_idx)
-    questions = [question for record in records for question in to_questions(record)]
     path = os.path.expanduser(args.answers_file)
-    heads = [question.head for question in questions]
-    with AnswersFile(path, heads, settings_of(args), args.overwrite) as answers:
-        remaining = questions[answers.num_done :]
-        if answers.num_done:
-            print(f"{path}: {answers.num_done} of {len(questions)} answers are there already")
-        if remaining:
-            loop = load(args)
-            with tqdm(total=len(questions), initial=answers.num_done, unit=" answers") as progress:
-                for batch, texts in loop.answer(remaining, os.path.expanduser(args.image_folder)):
-                    answers.write(
-                        [
-                            question.answer_line(text, shortuuid.uuid(), args.model_name)
-                            for question, text in zip(batch, texts, strict=True)
-                        ]
-                    )
-                    if loop.visual_tokens and not progress.postfix:
-                        entering, mean = loop.visual_tokens
-                        progress.set_postfix_str(f"visual tokens {entering:g}, mean {mean:.1f}")
-                    progress.update(len(batch))
-
-
-def load(args) -> AnswerLoop:
-    """Returns the answer loop around the model that the options name."""
-    from llava.model.builder import load_pretrained_model
-
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        args.model_path,
-        args.model_base,
+    task = Task(
+        [question for record in records for question in to_questions(record)],
+        os.path.expanduser(args.image_folder),
+        path,
         args.model_name,
-        load_8bit=args.load_8bit,
-        load_4bit=args.load_4bit,
-        device=args.device,
-        torch_dtype=DTYPES.get(args.dtype),
-        attn_implementation=args.attn_implementation,
-        pruner=args.pruner,
-        vision_tower=args.vision_tower,
+        settings_of(args),
     )
-    if image_processor is None:
-        raise ValueError(f"{args.model_path} has no vision tower: it cannot look at images")
-    return AnswerLoop(
-        tokenizer,
-        model,
-        image_processor,
-        args.conv_mode,
-        args.batch_size,
-        args.workers,
-        args.max_new_tokens,
-        args.temperature,
-        args.top_p,
-        args.num_beams,
+    workers = Workers.from_environment()
+    args.device = args.device or workers.device()
+    done = answer_questions(
+        task, partial(load_loop, args), args.batch_size, args.reuse, args.overwrite, workers
     )
+    if done.num_before and workers.main:
+        print(f"{path}: {done.num_before} of {len(task.questions)} answers were there already")
 
 
 def settings_of(args) -> dict:

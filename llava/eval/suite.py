@@ -11,19 +11,17 @@ import argparse
 import json
 import os
 import sys
-import time
 from dataclasses import asdict, dataclass
 
-import shortuuid
-from tqdm import tqdm
-
 from llava.eval.answer_loop import AnswerLoop
-from llava.eval.answers import AnswersFile, fingerprint
+from llava.eval.answering import Task, answer_questions
+from llava.eval.answers import fingerprint
 from llava.eval.benchmarks import BENCHMARKS, Benchmark
 from llava.eval.errors import errors_as_messages
-from llava.eval.model_vqa_loader import DTYPES, resolve_conv_mode
+from llava.eval.loading import add_model_args, add_speed_args, load_loop, resolve_conv_mode
 from llava.eval.suite_report import DENSE, import_pyplot, plot, table
 from llava.eval.tasks import read_jsonl
+from llava.eval.workers import Workers
 from llava.mm_utils import get_model_name_from_path
 from llava.pruning import METHODS, Pruner, build_pruner
 from llava.pruning.cli import pruner_from_args
@@ -77,33 +75,9 @@ def plan(args, num_patches: int) -> list[Run]:
     return runs
 
 
-def answer(
-    loop: AnswerLoop, questions, images: str, path: str, settings: dict, overwrite: bool
-) -> dict:
-    """Answers what `path` does not hold yet; returns seconds and visual tokens of the new ones."""
-    loop.visual_tokens, start = None, time.perf_counter()
-    model_id = settings["model"]
-    heads = [question.head for question in questions]
-    with AnswersFile(path, heads, settings, overwrite) as answers:
-        remaining = questions[answers.num_done :]
-        bar = {"desc": os.path.basename(path), "unit": " answers", "leave": False}
-        with tqdm(total=len(questions), initial=answers.num_done, **bar) as progress:
-            for batch, texts in loop.answer(remaining, images):
-                answers.write(
-                    [
-                        question.answer_line(text, shortuuid.uuid(), model_id)
-                        for question, text in zip(batch, texts, strict=True)
-                    ]
-                )
-                progress.update(len(batch))
-    complete = len(remaining) == len(questions)  # otherwise the time is that of a part
-    return {
-        "seconds": time.perf_counter() - start if complete else None,
-        "visual_tokens": loop.visual_tokens[1] if loop.visual_tokens else None,
-    }
-
-
-def run_task(loop, run: Run, benchmark: Benchmark, args, dense_texts: dict) -> Score:
+def run_task(
+    loop, run: Run, benchmark: Benchmark, args, dense_texts: dict, workers: Workers
+) -> Score:
     """Returns the score of one method at one budget on one benchmark."""
     question_file = os.path.join(args.data_dir, benchmark.questions)
     questions = benchmark.load_questions(question_file, args.limit)
@@ -117,7 +91,10 @@ def run_task(loop, run: Run, benchmark: Benchmark, args, dense_texts: dict) -> S
         "pruner": repr(run.pruner),
     }
     images = benchmark.image_folder(args.data_dir)
-    measured = answer(loop, questions, images, path, settings, args.overwrite)
+    task = Task(questions, images, path, args.model_name, settings)
+    done = answer_questions(
+        task, lambda: loop, args.batch_size, args.reuse, args.overwrite, workers
+    )
     answers = read_jsonl(path)
     texts = [record["text"] for record in answers]
     dense = dense_texts.setdefault(benchmark.name, texts)  # the unpruned model runs first
@@ -131,21 +108,34 @@ def run_task(loop, run: Run, benchmark: Benchmark, args, dense_texts: dict) -> S
         result["percent"],
         result["count"],
         100 * sum(a == b for a, b in zip(texts, dense, strict=True)) / len(texts),
-        **measured,
+        seconds=done.seconds,
+        visual_tokens=done.visual_tokens[1] if done.visual_tokens else None,
     )
 
 
-def run_all(loop: AnswerLoop, runs: list[Run], benchmarks: list[Benchmark], args) -> list[Score]:
-    """Runs everything, printing one line per method and budget; scores.json grows with it."""
+def run_all(
+    loop: AnswerLoop,
+    runs: list[Run],
+    benchmarks: list[Benchmark],
+    args,
+    workers: Workers | None = None,
+) -> list[Score]:
+    """Runs everything, printing one line per method and budget; scores.json grows with it.
+
+    workers: processes that share the answering; the first one writes and prints
+    """
+    workers = workers or Workers()
     scores, dense_texts = [], {}
     for run in runs:
         loop.model.pruner = run.pruner
         for benchmark in benchmarks:
-            scores.append(run_task(loop, run, benchmark, args, dense_texts))
-            write_scores(scores, args)
+            scores.append(run_task(loop, run, benchmark, args, dense_texts, workers))
+            if workers.main:
+                write_scores(scores, args)
         own = scores[-len(benchmarks) :]
         line = "  ".join(f"{score.task} {score.percent:.1f}" for score in own)
-        print(f"{run.method} {run.tokens}: {line}", flush=True)
+        if workers.main:
+            print(f"{run.method} {run.tokens}: {line}", flush=True)
     return scores
 
 
@@ -159,31 +149,6 @@ def write_scores(scores: list[Score], args) -> None:
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
     os.replace(f"{path}.tmp", path)
-
-
-def load_loop(args) -> AnswerLoop:
-    """Returns the answer loop around the model that the options name."""
-    from llava.model.builder import load_pretrained_model
-
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        args.model_path,
-        args.model_base,
-        args.model_name,
-        device=args.device,
-        torch_dtype=DTYPES.get(args.dtype),
-        vision_tower=args.vision_tower,
-    )
-    if image_processor is None:
-        raise ValueError(f"{args.model_path} has no vision tower: it cannot look at images")
-    return AnswerLoop(
-        tokenizer,
-        model,
-        image_processor,
-        args.conv_mode,
-        args.batch_size,
-        args.workers,
-        args.max_new_tokens,
-    )
 
 
 def available(names: list[str] | None, data_dir: str) -> list[Benchmark]:
@@ -215,16 +180,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="about so many questions per task")
     parser.add_argument("--out", default="runs/suite", help="folder of all results")
     parser.add_argument("--overwrite", action="store_true", help="discard answers already there")
-    parser.add_argument("--model-path", help="default: the playground checkpoint")
-    parser.add_argument("--model-base")
-    parser.add_argument("--vision-tower")
+    add_model_args(parser)
     parser.add_argument("--data-dir", help="default: the playground benchmark")
     parser.add_argument("--conv-mode", default="auto")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--workers", type=int, default=4)
+    add_speed_args(parser, batch_size=8)
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=sorted(DTYPES))
     args = parser.parse_args()
     if args.model_path is None or args.data_dir is None:
         from llava.playground import benchmark_dir, default_model_path
@@ -243,11 +203,15 @@ def main():
     args = parse_args()
     benchmarks = available(args.tasks, args.data_dir)
     import_pyplot()  # a missing extra should be known before hours of answering
+    workers = Workers.from_environment()
+    args.device = args.device or workers.device()
     loop = load_loop(args)
     crops = loop.model.crops_in_budget(build_pruner())
     runs = plan(args, crops * loop.model.get_vision_tower().num_patches)
     os.makedirs(args.out, exist_ok=True)
-    scores = run_all(loop, runs, benchmarks, args)
+    scores = run_all(loop, runs, benchmarks, args, workers)
+    if not workers.main:
+        return
     text = table(scores)
     with open(os.path.join(args.out, "table.md"), "w", encoding="utf-8") as file:
         file.write(text)

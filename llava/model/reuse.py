@@ -94,7 +94,7 @@ class PrefixCache:
         self.model = model
         self.pruner = None
         self._images: dict[tuple, ImageTokens] = {}
-        self._beginnings: dict[tuple, Beginning] = {}
+        self._beginnings: dict[tuple, Beginning | None] = {}  # None: seen once
 
     @torch.inference_mode()
     def generate(
@@ -142,8 +142,7 @@ class PrefixCache:
         self._images = known
 
     def _prefix(self, prompt, prompts: list[Tensor], image_keys: list[list]) -> Prefix | None:
-        """The beginnings of the rows, up to their last image; None where there is nothing to
-        share."""
+        """The beginnings of the rows, up to their last image; None where that saves nothing."""
         size = prompt.visual_index.shape[1]
         places = torch.arange(1, size + 1, device=prompt.visual_index.device)
         ends = (places * (prompt.visual_index >= 0)).amax(dim=1)
@@ -151,18 +150,22 @@ class PrefixCache:
         ends, lengths = torch.stack([ends, lengths]).tolist()
         if not all(ends):
             return None
-        known, rows = {}, []
-        for row, (end, length) in enumerate(zip(ends, lengths, strict=True)):
-            marks = (prompts[row] == IMAGE_TOKEN_INDEX).nonzero()
-            key = (tuple(prompts[row][: int(marks[-1])].tolist()), tuple(image_keys[row]))
-            if key not in known:
-                known[key] = self._beginnings.get(key)
-            if known[key] is None:
-                known[key] = self._begin(prompt, row, slice(size - length, end))
-            rows.append(known[key])
+        keys = []
+        for ids, images in zip(prompts, image_keys, strict=True):
+            marks = (ids == IMAGE_TOKEN_INDEX).nonzero()
+            keys.append((tuple(ids[: int(marks[-1])].tolist()), tuple(images)))
+        # A beginning that comes for the second time will come again.
+        new = {key: row for row, key in enumerate(keys) if key not in self._beginnings}
+        cost = sum(ends[row] - (size - lengths[row]) for row in new.values())
+        shared = cost + sum(size - end for end in ends) < sum(lengths)
+        known = {key: self._beginnings.get(key) for key in keys}
+        if shared:
+            for row, key in enumerate(keys):
+                if known[key] is None:
+                    known[key] = self._begin(prompt, row, slice(size - lengths[row], ends[row]))
         self._beginnings = known
-        depths = {own.depth for own in rows}
-        return Prefix(rows, lengths) if len(depths) == 1 and depths != {0} else None
+        depths = {known[key].depth for key in keys} if shared else {0}
+        return Prefix([known[key] for key in keys], lengths) if depths.isdisjoint({0}) else None
 
     def _begin(self, prompt, row: int, columns: slice) -> Beginning:
         """Runs the tokens at `columns` of one row through the layers the method leaves alone."""
