@@ -46,6 +46,10 @@ class Twig(nn.Module):
         self.norm = type(decoder.norm)(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, model.lm_head.weight.shape[0], bias=False)
 
+    def forward(self, decoder: nn.Module, prefill: Prefill) -> Tensor:
+        """(B, S, D) behind the norm, for prompts as they enter decoder layer K; for training."""
+        return self.norm(decoder.through(prefill, self.layers))
+
 
 def published_name(name: str) -> str:
     """Name in a checkpoint of a tensor of `Twig`."""
@@ -257,18 +261,37 @@ def load_twig(folder: str, model: nn.Module, count: int | None = None) -> Twig:
     return build_part(lambda: Twig(model, len(numbers)), named, path, model.model.norm.weight)
 
 
-def save_twig(folder: str, twig: Twig, shared_layers: int, base_model: str) -> None:
-    """Writes a twig in the published layout, with our config.json."""
-    tensors = {published_name(name): tensor for name, tensor in twig.state_dict().items()}
+def grow_twig(model: nn.Module, shared_layers: int, count: int) -> Twig:
+    """The twig that training starts from: copies of `count` decoder layers from `shared_layers` on,
+    of the final norm and of the head. Raises ValueError when there are not so many layers."""
+    decoder, depth = model.model, model.config.num_hidden_layers
+    if shared_layers < 0 or count < 1 or shared_layers + count > depth:
+        raise ValueError(
+            f"twig_K ({shared_layers}) and twig_T ({count}) need {shared_layers + count} decoder "
+            f"layers, of which at least one for the twig; this model has {depth}"
+        )
+    twig = Twig(model, count).to(decoder.norm.weight)
+    layers = decoder.layers[shared_layers : shared_layers + count]
+    for copy, layer in zip(twig.layers, layers, strict=True):
+        copy.load_state_dict(layer.state_dict())
+    twig.norm.load_state_dict(decoder.norm.state_dict())
+    twig.head.load_state_dict(model.lm_head.state_dict())
+    return twig
+
+
+def save_twig(folder: str, weights: dict[str, Tensor], shared_layers: int, base_model: str) -> None:
+    """Writes a twig in the published layout, with our config.json; weights: its state dict."""
+    tensors = {published_name(name): tensor for name, tensor in weights.items()}
+    numbers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
     save_part(
         folder,
         TwigVLM.name,
         tensors,
         base_model,
         twig_K=shared_layers,
-        twig_T=len(twig.layers),
-        hidden_size=twig.norm.weight.shape[0],
-        vocab_size=twig.head.weight.shape[0],
+        twig_T=len(numbers),
+        hidden_size=weights["norm.weight"].shape[0],
+        vocab_size=weights["head.weight"].shape[0],
     )
 
 

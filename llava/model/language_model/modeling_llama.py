@@ -403,6 +403,13 @@ class LlamaModel(LlamaPreTrainedModel):
             state=RowState(next_position(prefill), valid),
         )
 
+    def through(self, prefill: Prefill, layers: nn.ModuleList) -> Tensor:
+        """(B, S, D) what further layers give on the tokens as they are now."""
+        x, step = prefill.hidden_states, self._prefill_step(prefill)
+        for layer in layers:
+            x, _ = layer(x, step, None)
+        return x
+
     def branch(
         self, prefill: Prefill, layers: nn.ModuleList, cache: KVCache | None = None
     ) -> tuple[Tensor, Tensor]:

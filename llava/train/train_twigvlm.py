@@ -1,0 +1,189 @@
+"""Trains a twig (TwigVLM) on a finished LLaVA model, which stays as it is.
+
+    python -m llava.train.train_twigvlm --model_name_or_path CHECKPOINT --version v1 \
+        --data_path data.json --image_folder images --twig_K 2 --twig_T 3 --output_dir OUT ...
+
+Takes the flags of `llava.train.train`. The twig starts as a copy of decoder layers K to K + T - 1,
+the final norm and the head, and learns to say the answers of the data from what layer K - 1 gives,
+all visual tokens in place. Several processes, precision and resuming work as there. The output is
+the twig in the published layout, with a config.json. Paper: https://arxiv.org/abs/2503.14075
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+from llava.constants import IGNORE_INDEX
+from llava.pruning.learned import read_part
+from llava.pruning.twigvlm import grow_twig, published_name, save_twig
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.data import make_supervised_data_module
+from llava.train.llava_trainer import LLaVATrainer
+from llava.train.model_setup import add_vision, load_model
+from llava.train.saving import gathered
+from llava.train.train import choose_template, load_tokenizer, own_precision
+
+
+@dataclass
+class TwigArguments:
+    """What is trained."""
+
+    twig_K: int = field(default=2, metadata={"help": "decoder layers that the twig grows from"})
+    twig_T: int = field(default=3, metadata={"help": "layers of the twig"})
+    skip_samples: list[int] = field(
+        default_factory=list, metadata={"help": "places in the data of samples to leave out"}
+    )
+
+
+class TwigTraining(nn.Module):
+    """A twig, which is all that is trained, saved and shared between processes, on a frozen trunk.
+
+    Takes the batches of `llava.train.data` and returns {"loss": mean cross-entropy of the next
+    token over supervised tokens}.
+    """
+
+    def __init__(self, model: nn.Module, shared_layers: int, count: int):
+        """model: a LLaVA model, which is frozen; the rest as in `grow_twig`"""
+        super().__init__()
+        self.twig = grow_twig(model, shared_layers, count)
+        self.shared_layers = shared_layers
+        model.requires_grad_(False).eval()
+        self._trunk = [model]  # a list hides it from optimizers, checkpoints and other processes
+
+    @property
+    def trunk(self) -> nn.Module:
+        return self._trunk[0]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        images: Tensor | list[Tensor] | None = None,
+        image_sizes: list | None = None,
+    ) -> dict[str, Tensor]:
+        decoder = self.trunk.model
+        with torch.no_grad():
+            prompt = self.trunk.build_prompt(input_ids, attention_mask, labels, images, image_sizes)
+            prefill = decoder.start(
+                prompt.inputs_embeds, prompt.attention_mask, prompt.position_ids
+            )
+            prefill.hidden_states = decoder.first_layers(prefill, self.shared_layers, None)
+        hidden = self.twig(decoder, prefill)
+        targets = prompt.labels[:, 1:]
+        supervised = targets != IGNORE_INDEX
+        logits = self.twig.head(hidden[:, :-1][supervised]).float()
+        total = F.cross_entropy(logits, targets[supervised], reduction="sum")
+        return {"loss": total / supervised.sum().clamp(min=1)}
+
+
+class TwigTrainer(LLaVATrainer):
+    """Trains a `TwigTraining`; checkpoints and result hold the twig alone."""
+
+    #: what config.json says the twig was trained on
+    base_model = ""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the twig; called by every process. Checkpoints during training
+        (`_internal_call`) keep the training precision, the result has the compute precision."""
+        dtype = None if _internal_call else self.args.compute_dtype
+        weights = {name: gathered(p) for name, p in self.model.twig.named_parameters()}
+        if self.args.should_save:
+            weights = {name: w if dtype is None else w.to(dtype) for name, w in weights.items()}
+            folder = output_dir or self.args.output_dir
+            save_twig(folder, weights, self.model.shared_layers, self.base_model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        twig = (self.model if model is None else model).twig
+        _, tensors = read_part(resume_from_checkpoint)
+        twig.load_state_dict({name: tensors[published_name(name)] for name in twig.state_dict()})
+
+
+def train(
+    args: Sequence[str] | None = None,
+    attn_implementation: str | None = None,
+    callbacks: Sequence[transformers.TrainerCallback] = (),
+) -> TwigTrainer:
+    """Runs a whole training and returns the Trainer (its twig is `.model.twig`).
+
+    args: command-line words, default those of this process; the others as in `llava.train.train`
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    with own_precision():
+        trainer = prepare(words, attn_implementation, callbacks)
+        output = pathlib.Path(trainer.args.output_dir)
+        trainer.train(resume_from_checkpoint=any(output.glob("checkpoint-*")))
+        trainer.save_state()
+        trainer.save_model(str(output))
+    return trainer
+
+
+def prepare(
+    words: Sequence[str], attn_implementation: str | None = None, callbacks=()
+) -> TwigTrainer:
+    """Everything up to the first step."""
+    parser = transformers.HfArgumentParser(
+        (TwigArguments, ModelArguments, DataArguments, TrainingArguments)
+    )
+    twig_args, model_args, data_args, training_args = parser.parse_args_into_dataclasses(
+        args=list(words)
+    )
+    refuse_other_recipes(model_args, training_args)
+    given = {word.lstrip("-").split("=")[0] for word in words if word.startswith("--")}
+    transformers.set_seed(training_args.seed)
+    model_args.freeze_backbone = True  # so that the trunk is loaded in the compute precision
+    model = load_model(model_args, data_args, training_args, given, attn_implementation)
+    tokenizer = load_tokenizer(model_args, training_args)
+    conv = choose_template(tokenizer, model, model_args.version)
+    add_vision(model, tokenizer, model_args, data_args, training_args)
+    data_args.image_grid_pinpoints = getattr(model.config, "image_grid_pinpoints", None)
+    training = TwigTraining(model.to(training_args.device), twig_args.twig_K, twig_args.twig_T)
+    if not training_args.deepspeed:  # which keeps float32 copies itself
+        training.twig.float()
+    data = make_supervised_data_module(tokenizer, data_args, conv)
+    leave_out(data["train_dataset"].samples, twig_args.skip_samples)
+    trainer = TwigTrainer(
+        model=training,
+        tokenizer=tokenizer,
+        args=training_args,
+        callbacks=list(callbacks),
+        **data,
+    )
+    trainer.base_model = model_args.model_name_or_path
+    return trainer
+
+
+def refuse_other_recipes(model_args, training_args) -> None:
+    """Raises ValueError for flags that ask for something else to be trained."""
+    others = {
+        "lora_enable": training_args.lora_enable,
+        "tune_mm_mlp_adapter": model_args.tune_mm_mlp_adapter,
+        "unfreeze_mm_vision_tower": model_args.unfreeze_mm_vision_tower,
+        "gradient_checkpointing": training_args.gradient_checkpointing,
+        "bits": training_args.bits != 16,
+        "pruning_method": model_args.pruning_method != "none",
+    }
+    if asked := [name for name, value in others.items() if value]:
+        raise ValueError(
+            f"{', '.join(asked)} cannot be set: only the twig is trained, on all tokens"
+        )
+
+
+def leave_out(samples: list, places: Sequence[int]) -> None:
+    """Removes the samples at `places`. Raises ValueError when there is no such place."""
+    for place in sorted(set(places), reverse=True):
+        if not 0 <= place < len(samples):
+            raise ValueError(f"skip_samples {place}: the data has {len(samples)} samples")
+        del samples[place]
+
+
+if __name__ == "__main__":
+    train()

@@ -1,0 +1,271 @@
+"""TwigVLM: both strategies step by step, and the training of a twig.
+
+Cases record a base model changed by exact factors (`base_transform`), which is undone afterwards.
+"""
+
+import json
+import tempfile
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from llava.mm_utils import tokenizer_image_token
+from llava.pruning import build_pruner, trace_pruning
+from llava.pruning.twigvlm import published_name
+from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from llava.train.train_twigvlm import TwigTraining
+from tests.golden_cases import load_arrays, locate
+from tests.golden_checks.compare import SCORES_ATOL
+from tests.golden_checks.e2e import EMBEDS_ATOL, LOGITS_ATOL, image_names, prompt_of
+from tests.golden_checks.models import load_checkpoint, open_images, prepare
+
+OPTIONS = {"finalwipe_layer": "final_wipe_layer"}
+SAME = ("twig_K", "twig_T", "enable_pruning", "num_speculations", "draft_stop_prob")
+HALF_ATOL = 2e-2
+LOSS_ATOL, NORMS_RTOL = 2e-5, 1e-3
+
+
+def build(case, folder):
+    args = case["args"]
+    options = {key: args[key] for key in SAME} | {v: args[k] for k, v in OPTIONS.items()}
+    if args["attention_rank"] is not None:
+        options["visual_token_num"] = args["attention_rank"]
+    return build_pruner("twigvlm", twig=str(locate(args["twig"], folder)), **options)
+
+
+def check_e2e(case, folder, report):
+    if case["args"].get("mode") == "train":
+        check_training(case, folder, report)
+    else:
+        check_inference(case, folder, report)
+
+
+@contextmanager
+def transformed(model, rules):
+    """`model` with the factors of a case on its weights; powers of two, so undone exactly."""
+    factors = {}
+    for rule in rules:
+        prefixes = [""]
+        if "layers" in rule:
+            first, last = rule["layers"]
+            prefixes = [f"model.layers.{layer}." for layer in range(first, last + 1)]
+        names = [prefix + name for prefix in prefixes for name in rule["params"]]
+        factors |= dict.fromkeys(names, rule["factor"])
+    weights = dict(model.named_parameters())
+    for name, factor in factors.items():
+        weights[name].data *= factor
+    try:
+        yield
+    finally:
+        for name, factor in factors.items():
+            weights[name].data /= factor
+
+
+# Inference.
+
+
+def check_inference(case, folder, report):
+    recorded, args = load_arrays(case, folder), case["args"]
+    changes = {"mm_patch_merge_type": "flat"} if args.get("layout") == "flat" else None
+    tokenizer, model, processor = load_checkpoint(case["checkpoint"], folder, changes)
+    pruner = model.pruner = build(case, folder)
+    prompt = prompt_of(case, case["question"])
+    ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")[None]
+    report.equal("input_ids", ids[0], recorded["input_ids"])
+    pixels, sizes = prepare(open_images(image_names(case), folder), model, processor)
+    images = {"images": pixels, "image_sizes": sizes}
+    if args.get("layout") == "spatial_unpad":
+        feed_recorded(pruner, recorded, report)
+    with transformed(model, args["base_transform"]):
+        for strategy in ("autoregressive", "self_speculative"):
+            report.prefix = f"{strategy}: "
+            run_and_compare(model, pruner, ids, images, strategy, case, recorded, report)
+    report.prefix = ""
+
+
+def feed_recorded(pruner, recorded, report):
+    """These cases were recorded on visual embeddings made in half precision: those go in."""
+    embeds = torch.tensor(recorded["visual_embeds"])
+
+    def after_layout(image):
+        report.close("visual_embeds", image.embeds, embeds, HALF_ATOL)
+        return replace(image, embeds=embeds)
+
+    pruner.after_layout = after_layout
+
+
+def run_and_compare(model, pruner, ids, images, strategy, case, recorded, report):
+    args, seen = case["args"], SimpleNamespace(scores=[], drafts=[])
+    watch(pruner, seen)
+    end = args["eos_token_id"]
+    with trace_pruning(model, embeds=True) as trace:
+        output = model.generate(
+            ids,
+            **images,
+            do_sample=False,
+            max_new_tokens=args["max_new_tokens"],
+            eos_token_id=-1 if end is None else end,
+            pad_token_id=0,
+            generation_strategy=strategy,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    answer = [token for token in output.sequences[0].tolist() if token != end]
+    report.equal("output_ids", answer, recorded["output_ids"].tolist())
+    report.close("first_logits", output.scores[0][0], recorded["first_logits"], LOGITS_ATOL)
+    check_tokens_kept(trace, pruner, seen, recorded, report)
+    if strategy == "self_speculative" and "draft_tokens" in recorded:
+        check_steps(output.logs[0], seen, recorded, report)
+
+
+def watch(pruner, seen):
+    """Keeps what the twig computes: scores of every token, and its first logits."""
+    module_hook = pruner.module.head.register_forward_hook
+    module_hook(lambda _, inputs, logits: seen.drafts.append(logits.detach()))
+    score = type(pruner).score
+
+    def watched(prefill):
+        seen.scores.append(score(pruner, prefill)[prefill.is_visual])
+        return score(pruner, prefill)
+
+    pruner.score = watched
+
+
+def check_tokens_kept(trace, pruner, seen, recorded, report):
+    depth = len(trace.visual_tokens)
+    lengths = [int(length[0]) for length in trace.kv_lengths]
+    report.equal("kv_len_prefill", lengths, recorded["kv_len_prefill"].tolist())
+    report.equal("n_prefill", trace.position_ids.shape[1], int(recorded["n_prefill"]))
+    if "visual_embeds" not in recorded:
+        return
+    embeds = torch.cat(trace.visual_embeds)
+    report.close("visual_embeds", embeds, recorded["visual_embeds"], EMBEDS_ATOL)
+    first, wipe = pruner.shared_layers(depth), pruner.wipe_layer(depth)
+    kept = torch.arange(trace.position_ids.shape[1])
+    for layer in (first, wipe):
+        if f"decoder_keep_L{layer}" not in recorded:
+            continue
+        kept = trace.decoder_keep.get(layer, [kept])[0]
+        report.equal(f"decoder_keep_L{layer}", kept, recorded[f"decoder_keep_L{layer}"])
+        if f"position_ids_L{layer}" in recorded:
+            positions = trace.position_ids[0][kept]
+            report.equal(f"position_ids_L{layer}", positions, recorded[f"position_ids_L{layer}"])
+        if layer == first:
+            visual = kept - int(recorded["visual_start"])
+            visual = visual[(visual >= 0) & (visual < len(embeds))]
+            report.equal("keep_indices", visual, recorded["keep_indices"])
+            report.equal("r", len(visual), int(recorded["r"]))
+    if "twig_scores" in recorded and seen.scores:
+        report.close("twig_scores", seen.scores[-1], recorded["twig_scores"], SCORES_ATOL)
+
+
+def check_steps(log, seen, recorded, report):
+    """Guesses, what was accepted of them, and cache lengths after every step."""
+    report.close(
+        "draft_first_logits", seen.drafts[0][0, -1], recorded["draft_first_logits"], LOGITS_ATOL
+    )
+    report.equal("draft_len", list(map(len, log.drafts)), recorded["draft_len"].tolist())
+    width = recorded["draft_tokens"].shape[1]
+    padded = [step + [-1] * (width - len(step)) for step in log.drafts]
+    report.equal("draft_tokens", padded, recorded["draft_tokens"].tolist())
+    for ours, theirs in zip(log.probabilities, recorded["draft_probs"], strict=False):
+        report.close("draft_probs", ours, theirs[: len(ours)], SCORES_ATOL)
+    report.equal("accepted", log.accepted, recorded["accepted"].tolist())
+    report.equal("bonus_token", log.bonus, recorded["bonus_token"].tolist())
+    depth = recorded["kv_len_steps"].shape[1]
+    base = [lengths[:depth] for lengths in log.kv_lengths]
+    report.equal("kv_len_steps", base, recorded["kv_len_steps"].tolist())
+    # The row of the last guess waits for the next step when all guesses were accepted.
+    for number, (lengths, theirs) in enumerate(
+        zip(log.kv_lengths, recorded["twig_kv_len_steps"].tolist(), strict=False)
+    ):
+        waiting = 0 < len(log.drafts[number]) == log.accepted[number]
+        if log.drafts[number]:  # the release drops the twig's cache in a step without guesses
+            ours = [length + waiting for length in lengths[depth:]]
+            report.equal(f"twig_kv_len of step {number}", ours, theirs)
+
+
+# Training.
+
+
+def check_training(case, folder, report):
+    recorded, args = load_arrays(case, folder), case["args"]
+    tokenizer, model, processor = load_checkpoint(case["checkpoint"], folder)
+    tokenizer.pad_token = tokenizer.unk_token
+    tokenizer.model_max_length, side = args["model_max_length"], tokenizer.padding_side
+    batch = collated(args, tokenizer, processor, locate("img0_336x336.png", folder).parent)
+    for key in ("input_ids", "labels", "attention_mask"):
+        report.equal(key, batch[key].long(), recorded[key].astype(np.int64))
+    training = TwigTraining(model, args["twig_K"], args["twig_T"])
+    tokenizer.padding_side = side
+    check_gradients(training, batch, recorded, report)
+    check_trajectory(training, batch, args["optimizer"], recorded, report)
+
+
+def collated(args, tokenizer, processor, image_folder):
+    data_args = SimpleNamespace(
+        image_folder=str(image_folder),
+        image_processor=processor,
+        image_aspect_ratio=args["image_aspect_ratio"],
+        is_multimodal=True,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "data.json"
+        path.write_text(json.dumps(args["samples"]))
+        dataset = LazySupervisedDataset(str(path), tokenizer, data_args)
+    return DataCollatorForSupervisedDataset(tokenizer)([dataset[i] for i in range(len(dataset))])
+
+
+def check_gradients(training, batch, recorded, report):
+    names = [str(name) for name in recorded["param_names"]]
+    weights = {published_name(name): p for name, p in training.twig.named_parameters()}
+    report.equal("trained parameters", sorted(weights), sorted(names))
+    shapes = zip(recorded["checkpoint_names"], recorded["checkpoint_shapes"], strict=True)
+    for name, shape in shapes:
+        report.equal(f"shape of {name}", str(list(weights[name].shape)), str(shape))
+    count = sum(p.numel() for p in training.parameters() if p.requires_grad)
+    report.equal("n_trainable", count, int(recorded["n_trainable"]))
+    norms = [weights[name].detach().norm().item() for name in names]
+    report.close("init_norms", norms, recorded["init_norms"], 1e-4)
+    supervised = (batch["labels"][:, 1:] != -100).sum()
+    report.equal("n_supervised", int(supervised), int(recorded["n_supervised"]))
+    loss = training(**batch)["loss"]
+    report.close("loss", loss, recorded["loss"], LOSS_ATOL)
+    loss.backward()
+    gradients = {name: p.grad for name, p in weights.items()}
+    norms = [gradients[name].norm().item() for name in names]
+    report.close("grad_norms", norms, recorded["grad_norms"], 1e-4, NORMS_RTOL)
+    total = sum(norm**2 for norm in norms) ** 0.5
+    report.close("grad_norm_total", total, recorded["grad_norm_total"], 1e-4, NORMS_RTOL)
+    for key in recorded:
+        if key == "grad__lm_head_rowsum":
+            ours = gradients["lm_head.weight"].sum(dim=1)
+        elif key.startswith("grad__"):
+            ours = gradients[key.removeprefix("grad__")]
+        else:
+            continue
+        report.close(key, ours, recorded[key], 1e-4, NORMS_RTOL)
+
+
+def check_trajectory(training, batch, options, recorded, report):
+    """The loss before each of the recorded optimizer steps, and after the last."""
+    optimizer = torch.optim.AdamW(
+        training.parameters(),
+        lr=options["lr"],
+        betas=options["betas"],
+        eps=options["eps"],
+        weight_decay=options["weight_decay"],
+    )
+    losses = []
+    for _ in range(options["steps"]):
+        optimizer.zero_grad()
+        loss = training(**batch)["loss"]
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+    losses.append(training(**batch)["loss"].item())
+    report.close("loss_trajectory", losses, recorded["loss_trajectory"], 2e-4)
