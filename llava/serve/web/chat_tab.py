@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import html
+import asyncio
 import logging
 import time
+import traceback
 from dataclasses import dataclass, field
+from functools import partial
 
 import gradio as gr
 from PIL import Image
@@ -17,11 +19,12 @@ from ..errors import new_request_id
 from . import asking
 from .client import Service
 from .controls import Controls
-from .failures import Failure
+from .failures import SENTENCES, Failure
 from .insight import EMPTY, insight
 from .log import ConversationLog
 from .picker import MethodPicker
 from .pictures import data_uri
+from .report import Report
 
 logger = logging.getLogger("llava.serve.web")
 CURSOR = "▌"
@@ -59,20 +62,18 @@ class ChatTab:
             with gr.Column(scale=6, min_width=320):
                 self._add_window()
             with gr.Column(scale=5, min_width=320):
-                with gr.Group(elem_classes="pv-picker"):
-                    self.picker = MethodPicker("chat", default="vispruner")
+                self.picker = MethodPicker("chat", default="vispruner")
                 self.insight = gr.HTML(EMPTY, elem_id="insight", padding=False)
 
     def _add_window(self) -> None:
         self.window = gr.Chatbot(
             label="Chat",
-            height=430,
             elem_id="chatbot",
             sanitize_html=True,
             layout="bubble",
             buttons=["copy"],
             feedback_options=None,
-            allow_tags=True,
+            allow_tags=False,
             show_label=False,
             placeholder="Choose an example or an image of your own, and ask.",
         )
@@ -104,7 +105,7 @@ class ChatTab:
     @property
     def outputs(self) -> set:
         shown = {self.chat, self.window, self.text, self.insight, self.send, self.stop}
-        return shown | set(self.buttons)
+        return shown | {self.methods, self.picker.budget, *self.buttons}
 
     def connect(self, concurrency: int) -> None:
         """Wires the events; `concurrency` answers are written at a time."""
@@ -131,57 +132,79 @@ class ChatTab:
         chat = values[self.chat] or Chat()
         text, image = (values[self.text] or "").strip(), values[self.controls.image]
         if not text:
-            gr.Warning("Type a question first.")
+            gr.Warning(SENTENCES["no_question"])
             yield {self.chat: chat}
-            return
-        if self.moderate and violates_moderation(text, on_error=True):
+        elif self.moderate and await asyncio.to_thread(violates_moderation, text, on_error=True):
             gr.Warning(moderation_msg)
             yield {self.chat: chat}
-            return
-        async for update in self._answer(
-            chat, values, request, lambda s: _add(chat, s, text, image)
-        ):
-            yield update
+        else:
+            add = partial(_add, chat, text=text, image=image)
+            async for update in self._turn(chat, values, request, add):
+                yield update
 
     async def regenerate(self, values: dict, request: gr.Request):
         """Asks the latest question again, with the method and parameters chosen now."""
         chat = values[self.chat]
-        if chat is None or not chat.bubbles:
-            return
-        async for update in self._answer(chat, values, request, lambda s: _reopen(chat, s)):
-            yield update
+        if chat is not None and chat.bubbles:
+            async for update in self._turn(chat, values, request, partial(_reopen, chat)):
+                yield update
 
-    async def _answer(self, chat: Chat, values: dict, request: gr.Request, prepare):
+    async def _turn(self, chat: Chat, values: dict, request: gr.Request, prepare):
+        """Updates of one turn; `prepare(settings)` puts the open question into the dialogue."""
         number = new_request_id()
-        chat.started = time.time()
         try:
             pruning = self.picker.request(values[self.methods]["methods"], values)
             settings = self.controls.settings(values, pruning)
-            chat.model = settings.model
+        except Failure as failure:  # nothing was asked yet: the text stays where it is
+            gr.Warning(failure.sentence)
+            yield {self.chat: chat}
+            return
+        chat.started, chat.model = time.time(), settings.model
+        try:
             prepare(settings)
-            chat.bubbles[-1]["content"] = CURSOR
-            yield {**self._busy(), self.chat: chat, self.window: chat.bubbles, self.text: ""}
-            report = None
-            async for answer in asking.ask(self.service, chat.conversation, settings, number):
-                report = answer.report
-                chat.bubbles[-1]["content"] = html.escape(answer.text, quote=False) + CURSOR
-                yield {self.window: chat.bubbles}
-            chat.bubbles[-1]["content"] = html.escape(answer.text, quote=False) or "*(no text)*"
+            async for update in self._answer(chat, settings, values, number):
+                yield update
             self.log.chat(settings.model, chat.conversation, chat.started, _ip(request))
-            images = chat.conversation.get_images(return_pil=True)
-            panel = {self.insight: insight(images, report)} if images else {}
-            yield {**self._ready(), self.window: chat.bubbles, **panel}
-            if images and report and values[self.controls.dense] and report.method != "none":
-                dense = await asking.dense_seconds(
-                    self.service, chat.conversation, settings, number
-                )
-                yield {self.insight: insight(images, report, dense)}
         except Failure as failure:
             logger.warning("request %s: %s", number, failure.cause)
-            yield self._failed(chat, failure.text(number), values)
+            yield self._failed(chat, failure.text(number))
         except Exception as error:
-            logger.exception("request %s: %s", number, type(error).__name__)
-            yield self._failed(chat, Failure("page_error").text(number), values)
+            # The message of an error may repeat what a visitor typed; its place does not.
+            places = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("request %s: %s at\n%s", number, type(error).__name__, places)
+            yield self._failed(chat, Failure("page_error").text(number))
+
+    async def _answer(self, chat: Chat, settings: asking.Settings, values: dict, number: str):
+        chat.bubbles[-1]["content"] = CURSOR
+        yield {**self._busy(), self.chat: chat, self.window: chat.bubbles, self.text: ""}
+        async for answer in asking.ask(self.service, chat.conversation, settings, number):
+            chat.bubbles[-1]["content"] = answer.text + CURSOR
+            yield {self.window: chat.bubbles}
+        chat.bubbles[-1]["content"] = answer.text or "*(no text)*"
+        yield {**self._ready(), self.window: chat.bubbles}
+        images = chat.conversation.get_images(return_pil=True)
+        if not images:
+            return
+        report, started = answer.report, chat.started
+        yield {
+            self.insight: await asyncio.to_thread(insight, images, report),
+            **self._widen(values, report),
+        }
+        if report and report.method != "none" and values[self.controls.dense]:
+            dense = await asking.dense_seconds(self.service, chat.conversation, settings, number)
+            if chat.started == started:  # else the panel belongs to the next answer already
+                yield {self.insight: await asyncio.to_thread(insight, images, report, dense)}
+
+    def _widen(self, values: dict, report: Report | None) -> dict:
+        """Images of several crops have more patches than one crop: the slider learns of it."""
+        known = values[self.methods]
+        most = max((image.total for image in report.images), default=0) if report else 0
+        if most <= (known["dense"] or 0):
+            return {}
+        return {
+            self.methods: {**known, "dense": most},
+            self.picker.budget: gr.update(maximum=most),
+        }
 
     def _busy(self) -> dict:
         off = {button: gr.update(interactive=False) for button in self.buttons}
@@ -192,15 +215,11 @@ class ChatTab:
         on |= {button: gr.update(interactive=votes) for button in self.votes}
         return {**on, self.send: gr.update(visible=True), self.stop: gr.update(visible=False)}
 
-    def _failed(self, chat: Chat, sentence: str, values: dict) -> dict:
-        """The sentence as the answer; where no question was asked yet, the typed text stays."""
-        if not chat.bubbles or chat.conversation is None:
-            chat.bubbles = [{"role": "assistant", "content": f"⚠️ {sentence}"}]
-            text = {self.text: values[self.text]}
-        else:
-            chat.bubbles[-1] = {"role": "assistant", "content": f"⚠️ {sentence}"}
-            text = {}
-        return {**self._ready(votes=False), self.chat: chat, self.window: chat.bubbles, **text}
+    def _failed(self, chat: Chat, sentence: str) -> dict:
+        """The sentence in place of the answer, which stays open for another try."""
+        chat.conversation.messages[-1][1] = None
+        chat.bubbles[-1] = {"role": "assistant", "content": f"⚠️ {sentence}"}
+        return {**self._ready(votes=False), self.chat: chat, self.window: chat.bubbles}
 
     def stopped(self, values: dict):
         """Stop: what was written so far stays, and can be asked again."""
@@ -238,12 +257,15 @@ def _add(chat: Chat, settings: asking.Settings, text: str, image: Image.Image | 
     fresh = image is not None and not _same(image, chat.image)
     if fresh or chat.conversation is None:
         chat.conversation, chat.image, chat.bubbles = asking.new_conversation(settings), image, []
-    first = not chat.bubbles
-    asking.add_question(chat.conversation, text, image if first else None, settings.mode)
-    if first and image is not None:
-        picture = f'<img src="{data_uri(image, THUMBNAIL)}" alt="the image asked about">'
+    messages = chat.conversation.messages
+    if messages and not messages[-1][1]:
+        del messages[-2:]  # it failed and was given up; the model need not know of it
+    first = len(messages) == chat.conversation.offset
+    asking.add_question(chat.conversation, text, chat.image if first else None, settings.mode)
+    if not chat.bubbles and chat.image is not None:
+        picture = f'<img src="{data_uri(chat.image, THUMBNAIL)}" alt="the image asked about">'
         chat.bubbles.append({"role": "user", "content": gr.HTML(picture)})
-    chat.bubbles.append({"role": "user", "content": html.escape(text, quote=False)})
+    chat.bubbles.append({"role": "user", "content": text})
     chat.bubbles.append({"role": "assistant", "content": ""})
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 import logging
+import traceback
 
 import gradio as gr
 
@@ -17,7 +19,7 @@ from .picker import MethodPicker
 
 logger = logging.getLogger("llava.serve.web")
 WAITING = "<p class='pv-empty'>The answer appears here.</p>"
-NEXT = "<p class='pv-empty'>Waiting for the other method …</p>"
+NEXT = "<p class='pv-empty'>Waiting …</p>"
 
 
 class CompareTab:
@@ -44,13 +46,19 @@ class CompareTab:
             self.stop = gr.Button(
                 "Stop", variant="stop", scale=1, min_width=90, visible=False, elem_id="compare-stop"
             )
-        self.pickers, self.panels = [], []
+        sides = (("left", "none"), ("right", "vispruner"))
+        with gr.Row(equal_height=True):
+            self.pickers = [self._picker(side, default) for side, default in sides]
         with gr.Row(equal_height=False):
-            for side, default in (("left", "none"), ("right", "vispruner")):
-                with gr.Column(min_width=320):
-                    with gr.Group(elem_classes="pv-picker"):
-                        self.pickers.append(MethodPicker(side, default, f"Method, {side}"))
-                    self.panels.append(gr.HTML(WAITING, elem_id=f"{side}-panel", padding=False))
+            self.panels = [self._panel(side) for side, _ in sides]
+
+    def _picker(self, side: str, default: str) -> MethodPicker:
+        with gr.Column(min_width=320):
+            return MethodPicker(side, default, f"Method, {side}")
+
+    def _panel(self, side: str) -> gr.HTML:
+        with gr.Column(min_width=320):
+            return gr.HTML(WAITING, elem_id=f"{side}-panel", padding=False)
 
     def connect(self, concurrency: int) -> None:
         """Wires the events; `concurrency` answers are written at a time."""
@@ -86,36 +94,69 @@ class CompareTab:
         yield {
             self.run: gr.update(visible=False),
             self.stop: gr.update(visible=True),
-            self.panels[0]: _said("…"),
+            self.panels[0]: NEXT,
             self.panels[1]: NEXT,
         }
-        for picker, panel in zip(self.pickers, self.panels, strict=True):
-            async for shown in self._one(picker, values, text, image):
-                yield {panel: shown}
+        runs = list(map(_Run, self.pickers, self.panels))
+        for run in runs:
+            async for shown in self._one(run, values, text, image):
+                yield {run.panel: shown}
+        dense = await self._dense(runs, values)
+        if dense is not None:
+            done = [run for run in runs if run.report]
+            yield {run.panel: await asyncio.to_thread(run.panel_html, dense) for run in done}
         yield self._idle()
 
-    async def _one(self, picker: MethodPicker, values: dict, text: str, image):
+    async def _one(self, run: _Run, values: dict, text: str, image):
         """The growing panel of one method."""
         number = new_request_id()
         try:
-            pruning = picker.request(values[self.methods]["methods"], values)
-            settings = self.controls.settings(values, pruning)
-            conversation = asking.new_conversation(settings)
-            asking.add_question(conversation, text, image, settings.mode)
-            async for answer in asking.ask(self.service, conversation, settings, number):
-                yield _said(answer.text + "▌")
-            images = conversation.get_images(return_pil=True)
-            yield _said(answer.text or "(no text)") + insight(images, answer.report)
+            pruning = run.picker.request(values[self.methods]["methods"], values)
+            run.method = pruning["method"] if pruning else ""
+            run.settings = self.controls.settings(values, pruning)
+            run.conversation = asking.new_conversation(run.settings)
+            asking.add_question(run.conversation, text, image, run.settings.mode)
+            async for answer in asking.ask(self.service, run.conversation, run.settings, number):
+                run.text, run.report = answer.text, answer.report
+                yield run.said(answer.text + "▌")
+            yield await asyncio.to_thread(run.panel_html, None)
         except Failure as failure:
             logger.warning("request %s: %s", number, failure.cause)
-            yield _said(f"⚠️ {failure.text(number)}")
+            yield run.said(f"⚠️ {failure.text(number)}")
         except Exception as error:
-            logger.exception("request %s: %s", number, type(error).__name__)
-            yield _said(f"⚠️ {Failure('page_error').text(number)}")
+            places = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("request %s: %s at\n%s", number, type(error).__name__, places)
+            yield run.said(f"⚠️ {Failure('page_error').text(number)}")
+
+    async def _dense(self, runs: list[_Run], values: dict) -> float | None:
+        """Seconds of the prefill without pruning: of the run that had none, or measured."""
+        reports = [run.report for run in runs if run.report]
+        for report in reports:
+            if report.method == "none":
+                return report.prefill_seconds
+        if not reports or not values[self.controls.dense]:
+            return None
+        run = next(run for run in runs if run.report)
+        return await asking.dense_seconds(
+            self.service, run.conversation, run.settings, new_request_id()
+        )
 
     def _idle(self) -> dict:
         return {self.run: gr.update(visible=True), self.stop: gr.update(visible=False)}
 
 
-def _said(text: str) -> str:
-    return f"<div class='pv-answer'>{html.escape(text)}</div>"
+class _Run:
+    """One side of a comparison while it runs."""
+
+    def __init__(self, picker: MethodPicker, panel: gr.HTML):
+        self.picker, self.panel = picker, panel
+        self.method, self.text, self.report = "", "", None
+        self.settings = self.conversation = None
+
+    def said(self, text: str) -> str:
+        title = f"<div class='pv-title pv-method'>{html.escape(self.method)}</div>"
+        return f"<div class='pv-answer'>{title}{html.escape(text)}</div>"
+
+    def panel_html(self, dense: float | None) -> str:
+        images = self.conversation.get_images(return_pil=True)
+        return self.said(self.text or "(no text)") + insight(images, self.report, dense)

@@ -20,23 +20,22 @@ class MethodPicker:
 
     def __init__(self, name: str, default: str, label: str = "Pruning method"):
         self.default = default
-        self.method = gr.Dropdown(
-            [], label=label, interactive=True, elem_id=f"{name}-method", filterable=True
-        )
-        self.note = gr.Markdown(UNKNOWN, elem_classes="pv-note", elem_id=f"{name}-note")
-        self.budget = gr.Slider(
-            1,
-            2,
-            1,
-            step=1,
-            label="Visual tokens per image",
-            visible=False,
-            elem_id=f"{name}-budget",
-            interactive=True,
-        )
-        self.own = gr.Checkbox(
-            False, label="Let the method decide how many", visible=False, interactive=True
-        )
+        with gr.Group():
+            self.method = gr.Dropdown([], label=label, interactive=True, elem_id=f"{name}-method")
+            self.note = gr.Markdown(visible=False, elem_classes="pv-note", elem_id=f"{name}-note")
+            self.budget = gr.Slider(
+                1,
+                2,
+                1,
+                step=1,
+                label="Visual tokens per image",
+                visible=False,
+                elem_id=f"{name}-budget",
+                interactive=True,
+            )
+            self.own = gr.Checkbox(
+                False, label="Let the method decide how many", visible=False, interactive=True
+            )
         with gr.Accordion("Method options", open=False, visible=False) as self.accordion:
             self.boxes = [
                 gr.Textbox(visible=False, max_lines=1, interactive=True, max_length=OPTION_CHARS)

@@ -33,16 +33,16 @@ _PANEL = """
   border-radius: 8px; padding: .55rem .7rem; background: var(--block-background-fill); }
 .pv-title { font-size: .75rem; color: var(--body-text-color-subdued); }
 .pv-value { font-size: 1.25rem; font-weight: 650; white-space: nowrap; }
-.pv-change { font-weight: 650; color: #4f46e5; white-space: nowrap; }
-.dark .pv-change { color: #a5b4fc; }
+.pv .pv-change { display: block; font-weight: 650; color: #4f46e5 !important; }
+.dark .pv .pv-change { color: #a5b4fc !important; }
 .pv-dense { font-size: .75rem; color: var(--body-text-color-subdued); margin: .15rem 0 0; }
 .pv-bars { display: flex; align-items: flex-end; gap: 3px; height: 64px; margin-top: .4rem; }
 .pv-bar { flex: 1; height: 100%; display: flex; align-items: flex-end; border-radius: 3px;
   background: color-mix(in srgb, var(--body-text-color) 8%, transparent); }
 .pv-bar i { display: block; width: 100%; min-height: 2px; background: #6366f1;
   border-radius: 3px; }
-.pv-axis { display: flex; justify-content: space-between; font-size: .7rem;
-  color: var(--body-text-color-subdued); }
+.pv-axis span { color: var(--body-text-color-subdued) !important; }
+.pv-axis { display: flex; justify-content: space-between; font-size: .7rem; }
 .pv-views > input { position: absolute; opacity: 0; width: 1px; height: 1px; }
 .pv-views > label { display: inline-block; font-size: .8rem; padding: .25rem .6rem; cursor: pointer;
   border: 1px solid var(--border-color-primary); border-radius: 999px; margin: 0 .3rem .4rem 0; }
@@ -56,15 +56,18 @@ _PANEL = """
 #chatbot img { max-width: 220px; border-radius: 8px; margin: 0; }
 #insight, #left-panel, #right-panel { min-height: 0; padding: 0 !important; overflow: visible; }
 #insight > *, #left-panel > *, #right-panel > * { padding: 0 !important; }
-#examples .gallery { display: grid !important; grid-template-columns: repeat(4, 1fr); gap: .4rem; }
-#examples .gallery-item, #examples .container { width: 100% !important; height: auto !important; }
-#examples img { width: 100%; height: auto; aspect-ratio: 1; object-fit: cover; }
+#examples .gallery { gap: .4rem; }
+#examples .gallery-item, #examples .container { width: 62px !important; height: 62px !important; }
+#examples img { width: 62px; height: 62px; object-fit: cover; }
+#chatbot { height: clamp(300px, calc(100vh - 350px), 640px) !important; }
+.pv-method { font-weight: 650; margin-bottom: .25rem; }
 @media (max-width: 640px) {
   .gradio-container main, .gradio-container .main { padding: .6rem !important; }
   #title h1 { font-size: 1.2rem; }
   .pv-value { font-size: 1rem; }
   .pv-card { padding: .45rem .5rem; }
   #image { height: 230px !important; }
+  #chatbot { height: 380px !important; }
 }
 """
 
