@@ -150,6 +150,10 @@ def sample():
     return build
 
 
+#: methods that cannot go lower on the tiny model
+LEAST_BUDGET = {"twigvlm": 6}
+
+
 def make_pruner(name: str, visual_token_num: int = 10):
     """A method with a small budget; methods without one as they are."""
     from llava.pruning import METHODS
@@ -158,6 +162,8 @@ def make_pruner(name: str, visual_token_num: int = 10):
         first, second = name.split("+")
         budgets = {first: max(visual_token_num, 30), second: visual_token_num}
         return build_pruner(name, **{f"{m}_visual_token_num": n for m, n in budgets.items()})
+    if visual_token_num > 0:
+        visual_token_num = max(visual_token_num, LEAST_BUDGET.get(name, 0))
     options = option_names(METHODS[name])
     takes_budget = "visual_token_num" in options and not build_pruner(name).adaptive
     budget = {"visual_token_num": visual_token_num} if takes_budget else {}
