@@ -16,7 +16,8 @@
 #                set: playground/data/eval, where a benchmark that is not there is replaced by the
 #                playground's
 #   CUDA_VISIBLE_DEVICES   one process per listed GPU
-#   NPROC        number of processes, if it should be another
+#   NPROC        number of processes, if it should be another; on several machines, of all together
+#   LAUNCH       further options of `accelerate launch`, for several machines
 #   BATCH_SIZE   prompts per step (default: 8)
 #   LIMIT        about so many questions, evenly spread, for quick runs
 #   CONV_MODE    prompt template (default: by the checkpoint's name)
@@ -98,34 +99,27 @@ answer() {
     shift 2
     echo "$MODEL_NAME, method $METHOD${TOKENS:+, $TOKENS tokens}: $QUESTIONS -> $ANSWERS"
     # shellcheck disable=SC2086 # EXTRA holds several words
-    run_in_chunks "$PYTHON" -m "llava.eval.$program" --model-path "$MODEL" \
+    run_in_processes "llava.eval.$program" --model-path "$MODEL" \
         --question-file "$QUESTIONS" --image-folder "$IMAGES" --temperature 0 \
         --conv-mode "${CONV_MODE:-auto}" --batch-size "${BATCH_SIZE:-8}" \
         "$@" "${OPTIONS[@]}" ${EXTRA:-}
 }
 
-# Runs a command once, or once per GPU on a part of the questions; the parts are joined in order.
-run_in_chunks() {
-    local gpus=() chunks parts pids=() failed=0 i
+# Runs a module once, or in several processes that share the questions.
+run_in_processes() {
+    local gpus=() count
     IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
-    chunks=${NPROC:-${#gpus[@]}}
-    if [ "$chunks" -le 1 ]; then
-        "$@" --answers-file "$ANSWERS"
+    count=${NPROC:-${#gpus[@]}}
+    if [ "$count" -le 1 ]; then
+        "$PYTHON" -m "$@" --answers-file "$ANSWERS"
         return
     fi
-    parts=${ANSWERS%.jsonl}.parts
-    for ((i = 0; i < chunks; i++)); do
-        local gpu=()
-        [ ${#gpus[@]} -gt 0 ] && gpu=(env "CUDA_VISIBLE_DEVICES=${gpus[i % ${#gpus[@]}]}")
-        ${gpu[@]+"${gpu[@]}"} "$@" --answers-file "$parts/${chunks}_$i.jsonl" \
-            --num-chunks "$chunks" --chunk-idx "$i" &
-        pids+=($!)
-    done
-    for i in "${pids[@]}"; do wait "$i" || failed=1; done
-    [ "$failed" = 0 ] || { echo "error: a process failed, see above" >&2 && return 1; }
-    for ((i = 0; i < chunks; i++)); do cat "$parts/${chunks}_$i.jsonl"; done >"$ANSWERS.tmp"
-    mv "$ANSWERS.tmp" "$ANSWERS"
-    cp "$parts/${chunks}_0.settings.json" "${ANSWERS%.jsonl}.settings.json"
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    # --multi_gpu stands for one process each, on CPUs as well; port 0 is any free one.
+    # shellcheck disable=SC2086 # LAUNCH holds several words
+    "$PYTHON" -m accelerate.commands.launch --multi_gpu --num_processes "$count" \
+        --mixed_precision no --dynamo_backend no \
+        ${LAUNCH:---num_machines 1 --main_process_port 0} --module "$@" --answers-file "$ANSWERS"
 }
 
 # score BENCHMARK: prints the benchmark's report and, as the last line, the score as JSON.

@@ -109,7 +109,7 @@ def _answer(task, todo: list[Share], make_loop, workers, key: str, put, num_befo
     with tqdm(total=len(task.questions), initial=num_before, **bar) as progress:
         for numbers, texts in loop.run(asked, task.images):
             put(numbers, [task.line(n, text) for n, text in zip(numbers, texts, strict=True)])
-            if loop.visual_tokens and not progress.postfix:
+            if workers.main and loop.visual_tokens and not progress.postfix:
                 entering, mean = loop.visual_tokens
                 progress.set_postfix_str(f"visual tokens {entering:g}, mean {mean:.1f}")
             done = workers.count(key, len(numbers))
