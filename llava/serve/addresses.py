@@ -100,7 +100,11 @@ class WorkerClient:
         self.transport = transport
         self.client = httpx.AsyncClient(
             transport=transport,
-            headers={"User-Agent": "LLaVA Controller", **token_headers(token)},
+            headers={
+                "User-Agent": "LLaVA Controller",
+                "Accept-Encoding": "identity",  # what is read is not larger than what was sent
+                **token_headers(token),
+            },
             follow_redirects=False,
             trust_env=False,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),

@@ -1,0 +1,143 @@
+"""What the tests of the service share: servers in threads, workers without a model, requests."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import uvicorn
+from PIL import Image
+
+from llava.serve.addresses import WorkerAddresses, WorkerClient
+from llava.serve.controller import Controller, controller_app
+from llava.serve.dispatch import WorkerTable
+from llava.serve.errors import encode_chunk
+from llava.serve.worker_app import Places, worker_app
+
+PROMPT = "USER: <image>\nWhat is it? ASSISTANT:"
+TEXT_PROMPT = "USER: What is it? ASSISTANT:"
+
+
+def png(width: int = 40, height: int = 30, color="red", format: str = "PNG") -> str:
+    """Base64 text of an image file."""
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), color).save(file, format)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def body(**changes) -> dict:
+    """A good request without an image; `images=` brings the mark along."""
+    prompt = PROMPT if changes.get("images") else TEXT_PROMPT
+    basics = {"prompt": prompt, "temperature": 0, "max_new_tokens": 4, "stop": "</s>"}
+    return {**basics, **changes}
+
+
+def chunks_of(data: bytes) -> list[dict]:
+    """The chunks of a whole stream."""
+    *chunks, rest = data.split(b"\0")
+    assert rest == b""
+    return [json.loads(chunk) for chunk in chunks]
+
+
+class Words:
+    """A worker's backend that answers with the words it was given, one a chunk.
+
+    pause: seconds before every word; `running` and `closed` count streams
+    """
+
+    def __init__(self, words=("one", "two", "three"), pause: float = 0.0, name: str = "echo"):
+        self.words, self.pause, self.model_name = words, pause, name
+        self.running = self.closed = self.answered = 0
+
+    def status(self) -> dict:
+        return {}
+
+    async def prepare(self, request, request_id):
+        return request
+
+    async def stream(self, job):
+        self.running += 1
+        text = job.prompt
+        try:
+            for word in self.words:
+                await asyncio.sleep(self.pause)
+                text += f" {word}"
+                yield encode_chunk({"text": text, "error_code": 0})
+            self.answered += 1
+        finally:
+            self.running -= 1
+            self.closed += 1
+
+    def close(self) -> None:
+        pass
+
+
+def words_app(backend=None, places: int = 8, **options):
+    return worker_app(backend or Words(), Places(places), **options)
+
+
+def make_controller(method="shortest_queue", allowed=(), token=None, transport=None):
+    return Controller(
+        WorkerTable(method), WorkerAddresses(allowed), WorkerClient(token, transport=transport)
+    )
+
+
+def call(app, *requests, **headers) -> list[httpx.Response]:
+    """The replies of an application to (path, JSON body) pairs, without a network."""
+
+    async def run():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://localhost", headers=headers
+        ) as client:
+            return [await client.post(path, json=content) for path, content in requests]
+
+    return asyncio.run(run())
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@contextmanager
+def live(app, port: int | None = None):
+    """The address of `app`, served on loopback by a thread of this process."""
+    port = port or free_port()
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_for(lambda: server.started)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+@contextmanager
+def live_controller(**options):
+    """(address, controller) of a running controller."""
+    controller = make_controller(**options)
+    with live(controller_app(controller, options.get("token"))) as address:
+        yield address, controller
+
+
+def wait_for(condition, seconds: float = 20.0):
+    """Waits until `condition()` is true, and returns what it returned."""
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+    return result
