@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .base import Pruner
 from .glimpseprune_modules import PAPER_LAYER, Glimpse, GlimpseConfig
 from .learned import WEIGHTS_FILE, build_part, part_folder, read_part, read_part_config
-from .ops import gather_tokens, rank_within_groups, scale_layer
+from .ops import rank_within_groups, scale_layer
 from .tokens import Prefill, VisionTokens
 
 #: weight files, ours and the published ones
@@ -177,8 +177,7 @@ class GlimpsePrune(Pruner):
     def remember_row(self, index: int, prefill: Prefill) -> Prefill:
         """Keeps what the last glimpse token paid each token in the layer before `index`."""
         if prefill.attention is not None:
-            row = prefill.attention[:, :, 0].transpose(1, 2)  # (B, S, H)
-            prefill.scratch.setdefault("rows", {})[index - 1] = row
+            prefill.scratch.setdefault("rows", {})[index - 1] = prefill.attention[:, :, 0]
         return prefill
 
     def reduce(self, prefill: Prefill) -> Prefill:
@@ -200,18 +199,11 @@ class GlimpsePrune(Pruner):
     def importance(self, prefill: Prefill) -> Tensor:
         """(B, S) logits of the visual tokens; values on other tokens mean nothing."""
         rows = [prefill.scratch["rows"][layer] for layer in self.module.config.selected_layers]
-        rows = torch.cat(rows, dim=-1)
-        place, real = view_places(prefill)
-        batch, size = prefill.patch_index.shape
-        seen = place.clamp(max=size - 1)
-        shape = (-1, math.prod(prefill.grid))
-        rows, context = (gather_tokens(x, seen) for x in (rows, prefill.context))
-        rows = rows.masked_fill(~real[..., None], 0)
-        inputs = rows.unflatten(1, shape).flatten(0, 1), context.unflatten(1, shape).flatten(0, 1)
-        real = real.unflatten(1, shape).flatten(0, 1)
-        logits = self.module.attn_fuser(*inputs, prefill.grid, real)[-1].float()
-        found = logits.new_zeros(batch, size + 1)  # the last column takes what is no token
-        return found.scatter(1, place, logits.view(batch, -1))[:, :size]
+        image, patch = prefill.visual_index, prefill.patch_index
+        outputs, place = self.module.judge(rows, prefill.context, image, patch, prefill.grid)
+        size = patch.shape[1]
+        found = outputs[-1].new_zeros(len(patch), size + 1)  # the last column is for no token
+        return found.scatter(1, place, outputs[-1])[:, :size]
 
     def choose(self, chance: Tensor, judged: Tensor, prefill: Prefill) -> Tensor:
         """(B, S) True on the visual tokens that stay: threshold, cap, minimum, anchors."""
@@ -269,24 +261,6 @@ def add_to_glimpse(prefill: Prefill, vector: Tensor) -> Prefill:
     """`vector` (le_length, D) added to the glimpse, the last tokens of every prompt."""
     x, count = prefill.hidden_states, len(vector)
     return replace(prefill, hidden_states=torch.cat([x[:, :-count], x[:, -count:] + vector], dim=1))
-
-
-def view_places(prefill: Prefill) -> tuple[Tensor, Tensor]:
-    """Place (B, V * N) in the prompt of every patch of every view, and where there is one.
-
-    V counts images x crops, view after view; where a patch was cut off or a row has fewer views,
-    the place is S.
-    """
-    image, patch = prefill.visual_index, prefill.patch_index
-    batch, size = patch.shape
-    per_crop = math.prod(prefill.grid)
-    images, crops = torch.stack([image.amax() + 1, patch.amax() // per_crop + 1]).tolist()
-    total = images * crops * per_crop
-    slot = torch.where(patch >= 0, image * crops * per_crop + patch, total)
-    places = torch.arange(size, device=patch.device).expand(batch, -1)
-    table = torch.full((batch, total + 1), size, device=patch.device)
-    table = table.scatter(1, slot, places)[:, :total]
-    return table, table < size
 
 
 def boxes_to_cells(boxes: Sequence[Sequence[float]], grid: tuple[int, int]) -> Tensor:

@@ -6,13 +6,14 @@ config.json), so that both load as they are.
 
 from __future__ import annotations
 
+import math
 from dataclasses import MISSING, asdict, dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import scale_layer
+from .ops import gather_tokens, scale_layer
 
 #: layers of the paper: glimpse row and cut of 32 decoder layers, hidden states of a 24-layer tower
 #: of which LLaVA reads the one numbered `PAPER_FEATURES`
@@ -158,6 +159,25 @@ class Glimpse(nn.Module):
         made = F.dropout(made, self.config.le_dropout_prob, self.training)
         return dict(zip(self.config.le_layers, made, strict=True))
 
+    def judge(
+        self, rows: list[Tensor], context: Tensor, image: Tensor, patch: Tensor, grid
+    ) -> tuple[list[Tensor], Tensor]:
+        """Logits (B, V * N) of every output for all patches of all views, and their places.
+
+        rows:    per selected layer (B, H, S), what the last glimpse token pays each token
+        context: (B, S, J * C), the conditions of each token
+        image, patch: (B, S) `visual_index` and `patch_index` of the prompts
+        Places (B, V * N) are S where there is no token, see `view_places`.
+        """
+        place = view_places(image, patch, grid)
+        size, shape = patch.shape[1], (-1, math.prod(grid))
+        seen, real = place.clamp(max=size - 1), place < size
+        rows = torch.cat([row.transpose(1, 2) for row in rows], dim=-1)
+        rows = gather_tokens(rows, seen).masked_fill(~real[..., None], 0)
+        inputs = (x.unflatten(1, shape).flatten(0, 1) for x in (rows, gather_tokens(context, seen)))
+        outputs = self.attn_fuser(*inputs, grid, real.unflatten(1, shape).flatten(0, 1))
+        return [logits.float().view(place.shape) for logits in outputs], place
+
     @torch.no_grad()
     def initialize(self) -> None:
         """Fresh weights, as training starts from them."""
@@ -170,6 +190,22 @@ class Glimpse(nn.Module):
                 parameter.fill_(1)
             else:
                 nn.init.xavier_uniform_(parameter)
+
+
+def view_places(image: Tensor, patch: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Place (B, V * N) in the prompt of every patch of every view, S where there is none.
+
+    image, patch (B, S) as in `Prefill`; V counts images x crops, view after view. Patches that were
+    cut off as padding and views that a row does not have are not there.
+    """
+    batch, size = patch.shape
+    per_crop = math.prod(grid)
+    images, crops = torch.stack([image.amax() + 1, patch.amax() // per_crop + 1]).tolist()
+    total = images * crops * per_crop
+    slot = torch.where(patch >= 0, image * crops * per_crop + patch, total)
+    places = torch.arange(size, device=patch.device).expand(batch, -1)
+    table = torch.full((batch, total + 1), size, device=patch.device)
+    return table.scatter(1, slot, places)[:, :total]
 
 
 class RMSNorm(nn.Module):

@@ -1,0 +1,273 @@
+"""Questions with boxes for GlimpsePrune: Visual-CoT's published files, or any in their layout.
+
+A line of `gqa_cot_train.jsonl` (mapper "cot_train"):
+    {"question", "answer", "image", "width", "height", "bboxs": [[x1, y1, x2, y2], ...], "dataset"}
+with the picture at IMG_DIR/cot/DATASET/IMAGE. An entry of `viscot_363k.json` or of the benchmark
+(mapper "cot_bench"):
+    {"image": [PATH, "PATH###[x1, y1, x2, y2]"],
+     "conversations": [question, box, "<image>", answer]}
+with the picture at IMG_DIR/PATH.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from llava.conversation import Conversation
+from llava.mm_utils import process_images
+from llava.pruning.glimpseprune import boxes_to_cells
+
+from .labels import preprocess
+
+logger = logging.getLogger(__name__)
+
+MAPPERS = ("cot_train", "cot_train_fullmask", "cot_bench")
+BOX_TYPES = ("xyxy", "xywh", "xyxy_norm1000")
+#: what Visual-CoT's conversations add to the question in order to be given a box
+BOX_REQUEST = (
+    "Please provide the bounding box coordinate of the region that can help you answer the "
+    "question better."
+)
+#: keys of a data set in a yaml file; the last three do not concern training
+DATASET_KEYS = (
+    "json_path sampling_strategy mapper bbox_type additional_mappers prompt img_dir "
+    "sampling_seed dataset_name score_funcs"
+).split()
+
+
+@dataclass
+class BoxSample:
+    """A question about a picture, with boxes (left, top, right, bottom) in its pixels around what
+    the answer needs; None: all of it."""
+
+    question: str
+    answer: str
+    path: str
+    boxes: list[list[float]] | None
+
+
+def read_datasets(source: str, img_dir: str, seed: int) -> list[BoxSample]:
+    """The samples of a yaml file with a list `datasets`, or of one JSON or JSON-lines file.
+
+    Pictures that cannot be opened are left out, with a warning that counts them.
+    """
+    if source.endswith((".yaml", ".yml")):
+        with open(source, encoding="utf-8") as file:
+            entries = (yaml.safe_load(file) or {}).get("datasets")
+        if not entries:
+            raise ValueError(f"{source} names no datasets")
+    else:
+        entries = [{"json_path": source}]
+    samples = []
+    for entry in entries:  # a file may occur twice, with other settings
+        if unknown := sorted(set(entry) - set(DATASET_KEYS)):
+            raise ValueError(
+                f"{source}: unknown key {', '.join(unknown)}, choose from {', '.join(DATASET_KEYS)}"
+            )
+        samples += read_dataset(entry, img_dir, seed)
+    readable = [sample for sample in samples if can_open(sample.path)]
+    if len(readable) < len(samples):
+        logger.warning(
+            "%d of %d pictures cannot be opened and are left out, %s for one",
+            len(samples) - len(readable),
+            len(samples),
+            next(sample.path for sample in samples if not can_open(sample.path)),
+        )
+    if not readable:
+        raise ValueError(f"{source} leaves no sample with a picture (looked in {img_dir})")
+    return readable
+
+
+def read_dataset(entry: dict, img_dir: str, seed: int) -> list[BoxSample]:
+    """The samples of one entry of `datasets`, sampled as it says."""
+    mapper = entry.get("mapper", "cot_train")
+    if mapper not in MAPPERS:
+        raise ValueError(f"mapper {mapper!r} is unknown, choose from {', '.join(MAPPERS)}")
+    if unknown := set(entry.get("additional_mappers") or ()) - {"norm_bboxes"}:
+        raise ValueError(f"additional_mappers {sorted(unknown)} are unknown, choose norm_bboxes")
+    rows = sampled(read_rows(entry["json_path"]), entry.get("sampling_strategy"), seed)
+    folder, template = entry.get("img_dir") or img_dir, entry.get("prompt") or "{}"
+    bbox_type = entry.get("bbox_type", "xyxy")
+    read = read_conversation if mapper == "cot_bench" else read_line
+    samples = [read(row, folder, bbox_type) for row in rows]
+    for sample in samples:
+        sample.question = template.format(sample.question)
+        if mapper == "cot_train_fullmask":
+            sample.boxes = None
+    return samples
+
+
+def read_rows(path: str) -> list[dict]:
+    """The entries of a JSON list or of JSON lines."""
+    with open(path, encoding="utf-8") as file:
+        if path.endswith(".json"):
+            return json.load(file)
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def sampled(rows: list, strategy: str | None, seed: int) -> list:
+    """Part of `rows`: "random:K" of a fixed shuffle, "first:K", "end:K"; None: all."""
+    if strategy is None:
+        return rows
+    kind, _, number = strategy.partition(":")
+    if kind not in ("random", "first", "end") or not number.isdigit():
+        raise ValueError(
+            f"sampling_strategy {strategy!r} is unknown, choose random:K, first:K or end:K"
+        )
+    count = int(number)
+    if kind == "random":
+        return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:count]]
+    return rows[:count] if kind == "first" else rows[max(len(rows) - count, 0) :]
+
+
+def read_line(row: dict, folder: str, bbox_type: str) -> BoxSample:
+    """A line of mapper "cot_train"."""
+    path = os.path.join(folder, "cot", row["dataset"], row["image"])
+    size = row["width"], row["height"]
+    boxes = [pixel_box(box, bbox_type, size) for box in row["bboxs"]]
+    return BoxSample(row["question"], row["answer"], path, boxes)
+
+
+def read_conversation(row: dict, folder: str, bbox_type: str) -> BoxSample:
+    """An entry of mapper "cot_bench"; its box is always in pixels."""
+    path, marked = row["image"]
+    box = list(ast.literal_eval(marked.split("###", 1)[1]))
+    messages = [message["value"] for message in row["conversations"]]
+    question = messages[0].replace(BOX_REQUEST, "").replace(f"{DEFAULT_IMAGE_TOKEN}\n", "")
+    return BoxSample(question.strip(), messages[-1], os.path.join(folder, path), [box])
+
+
+def pixel_box(box: Sequence[float], bbox_type: str, size: tuple[int, int]) -> list[float]:
+    """(left, top, right, bottom) in pixels of a picture of `size` (width, height)."""
+    if bbox_type not in BOX_TYPES:
+        raise ValueError(f"bbox_type {bbox_type!r} is unknown, choose from {', '.join(BOX_TYPES)}")
+    if bbox_type == "xywh":
+        return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+    if bbox_type == "xyxy_norm1000":
+        return [edge * side / 1000 for edge, side in zip(box, (*size, *size), strict=True)]
+    return list(box)
+
+
+def can_open(path: str) -> bool:
+    try:
+        with Image.open(path):
+            return True
+    except OSError:
+        return False
+
+
+def box_mask(
+    boxes: Sequence[Sequence[float]] | None,
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    mode: str | None,
+    frame: str = "seen",
+) -> Tensor:
+    """(h, w) True on the patches that boxes in pixels of a picture of `size` cover.
+
+    mode:  `image_aspect_ratio` of the model: "pad", or else the middle square is cut out
+    frame: "seen": boxes are placed where the tower sees them; "released": as shares of the picture
+           itself, which is what the published weights were trained with
+    """
+    if boxes is None:
+        return torch.ones(grid, dtype=torch.bool)
+    if frame not in ("seen", "released"):
+        raise ValueError(f"box_frame {frame!r} is unknown, choose seen or released")
+    width, height = size
+    if frame == "released":
+        left, top, across, down = 0, 0, width, height
+    else:
+        side = max(size) if mode == "pad" else min(size)
+        left, top, across, down = -((side - width) // 2), -((side - height) // 2), side, side
+    shares = []
+    for x1, y1, x2, y2 in boxes:
+        box = ((x1 - left) / across, (y1 - top) / down, (x2 - left) / across, (y2 - top) / down)
+        if box[2] >= 0 and box[3] >= 0 and box[0] < 1 and box[1] < 1:
+            shares.append([min(max(edge, 0.0), 1.0) for edge in box])
+    return boxes_to_cells(shares, grid)
+
+
+class BoxDataset(Dataset):
+    """Samples as the training step takes them.
+
+    config: of the model, for `image_aspect_ratio`; grid: (h, w) patches of a picture
+    An item: `prompt`, `answer` and `labels` (ids, cut in front of the first supervised one),
+    `image` (3, S, S) and `mask` (h, w).
+    """
+
+    def __init__(
+        self,
+        samples: list[BoxSample],
+        tokenizer,
+        image_processor,
+        config,
+        grid: tuple[int, int],
+        conv: Conversation,
+        frame: str = "seen",
+    ):
+        self.samples, self.tokenizer, self.conv = samples, tokenizer, conv
+        self.image_processor, self.config = image_processor, config
+        self.grid, self.frame = grid, frame
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        sample = self.samples[i]
+        with Image.open(sample.path) as file:
+            image = file.convert("RGB")
+        messages = [
+            {"from": "human", "value": f"{DEFAULT_IMAGE_TOKEN}\n{sample.question}"},
+            {"from": "gpt", "value": sample.answer},
+        ]
+        item = preprocess(messages, self.tokenizer, self.conv, has_image=True)
+        supervised = (item["labels"] != IGNORE_INDEX).nonzero()
+        if not len(supervised):
+            raise ValueError(f"the answer {sample.answer!r} to {sample.path} has no tokens")
+        first, mode = int(supervised[0]), getattr(self.config, "image_aspect_ratio", None)
+        return {
+            "prompt": item["input_ids"][:first],
+            "answer": item["input_ids"][first:],
+            "labels": item["labels"][first:],
+            "image": process_images([image], self.image_processor, self.config)[0],
+            "mask": box_mask(sample.boxes, image.size, self.grid, mode, self.frame),
+        }
+
+
+@dataclass
+class BoxCollator:
+    """Prompts padded on the left, answers on the right; names as `GlimpseObjective` takes them."""
+
+    pad_token_id: int
+
+    def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        prompts = [item["prompt"].flip(0) for item in items]
+        answers = [item["answer"] for item in items]
+        return {
+            "input_ids": pad_sequence(prompts, True, self.pad_token_id).flip(1),
+            "attention_mask": _marks(prompts).flip(1),
+            "answer_ids": pad_sequence(answers, True, self.pad_token_id),
+            "answer_mask": _marks(answers),
+            "labels": pad_sequence([item["labels"] for item in items], True, IGNORE_INDEX),
+            "images": torch.stack([item["image"] for item in items]),
+            "masks": torch.stack([item["mask"] for item in items]),
+        }
+
+
+def _marks(rows: Sequence[Tensor]) -> Tensor:
+    """(B, L) True on what is not padding behind the rows."""
+    return pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], True, False)

@@ -1,0 +1,170 @@
+"""What GlimpsePrune learns from: the answer, and boxes around what the question needs.
+
+The glimpse stands between question and answer, where a frozen model would start to write. Tokens
+before it do not see it, so they run once without gradients and leave their keys and values; only
+the glimpse and the answer run with gradients. Losses and gradients are those of one pass over
+everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llava.constants import IGNORE_INDEX
+from llava.model.kv_cache import KVCache
+from llava.model.language_model.attention import padded_causal_mask
+from llava.model.language_model.modeling_llama import Step
+
+MASK_LOSSES = ("MaskLoss", "DiceLoss", "BCELoss")
+
+
+@dataclass
+class LossWeights:
+    """
+    le_weight:       of the answer's cross-entropy, which trains the glimpse vectors alone
+    loc_weight:      of the mask losses, which train predictor and glimpse vectors
+    loc_loss_class:  "MaskLoss" (both of the next), "DiceLoss" or "BCELoss"
+    loc_dice_weight, loc_bce_weight: parts of "MaskLoss"
+    """
+
+    le_weight: float = 1.0
+    loc_weight: float = 1.0
+    loc_loss_class: str = "MaskLoss"
+    loc_dice_weight: float = 1.0
+    loc_bce_weight: float = 0.1
+
+    def __post_init__(self):
+        if self.loc_loss_class not in MASK_LOSSES:
+            raise ValueError(
+                f"loc_loss_class {self.loc_loss_class!r} is unknown, "
+                f"choose from {', '.join(MASK_LOSSES)}"
+            )
+
+    def mask_loss(self, dice: Tensor, bce: Tensor) -> Tensor:
+        if self.loc_loss_class == "DiceLoss":
+            return dice
+        if self.loc_loss_class == "BCELoss":
+            return bce
+        return self.loc_dice_weight * dice + self.loc_bce_weight * bce
+
+
+class GlimpseObjective(nn.Module):
+    """The losses of a batch; `llava.pruner` is a GlimpsePrune whose module is trained.
+
+    The rest of `llava` is frozen. Images have one crop each, and a prompt one image.
+    """
+
+    def __init__(self, llava: nn.Module, weights: LossWeights | None = None):
+        super().__init__()
+        self.llava = llava.requires_grad_(False)
+        self.weights = weights or LossWeights()
+        llava.pruner.module.requires_grad_(True)
+
+    @property
+    def glimpse(self) -> nn.Module:
+        """The part that is trained."""
+        return self.llava.pruner.module
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        labels: Tensor,
+        images: Tensor,
+        masks: Tensor,
+    ) -> dict[str, Tensor]:
+        """Losses, and counts of hits (3,) (true positive, false positive, false negative tokens).
+
+        input_ids, attention_mask:  (B, P) up to the first supervised token, padded on the left
+        answer_ids, answer_mask, labels: (B, T) from there on, padded on the right
+        masks: (B, h, w) True on the patches that the question needs
+        """
+        prompt = self.llava.build_prompt(
+            input_ids, attention_mask, images=images, padding_side="left"
+        )
+        hidden, rows = self._run(prompt, answer_ids, answer_mask)
+        grid = tuple(masks.shape[1:])
+        outputs, place = self.glimpse.judge(
+            rows, prompt.token_context, prompt.visual_index, prompt.patch_index, grid
+        )
+        wanted = masks.flatten(1).float()
+        if place.shape != wanted.shape or bool((place == prompt.patch_index.shape[1]).any()):
+            raise ValueError(
+                f"every prompt must hold one whole image of one crop; {tuple(place.shape)} patches "
+                f"were found for masks of {tuple(masks.shape)}"
+            )
+        answer = self._answer_loss(hidden, labels)
+        parts = [(dice_loss(out, wanted), bce_loss(out, wanted)) for out in outputs]
+        located = sum(self.weights.mask_loss(*pair) for pair in parts)
+        losses = {
+            "loss": self.weights.le_weight * answer + self.weights.loc_weight * located,
+            "le_loss": answer.detach(),
+            "dice_loss": torch.stack([dice for dice, _ in parts]).detach(),
+            "bce_loss": torch.stack([bce for _, bce in parts]).detach(),
+            "loc_loss": located.detach(),
+        }
+        return losses | {"hits": hits(outputs[-1].detach(), masks.flatten(1))}
+
+    def _run(self, prompt, answer_ids: Tensor, answer_mask: Tensor):
+        """Hidden states (B, T, D) that predict the answer, and per selected layer the row (B, H, S)
+        of the last glimpse token over the prompt."""
+        decoder, config = self.llava.model, self.glimpse.config
+        vectors, count = self.glimpse.vectors(), config.le_length
+        batch, size = prompt.attention_mask.shape
+        cache = KVCache(len(decoder.layers), reserve=count + answer_ids.shape[1])
+        with torch.no_grad():
+            decoder(prompt.inputs_embeds, prompt.attention_mask, prompt.position_ids, cache=cache)
+        dtype = prompt.inputs_embeds.dtype
+        vectors = {layer: vector.to(dtype) for layer, vector in vectors.items()}
+        answer = decoder.embed_tokens(answer_ids)
+        x = torch.cat([vectors[0].expand(batch, -1, -1), answer], dim=1)
+        places = torch.arange(x.shape[1], device=x.device)
+        positions = prompt.position_ids.amax(dim=1, keepdim=True) + 1 + places
+        ones = answer_mask.new_ones(batch, count)
+        valid = torch.cat([prompt.attention_mask, ones.bool(), answer_mask.bool()], dim=1)
+        step = Step(
+            rope=decoder.rotary(positions, dtype),
+            mask=padded_causal_mask(valid, x.shape[1]),
+            valid=valid,
+        )
+        last = torch.full((batch, 1), count - 1, device=x.device)
+        probing = Step(step.rope, step.mask, valid, rows=last, form=self.llava.pruner.probe_form)
+        found = {}
+        for number, layer in enumerate(decoder.layers):
+            if number and number in vectors:
+                x = torch.cat([x[:, :count] + vectors[number], x[:, count:]], dim=1)
+            x, row = layer(x, probing if number in config.selected_layers else step, cache)
+            if row is not None:
+                found[number] = row[:, :, 0, :size]
+        x = decoder.norm(x)
+        return x[:, count - 1 : -1], [found[layer] for layer in config.selected_layers]
+
+    def _answer_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        supervised = labels != IGNORE_INDEX
+        logits = self.llava.lm_head(hidden[supervised]).float()
+        return F.cross_entropy(logits, labels[supervised])
+
+
+def dice_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over the batch of 1 - Dice of (B, N) logits and 0/1 masks."""
+    chance, smooth = logits.sigmoid(), 1e-6
+    overlap = 2 * (chance * wanted).sum(dim=1) + smooth
+    return (1 - overlap / (chance.sum(dim=1) + wanted.sum(dim=1) + smooth)).mean()
+
+
+def bce_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Mean binary cross-entropy of (B, N) logits and 0/1 masks."""
+    return F.binary_cross_entropy_with_logits(logits, wanted)
+
+
+def hits(logits: Tensor, wanted: Tensor) -> Tensor:
+    """(3,) tokens found, wrongly found and missed at probability 0.5, over the whole batch."""
+    found = logits > 0
+    pairs = (found & wanted, found & ~wanted, ~found & wanted)
+    return torch.stack([pair.sum() for pair in pairs]).double()
