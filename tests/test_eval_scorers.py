@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval import eval_gqa, eval_mmbench, eval_mme, eval_pope, eval_refcoco, eval_vqav2
+from llava.eval import (
+    eval_gqa,
+    eval_mmbench,
+    eval_mme,
+    eval_pope,
+    eval_qbench,
+    eval_refcoco,
+    eval_seed,
+    eval_vizwiz,
+    eval_vqav2,
+)
 from llava.eval.m4c_evaluator import (
     EvalAIAnswerProcessor,
     STVQAAccuracyEvaluator,
@@ -131,3 +141,50 @@ def test_a_limit_keeps_pairs_of_neighbours_and_spreads_them():
     assert len(set(subset(list(range(301)), 100))) == 100
     with pytest.raises(ValueError, match="limit of 0"):
         subset([1, 2], 0)
+
+
+def test_vizwiz_answers_meet_their_image_and_unanswerable_ones_are_counted():
+    humans = {"a.jpg": ["cat"] * 10, "b.jpg": ["unanswerable"] * 2 + ["dog"] * 8}
+    questions = [{"question_id": 7, "image": "b.jpg"}, {"question_id": 8, "image": "a.jpg"}]
+    answers = [{"question_id": 7, "text": "Unanswerable"}, {"question_id": 8, "text": "Cat."}]
+    result = eval_vizwiz.evaluate(humans, questions, answers)
+    # two of ten said so: a held-out one leaves 1 of 3, the other eight leave 2 of 3
+    assert result["score"] == pytest.approx(100 * (1 + (2 / 3 * 8 + 1 / 3 * 2) / 10) / 2)
+    assert result["said_unanswerable"] == 50 and result["count"] == 2
+    with pytest.raises(ValueError, match="question 9: no annotation"):
+        eval_vizwiz.evaluate(humans, questions, [{"question_id": 9, "text": "x"}])
+
+
+def test_qbench_takes_the_letter_or_the_words_of_an_option():
+    record = {"question": "?", "candidates": ["Yes", "No"], "correct_ans": "No", "type": 0}
+    texts = ["B", "B. No", "No.", "A", "Perhaps"]
+    result = eval_qbench.evaluate([record] * 5, [{"text": text} for text in texts])
+    assert result["score"] == 60 and result["groups"]["type: yes or no"] == 60
+
+
+@pytest.mark.parametrize(
+    "lang, text",
+    [
+        ("en", "Q?\nChoose between one of the options as follows:\nA. x\nB. y\n"),
+        ("zh", "Q?\n在下列选项中选择一个:\nA. x\nB. y\n"),
+    ],
+)
+def test_qbench_questions_have_the_published_wording_and_lines_repeat_the_record(lang, text):
+    record = {"question": "Q?", "img_path": "1.jpg", "candidates": ["x", "y"], "type": 2}
+    (question,) = eval_qbench.qbench_questions(record, lang)
+    assert question.text == text
+    line = question.answer_line("A", "id", "m")
+    assert line.items() >= (record | {"response": "A"}).items()
+
+
+def test_seed_counts_an_unanswered_question_as_wrong_and_ids_of_both_kinds():
+    questions = [
+        {"question_id": "1", "question_type_id": 1, "data_type": "image", "answer": "A"},
+        {"question_id": "v2", "question_type_id": 2, "data_type": "video", "answer": "B"},
+        {"question_id": 3, "question_type_id": 1, "data_type": "image", "answer": "C"},
+    ]
+    annotation = {"question_type": {"Scene": 1, "Action": 2}, "questions": questions}
+    texts = eval_seed.texts_by_id([{"question_id": 1, "text": "A"}])
+    scores = eval_seed.evaluate(annotation, texts | {"v2": "B"})
+    assert scores["Scene"] == 50 and scores["Action"] == 100 and scores["video accuracy"] == 100
+    assert scores["Total accuracy"] == pytest.approx(200 / 3)

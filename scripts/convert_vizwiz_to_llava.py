@@ -1,0 +1,46 @@
+"""Turns an annotation file of VizWiz into a question file.
+
+python scripts/convert_vizwiz_to_llava.py --annotation-file vizwiz/val.json \
+    --dst vizwiz/llava_val.jsonl
+
+With it `SPLIT=val bash scripts/v1_5/eval/vizwiz.sh` scores the validation split here; the server of
+the test split is reported closed.
+"""
+
+import argparse
+
+from llava.eval import uploads
+from llava.eval.errors import errors_as_messages
+from llava.eval.tasks import read_json_list
+
+SUFFIX = (
+    "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+    "\nAnswer the question using a single word or phrase."
+)
+
+
+def convert(records: list[dict]) -> list[dict]:
+    """Returns the question lines, numbered from 0 like those of the test split."""
+    return [
+        {
+            "question_id": number,
+            "image": record["image"],
+            "text": record["question"] + SUFFIX,
+            "category": "default",
+        }
+        for number, record in enumerate(records)
+    ]
+
+
+@errors_as_messages()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--annotation-file", required=True, help="val.json or test.json")
+    parser.add_argument("--dst", required=True, help="question file to write")
+    args = parser.parse_args()
+    records = read_json_list(args.annotation_file, ("image", "question"))
+    uploads.write_jsonl(convert(records), args.dst)
+
+
+if __name__ == "__main__":
+    main()
