@@ -56,6 +56,7 @@ def load_loop(args) -> AnswerLoop:
         attn_implementation=args.attn_implementation,
         pruner=getattr(args, "pruner", None),
         vision_tower=args.vision_tower,
+        generation_strategy=getattr(args, "generation_strategy", None),
     )
     if image_processor is None:
         raise ValueError(f"{args.model_path} has no vision tower: it cannot look at images")

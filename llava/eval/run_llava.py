@@ -108,6 +108,7 @@ def load_model(args):
         torch_dtype=DTYPES.get(args.dtype),
         pruner=pruner,
         vision_tower=args.vision_tower,
+        generation_strategy=args.generation_strategy,
     )
     if image_processor is None:
         raise ValueError(f"{path} is a model without a vision tower: it cannot look at images")

@@ -22,6 +22,7 @@ from ..constants import (
     DEFAULT_IMAGE_PATCH_TOKEN,
 )
 from ..pruning import Pruner, pruner_from_keywords
+from ..pruning.drafter import STRATEGIES
 from ..weight_files import local_folder
 from .checkpoint import (
     TOWER_PREFIX,
@@ -30,6 +31,7 @@ from .checkpoint import (
     merge_lora,
     read_tensors,
 )
+from .generation import check_strategy
 from .language_model.attention import check_backend
 from .language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from .language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
@@ -54,6 +56,7 @@ def load_pretrained_model(
     pruner: Pruner | str | None = None,
     vision_tower: str | None = None,
     vision_tower_dtype: torch.dtype | None = None,
+    generation_strategy: str | None = None,
     **keywords,
 ):
     """Returns (tokenizer, model, image_processor, context_len), the model in eval mode.
@@ -70,6 +73,7 @@ def load_pretrained_model(
     pruner:      a Pruner or the name of a method; None is no pruning
     vision_tower: folder to use in place of the config's `mm_vision_tower`
     vision_tower_dtype: None is the model's own
+    generation_strategy: what `generate` uses unless told otherwise; None: "autoregressive"
     keywords:    constructor keywords of published repositories that choose a method
 
     image_processor is None for plain language models. Raises ValueError or FileNotFoundError, with
@@ -116,6 +120,7 @@ def load_pretrained_model(
     model = place(model.eval(), device_map, device)
     if image_processor is not None:
         model.pruner = pruner
+        model.generation_strategy = check_strategy(generation_strategy or STRATEGIES[0])
     context_len = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LEN)
     return tokenizer, model, image_processor, context_len
 

@@ -11,12 +11,11 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ..pruning import METHODS, Pruner
-from ..pruning.drafter import Drafter
+from ..pruning import no_drafter
+from ..pruning.drafter import STRATEGIES, Drafter
 from .self_speculative import Speculation, SpeculationLog
 from .token_choice import TokenChoice
 
-STRATEGIES = ("autoregressive", "self_speculative")
 #: keywords of `generate` that replace options of the drafter
 DRAFTER_OPTIONS = ("num_speculations", "draft_stop_prob")
 #: arguments of the decoder that `generate` passes on
@@ -56,6 +55,13 @@ class GenerationStrategies:
     #: what `generate` uses when the call does not say
     generation_strategy = STRATEGIES[0]
 
+    @property
+    def possible_strategy(self) -> str:
+        """`generation_strategy`, where the pruning method in use can serve it, else the plain one;
+        for programs that change the method from call to call."""
+        drafter = self.pruner.drafter(self.config.num_hidden_layers)
+        return STRATEGIES[0] if drafter is None else self.generation_strategy
+
     def drafter_for(self, keywords: dict) -> Drafter | None:
         """The drafter that a `generate` call asks for; takes its keywords out of `keywords`.
 
@@ -70,11 +76,7 @@ class GenerationStrategies:
             return None
         drafter = self.pruner.drafter(self.config.num_hidden_layers)
         if drafter is None:
-            able = [name for name, cls in METHODS.items() if cls.drafter is not Pruner.drafter]
-            raise ValueError(
-                f"generation_strategy {strategy!r} needs a pruning method that guesses tokens "
-                f"({', '.join(able)}); the one in use is {self.pruner.name!r}"
-            )
+            raise ValueError(no_drafter(strategy, self.pruner))
         if keywords.get("use_cache", True) is False:
             raise ValueError(f"generation_strategy {strategy!r} needs a cache (use_cache=True)")
         return replace(drafter, **options)

@@ -152,8 +152,11 @@ class LlavaMetaForCausalLM:
     def using(self, pruner: Pruner) -> Iterator[None]:
         """Another setting of the method in use, for the time of a block."""
         before = self._pruner
+        if pruner is before:  # then it is not ours to put back: others may change it meanwhile
+            yield
+            return
         tower = self.get_vision_tower()
-        if pruner is not before and tower is not None:
+        if tower is not None:
             crops = self.crops_in_budget(pruner)
             pruner.check(tower.num_patches, self.config.num_hidden_layers, crops)
         self._pruner = pruner

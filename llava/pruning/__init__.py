@@ -80,6 +80,15 @@ def build_pruner(name: str = "none", **options) -> Pruner:
     return METHODS[name](**options)
 
 
+def no_drafter(strategy: str, pruner: Pruner) -> str:
+    """What to say to someone who wants a strategy that needs a drafter with a method without."""
+    able = [name for name, cls in METHODS.items() if cls.drafter is not Pruner.drafter]
+    return (
+        f"generation_strategy {strategy!r} needs a pruning method that guesses tokens "
+        f"({', '.join(able)}); the one in use is {pruner.name!r}"
+    )
+
+
 def pruner_from_keywords(pruner: Pruner | str | None, keywords: dict) -> Pruner:
     """The method that `load_pretrained_model(..., pruner=, **keywords)` asks for.
 
@@ -109,6 +118,7 @@ __all__ = [
     "TowerTokens",
     "VisionTokens",
     "build_pruner",
+    "no_drafter",
     "pruner_from_keywords",
     "trace_pruning",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import ast
 
-from . import METHODS, Pruner, build_pruner
+from . import METHODS, Chain, Pruner, build_pruner, no_drafter
+from .drafter import STRATEGIES
 
 
 def add_pruning_args(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,13 @@ def add_pruning_args(parser: argparse.ArgumentParser) -> None:
         "METHOD+METHOD (default: none)",
     )
     add_option_args(group)
+    group.add_argument(
+        "--generation-strategy",
+        "--generation_strategy",
+        choices=STRATEGIES,
+        default=STRATEGIES[0],
+        help="self_speculative lets a method that can guess tokens do so: the same answers, sooner",
+    )
 
 
 def add_option_args(parser) -> None:
@@ -45,12 +53,18 @@ def add_option_args(parser) -> None:
 def pruner_from_args(args: argparse.Namespace) -> Pruner:
     """The method that the options of `add_pruning_args` describe.
 
-    Raises ValueError on an unknown method or option and on a KEY=VALUE without "=".
+    Raises ValueError on an unknown method or option, on a KEY=VALUE without "=", and on a
+    generation strategy that the method cannot serve.
     """
     options = dict(_parse(pair) for pair in args.pruning_arg)
     if args.visual_token_num is not None:
         options["visual_token_num"] = args.visual_token_num
-    return build_pruner(args.pruning_method, **options)
+    pruner = build_pruner(args.pruning_method, **options)
+    strategy = getattr(args, "generation_strategy", None) or STRATEGIES[0]
+    inner = pruner.second if isinstance(pruner, Chain) else pruner
+    if strategy != STRATEGIES[0] and type(inner).drafter is Pruner.drafter:
+        raise ValueError(no_drafter(strategy, pruner))
+    return pruner
 
 
 def _parse(pair: str) -> tuple[str, object]:

@@ -203,6 +203,7 @@ class Engine:
                 job.ids[None].to(self.model.device),
                 **job.inputs,
                 **sampling,
+                generation_strategy=self.model.possible_strategy,
                 max_new_tokens=job.max_new_tokens,
                 pad_token_id=self.tokenizer.pad_token_id,
                 use_cache=True,

@@ -98,6 +98,7 @@ def load_engine(args):
         use_flash_attn=args.use_flash_attn,
         pruner=pruner,
         vision_tower=args.vision_tower,
+        generation_strategy=args.generation_strategy,
     )
     if image_processor is None:
         raise ValueError(f"{path} is a model without a vision tower: it cannot look at images")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from llava.constants import IGNORE_INDEX
 from llava.pruning.learned import read_part
-from llava.pruning.twigvlm import grow_twig, published_name, save_twig
+from llava.pruning.twigvlm import Twig, grow_twig, published_name, save_twig
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.data import make_supervised_data_module
 from llava.train.llava_trainer import LLaVATrainer
@@ -53,10 +53,14 @@ class TwigTraining(nn.Module):
     def __init__(self, model: nn.Module, shared_layers: int, count: int):
         """model: a LLaVA model, which is frozen; the rest as in `grow_twig`"""
         super().__init__()
-        self.twig = grow_twig(model, shared_layers, count)
+        self.model = grow_twig(model, shared_layers, count)  # named as the optimizer knows decoders
         self.shared_layers = shared_layers
         model.requires_grad_(False).eval()
         self._trunk = [model]  # a list hides it from optimizers, checkpoints and other processes
+
+    @property
+    def twig(self) -> Twig:
+        return self.model
 
     @property
     def trunk(self) -> nn.Module:
