@@ -47,7 +47,7 @@ class CompareTab:
                 "Stop", variant="stop", scale=1, min_width=90, visible=False, elem_id="compare-stop"
             )
         sides = (("left", "none"), ("right", "vispruner"))
-        with gr.Row(equal_height=True):
+        with gr.Row(equal_height=False):
             self.pickers = [self._picker(side, default) for side, default in sides]
         with gr.Row(equal_height=False):
             self.panels = [self._panel(side) for side, _ in sides]

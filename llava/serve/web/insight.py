@@ -59,9 +59,8 @@ def _card(title: str, value: str, dense: str | None, ours: float, theirs: float 
     beside = f"dense {dense}" if dense else "dense not measured"
     change = ""
     if theirs and round(ours / theirs, 3) != 1:
-        change = f"<span class='pv-change'>{100 * (ours / theirs - 1):+.0f} %</span>".replace(
-            "-", "\N{MINUS SIGN}"
-        )
+        percent = f"{100 * (ours / theirs - 1):+.0f} %".replace("-", "\N{MINUS SIGN}")
+        change = f"<span class='pv-change'>{percent}</span>"
     return (
         f"<div class='pv-card'><div class='pv-title'>{title}</div>"
         f"<div class='pv-value'>{value}</div><div class='pv-dense'>{beside} {change}</div></div>"

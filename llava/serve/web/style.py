@@ -33,8 +33,8 @@ _PANEL = """
   border-radius: 8px; padding: .55rem .7rem; background: var(--block-background-fill); }
 .pv-title { font-size: .75rem; color: var(--body-text-color-subdued); }
 .pv-value { font-size: 1.25rem; font-weight: 650; white-space: nowrap; }
-.pv .pv-change { display: block; font-weight: 650; color: #4f46e5 !important; }
-.dark .pv .pv-change { color: #a5b4fc !important; }
+.pv .pv-change { display: block; font-weight: 650; color: #4f46e5; }
+.dark .pv .pv-change { color: #a5b4fc; }
 .pv-dense { font-size: .75rem; color: var(--body-text-color-subdued); margin: .15rem 0 0; }
 .pv-bars { display: flex; align-items: flex-end; gap: 3px; height: 64px; margin-top: .4rem; }
 .pv-bar { flex: 1; height: 100%; display: flex; align-items: flex-end; border-radius: 3px;
