@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,25 @@ import torch
 from transformers import CLIPVisionConfig
 
 from llava.eval import efficiency
-from llava.eval.efficiency import Oracle, Workload, build_variants, measure, spread, summarize
-from llava.eval.random_model import DECODERS, build_random_model, shapes
+from llava.eval.efficiency_report import spread, summarize, write_between_marks
+from llava.eval.efficiency_run import (
+    STAGES,
+    Workload,
+    build_variants,
+    llava_facts,
+    make_pruner,
+    measure,
+)
+from llava.eval.memory import peak_bytes
+from llava.eval.oracle import Oracle
+from llava.eval.random_model import CONFIGS, DECODERS, build_random_model, shapes
 from llava.eval.stock import stock_decoder
 from llava.eval.stopwatch import Stopwatch
 from llava.model import LlavaConfig
-from llava.pruning import build_pruner
+from llava.pruning import METHODS, Pruner, build_pruner
 
-LAYERS, WIDTH, INNER, PATCHES, TEXT = 3, 16, 24, 36, 8
+LAYERS, WIDTH, INNER, PATCHES, TEXT = 6, 16, 24, 36, 8
+BUDGETS = {"pyramiddrop": 20}
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -52,14 +62,18 @@ def workload(model):
 
 @pytest.fixture(scope="module")
 def rows(model, workload):
-    variants = build_variants(model, workload, ["vispruner", "random"], 9, stock=True)
+    names = ("vispruner", "random", "fastv", "pyramiddrop")
+    pruners = {name: make_pruner(name, BUDGETS.get(name, 9), model) for name in names}
+    variants = build_variants(model, workload, pruners, 9, stock=True)
     measure(variants, repeats=2, warmup=1)
     return {row["variant"]: row for row in summarize(variants)}
 
 
 def test_every_variant_has_a_row_with_its_stages(rows):
-    assert list(rows) == ["dense", "oracle", "vispruner", "random", "stock"]
-    assert set(rows["vispruner"]["ms"]) == set(efficiency.STAGES)
+    methods = ["vispruner", "random", "oracle of fastv", "fastv"]
+    methods += ["oracle of pyramiddrop", "pyramiddrop"]
+    assert list(rows) == ["dense", "oracle", *methods, "stock"]
+    assert set(rows["vispruner"]["ms"]) == set(STAGES)
     assert set(rows["stock"]["ms"]) == {"prefill", "decode"}
 
 
@@ -91,9 +105,77 @@ def test_operations_and_bytes_are_those_of_the_formulas(rows, name, tokens):
 
 def test_the_oracle_keeps_the_first_patches(model, workload):
     vision = model.get_vision_tower().tokens(workload.images)
-    kept = Oracle(visual_token_num=5).after_encoder(vision)
+    kept = Oracle.constant(5, crops=2).after_encoder(vision)
     assert torch.equal(kept.features, vision.features[:, :5])
     assert kept.positions.tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_methods_share_an_oracle_exactly_where_their_token_counts_are_equal(rows):
+    own = {name: row["oracle"] for name, row in rows.items() if row["oracle"]}
+    assert own["vispruner"] == own["random"] == "oracle"
+    assert own["fastv"] == "oracle of fastv" and own["pyramiddrop"] == "oracle of pyramiddrop"
+    for name, oracle in own.items():
+        tokens = "visual_tokens_per_layer"
+        assert rows[name][tokens] == rows[oracle][tokens]
+        assert rows[name]["kv_bytes"] == rows[oracle]["kv_bytes"]
+        assert rows[name]["times_own_oracle"]["prefill"] > 0
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "none"])
+@pytest.mark.parametrize("kind", ["model", "anyres_model"])
+def test_every_method_has_an_oracle_with_its_token_counts(kind, name, request):
+    """In every layer and cache, on one crop per image and on several, and with the same
+    positions."""
+    model = request.getfixturevalue(kind)
+    workload = Workload.random(model, batch_size=2, prompt_length=TEXT, num_tokens=2)
+    crops = model.crops_in_budget(Pruner())
+    try:
+        pruner = make_pruner(name, 64 if name == "mustdrop" else 10 * crops, model)
+    except ValueError as error:
+        if "one crop per image" in str(error) or "out of reach" in str(error):
+            pytest.skip(str(error))
+        raise
+    found = llava_facts(model, pruner, workload)
+    oracle = llava_facts(model, Oracle(found["schedule"], like=pruner), workload)
+    for fact in ("visual_tokens_per_layer", "kv_bytes", "prompt_tokens_first_layer"):
+        assert oracle["facts"][fact] == found["facts"][fact]
+    assert oracle["schedule"].layers == found["schedule"].layers
+    assert oracle["schedule"].renumber == found["schedule"].renumber
+    model.pruner = build_pruner("none")
+
+
+def test_the_oracle_watches_the_run_and_not_the_name(model, workload):
+    one, other = (
+        build_pruner("fastv", visual_token_num=9, layer=1),
+        build_pruner("fastv", visual_token_num=9, layer=3),
+    )
+    schedules = [llava_facts(model, pruner, workload)["schedule"] for pruner in (one, other)]
+    assert [schedule.layers for schedule in schedules] == [{1: (9, 9)}, {3: (9, 9)}]
+    assert not Oracle(schedules[0]).does_the_same_as(Oracle(schedules[1]), tiled=False)
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    def work():
+        for _ in range(3):
+            torch.zeros(16, 2**20).add_(1)
+
+    found = peak_bytes(work, torch.device("cpu"))
+    if found is None:
+        pytest.skip("no /proc here")
+    assert 60e6 < found < 150e6
+
+
+def test_a_table_replaces_what_stands_between_the_marks_of_a_page(tmp_path):
+    page = tmp_path / "page.md"
+    write_between_marks(page, "first")
+    page.write_text("before\n" + page.read_text() + "after\n")
+    write_between_marks(page, "second")
+    text = page.read_text()
+    assert "second" in text and "first" not in text
+    assert text.startswith("before\n") and text.endswith("after\n")
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="must have one line"):
+        write_between_marks(page, "third")
 
 
 def test_a_random_model_answers_with_as_many_tokens_as_asked_for(model, workload):
@@ -135,23 +217,44 @@ def test_percentiles_of_a_single_value_are_that_value():
 
 @pytest.mark.parametrize("name, billions", [("1b", 1.24), ("7b", 6.74), ("13b", 13.0)])
 def test_named_sizes_have_the_parameters_they_promise(name, billions):
-    width, inner, layers, _ = DECODERS[name]
+    width, inner, layers, *_ = DECODERS[name]
     numbers = layers * (4 * width**2 + 3 * width * inner) + 2 * 32000 * width
     assert round(numbers / 1e9, 2) == pytest.approx(billions, abs=0.02)
     config, tower = shapes(name)
     assert (config.hidden_size, (tower.image_size // tower.patch_size) ** 2) == (width, 576)
 
 
-def test_the_last_line_is_the_result_as_json(monkeypatch, capsys, tmp_path):
-    argv = f"program --config {GOLDEN / 'tiny-llava-v1.5'} --method random --visual_token_num 64"
-    argv += f" --dtype fp32 --repeats 1 --warmup 0 --decode-tokens 1 --json {tmp_path / 'r.json'}"
-    monkeypatch.setattr(sys, "argv", argv.split())
-    efficiency.main()
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("next-")])
+def test_next_shapes_cut_an_image_into_five_crops(name):
+    config, _ = shapes(name)
+    assert config.image_aspect_ratio == "anyres" and [672, 672] in config.image_grid_pinpoints
+    assert config.num_attention_heads % config.num_key_value_heads == 0
+
+
+def test_the_last_line_is_the_result_as_json(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    argv = f"--config {GOLDEN / 'tiny-llava-v1.5'} --method random,fastv --visual_token_num 64"
+    argv += " --dtype fp32 --repeats 1 --warmup 0 --output-tokens 1,2 --batch-size 2"
+    argv += f" --json {tmp_path / 'r.json'} --markdown {tmp_path / 'r.md'}"
+    efficiency.main([*argv.split(), "--plot", str(tmp_path / "r.png")])
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
-    assert [row["variant"] for row in result["variants"]] == ["dense", "oracle", "random"]
+    assert [(run["batch_size"], run["output_tokens"]) for run in result["runs"]] == [(2, 1), (2, 2)]
+    names = ["dense", "oracle", "random", "oracle of fastv", "fastv"]
+    assert [row["variant"] for row in result["runs"][0]["variants"]] == names
     assert json.loads((tmp_path / "r.json").read_text()) == result
-    assert any(line.split()[:2] == ["random", "64"] for line in lines)
+    assert sum(line.split()[:2] == ["random", "64"] for line in lines) == 2
+    assert (tmp_path / "r.md").read_text().count("| `fastv` | 576 / ") == 2
+    assert (tmp_path / "r.png").stat().st_size > 5000
+
+
+def test_all_methods_are_measured_or_named_with_the_reason(model):
+    pruners, refused = efficiency.methods_to_measure("all", 9, model)
+    assert pruners.keys() | refused.keys() | {"none"} == METHODS.keys()
+    assert not pruners.keys() & refused.keys()
+    assert "published settings" in refused["mustdrop"]
+    with pytest.raises(ValueError, match="published settings"):
+        efficiency.methods_to_measure("random,mustdrop", 9, model)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +265,6 @@ def test_the_last_line_is_the_result_as_json(monkeypatch, capsys, tmp_path):
         (["--repeats", "0"], "--repeats must be at least 1"),
     ],
 )
-def test_bad_settings_end_with_a_message(monkeypatch, argv, message):
-    monkeypatch.setattr(sys, "argv", ["program", *argv])
+def test_bad_settings_end_with_a_message(argv, message):
     with pytest.raises(SystemExit, match=message):
-        efficiency.main()
+        efficiency.main(argv)

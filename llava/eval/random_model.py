@@ -12,12 +12,18 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.builder import resolve_tower_path
 
-#: decoder sizes: hidden_size, intermediate_size, num_hidden_layers, num_attention_heads
+#: decoder sizes: hidden_size, intermediate_size, num_hidden_layers, attention heads, key heads
 DECODERS = {
-    "1b": (2048, 5504, 22, 16),
-    "7b": (4096, 11008, 32, 32),
-    "13b": (5120, 13824, 40, 40),
+    "small": (512, 1376, 8, 8, 8),
+    "1b": (2048, 5504, 22, 16, 16),
+    "7b": (4096, 11008, 32, 32, 32),
+    "13b": (5120, 13824, 40, 40, 40),
+    "mistral-7b": (4096, 14336, 32, 32, 8),
 }
+#: LLaVA-NeXT cuts an image into an overview and up to four tiles
+NEXT = "next-"
+CONFIGS = [*(name for name in DECODERS if name != "mistral-7b")]
+CONFIGS += [NEXT + name for name in ("1b", "7b", "13b", "mistral-7b")]
 #: CLIP ViT-L/14 at 336 pixels
 CLIP_LARGE = {
     "hidden_size": 1024,
@@ -32,16 +38,17 @@ POOL_NUMBERS = 2**22 - 1  # odd, so that rows of a weight do not repeat each oth
 
 
 def shapes(name: str) -> tuple[LlavaConfig, CLIPVisionConfig]:
-    """Configs of decoder and tower: a size of `DECODERS` with a CLIP-L tower, or the sizes of the
-    checkpoint in folder `name` (whose weights are not read)."""
-    if name in DECODERS:
-        width, inner, layers, heads = DECODERS[name]
+    """Configs of decoder and tower: one of `CONFIGS`, a decoder behind a CLIP-L tower as LLaVA-1.5
+    or, with "next-", LLaVA-NeXT; or the sizes of the checkpoint in folder `name` (whose weights are
+    not read)."""
+    if name in CONFIGS:
+        width, inner, layers, heads, key_heads = DECODERS[name.removeprefix(NEXT)]
         config = LlavaConfig(
             hidden_size=width,
             intermediate_size=inner,
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=heads,
+            num_key_value_heads=key_heads,
             vocab_size=32000,
             max_position_embeddings=4096,
             mm_hidden_size=CLIP_LARGE["hidden_size"],
@@ -50,10 +57,16 @@ def shapes(name: str) -> tuple[LlavaConfig, CLIPVisionConfig]:
             mm_vision_select_feature="patch",
             image_aspect_ratio="pad",
         )
+        if name.startswith(NEXT):
+            side = CLIP_LARGE["image_size"]
+            shapes = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+            config.image_aspect_ratio = "anyres"
+            config.mm_patch_merge_type = "spatial_unpad"
+            config.image_grid_pinpoints = [[side * w, side * h] for w, h in shapes]
         return config, CLIPVisionConfig(**CLIP_LARGE)
     if not os.path.isfile(os.path.join(name, "config.json")):
         raise ValueError(
-            f"unknown --config {name!r}, choose {', '.join(DECODERS)}, playground or a folder with "
+            f"unknown --config {name!r}, choose {', '.join(CONFIGS)}, playground or a folder with "
             "a checkpoint"
         )
     config = LlavaConfig.from_pretrained(name)

@@ -19,7 +19,8 @@ from llava.eval.answers import fingerprint
 from llava.eval.benchmarks import BENCHMARKS, Benchmark
 from llava.eval.errors import errors_as_messages
 from llava.eval.loading import add_model_args, add_speed_args, load_loop, resolve_conv_mode
-from llava.eval.suite_report import DENSE, import_pyplot, plot, table
+from llava.eval.plotting import import_pyplot
+from llava.eval.suite_report import DENSE, plot, table
 from llava.eval.tasks import read_jsonl
 from llava.eval.workers import Workers
 from llava.mm_utils import get_model_name_from_path

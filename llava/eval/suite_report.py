@@ -5,6 +5,8 @@ from __future__ import annotations
 from statistics import mean
 from typing import TYPE_CHECKING
 
+from llava.eval.plotting import import_pyplot
+
 if TYPE_CHECKING:
     from llava.eval.suite import Score
 
@@ -76,18 +78,6 @@ def _rate(column: list[Score]) -> str:
 
 def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def import_pyplot():
-    """Returns matplotlib's pyplot, drawing into files only; it belongs to the extra `eval`."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("matplotlib is missing: pip install -e '.[eval]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def plot(scores: list[Score], path: str) -> None:

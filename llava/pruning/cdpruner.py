@@ -11,6 +11,7 @@ a question, diversity alone decides (there, an error); no streams, no device-wid
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ ANSWER_FORMATS = (
 #: a span of cosines, and a share of a token's own weight, that count as zero in fp32
 NEGLIGIBLE = 1e-6
 QUESTIONS_REMEMBERED = 256
+VOCABULARY = 1024  # of the random text tower
 
 
 @dataclass
@@ -50,10 +52,17 @@ class CDPruner(SelectPruner):
         if self.theta is not None and not 0 <= self.theta < 1:
             raise ValueError(f"theta ({self.theta}) must lie from 0 to below 1")
 
+    def use_random_parts(self, model) -> None:
+        tower = model.get_vision_tower()
+        self.module = ClipText.random(tower.config)
+
     def attach(self, tower) -> None:
         if tower is not None:
-            device = tower.device if tower.is_loaded else None
-            self.module = ClipText.load(tower.vision_tower_name).to(device)
+            folder = tower.vision_tower_name
+            if self.module is None or self.module.folder not in (None, folder):
+                self.module = ClipText.load(folder)
+            if tower.is_loaded:
+                self.module.to(tower.device, tower.dtype)
             width = self.module.projection.in_features
             if tower.hidden_size != width:
                 raise ValueError(
@@ -90,10 +99,12 @@ class ClipText(nn.Module):
     text:       text model with projection
     norm, projection: of the vision model
     tokenizer:  of the text model
+    folder:     where all of it comes from; None: it is random
     """
 
-    def __init__(self, text, norm: nn.LayerNorm, projection: nn.Linear, tokenizer):
+    def __init__(self, text, norm: nn.LayerNorm, projection: nn.Linear, tokenizer, folder=None):
         super().__init__()
+        self.folder = folder
         self.text, self.norm, self.projection = text, norm, projection
         self.tokenizer = tokenizer
         self.known: dict[str, Tensor] = {}
@@ -123,7 +134,27 @@ class ClipText(nn.Module):
             parts.append(part)
         text, vision = parts
         tokenizer = CLIPTokenizerFast.from_pretrained(folder)
-        return cls(text, vision.vision_model.post_layernorm, vision.visual_projection, tokenizer)
+        norm = vision.vision_model.post_layernorm
+        return cls(text, norm, vision.visual_projection, tokenizer, folder)
+
+    @classmethod
+    def random(cls, vision) -> "ClipText":
+        """Random weights in the sizes of CLIP's text tower, beside a vision tower of config
+        `vision`; its tokenizer reads letter by letter."""
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+        width = vision.projection_dim
+        # Released CLIP models have a text tower as wide as the space both towers meet in.
+        config = CLIPTextConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_attention_heads=max(1, width // 64),
+            vocab_size=VOCABULARY,
+            projection_dim=width,
+        )
+        norm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
+        projection = nn.Linear(vision.hidden_size, width, bias=False)
+        return cls(CLIPTextModelWithProjection(config), norm, projection, letters)
 
     def image_embeds(self, features: Tensor) -> Tensor:
         """(B, N, P) embeddings of patch features (B, N, C)."""
@@ -155,6 +186,17 @@ class ClipText(nn.Module):
         device = self.projection.weight.device
         with torch.no_grad():
             return self.text(ids.to(device), attention_mask=mask.to(device)).text_embeds.float()
+
+
+class Letters(NamedTuple):
+    """What a tokenizer returns."""
+
+    input_ids: list[int]
+
+
+def letters(text: str, **_) -> Letters:
+    """A tokenizer without a vocabulary: one id per letter."""
+    return Letters([1, *(2 + ord(letter) % 1000 for letter in text), VOCABULARY - 1])
 
 
 def bare_question(text: str) -> str:

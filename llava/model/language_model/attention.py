@@ -101,14 +101,20 @@ def attention_rows(
     softmax ("scores"); hidden keys have 0 or -inf.
     """
     index = rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
-    picked = q.gather(2, index).float() * q.shape[-1] ** -0.5
+    return rows_of(q.gather(2, index), k, rows + k.shape[2] - q.shape[2], valid, form)
+
+
+def rows_of(
+    picked: Tensor, k: Tensor, places: Tensor, valid: Tensor | None, form: str = "weights"
+) -> Tensor:
+    """`attention_rows` from the queries (B, H, R, d) themselves, at `places` (B, R) of the keys."""
+    picked = picked.float() * picked.shape[-1] ** -0.5
     # Grouped queries share a key head: fold them into the row axis instead of repeating keys.
     batch, heads, count, width = picked.shape
     groups = k.shape[1]
     picked = picked.reshape(batch, groups, heads // groups * count, width)
     scores = (picked @ k.float().transpose(2, 3)).reshape(batch, heads, count, -1)
-    behind = k.shape[2] - q.shape[2]
-    visible = torch.arange(k.shape[2], device=k.device) <= rows[:, None, :, None] + behind
+    visible = torch.arange(k.shape[2], device=k.device) <= places[:, None, :, None]
     if valid is not None:
         visible = visible & valid[:, None, None, :]
     scores = scores.masked_fill(~visible, float("-inf"))

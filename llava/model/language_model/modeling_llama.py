@@ -28,6 +28,7 @@ from .attention import (
     check_backend,
     padded_causal_mask,
     repeat_heads,
+    rows_of,
 )
 
 
@@ -110,10 +111,17 @@ class Attention(nn.Module):
 
     def queries_and_keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """q (B, H, S, d) and k (B, G, S, d) after RoPE, from normed inputs x (B, S, D)."""
+        return self.queries(x, rope), self.keys(x, rope)
+
+    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         batch, size, _ = x.shape
         q = self.q_proj(x).view(batch, size, self.num_heads, self.head_dim).transpose(1, 2)
+        return rotate(q, rope)
+
+    def keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        batch, size, _ = x.shape
         k = self.k_proj(x).view(batch, size, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        return rotate(q, rope), rotate(k, rope)
+        return rotate(k, rope)
 
     def values(self, x: Tensor) -> Tensor:
         """v (B, G, S, d) from normed inputs x (B, S, D)."""
@@ -428,10 +436,11 @@ class LlamaModel(LlamaPreTrainedModel):
         self, layer: int, x: Tensor, position_ids: Tensor, rows: Tensor, valid: Tensor | None
     ) -> Tensor:
         """(B, H, R, S) fp32 attention rows that `layer` would have on inputs x (B, S, D)."""
-        layer = self.layers[layer]
-        rope = self.rotary(position_ids, x.dtype)
-        q, k = layer.self_attn.queries_and_keys(layer.input_layernorm(x), rope)
-        return attention_rows(q, k, rows, valid)
+        norm, attention = self.layers[layer].input_layernorm, self.layers[layer].self_attn
+        x = norm(x)
+        k = attention.keys(x, self.rotary(position_ids, x.dtype))
+        rope = self.rotary(position_ids.gather(1, rows), x.dtype)
+        return rows_of(attention.queries(gather_tokens(x, rows), rope), k, rows, valid)
 
     def _continue(self, x: Tensor, cache: KVCache, collect) -> Tensor:
         """All layers on the (B, q) tokens that follow those in the cache."""

@@ -1,0 +1,188 @@
+"""What a method would cost if choosing were free: its own token counts, the first tokens kept.
+
+The counts come from watching the method run once, not from what it is called or says about itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from llava.pruning import ImageTokens, Prefill, Pruner, TowerTokens, VisionTokens
+
+Counts = tuple[int, ...]
+
+
+@dataclass
+class Schedule:
+    """How many tokens a method let pass on one workload, at every stage where it changed them.
+
+    side:      pixels per side of the crops that entered the tower; None: as they were
+    tower:     tower layer -> patches of each crop that entered it
+    encoder:   tokens of each crop that entered the projector; None: all
+    projector: tokens of each crop after it; None: all
+    layout:    tokens of an image before the hook -> after it; where images differ, the most
+    layers:    decoder layer -> visual tokens of each prompt that entered it
+    renumber:  those of `layers` at which positions were counted anew
+    """
+
+    side: int | None = None
+    tower: dict[int, Counts] = field(default_factory=dict)
+    encoder: Counts | None = None
+    projector: Counts | None = None
+    layout: dict[int, int] = field(default_factory=dict)
+    layers: dict[int, Counts] = field(default_factory=dict)
+    renumber: set[int] = field(default_factory=set)
+
+    def before_tower(self, result: Tensor, images: Tensor, *_, **__) -> None:
+        if result.shape[-1] != images.shape[-1]:
+            self.side = result.shape[-1]
+
+    def before_tower_layer(self, result: TowerTokens, index: int, tokens: TowerTokens) -> None:
+        if result is not tokens:
+            self.tower[index] = _lengths(result.positions, result.valid)
+
+    def after_encoder(self, result: VisionTokens, vision: VisionTokens) -> None:
+        self.encoder = self._changed(result, vision)
+
+    def after_projector(self, result: VisionTokens, vision: VisionTokens) -> None:
+        self.projector = self._changed(result, vision)
+
+    @staticmethod
+    def _changed(result: VisionTokens, vision: VisionTokens) -> Counts | None:
+        after = _lengths(result.positions, result.valid)
+        return None if after == _lengths(vision.positions, vision.valid) else after
+
+    def after_layout(self, result: ImageTokens, image: ImageTokens) -> None:
+        before, after = len(image.patches), len(result.patches)
+        if after != before:
+            self.layout[before] = max(after, self.layout.get(before, 0))
+
+    def before_layer(self, result: Prefill, index: int, prefill: Prefill) -> None:
+        if result.index is prefill.index:
+            return
+        self.layers[index] = tuple(result.is_visual.sum(dim=1).tolist())
+        if (result.position_ids[:, -1] != prefill.position_ids[:, -1]).any():
+            self.renumber.add(index)
+
+
+WATCHED = ("before_tower", "before_tower_layer", "after_encoder", "after_projector")
+WATCHED += ("after_layout", "before_layer")
+
+
+@contextmanager
+def watch_schedule(pruner: Pruner) -> Iterator[Schedule]:
+    """Fills the schedule while the model runs with `pruner` inside the block."""
+    schedule = Schedule()
+
+    def watched(hook, note):
+        def call(*args, **kwargs):
+            result = hook(*args, **kwargs)
+            note(result, *args, **kwargs)
+            return result
+
+        return call
+
+    for name in WATCHED:
+        setattr(pruner, name, watched(getattr(pruner, name), getattr(schedule, name)))
+    try:
+        yield schedule
+    finally:
+        for name in WATCHED:
+            delattr(pruner, name)  # the method of the class shows again
+
+
+class Oracle(Pruner):
+    """Keeps the first tokens wherever `schedule` says that tokens go, and looks at nothing.
+
+    like: the method whose positions, image layout and cache cuts it shares
+    """
+
+    name = "oracle"
+
+    def __init__(self, schedule: Schedule, like: Pruner | None = None):
+        self.schedule, self.like = schedule, like or Pruner()
+        self.position_policy = self.like.position_policy
+        self.anyres_tiles, self.anyres_config = self.like.anyres_tiles, self.like.anyres_config
+
+    @classmethod
+    def constant(cls, tokens: int, crops: int) -> Oracle:
+        """As many tokens of each of `crops` crops, from the projector on."""
+        return cls(Schedule(encoder=(tokens,) * crops))
+
+    def does_the_same_as(self, other: Oracle, tiled: bool) -> bool:
+        """Whether measuring both would measure one thing twice; tiled: images are cut into crops,
+        so that it matters how."""
+        return self._facts(tiled) == other._facts(tiled)
+
+    def _facts(self, tiled: bool) -> tuple:
+        tiles = (self.anyres_tiles, self.anyres_config) if tiled else None
+        return self.schedule, self.position_policy, tiles, type(self.like).pruned_caches
+
+    def before_tower(self, images: Tensor, patch_size: int, crops: int = 1) -> Tensor:
+        side = self.schedule.side
+        return images if side is None else images[..., :side, :side]
+
+    def before_tower_layer(self, index: int, tokens: TowerTokens) -> TowerTokens:
+        counts = self.schedule.tower.get(index)
+        if counts is None:
+            return tokens
+        return replace(
+            tokens,
+            hidden_states=tokens.hidden_states[:, : 1 + max(counts)],
+            positions=tokens.positions[:, : max(counts)],
+            valid=_valid(counts, tokens.positions.device),
+        )
+
+    def after_encoder(self, vision: VisionTokens) -> VisionTokens:
+        return _first(vision, self.schedule.encoder)
+
+    def after_projector(self, vision: VisionTokens) -> VisionTokens:
+        return _first(vision, self.schedule.projector)
+
+    def after_layout(self, image: ImageTokens) -> ImageTokens:
+        size = len(image.patches)
+        count = self.schedule.layout.get(size, size)
+        return image if count == size else image.keep(slice(count))
+
+    def before_layer(self, index: int, prefill: Prefill) -> Prefill:
+        counts = self.schedule.layers.get(index)
+        if counts is None:
+            return prefill
+        visual = prefill.is_visual
+        kept = torch.tensor(counts, device=visual.device)[:, None]
+        mask = ~visual | (visual.cumsum(dim=1) <= kept)
+        return prefill.keep(mask, renumber=index in self.schedule.renumber)
+
+    def pruned_caches(self, index: int, num_layers: int) -> range:
+        return self.like.pruned_caches(index, num_layers)
+
+
+def _first(vision: VisionTokens, counts: Counts | None) -> VisionTokens:
+    if counts is None:
+        return vision
+    most = max(counts)
+    return replace(
+        vision,
+        features=vision.features[:, :most],
+        positions=vision.positions[:, :most],
+        valid=_valid(counts, vision.positions.device),
+        merged=None,
+    )
+
+
+def _valid(counts: Counts, device) -> Tensor | None:
+    """(B, most) False on padding; None where all counts are equal."""
+    if min(counts) == max(counts):
+        return None
+    return torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
+
+
+def _lengths(places: Tensor, valid: Tensor | None) -> Counts:
+    if valid is None:
+        return (places.shape[1],) * places.shape[0]
+    return tuple(valid.sum(dim=1).tolist())
