@@ -96,3 +96,12 @@ def test_a_bad_image_is_named_and_answers_before_it_are_kept(content, tmp_path):
         eval_cases.run_program(case["module"], [*argv, "--batch-size", "3"])
     assert "question q9" in stop.value.code and str(bad) in stop.value.code
     assert len(eval_cases.read_answers(tmp_path / "a.jsonl")) == 2
+
+
+@pytest.mark.parametrize("reuse", ["--reuse", "--no-reuse"])
+def test_lines_say_how_many_visual_tokens_a_method_kept(tmp_path, reuse):
+    case = next(case for case in CASES if case["id"] == "loader-v1.5")
+    options = ["--batch-size", "2", "--pruning-method", "random", "--visual-token-num", "30"]
+    eval_cases.run_program(case["module"], [*prepare(case, tmp_path), *options, reuse])
+    for record in eval_cases.read_answers(tmp_path / "a.jsonl"):
+        assert record["metadata"] == {"visual_tokens": 30.0, "visual_tokens_unpruned": 576}

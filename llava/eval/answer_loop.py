@@ -16,10 +16,11 @@ from llava.constants import (
     DEFAULT_IMAGE_TOKEN,
 )
 from llava.conversation import conv_templates
+from llava.eval import budgets
 from llava.eval.tasks import Question, load_image
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.reuse import Picture, PrefixCache, pad_left
-from llava.pruning import trace_pruning
+from llava.pruning import Pruner, trace_pruning
 
 PREPARED_IMAGES = 64  # neighbouring questions are often about one image
 BATCHES_AHEAD = 2
@@ -108,15 +109,19 @@ class AnswerLoop:
 
     @torch.inference_mode()
     def generate(self, batch: list[tuple[Question, list[Picture]]]) -> list[str]:
-        """Returns the answers to one batch."""
+        """Returns the answers to one batch; where a method prunes, the questions' `metadata` says
+        what was kept."""
         ids = [
             tokenizer_image_token(self.prompt(question), self.tokenizer, return_tensors="pt")
             for question, _ in batch
         ]
-        if self.visual_tokens is None and any(pictures for _, pictures in batch):
+        pruned = self.model.pruner.name != Pruner.name
+        if (pruned or self.visual_tokens is None) and any(pictures for _, pictures in batch):
             with trace_pruning(self.model) as trace:
                 output = self._generate(ids, batch)
-            self.visual_tokens = count_visual_tokens(trace)
+            self.visual_tokens = self.visual_tokens or count_visual_tokens(trace)
+            if pruned:
+                note_visual_tokens(batch, trace)
         else:
             output = self._generate(ids, batch)
         texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
@@ -182,6 +187,18 @@ class AnswerLoop:
 
 def _finished(numbers: list[int], pending: list) -> tuple[list[int], list]:
     return numbers, [(question, [f.result() for f in futures]) for question, futures in pending]
+
+
+def note_visual_tokens(batch: list[tuple[Question, list[Picture]]], trace) -> None:
+    """Writes into the metadata of every question with images how many of their tokens its prompt
+    had per layer, on average, and how many there are without pruning."""
+    rows = torch.stack(trace.visual_tokens).float().mean(dim=0)
+    kept = rows[:: len(rows) // len(batch)].tolist()  # the beams of a prompt are alike
+    lengths = iter(trace.unpruned_lengths)
+    for (question, pictures), tokens in zip(batch, kept, strict=True):
+        whole = sum(next(lengths) for _ in pictures)
+        if pictures:
+            question.metadata = {budgets.KEPT: round(tokens, 2), budgets.ALL: whole}
 
 
 def count_visual_tokens(trace) -> tuple[float, float] | None:

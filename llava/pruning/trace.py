@@ -73,8 +73,8 @@ class PruningTrace:
         """One layer of the prefill; `size` (B, S) only lends its shape and device."""
         tokens = size.new_ones(size.shape, dtype=bool) if valid is None else valid
         visual = tokens & (visual_index >= 0) if visual_index is not None else tokens & False
-        self.prompt_tokens.append(tokens.sum(dim=1).cpu())
-        self.visual_tokens.append(visual.sum(dim=1).cpu())
+        self.prompt_tokens.append(tokens.sum(dim=1))
+        self.visual_tokens.append(visual.sum(dim=1))
 
     def add_change(self, layer: int, index: Tensor, valid: Tensor | None) -> None:
         rows = index if valid is None else [row[ok] for row, ok in zip(index, valid, strict=True)]
@@ -82,6 +82,9 @@ class PruningTrace:
 
     def finish_prefill(self, cache, visual_index: Tensor, judged=None) -> None:
         """visual_index (B, S) of the prompt; judged: what `Prefill.record_importance` left."""
+        # Brought over together: a wait for the device in every layer would slow the prefill down.
+        counts = torch.stack([*self.prompt_tokens, *self.visual_tokens]).cpu()
+        self.prompt_tokens, self.visual_tokens = map(list, counts.chunk(2))
         if cache is not None:
             self.kv_lengths = cache.row_lengths()
             self.cache_bytes = cache.num_bytes()
