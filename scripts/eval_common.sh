@@ -30,6 +30,9 @@
 # score into a .score.json beside them. A run that was interrupted continues.
 
 set -euo pipefail
+# Given as seen from where the script was called; the scripts run in the root of the repository.
+[ -z "${DATA_DIR:-}" ] || DATA_DIR=$(realpath -m "$DATA_DIR")
+[ -z "${CKPT_DIR:-}" ] || CKPT_DIR=$(realpath -m "$CKPT_DIR")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 
