@@ -27,6 +27,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_namespace_packages(include=["llava", "llava.*"]),
+    package_data={"llava.eval": ["table/*.json"]},
     install_requires=[
         "torch>=2.1",
         "transformers==4.37.2",

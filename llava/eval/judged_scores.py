@@ -13,8 +13,8 @@ from llava.eval.tasks import read_json, read_jsonl
 class JudgedRun:
     """A complete set of answers and what its judge may need besides.
 
-    output:  file of verdicts to write, and to go on with
-    wording: the benchmark's own instruction to the judge, given by the user; None: ours
+    output:  file of verdicts to write; what an earlier run was told comes from the judge's cache
+    wording: file with the benchmark's own instruction to the judge; None: ours
     """
 
     data_dir: str
@@ -29,12 +29,14 @@ class Judged:
     """How a judge scores a benchmark.
 
     model, max_tokens, temperature: of the published verdicts
+    wording: file in the data folder with the benchmark's own instruction, if the user put it there
     score: (judge, run) -> dict with `score` in percent, `count` and details
     """
 
     model: str
     max_tokens: int
     temperature: float
+    wording: str | None
     score: Callable[[Judge, JudgedRun], dict]
     report: Callable[[dict], str]
 
@@ -54,7 +56,7 @@ def llava_bench(judge: Judge, run: JudgedRun) -> dict:
         gpt_review.read_rules(run.wording or gpt_review.OWN_RULES),
         {context["image"]: context for context in contexts},
     )
-    gpt_review.review(judge, heads, prompts, run.output)
+    gpt_review.review(judge, heads, prompts, run.output, overwrite=True)
     means, unreadable = summarize_gpt_review.summarize(read_jsonl(run.output))
     total = means.get("all", (0.0, 0.0))
     return {
@@ -73,13 +75,20 @@ def mmvet(judge: Judge, run: JudgedRun) -> dict:
     entries = read_json(os.path.join(run.data_dir, "mm-vet", "mm-vet.json"))
     instruction = eval_mmvet.read_instruction(run.wording)
     answers = read_jsonl(run.answers_file, ("question_id", "text"))
-    return eval_mmvet.grade(judge, entries, answers, run.output, instruction)
+    return eval_mmvet.grade(judge, entries, answers, run.output, instruction, overwrite=True)
 
 
 def viscot(judge: Judge, run: JudgedRun) -> dict:
-    return eval_viscot.score_file(run.answers_file, judge)
+    return eval_viscot.score_file(run.answers_file, judge, overwrite=True)
 
 
-LLAVA_BENCH = Judged(gpt_review.BENCH.model, 1024, 0.2, llava_bench, llava_bench_report)
-MMVET = Judged(eval_mmvet.MODEL, 16, 0.0, mmvet, eval_mmvet.report)
-VISCOT = Judged(eval_viscot.MODEL, 512, 0.0, viscot, eval_viscot.report)
+LLAVA_BENCH = Judged(
+    gpt_review.BENCH.model,
+    1024,
+    0.2,
+    "llava-bench-in-the-wild/rule.json",
+    llava_bench,
+    llava_bench_report,
+)
+MMVET = Judged(eval_mmvet.MODEL, 16, 0.0, "mm-vet/prompt.txt", mmvet, eval_mmvet.report)
+VISCOT = Judged(eval_viscot.MODEL, 512, 0.0, None, viscot, eval_viscot.report)

@@ -59,7 +59,9 @@ def ask_judge(benchmark: Benchmark, args, questions: str) -> dict | None:
     args.max_tokens = args.max_tokens or judged.max_tokens
     args.judge_cache = args.judge_cache or shared_cache(args.answers_file)
     output = elsewhere(args.answers_file, "reviews", ".jsonl")
-    run = JudgedRun(args.data_dir, questions, args.answers_file, output, args.judge_wording)
+    own = os.path.join(args.data_dir, judged.wording or "")
+    wording = args.judge_wording or (own if os.path.isfile(own) else None)
+    run = JudgedRun(args.data_dir, questions, args.answers_file, output, wording)
     return judged.score(judge_from_args(args, output), run)
 
 
@@ -110,8 +112,8 @@ def main():
     parser.add_argument("--limit", type=int, help="as it was when the questions were answered")
     parser.add_argument(
         "--judge-wording",
-        default=os.environ.get("JUDGE_WORDING"),
-        help="the benchmark's own rule.json or few-shot prompt (default: JUDGE_WORDING, else ours)",
+        help="the benchmark's own rule.json or few-shot prompt (default: that in the data folder, "
+        "else ours)",
     )
     add_judge_args(parser)
     args = parser.parse_args()
