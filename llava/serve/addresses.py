@@ -53,7 +53,7 @@ def normal(address: str) -> str:
         host, port = parts.hostname or "", parts.port
     except ValueError:
         raise ServeError("bad_request", "worker_name is not an address.") from None
-    plain = parts.path in ("", "/") and not (parts.query or parts.fragment or "@" in address)
+    plain = parts.path in ("", "/") and not any(mark in address for mark in "?#@\\")
     printable = address.isascii() and address.isprintable() and " " not in address
     if parts.scheme not in PORTS or not host or not plain or port == 0 or not printable:
         raise ServeError("bad_request", "worker_name must have the form http://HOST:PORT.")
