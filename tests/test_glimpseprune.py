@@ -3,9 +3,13 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from llava.eval import run_llava
+from llava.eval.show_pruning import PANEL_SIDE, importance_of_patches
 from llava.pruning import Prefill, build_pruner, trace_pruning
 from llava.pruning.glimpseprune import GlimpsePrune, boxes_to_cells
 from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig, grid_angles, view_places
@@ -260,6 +264,25 @@ def test_images_of_many_crops_are_judged_crop_by_crop(anyres_model, sample):
     assert set(stayed[stayed >= 0].tolist()) == set(patches[chance > 0.5].tolist())
     rows = {(p // 36, p % 36 // 6) for p in stayed[stayed >= 36].tolist()}
     assert int((stayed < 0).sum()) == len({row for _, row in rows})
+
+
+def test_the_picture_shows_the_map_beside_what_stayed(tmp_path):
+    words = ["--model-path", GOLDEN / "tiny-llava-v1.5", "--query", "What is it?"]
+    words += ["--image-file", GOLDEN / "images/img1_640x360.png", "--temperature", 0]
+    words += ["--max-new-tokens", 1, "--pruning-method", "glimpseprune"]
+    words += ["--pruning-arg", f"new_modules={GOLDEN / 'glimpseprune-llava/new_modules_A'}"]
+    words += ["--show-pruning", tmp_path / "kept.png"]
+    run_llava.answer(run_llava.build_parser().parse_args([str(word) for word in words]))
+    picture = np.asarray(Image.open(tmp_path / "kept.png").convert("RGB"), dtype=int)
+    assert picture.shape[1] > 2 * PANEL_SIDE
+    left, right = picture[20:300, 20:500], picture[20:300, PANEL_SIDE + 40 : PANEL_SIDE + 520]
+    colour = [np.ptp(side, axis=2).mean() for side in (left, right)]
+    assert colour[1] > 2 * colour[0]  # from blue to red
+
+
+def test_patches_without_a_value_get_the_lowest_in_the_map():
+    values, patches = torch.tensor([0.5, float("nan"), 0.2]), torch.tensor([3, -1, 0])
+    assert importance_of_patches(values, patches, 5) == pytest.approx([0.2, 0.2, 0.2, 0.5, 0.2])
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -101,6 +101,18 @@ def _panel(image: Image.Image, kept: np.ndarray) -> Image.Image:
     return panel
 
 
+def importance_of_patches(values: Tensor, patches: Tensor, count: int) -> list[float]:
+    """A value for each of the `count` patches of an image, from those of its visual tokens.
+
+    values, patches: (n,) as in `PruningTrace`; patches without a value get the lowest of the others
+    """
+    judged = values.isfinite() & (patches >= 0)
+    lowest = values[judged].amin() if judged.any() else values.new_zeros(())
+    full = lowest.repeat(count)
+    full[patches[judged]] = values[judged]
+    return full.tolist()
+
+
 def draw_importance(
     image: Image.Image, values: list[float], boxes: list[np.ndarray]
 ) -> list[Image.Image]:
@@ -165,15 +177,21 @@ def show_pruning(
 ) -> Image.Image:
     """The images of one prompt, side by side, with what the traced `generate` call kept of them.
 
+    Where the method says how important it found every patch, a map of that follows each image.
+
     input_ids: (L,) ids of the prompt. text: goes into the caption behind method and token counts.
     """
     survivors = surviving_patches(trace, input_ids)
     tower = model.get_vision_tower()
-    panels, total = [], 0
-    for image, patches in zip(images, survivors, strict=True):
+    panels, total, maps = [], 0, trace.importance
+    for number, (image, patches) in enumerate(zip(images, survivors, strict=True)):
         boxes = crop_boxes(image.size, model.config, tower)
-        total += sum(len(crop) for crop in boxes)
+        count = sum(len(crop) for crop in boxes)
+        total += count
         panels += draw_image(image, patches, boxes)
+        if maps is not None:
+            values = importance_of_patches(maps[number], trace.visual_positions[number], count)
+            panels += draw_importance(image, values, boxes)
     caption = f"{model.pruner!r}: {sum(map(len, survivors))} visual tokens of {total} patches"
     mean = sum(int(tokens[0]) for tokens in trace.visual_tokens) / len(trace.visual_tokens)
     if trace.decoder_keep:
@@ -181,6 +199,8 @@ def show_pruning(
     merged = sum(int((patches < 0).sum()) for patches in survivors)
     if merged:
         caption += f" ({merged} of them, merged or newline tokens, have no place of their own)"
-    if len(panels) > len(images):
+    if maps is not None:
+        caption += "; coloured: how important the method finds each patch, from blue to red"
+    if len(panels) > len(images) * (1 if maps is None else 2):
         caption += "; each image twice: patches of the overview, patches of the tiles"
     return side_by_side(panels, f"{caption}. {text}".strip())
