@@ -145,8 +145,8 @@ run_all() {
     SCORE_LIST=$(mktemp)
     export SCORE_LIST
     while read -r script split <&3; do
-        echo "=== $script $split"
-        SPLIT=$split bash "scripts/v1_5/eval/$script.sh" "$@" || failed+=("$script $split")
+        echo "=== $script${split:+ $split}"
+        SPLIT=$split bash "scripts/v1_5/eval/$script.sh" "$@" || failed+=("$script${split:+ $split}")
     done 3< <(list_benchmarks --scripts)
     "$PYTHON" -m llava.eval.score_table --list "$SCORE_LIST"
     rm "$SCORE_LIST"

@@ -9,4 +9,4 @@ LABEL+=${BRIEF:+_brief}
 for name in ${SETS:-$(list_benchmarks --sets viscot)}; do
     evaluate "viscot_$name${BRIEF:+_brief}" model_vqa_viscot ${BRIEF:+--brief}
 done
-"$PYTHON" -m llava.eval.score_table "${SCORES[@]}"
+[ -n "${SCORE_LIST:-}" ] || "$PYTHON" -m llava.eval.score_table "${SCORES[@]}"
