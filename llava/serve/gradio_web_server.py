@@ -128,7 +128,8 @@ def launch(args, uploads: str):
         max_size=WAITING_QUESTIONS,
         default_concurrency_limit=args.concurrency_count,
     )
-    guard = Middleware(Guard, hosts=allowed_hosts(args), embed=args.embed)
+    functions = {number: len(function.inputs) for number, function in page.fns.items()}
+    guard = Middleware(Guard, functions=functions, hosts=allowed_hosts(args), embed=args.embed)
     _, address, shared = page.launch(
         server_name=args.host,
         server_port=args.port,

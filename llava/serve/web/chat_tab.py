@@ -121,7 +121,7 @@ class ChatTab:
             gr.on([self.send.click, self.text.submit], self.ask, **slow),
             self.again.click(self.regenerate, **slow),
         ]
-        quick = dict(queue=False, show_progress="hidden")
+        quick = dict(show_progress="hidden", concurrency_limit=None)
         self.stop.click(self.stopped, {self.chat}, self.outputs, cancels=running, **quick)
         gr.on([self.clear.click, self.window.clear], self.cleared, None, self.outputs, **quick)
         for button, kind in zip(self.votes, ("upvote", "downvote", "flag"), strict=True):

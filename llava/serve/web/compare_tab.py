@@ -79,7 +79,7 @@ class CompareTab:
             None,
             {self.run, self.stop},
             cancels=[running],
-            queue=False,
+            concurrency_limit=None,
             show_progress="hidden",
         )
 

@@ -19,7 +19,7 @@ GETS = re.compile(
     rf"|{API}/heartbeat/[\w-]+|{API}/file=.+|/pwa_icon(/\d+)?",
     re.S,
 )
-POSTS = re.compile(rf"{API}/(upload|queue/join|run/predict|cancel|reset)/?")
+POSTS = re.compile(rf"{API}/(upload|queue/join|cancel|reset)/?")
 JSON_BYTES = 2**18  # of a request that carries no file
 UPLOAD_BYTES = 12 * 2**20
 URL_CHARACTERS = 2048
@@ -37,13 +37,20 @@ POLICY = (
 class Guard:
     """Refuses requests with 4xx before gradio sees them, and adds security headers to replies.
 
-    hosts: names under which the page may be asked for, None for any (checks against pages of
-           other sites that let their name point here)
-    embed: whether other sites may show the page in a frame
+    functions: number of an event's function -> how many values it takes
+    hosts:     names under which the page may be asked for, None for any (a check against pages of
+               other sites that let their name point here)
+    embed:     whether other sites may show the page in a frame
     """
 
-    def __init__(self, app, hosts: tuple[str, ...] | None = LOOPBACK, embed: bool = False):
-        self.app, self.hosts = app, hosts
+    def __init__(
+        self,
+        app,
+        functions: dict[int, int],
+        hosts: tuple[str, ...] | None = LOOPBACK,
+        embed: bool = False,
+    ):
+        self.app, self.functions, self.hosts = app, functions, hosts
         self.policy = POLICY.format(frames="*" if embed else "'self'")
 
     async def __call__(self, scope, receive, send):
@@ -56,7 +63,7 @@ class Guard:
             self._check_head(scope, headers)
             if scope["method"] == "POST":
                 body = await _read(receive, headers, scope["path"])
-                _check_body(scope["path"], headers, body)
+                self._check_body(scope["path"], headers, body)
                 receive = _replay(body, receive)
         except Refused as refused:
             await _refuse(send, refused)
@@ -81,6 +88,23 @@ class Guard:
             raise Refused(405, "Only GET and POST are understood.")
         elif not POSTS.fullmatch(path):
             raise Refused(404, "There is nothing here.")
+
+    def _check_body(self, path: str, headers: dict[str, str], body: bytes) -> None:
+        if path.startswith(f"{API}/upload"):
+            check_upload(headers.get("content-type", ""), body)
+            return
+        event = _read_json(body)
+        _check_files(event)
+        if path.startswith(f"{API}/queue/join"):
+            self._check_event(event)
+
+    def _check_event(self, event: dict) -> None:
+        number, data, session = (event.get(key) for key in ("fn_index", "data", "session_hash"))
+        known = type(number) is int and number in self.functions
+        if not known or not isinstance(data, list) or len(data) != self.functions[number]:
+            raise Refused(400, "The page has no event like this.")
+        if not isinstance(session, str) or not re.fullmatch(r"\w{1,64}", session):
+            raise Refused(400, "The session has no valid name.")
 
     def _with_headers(self, send):
         added = [
@@ -136,17 +160,15 @@ async def _read(receive, headers: dict[str, str], path: str) -> bytes:
             return bytes(body)
 
 
-def _check_body(path: str, headers: dict[str, str], body: bytes) -> None:
-    if path.startswith(f"{API}/upload"):
-        check_upload(headers.get("content-type", ""), body)
-        return
+def _read_json(body: bytes) -> dict:
     try:
         data = json.loads(body or b"{}")
+        json.dumps(data, ensure_ascii=False).encode()  # half characters cannot be sent back
     except (ValueError, RecursionError) as error:
         raise Refused(400, "The request is not valid JSON.") from error
     if not isinstance(data, dict):
         raise Refused(400, "The request is not a JSON object.")
-    _check_files(data)
+    return data
 
 
 def _check_files(data) -> None:

@@ -70,7 +70,7 @@ class Page:
     def _connect(self) -> None:
         offers = [output for picker in self.pickers for output in picker.outputs]
         chosen = {self.controls.model, *(picker.method for picker in self.pickers)}
-        quick = dict(show_progress="hidden", queue=False)
+        quick = dict(show_progress="hidden", concurrency_limit=None)
         loaded = self.blocks.load(self.visit, None, self.controls.model, **quick)
         loaded.then(self.offer, chosen, {self.chat.methods, *offers}, **quick)
         self.controls.model.input(self.offer, chosen, {self.chat.methods, *offers}, **quick)
