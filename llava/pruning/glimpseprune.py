@@ -96,15 +96,16 @@ class GlimpsePrune(Pruner):
     def attach_model(self, model: nn.Module) -> None:
         if self.module is None:
             self.module = self.load(model)
-        config = self.module.config
-        fits = (config.hidden_size, config.num_attention_heads)
-        needed = (model.config.hidden_size, model.config.num_attention_heads)
+        config, tower = self.module.config, model.get_vision_tower()
+        fits = (config.hidden_size, config.num_attention_heads, config.mm_hidden_size)
+        needed = (model.config.hidden_size, model.config.num_attention_heads, tower.hidden_size)
         if fits != needed:
             raise ValueError(
-                f"the trained part of {self.name} is for a decoder of width and heads {fits}, this "
-                f"model has {needed}"
+                f"the trained part of {self.name} is for a decoder and tower with (width, heads, "
+                f"tower width) {fits}, this model has {needed}"
             )
-        config.check_depth(model.config.num_hidden_layers, model.get_vision_tower().depth[0])
+        config.check_depth(model.config.num_hidden_layers, tower.depth[0])
+        self.module.to(model.get_input_embeddings().weight.device)
 
     def load(self, model: nn.Module) -> Glimpse:
         """Reads the trained part that belongs to `model`."""
