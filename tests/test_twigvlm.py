@@ -58,6 +58,7 @@ def test_layers_follow_the_depth_but_the_wipe_of_40_layers_is_the_published_one(
     assert (pruner.shared_layers(32), pruner.wipe_layer(32)) == (2, 24)
     assert (pruner.shared_layers(40), pruner.wipe_layer(40)) == (2, 24)
     assert (pruner.shared_layers(16), pruner.wipe_layer(16)) == (1, 12)
+    assert (pruner.shared_layers(2), pruner.wipe_layer(2)) == (1, 2)
 
 
 @pytest.mark.parametrize(

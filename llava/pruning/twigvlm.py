@@ -67,6 +67,7 @@ class TwigVLM(BudgetPruner):
                       environment variable twig_K, else 2 of 32, scaled to the depth
     twig_T:           layers of the twig; only checked, the file says how many there are
     final_wipe_layer: None: 24 of 32, scaled to the depth, at most 24 (as published for 40 layers)
+                      and at least K + 1
     enable_pruning:   False keeps all visual tokens; the twig can still guess tokens
     num_speculations, draft_stop_prob: as in `llava.pruning.drafter.Drafter`
     """
@@ -145,7 +146,8 @@ class TwigVLM(BudgetPruner):
         if self.final_wipe_layer is not None:
             return self.final_wipe_layer
         # The published setting of the 13B model, with 40 layers, wipes before 24 as well.
-        return min(scale_layer(WIPE_LAYER, num_layers), WIPE_LAYER)
+        layer = min(scale_layer(WIPE_LAYER, num_layers), WIPE_LAYER)
+        return max(layer, self.shared_layers(num_layers) + 1)
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
         first, wipe = self.shared_layers(num_layers), self.wipe_layer(num_layers)
