@@ -73,6 +73,11 @@ fi
 # --- the checkpoint: sets MODEL and MODEL_NAME ---
 if [ -n "${CKPT_DIR:-}" ]; then
     MODEL=$CKPT_DIR/${CKPT:-${DEFAULT_CKPT:-llava-v1.5-7b}}
+    if [ ! -d "$MODEL" ]; then
+        echo "error: there is no checkpoint $MODEL; the published ones are at" \
+            "https://huggingface.co/liuhaotian/$(basename "$MODEL")" >&2
+        exit 1
+    fi
 elif [ -z "${CKPT:-}" ]; then
     MODEL=$PLAYGROUND_MODEL
 elif [ -d "$CKPT" ] || [[ $CKPT == */* ]]; then

@@ -11,6 +11,7 @@ import pytest
 
 from llava.eval import data_files
 from llava.eval.benchmarks import ALL, BENCHMARKS, find_benchmark
+from playground import make_samples
 from tests import mini_benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +40,7 @@ def has_samples(name):
     return shown and name != "qbench_zh_test"
 
 
-@pytest.mark.parametrize("name", filter(has_samples, ALL))
+@pytest.mark.parametrize("name", [name for name in ALL if has_samples(name)])
 def test_every_benchmark_has_questions_in_the_repository_and_a_script(name, monkeypatch, capsys):
     monkeypatch.setattr(data_files, "DEFAULT_DIR", "nowhere")
     folder, images = data_files.find(ALL[name])
@@ -52,6 +53,15 @@ def test_every_benchmark_has_questions_in_the_repository_and_a_script(name, monk
     (script, *_) = data_files.scripts([name])[0].split()
     for version in ("v1_5", "v1_6"):
         assert (ROOT / f"scripts/{version}/eval/{script}.sh").exists()
+
+
+def test_the_samples_in_the_repository_are_those_of_their_generator(tmp_path):
+    make_samples.write_samples(tmp_path)
+    written = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
+    shipped = ROOT / "playground/samples"
+    assert written == sorted(path.relative_to(shipped) for path in shipped.rglob("*.*"))
+    for name in written:
+        assert (tmp_path / name).read_bytes() == (shipped / name).read_bytes(), name
 
 
 def test_real_data_are_taken_before_the_playgrounds(tmp_path, monkeypatch, capsys):

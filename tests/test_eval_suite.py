@@ -143,3 +143,11 @@ def test_a_script_names_what_is_missing_in_the_data_folder_and_where_to_get_it(t
     assert done.returncode == 1
     assert f"{tmp_path}/textvqa/train_images\n    from https://dl.fbaipublicfiles" in done.stderr
     assert f"{tmp_path}/textvqa/TextVQA_0.5.1_val.json\n    from https" in done.stderr
+
+
+def test_a_script_names_the_checkpoint_that_is_not_there(tmp_path):
+    environment = {**os.environ, "CKPT_DIR": str(tmp_path), "PYTHON": sys.executable}
+    command = ["bash", ROOT / "scripts/v1_6/eval/pope.sh", "320"]
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
+    assert done.returncode == 1
+    assert f"there is no checkpoint {tmp_path}/llava-v1.6-vicuna-7b" in done.stderr
