@@ -216,6 +216,24 @@ def test_the_trace_describes_the_prompt_whatever_the_strategy(sharp, sample):
     assert fast.kv_bytes == plain.kv_bytes + twig_entries * 2 * 32 * 4
 
 
+def test_the_trace_of_a_batch_has_a_row_per_prompt(sharp, sample):
+    grown(sharp, visual_token_num=14)
+    prompts = [sample(3, "image", 9, seed=1), sample(12, "image", 2, seed=2), sample(5, seed=3)]
+    ids, mask = pad_batch([p.ids for p in prompts])
+    images = torch.cat([p.images for p in prompts if p.images is not None])
+    traces = []
+    for options in ({}, SPECULATE):
+        with trace_pruning(sharp) as trace:
+            sharp.generate(ids, images=images, attention_mask=mask, **GREEDY, **options)
+        traces.append(trace)
+    plain, fast = traces
+    for name in ("visual_tokens", "prompt_tokens", "kv_lengths", "importance"):
+        torch.testing.assert_close(getattr(fast, name), getattr(plain, name))
+    assert fast.decoder_keep.keys() == plain.decoder_keep.keys()
+    assert fast.position_ids.shape == plain.position_ids.shape
+    assert len(fast.visual_positions) == 2 and sharp.pruning_trace is None
+
+
 def test_waits_for_the_device_are_one_per_guess_and_one_per_step(sharp, sample, monkeypatch):
     grown(sharp, enable_pruning=False)
     prompt, waits = sample(4, "image", 5), {"stops": 0, "verify": 0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +12,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ..pruning import no_drafter
+from ..pruning import PruningTrace, no_drafter
 from ..pruning.drafter import STRATEGIES, Drafter
 from .self_speculative import Speculation, SpeculationLog
 from .token_choice import TokenChoice
@@ -114,8 +115,8 @@ class GenerationStrategies:
             raise ValueError(f"a streamer shows one answer, but there are {len(input_ids)} prompts")
         ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
         answers = []
-        for row, start in enumerate(input_ids):
-            choice = TokenChoice(logits_processor, warpers, start[None], ends)
+        for row in traced_rows(self, len(input_ids)):
+            choice = TokenChoice(logits_processor, warpers, input_ids[row : row + 1], ends)
             own = one_row(prompt, row)
             answers.append(
                 speculate(self, drafter, choice, own, stopping_criteria, streamer, output_scores)
@@ -170,6 +171,22 @@ def answered(
         if number in ends or any(rule(known, scores) for rule in criteria):
             return count, True
     return len(numbers), False
+
+
+def traced_rows(model, count: int) -> Iterator[int]:
+    """0 ... count - 1; what the work in between does to `model.pruning_trace` is put together."""
+    whole, own = model.pruning_trace, []
+    if whole is None or count == 1:
+        yield from range(count)
+        return
+    try:
+        for row in range(count):
+            model.pruning_trace = PruningTrace()
+            own.append(model.pruning_trace)
+            yield row
+        whole.take_rows(own)
+    finally:
+        model.pruning_trace = whole
 
 
 def one_row(prompt: dict, row: int) -> dict:

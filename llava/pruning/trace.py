@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cost import DecoderShape, kv_cache_bytes, prefill_flops
@@ -79,6 +80,25 @@ class PruningTrace:
     def add_change(self, layer: int, index: Tensor, valid: Tensor | None) -> None:
         rows = index if valid is None else [row[ok] for row, ok in zip(index, valid, strict=True)]
         self.decoder_keep[layer] = [row.detach().cpu() for row in rows]
+
+    def take_rows(self, rows: list[PruningTrace]) -> None:
+        """Describes a batch whose prompts ran one after the other, from the traces of those."""
+        self.shape = rows[0].shape
+        for name in ("visual_tokens", "prompt_tokens", "kv_lengths"):
+            layers = zip(*(getattr(row, name) for row in rows), strict=True)
+            setattr(self, name, [torch.cat(layer) for layer in layers])
+        self.cache_bytes = sum(row.cache_bytes for row in rows)
+        self.importance = [image for row in rows for image in row.importance or []] or None
+        size = max(row.position_ids.shape[1] for row in rows)
+        positions = [row.position_ids for row in rows]
+        self.position_ids = torch.cat([F.pad(p, (size - p.shape[1], 0)) for p in positions])
+        kept = [torch.arange(p.shape[1]) for p in positions]
+        for layer in sorted({layer for row in rows for layer in row.decoder_keep}):
+            kept = [
+                row.decoder_keep.get(layer, [before])[0]
+                for row, before in zip(rows, kept, strict=True)
+            ]
+            self.decoder_keep[layer] = kept
 
     def finish_prefill(self, cache, visual_index: Tensor, judged=None) -> None:
         """visual_index (B, S) of the prompt; judged: what `Prefill.record_importance` left."""

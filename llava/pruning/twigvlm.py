@@ -207,7 +207,9 @@ class TwigVLM(BudgetPruner):
         if not bool((budget < total).any()):
             return prefill
         prefill.scratch["wiped"] = budget < total
-        rank = rank_within_groups(self.score(prefill), prefill.is_visual.long())
+        score = self.score(prefill)
+        prefill.record_importance(score)
+        rank = rank_within_groups(score, prefill.is_visual.long())
         kept = self.kept_tokens(total, budget, num_layers)
         return prefill.keep(~prefill.is_visual | (rank < kept))
 

@@ -181,11 +181,12 @@ class DecoderLayer(nn.Module):
         Keys and values of all tokens x (B, S, D) are computed, and kept in an empty `cache`.
         """
         attention, normed = self.self_attn, self.input_layernorm(x)
-        q, k = attention.queries_and_keys(normed, step.rope)
-        v = attention.values(normed)
+        k, v = attention.keys(normed, step.rope), attention.values(normed)
         if cache is not None:
             cache.append(attention.layer_idx, k, v)
-        weights = attention_rows(q, k, rows, step.valid)
+        rope = tuple(gather_tokens(part[:, 0], rows)[:, None] for part in step.rope)
+        q = attention.queries(gather_tokens(normed, rows), rope)
+        weights = rows_of(q, k, rows, step.valid)
         out = weights.to(v.dtype) @ repeat_heads(v, attention.num_heads)
         out = attention.o_proj(out.transpose(1, 2).flatten(2))
         x = gather_tokens(x, rows) + out
