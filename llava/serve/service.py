@@ -30,6 +30,7 @@ from .protocol import Body, parse
 STREAM_PATH = "/worker_generate_stream"
 CONNECTIONS = 512  # open at once; more are refused with 503
 HEADER_BYTES = 2**15
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, so that none is closed in use
 GRACE_SECONDS = 10  # that answers in progress have when the service is stopped
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -200,6 +201,7 @@ def serve(app, host: str, port: int) -> None:
         limit_concurrency=CONNECTIONS,
         h11_max_incomplete_event_size=HEADER_BYTES,
         http="h11",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
 
