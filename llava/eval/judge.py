@@ -210,9 +210,9 @@ def add_judge_args(
     group.add_argument("--judge-temperature", type=float, default=temperature)
 
 
-def has_endpoint() -> bool:
-    """True when the environment names an endpoint, or a key for OpenAI's."""
-    return bool(os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"))
+def has_endpoint(args: argparse.Namespace) -> bool:
+    """True when another endpoint than OpenAI's is named, or there is a key."""
+    return args.judge_url != OPENAI_URL or bool(os.environ.get("OPENAI_API_KEY"))
 
 
 def judge_from_args(args: argparse.Namespace, output: str) -> Judge:

@@ -47,7 +47,7 @@ def shared_cache(answers_file: str) -> str:
 def ask_judge(benchmark: Benchmark, args, questions: str) -> dict | None:
     """Returns the judge's scores, or None (saying so) when there is no judge."""
     judged = benchmark.judge
-    if not has_endpoint():
+    if not has_endpoint(args):
         print(
             f"{benchmark.name} is scored by a judge such as {judged.model}: set OPENAI_API_KEY, or "
             "OPENAI_BASE_URL to another endpoint, and run the same command again"
