@@ -44,13 +44,13 @@ class Workload:
     """What the model is asked to do.
 
     input_ids:   (B, L) prompts with one image each
-    images:      (B, 3, S, S) pixels, or (B, crops, 3, S, S)
+    images:      (B, 3, S, S) pixels, (B, crops, 3, S, S), or one (crops, 3, S, S) per image
     image_sizes: (width, height) of every image
     num_tokens:  tokens that every prompt is answered with
     """
 
     input_ids: Tensor
-    images: Tensor
+    images: Tensor | list[Tensor]
     image_sizes: list[tuple[int, int]]
     num_tokens: int
     asked: int = 0
@@ -74,9 +74,9 @@ class Workload:
         )
 
     def questions(self) -> list[str]:
-        """Texts nobody has asked before, so that nothing about them can be remembered."""
+        """One per image; nobody has asked them before, so that nothing can be remembered."""
         self.asked += 1
-        return [f"What is {self.asked}-{row}?" for row in range(len(self.input_ids))]
+        return [f"What is {self.asked}-{row}?" for row in range(len(self.image_sizes))]
 
     def run(self, model: LlavaLlamaForCausalLM, num_tokens: int | None = None) -> None:
         model.generate(
@@ -130,8 +130,8 @@ def own_hooks(pruner: Pruner) -> list[str]:
 
 
 def llava_facts(model: LlavaLlamaForCausalLM, pruner: Pruner, workload: Workload) -> dict:
-    """Tokens, cache bytes (measured on its tensors), operations and peak memory of one batch, and
-    the token counts to imitate."""
+    """`facts`: tokens, cache bytes (measured on its tensors) and operations of one batch;
+    `schedule`: the token counts to imitate."""
     model.pruner = pruner
     with trace_pruning(model) as trace, watch_schedule(pruner) as schedule:
         workload.run(model, num_tokens=1)
@@ -146,7 +146,6 @@ def llava_facts(model: LlavaLlamaForCausalLM, pruner: Pruner, workload: Workload
         "kv_bytes": trace.kv_bytes,
         "flops_exact": sum(prefill_flops(trace.shape, row, "exact") for row in rows),
         "flops_fastv": sum(prefill_flops(trace.shape, row, "fastv") for row in rows),
-        "peak_bytes_over_weights": peak_bytes(partial(workload.run, model), model.device),
     }
     return {"facts": facts, "schedule": schedule}
 
@@ -181,8 +180,11 @@ def build_variants(
     variants: list[Variant] = []
 
     def add(name: str, pruner: Pruner, found: dict, oracle: str | None = None) -> None:
+        model.pruner = pruner
+        peak = peak_bytes(partial(workload.run, model), model.device)
+        facts = {**found["facts"], "peak_bytes_over_weights": peak}
         run = partial(time_llava, model, pruner, workload)
-        variants.append(Variant(name, run, oracle, found["facts"]))
+        variants.append(Variant(name, run, oracle, facts))
 
     add(DENSE, Pruner(), llava_facts(model, Pruner(), workload))
     plain = Oracle.constant(max(1, visual_token_num // crops), crops * len(workload.input_ids))

@@ -75,11 +75,17 @@ def parse_yes_no(text: str) -> str:
     return next((word for word in ("yes", "no") if word in text[:4]), "other")
 
 
-def task_score(lines: list[str]) -> float:
-    """Returns accuracy plus the share of images with both answers right, in percent each."""
+def right_pairs(lines: list[str]) -> list[tuple[bool, bool]]:
+    """Whether the two answers about each image are right."""
     rows = [line.split("\t") for line in lines]
     right = [parse_yes_no(answer) == truth.lower() for _, _, truth, answer in rows]
-    pairs = list(zip(right[::2], right[1::2], strict=True))
+    return list(zip(right[::2], right[1::2], strict=True))
+
+
+def task_score(lines: list[str]) -> float:
+    """Returns accuracy plus the share of images with both answers right, in percent each."""
+    pairs = right_pairs(lines)
+    right = [answer for pair in pairs for answer in pair]
     accuracy = sum(right) / len(right)
     accuracy_plus = sum(first and second for first, second in pairs) / len(pairs)
     return accuracy * 100 + accuracy_plus * 100

@@ -30,9 +30,9 @@ def evaluate(annotation_dir: str, questions: list[dict], answers: list[dict]) ->
     if unknown := texts.keys() - {question["question_id"] for question in questions}:
         raise ValueError(f"{len(unknown)} answers to no question, e.g. {next(iter(unknown))!r}")
     categories = {}
-    for category, path in _annotation_files(annotation_dir).items():
+    for category, path in annotation_files(annotation_dir).items():
         ids = [q["question_id"] for q in questions if q["category"] == category]
-        labels = [record["label"] == "yes" for record in _read_labels(path)]
+        labels = read_labels(path)
         pairs = zip(ids, labels, strict=False)
         pairs = [(is_yes(texts[key]), label) for key, label in pairs if key in texts]
         num_answers = sum(key in texts for key in ids)
@@ -47,12 +47,12 @@ def evaluate(annotation_dir: str, questions: list[dict], answers: list[dict]) ->
     }
 
 
-def _read_labels(path: str) -> list[dict]:
-    """Labels other than yes and no count as yes, as in the reference."""
-    return [{"label": "no" if r["label"] == "no" else "yes"} for r in read_jsonl(path, ("label",))]
+def read_labels(path: str) -> list[bool]:
+    """True for yes; labels other than yes and no count as yes, as in the reference."""
+    return [record["label"] != "no" for record in read_jsonl(path, ("label",))]
 
 
-def _annotation_files(folder: str) -> dict[str, str]:
+def annotation_files(folder: str) -> dict[str, str]:
     matches = (ANNOTATION_NAME.fullmatch(name) for name in sorted(os.listdir(folder)))
     files = {match[1]: os.path.join(folder, match[0]) for match in matches if match}
     if not files:

@@ -13,6 +13,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 
+from llava.eval import budgets
 from llava.eval.answer_loop import AnswerLoop
 from llava.eval.answering import Task, answer_questions
 from llava.eval.answers import fingerprint
@@ -20,7 +21,7 @@ from llava.eval.benchmarks import BENCHMARKS, Benchmark
 from llava.eval.errors import errors_as_messages
 from llava.eval.loading import add_model_args, add_speed_args, load_loop, resolve_conv_mode
 from llava.eval.plotting import import_pyplot
-from llava.eval.suite_report import DENSE, plot, table
+from llava.eval.suite_report import DENSE, not_run, plot, table
 from llava.eval.tasks import read_jsonl
 from llava.eval.workers import Workers
 from llava.mm_utils import get_model_name_from_path
@@ -30,11 +31,15 @@ from llava.pruning.cli import pruner_from_args
 
 @dataclass
 class Run:
-    """One method at one budget."""
+    """One method at one budget.
+
+    refused: why it cannot run; None: it can
+    """
 
     method: str
     tokens: int
-    pruner: Pruner
+    pruner: Pruner | None
+    refused: str | None = None
 
 
 @dataclass
@@ -62,18 +67,38 @@ def plan(args, num_patches: int) -> list[Run]:
     """Returns the runs in the order of the table: the unpruned model once, then every method.
 
     num_patches: visual tokens of an image without pruning; budgets from there on are that run.
-    Raises ValueError on an unknown option before anything has run.
+    A budget that a method does not know is a run that says so. Raises ValueError on an unknown
+    option before anything has run.
     """
     runs = [Run(DENSE, num_patches, build_pruner())]
     for method in args.methods:
         prefix = f"{method}."
         own = [arg.removeprefix(prefix) for arg in args.pruning_arg if arg.startswith(prefix)]
+        named = argparse.Namespace(pruning_method=method, visual_token_num=None, pruning_arg=own)
+        pruner_from_args(named)  # without a budget: what is wrong now is an option
         for tokens in sorted({n for n in args.tokens if n < num_patches}, reverse=True):
-            named = argparse.Namespace(
-                pruning_method=method, visual_token_num=tokens, pruning_arg=own
-            )
-            runs.append(Run(method, tokens, pruner_from_args(named)))
+            named.visual_token_num = tokens
+            try:
+                runs.append(Run(method, tokens, pruner_from_args(named)))
+            except ValueError as error:
+                runs.append(Run(method, tokens, None, str(error)))
     return runs
+
+
+def try_out(model, runs: list[Run]) -> None:
+    """Assigns every method to the model once and marks those that refuse it, so that this is known
+    before anything runs."""
+    for run in runs:
+        if run.refused is None:
+            try:
+                model.pruner = run.pruner
+            except (OSError, ValueError) as error:
+                run.refused = str(error)
+
+
+def answers_path(out: str, run: Run, benchmark: Benchmark) -> str:
+    """Where the answers of one run to one benchmark lie."""
+    return os.path.join(out, "answers", run.method, f"n_{run.tokens}", f"{benchmark.name}.jsonl")
 
 
 def run_task(
@@ -82,8 +107,7 @@ def run_task(
     """Returns the score of one method at one budget on one benchmark."""
     question_file = os.path.join(args.data_dir, benchmark.questions)
     questions = benchmark.load_questions(question_file, args.limit)
-    folder = os.path.join(args.out, "answers", run.method)
-    path = os.path.join(folder, f"n_{run.tokens}", f"{benchmark.name}.jsonl")
+    path = answers_path(args.out, run, benchmark)
     settings = {
         "model": args.model_name,
         "weights": fingerprint(args.model_path),
@@ -100,6 +124,8 @@ def run_task(
     texts = [record["text"] for record in answers]
     dense = dense_texts.setdefault(benchmark.name, texts)  # the unpruned model runs first
     result = benchmark.score(args.data_dir, question_file, answers, args.limit)
+    kept = budgets.summarize(answers)
+    seen = kept["mean"] if kept else done.visual_tokens and done.visual_tokens[1]
     return Score(
         run.method,
         run.tokens,
@@ -110,7 +136,7 @@ def run_task(
         result["count"],
         100 * sum(a == b for a, b in zip(texts, dense, strict=True)) / len(texts),
         seconds=done.seconds,
-        visual_tokens=done.visual_tokens[1] if done.visual_tokens else None,
+        visual_tokens=seen,
     )
 
 
@@ -128,6 +154,10 @@ def run_all(
     workers = workers or Workers()
     scores, dense_texts = [], {}
     for run in runs:
+        if run.refused is not None:
+            if workers.main:
+                print(f"{run.method} {run.tokens}: not run: {run.refused}", flush=True)
+            continue
         loop.model.pruner = run.pruner
         for benchmark in benchmarks:
             scores.append(run_task(loop, run, benchmark, args, dense_texts, workers))
@@ -153,24 +183,26 @@ def write_scores(scores: list[Score], args) -> None:
 
 
 def available(names: list[str] | None, data_dir: str) -> list[Benchmark]:
-    """Returns the benchmarks asked for, or all whose question file is in the data folder."""
+    """Returns the benchmarks asked for, or all that the data folder has questions and answers of."""
     found = [
         benchmark
         for benchmark in BENCHMARKS.values()
         if os.path.exists(os.path.join(data_dir, benchmark.questions))
+        and benchmark.scorable(data_dir)
     ]
     if names:
         present = {benchmark.name for benchmark in found}
         if missing := [name for name in names if name not in present]:
-            raise ValueError(f"{data_dir} has no questions of {', '.join(missing)}")
+            names = ", ".join(missing)
+            raise ValueError(f"{data_dir} has no questions of {names} with their right answers")
         return [BENCHMARKS[name] for name in names]
     if not found:
         raise ValueError(f"{data_dir} has the question file of no benchmark")
     return found
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_suite_args(parser: argparse.ArgumentParser, out: str) -> None:
+    """Adds the options that say what is run; out: folder of the results by default."""
     parser.add_argument("--tokens", type=int, nargs="+", default=[192, 128, 64])
     methods = sorted(METHODS.keys() - {DENSE})
     parser.add_argument(
@@ -179,14 +211,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pruning-arg", action="append", default=[], metavar="METHOD.KEY=VALUE")
     parser.add_argument("--tasks", nargs="+", choices=sorted(BENCHMARKS), help="default: all")
     parser.add_argument("--limit", type=int, help="about so many questions per task")
-    parser.add_argument("--out", default="runs/suite", help="folder of all results")
+    parser.add_argument("--out", default=out, help=f"folder of all results (default: {out})")
     parser.add_argument("--overwrite", action="store_true", help="discard answers already there")
     add_model_args(parser)
     parser.add_argument("--data-dir", help="default: the playground benchmark")
     parser.add_argument("--conv-mode", default="auto")
     add_speed_args(parser, batch_size=8)
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    args = parser.parse_args()
+
+
+def parse_suite_args(parser: argparse.ArgumentParser, argv: list[str] | None = None):
+    """Returns the options of `add_suite_args`, those left open filled in."""
+    args = parser.parse_args(argv)
     if args.model_path is None or args.data_dir is None:
         from llava.playground import benchmark_dir, default_model_path
 
@@ -199,9 +235,8 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-@errors_as_messages()
-def main():
-    args = parse_args()
+def prepare(args) -> tuple[AnswerLoop, list[Run], list[Benchmark], Workers]:
+    """Everything a suite needs, loaded and checked."""
     benchmarks = available(args.tasks, args.data_dir)
     import_pyplot()  # a missing extra should be known before hours of answering
     workers = Workers.from_environment()
@@ -209,11 +244,21 @@ def main():
     loop = load_loop(args)
     crops = loop.model.crops_in_budget(build_pruner())
     runs = plan(args, crops * loop.model.get_vision_tower().num_patches)
+    try_out(loop.model, runs)
     os.makedirs(args.out, exist_ok=True)
+    return loop, runs, benchmarks, workers
+
+
+@errors_as_messages()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_suite_args(parser, out="runs/suite")
+    args = parse_suite_args(parser)
+    loop, runs, benchmarks, workers = prepare(args)
     scores = run_all(loop, runs, benchmarks, args, workers)
     if not workers.main:
         return
-    text = table(scores)
+    text = "\n".join([table(scores), *not_run(runs)])
     with open(os.path.join(args.out, "table.md"), "w", encoding="utf-8") as file:
         file.write(text)
     plot(scores, os.path.join(args.out, "plot.png"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llava.eval.plotting import import_pyplot
 
 if TYPE_CHECKING:
-    from llava.eval.suite import Score
+    from llava.eval.suite import Run, Score
 
 DENSE = "none"
 AVERAGE = "average"
@@ -44,6 +44,20 @@ def _method_table(method: str, dense: list[Score], scores: list[Score]) -> str:
     lines = [f"**{method}** (scores in percent of the maximum)", "", _row(head)]
     lines.append(_row(["---", "---", *("---:" for _ in columns)]))
     return "\n".join([*lines, *map(_row, rows)]) + "\n"
+
+
+def not_run(runs: list[Run]) -> list[str]:
+    """Returns one line for every reason why runs are missing, with their budgets."""
+    reasons: dict[tuple[str, str], list[int]] = {}
+    for run in runs:
+        if run.refused is not None:
+            # The same reason may name the budget: it is one reason all the same.
+            reason = run.refused.replace(f"({run.tokens})", "(N)")
+            reasons.setdefault((run.method, reason), []).append(run.tokens)
+    return [
+        f"- `{method}` was not run at {', '.join(map(str, tokens))}: {reason}"
+        for (method, reason), tokens in reasons.items()
+    ]
 
 
 def average(column: list[Score]) -> float:

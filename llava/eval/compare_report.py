@@ -1,0 +1,158 @@
+"""A comparison as text: Markdown for people, CSV for programs, a page for docs/."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from llava.eval.comparison import AVERAGE, Cell, Comparison, Row
+from llava.eval.suite_report import DENSE
+
+COLUMNS = (
+    "method,tokens,task,metric,score,percent,low,high,change,change_low,change_high,loyalty,count,"
+    "visual_tokens,tokens_in,kv_bytes,flops,seconds_first_token,answers_per_second"
+).split(",")
+
+
+def csv_text(comparison: Comparison) -> str:
+    """One line per run and benchmark, and one for the average of each run."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in comparison.rows:
+        for task, cell in row.cells.items():
+            writer.writerow(_plain(value) for value in _values(row, task, cell))
+    return out.getvalue()
+
+
+def _values(row: Row, task: str, cell: Cell) -> list:
+    none = (None, None)
+    return [
+        *(row.method, row.tokens, task, cell.metric, cell.score, cell.percent),
+        *(cell.range or none),
+        cell.change,
+        *(cell.change_range or none),
+        *(cell.loyalty, cell.count, row.visual_tokens, row.cost.tokens_in, row.cost.kv_bytes),
+        *(row.cost.flops, row.cost.seconds, row.answers_per_second),
+    ]
+
+
+def _plain(value) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def markdown(comparison: Comparison) -> str:
+    """Averages and costs per budget, then every benchmark, then what was not run."""
+    dense = comparison.dense
+    cell = dense.cells[AVERAGE]
+    settings = comparison.settings
+    lines = [
+        f"Model `{settings['model_path']}`, {cell.count} questions of {len(comparison.tasks)} "
+        f"benchmarks ({', '.join(comparison.tasks)}). Scores are percent of the maximum; the "
+        "average weighs benchmarks alike. Brackets: 95 % intervals, bootstrap over questions; "
+        "the change is paired with the unpruned answers to the same questions. Bold: the interval "
+        "of the change contains 0. Same: answers that are those of the unpruned model. Kept: "
+        "visual tokens per decoder layer, on average over layers and questions.",
+        "",
+        f"Unpruned: **{cell.percent:.1f}** {_range(cell.range)}, {dense.visual_tokens:.0f} visual "
+        f"tokens, KV cache {dense.cost.kv_bytes / 1e6:.2f} MB, {dense.cost.flops / 1e9:.2f} GFLOP, "
+        f"first token after {1e3 * dense.cost.seconds:.0f} ms.",
+    ]
+    for budget in _budgets(comparison):
+        rows = _ranked(comparison, budget)
+        lines += ["", f"**{budget} tokens**", "", *_average_table(rows, dense)]
+    for budget in _budgets(comparison):
+        rows = _ranked(comparison, budget)
+        lines += ["", f"**{budget} tokens, by benchmark**", "", *_task_table(rows, comparison)]
+    if comparison.missing:
+        lines += ["", "**Not run**", "", *comparison.missing]
+    return "\n".join(lines) + "\n"
+
+
+def _budgets(comparison: Comparison) -> list[int]:
+    return sorted({row.tokens for row in comparison.rows if row.method != DENSE}, reverse=True)
+
+
+def _ranked(comparison: Comparison, budget: int) -> list[Row]:
+    rows = [r for r in comparison.rows if r.tokens == budget and r.method != DENSE]
+    return sorted(rows, key=lambda row: -row.cells[AVERAGE].percent)
+
+
+def _average_table(rows: list[Row], dense: Row) -> list[str]:
+    head = ["method", "average", "change", "same, %", "kept", "KV, MB", "GFLOP", "/ unpruned"]
+    head += ["first token, ms", "/ unpruned", "answers/s"]
+    lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+    for row in rows:
+        cell, cost = row.cells[AVERAGE], row.cost
+        rate = row.answers_per_second
+        lines.append(
+            _line(
+                [
+                    f"`{row.method}`",
+                    f"{cell.percent:.1f} {_range(cell.range)}",
+                    _change(cell),
+                    f"{cell.loyalty:.1f}",
+                    f"{row.visual_tokens:.1f}",
+                    f"{cost.kv_bytes / 1e6:.2f}",
+                    f"{cost.flops / 1e9:.2f}",
+                    f"{cost.flops / dense.cost.flops:.2f}",
+                    f"{1e3 * cost.seconds:.0f}",
+                    f"{cost.seconds / dense.cost.seconds:.2f}",
+                    "" if rate is None else f"{rate:.1f}",
+                ]
+            )
+        )
+    return lines
+
+
+def _task_table(rows: list[Row], comparison: Comparison) -> list[str]:
+    tasks = comparison.tasks
+    lines = [_line(["method", *tasks]), _line(["---", *["---:"] * len(tasks)])]
+    for row in [comparison.dense, *rows]:
+        name = "unpruned" if row.method == DENSE else f"`{row.method}`"
+        lines.append(_line([name, *(_task_cell(row.cells[task]) for task in tasks)]))
+    return lines
+
+
+def _task_cell(cell: Cell) -> str:
+    text = f"{cell.percent:.1f}"
+    if cell.change_range is None:
+        return text
+    low, high = cell.change_range
+    return f"**{text}**" if low <= 0 <= high else text
+
+
+def _change(cell: Cell) -> str:
+    text = f"{cell.change:+.1f} {_range(cell.change_range, '+')}".strip()
+    inside = cell.change_range and cell.change_range[0] <= 0 <= cell.change_range[1]
+    return f"**{text}**" if inside else text
+
+
+def _range(bounds: tuple[float, float] | None, sign: str = "") -> str:
+    if bounds is None:
+        return ""
+    return "[" + ", ".join(f"{bound:{sign}.1f}" for bound in bounds) + "]"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def page(text: str, pictures: dict[str, str], command: str) -> str:
+    """The page docs/Results.md; pictures: axis -> file in images/."""
+    titles = {"tokens": "visual tokens", "flops": "operations", "time": "measured time"}
+    shown = "\n\n".join(
+        f"![Score over {titles[axis]}](../images/{name})" for axis, name in pictures.items()
+    )
+    return (
+        "# Results on the playground\n\n"
+        "Written by\n\n"
+        f"```bash\n{command}\n```\n\n"
+        "(a second call continues with the answers of the first). The playground's model is "
+        "small: `playground/README.md` says what it can and cannot do. This is what methods do to "
+        "*it*; the literature's numbers on full-size models are in "
+        "`docs/published_numbers.csv`.\n\n"
+        f"{shown}\n\n{text}"
+    )
