@@ -94,6 +94,8 @@ class GlimpsePrune(Pruner):
     # --- the trained part ---------------------------------------------------------------------
 
     def attach_model(self, model: nn.Module) -> None:
+        if model.get_vision_tower() is None:
+            raise ValueError(f"{self.name} needs a model with a vision tower")
         if self.module is None:
             self.module = self.load(model)
         config, tower = self.module.config, model.get_vision_tower()
@@ -261,7 +263,8 @@ class GlimpsePrune(Pruner):
 def add_to_glimpse(prefill: Prefill, vector: Tensor) -> Prefill:
     """`vector` (le_length, D) added to the glimpse, the last tokens of every prompt."""
     x, count = prefill.hidden_states, len(vector)
-    return replace(prefill, hidden_states=torch.cat([x[:, :-count], x[:, -count:] + vector], dim=1))
+    glimpse = x[:, -count:] + vector.to(x.dtype)
+    return replace(prefill, hidden_states=torch.cat([x[:, :-count], glimpse], dim=1))
 
 
 def boxes_to_cells(boxes: Sequence[Sequence[float]], grid: tuple[int, int]) -> Tensor:
