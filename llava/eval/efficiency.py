@@ -20,6 +20,7 @@ import sys
 import torch
 from transformers import __version__ as transformers_version
 
+from llava.eval import decode_speed
 from llava.eval.efficiency_report import (
     format_table,
     markdown,
@@ -132,6 +133,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=[17],
         help="tokens of every answer; several lengths with commas (default: 17)",
     )
+    add(
+        "--decode",
+        action="store_true",
+        help="instead: long answers of a trained model, with and without guessed tokens; more "
+        "options: python -m llava.eval.decode_speed --help",
+    )
     add("--stock", action="store_true", help="also time transformers' own decoder, dense")
     add("--json", metavar="FILE", help="write the result there, too")
     add("--markdown", metavar="FILE", help="write the table into this page, between its marks")
@@ -161,10 +168,27 @@ def run_workload(args, model, pruners: dict[str, Pruner], batch_size: int, lengt
     return {"batch_size": batch_size, "output_tokens": length, "variants": rows}
 
 
+def decode_words(args) -> list[str]:
+    """The command line of `llava.eval.decode_speed` for the same request."""
+    words = {
+        "--visual-token-num": args.visual_token_num,
+        "--dtype": str(DTYPES[args.dtype]).removeprefix("torch."),
+        "--device": args.device,
+        "--model-path": None if args.config == "playground" else args.config,
+        "--json": args.json,
+    }
+    given = [str(word) for pair in words.items() if pair[1] is not None for word in pair]
+    if args.method.strip() != ALL:
+        given += ["--methods", *(name.strip() for name in args.method.split(","))]
+    return given
+
+
 @errors_as_messages()
 def main(argv: list[str] | None = None) -> dict:
     """Measures, prints tables and, as the last line, the whole result as JSON."""
     args = parse_args(argv)
+    if args.decode:
+        return decode_speed.main(decode_words(args))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = default_model_path() if args.config == "playground" else args.config
     model = build_random_model(*shapes(name), dtype=DTYPES[args.dtype], device=device)

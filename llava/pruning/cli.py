@@ -56,7 +56,7 @@ def pruner_from_args(args: argparse.Namespace) -> Pruner:
     Raises ValueError on an unknown method or option, on a KEY=VALUE without "=", and on a
     generation strategy that the method cannot serve.
     """
-    options = dict(_parse(pair) for pair in args.pruning_arg)
+    options = dict(parse_pair(pair) for pair in args.pruning_arg)
     if args.visual_token_num is not None:
         options["visual_token_num"] = args.visual_token_num
     pruner = build_pruner(args.pruning_method, **options)
@@ -67,7 +67,8 @@ def pruner_from_args(args: argparse.Namespace) -> Pruner:
     return pruner
 
 
-def _parse(pair: str) -> tuple[str, object]:
+def parse_pair(pair: str) -> tuple[str, object]:
+    """KEY and value of KEY=VALUE; a value that is no Python literal is a string."""
     key, equals, text = pair.partition("=")
     if not equals or not key:
         raise ValueError(f"--pruning-arg {pair!r} must have the form KEY=VALUE")
