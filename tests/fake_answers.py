@@ -27,7 +27,8 @@ def main(argv: list[str]) -> None:
         for record in records:
             for number, question in enumerate(benchmark.to_questions(record)):
                 line = question.answer_line("A", f"id-{number}", "fake")
-                kept = {"visual_tokens": 32, "visual_tokens_unpruned": 576}
+                kept = {"visual_tokens": 32, "visual_tokens_at_end": 32}
+                kept["visual_tokens_unpruned"] = 576
                 file.write(json.dumps(line | {"metadata": kept}) + "\n")
     path.with_suffix(".argv.json").write_text(json.dumps(argv), encoding="utf-8")
 

@@ -5,8 +5,18 @@ import pytest
 from llava.eval import budgets, score_table
 
 
-def answers(*kept, unpruned=576):
-    return [{"metadata": {"visual_tokens": n, "visual_tokens_unpruned": unpruned}} for n in kept]
+def answers(*kept, unpruned=576, at_end=None):
+    """Answer lines of questions that kept so many tokens, in all layers unless told otherwise."""
+    return [
+        {
+            "metadata": {
+                "visual_tokens": n,
+                "visual_tokens_at_end": n if at_end is None else at_end,
+                "visual_tokens_unpruned": unpruned,
+            }
+        }
+        for n in kept
+    ]
 
 
 def test_the_average_the_share_and_the_spread_are_those_of_the_questions():
@@ -33,7 +43,16 @@ def test_the_spread_is_shown_only_where_there_is_one():
     assert same == "Visual tokens per layer: 64.0 on average (11.1 % of all)\n"
     different = budgets.report(budgets.summarize(answers(*range(0, 101, 10))))
     assert "min 0.0, p10 10.0, median 50.0, p90 90.0, max 100.0" in different
-    assert "in tenths: 6 5 0 0 0 0 0 0 0 0" in different
+    assert "by tenth of all tokens: 6 5 0 0 0 0 0 0 0 0\n" in different
+
+
+def test_what_is_left_in_the_last_layer_is_told_from_the_average_over_layers():
+    summary = budgets.summarize(answers(200, 300, unpruned=500, at_end=50))
+    assert summary["ratio"] == 0.5 and summary["at_end"]["ratio"] == pytest.approx(0.1)
+    assert budgets.report(summary) == (
+        "Visual tokens per layer: 250.0 on average (50.0 % of all)\n"
+        "Visual tokens in the last layer: 50.0 on average (10.0 % of all)\n"
+    )
 
 
 def test_the_table_has_a_row_per_benchmark_and_the_mean_of_a_family():

@@ -104,4 +104,14 @@ def test_lines_say_how_many_visual_tokens_a_method_kept(tmp_path, reuse):
     options = ["--batch-size", "2", "--pruning-method", "random", "--visual-token-num", "30"]
     eval_cases.run_program(case["module"], [*prepare(case, tmp_path), *options, reuse])
     for record in eval_cases.read_answers(tmp_path / "a.jsonl"):
-        assert record["metadata"] == {"visual_tokens": 30.0, "visual_tokens_unpruned": 576}
+        kept = {"visual_tokens": 30.0, "visual_tokens_at_end": 30, "visual_tokens_unpruned": 576}
+        assert record["metadata"] == kept
+
+
+def test_lines_tell_the_average_over_layers_from_what_is_left_at_the_end(tmp_path):
+    case = next(case for case in CASES if case["id"] == "loader-v1.5")
+    options = ["--pruning-method", "fastv", "--visual-token-num", "100", "--limit", "2"]
+    eval_cases.run_program(case["module"], [*prepare(case, tmp_path), *options])
+    for record in eval_cases.read_answers(tmp_path / "a.jsonl"):
+        metadata = record["metadata"]
+        assert 0 < metadata["visual_tokens_at_end"] < metadata["visual_tokens"] < 576

@@ -191,14 +191,18 @@ def _finished(numbers: list[int], pending: list) -> tuple[list[int], list]:
 
 def note_visual_tokens(batch: list[tuple[Question, list[Picture]]], trace) -> None:
     """Writes into the metadata of every question with images how many of their tokens its prompt
-    had per layer, on average, and how many there are without pruning."""
-    rows = torch.stack(trace.visual_tokens).float().mean(dim=0)
-    kept = rows[:: len(rows) // len(batch)].tolist()  # the beams of a prompt are alike
+    had per layer, on average, and in the last one, and how many there are without pruning."""
+    layers = torch.stack(trace.visual_tokens)[:, :: len(trace.visual_tokens[0]) // len(batch)]
+    means, last = layers.float().mean(dim=0).tolist(), layers[-1].tolist()
     lengths = iter(trace.unpruned_lengths)
-    for (question, pictures), tokens in zip(batch, kept, strict=True):
-        whole = sum(next(lengths) for _ in pictures)
+    for (question, pictures), mean, at_end in zip(batch, means, last, strict=True):
+        unpruned = sum(next(lengths) for _ in pictures)
         if pictures:
-            question.metadata = {budgets.KEPT: round(tokens, 2), budgets.ALL: whole}
+            question.metadata = {
+                budgets.PER_LAYER: round(mean, 2),
+                budgets.AT_END: at_end,
+                budgets.ALL: unpruned,
+            }
 
 
 def count_visual_tokens(trace) -> tuple[float, float] | None:
