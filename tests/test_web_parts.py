@@ -185,8 +185,10 @@ def stream(text: str):
 def test_a_worker_that_cannot_be_reached_is_replaced_by_another():
     prompt = conversation_about("Hi").get_prompt()
     gone = httpx.ConnectError("gone")
-    service = replying(at("http://w1:1"), gone, at("http://w2:1"), stream(prompt + " yes"))
+    dropped = httpx.Response(200, json={"alive": False})
+    service = replying(at("http://w1:1"), gone, dropped, at("http://w2:1"), stream(prompt + " yes"))
     assert [answer.text for answer in collect(service, "Hi")][-1] == "yes"
+    assert "http://controller:1/report_worker" in service.asked
     assert [url for url in service.asked if "generate" in url] == [
         f"http://{name}:1/worker_generate_stream" for name in ("w1", "w2")
     ]

@@ -1,1 +1,1 @@
-"""The model as a service: chat in a terminal."""
+"""The model as a service: controller, workers, web page, and a chat in a terminal."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -98,13 +98,19 @@ class Service:
                     yield chunk
                 return
             except httpx.ConnectError as error:
-                # A worker that just died stays listed until its heart beat is missed.
+                await self._report(address)
                 if attempt == TRIES - 1:
                     raise Failure("no_worker", model=body["model"]) from error
             except httpx.TimeoutException as error:
                 raise Failure("worker_silent") from error
             except httpx.HTTPError as error:
+                await self._report(address)
                 raise Failure("worker_lost") from error
+
+    async def _report(self, address: str) -> None:
+        """A worker that just died stays listed until its heart beat is missed, or this is said."""
+        with suppress(Failure):
+            await self._ask_controller("/report_worker", {"worker_name": address})
 
     async def _stream(self, address: str, body: dict, request: str) -> AsyncIterator[Chunk]:
         async with (
