@@ -82,6 +82,17 @@ def write_vizwiz(folder: Path) -> None:
             write_json(folder / "val.json", records)
 
 
+def write_vqav2(folder: Path) -> None:
+    """Counting, as questions of the validation split."""
+    rows = asked(questions.counting, 9)
+    lines = [line(number, image, q.text) for number, image, q in rows]
+    records = [
+        {"question_id": number, "answers": [{"answer": q.answer}] * 10} for number, _, q in rows
+    ]
+    write_lines(folder / "llava_vqav2_mscoco_val2014.jsonl", lines)
+    write_json(folder / "v2_mscoco_val2014_annotations.json", {"annotations": records})
+
+
 def write_science(folder: Path) -> None:
     """Options as ScienceQA asks them; every fourth question has no image in its file."""
     records, problems = [], {}
@@ -279,6 +290,7 @@ def write_viscot(folder: Path) -> None:
 def write_samples(folder: Path) -> None:
     """All of them."""
     write_vizwiz(folder / "vizwiz")
+    write_vqav2(folder / "vqav2")
     write_science(folder / "scienceqa")
     write_seed(folder / "seed_bench")
     write_mmvet(folder / "mm-vet")

@@ -129,6 +129,19 @@ def test_vizwiz_annotations_become_questions_with_the_published_wording(tmp_path
     }
 
 
+def test_vqav2_questions_get_the_file_names_of_coco(tmp_path):
+    question = {"image_id": 42, "question": "How many?", "question_id": 42001}
+    content = {"data_subtype": "val2014", "questions": [question]}
+    (tmp_path / "q.json").write_text(json.dumps(content))
+    target = tmp_path / "out.jsonl"
+    assert not convert(
+        "convert_vqav2_to_llava", "--src", tmp_path / "q.json", "--dst", target
+    ).stderr
+    record = json.loads(target.read_text())
+    assert record["image"] == "COCO_val2014_000000000042.jpg" and record["question_id"] == 42001
+    assert record["text"] == "How many?\nAnswer the question using a single word or phrase."
+
+
 @pytest.fixture
 def refer_dir(tmp_path):
     folder = tmp_path / "refer/refcoco"

@@ -217,6 +217,15 @@ _TABLE = (
         server_if=server_files.VQAV2_TEST,
     ),
     Benchmark(
+        "vqav2_val",
+        "vqav2/llava_vqav2_mscoco_val2014.jsonl",
+        "vqav2/val2014",
+        "accuracy",
+        local_scores.vqav2,
+        eval_vqav2.report,
+        ("vqav2/v2_mscoco_val2014_annotations.json",),
+    ),
+    Benchmark(
         "vizwiz",
         "vizwiz/llava_test.jsonl",
         "vizwiz/test",

@@ -41,7 +41,11 @@ REFCOCO = (
 #: file or folder, or the beginning of several -> where to get it; the longest match counts
 SOURCES = {
     "vqav2/llava_": BUNDLE,
+    "vqav2/llava_vqav2_mscoco_val2014": (
+        "python scripts/convert_vqav2_to_llava.py, out of the official questions"
+    ),
     "vqav2/test2015": f"{COCO}/test2015.zip",
+    "vqav2/val2014": f"{COCO}/val2014.zip",
     "vqav2/v2_mscoco_val2014": "https://visualqa.org/download.html (annotations 2017 v2.0)",
     "gqa/llava_": BUNDLE,
     "gqa/data": "https://cs.stanford.edu/people/dorarad/gqa/download.html (questions, images)",
