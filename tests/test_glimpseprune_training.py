@@ -360,6 +360,7 @@ def test_the_recipe_has_known_flags_and_the_values_of_the_paper(monkeypatch):
     flags = {word.removeprefix("--") for word in words if word.startswith("--")}
     assert flags <= known
     assert words[words.index("--model_name_or_path") + 1] == "my/model"
-    assert words[words.index("--reduce_layer") + 1] == "21"
+    values = {"--learning_rate": "0.0001", "--loc_bce_weight": "0.1", "--attn_fuse_size": "256"}
+    assert all(words[words.index(flag) + 1] == value for flag, value in values.items())
     data = yaml.safe_load((ROOT / "scripts/v1_5/train_glimpse_data.yaml").read_text())
     assert data["datasets"][0]["sampling_strategy"] == "random:20000"
