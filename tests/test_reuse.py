@@ -1,10 +1,12 @@
 """Questions about one image share work, and get the answers that they get alone."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from llava.model.reuse import Picture, PrefixCache
-from llava.pruning import METHODS, trace_pruning
+from llava.pruning import METHODS, build_pruner, trace_pruning
 from tests.conftest import SIDE, make_pruner
 
 GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=-1)
@@ -87,3 +89,129 @@ def test_images_and_beginnings_may_mix_in_a_batch(model, pruner, sample):
     ]
     pictures = [[a], [b], [a], [a, b], [b, a], [a, a]]
     check(model, prompts, pictures, ["what", "who"] * 3, [[0, 1, 2], [3, 4, 5], [0, 5, 3]])
+
+
+def test_crops_of_images_share_as_well(anyres_model, sample):
+    model = anyres_model
+    first = [picture(0, (42, 84), crops=3)]
+    second = [picture(1, (2 * SIDE, 2 * SIDE), crops=5)]
+    prompts = prompts_about(sample, 5, 9, 3, 2)
+    for name in ("none", "pyramiddrop"):  # where a stage lies may depend on the size of the image
+        model.pruner = make_pruner(name, 50)
+        pictures = [first, first, second, first]
+        check(model, prompts, pictures, ["what"] * 4, [[0, 1], [2, 3], [1, 2, 3]])
+
+
+def test_beams_share(model, sample):
+    model.pruner = make_pruner("fastv")
+    prompts, pictures = prompts_about(sample, 5, 9), [[picture(0)]] * 2
+    tokens, _, _ = shared(model, PrefixCache(model), prompts, pictures, ["a"] * 2, num_beams=3)
+    for row, prompt in enumerate(prompts):
+        own, _, _ = alone(model, prompt, pictures[0], "a", num_beams=3)
+        assert torch.equal(tokens[row], own)
+
+
+def test_text_only_prompts_may_be_among_them(model, sample):
+    prompts = [*prompts_about(sample, 5, 9), sample(7).ids[0]]
+    check(model, prompts, [[picture(0)], [picture(0)], []], ["a"] * 3, [[0, 1, 2], [2], [1]])
+
+
+@contextmanager
+def counting(model):
+    """Tokens that each decoder layer runs inside the block, and crops that the tower does."""
+    tokens, crops = [0] * len(model.model.layers), [0]
+
+    def count(layer):
+        def hook(_, inputs):
+            tokens[layer] += inputs[0].shape[0] * inputs[0].shape[1]
+
+        return hook
+
+    def see(_, inputs):
+        crops[0] += len(inputs[0])
+
+    embeddings = model.get_vision_tower().vision_tower.vision_model.embeddings
+    handles = [embeddings.register_forward_pre_hook(see)]
+    for number, layer in enumerate(model.model.layers):
+        handles.append(layer.register_forward_pre_hook(count(number)))
+    yield tokens, crops
+    for handle in handles:
+        handle.remove()
+
+
+DEPTHS = [
+    (build_pruner("none"), 6),
+    (build_pruner("vispruner", visual_token_num=10), 6),
+    (build_pruner("fastv", visual_token_num=10, layer=4), 3),  # layer 3 is probed
+    (build_pruner("pyramiddrop", layer_list=(2, 3, 4)), 2),
+    (build_pruner("vscan", visual_token_num=10), 3),
+    (build_pruner("nuwa", visual_token_num=10), 2),
+    (build_pruner("fastv", visual_token_num=10, layer=1), 0),
+    (build_pruner("vispruner+fastv", fastv_visual_token_num=10, vispruner_visual_token_num=20), 0),
+]
+
+
+@pytest.mark.parametrize("pruner, depth", DEPTHS, ids=lambda value: str(value)[:30])
+def test_an_image_runs_once_through_the_layers_its_method_leaves_alone(
+    model, sample, pruner, depth
+):
+    model.pruner, cache, image = pruner, PrefixCache(model), picture(0)
+    prompts = prompts_about(sample, 9, 5, 7, 3)
+    entering = pruner.token_schedule(36, 6)[0] + 5  # with the text before the image
+    with counting(model) as (tokens, crops):
+        for own, tails, once in ((prompts[:2], 2 * 9, entering), (prompts[2:], 2 * 7, 0)):
+            before = list(tokens)
+            shared(model, cache, own, [[image]] * 2, ["a"] * 2, max_new_tokens=1)
+            ran = [after - was for after, was in zip(tokens, before, strict=True)]
+            assert ran[:depth] == [tails + once] * depth
+            if depth < 6:  # where the method looks at all tokens, and may drop some
+                assert tails < ran[depth] <= 2 * entering + tails
+    assert crops == [1]
+
+
+def test_an_image_asked_about_once_costs_no_extra_pass(model, sample):
+    cache, prompts = PrefixCache(model), prompts_about(sample, 9, 5, 4)
+    one, two = picture(0), picture(1)
+    with counting(model) as (tokens, _):
+        shared(model, cache, prompts[:2], [[one], [two]], ["a"] * 2, max_new_tokens=1)
+        assert tokens[0] == 2 * (41 + 9)
+        shared(model, cache, prompts[2:], [[two]], ["a"], max_new_tokens=1)
+        shared(model, cache, prompts[1:2], [[two]], ["a"], max_new_tokens=1)
+    # the second question about an image runs its beginning apart, the third need not
+    assert tokens[0] == 2 * (41 + 9) + (41 + 4) + 5
+
+
+def test_another_method_empties_the_cache(model, sample):
+    cache, prompts = PrefixCache(model), prompts_about(sample, 9, 5)
+    pictures = [[picture(0)]] * 2
+    for name in ("none", "random", "vispruner"):
+        model.pruner = make_pruner(name)
+        tokens, _, _ = shared(model, cache, prompts, pictures, ["a"] * 2)
+        for row, prompt in enumerate(prompts):
+            assert torch.equal(tokens[row], alone(model, prompt, pictures[row], "a")[0])
+
+
+def test_a_method_that_changes_layers_it_calls_untouched_is_an_error(model, sample):
+    class Wrong(type(build_pruner("fastv"))):
+        def before_layer(self, index, prefill):
+            return prefill.keep(prefill.index != 6) if index == 0 else prefill
+
+    model.pruner = Wrong(visual_token_num=10, layer=4)
+    with pytest.raises(ValueError, match="fastv changes tokens before layer 0, but its reusable_l"):
+        prompts, pictures = prompts_about(sample, 9, 5), [[picture(0)]] * 2
+        PrefixCache(model).generate(prompts, pictures, ["a"] * 2, **GREEDY)
+
+
+def test_questions_reach_only_the_methods_that_read_them(model, sample, monkeypatch):
+    seen = []
+    for name in ("vispruner", "cdpruner"):
+        model.pruner = make_pruner(name)
+        method, hook = type(model.pruner), type(model.pruner).after_encoder
+
+        def spy(self, vision, hook=hook):
+            seen.append(vision.questions)
+            return hook(self, vision)
+
+        monkeypatch.setattr(method, "after_encoder", spy)
+        alone(model, prompts_about(sample, 5)[0], [picture(0)], "is it red")
+    assert seen == [None, ["is it red"]]

@@ -17,6 +17,8 @@ from llava.eval.plan import Share, plan_shares
 from llava.eval.tasks import Question
 from llava.eval.workers import Workers
 
+FILE_SYSTEM_SECONDS = 90.0
+
 
 @dataclass
 class Answered:
@@ -91,7 +93,7 @@ def answer_questions(
         workers.tell(key, [num_before, todo])
         outcome = _answer(task, todo, make_loop, workers, key, answers.put, num_before)
         workers.wait(f"{key}/answered")
-        answers.finish()
+        answers.finish(FILE_SYSTEM_SECONDS if workers.size > 1 else 0.0)
     workers.wait(f"{key}/merged")
     return outcome
 

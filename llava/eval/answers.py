@@ -148,9 +148,17 @@ class AnswersFile:
         if following:
             self.write(following)
 
-    def finish(self) -> None:
-        """Takes in the journals of all processes. Raises ValueError when answers are missing."""
+    def finish(self, patience: float = 0.0) -> None:
+        """Takes in the journals of all processes.
+
+        patience: seconds that a network file system may need to show what others have written
+        Raises ValueError when answers are missing.
+        """
+        end = time.monotonic() + patience
         self._take(read_journals(self.path).items())
+        while self.length < len(self.heads) and time.monotonic() < end:
+            time.sleep(1.0)
+            self._take(read_journals(self.path).items())
         if self.length < len(self.heads):
             raise ValueError(
                 f"{self.path} has {len(self.known)} of {len(self.heads)} answers: start the same "

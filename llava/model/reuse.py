@@ -107,6 +107,11 @@ class PrefixCache:
         questions: of every prompt, for methods that read it
         The rest is as in `model.generate`.
         """
+        pruner, kwargs = self.model.pruner.for_call(kwargs)
+        with self.model.using(pruner):
+            return self._generate(prompts, pictures, questions, **kwargs)
+
+    def _generate(self, prompts, pictures, questions, **kwargs) -> Tensor:
         if self.pruner is not self.model.pruner:
             self.pruner, self._images, self._beginnings = self.model.pruner, {}, {}
         image_keys = [
@@ -121,7 +126,8 @@ class PrefixCache:
             ids.to(device), mask.to(device), images=images or None, padding_side="left"
         )
         prefix = None
-        if images and kwargs.get("use_cache", True):
+        drafter = self.model.drafter_for(dict(kwargs))  # it fills caches of its own
+        if images and drafter is None and kwargs.get("use_cache", True):
             prefix = self._prefix(prompt, prompts, image_keys)
         return self.model.generate_from(prompt, prefix=prefix, **kwargs)
 
