@@ -219,6 +219,12 @@ def test_clear_starts_from_nothing(page, fake):
     assert "Hello" not in fake.bodies[-1]["prompt"]
 
 
+def test_a_forgotten_session_can_start_again(page, warnings):
+    visitor = Visitor(page)
+    visitor.run(page.chat.regenerate, VISITOR)
+    assert warnings == ["Type a question first."] and visitor.values[page.chat.window] == []
+
+
 def test_votes_are_counted_once(page):
     visitor = Visitor(page)
     visitor.say("Hello", IMAGE)

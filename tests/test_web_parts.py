@@ -262,7 +262,7 @@ def test_an_empty_option_box_leaves_the_default_to_the_method():
 
 
 def test_option_texts_become_values_of_the_right_type():
-    request = pruning_request(METHODS_OFFERED, "vispruner", 4, ["1", "[2, 3]"])
+    request = pruning_request(METHODS_OFFERED, "vispruner", 4, ["1", "(2, 3)"])
     assert request["options"] == {"important_ratio": 1.0, "seed": [2, 3]}
     with pytest.raises(Failure, match="important_ratio must be a number, not 'half'"):
         pruning_request(METHODS_OFFERED, "vispruner", 4, ["half"])

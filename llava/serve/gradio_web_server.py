@@ -68,7 +68,7 @@ def allowed_hosts(args) -> tuple[str, ...] | None:
     from .web.guard import LOOPBACK
 
     if args.allow_host:
-        return (*LOOPBACK, *(name.lower() for name in args.allow_host))
+        return (*LOOPBACK, *(name.lower() for name in (args.host, *args.allow_host)))
     return None if args.share or not is_loopback(args.host) else LOOPBACK
 
 

@@ -57,7 +57,7 @@ class ChatTab:
     def __init__(self, service: Service, controls: Controls, log: ConversationLog, moderate: bool):
         self.service, self.controls, self.log, self.moderate = service, controls, log, moderate
         self.methods = gr.State({"methods": {}, "dense": None})
-        self.chat = gr.State(None, time_to_live=3600)
+        self.chat = gr.State(None, time_to_live=4 * 3600)
         with gr.Row(equal_height=False):
             with gr.Column(scale=6, min_width=320):
                 self._add_window()
@@ -145,7 +145,10 @@ class ChatTab:
     async def regenerate(self, values: dict, request: gr.Request):
         """Asks the latest question again, with the method and parameters chosen now."""
         chat = values[self.chat]
-        if chat is not None and chat.bubbles:
+        if chat is None or not chat.bubbles:  # the session was forgotten in the meantime
+            gr.Warning(SENTENCES["no_question"])
+            yield self.cleared()
+        else:
             async for update in self._turn(chat, values, request, partial(_reopen, chat)):
                 yield update
 

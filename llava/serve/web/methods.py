@@ -90,6 +90,7 @@ def _value(option: str, text: str, default):
         value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text  # a bare word; whether it is a value, the worker knows
+    value = list(value) if isinstance(value, tuple) else value
     if default is None or isinstance(value, type(default)):
         return value
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):

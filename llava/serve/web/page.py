@@ -17,13 +17,13 @@ from .log import ConversationLog
 from .methods import offered
 
 logger = logging.getLogger("llava.serve.web")
-KEEP_UPLOADS = (60, 900)  # seconds between two looks for old uploads, and their largest age
+KEEP_UPLOADS = (300, 4 * 3600)  # seconds between two looks for old uploads, and their largest age
 
 TITLE = """# LLaVA with visual-token pruning
 Ask about an image, and see which of its patches the model needed for the answer."""
 TERMS = """**Terms of use.** The models behind this page can be wrong and may write offensive or
-unsafe text. Do not upload what you may not share. Uploaded images are deleted after a few minutes;
-questions, answers and images are kept only where the operator of this page asked for it.
+unsafe text. Do not upload what you may not share. Uploaded images are deleted after four hours;
+questions, answers and images are kept longer only where the operator of this page asked for it.
 
 **Licence.** Code under Apache-2.0; every model has a licence of its own."""
 
