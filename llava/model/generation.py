@@ -136,7 +136,7 @@ def speculate(
     the log."""
     begin = size = choice.ids.shape[1]
     others = [rule for rule in criteria if not isinstance(rule, MaxLengthCriteria)]
-    ends, scores = set(choice.ends.tolist()), []
+    scores: list[Tensor] = []
     began = time.perf_counter()
     speculation = Speculation(model, drafter, choice, criteria.max_length - size)
     tokens, rows, numbers = speculation.start(prompt)
@@ -144,7 +144,7 @@ def speculate(
     while True:
         if keep_scores:
             scores.extend(rows)
-        count, finished = answered(choice.ids, numbers, ends, others, scores or None)
+        count, finished = answered(choice.ids, numbers, choice.ends, others, scores or None)
         if streamer is not None:
             streamer.put(tokens[:count].cpu())
         size += count

@@ -204,7 +204,7 @@ class Speculation:
         The row of the last guess of a step waits until the next one, where it runs along if it was
         accepted: a row more costs next to nothing, a pass of its own as much as any.
         """
-        x = torch.cat(self.waiting, dim=1)
+        x = self.waiting[0] if len(self.waiting) == 1 else torch.cat(self.waiting, dim=1)
         held = self.cache.lengths[self.depth]
         step = self._step(self.drafted, x.shape[1], held)
         for layer in self.drafter.layers:
