@@ -1,0 +1,160 @@
+"""The plug-ins of lmms-eval and VLMEvalKit, on the real packages where they are installed and on
+stand-ins with their interface where they are not."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from llava.eval.answerer import ask, open_loop, read_pruner
+from llava.pruning import build_pruner
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINT = str(ROOT / "tests" / "golden" / "tiny-llava-v1.5")
+IMAGES = sorted((ROOT / "tests" / "golden" / "images").glob("*.png"))[:2]
+OPTIONS = {"dtype": "float32", "device": "cpu"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    model_id: str
+    simple_class_path: str | None = None
+    chat_class_path: str | None = None
+
+
+class Lmms:
+    """What lmms-eval 0.7.3 promises its models."""
+
+    is_simple = True
+
+    def __init__(self):
+        self.task_dict = {}
+
+
+class Kit:
+    """What VLMEvalKit promises its models, and how it calls them."""
+
+    def generate(self, message, dataset=None):
+        return self.generate_inner([dict(part) for part in message], dataset)
+
+
+def stand_in(monkeypatch, **modules):
+    for name, content in modules.items():
+        parts = name.split("__")
+        for count in range(1, len(parts) + 1):
+            path = ".".join(parts[:count])
+            if path not in sys.modules:
+                monkeypatch.setitem(sys.modules, path, ModuleType(path))
+        vars(sys.modules[".".join(parts)]).update(content)
+
+
+def load(monkeypatch, name: str, package: str, **modules):
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        stand_in(monkeypatch, **modules)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    module = importlib.import_module(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    return module
+
+
+@pytest.fixture
+def lmms(monkeypatch):
+    return load(
+        monkeypatch,
+        "llava.eval.lmms_plugin",
+        "lmms_eval.api.model",
+        lmms_eval__api__model={"lmms": Lmms},
+        lmms_eval__models__registry_v2={"ModelManifest": Manifest},
+    )
+
+
+@pytest.fixture
+def shim(monkeypatch):
+    return load(
+        monkeypatch,
+        "llava.eval.vlmeval_shim",
+        "vlmeval.vlm.base",
+        vlmeval__config={"supported_VLM": {}},
+        vlmeval__vlm__base={"BaseModel": Kit},
+    )
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Answers of the answer loop to two prompts with 64 tokens."""
+    pruner = build_pruner("random", visual_token_num=64, seed=3)
+    loop = open_loop(CHECKPOINT, pruner=pruner, **OPTIONS)
+    prompts = [("What is this?", [Image.open(IMAGES[0])]), ("And that?", [Image.open(IMAGES[1])])]
+    return [ask(loop, [prompt], 5)[0] for prompt in prompts]
+
+
+def test_lmms_eval_gets_the_answers_of_the_answer_loop(lmms, expected):
+    model = lmms.LlavaPruning(
+        CHECKPOINT, "random", "64", "seed=3", batch_size="2", conv_template="auto", **OPTIONS
+    )
+    pictures = {"pope": {"test": [[Image.open(path)] for path in IMAGES]}}
+    model.task_dict = pictures
+    asked = [("What is this?", 0), ("And that?", 1), ("And that?", 1)]
+    settings = [{"max_new_tokens": 5}] * 2 + [{"max_new_tokens": 5, "until": expected[1][1:3]}]
+    requests = [
+        SimpleNamespace(args=(text, own, lambda doc: doc, doc, "pope", "test"))
+        for (text, doc), own in zip(asked, settings, strict=True)
+    ]
+    answers = model.generate_until(requests)
+    assert answers[:2] == expected
+    assert answers[2] == expected[1].split(expected[1][1:3])[0].strip()
+
+
+def test_lmms_eval_gets_log_probabilities_of_the_end_of_the_prompt(lmms):
+    model = lmms.LlavaPruning(CHECKPOINT, "fastv", 64, "layer=1", **OPTIONS)
+    model.task_dict = {"t": {"s": [[Image.open(IMAGES[0])]]}}
+    request = SimpleNamespace(args=("What?", "yes it is", lambda doc: doc, 0, "t", "s"))
+    ((value, greedy),) = model.loglikelihood([request])
+    assert value < 0 and greedy is False
+
+
+def test_the_entry_point_names_the_plug_in(lmms):
+    found = lmms.manifest()
+    module, name = found.simple_class_path.rsplit(".", 1)
+    assert getattr(importlib.import_module(module), name).is_simple is True
+    setup = (ROOT / "setup.py").read_text()
+    assert re.search(rf'"lmms_eval.models": \["{found.model_id} = {module}:manifest"\]', setup)
+
+
+def test_vlmevalkit_knows_a_registered_setting_by_name(shim, expected):
+    shim.register("tiny64", CHECKPOINT, "random", 64, pruning_args="seed=3", **OPTIONS)
+    model = shim.supported_VLM["tiny64"](max_new_tokens=5)
+    message = [
+        {"type": "image", "value": str(IMAGES[0])},
+        {"type": "text", "value": "What is this?"},
+    ]
+    assert model.generate(message) == expected[0]
+
+
+def test_options_come_as_strings():
+    pruner = read_pruner("vispruner", "32", "important_ratio=0.25; drop_per_round=4")
+    assert pruner == build_pruner(
+        "vispruner", visual_token_num=32, important_ratio=0.25, drop_per_round=4
+    )
+    with pytest.raises(ValueError, match="unknown option 'speed'"):
+        read_pruner("random", None, "speed=3")
+
+
+def test_a_missing_program_is_named(monkeypatch):
+    for name, package in (
+        ("llava.eval.lmms_plugin", "lmms_eval"),
+        ("llava.eval.vlmeval_shim", "vlmeval"),
+    ):
+        monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        with pytest.raises(ImportError, match="not installed here"):
+            importlib.import_module(name)
