@@ -164,7 +164,7 @@ def test_a_method_that_refuses_the_model_is_known_before_anything_runs(model):
         suite.Run("random", 5, build_pruner("random", visual_token_num=5)),
         suite.Run("random", 99, build_pruner("random", visual_token_num=99)),
     ]
-    suite.try_out(model, runs)
+    suite.try_out(model, runs, "m")
     assert runs[0].refused is None and "exceeds the 36 patches" in runs[1].refused
 
 
@@ -177,6 +177,8 @@ def test_table_file_and_plots_hold_every_run(finished, tmp_path):
     assert float(first["visual_tokens"]) == 64 and float(first["change_low"]) < 0
     text = compare_report.markdown(comparison)
     assert text.count("| `random` |") == 4  # two budgets, averages and benchmarks
+    shown = compare_report.page(text, {"tokens": "results_tokens.png"}, "python -m x --page y")
+    assert "(../images/results_tokens.png)" in shown and "python -m x --page y" in shown
     pytest.importorskip("matplotlib")
     for axis in ("tokens", "flops", "time"):
         plot(comparison, axis, tmp_path / f"{axis}.png")

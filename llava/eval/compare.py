@@ -7,7 +7,7 @@ agreement with the unpruned answers, and what every setting costs.
 
 Answers come from `llava.eval.suite` (same options, resumable, several processes). On top of its
 scores.json the folder gets compare.json, compare.csv, compare.md and three plots: score over visual
-tokens, over operations and over measured time. See docs/Evaluation.md.
+tokens, over operations and over measured time. See docs/Comparing.md.
 """
 
 from __future__ import annotations

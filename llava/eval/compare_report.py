@@ -49,7 +49,7 @@ def markdown(comparison: Comparison) -> str:
     cell = dense.cells[AVERAGE]
     settings = comparison.settings
     lines = [
-        f"Model `{settings['model_path']}`, {cell.count} questions of {len(comparison.tasks)} "
+        f"Model `{settings['model_name']}`, {cell.count} questions of {len(comparison.tasks)} "
         f"benchmarks ({', '.join(comparison.tasks)}). Scores are percent of the maximum; the "
         "average weighs benchmarks alike. Brackets: 95 % intervals, bootstrap over questions; "
         "the change is paired with the unpruned answers to the same questions. Bold: the interval "

@@ -98,7 +98,7 @@ def compare_runs(
             dense_draws = draws
         dense = by_run[DENSE, done[0].tokens]
         rows.append(_row(run, by_run[key], dense, draws, dense_draws, costs))
-    names = ("model_path", "data_dir", "limit", "batch_size", "conv_mode", "tokens")
+    names = ("model_name", "limit", "batch_size", "conv_mode", "tokens")
     settings = {name: getattr(args, name) for name in names}
     return Comparison(settings, rows, not_run(runs))
 

@@ -4,7 +4,7 @@
         --model_args pretrained=liuhaotian/llava-v1.5-7b,method=vispruner,visual_token_num=64
 
 lmms-eval finds it through the entry point `lmms_eval.models` of this package. Its own model `llava`
-works with this package, too (unpruned). See docs/Evaluation.md.
+works with this package, too (unpruned). See docs/Comparing.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "llava.eval.lmms_plugin is a plug-in of lmms-eval (0.7 or newer), which is not installed "
-        "here; docs/Evaluation.md says how to install the two side by side"
+        "here; docs/Comparing.md says how to install the two side by side"
     ) from error
 
 DEFAULT_LENGTH = 1024  # of lmms-eval's own LLaVA, where a task names none

@@ -30,7 +30,7 @@ SAME_RULE = {
 
 @dataclass(frozen=True)
 class Published:
-    """One number of one paper; fields as in the file, see docs/Evaluation.md."""
+    """One number of one paper; fields as in the file, see docs/Comparing.md."""
 
     model: str
     method: str

@@ -85,15 +85,15 @@ def plan(args, num_patches: int) -> list[Run]:
     return runs
 
 
-def try_out(model, runs: list[Run]) -> None:
+def try_out(model, runs: list[Run], model_path: str) -> None:
     """Assigns every method to the model once and marks those that refuse it, so that this is known
-    before anything runs."""
+    before anything runs. model_path: folder that is called by its name alone in the reasons."""
     for run in runs:
         if run.refused is None:
             try:
                 model.pruner = run.pruner
             except (OSError, ValueError) as error:
-                run.refused = str(error)
+                run.refused = str(error).replace(model_path, os.path.basename(model_path))
 
 
 def answers_path(out: str, run: Run, benchmark: Benchmark) -> str:
@@ -244,7 +244,7 @@ def prepare(args) -> tuple[AnswerLoop, list[Run], list[Benchmark], Workers]:
     loop = load_loop(args)
     crops = loop.model.crops_in_budget(build_pruner())
     runs = plan(args, crops * loop.model.get_vision_tower().num_patches)
-    try_out(loop.model, runs)
+    try_out(loop.model, runs, args.model_path)
     os.makedirs(args.out, exist_ok=True)
     return loop, runs, benchmarks, workers
 

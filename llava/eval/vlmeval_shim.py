@@ -8,7 +8,7 @@
 
     python run_pruned.py --model llava_v1.5_7b_vispruner64 --data POPE
 
-See docs/Evaluation.md.
+See docs/Comparing.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "llava.eval.vlmeval_shim belongs to VLMEvalKit, which is not installed here; "
-        "docs/Evaluation.md says how to install the two side by side"
+        "docs/Comparing.md says how to install the two side by side"
     ) from error
 
 
