@@ -154,3 +154,10 @@ def test_answers_in_another_order_than_the_questions_are_refused(bench):
 def test_without_a_key_for_openai_nothing_is_asked(bench):
     with pytest.raises(SystemExit, match="set OPENAI_API_KEY, or OPENAI_BASE_URL"):
         bench(judge.OPENAI_URL)
+
+
+def test_fields_that_are_no_json_object_are_refused(bench, monkeypatch, capsys):
+    monkeypatch.setenv("JUDGE_EXTRA", "max_tokens=3")
+    with pytest.raises(SystemExit):
+        bench("http://127.0.0.1:9/v1")
+    assert "not a JSON object: 'max_tokens=3' (JUDGE_EXTRA)" in capsys.readouterr().err

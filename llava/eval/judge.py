@@ -201,13 +201,23 @@ def add_judge_args(
     )
     group.add_argument(
         "--judge-extra",
-        type=json.loads,
-        default=json.loads(environment.get("JUDGE_EXTRA") or "{}"),
+        type=_object,
+        default=environment.get("JUDGE_EXTRA") or "{}",  # argparse reads it as if it were given
         metavar="JSON",
         help="fields to add to a request; null takes one out (default: JUDGE_EXTRA)",
     )
     group.add_argument("--max-tokens", type=int, default=max_tokens)
     group.add_argument("--judge-temperature", type=float, default=temperature)
+
+
+def _object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"not a JSON object: {text!r} (JUDGE_EXTRA)")
+    return value
 
 
 def has_endpoint(args: argparse.Namespace) -> bool:
