@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llava.mm_utils import tokenizer_image_token
-from llava.pruning import build_pruner, trace_pruning
+from llava.pruning import Pruner, build_pruner, trace_pruning
 from llava.serve import engine as engine_module
 from llava.serve.engine import Engine
 from llava.serve.turns import FairLock
@@ -208,6 +208,40 @@ def test_methods_with_the_same_options_are_built_once(engine):
     assert first is again
     other = engine.shelf.get(PruningRequest(method="random", options={"seed": 5}))
     assert other is not first and engine.shelf.get(None) is engine.shelf.default
+
+
+class Trained(Pruner):
+    """A method whose part is loaded when it is put on a model."""
+
+    name = "trained"
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+        self.module = torch.nn.Linear(1, 1)
+
+
+def test_few_settings_of_a_method_with_trained_parts_are_alive_at_a_time(monkeypatch):
+    from llava.serve import methods
+    from llava.serve.errors import ServeError
+    from llava.serve.protocol import PruningRequest
+
+    monkeypatch.setattr(methods, "build_pruner", lambda name, **options: Trained(**options))
+    monkeypatch.setattr(methods, "all_defaults", lambda name: {})
+    shelf = methods.MethodShelf(build_pruner("none"))
+
+    def get(seed):
+        return shelf.get(PruningRequest(method="trained", options={"seed": seed}))
+
+    for seed in range(50):  # nobody uses the earlier ones: they are forgotten
+        get(seed)
+    in_use = [get(seed) for seed in range(methods.TRAINED)]
+    with pytest.raises(ServeError, match="in use") as refused:
+        get(99)
+    assert refused.value.cause == "busy"
+    assert get(methods.TRAINED - 1) is in_use[-1]
+    del refused  # its traceback holds the settings, too
+    in_use.clear()
+    assert get(99).seed == 99
 
 
 def test_out_of_memory_is_said_and_the_worker_goes_on(app, engine, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import threading
+import weakref
 from collections import OrderedDict
 from dataclasses import MISSING
 
@@ -16,6 +17,7 @@ from .protocol import PruningRequest
 
 PLAIN = (bool, int, float, str, list, tuple, type(None))
 KEPT = 32  # settings that stay built; a method with trained parts keeps one
+TRAINED = 4  # settings of one method with trained parts that are alive at a time
 BUDGET = "visual_token_num"
 _PATH = re.compile(r"\S*[/\\]\S*")
 
@@ -25,16 +27,20 @@ logger = logging.getLogger(__name__)
 class MethodShelf:
     """Builds methods for requests, and remembers the latest.
 
+    Trained parts are large, and each setting of a method loads its own: few may be alive at a time.
+
     default: what a request without a method gets
     """
 
     def __init__(self, default: Pruner):
         self.default = default
         self._built: OrderedDict[str, Pruner] = OrderedDict()
+        self._alive: dict[str, weakref.ref[Pruner]] = {}
         self._lock = threading.Lock()
 
     def get(self, request: PruningRequest | None) -> Pruner:
-        """The method a request asks for. Raises ServeError when it or an option is not known."""
+        """The method a request asks for. Raises ServeError when it or an option is not known, or
+        too many settings of trained methods are in use."""
         if request is None:
             return self.default
         options = {name: _listed(value) for name, value in request.options.items()}
@@ -46,8 +52,9 @@ class MethodShelf:
                 self._built.move_to_end(key)
                 return self._built[key]
             pruner = self._build(request.method, options)
+            self._make_room(request.method)
             self._built[key] = pruner
-            self._forget(pruner)
+            self._alive[key] = weakref.ref(pruner)
         return pruner
 
     def _build(self, name: str, options: dict) -> Pruner:
@@ -57,14 +64,26 @@ class MethodShelf:
         except (ValueError, TypeError, OSError, ArithmeticError) as error:
             raise unavailable(error) from None
 
-    def _forget(self, newest: Pruner) -> None:
-        """Trained parts are large: of a method that has some, the newest setting alone stays."""
-        for key, pruner in list(self._built.items()):
-            same = type(pruner) is type(newest) and pruner is not newest
-            if same and newest.module is not None:
-                del self._built[key]
-        while len(self._built) > KEPT:
+    def _make_room(self, name: str) -> None:
+        """Forgets old settings, of `name` all that have trained parts and are not in use.
+
+        Raises ServeError when too many of those are.
+        """
+        for key in [key for key, one in self._built.items() if is_trained(one, name)]:
+            del self._built[key]
+        while len(self._built) >= KEPT:
             self._built.popitem(last=False)
+        in_use = {key: one for key, reference in self._alive.items() if (one := reference())}
+        self._alive = {key: self._alive[key] for key in in_use}
+        self._built |= {key: one for key, one in in_use.items() if is_trained(one, name)}
+        if sum(is_trained(one, name) for one in in_use.values()) >= TRAINED:
+            raise ServeError(
+                "busy", "Other settings of this method are in use; try again soon, or use those."
+            )
+
+
+def is_trained(pruner: Pruner, name: str) -> bool:
+    return pruner.name == name and pruner.module is not None
 
 
 def _listed(value):
