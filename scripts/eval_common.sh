@@ -60,7 +60,7 @@ OPTIONS+=(--pruning-method "$METHOD" ${TOKENS:+--visual-token-num "$TOKENS"})
 for word in "$@"; do
     if [[ $word =~ ^[a-zA-Z_]+=.+$ ]]; then
         OPTIONS+=(--pruning-arg "$word")
-        LABEL+=_$word
+        LABEL+=_${word//\//-} # a folder among the options must not become one of the answers
     else
         OPTIONS+=("$word")
     fi
