@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("gradio")
 webdriver = pytest.importorskip("selenium.webdriver")
 
+from PIL import Image  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
@@ -170,6 +171,20 @@ def test_failures_are_read_as_sentences(page):
     page.until(lambda: "The worker stopped while it was" in page.text("#chatbot .bot"), "sentence")
     page.ask("hello")
     page.until(lambda: "word9" in page.text("#chatbot .bot"), "the next answer")
+
+
+def test_an_own_image_can_be_asked_about_and_a_broken_one_is_explained(page, tmp_path):
+    good, broken = tmp_path / "view.png", tmp_path / "broken.png"
+    Image.new("RGB", (64, 48), "teal").save(good)
+    broken.write_text("no image")
+    entry = page.driver.find_element(By.CSS_SELECTOR, "#image input[type=file]")
+    entry.send_keys(str(broken))
+    page.until(lambda: "This file is not an image" in page.text("body"), "the sentence")
+    entry = page.driver.find_element(By.CSS_SELECTOR, "#image input[type=file]")
+    entry.send_keys(str(good))
+    page.find("#image img")
+    page.ask("hello")
+    page.until(lambda: "word9" in page.text("#chatbot .bot"), "the answer")
 
 
 def test_two_methods_are_compared(page):

@@ -7,11 +7,14 @@ downloads of files named by URL. Every request is checked against a list of what
 from __future__ import annotations
 
 import json
+import logging
 import re
 from urllib.parse import unquote, urlsplit
 
+from ..errors import new_request_id
 from .uploads import Refused, check_upload
 
+logger = logging.getLogger("llava.serve.web")
 API = "/gradio_api"
 GETS = re.compile(
     rf"/|/(config|favicon\.ico|robots\.txt|manifest\.json|theme\.css)/?|/(assets|static|svelte)/.+"
@@ -201,6 +204,9 @@ def _replay(body: bytes, receive):
 
 
 async def _refuse(send, refused: Refused) -> None:
+    number = new_request_id()
+    logger.info("request %s: refused, %s", number, refused.status)
+    text = f"{refused.sentence} [refused, request {number}]"
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
-    await send({"type": "http.response.body", "body": refused.sentence.encode()})
+    await send({"type": "http.response.body", "body": text.encode()})
