@@ -183,7 +183,7 @@ def write_scores(scores: list[Score], args) -> None:
 
 
 def available(names: list[str] | None, data_dir: str) -> list[Benchmark]:
-    """Returns the benchmarks asked for, or all that the data folder has questions and answers of."""
+    """Returns the benchmarks asked for, or all that can be scored with the data folder."""
     found = [
         benchmark
         for benchmark in BENCHMARKS.values()
