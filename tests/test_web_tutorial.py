@@ -21,6 +21,7 @@ def printed(outputs) -> str:
     return "".join("".join(part.get("text", [])) for cell in outputs for part in cell)
 
 
+@pytest.mark.slow
 def test_the_cells_prune_and_show_it(outputs):
     text = printed(outputs)
     counts = [int(count) for count in re.findall(r"\| (\d+) visual tokens", text)]
@@ -31,12 +32,14 @@ def test_the_cells_prune_and_show_it(outputs):
     assert len(pictures) == 3
 
 
+@pytest.mark.slow
 def test_the_cells_compare_methods(outputs):
     right = re.findall(r"^(\w+) +(\d+) of (\d+) right$", printed(outputs), re.M)
     assert [name for name, *_ in right] == ["none", "random", "vispruner"]
     assert all(0 <= int(count) <= int(total) for _, count, total in right)
 
 
+@pytest.mark.slow
 def test_the_cells_measure_what_is_saved(outputs):
     row = r"^(\w+) +(\d*) +(\d+) +([\d.]+) +(\d+)$"
     table = {m[1]: (float(m[4]), float(m[5])) for m in re.finditer(row, printed(outputs), re.M)}
