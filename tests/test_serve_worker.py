@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llava.mm_utils import tokenizer_image_token
+from llava.pruning import METHODS as ALL_METHODS
 from llava.pruning import Pruner, build_pruner, trace_pruning
 from llava.serve import engine as engine_module
 from llava.serve.engine import Engine
@@ -242,6 +243,24 @@ def test_few_settings_of_a_method_with_trained_parts_are_alive_at_a_time(monkeyp
     del refused  # its traceback holds the settings, too
     in_use.clear()
     assert get(99).seed == 99
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_METHODS if name != "none"])
+def test_every_method_streams_and_reports(name, app, engine, image):
+    pruner = build_pruner(name)
+    pruner.use_random_parts(engine.model)
+    before, engine.shelf.default = engine.shelf.default, pruner
+    try:
+        chunks = ask(app, images=[image], max_new_tokens=6)
+    finally:
+        engine.shelf.default = before
+        engine.model.pruner = build_pruner("none")
+    report = chunks[-1]["pruning_report"]
+    assert report["method"] == name and report["new_tokens"] == 6
+    assert min(report["tokens_per_layer"]) < report["dense_tokens"] == 576
+    if name == "glimpseprune":
+        assert len(report["importance"][0]) == 576
+    assert chunks[-1]["text"].startswith(PROMPT) and len(chunks) > 2
 
 
 def test_out_of_memory_is_said_and_the_worker_goes_on(app, engine, monkeypatch):
