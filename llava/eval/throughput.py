@@ -47,6 +47,8 @@ class Speed:
 
     per_second:    questions per second, median over the images
     times_plain:   how many times faster than one by one, median over the images
+    cpu_times:     the same by the processor time of this program, which other programs that run
+                   meanwhile hardly change; says nothing about work on a GPU
     same_as_plain: share of answers equal to those one by one, in percent
     """
 
@@ -54,6 +56,7 @@ class Speed:
     way: str
     per_second: float
     times_plain: float
+    cpu_times: float
     same_as_plain: float
 
 
@@ -63,15 +66,17 @@ def measure(
     """Returns the speed of every way on `groups`, each the questions about one image."""
     ways = {PLAIN: (1, False), BATCHED: (batch_size, False), REUSED: (batch_size, True)}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
+    cpu: dict[str, list[float]] = {way: [] for way in ways}
     same = dict.fromkeys(ways, 0)
     for size, reuse in ways.values():  # whatever happens once only
         answer(loop, groups[0][: 2 * size], images, size, reuse)
     for group in groups:
         texts = {}
         for way, (size, reuse) in ways.items():
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             texts[way] = answer(loop, group, images, size, reuse)
             seconds[way].append(time.perf_counter() - start)
+            cpu[way].append(time.process_time() - cpu_start)
             same[way] += sum(a == b for a, b in zip(texts[way], texts[PLAIN], strict=True))
     total = sum(len(group) for group in groups)
     return [
@@ -79,11 +84,17 @@ def measure(
             method,
             way,
             statistics.median(len(g) / s for g, s in zip(groups, seconds[way], strict=True)),
-            statistics.median(p / s for p, s in zip(seconds[PLAIN], seconds[way], strict=True)),
+            median_ratio(seconds[PLAIN], seconds[way]),
+            median_ratio(cpu[PLAIN], cpu[way]),
             100 * same[way] / total,
         )
         for way in ways
     ]
+
+
+def median_ratio(times: list[float], others: list[float]) -> float:
+    """Returns the median of how many times longer `times` are than `others`, pair by pair."""
+    return statistics.median(a / max(b, 1e-9) for a, b in zip(times, others, strict=True))
 
 
 def answer(loop: AnswerLoop, questions, images: str, batch_size: int, reuse: bool) -> list[str]:
@@ -135,13 +146,13 @@ def random_loop(args) -> AnswerLoop:
 def table(speeds: list[Speed]) -> str:
     """Returns the speeds as a Markdown table."""
     lines = [
-        "| method | way | questions/s | times one by one | same answers, % |",
-        "|---|---|---|---|---|",
+        "| method | way | questions/s | times one by one | by processor time | same answers, % |",
+        "|---|---|---|---|---|---|",
     ]
     for s in speeds:
         lines.append(
             f"| {s.method} | {s.way} | {s.per_second:.2f} | {s.times_plain:.1f} "
-            f"| {s.same_as_plain:.0f} |"
+            f"| {s.cpu_times:.1f} | {s.same_as_plain:.0f} |"
         )
     return "\n".join(lines)
 
