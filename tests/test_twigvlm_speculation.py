@@ -44,6 +44,15 @@ def test_greedy_answers_are_those_of_one_token_at_a_time(sharp, sample, shared, 
     assert sum(logs[0].accepted) >= 3  # the test would be idle if no guess were ever right
 
 
+def test_grouped_queries_are_served_as_well(make_model, sample):
+    model = make_model(mistral=True)
+    model.lm_head.weight.data *= 8
+    grown(model, 2, 4, visual_token_num=20, draft_stop_prob=0.0)
+    prompt = sample(4, "image", 5)
+    plain, fast, logs = answers(model, prompt.ids, prompt.images)
+    assert torch.equal(plain, fast) and sum(logs[0].accepted) >= 1
+
+
 @pytest.mark.parametrize("most", [1, 2, 3, 7])
 def test_exactly_as_many_tokens_as_allowed(sharp, sample, most):
     grown(sharp)

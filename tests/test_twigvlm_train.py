@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 
 from llava.model import LlavaLlamaForCausalLM
 from llava.pruning import build_pruner
+from llava.pruning.twigvlm import published_name
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.train_twigvlm import TwigArguments, TwigTraining, leave_out, train
 from tests.test_train_run import command_line, losses, parameters, workplace  # noqa: F401
@@ -106,3 +108,19 @@ def test_the_recipe_has_known_flags(data):
     assert set(flags) <= known and "twig_K" in flags
     assert ("skip_samples" in flags) == (data is None)
     assert "./checkpoints/TwigVLM-llava1.5-7b-K2-T2" in words
+
+
+@pytest.mark.slow
+def test_two_processes_do_the_work_of_one(workplace, tmp_path):  # noqa: F811
+    flags = ["--max_steps", 2, "--optim", "sgd", "--group_by_modality_length", True]
+    words = command_line(workplace, tmp_path / "two", *TWIG, *flags, "--ddp_backend", "gloo")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost"}
+    subprocess.run(
+        [*launcher, "--master_port", "29519", "-m", "llava.train.train_twigvlm", *words],
+        check=True, timeout=400, cwd=ROOT, env=environment,
+    )  # fmt: skip
+    one = run(workplace, tmp_path / "one", *flags, "--gradient_accumulation_steps", 2)
+    two = load_file(tmp_path / "two/model.safetensors")
+    for name, value in one.model.twig.state_dict().items():
+        assert torch.allclose(two[published_name(name)], value, atol=1e-5), name
