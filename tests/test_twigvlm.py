@@ -1,5 +1,7 @@
 """TwigVLM's pruning: budget, choice, files."""
 
+import json
+
 import pytest
 import torch
 
@@ -153,6 +155,10 @@ def test_what_the_user_says_wins_over_the_file_and_that_over_the_environment(
     assert TwigVLM().shared_layers(6) == 3
     assert TwigVLM(twig=str(tmp_path)).shared_layers(6) == 2
     assert TwigVLM(twig=str(tmp_path), twig_K=1).shared_layers(6) == 1
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "final_wipe_layer": 5}))
+    assert TwigVLM(twig=str(tmp_path)).wipe_layer(6) == 5
+    assert TwigVLM(twig=str(tmp_path), final_wipe_layer=6).wipe_layer(6) == 6
     monkeypatch.setenv("twig_K", "two")
     with pytest.raises(ValueError, match="environment variable twig_K .'two'."):
         TwigVLM().shared_layers(6)

@@ -66,8 +66,8 @@ class TwigVLM(BudgetPruner):
     twig_K:           decoder layers in common. None: what the twig's config says, else the
                       environment variable twig_K, else 2 of 32, scaled to the depth
     twig_T:           layers of the twig; only checked, the file says how many there are
-    final_wipe_layer: None: 24 of 32, scaled to the depth, at most 24 (as published for 40 layers)
-                      and at least K + 1
+    final_wipe_layer: None: what the twig's config says, else 24 of 32, scaled to the depth, at most
+                      24 (as published for 40 layers) and at least K + 1
     enable_pruning:   False keeps all visual tokens; the twig can still guess tokens
     num_speculations, draft_stop_prob: as in `llava.pruning.drafter.Drafter`
     """
@@ -143,8 +143,9 @@ class TwigVLM(BudgetPruner):
 
     def wipe_layer(self, num_layers: int) -> int:
         """The layer before which all visual tokens go; `num_layers` for never."""
-        if self.final_wipe_layer is not None:
-            return self.final_wipe_layer
+        for given in (self.final_wipe_layer, self._config.get("final_wipe_layer")):
+            if given is not None:
+                return given
         # The published setting of the 13B model, with 40 layers, wipes before 24 as well.
         layer = min(scale_layer(WIPE_LAYER, num_layers), WIPE_LAYER)
         return max(layer, self.shared_layers(num_layers) + 1)
