@@ -9,14 +9,21 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "llava/__init__.py").read_text()).group(1)
 
 EXTRAS = {
-    "serve": ["gradio>=6.17,<7", "fastapi", "uvicorn", "httpx"],
+    "serve": ["gradio>=6.17,<7", "fastapi", "uvicorn", "httpx", "pydantic>=2"],
     "train": ["peft>=0.10,<0.12"],  # newer ones break the Trainer of the pinned transformers
     "deepspeed": ["deepspeed"],
     "eval": ["matplotlib", "openpyxl"],
     "quant": ["bitsandbytes"],
     "flash": ["flash-attn"],
 }
-EXTRAS["dev"] = ["pytest", "hypothesis", "ruff>=0.17,<0.18", *EXTRAS["train"], *EXTRAS["eval"]]
+EXTRAS["dev"] = [
+    "pytest",
+    "hypothesis",
+    "ruff>=0.17,<0.18",
+    *EXTRAS["train"],
+    *EXTRAS["eval"],
+    *EXTRAS["serve"],
+]
 
 setup(
     name="llava",
