@@ -7,8 +7,8 @@ import re
 CAUSE = re.compile(r"[a-z_]{1,40}")
 #: cause -> what the page says; {model} is filled in where it is known
 SENTENCES = {
-    "no_controller": "The demo's controller does not answer. Start it (or wait until it is back), "
-    "then press Regenerate.",
+    "no_controller": "The demo's controller does not answer. Start it or wait until it is back, "
+    "then reload this page or press Regenerate.",
     "no_worker": "No worker serves {model} right now. Start one or choose another model, then "
     "press Regenerate.",
     "worker_lost": "The worker stopped while it was answering. Press Regenerate: the request then "

@@ -92,7 +92,7 @@ class Page:
                 models = await self.service.models()
             except Failure as failure:
                 gr.Warning(failure.sentence)
-                models = []
+                return gr.update(choices=[], value=None)
         wanted = request.query_params.get("model")
         chosen = wanted if wanted in models else next(iter(models), None)
         if not models:
