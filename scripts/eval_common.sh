@@ -135,7 +135,8 @@ score() {
     "$PYTHON" -m llava.eval.score "$1" --data-dir "$SOURCE" --question-file "$QUESTIONS" \
         --answers-file "$ANSWERS" ${LIMIT:+--limit "$LIMIT"}
     SCORES+=("${ANSWERS%.jsonl}.score.json")
-    [ -z "${SCORE_LIST:-}" ] || echo "${SCORES[-1]}" >>"$SCORE_LIST" # all.sh makes a table of them
+    # all.sh makes a table of them
+    [ -z "${SCORE_LIST:-}" ] || echo "${ANSWERS%.jsonl}.score.json" >>"$SCORE_LIST"
 }
 
 # list_benchmarks [options]: names there is data for.

@@ -146,6 +146,8 @@ def test_a_benchmark_that_fails_does_not_stop_the_others(run, data, tmp_path):
     scores = json.loads(done.stdout.splitlines()[-1])
     assert list(scores) == ["qbench", "qbench_test", "qbench_zh", "refcoco+_testA", "viscot_gqa"]
     assert scores["viscot_gqa"] == 50.0
+    answers = "qbench/answers/llvisionqa_dev/llava-v1.5-playground/vispruner/n_8_limit2.jsonl"
+    assert (tmp_path / answers).exists()
 
 
 def copy_into(folder, path, root):
