@@ -170,6 +170,7 @@ def plot(result: dict, path: str) -> None:
             title=f"batch {run['batch_size']}, {run['output_tokens']} tokens out",
         )
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].legend(frameon=False, loc="lower right")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
