@@ -126,8 +126,9 @@ def cost_model(drafter: Drafter, model, accepted: float, drafted: float) -> floa
 
     A token costs L + h, with L layers and a head that costs h of them; a step with g guesses
     g (K + T + h) + L + h and gives 1 + accepted tokens (arXiv 2503.14075, with the drafter's layers
-    on the last guess of a step put off). Holds where a layer on a few rows costs what it costs on
-    one: on GPUs, and on a CPU for small models.
+    on the last guess of a step put off). Assumes that a layer costs on a few rows what it costs on
+    one, as on GPUs, and for all tokens of the image, which the drafter reads, what it costs for
+    those that are kept; on a CPU both make a step dearer than this.
     """
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     head, depth = model.lm_head.weight.numel() / layer, len(model.model.layers)
