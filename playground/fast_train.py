@@ -40,10 +40,14 @@ from playground.train_tower import WIDTH as TOWER_WIDTH
 
 WIDTH, LAYERS, HEADS, INNER = 256, 6, 8, 704
 ROPE_BASE, EPS = 10000.0, 1e-5
-PLACE_PERIODS = (2.0, 0.6, 0.2)  # wave lengths of the code of a place, in sides of the picture
-PLACE_SCALE = 0.4
+PLACE_PERIODS = (0.7, 0.3)  # wave lengths of the code of a place, in sides of the picture
+CODE_SCALE = 0.4
+CODE_WIDTH = 4 * (1 + 2 * len(PLACE_PERIODS)) + 2
+FINDER_WEIGHT = 3.0
+CHUNK = 500  # pictures per file of kept features
+PROJECTOR_RATE = 0.05  # its learning rate against the decoder's: the features are large
 # (turns per picture, ids per turn): short answers, boxes and long questions, options, description
-BUCKETS = ((13, 20), (4, 25), (1, 36), (1, 70))
+BUCKETS = ((14, 20), (8, 25), (2, 36), (1, 70))
 SYSTEM = tokenizer.SYSTEM.removesuffix("ASSISTANT:")  # ends with "USER: "
 
 
@@ -72,8 +76,24 @@ def turn_ids(question: questions.Question) -> tuple[list[int], int]:
     return [*ids, 2], len(head)
 
 
+def named_places(scene: scenes.Scene, question: questions.Question) -> list[tuple[int, tuple]]:
+    """Where a question's text names an item of the scene: index of the name's last id in
+    `turn_ids`, and the item's box in px."""
+    if question.task == "counting" or (question.task == "existence" and question.answer == "No"):
+        return []
+    found, asked = [], f"\n{question.bare}"
+    for item in (*scene.things, *scene.signs):
+        for name in (item.name, questions.short_name(scene, item)):
+            end = asked.find(f" {name}") + len(name) + 1
+            if end > len(name):
+                found.append((len(pieces().encode(asked[:end])) - 1, item.box))
+                break
+    return found
+
+
 def fill_buckets(scene: scenes.Scene, rng: np.random.Generator):
-    """Turns of one picture: per bucket ids (turns, length), labels likewise, and the questions."""
+    """Turns of one picture: per bucket ids (turns, length), labels likewise and boxes (turns,
+    length, 4) of what the text names (shares of the side, nan elsewhere); and the questions."""
     rows = [[] for _ in BUCKETS]
     for question in questions.ask(scene, rng):
         ids, asked = turn_ids(question)
@@ -85,10 +105,13 @@ def fill_buckets(scene: scenes.Scene, rng: np.random.Generator):
     for row, (turns, length) in zip(rows, BUCKETS, strict=True):
         ids = np.zeros((turns, length), np.int64)
         labels = np.full((turns, length), IGNORE, np.int64)
-        for i, (turn, asked, _) in enumerate(row):
+        boxes = np.full((turns, length, 4), np.nan, np.float32)
+        for i, (turn, asked, question) in enumerate(row):
             ids[i, : len(turn)] = turn
             labels[i, asked - 1 : len(turn) - 1] = turn[asked:]
-        filled.append((ids, labels))
+            for place, box in named_places(scene, question):
+                boxes[i, place] = np.array(box) / scenes.IMAGE_SIZE
+        filled.append((ids, labels, boxes))
     return filled, [question for row in rows for _, _, question in row]
 
 
@@ -131,6 +154,21 @@ def tower_features(tower: Tower, seeds: range) -> torch.Tensor:
         patches = torch.from_numpy(np.stack([render_patches(seed) for seed in some]))
         with torch.autocast("cpu", torch.bfloat16):
             found[first : first + 16] = tower.second_last(patches.float() * scale - shift)[:, 1:]
+    return found
+
+
+def kept_features(tower: Tower, seeds: range, folder: Path | None) -> torch.Tensor:
+    """`tower_features`, kept in files of CHUNK pictures in a folder (None: nowhere)."""
+    if folder is None:
+        return tower_features(tower, seeds)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = torch.empty(len(seeds), PATCHES, TOWER_WIDTH, dtype=torch.bfloat16)
+    for first in range(0, len(seeds), CHUNK):
+        some = seeds[first : first + CHUNK]
+        file = folder / f"{some[0]}-{some[-1]}.pt"
+        if not file.exists():
+            torch.save(tower_features(tower, some), file)
+        found[first : first + CHUNK] = torch.load(file, weights_only=True)
     return found
 
 
@@ -240,11 +278,16 @@ class Decoder(nn.Module):
         super().__init__()
         self.model = Inner(vocabulary)
         self.lm_head = _linear(WIDTH, vocabulary)
-        nn.init.normal_(self.model.embed_tokens.weight, std=0.1)
-        self.lm_head.weight.data = self.model.embed_tokens.weight.data * 0.5  # eases copying
+        words = torch.randn(vocabulary, WIDTH) * 0.1
+        code = code_directions()
+        words -= (words @ code) @ code.T  # words and the code of a place do not overlap
+        self.model.embed_tokens.weight.data = words
+        self.lm_head.weight.data = words * 0.5  # eases copying
+        for layer in self.model.layers:
+            look_alike(layer.self_attn)
 
-    def forward(self, features, positions, ids: list[torch.Tensor], start: int) -> torch.Tensor:
-        """Normed states of the turns (batch, turn ids, width).
+    def forward(self, features, positions, ids: list[torch.Tensor], start: int):
+        """Normed states of the turns (batch, turn ids, width), and those half way up.
 
         features (batch, kept, 192), positions (batch, kept) of the patches, ids per bucket
         (batch, turns, length), start: position of the first id of every turn.
@@ -259,9 +302,13 @@ class Decoder(nn.Module):
         steps = (start + torch.cat(steps)).expand(batch, -1)
         steps = torch.cat([torch.arange(head.shape[1]).expand(batch, -1), positions, steps], 1)
         rope = rope_tables(steps)
-        for layer in inner.layers:
+        half = LAYERS // 2
+        for layer in inner.layers[:half]:
             x = layer(x, rope, prefix)
-        return inner.norm(x[:, prefix:])
+        middle = x[:, prefix:]
+        for layer in inner.layers[half:]:
+            x = layer(x, rope, prefix)
+        return inner.norm(x[:, prefix:]), F.rms_norm(middle, (WIDTH,))
 
 
 def rope_tables(positions: torch.Tensor):
@@ -281,42 +328,75 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
 # Warm start ----------------------------------------------------------------------------------
 
 
+def look_alike(attention: Attention, strength: float = 0.07, copied: float = 0.12) -> None:
+    """Start with half the heads attending to what resembles the asking token, and all of them
+    adding what they attend to: looking up a named thing is then there from the first step.
+
+    Only the slow half of RoPE's planes can compare tokens that lie far from each other.
+    """
+    d = WIDTH // HEADS
+    slow = (torch.arange(d) % (d // 2)) >= d // 4
+    rows = (torch.arange(HEADS)[:, None] < HEADS // 2) & slow
+    same = torch.randn(int(rows.sum()), WIDTH) * strength
+    for projection in (attention.q_proj, attention.k_proj):
+        projection.weight.data[rows.flatten()] = same
+    nn.init.orthogonal_(attention.v_proj.weight)
+    attention.o_proj.weight.data = copied * attention.v_proj.weight.data.T.contiguous()
+
+
 def align_projector(
-    model: Decoder, features: torch.Tensor, seeds: range, steps: int = 900
+    model: Decoder, features: torch.Tensor, seeds: range, steps: int = 1500
 ) -> float:
-    """Fit the projector so that a patch looks like the words for what it shows and where it lies.
+    """Fit the projector so that a patch looks like the words for what it shows and where it lies,
+    and the background like nothing.
 
     Without the code of the place the decoder first learns to answer what needs no place, and the
     projector loses it. Returns the share of the targets' variance that is left.
     """
     words = model.model.embed_tokens.weight.detach()
+    generator = np.random.default_rng(0)
     sources, targets = [], []
     for index, seed in enumerate(seeds):
         found = patch_targets(scenes.make_scene(seed))
         where = np.flatnonzero(found["color"] != IGNORE)
-        sources.append(features[index, where])
-        targets.append(_word_sums(found, where, words) + place_code(found["box"][where]))
+        empty = generator.permutation(np.flatnonzero(~found["foreground"]))[: len(where) // 3]
+        sources += [features[index, where], features[index, empty]]
+        code = place_code(found["box"][where], where) @ code_directions().T
+        targets += [_word_sums(found, where, words) + code, torch.zeros(len(empty), WIDTH)]
     sources, targets = torch.cat(sources).float(), torch.cat(targets)
     projector = model.model.mm_projector
-    optimizer = torch.optim.AdamW(projector.parameters(), lr=2e-3)
+    projector[0].weight.data /= float(sources.std())
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=3e-3, betas=(0.9, 0.98))
     for step in range(steps):
         chosen = torch.randint(len(sources), (2048,))
         error = F.mse_loss(projector(sources[chosen]), targets[chosen]) / targets.var()
-        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
     return float(error.detach())
 
 
-def place_code(boxes: np.ndarray) -> torch.Tensor:
-    """Waves of the four edges of boxes (n, 4) px along 24 random directions of (n, width)."""
+@lru_cache
+def code_directions() -> torch.Tensor:
+    """(width, code width) orthonormal directions of the code of a place."""
+    random = torch.randn(WIDTH, CODE_WIDTH, generator=torch.Generator().manual_seed(0))
+    return torch.linalg.qr(random)[0]
+
+
+def place_code(boxes: np.ndarray, patches: np.ndarray) -> torch.Tensor:
+    """(n, code width): the edges of boxes (n, 4) px, waves of them, and how much of its thing each
+    of the patches (n,) shows, plain and as a logarithm, so that things can be counted."""
     shares = torch.from_numpy(boxes) / scenes.IMAGE_SIZE
     angles = 2 * math.pi * shares[..., None] / torch.tensor(PLACE_PERIODS)
-    waves = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
-    generator = torch.Generator().manual_seed(0)
-    random = torch.randn(WIDTH, waves.shape[1], generator=generator)
-    return PLACE_SCALE * waves @ torch.linalg.qr(random)[0].T
+    waves = torch.cat([2 * shares[..., None] - 1, angles.sin(), angles.cos()], -1).flatten(1)
+    left, top = patches % SIDE * PATCH, patches // SIDE * PATCH
+    wide = np.minimum(boxes[:, 2], left + PATCH) - np.maximum(boxes[:, 0], left)
+    high = np.minimum(boxes[:, 3], top + PATCH) - np.maximum(boxes[:, 1], top)
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    part = torch.from_numpy(wide * high / area).float()
+    parts = torch.stack([8 * part, part.clamp(min=2**-7).log2() / 2 + 1.5], 1)
+    return CODE_SCALE * torch.cat([waves, parts], 1)
 
 
 def _word_sums(found: dict, where: np.ndarray, words: torch.Tensor) -> torch.Tensor:
@@ -335,7 +415,7 @@ def _word_sums(found: dict, where: np.ndarray, words: torch.Tensor) -> torch.Ten
 def make_batch(indices, first_seed: int, epoch: int, keep: int) -> dict:
     """Kept patches, positions and turns of some pictures."""
     rng = np.random.default_rng((first_seed, epoch, int(indices[0])))
-    rows = {"kept": [], "ids": [[] for _ in BUCKETS], "labels": [[] for _ in BUCKETS]}
+    rows = {"kept": []} | {name: [[] for _ in BUCKETS] for name in ("ids", "labels", "boxes")}
     asked = []
     for index in indices:
         scene = scenes.make_scene(first_seed + int(index))
@@ -344,11 +424,11 @@ def make_batch(indices, first_seed: int, epoch: int, keep: int) -> dict:
         rows["kept"].append(np.sort(order[:keep]))
         filled, found = fill_buckets(scene, rng)
         asked.append(found)
-        for bucket, (ids, labels) in enumerate(filled):
-            rows["ids"][bucket].append(ids)
-            rows["labels"][bucket].append(labels)
+        for bucket, parts in enumerate(filled):
+            for name, part in zip(("ids", "labels", "boxes"), parts, strict=True):
+                rows[name][bucket].append(part)
     batch = {"indices": np.asarray(indices), "kept": np.stack(rows["kept"]), "asked": asked}
-    batch |= {name: [np.stack(x) for x in rows[name]] for name in ("ids", "labels")}
+    batch |= {name: [np.stack(x) for x in rows[name]] for name in ("ids", "labels", "boxes")}
     batch["grid"] = bool(rng.random() < 0.5)
     return batch
 
@@ -365,7 +445,8 @@ def feed(queue: mp.Queue, first_seed: int, pictures: int, size: int, keeps, seed
 
 
 def states_and_labels(model: Decoder, features: torch.Tensor, batch: dict):
-    """Logits at the supervised places (n, vocabulary) and their labels (n,)."""
+    """Logits at the supervised places (n, vocabulary), their labels (n,), and for the last ids of
+    names states half way up (m, width) and the named boxes (m, 4)."""
     kept = torch.from_numpy(batch["kept"])
     some = features[torch.from_numpy(batch["indices"])]
     some = some.gather(1, kept[..., None].expand(-1, -1, some.shape[-1]))
@@ -376,9 +457,12 @@ def states_and_labels(model: Decoder, features: torch.Tensor, batch: dict):
     ids = [torch.from_numpy(x) for x in batch["ids"]]
     labels = torch.cat([torch.from_numpy(x).flatten(1) for x in batch["labels"]], 1)
     with torch.autocast("cpu", torch.bfloat16):
-        states = model(some, positions, ids, start)
+        states, middle = model(some, positions, ids, start)
         mask = labels != IGNORE
-        return model.lm_head(states[mask]).float(), labels[mask]
+        logits = model.lm_head(states[mask]).float()
+    boxes = torch.cat([torch.from_numpy(x).flatten(1, 2) for x in batch["boxes"]], 1)
+    names = ~boxes[..., 0].isnan()
+    return logits, labels[mask], middle[names].float(), boxes[names]
 
 
 def answer_weights(batch: dict) -> torch.Tensor:
@@ -388,7 +472,7 @@ def answer_weights(batch: dict) -> torch.Tensor:
     for labels in batch["labels"]:
         labels = torch.from_numpy(labels)
         count = (labels != IGNORE).sum(dim=-1, keepdim=True).clamp(min=1)
-        weights = (count**-0.75).expand(labels.shape) * (1 - 0.7 * (labels == 2).float())
+        weights = (count**-0.5).expand(labels.shape) * (1 - 0.7 * (labels == 2).float())
         found.append(weights.flatten(1))
     mask = torch.cat([torch.from_numpy(x).flatten(1) for x in batch["labels"]], 1) != IGNORE
     return torch.cat(found, 1)[mask]
@@ -399,7 +483,7 @@ def evaluate(model: Decoder, features: torch.Tensor, batches: list[dict]) -> dic
     """Share of answers that are right to the last id (as in greedy decoding); boxes by IoU."""
     hits: dict[str, list[float]] = {}
     for batch in batches:
-        logits, labels = states_and_labels(model, features, batch)
+        logits, labels, _, _ = states_and_labels(model, features, batch)
         guesses, position = logits.argmax(-1).tolist(), 0
         wanted = labels.tolist()
         for found in batch["asked"]:
@@ -437,12 +521,14 @@ def iou(one, other) -> float:
 def optimizers(model: Decoder, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for the rest."""
     matrices = [p for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2]
-    inside = {id(p) for p in matrices}
+    projector = list(model.model.mm_projector.parameters())
+    inside = {id(p) for p in matrices + projector}
     others = [p for p in model.parameters() if id(p) not in inside]
     muon = torch.optim.Muon(
         matrices, lr=lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw", ns_steps=4
     )
-    return [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.97), weight_decay=0.0, fused=True)]
+    groups = [{"params": others}, {"params": projector, "rate": PROJECTOR_RATE}]
+    return [muon, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.97), weight_decay=0.0, fused=True)]
 
 
 def config() -> dict:
@@ -506,7 +592,11 @@ class Trainer:
         self.args = args
         tower = load_tower(args.tower)
         self.model = Decoder(pieces().vocab_size())
+        # Reads the box of what a name stands for half way up; training only. It makes the decoder
+        # find things by name early, which answers about places build on.
+        self.finder = nn.Linear(WIDTH, 4)
         self.optimizers = optimizers(self.model, args.lr)
+        self.optimizers.append(torch.optim.AdamW(self.finder.parameters(), lr=args.lr))
         if args.compile:
             for layer in self.model.model.layers:
                 layer.compile(dynamic=False)
@@ -518,13 +608,13 @@ class Trainer:
         start = scenes.TRAIN_SEEDS + args.first
         seeds = range(start, start + args.pictures)
         began = time.monotonic()
-        self.features = tower_features(tower, seeds)
+        self.features = kept_features(tower, seeds, args.features)
         print(f"features of {len(seeds)} pictures: {time.monotonic() - began:.0f} s", flush=True)
         self.state_file = args.output / "training_state.pt"
         if self.state_file.exists():
             self._resume()
         else:
-            left = align_projector(self.model, self.features, seeds[:1500])
+            left = align_projector(self.model, self.features, seeds[:3000])
             print(f"projector aligned, variance left {left:.3f}", flush=True)
 
     def run(self) -> None:
@@ -553,27 +643,29 @@ class Trainer:
         self._log(recent)
         self._save()
 
-    def _update(self, batch: dict, factor: float) -> float:
+    def _update(self, batch: dict, factor: float) -> tuple[float, float]:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.args.lr * factor
-        logits, labels = states_and_labels(self.model, self.features, batch)
+                group["lr"] = self.args.lr * factor * group.get("rate", 1.0)
+        logits, labels, middle, boxes = states_and_labels(self.model, self.features, batch)
         loss = F.cross_entropy(logits, labels, reduction="none")
         weights = answer_weights(batch)
         loss = (loss * weights).sum() / weights.sum()
-        loss.backward()
+        miss = F.smooth_l1_loss(self.finder(middle), boxes, beta=0.02)
+        (loss + FINDER_WEIGHT * miss).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        return float(loss.detach())
+        return float(loss.detach()), float(miss.detach())
 
-    def _log(self, recent: list[float]) -> None:
+    def _log(self, recent: list[tuple[float, float]]) -> None:
         with torch.compiler.set_stance("force_eager"):
             scores = evaluate(self.model, self.held_out, self.checks)
         line = {"step": self.step, "seconds": round(self.spent)}
-        line["loss"] = round(float(np.mean(recent)), 4) if recent else None
+        if recent:
+            line["loss"], line["miss"] = np.mean(recent, axis=0).round(4).tolist()
         line["held_out"] = {name: round(value, 3) for name, value in scores.items()}
         text = json.dumps(line)
         print(text, flush=True)
@@ -583,12 +675,14 @@ class Trainer:
     def _save(self) -> None:
         save_checkpoint(self.model, self.args.output)
         state = {"model": self.model.state_dict(), "step": self.step, "spent": self.spent}
+        state["finder"] = self.finder.state_dict()
         state["optimizers"] = [o.state_dict() for o in self.optimizers]
         torch.save(state, self.state_file)
 
     def _resume(self) -> None:
         state = torch.load(self.state_file, weights_only=True)
         self.model.load_state_dict(state["model"])
+        self.finder.load_state_dict(state["finder"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.spent = state["step"], state["spent"]
@@ -602,6 +696,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20, help="time budget after preparation")
     parser.add_argument("--first", type=int, default=0, help="first training scene")
     parser.add_argument("--pictures", type=int, default=3000)
+    parser.add_argument("--features", type=Path, help="folder that keeps the tower's features")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--keep", type=int, default=96)
     parser.add_argument("--dense-share", type=float, default=0.0, help="last part on all patches")

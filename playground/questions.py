@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from playground.scenes import COLORS, IMAGE_SIZE, KINDS, SIGN_COLORS, WORDS, Scene, Thing
+from playground.scenes import COLORS, IMAGE_SIZE, KINDS, SIGN_COLORS, WORDS, Scene, Sign, Thing
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -81,17 +81,18 @@ def relation(scene: Scene, rng: np.random.Generator, **wanted) -> Question | Non
     side = _pick(rng, _true_sides(*pair) or [""])
     if not side:
         return None
+    names = [short_name(scene, x) if wanted.get("short") else x.name for x in pair]
     if wanted.get("choose", rng.random() < 0.4):
         if pair[0].kind == pair[1].kind:
             return None
         text = {"left of": "further left", "right of": "further right"}
         text |= {"above": "higher", "below": "lower"}
-        first, second = (pair[i] for i in rng.permutation(2))
-        question = f"Which is {text[side]}, the {first.name} or the {second.name}?"
+        first, second = (names[i] for i in rng.permutation(2))
+        question = f"Which is {text[side]}, the {first} or the {second}?"
         return _short("relation", question, pair[0].kind, "choose")
     yes = wanted.get("yes", bool(rng.random() < 0.5))
     asked = side if yes else SIDES[SIDES.index(side) ^ 1]
-    question = f"Is the {pair[0].name} {asked} the {pair[1].name}?"
+    question = f"Is the {names[0]} {asked} the {names[1]}?"
     return _short("relation", question, _yes(yes), "verify")
 
 
@@ -174,13 +175,33 @@ def any_statement(scene: Scene, rng: np.random.Generator) -> Question | None:
     return statement(scene, rng, _pick(rng, ("count", "color", "OCR")), bool(rng.random() < 0.5))
 
 
-def box(scene: Scene, rng: np.random.Generator) -> Question:
+def box(scene: Scene, rng: np.random.Generator, short: bool = False) -> Question:
     """RefCOCO: the box of a named thing or sign, as shares of the picture's side."""
     item = _pick(rng, (*scene.things, *scene.signs))
     shares = tuple(edge / IMAGE_SIZE for edge in item.box)
     answer = "[" + ", ".join(f"{share:.2f}" for share in shares) + "]"
     kind = "thing" if isinstance(item, Thing) else "sign"
-    return Question("box", BOX.format(name=item.name), answer, kind, box=shares)
+    name = short_name(scene, item) if short else item.name
+    return Question("box", BOX.format(name=name), answer, kind, box=shares)
+
+
+def short_box(scene: Scene, rng: np.random.Generator) -> Question:
+    """Training only: a box asked for by the shortest name, found with one attribute to look for."""
+    return box(scene, rng, short=True)
+
+
+def short_relation(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Training only: a relation of things called by their shortest names."""
+    return relation(scene, rng, short=True)
+
+
+def short_name(scene: Scene, item: Thing | Sign) -> str:
+    """The kind or the colour where it tells the item from all others, else its full name."""
+    if isinstance(item, Sign):
+        return "sign" if len(scene.signs) == 1 else item.name
+    if item in _unique(scene, "kind"):
+        return item.kind
+    return f"{item.color} thing" if item in _unique(scene, "color") else item.name
 
 
 def description(scene: Scene, rng: np.random.Generator) -> Question:
@@ -196,13 +217,15 @@ def description(scene: Scene, rng: np.random.Generator) -> Question:
 # Turns per picture in the training conversations.
 MIX: dict[Callable, int] = {
     existence: 2,
-    attribute: 3,
-    relation: 4,
-    counting: 2,
+    attribute: 2,
+    relation: 3,
+    short_relation: 3,
+    counting: 3,
     reading: 2,
-    options: 1,
-    any_statement: 1,
-    box: 2,
+    options: 2,
+    any_statement: 2,
+    box: 3,
+    short_box: 4,
     description: 1,
 }
 

@@ -23,7 +23,8 @@ TOWER = CHECKPOINTS / "clip-playground-patch14-336"
 LLAVA = CHECKPOINTS / "llava-v1.5-playground"
 DATA = ROOT / "data"
 FINETUNE_SCENES = 1_000_000  # training scenes that stages 1 and 2 do not reach
-MINUTES = {"tower": 33, "decoder": 35}
+MINUTES = {"tower": 33, "decoder": 100}
+DECODER_SCENES = 100_000  # first of the training scenes of stage 2
 
 
 def tower(args: argparse.Namespace) -> None:
@@ -34,7 +35,8 @@ def tower(args: argparse.Namespace) -> None:
 
 def decoder(args: argparse.Namespace) -> None:
     """Stage 2."""
-    words = ["--tower", TOWER, "--output", LLAVA, "--compile"]
+    words = ["--tower", TOWER, "--output", LLAVA, "--features", DATA / "features", "--compile"]
+    words += ["--first", DECODER_SCENES, "--pictures", 20_000, "--dense-share", 0.35]
     _module("playground.fast_train", *words, "--minutes", args.minutes or MINUTES["decoder"])
 
 
