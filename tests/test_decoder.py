@@ -83,17 +83,28 @@ def test_padding_never_turns_into_nan():
     assert out.isfinite().all()
 
 
-def test_the_cache_appends_in_place_and_grows_only_when_full():
+def test_the_cache_holds_the_prompt_uncopied_then_appends_in_place_and_grows_only_when_full():
     cache = KVCache(1, reserve=2)
-    one = torch.ones(1, 1, 1, 4)
-    cache.append(0, torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4))
+    one, prompt = torch.ones(1, 1, 1, 4), torch.zeros(1, 1, 3, 4)
+    cache.append(0, prompt, prompt)
+    assert cache.entries(0)[0].data_ptr() == prompt.data_ptr()
+    cache.append(0, one, one)
     buffer = cache._keys[0].data_ptr()
-    for _ in range(2):
-        keys, _ = cache.append(0, one, one)
+    assert cache._keys[0].shape[2] == 5
+    keys, _ = cache.append(0, one, one)
     assert cache._keys[0].data_ptr() == buffer and keys.shape[2] == 5
     keys, _ = cache.append(0, one, one)
     assert cache._keys[0].data_ptr() != buffer
     assert keys[0, 0, :, 0].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_an_append_after_a_crop_leaves_the_prompt_it_was_given_alone():
+    cache = KVCache(1, reserve=2)
+    prompt = torch.zeros(1, 1, 3, 4)
+    cache.append(0, prompt, prompt)
+    cache.crop(0, 2)
+    keys, _ = cache.append(0, torch.ones(1, 1, 1, 4), torch.ones(1, 1, 1, 4))
+    assert keys[0, 0, :, 0].tolist() == [0, 0, 1] and prompt.eq(0).all()
 
 
 class DropHalf(DecoderPruner):

@@ -16,6 +16,7 @@ import json
 import platform
 import shlex
 import sys
+from pathlib import Path
 
 import torch
 from transformers import __version__ as transformers_version
@@ -149,6 +150,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     if args.warmup < 0:
         raise ValueError("--warmup must not be negative")
+    for file in filter(None, (args.json, args.markdown, args.plot)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
     if args.plot:
         import_pyplot()  # a missing extra should be known before an hour of measuring
     return args

@@ -39,9 +39,10 @@ class RowState:
 class KVCache:
     """Keys and values of every layer for a batch of B rows.
 
-    Buffers are allocated once, at the first append of a layer, with `reserve` free places for the
-    tokens still to come; later appends write in place. A cache that runs full grows by half its
-    size. Layers may hold different numbers of tokens, and rows may have holes (padding).
+    The prompt's keys and values are held as they come, without a copy. The first append after them
+    moves a layer to a buffer with `reserve` free places for the tokens still to come; later appends
+    write in place. A buffer that runs full grows by half its size. Layers may hold different
+    numbers of tokens, and rows may have holes (padding).
 
     reserve: tokens that will be appended after the prompt (`max_new_tokens`)
     """
@@ -52,6 +53,7 @@ class KVCache:
         self.rows: list[RowState | None] = [None] * num_layers
         self._keys: list[Tensor | None] = [None] * num_layers  # (B, H, capacity, d)
         self._values: list[Tensor | None] = [None] * num_layers
+        self._owned = [False] * num_layers  # whether a layer has a buffer to write to
 
     def __len__(self) -> int:
         """Places used in layer 0, holes included."""
@@ -62,15 +64,16 @@ class KVCache:
         start = self.lengths[layer]
         stop = start + keys.shape[2]
         if self._keys[layer] is None:
-            self._keys[layer] = _allocate(keys, stop + self.reserve)
-            self._values[layer] = _allocate(values, stop + self.reserve)
+            self._keys[layer], self._values[layer] = keys, values
+            self.lengths[layer] = stop
+            return keys, values
+        if not self._owned[layer]:
+            self._move(layer, max(stop, start + self.reserve))
         elif stop > self._keys[layer].shape[2]:
-            self._grow(layer, stop)
+            self._move(layer, max(stop, self._keys[layer].shape[2] * 3 // 2))
         self._keys[layer][:, :, start:stop] = keys
         self._values[layer][:, :, start:stop] = values
         self.lengths[layer] = stop
-        if start == 0:
-            return keys, values
         return self._keys[layer][:, :, :stop], self._values[layer][:, :, :stop]
 
     def entries(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -86,6 +89,7 @@ class KVCache:
             kept = old.gather(2, index.expand(-1, old.shape[1], -1, old.shape[3]))
             buffers[layer] = _allocate(kept, kept.shape[2] + self.reserve)
             buffers[layer][:, :, : kept.shape[2]] = kept
+        self._owned[layer] = True
         self.lengths[layer], self.rows[layer] = order.shape[1], state
 
     def crop(self, layer: int, length: int) -> None:
@@ -122,13 +126,13 @@ class KVCache:
                     total += int(tokens.sum()) * heads * width * buffer.element_size()
         return total
 
-    def _grow(self, layer: int, needed: int) -> None:
-        capacity = max(needed, self._keys[layer].shape[2] * 3 // 2)
+    def _move(self, layer: int, capacity: int) -> None:
         used = self.lengths[layer]
         for buffers in (self._keys, self._values):
             old = buffers[layer]
             buffers[layer] = _allocate(old, capacity)
             buffers[layer][:, :, :used] = old[:, :, :used]
+        self._owned[layer] = True
 
 
 def _allocate(like: Tensor, capacity: int) -> Tensor:
