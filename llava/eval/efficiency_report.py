@@ -132,9 +132,9 @@ def write_between_marks(path: str, text: str) -> None:
             page = file.read()
     except FileNotFoundError:
         page = block
-    if page.count(begin) != 1 or page.count(end) != 1:
+    page, places = re.subn(f"^{begin}\n.*?^{end}\n", lambda _: block, page, flags=re.S | re.M)
+    if places != 1:
         raise ValueError(f"{path} must have one line {begin} and one line {end} around the table")
-    page = re.sub(f"{begin}.*{end}\n", lambda _: block, page, flags=re.S)
     with open(path, "w", encoding="utf-8") as file:
         file.write(page)
 
