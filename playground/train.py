@@ -1,9 +1,9 @@
-"""Make the playground's two checkpoints: tower, decoder, and a last part with llava.train.train.
+"""Make the playground's two checkpoints: tower and decoder; or go on with llava.train.train.
 
-    python -m playground.train all                  # everything, in this order:
+    python -m playground.train all                  # what ships, in this order:
     python -m playground.train tower                # stage 1: the CLIP-type tower
     python -m playground.train decoder              # stage 2: the decoder, many short turns
-    python -m playground.train finetune             # stage 3: llava.train.train on all patches
+    python -m playground.train finetune             # further: conversations, llava.train.train
 
 Every stage has a time budget (--minutes), is seeded and continues where it stopped.
 """
@@ -23,7 +23,7 @@ TOWER = CHECKPOINTS / "clip-playground-patch14-336"
 LLAVA = CHECKPOINTS / "llava-v1.5-playground"
 DATA = ROOT / "data"
 FINETUNE_SCENES = 1_000_000  # training scenes that stages 1 and 2 do not reach
-MINUTES = {"tower": 33, "decoder": 100}
+MINUTES = {"tower": 33, "decoder": 104}
 DECODER_SCENES = 100_000  # first of the training scenes of stage 2
 
 
@@ -36,12 +36,12 @@ def tower(args: argparse.Namespace) -> None:
 def decoder(args: argparse.Namespace) -> None:
     """Stage 2."""
     words = ["--tower", TOWER, "--output", LLAVA, "--features", DATA / "features", "--compile"]
-    words += ["--first", DECODER_SCENES, "--pictures", 20_000, "--dense-share", 0.35]
+    words += ["--first", DECODER_SCENES, "--pictures", 20_000, "--dense-share", 0.2]
     _module("playground.fast_train", *words, "--minutes", args.minutes or MINUTES["decoder"])
 
 
 def finetune(args: argparse.Namespace) -> None:
-    """Stage 3: real pictures and conversations, all 576 patches, the project's own trainer."""
+    """Further training on real pictures and conversations with the project's own trainer."""
     from llava.train.train import train
 
     output = DATA / "finetune"
@@ -52,7 +52,7 @@ def finetune(args: argparse.Namespace) -> None:
 
 
 def finetune_words(output: Path, pictures: int, learning_rate: float) -> list[str]:
-    """The command line of stage 3."""
+    """The command line of finetuning."""
     batch = 4
     options = {
         "model_name_or_path": LLAVA,
@@ -102,11 +102,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=("all", "tower", "decoder", "finetune"))
     parser.add_argument("--minutes", type=float, help="time budget of stage 1 or 2")
-    parser.add_argument("--pictures", type=int, default=2000, help="pictures of stage 3")
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of stage 3")
+    parser.add_argument("--pictures", type=int, default=2000, help="pictures of finetuning")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of finetuning")
     args = parser.parse_args()
     stages = {"tower": tower, "decoder": decoder, "finetune": finetune}
-    for name in stages if args.stage == "all" else [args.stage]:
+    for name in ("tower", "decoder") if args.stage == "all" else [args.stage]:
         stages[name](args)
 
 
