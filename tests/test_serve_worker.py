@@ -247,7 +247,8 @@ def test_few_settings_of_a_method_with_trained_parts_are_alive_at_a_time(monkeyp
 
 @pytest.mark.parametrize("name", [name for name in ALL_METHODS if name != "none"])
 def test_every_method_streams_and_reports(name, app, engine, image):
-    pruner = build_pruner(name)
+    # Its random weights find all of an image important: a cap makes it drop some.
+    pruner = build_pruner(name, **({"visual_token_num": 64} if name == "glimpseprune" else {}))
     pruner.use_random_parts(engine.model)
     before, engine.shelf.default = engine.shelf.default, pruner
     try:

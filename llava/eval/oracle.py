@@ -65,7 +65,10 @@ class Schedule:
     def before_layer(self, result: Prefill, index: int, prefill: Prefill) -> None:
         if result.index is prefill.index:
             return
-        self.layers[index] = tuple(result.is_visual.sum(dim=1).tolist())
+        before, after = (tuple(x.is_visual.sum(dim=1).tolist()) for x in (prefill, result))
+        if after == before:  # a token of the method's own came in
+            return
+        self.layers[index] = after
         if (result.position_ids[:, -1] != prefill.position_ids[:, -1]).any():
             self.renumber.add(index)
 

@@ -16,6 +16,8 @@ import torch
 POLL_SECONDS = 0.2
 #: how long the others are waited for when there is nothing left to do
 PATIENCE_SECONDS = 1800.0
+#: how long the main process stays for the others to see that all are done
+LEAVING_SECONDS = 30.0
 STORE_TIMEOUT = timedelta(hours=24)
 
 
@@ -84,6 +86,11 @@ class Workers:
                 )
             time.sleep(POLL_SECONDS)
             here = self.store.add(f"{key}/here", 0)
+        # The main process may hold the store itself: it leaves when the others need it no more.
+        gone, start = self.store.add(f"{key}/gone", 1), time.monotonic()
+        while self.main and gone < self.size and time.monotonic() - start < LEAVING_SECONDS:
+            time.sleep(POLL_SECONDS / 4)
+            gone = self.store.add(f"{key}/gone", 0)
 
     def device(self) -> str | None:
         """The GPU of this process; None: where there is one process or no GPU, the model's default
