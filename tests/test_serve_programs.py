@@ -300,8 +300,8 @@ def test_the_demo_starts_with_one_command_and_leaves_nothing_behind():
         assert len(parts) == 3
         began = time.monotonic()
         running.send_signal(signal.SIGINT)
-        assert running.wait(40) == 0
-        assert time.monotonic() - began < 30
+        assert running.wait(120) == 0
+        assert time.monotonic() - began < 90  # seconds even on a busy machine
         assert not any(map(is_running, parts))
     finally:
         running.kill()
