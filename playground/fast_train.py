@@ -42,7 +42,8 @@ WIDTH, LAYERS, HEADS, INNER = 256, 6, 8, 704
 ROPE_BASE, EPS = 10000.0, 1e-5
 PLACE_PERIODS = (0.7, 0.3)  # wave lengths of the code of a place, in sides of the picture
 CODE_SCALE = 0.4
-CODE_WIDTH = 4 * (1 + 2 * len(PLACE_PERIODS)) + 2
+SLOTS = 4  # characters of the longest sign
+CODE_WIDTH = 4 * (1 + 2 * len(PLACE_PERIODS)) + 2 + SLOTS
 FINDER_WEIGHT = 3.0
 CHUNK = 500  # pictures per file of kept features
 PROJECTOR_RATE = 0.05  # its learning rate against the decoder's: the features are large
@@ -361,7 +362,7 @@ def align_projector(
         where = np.flatnonzero(found["color"] != IGNORE)
         empty = generator.permutation(np.flatnonzero(~found["foreground"]))[: len(where) // 3]
         sources += [features[index, where], features[index, empty]]
-        code = place_code(found["box"][where], where) @ code_directions().T
+        code = place_code(found["box"][where], where, found["slot"][where]) @ code_directions().T
         targets += [_word_sums(found, where, words) + code, torch.zeros(len(empty), WIDTH)]
     sources, targets = torch.cat(sources).float(), torch.cat(targets)
     projector = model.model.mm_projector
@@ -384,9 +385,10 @@ def code_directions() -> torch.Tensor:
     return torch.linalg.qr(random)[0]
 
 
-def place_code(boxes: np.ndarray, patches: np.ndarray) -> torch.Tensor:
-    """(n, code width): the edges of boxes (n, 4) px, waves of them, and how much of its thing each
-    of the patches (n,) shows, plain and as a logarithm, so that things can be counted."""
+def place_code(boxes: np.ndarray, patches: np.ndarray, slots: np.ndarray) -> torch.Tensor:
+    """(n, code width): the edges of boxes (n, 4) px, waves of them; how much of its thing each of
+    the patches (n,) shows, plain and as a logarithm, so that things can be counted; and which
+    character of its sign (n,), so that reading finds the first one."""
     shares = torch.from_numpy(boxes) / scenes.IMAGE_SIZE
     angles = 2 * math.pi * shares[..., None] / torch.tensor(PLACE_PERIODS)
     waves = torch.cat([2 * shares[..., None] - 1, angles.sin(), angles.cos()], -1).flatten(1)
@@ -396,7 +398,8 @@ def place_code(boxes: np.ndarray, patches: np.ndarray) -> torch.Tensor:
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     part = torch.from_numpy(wide * high / area).float()
     parts = torch.stack([8 * part, part.clamp(min=2**-7).log2() / 2 + 1.5], 1)
-    return CODE_SCALE * torch.cat([waves, parts], 1)
+    slot = torch.from_numpy(slots)[:, None] == torch.arange(SLOTS)
+    return CODE_SCALE * torch.cat([waves, parts, 2.0 * slot], 1)
 
 
 def _word_sums(found: dict, where: np.ndarray, words: torch.Tensor) -> torch.Tensor:

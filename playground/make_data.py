@@ -268,9 +268,13 @@ def write_benchmark(folder: Path) -> None:
     write_descriptions(folder / "describe")
 
 
-def conversation(seed: int, image: str) -> dict:
-    """One training record: every question of the mix as one turn about the same picture."""
-    asked = questions.ask(scenes.make_scene(seed), np.random.default_rng((seed, 3)))
+def conversation(seed: int, image: str, longest: int | None = None) -> dict:
+    """One training record: every question of the mix as one turn about the same picture, or one to
+    `longest` of them."""
+    rng = np.random.default_rng((seed, 3))
+    asked = questions.ask(scenes.make_scene(seed), rng)
+    if longest is not None:
+        asked = asked[: int(rng.integers(1, longest + 1))]
     turns = []
     for number, question in enumerate(asked):
         head = "<image>\n" if number == 0 else ""
@@ -279,15 +283,16 @@ def conversation(seed: int, image: str) -> dict:
     return {"id": str(seed), "image": image, "conversations": turns}
 
 
-def write_training(folder: Path, first: int, count: int) -> None:
-    """Pictures (PNG without compression effort) and conversations.json of training scenes."""
+def write_training(folder: Path, first: int, count: int, longest: int | None = None) -> None:
+    """Pictures (PNG without compression effort), and conversations.json of training scenes last, so
+    that a folder with it is complete."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     records = []
     for seed in range(scenes.TRAIN_SEEDS + first, scenes.TRAIN_SEEDS + first + count):
         name = f"{seed:08d}.png"
         image = Image.fromarray(scenes.render(scenes.make_scene(seed)))
         image.save(folder / "images" / name, compress_level=1)
-        records.append(conversation(seed, name))
+        records.append(conversation(seed, name, longest))
     write_json(folder / "conversations.json", records)
 
 
@@ -298,11 +303,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: playground/benchmark or data/train")
     parser.add_argument("--first", type=int, default=0, help="first training scene")
     parser.add_argument("--pictures", type=int, default=4000, help="number of training scenes")
+    parser.add_argument("--turns", type=int, help="most turns of a conversation (default: all)")
     args = parser.parse_args()
     if args.what == "benchmark":
         write_benchmark(args.output or ROOT / "benchmark")
     else:
-        write_training(args.output or ROOT / "data" / "train", args.first, args.pictures)
+        folder = args.output or ROOT / "data" / "train"
+        write_training(folder, args.first, args.pictures, args.turns)
 
 
 if __name__ == "__main__":

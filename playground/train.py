@@ -1,11 +1,14 @@
-"""Make the playground's two checkpoints: tower and decoder; or go on with llava.train.train.
+"""Make what the playground ships: tower, decoder, and the trained parts of two pruning methods.
 
-    python -m playground.train all                  # what ships, in this order:
+    python -m playground.train all                  # all of it, in this order:
     python -m playground.train tower                # stage 1: the CLIP-type tower
     python -m playground.train decoder              # stage 2: the decoder, many short turns
-    python -m playground.train finetune             # further: conversations, llava.train.train
+    python -m playground.train finetune             # stage 3: conversations, llava.train.train
+    python -m playground.train twig                 # stage 4: llava.train.train_twigvlm
+    python -m playground.train glimpse              # stage 5: llava.train.train_glimpseprune
 
-Every stage has a time budget (--minutes), is seeded and continues where it stopped.
+Stages 1 and 2 have a time budget (--minutes), the others a number of steps. All are seeded and
+continue where they stopped. What stage 4 and 5 make fits the decoder of stage 3 alone.
 """
 
 import argparse
@@ -15,99 +18,132 @@ import subprocess
 import sys
 from pathlib import Path
 
-from playground import fast_train, make_data
+import torch
+
+from playground import fast_train, glimpse_data, make_data
 
 ROOT = Path(__file__).parent
 CHECKPOINTS = ROOT / "checkpoints"
 TOWER = CHECKPOINTS / "clip-playground-patch14-336"
 LLAVA = CHECKPOINTS / "llava-v1.5-playground"
 DATA = ROOT / "data"
-FINETUNE_SCENES = 1_000_000  # training scenes that stages 1 and 2 do not reach
-MINUTES = {"tower": 33, "decoder": 104}
+WEIGHTS = "model.safetensors"
+PICTURES = 6000
+MINUTES = {"tower": 33, "decoder": 134}
 DECODER_SCENES = 100_000  # first of the training scenes of stage 2
+CONVERSATION_SCENES = 1_000_000  # of stages 3 and 4, which stages 1 and 2 do not reach
+LONGEST = 6  # turns of a conversation of stages 3 and 4
 
 
 def tower(args: argparse.Namespace) -> None:
     """Stage 1."""
-    words = ["--output", TOWER, "--keep", 128, "--dense-share", 0.2]
-    _module("playground.train_tower", *words, "--minutes", args.minutes or MINUTES["tower"])
+    words = {"output": TOWER, "keep": 128, "dense-share": 0.2}
+    _run("playground.train_tower", words | {"minutes": args.minutes or MINUTES["tower"]})
 
 
 def decoder(args: argparse.Namespace) -> None:
     """Stage 2."""
-    words = ["--tower", TOWER, "--output", LLAVA, "--features", DATA / "features", "--compile"]
-    words += ["--first", DECODER_SCENES, "--pictures", 20_000, "--dense-share", 0.2]
-    _module("playground.fast_train", *words, "--minutes", args.minutes or MINUTES["decoder"])
+    words = {"tower": TOWER, "output": LLAVA, "features": DATA / "features"}
+    words |= {"first": DECODER_SCENES, "pictures": 20_000, "dense-share": 0.13}
+    words |= {"minutes": args.minutes or MINUTES["decoder"]}
+    _run("playground.fast_train", words, "--compile")
 
 
 def finetune(args: argparse.Namespace) -> None:
-    """Further training on real pictures and conversations with the project's own trainer."""
-    from llava.train.train import train
-
+    """Stage 3: the whole model on real pictures and conversations."""
     output = DATA / "finetune"
-    if not (DATA / "train" / "conversations.json").exists():
-        make_data.write_training(DATA / "train", FINETUNE_SCENES, args.pictures)
-    train(finetune_words(output, args.pictures, args.learning_rate))
-    publish(output)
-
-
-def finetune_words(output: Path, pictures: int, learning_rate: float) -> list[str]:
-    """The command line of finetuning."""
-    batch = 4
-    options = {
-        "model_name_or_path": LLAVA,
-        "version": "v1",
-        "vision_tower": TOWER.resolve(),
-        "mm_vision_select_layer": -2,
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_use_im_patch_token": False,
-        "image_aspect_ratio": "pad",
-        "data_path": DATA / "train" / "conversations.json",
-        "image_folder": DATA / "train" / "images",
-        "output_dir": output,
-        "bf16": True,
-        "use_cpu": True,
-        "matrix_optim": "muon",
-        "learning_rate": learning_rate,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": 20,
-        "weight_decay": 0.0,
-        "num_train_epochs": 1,
-        "max_steps": pictures // batch,
-        "per_device_train_batch_size": batch,
-        "model_max_length": 2048,
-        "dataloader_num_workers": 0,
-        "logging_steps": 10,
-        "save_steps": 50,
-        "save_total_limit": 1,
-        "report_to": "none",
-        "seed": 0,
-    }
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
-
-
-def publish(trained: Path) -> None:
-    """Copy trained weights into the checkpoint folder, with its own configuration and tokenizer."""
-    shutil.copy(trained / "model.safetensors", LLAVA / "model.safetensors")
+    options = conversations(LLAVA, output) | {"learning_rate": 1e-4}
+    _run("llava.train.train", options | {"max_steps": args.steps or 500})
+    shutil.copy(output / WEIGHTS, LLAVA / WEIGHTS)
     text = json.dumps(fast_train.config(), indent=2) + "\n"
     (LLAVA / "config.json").write_text(text, encoding="utf-8")
 
 
-def _module(name: str, *words) -> None:
-    subprocess.run([sys.executable, "-m", name, *map(str, words)], check=True)
+def twig(args: argparse.Namespace) -> None:
+    """Stage 4: a twig of two layers on the embeddings; all visual tokens enter the layers below a
+    twig, so with any below it no average of 64 of 576 could be reached."""
+    output = DATA / "twig"
+    options = conversations(LLAVA, output) | {"twig_K": 0, "twig_T": 2, "learning_rate": 1e-3}
+    _run("llava.train.train_twigvlm", options | {"max_steps": args.steps or 2000})
+    _publish_part(output, "twigvlm")
+
+
+def glimpse(args: argparse.Namespace) -> None:
+    """Stage 5: a glimpse read in the middle of the decoder, and a small predictor."""
+    data, output = DATA / "glimpse", DATA / "glimpse" / "run"
+    glimpse_data.write(data, pictures=1500, per_picture=6)
+    options = {
+        "model_name_or_path": LLAVA,
+        "train_dataset": data / "boxes.jsonl",
+        "img_dir": data,
+        "selected_layers": 3,
+        "reduce_layer": 3,
+        "attn_fuse_size": 64,
+        "visual_cond_size": 128,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3,
+        "max_steps": args.steps or 1000,
+    }
+    _run("llava.train.train_glimpseprune", options | here(output))
+    _publish_part(output, "glimpseprune")
+
+
+def conversations(model: Path, output: Path) -> dict:
+    """Options of `llava.train.train` for conversations about new scenes."""
+    data = DATA / "train"
+    if not (data / "conversations.json").exists():
+        make_data.write_training(data, CONVERSATION_SCENES, PICTURES, LONGEST)
+    options = {
+        "model_name_or_path": model,
+        "version": "v1",
+        "data_path": data / "conversations.json",
+        "image_folder": data / "images",
+        "image_aspect_ratio": "pad",
+        "matrix_optim": "muon",
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 20,
+        "weight_decay": 0.0,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "model_max_length": 2048,
+        "dataloader_num_workers": 0,
+    }
+    return options | here(output)
+
+
+def here(output: Path) -> dict:
+    """Options of every Trainer for a run on this machine that can be continued."""
+    options = {"output_dir": output, "bf16": True, "use_cpu": not torch.cuda.is_available()}
+    options |= {"save_steps": 100, "save_total_limit": 1, "logging_steps": 10}
+    return options | {"report_to": "none", "seed": 0}
+
+
+def _publish_part(trained: Path, method: str) -> None:
+    """Copy a trained part to where the method looks for it."""
+    folder = CHECKPOINTS / f"{method}-playground"
+    folder.mkdir(exist_ok=True)
+    for name in (WEIGHTS, "config.json"):
+        shutil.copy(trained / name, folder / name)
+
+
+def _run(module: str, options: dict, *flags: str) -> None:
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    subprocess.run([sys.executable, "-m", module, *words, *flags], check=True)
+
+
+STAGES = {f.__name__: f for f in (tower, decoder, finetune, twig, glimpse)}
 
 
 def main() -> None:
     """Run one stage or all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("all", "tower", "decoder", "finetune"))
+    parser.add_argument("stage", choices=("all", *STAGES))
     parser.add_argument("--minutes", type=float, help="time budget of stage 1 or 2")
-    parser.add_argument("--pictures", type=int, default=2000, help="pictures of finetuning")
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of finetuning")
+    parser.add_argument("--steps", type=int, help="steps of stage 3, 4 or 5")
     args = parser.parse_args()
-    stages = {"tower": tower, "decoder": decoder, "finetune": finetune}
-    for name in ("tower", "decoder") if args.stage == "all" else [args.stage]:
-        stages[name](args)
+    for name in STAGES if args.stage == "all" else [args.stage]:
+        STAGES[name](args)
 
 
 if __name__ == "__main__":

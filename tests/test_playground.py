@@ -152,6 +152,8 @@ def test_a_training_record_has_one_image_mark_and_alternating_turns():
     text = [turn["value"] for turn in record["conversations"]]
     assert [turn["from"] for turn in record["conversations"]] == ["human", "gpt"] * (len(text) // 2)
     assert text[0].startswith("<image>\n") and sum("<image>" in value for value in text) == 1
+    lengths = {len(make_data.conversation(seed, "", 3)["conversations"]) for seed in range(30)}
+    assert lengths == {2, 4, 6}
 
 
 # Tokenizer -----------------------------------------------------------------------------------
