@@ -257,6 +257,10 @@ def test_all_methods_are_measured_or_named_with_the_reason(model):
         efficiency.methods_to_measure("random,mustdrop", 9, model)
 
 
+def test_without_a_named_method_all_are_measured():
+    assert efficiency.parse_args([]).method == efficiency.ALL
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [

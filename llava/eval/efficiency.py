@@ -113,8 +113,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--config", default="playground", help=f"sizes to measure: {sizes} (default: playground)")
     add(
         "--method",
-        default="vispruner",
-        help="methods to measure, with commas between them, or all (default: vispruner)",
+        default=ALL,
+        help="methods to measure, with commas between them, or all (the default)",
     )
     add("--visual-token-num", type=int, default=64, help="token budget per image (default: 64)")
     add("--dtype", choices=DTYPES, default="bf16")
