@@ -18,6 +18,7 @@ EXTRAS = {
 }
 EXTRAS["dev"] = [
     "pytest",
+    "pytest-xdist>=3.2",
     "hypothesis",
     "ruff>=0.17,<0.18",
     *EXTRAS["train"],
