@@ -6,6 +6,7 @@
 # The two samples of the 665k mixture that the published recipe leaves out are left out here, too.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+source scripts/train_common.sh
 K=${twig_K:-2} T=${twig_T:-3}
 DATA=${DATA:-./playground/data/llava_v1_5_mix665k.json}
 SKIP=()
@@ -13,6 +14,7 @@ SKIP=()
 
 ${LAUNCHER:-deepspeed} llava/train/train_twigvlm.py \
     --deepspeed "${ZERO:-./scripts/zero2.json}" \
+    "${TRAINER_FLAGS[@]}" \
     --model_name_or_path "${MODEL:-liuhaotian/llava-v1.5-7b}" \
     --version v1 \
     --twig_K "$K" \
@@ -25,21 +27,7 @@ ${LAUNCHER:-deepspeed} llava/train/train_twigvlm.py \
     --gradient_accumulation_steps 4 \
     --learning_rate 1e-4 \
     --output_dir "${OUTPUT:-./checkpoints/TwigVLM-llava1.5-7b-K$K-T$T}" \
-    --bf16 True \
-    --num_train_epochs 1 \
-    --evaluation_strategy no \
-    --save_strategy steps \
     --save_steps 1000 \
-    --save_total_limit 1 \
-    --weight_decay 0. \
-    --warmup_ratio 0.03 \
-    --lr_scheduler_type cosine \
-    --logging_steps 1 \
-    --tf32 True \
-    --model_max_length 2048 \
     --gradient_checkpointing False \
-    --dataloader_num_workers 4 \
-    --lazy_preprocess True \
-    --report_to "${REPORT_TO:-wandb}" \
     "${SKIP[@]}" \
     "$@"

@@ -1,0 +1,31 @@
+# Sourced by the recipes in scripts/v1_5: what all of them hand to the Trainer.
+TRAINER_FLAGS=(
+    --bf16 True
+    --num_train_epochs 1
+    --evaluation_strategy no
+    --save_strategy steps
+    --save_total_limit 1
+    --weight_decay 0.
+    --warmup_ratio 0.03
+    --lr_scheduler_type cosine
+    --logging_steps 1
+    --tf32 True
+    --model_max_length 2048
+    --dataloader_num_workers 4
+    --lazy_preprocess True
+    --report_to "${REPORT_TO:-wandb}"
+)
+
+# ... and what the two stages of LLaVA-1.5 have in common besides.
+LLAVA_FLAGS=(
+    --model_name_or_path "${MODEL:-lmsys/vicuna-13b-v1.5}"
+    --vision_tower "${VISION_TOWER:-openai/clip-vit-large-patch14-336}"
+    --mm_projector_type mlp2x_gelu
+    --mm_vision_select_layer -2
+    --mm_use_im_start_end False
+    --mm_use_im_patch_token False
+    --gradient_accumulation_steps 1
+    --gradient_checkpointing True
+    --per_device_eval_batch_size 4
+    "${TRAINER_FLAGS[@]}"
+)
