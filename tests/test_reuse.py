@@ -5,6 +5,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from llava.model.kv_cache import KVCache
+from llava.model.language_model import attention
 from llava.model.reuse import Picture, PrefixCache
 from llava.pruning import METHODS, build_pruner, trace_pruning
 from tests.conftest import SIDE, make_pruner
@@ -167,6 +169,45 @@ def test_an_image_runs_once_through_the_layers_its_method_leaves_alone(
             if depth < 6:  # where the method looks at all tokens, and may drop some
                 assert tails < ran[depth] <= 2 * entering + tails
     assert crops == [1]
+
+
+@pytest.mark.parametrize("pruner, depth", DEPTHS[:3], ids=lambda value: str(value)[:30])
+def test_what_questions_about_one_image_begin_with_is_held_once(
+    model, sample, pruner, depth, monkeypatch
+):
+    longest, append = [0] * 6, KVCache.append
+
+    def spy(self, layer, keys, values):
+        longest[layer] = max(keys.shape[2], longest[layer])
+        return append(self, layer, keys, values)
+
+    model.pruner, cache = pruner, PrefixCache(model)
+    prompts, own = prompts_about(sample, 9, 5, 7), [[picture(0)]] * 3
+    shared(model, cache, prompts, own, ["a"] * 3)
+    monkeypatch.setattr(KVCache, "append", spy)
+    shared(model, cache, prompts, own, ["a"] * 3)
+    assert longest[:depth] == [9] * depth and min(longest[depth:], default=10) > 9
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("held", [2**26, 1])
+def test_attention_behind_a_shared_beginning_is_attention(groups, held, monkeypatch):
+    monkeypatch.setattr(attention, "WEIGHTS_HELD", held)
+    known, valid = torch.randn(2, groups, 11, 8), torch.ones(3, 5, dtype=torch.bool)
+    q, k, v = torch.randn(3, 4, 5, 8), *torch.randn(2, 3, groups, 5, 8)
+    valid[1, :2] = False
+    whole = [
+        torch.cat([x.expand(3, -1, -1, -1), own], 2) for x, own in zip(known, (k, v), strict=True)
+    ]
+    seen = torch.cat([torch.ones(3, 11, dtype=torch.bool), valid], 1)
+    for count in (5, 1):
+        masks = [attention.padded_causal_mask(x, count) for x in (seen, valid)]
+        out = attention.attend_behind(q[:, :, -count:], k, v, masks[1], known.unbind())
+        wanted = attention.attend(q[:, :, -count:], *whole, masks[0], "sdpa")
+        places = valid[:, -count:]  # what comes out on padding is nobody's business
+        torch.testing.assert_close(out.transpose(1, 2)[places], wanted.transpose(1, 2)[places])
+    out = attention.attend_behind(q, k, v, None, known.unbind())
+    torch.testing.assert_close(out, attention.attend(q, *whole, None, "sdpa"))
 
 
 def test_an_image_asked_about_once_costs_no_extra_pass(model, sample):

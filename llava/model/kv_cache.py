@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..pruning.base import Pruner
+
 
 @dataclass
 class RowState:
@@ -42,7 +44,8 @@ class KVCache:
     The prompt's keys and values are held as they come, without a copy. The first append after them
     moves a layer to a buffer with `reserve` free places for the tokens still to come; later appends
     write in place. A buffer that runs full grows by half its size. Layers may hold different
-    numbers of tokens, and rows may have holes (padding).
+    numbers of tokens, and rows may have holes (padding). What all rows begin with may be held once
+    (`share`); lengths and entries of a layer are then those behind it.
 
     reserve: tokens that will be appended after the prompt (`max_new_tokens`)
     """
@@ -54,10 +57,15 @@ class KVCache:
         self._keys: list[Tensor | None] = [None] * num_layers  # (B, H, capacity, d)
         self._values: list[Tensor | None] = [None] * num_layers
         self._owned = [False] * num_layers  # whether a layer has a buffer to write to
+        self.shared: list[tuple[Tensor, Tensor] | None] = [None] * num_layers  # (H, P, d) each
 
     def __len__(self) -> int:
         """Places used in layer 0, holes included."""
         return self.lengths[0]
+
+    def share(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Keys and values (H, P, d) that every row of an empty layer begins with."""
+        self.shared[layer] = keys, values
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Adds (B, H, q, d) keys and values; returns all of the layer's, (B, H, length, d)."""
@@ -106,18 +114,20 @@ class KVCache:
             state.select(beam_idx.to(state.next_position.device))
 
     def row_lengths(self) -> list[Tensor]:
-        """Per layer a (B,) tensor: tokens held, holes not counted."""
+        """Per layer a (B,) tensor: tokens that a row sees, holes not counted."""
         lengths = []
         for layer, length in enumerate(self.lengths):
-            state = self.rows[layer]
+            state, shared = self.rows[layer], self.shared[layer]
             mask = None if state is None else state.mask(length)
             batch = 0 if self._keys[layer] is None else self._keys[layer].shape[0]
             full = torch.full((batch,), length)
-            lengths.append(full if mask is None else mask.sum(dim=1).cpu())
+            own = full if mask is None else mask.sum(dim=1).cpu()
+            lengths.append(own if shared is None else own + shared[0].shape[1])
         return lengths
 
     def num_bytes(self) -> int:
-        """Bytes of the keys and values that belong to tokens, from the tensors' element sizes."""
+        """Bytes of the keys and values that belong to tokens, from the tensors' element sizes; what
+        rows share counts for each of them."""
         total = 0
         for layer, tokens in enumerate(self.row_lengths()):
             for buffer in (self._keys[layer], self._values[layer]):
@@ -138,3 +148,10 @@ class KVCache:
 def _allocate(like: Tensor, capacity: int) -> Tensor:
     batch, heads, _, width = like.shape
     return like.new_empty(batch, heads, capacity, width)
+
+
+def drops_from_caches(pruner: Pruner | None, num_layers: int) -> bool:
+    """Whether a method takes tokens from caches of layers that already ran."""
+    return pruner is not None and any(
+        len(pruner.pruned_caches(index, num_layers)) for index in range(num_layers + 1)
+    )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..constants import IMAGE_TOKEN_INDEX
 from ..pruning.tokens import ImageTokens
-from .kv_cache import KVCache
+from .kv_cache import KVCache, drops_from_caches
 
 
 @dataclass(eq=False)
@@ -53,27 +53,55 @@ class Beginning:
 class Prefix:
     """What is known of the first `size` columns of a batch of prompts, padded on the left.
 
-    The rows may begin differently and know beginnings of different length: the columns end where
-    the first of them is at its end, but a row has at least one token behind them.
+    Where all rows have the same beginning, the caches hold it once. Otherwise the rows may begin
+    differently and know beginnings of different length: the columns end where the first of them is
+    at its end, but a row has at least one token behind them.
     """
 
-    def __init__(self, beginnings: list[Beginning], lengths: list[int]):
-        """beginnings: of every row, of equal depth; lengths: tokens of every row"""
-        self.beginnings = beginnings
+    def __init__(self, beginnings: list[Beginning], lengths: list[int], share: bool = True):
+        """beginnings: of every row, of equal depth; lengths: tokens of every row; share: whether
+        caches may hold once what rows have in common"""
+        self.beginnings, self.lengths = beginnings, lengths
         self.depth = beginnings[0].depth
         unknown = [length - len(own) for own, length in zip(beginnings, lengths, strict=True)]
         tail = max(1, *unknown)
         self.size = max(lengths) - tail
-        self.counts = [max(0, length - tail) for length in lengths]
+        alike = all(own is beginnings[0] for own in beginnings)
+        self.shared = share and alike and min(unknown) > 0
+        self.counts = [max(0, length - tail) for length in lengths]  # known tokens that are used
+        if self.shared:
+            self.counts = [self.size] * len(lengths)
 
-    def keys_and_values(self, layer: int, batch: int) -> tuple[Tensor, Tensor]:
-        """(B, G, size, d) each; B may be a multiple of the rows (beams)."""
+    def put(self, layer: int, cache: KVCache, batch: int) -> None:
+        """Puts keys and values of a layer into its empty cache; `batch` may be a multiple of the
+        rows (beams)."""
+        if self.shared:
+            first = self.beginnings[0]
+            cache.share(layer, first.keys[layer], first.values[layer])
+            return
         keys = self._columns([own.keys[layer] for own in self.beginnings], batch)
-        return keys, self._columns([own.values[layer] for own in self.beginnings], batch)
+        values = self._columns([own.values[layer] for own in self.beginnings], batch)
+        cache.append(layer, keys, values)
 
-    def hidden_states(self, batch: int) -> Tensor:
-        """(B, size, D) tokens as they enter layer `depth`."""
-        return self._columns([own.hidden_states for own in self.beginnings], batch)
+    def valid_in_cache(self, valid: Tensor | None) -> Tensor | None:
+        """(B, n) which of the entries of a cache are tokens, from `valid` (B, S) of the prompts."""
+        if valid is None or not self.shared:
+            return valid
+        # A row is behind its beginning as many places after its first token as that is long.
+        return valid[:, : valid.shape[1] - self.size]
+
+    def followed_by(self, tail: Tensor) -> Tensor:
+        """(B, S, D) the prompts as they enter layer `depth`, of which `tail` (B, q, D) are the
+        columns behind the first `size`; zeros on padding."""
+        out = tail.new_zeros(tail.shape[0], self.size + tail.shape[1], tail.shape[2])
+        beams = len(out) // len(self.lengths)
+        for number, row in enumerate(out):
+            length, count = self.lengths[number // beams], self.counts[number // beams]
+            start = len(row) - length
+            known = self.beginnings[number // beams].hidden_states
+            row[start : start + count] = known[:count]
+            row[start + count :] = tail[number, tail.shape[1] - (length - count) :]
+        return out
 
     def _columns(self, rows: list[Tensor], batch: int) -> Tensor:
         shape = (*rows[0].shape[:-2], self.size, rows[0].shape[-1])
@@ -171,7 +199,10 @@ class PrefixCache:
                     known[key] = self._begin(prompt, row, slice(size - lengths[row], ends[row]))
         self._beginnings = known
         depths = {known[key].depth for key in keys} if shared else {0}
-        return Prefix([known[key] for key in keys], lengths) if depths.isdisjoint({0}) else None
+        if 0 in depths:
+            return None
+        share = not drops_from_caches(self.pruner, self.model.config.num_hidden_layers)
+        return Prefix([known[key] for key in keys], lengths, share)
 
     def _begin(self, prompt, row: int, columns: slice) -> Beginning:
         """Runs the tokens at `columns` of one row through the layers the method leaves alone."""

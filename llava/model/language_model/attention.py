@@ -9,6 +9,8 @@ from torch import Tensor
 #: torch >= 2.5 serves several query heads from one key head without copying it
 GROUPED_SDPA = "enable_gqa" in (F.scaled_dot_product_attention.__doc__ or "")
 BACKENDS = ("sdpa", "flash_attention_2", "eager")
+#: weights of an attention map that are held at a time, where one is built
+WEIGHTS_HELD = 2**26
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> Tensor:
@@ -38,6 +40,39 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     scores = (q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5
     scores = scores.float().masked_fill(~mask, float("-inf"))
     return scores.softmax(dim=-1).to(q.dtype) @ v
+
+
+def attend_behind(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, shared: tuple[Tensor, Tensor]
+) -> Tensor:
+    """As `attend`, where all rows begin with the same keys and values, (G, P, d) each in `shared`:
+    all queries look at those in one product, and nothing is copied for the rows.
+
+    k, v and mask are of what follows that beginning, which every query sees.
+    """
+    if mask is None:
+        mask = causal_mask(q.shape[2], k.shape[2], q.device)
+    mask = mask.expand(q.shape[0], -1, -1, -1)
+    keys = shared[0].shape[1] + k.shape[2]
+    rows = max(1, WEIGHTS_HELD // (q.shape[1] * q.shape[2] * keys))
+    parts = zip(*(x.split(rows) for x in (q, k, v, mask)), strict=True)
+    out = [_attend_behind(*part, *shared) for part in parts]
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _attend_behind(q, k, v, mask, keys, values) -> Tensor:
+    batch, heads, count, width = q.shape
+    groups, known = keys.shape[:2]
+    repeats = heads // groups
+    # Key heads come first, so that the rows of the batch are rows of one matrix.
+    q = (q * width**-0.5).view(batch, groups, repeats, count, width).transpose(0, 1)
+    before = (q.reshape(groups, -1, width) @ keys.transpose(1, 2)).view(*q.shape[:4], known)
+    after = q.flatten(2, 3) @ k.transpose(0, 1).transpose(2, 3)
+    after = after.view(*q.shape[:4], -1).masked_fill(~mask[:, :1], float("-inf"))
+    weights = torch.cat([before, after], dim=-1).softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+    out = (weights.flatten(1, 3)[..., :known] @ values).view(q.shape)
+    out = out + (weights.flatten(2, 3)[..., known:] @ v.transpose(0, 1)).view(q.shape)
+    return out.transpose(0, 1).reshape(batch, heads, count, width)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -20,10 +20,11 @@ from ...pruning.base import Pruner
 from ...pruning.cost import DecoderShape
 from ...pruning.ops import gather_tokens
 from ...pruning.tokens import Prefill
-from ..kv_cache import KVCache, RowState
+from ..kv_cache import KVCache, RowState, drops_from_caches
 from ..reuse import Prefix
 from .attention import (
     attend,
+    attend_behind,
     attention_rows,
     check_backend,
     padded_causal_mask,
@@ -137,7 +138,11 @@ class Attention(nn.Module):
         row = None
         if step.rows is not None:
             row = attention_rows(q, k, step.rows, step.valid, step.form)
-        out = attend(q, k, v, step.mask, self.backend)
+        shared = None if cache is None else cache.shared[self.layer_idx]
+        if shared is None:
+            out = attend(q, k, v, step.mask, self.backend)
+        else:
+            out = attend_behind(q, k, v, step.mask, shared)
         return self.o_proj(out.transpose(1, 2).reshape(batch, size, -1)), row
 
 
@@ -324,7 +329,7 @@ class LlamaModel(LlamaPreTrainedModel):
         own, held, done = places(prefill), [], 0  # held: per layer, what its cache holds
         if prefix is not None:
             done = prefix.depth
-            prefill = self._resume(prefill, step.state, cache, pruner, trace, prefix)
+            prefill = self._resume(prefill, cache, pruner, trace, prefix)
             held = [own] * done
         for number, layer in enumerate(self.layers[done:], start=done):
             if pruner is not None:
@@ -359,7 +364,7 @@ class LlamaModel(LlamaPreTrainedModel):
         index = None if prefill.index is start else prefill.index
         return prefill.hidden_states, index, prefill.valid
 
-    def _resume(self, prefill: Prefill, state, cache, pruner, trace, prefix) -> Prefill:
+    def _resume(self, prefill: Prefill, cache, pruner, trace, prefix) -> Prefill:
         """The layers that `prefix` went through, on what follows it; returns the prompt as it
         enters the next layer (what follows alone where there is none)."""
         index = prefill.index
@@ -369,14 +374,14 @@ class LlamaModel(LlamaPreTrainedModel):
                 f"{pruner.name} changes tokens before layer 0, but its reusable_layers says that "
                 f"it leaves {prefix.depth} layers alone"
             )
-        prefill.hidden_states = self.first_layers(prefill, prefix.depth, cache, prefix)
+        tail = self.first_layers(prefill, prefix.depth, cache, prefix)
+        state = RowState(next_position(prefill), prefix.valid_in_cache(prefill.valid))
         for number in range(prefix.depth):
             cache.rows[number] = state
             if trace is not None:
                 trace.add_layer(prefill.visual_index, prefill.valid, index)
-        if prefix.depth < len(self.layers):
-            parts = [prefix.hidden_states(index.shape[0]), prefill.hidden_states]
-            prefill.hidden_states = torch.cat(parts, dim=1)
+        whole = prefix.depth < len(self.layers)
+        prefill.hidden_states = prefix.followed_by(tail) if whole else tail
         return prefill
 
     def first_layers(
@@ -386,12 +391,13 @@ class LlamaModel(LlamaPreTrainedModel):
         with `prefix` those that follow it."""
         known = 0 if prefix is None else prefix.size
         x, valid = prefill.hidden_states[:, known:], prefill.valid
+        if prefix is not None:
+            valid = prefix.valid_in_cache(valid)
         mask = padded_causal_mask(valid, x.shape[1]) if hides_tokens(valid) else None
         step = Step(self.rotary(prefill.position_ids[:, known:], x.dtype), mask)
         for number in range(depth):
             if known:
-                keys, values = prefix.keys_and_values(number, x.shape[0])
-                cache.append(number, keys, values)
+                prefix.put(number, cache, x.shape[0])
             x, _ = self._run(self.layers[number], x, step, cache)
         return x
 
@@ -499,13 +505,6 @@ def drop_from_caches(
             follows = before.next_position if follows is None else follows
             states[id(before)] = RowState(follows, after.valid)
         cache.keep(layer, orders[id(own)], states[id(before)])
-
-
-def drops_from_caches(pruner: Pruner | None, num_layers: int) -> bool:
-    """Whether a method takes tokens from caches of layers that already ran."""
-    return pruner is not None and any(
-        len(pruner.pruned_caches(index, num_layers)) for index in range(num_layers + 1)
-    )
 
 
 def hides_tokens(valid: Tensor | None) -> bool:
