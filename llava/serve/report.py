@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..constants import IMAGE_TOKEN_INDEX
-from ..eval.show_pruning import crop_boxes
+from ..eval.show_pruning import crop_boxes, importance_of_patches
 from ..pruning import Pruner, PruningTrace
 from ..pruning.cost import kv_cache_bytes
 from .methods import settings
@@ -105,17 +104,9 @@ def _patches_of(shape: dict) -> int:
 
 
 def _importance(trace: PruningTrace, geometry: list[dict]) -> list[list[float]] | None:
-    """Per image a value for every patch; patches that were not judged get the lowest one."""
+    """Per image a value for every patch, None where the method has none."""
     if trace.importance is None:
         return None
-    maps = []
-    for values, patches, shape in zip(
-        trace.importance, trace.visual_positions, geometry, strict=True
-    ):
-        values = values.float().cpu()
-        judged = values.isfinite() & (patches >= 0)
-        lowest = values[judged].min() if judged.any() else torch.tensor(0.0)
-        full = lowest.repeat(_patches_of(shape))
-        full[patches[judged]] = values[judged]
-        maps.append([round(value, 5) for value in full.tolist()])
-    return maps
+    images = zip(trace.importance, trace.visual_positions, geometry, strict=True)
+    maps = [importance_of_patches(v, patches, _patches_of(shape)) for v, patches, shape in images]
+    return [[round(value, 5) for value in one] for one in maps]
