@@ -109,11 +109,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def live(app, port: int | None = None):
-    """The address of `app`, served on loopback by a thread of this process."""
+def live(app, port: int | None = None, **options):
+    """The address of `app`, served on loopback by a thread of this process.
+
+    options: of uvicorn
+    """
     port = port or free_port()
     config = uvicorn.Config(
-        app, host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1
+        app, host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1, **options
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

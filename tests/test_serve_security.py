@@ -10,6 +10,7 @@ import json
 import logging
 import socket
 import struct
+import time
 import zlib
 
 import httpx
@@ -22,7 +23,7 @@ from llava.serve.controller import controller_app
 from llava.serve.errors import ServeError
 from llava.serve.images import decode_images
 from llava.serve.limits import Limits
-from llava.serve.service import Request, build_app, read_bytes
+from llava.serve.service import ImpatientProtocol, Request, build_app, read_bytes
 from llava.serve.worker_app import Places, worker_app
 from tests.serve_tools import (
     Words,
@@ -137,8 +138,11 @@ def test_requests_of_web_pages_are_refused(origin):
 def test_nothing_but_post_and_no_documentation_is_served():
     with live(words_app()) as worker:
         for path in ("/docs", "/redoc", "/openapi.json", "/", "/../../etc/passwd", "/%2e%2e/x"):
-            assert httpx.get(worker + path).status_code == 404
-        assert httpx.get(worker + STREAM).status_code == 405
+            reply = httpx.get(worker + path)
+            assert reply.status_code == 404 and reply.json()["cause"] == "unknown_endpoint"
+            assert reply.json()["request_id"]
+        (chunk,) = chunks_of(httpx.get(worker + STREAM).content)
+        assert chunk["cause"] == "wrong_method"
 
 
 # --- Where the controller can be made to send requests
@@ -185,6 +189,20 @@ def test_named_workers_are_allowed(entry):
     assert WorkerAddresses([entry]).check("http://w1:8000/") == "http://w1:8000"
     with pytest.raises(ServeError, match="not allowed"):
         WorkerAddresses(["w1:8001"]).check("http://w1:8000")
+
+
+@pytest.mark.parametrize("caller, status", [("10.0.0.9", 403), ("127.0.0.1", 200), ("::1", 200)])
+def test_only_programs_on_this_machine_may_name_its_loopback(caller, status):
+    checked = make_controller()
+    path, content = register("http://127.0.0.1:6379")
+
+    async def run():
+        transport = httpx.ASGITransport(controller_app(checked), client=(caller, 5))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return (await client.post(path, json=content)).status_code
+
+    assert asyncio.run(run()) == status
+    assert len(checked.table.workers) == (status == 200)
 
 
 @pytest.mark.parametrize("entry", ["http://w1", "a@b", "w1:port", "w1/x", ""])
@@ -448,6 +466,26 @@ def test_a_body_that_never_ends_is_given_up():
                 b"Content-Length: 100\r\n\r\n{"
             )
             assert b" 408 " in one.recv(1000).split(b"\r\n")[0]
+
+
+class Hasty(ImpatientProtocol):
+    head_seconds = 0.3
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /", b"POST / HTTP/1.1\r\nHost: x\r\n"])
+def test_connections_that_send_no_request_are_closed(sent):
+    with live(words_app(Words(pause=0.2)), http=Hasty) as worker:
+        host, port = worker.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as one:
+            one.sendall(sent)
+            assert one.recv(100) == b"", "closed"
+        with httpx.Client() as client:  # others are not, however long they wait in between
+            for _ in range(2):
+                assert client.post(worker + STREAM, json=body()).status_code == 200
+                time.sleep(0.5)
+            stream = client.stream("POST", worker + STREAM, json=body())
+            with stream as reply:
+                assert b"three" in reply.read()
 
 
 def test_a_form_with_an_endless_file_name_is_refused_at_its_first_line():

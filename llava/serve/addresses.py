@@ -23,7 +23,8 @@ PORTS = {"http": 80, "https": 443}
 
 
 class WorkerAddresses:
-    """The allow-list. Loopback is always on it.
+    """The allow-list. Loopback is always on it, for callers on this machine: what listens there is
+    none of the business of others.
 
     entries: HOST or HOST:PORT each; HOST is a name or a number, as workers will call themselves
     """
@@ -31,13 +32,16 @@ class WorkerAddresses:
     def __init__(self, entries: Iterable[str] = ()):
         self.allowed = {_entry(text) for text in entries}
 
-    def check(self, address: str) -> str:
-        """The address in its normal form. Raises ServeError unless it is allowed."""
+    def check(self, address: str, here: bool = True) -> str:
+        """The address in its normal form. Raises ServeError unless it is allowed.
+
+        here: whether the caller is on this machine
+        """
         address = normal(address)
         parts = urlsplit(address)
         host, port = parts.hostname, parts.port
         listed = (host, port) in self.allowed or (host, None) in self.allowed
-        if not is_loopback(host) and not listed:
+        if not listed and not (here and is_loopback(host)):
             raise ServeError(
                 "forbidden",
                 "This worker address is not allowed; start the controller with "

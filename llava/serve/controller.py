@@ -30,7 +30,7 @@ import httpx  # isort: skip  # after `service`, which names the missing extra
 
 from ..constants import CONTROLLER_HEART_BEAT_EXPIRATION
 from .addresses import WorkerAddresses, WorkerClient, normal
-from .auth import add_token_arg, check_exposure, read_token
+from .auth import add_token_arg, check_exposure, is_loopback, read_token
 from .dispatch import METHODS, WorkerTable
 from .errors import SEPARATOR, ServeError, encode_chunk
 from .limits import CHUNK_BYTES, STATUS_BYTES
@@ -66,8 +66,9 @@ class Controller:
             logger.warning("worker %s gives no status: %s", address, type(error).__name__)
             return None
 
-    async def register(self, request: RegisterRequest) -> None:
-        address = self.allowed.check(request.worker_name)
+    async def register(self, request: RegisterRequest, caller: str) -> None:
+        """caller: address of the machine that asks."""
+        address = self.allowed.check(request.worker_name, here=is_loopback(caller))
         status = request.worker_status or await self.status_of(address)
         if status is not None:
             self.table.register(address, status, request.check_heart_beat)
@@ -189,7 +190,8 @@ def controller_app(controller: Controller, token: str | None = None) -> FastAPI:
 
     @app.post("/register_worker")
     async def register_worker(request: Request):
-        await controller.register(await read(request, RegisterRequest))
+        caller = request.client.host if request.client else ""
+        await controller.register(await read(request, RegisterRequest), caller)
 
     @app.post("/refresh_all_workers")
     async def refresh_all_workers():

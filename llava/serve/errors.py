@@ -14,6 +14,8 @@ CAUSES = {
     "unauthorized": (401, 1),
     "forbidden": (403, 1),
     "unknown_model": (404, 1),
+    "unknown_endpoint": (404, 1),
+    "wrong_method": (405, 1),
     "too_slow": (408, 1),
     "too_large": (413, 1),
     "not_json": (415, 1),

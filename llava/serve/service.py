@@ -17,6 +17,7 @@ try:
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, Response, StreamingResponse
     from starlette.exceptions import HTTPException
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise ImportError(
         "the service needs the packages of the extra `serve`: pip install -e '.[serve]'"
@@ -30,6 +31,7 @@ from .protocol import Body, parse
 STREAM_PATH = "/worker_generate_stream"
 CONNECTIONS = 512  # open at once; more are refused with 503
 HEADER_BYTES = 2**15
+HEAD_SECONDS = 20.0  # until the request line and the headers have arrived
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, so that none is closed in use
 GRACE_SECONDS = 10  # that answers in progress have when the service is stopped
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -184,9 +186,40 @@ def build_app(token: str | None, lifespan=None, limits: Limits = LIMITS) -> Fast
 
     @app.exception_handler(HTTPException)
     async def unknown_path(request: Request, error: HTTPException):
-        return JSONResponse({"detail": "no such endpoint"}, error.status_code)
+        if error.status_code == 405:
+            return refusal(ServeError("wrong_method", "Only POST is understood."), request.scope)
+        return refusal(ServeError("unknown_endpoint", "There is nothing here."), request.scope)
 
     return app
+
+
+class ImpatientProtocol(H11Protocol):
+    """Closes connections on which the head of a request does not arrive in time: with enough of
+    them, a stranger without the token could keep everybody else out."""
+
+    head_seconds = HEAD_SECONDS
+    _deadline = None
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(self.head_seconds, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        before = self.cycle
+        super().data_received(data)
+        if self.cycle is not before:
+            self._forget_deadline()
+        elif self._deadline is None and (before is None or before.response_complete):
+            self._deadline = self.loop.call_later(self.head_seconds, self.transport.close)
+
+    def connection_lost(self, exc) -> None:
+        self._forget_deadline()
+        super().connection_lost(exc)
+
+    def _forget_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 def serve(app, host: str, port: int) -> None:
@@ -200,7 +233,7 @@ def serve(app, host: str, port: int) -> None:
         server_header=False,
         limit_concurrency=CONNECTIONS,
         h11_max_incomplete_event_size=HEADER_BYTES,
-        http="h11",
+        http=ImpatientProtocol,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
