@@ -19,7 +19,7 @@ from llava.serve import gradio_web_server  # noqa: E402
 from tests.web_service import FakeService, running  # noqa: E402
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-SECONDS = 60
+SECONDS = 180  # patience costs nothing where all goes well
 FLAGS = (
     "--headless=new",
     "--no-sandbox",
@@ -165,6 +165,16 @@ def test_another_method_shows_its_layers(page):
     page.until(lambda: "trained part is missing" in page.text("#chat-note"), "the reason")
 
 
+def test_a_second_method_can_go_on_inside_the_decoder(page):
+    page.load_example()
+    page.choose("#chat-then", "fastv")
+    page.until(lambda: page.find("#chat-then-budget input").get_attribute("value") == "4", "half")
+    page.click("#send")
+    page.until(lambda: "layers 0–1: 9, layers 2–7: 4" in page.text("#insight"), "both methods")
+    page.choose("#chat-method", "fastv")
+    page.until(lambda: not page.driver.find_element(By.ID, "chat-then").is_displayed(), "no third")
+
+
 def test_failures_are_read_as_sentences(page):
     page.load_example()
     page.ask("crash")
@@ -196,6 +206,19 @@ def test_two_methods_are_compared(page):
     assert "word9" in page.text("#left-panel") and "288 ms" in page.text("#left-panel")
     assert page.text("#left-panel").startswith("none")
     assert page.text("#right-panel").startswith("vispruner")
+
+
+def test_a_comparison_can_be_stopped(page, fake):
+    page.load_example()
+    page.driver.find_element(By.XPATH, "//button[@role='tab'][contains(., 'Compare')]").click()
+    box = page.find("#compare-question textarea")
+    box.clear()
+    box.send_keys("slow")
+    page.click("#compare")
+    page.until(lambda: "word1" in page.text("#left-panel"), "the first words")
+    page.click("#compare-stop")
+    page.until(lambda: "(stopped)" in page.text("#left-panel"), "the mark of a stop")
+    assert "(stopped)" in page.text("#right-panel") and page.find("#compare").is_displayed()
 
 
 def test_answers_and_names_are_shown_as_text(page, fake):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ gr = pytest.importorskip("gradio")
 import httpx  # noqa: E402
 
 from llava.serve import gradio_web_server  # noqa: E402
+from llava.serve.web import chat_tab, guard, uploads  # noqa: E402
 from llava.serve.web.client import Service  # noqa: E402
 from llava.serve.web.log import ConversationLog  # noqa: E402
 from llava.serve.web.methods import offered  # noqa: E402
@@ -148,6 +150,25 @@ def test_regenerate_asks_the_same_with_the_method_chosen_now(page, fake):
     assert "from layer 2 on" in visitor.panel
 
 
+def test_a_second_method_goes_on_inside_the_decoder(page, fake):
+    visitor, picker = Visitor(page), page.chat.picker
+    known = visitor.values[page.chat.methods]["methods"]
+    assert picker.choose(known, "vispruner", DENSE)[picker.then]["visible"]
+    assert not picker.choose(known, "fastv", DENSE)[picker.then]["visible"]
+    visitor.values[picker.then] = "fastv"
+    updates = picker.follow(known, "vispruner", "fastv", visitor.values[picker.budget])
+    labels = [updates[box].get("label") for box in picker.boxes[:4]]
+    assert labels == ["important_ratio", "seed", "fastv: layer", None]
+    visitor.receive(updates)
+    visitor.say("Hello", IMAGE)
+    asked = fake.bodies[-2]["pruning"]
+    assert asked["method"] == "vispruner+fastv"
+    assert asked["options"] == {"vispruner_visual_token_num": 9, "fastv_visual_token_num": 4}
+    assert "layers 0–1: 9, layers 2–7: 4" in visitor.panel
+    visitor.pick(picker, "fastv")
+    assert visitor.values[picker.then] == "", "it does not stay behind the next choice"
+
+
 @pytest.mark.parametrize(
     "word, sentence",
     [
@@ -210,6 +231,34 @@ def test_stop_keeps_what_was_written(page, fake):
     assert "word0" in fake.bodies[-2]["prompt"] and "▌" not in fake.bodies[-2]["prompt"]
 
 
+def test_what_is_measured_when_clear_is_pressed_is_not_shown_any_more(page):
+    visitor = Visitor(page)
+
+    async def until_answered():
+        visitor.values |= {page.chat.text: "Hello", page.controls.image: IMAGE}
+        turn = page.chat.ask(visitor.values, VISITOR)
+        async for update in turn:
+            visitor.receive(update)
+            if "dense not measured" in (visitor.panel or ""):
+                break
+        visitor.receive(page.chat.cleared(visitor.values))
+        return [update async for update in turn]
+
+    assert asyncio.run(until_answered()) == [] and "Ask something" in visitor.panel
+
+
+@pytest.mark.parametrize("answer, sentence", [(None, "does not answer"), (True, "GUIDELINES")])
+def test_a_moderated_text_is_not_sent_and_the_reason_is_said(
+    page, fake, warnings, answer, sentence, monkeypatch
+):
+    monkeypatch.setattr(page.chat, "moderate", True)
+    monkeypatch.setattr(chat_tab, "violates_moderation", lambda text, on_error: answer)
+    before, visitor = len(fake.bodies), Visitor(page)
+    visitor.say("Hello", IMAGE)
+    assert len(fake.bodies) == before and sentence in warnings[0]
+    assert visitor.values[page.chat.text] == "Hello"
+
+
 def test_clear_starts_from_nothing(page, fake):
     visitor = Visitor(page)
     visitor.say("Hello", IMAGE)
@@ -246,6 +295,23 @@ def test_both_methods_are_asked_the_same(page, fake):
     assert "dense 288 ms" in right and "72 ms" in right, "the unpruned run gives the dense time"
 
 
+def test_a_stopped_comparison_keeps_what_was_written(page):
+    visitor = Visitor(page)
+    visitor.values |= {page.compare.text: "slow", page.controls.image: IMAGE}
+
+    async def some():
+        turn = page.compare.compare(visitor.values)
+        for _ in range(4):
+            visitor.receive(await anext(turn))
+        await turn.aclose()
+
+    asyncio.run(some())
+    visitor.receive(page.compare.stopped(visitor.values))
+    left, right = (visitor.values[panel] for panel in page.compare.panels)
+    assert "word0" in left and "(stopped)" in left and "▌" not in left
+    assert "(stopped)" in right and "Waiting" not in right
+
+
 def test_one_failing_side_does_not_stop_the_other(page):
     visitor = Visitor(page)
     visitor.pick(page.compare.pickers[0], "twigvlm")
@@ -279,6 +345,17 @@ def test_the_address_chooses_the_model_and_a_worker_without_methods_is_no_error(
     labels = [label for label, _ in updates[page.chat.picker.method]["choices"]]
     assert "twigvlm (not available)" in labels
     assert updates[page.chat.picker.budget]["maximum"] == DENSE
+
+
+def test_the_method_that_the_worker_was_started_with_is_chosen_first(page, fake, monkeypatch):
+    async def status(model):
+        return {"pruning_methods": METHODS, "default_pruning": {"method": "fastv"}}
+
+    monkeypatch.setattr(page.service, "status", status)
+    chosen = {page.controls.model: MODEL, **{picker.method: None for picker in page.pickers}}
+    updates = asyncio.run(page.offer(chosen))
+    names = [updates[picker.method]["value"] for picker in page.pickers]
+    assert names == ["fastv", "none", "fastv"]
 
 
 # The guard, in front of the running page.
@@ -352,7 +429,7 @@ def test_pages_of_other_sites_and_other_names_are_refused(site):
     assert site.get("/config", headers={"host": "evil.example:80"}).status_code == 421
 
 
-def test_only_images_within_limits_are_stored(site):
+def test_only_images_within_limits_are_stored(site, monkeypatch):
     def upload(name, data):
         kind, body = form(name, data)
         return site.post("/gradio_api/upload", headers={"content-type": kind}, content=body)
@@ -366,6 +443,11 @@ def test_only_images_within_limits_are_stored(site):
     refused = upload("page.html", b"<script>")
     assert refused.status_code == 415 and "[refused, request " in refused.text
     assert upload("big.png", b"x" * (13 << 20)).status_code == 413
+    damaged = upload("cut.png", png(90, 90)[:-30])
+    assert damaged.status_code == 415 and "not complete" in damaged.text
+    monkeypatch.setattr(uploads, "STORED_BYTES", 100)
+    full = upload("other.png", png(9, 8))
+    assert full.status_code == 507 and "no room" in full.text
     assert len(list(site.uploads.rglob("*.*"))) == files
 
 
@@ -421,6 +503,41 @@ def test_malformed_requests_end_in_4xx_and_the_page_still_answers(site):
         assert "Traceback" not in reply.text and "site-packages" not in reply.text
     assert site.get("/").status_code == 200
     assert site.get("/config").status_code == 200
+
+
+def test_a_body_that_never_ends_is_given_up(site, monkeypatch):
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
+    with socket.create_connection((site.base_url.host, site.base_url.port), timeout=20) as one:
+        head = f"Host: {site.base_url.netloc.decode()}\r\nContent-Length: 100\r\n\r\n{{"
+        one.sendall(f"POST /gradio_api/queue/join HTTP/1.1\r\n{head}".encode())
+        assert b" 408 " in one.recv(1000).split(b"\r\n")[0]
+
+
+#: files that gradio would have to read for an event: the component with an image is asked for one
+STOLEN = ["/etc/passwd", "setup.py", "../setup.py", "/proc/self/environ", "\\\\host\\share"]
+
+
+@pytest.mark.parametrize("path", STOLEN)
+def test_a_file_of_the_server_is_not_read_for_an_event(site, page, path):
+    config = site.get("/config").json()
+    images = [one["id"] for one in config["components"] if one["props"].get("elem_id") == "image"]
+    number, asked = next(
+        (d["id"], d["inputs"]) for d in config["dependencies"] if images[0] in d["inputs"]
+    )
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    data = [file if one == images[0] else None for one in asked]
+    event = {"fn_index": number, "data": data, "session_hash": "thief"}
+    joined = site.post("/gradio_api/queue/join", json=event)
+    assert joined.status_code < 500
+    if joined.status_code == 200:
+        with site.stream("GET", "/gradio_api/queue/data?session_hash=thief") as reply:
+            told = ""
+            for line in reply.iter_lines():
+                told += line
+                if "process_completed" in line or "close_stream" in line:
+                    break
+        assert '"success":false' in told.replace(" ", "") and "root:" not in told
+        assert "Traceback" not in told and str(site.uploads) not in told
 
 
 def test_large_bodies_are_refused(site):

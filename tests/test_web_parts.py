@@ -21,7 +21,12 @@ from llava.serve.web.client import Service  # noqa: E402
 from llava.serve.web.failures import SENTENCES, Failure  # noqa: E402
 from llava.serve.web.insight import insight  # noqa: E402
 from llava.serve.web.log import ConversationLog  # noqa: E402
-from llava.serve.web.methods import largest_budget, offered, pruning_request  # noqa: E402
+from llava.serve.web.methods import (  # noqa: E402
+    followers,
+    largest_budget,
+    offered,
+    pruning_request,
+)
 from llava.serve.web.pictures import IMPORTANCE, stages  # noqa: E402
 from llava.serve.web.report import read_report  # noqa: E402
 from llava.serve.web.templates import choices, stop_of, template_of  # noqa: E402
@@ -268,6 +273,24 @@ def test_option_texts_become_values_of_the_right_type():
         pruning_request(METHODS_OFFERED, "vispruner", 4, ["half"])
     with pytest.raises(Failure, match="longer than"):
         pruning_request(METHODS_OFFERED, "vispruner", 4, ["", "[" * 5000])
+
+
+def test_two_methods_in_a_row_are_asked_for_by_their_names_and_options():
+    assert followers(METHODS_OFFERED, "vispruner") == ["fastv"]
+    assert followers(METHODS_OFFERED, "fastv") == followers(METHODS_OFFERED, "none") == []
+    request = pruning_request(METHODS_OFFERED, "vispruner", 9, ["0.75", "", "3"], "fastv", 4)
+    assert request == {
+        "method": "vispruner+fastv",
+        "visual_token_num": None,
+        "options": {
+            "vispruner_important_ratio": 0.75,
+            "vispruner_visual_token_num": 9,
+            "fastv_layer": 3,
+            "fastv_visual_token_num": 4,
+        },
+    }
+    with pytest.raises(Failure, match="its trained part is missing"):
+        pruning_request(METHODS_OFFERED, "vispruner", 9, [], "twigvlm", 4)
 
 
 def test_a_method_that_is_not_available_says_why():

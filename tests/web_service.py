@@ -27,12 +27,14 @@ METHODS = [
         "options": {"visual_token_num": 9, "important_ratio": 0.5, "seed": None},
         "available": True,
         "reason": None,
+        "place": "first",
     },
     {
         "name": "fastv",
         "options": {"visual_token_num": 12, "layer": None},
         "available": True,
         "reason": None,
+        "place": "second",
     },
     {
         "name": "twigvlm",
@@ -123,10 +125,14 @@ def make_report(body: dict) -> dict | None:
         return None
     pruning = body.get("pruning") or {"method": "none", "visual_token_num": None}
     method, count = pruning["method"], pruning["visual_token_num"] or DENSE
-    late = method == "fastv"  # drops inside the decoder
-    kept = list(range(DENSE)) if late else list(range(0, DENSE, DENSE // count))[:count]
-    layers = [[2, list(range(count))]] if late else []
-    per_layer = [DENSE if late and layer < 2 else count for layer in range(LAYERS)]
+    late = method.endswith("fastv")  # drops inside the decoder
+    early = DENSE if late else count
+    if "+" in method:
+        early = pruning["options"]["vispruner_visual_token_num"]
+        count = pruning["options"]["fastv_visual_token_num"]
+    kept = list(range(0, DENSE, DENSE // early))[:early]
+    layers = [[2, kept[:count]]] if late else []
+    per_layer = [early if layer < 2 else count for layer in range(LAYERS)]
     return {
         "method": method,
         "grid": [[GRID, GRID]],

@@ -129,7 +129,13 @@ def launch(args, uploads: str):
         default_concurrency_limit=args.concurrency_count,
     )
     functions = {number: len(function.inputs) for number, function in page.fns.items()}
-    guard = Middleware(Guard, functions=functions, hosts=allowed_hosts(args), embed=args.embed)
+    guard = Middleware(
+        Guard,
+        functions=functions,
+        hosts=allowed_hosts(args),
+        embed=args.embed,
+        uploads=uploads,
+    )
     _, address, shared = page.launch(
         server_name=args.host,
         server_port=args.port,

@@ -123,7 +123,8 @@ class ChatTab:
         ]
         quick = dict(show_progress="hidden", concurrency_limit=None)
         self.stop.click(self.stopped, {self.chat}, self.outputs, cancels=running, **quick)
-        gr.on([self.clear.click, self.window.clear], self.cleared, None, self.outputs, **quick)
+        clear = [self.clear.click, self.window.clear]
+        gr.on(clear, self.cleared, {self.chat}, self.outputs, **quick)
         for button, kind in zip(self.votes, ("upvote", "downvote", "flag"), strict=True):
             button.click(self._voter(kind), {self.chat, self.controls.model}, self.votes, **quick)
 
@@ -134,8 +135,8 @@ class ChatTab:
         if not text:
             gr.Warning(SENTENCES["no_question"])
             yield {self.chat: chat}
-        elif self.moderate and await asyncio.to_thread(violates_moderation, text, on_error=True):
-            gr.Warning(moderation_msg)
+        elif refused := self.moderate and await asyncio.to_thread(_refused, text):
+            gr.Warning(refused)
             yield {self.chat: chat}
         else:
             add = partial(_add, chat, text=text, image=image)
@@ -234,8 +235,10 @@ class ChatTab:
             chat.bubbles[-1]["content"] = f"{shown} {STOPPED}".strip()
         return {**self._ready(), self.chat: chat, self.window: chat.bubbles}
 
-    def cleared(self):
+    def cleared(self, values: dict | None = None):
         """Clear: a new dialogue; image and method stay."""
+        if values and values[self.chat]:
+            values[self.chat].started = 0.0  # what is still measured belongs to no panel any more
         off = {button: gr.update(interactive=False) for button in self.buttons}
         return {
             **self._ready(),
@@ -278,6 +281,12 @@ def _reopen(chat: Chat, settings: asking.Settings) -> None:
     if isinstance(messages[-2][1], tuple):
         messages[-2][1] = (*messages[-2][1][:2], settings.mode)
     chat.bubbles[-1] = {"role": "assistant", "content": ""}
+
+
+def _refused(text: str) -> str:
+    """Why a text is not sent, "" when it may be."""
+    flagged = violates_moderation(text, on_error=None)
+    return SENTENCES["no_moderation"] if flagged is None else moderation_msg if flagged else ""
 
 
 def _same(image: Image.Image, other: Image.Image | None) -> bool:

@@ -28,6 +28,7 @@ class CompareTab:
 
     def __init__(self, service: Service, controls: Controls, methods: gr.State):
         self.service, self.controls, self.methods = service, controls, methods
+        self.runs = gr.State(None, time_to_live=4 * 3600)  # of the comparison that is going on
         with gr.Row(elem_classes="pv-ask"):
             self.text = gr.Textbox(
                 show_label=False,
@@ -64,7 +65,7 @@ class CompareTab:
         """Wires the events; `concurrency` answers are written at a time."""
         inputs = self.controls.inputs | {self.methods, self.text}
         inputs = inputs.union(*(picker.inputs for picker in self.pickers))
-        outputs = {*self.panels, self.run, self.stop}
+        outputs = {*self.panels, self.run, self.stop, self.runs}
         running = gr.on(
             [self.run.click, self.text.submit],
             self.compare,
@@ -75,9 +76,9 @@ class CompareTab:
             show_progress="hidden",
         )
         self.stop.click(
-            self._idle,
-            None,
-            {self.run, self.stop},
+            self.stopped,
+            {self.runs},
+            outputs,
             cancels=[running],
             concurrency_limit=None,
             show_progress="hidden",
@@ -91,13 +92,14 @@ class CompareTab:
             gr.Warning(failure.sentence)
             yield {self.panels[0]: WAITING}
             return
+        runs = list(map(_Run, self.pickers, self.panels))
         yield {
             self.run: gr.update(visible=False),
             self.stop: gr.update(visible=True),
             self.panels[0]: NEXT,
             self.panels[1]: NEXT,
+            self.runs: runs,
         }
-        runs = list(map(_Run, self.pickers, self.panels))
         for run in runs:
             async for shown in self._one(run, values, text, image):
                 yield {run.panel: shown}
@@ -119,13 +121,17 @@ class CompareTab:
             async for answer in asking.ask(self.service, run.conversation, run.settings, number):
                 run.text, run.report = answer.text, answer.report
                 yield run.said(answer.text + "▌")
-            yield await asyncio.to_thread(run.panel_html, None)
+            shown = await asyncio.to_thread(run.panel_html, None)
+            run.ended = True
+            yield shown
         except Failure as failure:
             logger.warning("request %s: %s", number, failure.cause)
+            run.ended = True
             yield run.said(f"⚠️ {failure.text(number)}")
         except Exception as error:
             places = "".join(traceback.format_tb(error.__traceback__))
             logger.error("request %s: %s at\n%s", number, type(error).__name__, places)
+            run.ended = True
             yield run.said(f"⚠️ {Failure('page_error').text(number)}")
 
     async def _dense(self, runs: list[_Run], values: dict) -> float | None:
@@ -141,21 +147,28 @@ class CompareTab:
             self.service, run.conversation, run.settings, new_request_id()
         )
 
+    def stopped(self, values: dict) -> dict:
+        """Stop: what was written so far stays."""
+        cut = [run for run in values[self.runs] or [] if not run.ended]
+        return {**self._idle(), **{run.panel: run.said(f"{run.text} (stopped)") for run in cut}}
+
     def _idle(self) -> dict:
-        return {self.run: gr.update(visible=True), self.stop: gr.update(visible=False)}
+        shown = {self.run: gr.update(visible=True), self.stop: gr.update(visible=False)}
+        return {**shown, self.runs: None}
 
 
 class _Run:
-    """One side of a comparison while it runs."""
+    """One side of a comparison. ended: its panel is complete."""
 
     def __init__(self, picker: MethodPicker, panel: gr.HTML):
         self.picker, self.panel = picker, panel
         self.method, self.text, self.report = "", "", None
         self.settings = self.conversation = None
+        self.ended = False
 
     def said(self, text: str) -> str:
         title = f"<div class='pv-title pv-method'>{html.escape(self.method)}</div>"
-        return f"<div class='pv-answer'>{title}{html.escape(text)}</div>"
+        return f"<div class='pv-answer'>{title}{html.escape(text.strip())}</div>"
 
     def panel_html(self, dense: float | None) -> str:
         images = self.conversation.get_images(return_pil=True)

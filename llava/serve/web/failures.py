@@ -29,6 +29,8 @@ SENTENCES = {
     "page.",
     "no_image": "Choose an image first: the two methods are compared on it.",
     "no_question": "Type a question first.",
+    "no_moderation": "The moderation service does not answer, so your text was not sent. Try again "
+    "in a while.",
     "bad_image": "This file is not an image that can be used (PNG, JPEG, WebP, GIF or BMP).",
     "bad_option": "A method option is not valid.",
     "no_method": "This pruning method is not available for {model}.",

@@ -6,6 +6,7 @@ downloads of files named by URL. Every request is checked against a list of what
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -25,6 +26,7 @@ GETS = re.compile(
 POSTS = re.compile(rf"{API}/(upload|queue/join|cancel|reset)/?")
 JSON_BYTES = 2**18  # of a request that carries no file
 UPLOAD_BYTES = 12 * 2**20
+BODY_SECONDS = 120  # until the body of a request has arrived; phones upload slowly
 URL_CHARACTERS = 2048
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -44,6 +46,7 @@ class Guard:
     hosts:     names under which the page may be asked for, None for any (a check against pages of
                other sites that let their name point here)
     embed:     whether other sites may show the page in a frame
+    uploads:   folder of uploaded images, whose size is bounded
     """
 
     def __init__(
@@ -52,8 +55,9 @@ class Guard:
         functions: dict[int, int],
         hosts: tuple[str, ...] | None = LOOPBACK,
         embed: bool = False,
+        uploads: str | None = None,
     ):
-        self.app, self.functions, self.hosts = app, functions, hosts
+        self.app, self.functions, self.hosts, self.uploads = app, functions, hosts, uploads
         self.policy = POLICY.format(frames="*" if embed else "'self'")
 
     async def __call__(self, scope, receive, send):
@@ -65,8 +69,8 @@ class Guard:
             headers = _headers(scope)
             self._check_head(scope, headers)
             if scope["method"] == "POST":
-                body = await _read(receive, headers, scope["path"])
-                self._check_body(scope["path"], headers, body)
+                body = await _read_in_time(receive, headers, scope["path"])
+                await self._check_body(scope["path"], headers, body)
                 receive = _replay(body, receive)
         except Refused as refused:
             await _refuse(send, refused)
@@ -92,9 +96,10 @@ class Guard:
         elif not POSTS.fullmatch(path):
             raise Refused(404, "There is nothing here.")
 
-    def _check_body(self, path: str, headers: dict[str, str], body: bytes) -> None:
+    async def _check_body(self, path: str, headers: dict[str, str], body: bytes) -> None:
         if path.startswith(f"{API}/upload"):
-            check_upload(headers.get("content-type", ""), body)
+            kind = headers.get("content-type", "")
+            await asyncio.to_thread(check_upload, kind, body, self.uploads)
             return
         event = _read_json(body)
         _check_files(event)
@@ -141,6 +146,13 @@ def _leaves(path: str) -> bool:
     target = path.partition("file=")[2]
     outside = re.match(r"[/\\]{2}|[a-zA-Z][\w+.-]*:", target.strip())
     return bool(outside) or ".." in re.split(r"[/\\]", path) or "\0" in path
+
+
+async def _read_in_time(receive, headers: dict[str, str], path: str) -> bytes:
+    try:
+        return await asyncio.wait_for(_read(receive, headers, path), BODY_SECONDS)
+    except asyncio.TimeoutError:
+        raise Refused(408, "The request took too long to arrive.") from None
 
 
 async def _read(receive, headers: dict[str, str], path: str) -> bytes:

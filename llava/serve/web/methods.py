@@ -15,12 +15,14 @@ BUDGET = "visual_token_num"
 class Method:
     """A pruning method as a worker lists it in its status.
 
-    options: name -> default; reason: why the method cannot be used, None when it can
+    options: name -> default; reason: why the method cannot be used, None when it can; place: where
+    it may stand in a combination of two methods, "first" or "second"
     """
 
     name: str
     options: dict = field(default_factory=dict)
     reason: str | None = None
+    place: str | None = None
 
     @property
     def label(self) -> str:
@@ -43,7 +45,7 @@ def offered(status: dict) -> dict[str, Method]:
     for entry in status.get("pruning_methods") or []:
         options = entry.get("options") or {}
         reason = None if entry.get("available", True) else entry.get("reason") or "not available"
-        method = Method(str(entry["name"]), dict(options), reason)
+        method = Method(str(entry["name"]), dict(options), reason, entry.get("place"))
         methods[method.name] = method
     return methods
 
@@ -55,29 +57,66 @@ def largest_budget(methods: dict[str, Method], dense_tokens: int | None) -> int:
     return dense_tokens or max(2 * max(defaults, default=0), 2)
 
 
+def followers(methods: dict[str, Method], name: str | None) -> list[str]:
+    """Methods that can go on inside the decoder where the method `name` left off."""
+    if name not in methods or methods[name].place != "first":
+        return []
+    return [
+        other.name for other in methods.values() if other.place == "second" and not other.reason
+    ]
+
+
 def pruning_request(
-    methods: dict[str, Method], name: str | None, budget: int | None, texts: list[str]
+    methods: dict[str, Method],
+    name: str | None,
+    budget: int | None,
+    texts: list[str],
+    then: str | None = None,
+    then_budget: int | None = None,
 ) -> dict | None:
     """The "pruning" field of a request; None leaves the choice to the worker.
 
     budget: tokens per image, None for the method's own
-    texts:  what was typed for the options beside the budget, in their order; "" is the default
-    Raises Failure when the method cannot be used, or a text is no value for its option.
+    texts:  what was typed for the options beside the budgets, in their order; "" is the default
+    then:   the method that goes on inside the decoder, with its own budget
+    Raises Failure when a method cannot be used, or a text is no value for its option.
     """
     if not methods or not name:
         return None
+    first = _usable(methods, name)
+    if not then:
+        options, tokens = _options(first, texts), _tokens(first, budget)
+        return {"method": name, BUDGET: tokens, "options": options}
+    second = _usable(methods, then)
+    parts = (first, texts, budget), (second, texts[len(first.extra) :], then_budget)
+    options = {}
+    for method, own, tokens in parts:
+        values = _options(method, own)
+        if (tokens := _tokens(method, tokens)) is not None:
+            values[BUDGET] = tokens
+        options |= {f"{method.name}_{option}": value for option, value in values.items()}
+    return {"method": f"{name}+{then}", BUDGET: None, "options": options}
+
+
+def _usable(methods: dict[str, Method], name: str) -> Method:
     method = methods.get(name)
     if method is None:
         raise Failure("no_method")
     if method.reason is not None:
         raise Failure("no_method", f"The method {name} is not available: {method.reason}")
-    options = {
+    return method
+
+
+def _tokens(method: Method, budget: int | None) -> int | None:
+    return None if budget is None or BUDGET not in method.options else int(budget)
+
+
+def _options(method: Method, texts: list[str]) -> dict:
+    return {
         option: _value(option, text, default)
         for (option, default), text in zip(method.extra.items(), texts, strict=False)
         if text and text.strip()
     }
-    tokens = None if budget is None or BUDGET not in method.options else int(budget)
-    return {"method": name, BUDGET: tokens, "options": options}
 
 
 def _value(option: str, text: str, default):

@@ -78,6 +78,12 @@ class Page:
             picker.method.input(
                 self._chooser(picker), {picker.method, self.chat.methods}, picker.outputs, **quick
             )
+            picker.then.input(
+                self._follower(picker),
+                {picker.method, picker.then, picker.budget, self.chat.methods},
+                [picker.then_budget, picker.accordion, *picker.boxes],
+                **quick,
+            )
         if self.controls.samples:
             places = [self.controls.image, self.chat.text, self.compare.text]
             self.controls.examples.click(self.example, self.controls.examples, places, **quick)
@@ -109,8 +115,12 @@ class Page:
                 gr.Warning(failure.sentence)
         methods, dense = offered(status), status.get("num_patches")
         updates = {self.chat.methods: {"methods": methods, "dense": dense}}
+        # What the worker was started with comes first, where the visitor has chosen nothing yet.
+        default = (status.get("default_pruning") or {}).get("method")
+        started = default if default != "none" else None
         for picker in self.pickers:
-            updates |= picker.offer(methods, values[picker.method], dense)
+            chosen = values[picker.method] or (picker.default != "none" and started)
+            updates |= picker.offer(methods, chosen or None, dense)
         return updates
 
     def _chooser(self, picker):
@@ -119,6 +129,14 @@ class Page:
             return picker.choose(known["methods"], values[picker.method], known["dense"])
 
         return choose
+
+    def _follower(self, picker):
+        def follow(values: dict):
+            known = values[self.chat.methods]["methods"]
+            name, then = values[picker.method], values[picker.then]
+            return picker.follow(known, name, then, values[picker.budget])
+
+        return follow
 
     def example(self, number: int):
         """Image and question of an example, the question for both tabs."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from contextlib import suppress
 from email.message import Message
+from pathlib import Path
 
 from PIL import Image
 
@@ -14,6 +16,7 @@ from ..limits import LIMITS
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 PART_HEADER_BYTES = 2048
+STORED_BYTES = 2**30  # uploaded images of all visitors together; they are deleted after hours
 NAME_CHARACTERS = 255
 
 
@@ -25,8 +28,11 @@ class Refused(Exception):
         self.status, self.sentence = status, sentence
 
 
-def check_upload(content_type: str, body: bytes) -> None:
-    """Raises Refused unless `body` is a multipart form with one image within the limits."""
+def check_upload(content_type: str, body: bytes, folder: str | None = None) -> None:
+    """Raises Refused unless `body` is a multipart form with one image within the limits.
+
+    folder: where uploads are stored; it may grow up to `STORED_BYTES`
+    """
     boundary = re.fullmatch(
         r"multipart/form-data;\s*boundary=\"?([\w'()+,./:=?-]{1,70})\"?", content_type.strip()
     )
@@ -40,6 +46,17 @@ def check_upload(content_type: str, body: bytes) -> None:
         raise Refused(400, "The file name is too long.")
     _check_name(head)
     check_image(data)
+    if folder is not None and stored_bytes(folder) + len(data) > STORED_BYTES:
+        raise Refused(507, "The page has no room for more images right now; try again later.")
+
+
+def stored_bytes(folder: str) -> int:
+    """Bytes of all files below a folder."""
+    total = 0
+    for path in Path(folder).rglob("*"):
+        with suppress(OSError):  # deleted in the meantime
+            total += path.stat().st_size
+    return total
 
 
 def _check_name(head: bytes) -> None:
@@ -57,20 +74,31 @@ def _check_name(head: bytes) -> None:
 
 
 def check_image(data: bytes) -> None:
-    """Raises Refused unless the file starts like an image of an accepted format and size; reads
-    the header only, so that a bomb never unfolds."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            width, height = Image.open(io.BytesIO(data), formats=FORMATS).size
-    except Image.DecompressionBombError as error:
-        raise Refused(413, _too_large()) from error
-    except Exception as error:  # a broken file can raise nearly anything
-        raise Refused(415, f"This file is not an image ({', '.join(FORMATS)}).") from error
+    """Raises Refused unless the file is a whole image of an accepted format and size. Its header is
+    looked at first, so that a bomb never unfolds."""
+    image = _opened(data)
+    width, height = image.size
     if width * height > LIMITS.image_pixels or max(width, height) > LIMITS.image_side:
         raise Refused(413, _too_large())
     if max(width, height) > LIMITS.image_aspect * min(width, height):
         raise Refused(413, f"The image is more than {LIMITS.image_aspect} times as long as wide.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata is no reason to write to the log
+            image.load()
+    except Exception as error:  # a broken file can raise nearly anything
+        raise Refused(415, "This image is not complete, or damaged; try another file.") from error
+
+
+def _opened(data: bytes) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise Refused(413, _too_large()) from error
+    except Exception as error:  # a broken file can raise nearly anything
+        raise Refused(415, f"This file is not an image ({', '.join(FORMATS)}).") from error
 
 
 def _too_large() -> str:
