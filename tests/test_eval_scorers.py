@@ -23,7 +23,7 @@ from llava.eval.m4c_evaluator import (
     TextVQAAccuracyEvaluator,
 )
 from llava.eval.tasks import option_letter, subset
-from tests import eval_cases
+from tests import eval_cases, mini_benchmark
 
 GOLDEN = Path(__file__).parent / "golden" / "llava-base"
 CASES = [
@@ -133,6 +133,28 @@ def test_refcoco_compares_in_the_padded_square():
     assert eval_refcoco.evaluate([record], unpadded)["score"] == 100  # IoU is exactly one half
     none = eval_refcoco.evaluate([record], [{"question_id": 1, "text": "left"}])
     assert none["score"] == 0 and none["unreadable"] == 1
+
+
+PROGRAMS = {
+    eval_mmbench: ("mmbench/mmbench_dev_20230712.tsv", "A", "  c: 100.00%"),
+    eval_refcoco: ("refcoco/refcoco_val.jsonl", "[0, 0, 0.03, 0.03]", "Acc@0.5: 100.00%"),
+    eval_vqav2: ("vqav2/v2_mscoco_val2014_annotations.json", "yes", "Accuracy: 100.00%"),
+}
+
+
+@pytest.mark.parametrize("scorer", PROGRAMS, ids=lambda scorer: scorer.__name__)
+def test_a_scorer_reads_the_files_it_is_given(scorer, tmp_path, monkeypatch, capsys):
+    truth, text, last_line = PROGRAMS[scorer]
+    truth = mini_benchmark.build(tmp_path / "data") / truth
+    answer = {"question_id": 1, "text": text, "options": ["red", "blue"], "option_char": "AB"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(answer))
+    words = ["--annotation-file", str(truth), "--result-file", str(tmp_path / "a.jsonl")]
+    monkeypatch.setattr("sys.argv", ["scorer", *words])
+    scorer.main()
+    assert capsys.readouterr().out.splitlines()[-1] == last_line
+    (tmp_path / "a.jsonl").write_text('{"question_id": 1}')
+    with pytest.raises(SystemExit, match="a.jsonl, line 1: no field 'text'"):
+        scorer.main()
 
 
 def test_a_limit_keeps_pairs_of_neighbours_and_spreads_them():

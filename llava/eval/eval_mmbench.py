@@ -7,11 +7,14 @@ round is right. The official server reads long answers with a language model; he
 must name the letter or repeat the option.
 """
 
-import argparse
 from collections import defaultdict
 
-from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import as_int, option_letter, read_jsonl, read_table
+from llava.eval.scorer_cli import run_scorer
+from llava.eval.tasks import as_int, option_letter, read_table
+
+
+def read_rows(path: str) -> list[dict]:
+    return read_table(path, ("index", "answer"))
 
 
 def evaluate(rows: list[dict], answers: list[dict]) -> dict:
@@ -49,15 +52,9 @@ def report(result: dict) -> str:
     return "\n".join([head, "Accuracy / category:", *lines]) + "\n"
 
 
-@errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--annotation-file", required=True)
-    parser.add_argument("--result-file", required=True)
-    args = parser.parse_args()
-    rows = read_table(args.annotation_file, ("index", "answer"))
-    answers = read_jsonl(args.result_file, ("question_id", "text", "options", "option_char"))
-    print(report(evaluate(rows, answers)), end="")
+    fields = ("question_id", "text", "options", "option_char")
+    run_scorer(__doc__, read_rows, evaluate, report, fields)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ answers `[x1, y1, x2, y2]` in shares of the image padded to a square, so the tru
 padding and is divided by the longer side before the two are compared.
 """
 
-import argparse
 import re
 
-from llava.eval.errors import errors_as_messages
+from llava.eval.scorer_cli import run_scorer
 from llava.eval.tasks import read_jsonl
 
 THRESHOLD = 0.5
@@ -79,14 +78,8 @@ def read_annotations(path: str) -> list[dict]:
     return read_jsonl(path, ("question_id", "bbox", "width", "height"))
 
 
-@errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--annotation-file", required=True)
-    parser.add_argument("--result-file", required=True)
-    args = parser.parse_args()
-    answers = read_jsonl(args.result_file, ("question_id", "text"))
-    print(report(evaluate(read_annotations(args.annotation_file), answers)), end="")
+    run_scorer(__doc__, read_annotations, evaluate, report)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,8 @@ python -m llava.eval.eval_seed --annotation-file SEED-Bench.json --result-file A
 `scripts/convert_seed_for_submission.py` prints the same and writes the leaderboard's file, too.
 """
 
-import argparse
-
-from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import as_int, read_json, read_jsonl
+from llava.eval.scorer_cli import run_scorer
+from llava.eval.tasks import as_int, read_json
 
 TOTAL = "Total accuracy"
 
@@ -38,14 +36,10 @@ def report(scores: dict[str, float]) -> str:
     return "".join(f"{name}: {score:.2f}%\n" for name, score in scores.items())
 
 
-@errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--annotation-file", required=True, help="SEED-Bench.json")
-    parser.add_argument("--result-file", required=True, help="answers file")
-    args = parser.parse_args()
-    texts = texts_by_id(read_jsonl(args.result_file, ("question_id", "text")))
-    print(report(evaluate(read_json(args.annotation_file), texts)), end="")
+    run_scorer(
+        __doc__, read_json, lambda truth, answers: evaluate(truth, texts_by_id(answers)), report
+    )
 
 
 if __name__ == "__main__":

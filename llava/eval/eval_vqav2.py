@@ -4,11 +4,9 @@ python -m llava.eval.eval_vqav2 --annotation-file v2_mscoco_val2014_annotations.
     --result-file A.jsonl
 """
 
-import argparse
-
-from llava.eval.errors import errors_as_messages
 from llava.eval.m4c_evaluator import TextVQAAccuracyEvaluator
-from llava.eval.tasks import read_json, read_jsonl
+from llava.eval.scorer_cli import run_scorer
+from llava.eval.tasks import read_json
 
 
 def read_annotations(path: str) -> dict[int, list[str]]:
@@ -32,14 +30,8 @@ def report(result: dict) -> str:
     return f"Samples: {result['count']}\nAccuracy: {result['score']:.2f}%\n"
 
 
-@errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--annotation-file", required=True)
-    parser.add_argument("--result-file", required=True)
-    args = parser.parse_args()
-    answers = read_jsonl(args.result_file, ("question_id", "text"))
-    print(report(evaluate(read_annotations(args.annotation_file), answers)), end="")
+    run_scorer(__doc__, read_annotations, evaluate, report)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from llava.eval import (
     eval_vqav2,
     uploads,
 )
-from llava.eval.tasks import as_int, read_json, read_json_list, read_jsonl, read_table
+from llava.eval.tasks import as_int, read_json, read_json_list, read_jsonl
 
 
 def pope(data_dir, path, answers):
@@ -50,7 +50,7 @@ def vizwiz(data_dir, path, answers):
 
 
 def mmbench(data_dir, path, answers):
-    return eval_mmbench.evaluate(read_table(path, ("index", "answer")), answers)
+    return eval_mmbench.evaluate(eval_mmbench.read_rows(path), answers)
 
 
 def mme(data_dir, path, answers):

@@ -1,0 +1,29 @@
+"""The command line of the scorers that need the answers and one file with the right ones."""
+
+import argparse
+from collections.abc import Callable
+
+from llava.eval.errors import errors_as_messages
+from llava.eval.tasks import read_jsonl
+
+
+@errors_as_messages()
+def run_scorer(
+    doc: str,
+    read_truth: Callable[[str], object],
+    evaluate: Callable[[object, list[dict]], dict],
+    report: Callable[[dict], str],
+    fields: tuple[str, ...] = ("question_id", "text"),
+) -> None:
+    """Reads the files that the command line names, and prints the report.
+
+    doc:        docstring of the program; its first line is what `--help` says
+    read_truth: path -> the right answers, as `evaluate` takes them
+    fields:     what every answer must have
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--annotation-file", required=True, help="the right answers")
+    parser.add_argument("--result-file", required=True, help="answers file")
+    args = parser.parse_args()
+    answers = read_jsonl(args.result_file, fields)
+    print(report(evaluate(read_truth(args.annotation_file), answers)), end="")
