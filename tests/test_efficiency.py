@@ -26,33 +26,18 @@ from llava.eval.stock import stock_decoder
 from llava.eval.stopwatch import Stopwatch
 from llava.model import LlavaConfig
 from llava.pruning import METHODS, Pruner, build_pruner
+from tests.conftest import PATCH, SIDE, TINY, TOWER
 
-LAYERS, WIDTH, INNER, PATCHES, TEXT = 6, 16, 24, 36, 8
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size")
+LAYERS, WIDTH, INNER = (TINY[name] for name in SIZES)
+PATCHES, TEXT = (SIDE // PATCH) ** 2, 8
 BUDGETS = {"pyramiddrop": 20}
 GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="module")
 def model():
-    config = LlavaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        vocab_size=50,
-        mm_hidden_size=24,
-        mm_projector_type="mlp2x_gelu",
-        mm_vision_select_layer=-2,
-    )
-    tower = CLIPVisionConfig(
-        hidden_size=24,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        image_size=84,
-        patch_size=14,
-    )
-    return build_random_model(config, tower)
+    return build_random_model(LlavaConfig(**TINY), CLIPVisionConfig(**TOWER))
 
 
 @pytest.fixture(scope="module")

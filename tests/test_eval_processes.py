@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from llava.eval.journal import Journal, folder, read_journals
 from llava.eval.plan import plan_shares
 from llava.eval.tasks import Question
 from llava.eval.workers import Workers
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 FORK = multiprocessing.get_context("fork")  # what is imported here is there at once
@@ -183,12 +183,6 @@ def test_half_a_line_of_a_journal_is_cut_off(tmp_path):
 
 
 # --- several processes --------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def worker(path, rank, size, port, seconds, log):

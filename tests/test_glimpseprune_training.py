@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from llava.model import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model import LlavaLlamaForCausalLM
 from llava.pruning import build_pruner
 from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
 from llava.pruning.learned import read_part
@@ -34,8 +32,9 @@ from llava.train.train_glimpseprune import (
     train,
     with_config,
 )
-from tests.conftest import PROCESSOR, TINY, TOWER
 from tests.golden_data import GOLDEN
+from tests.ports import free_port
+from tests.train_tools import write_start
 
 ROOT = Path(__file__).parents[1]
 
@@ -188,23 +187,7 @@ def test_a_loss_class_that_is_unknown_is_refused():
 def workplace(tmp_path_factory):
     """A folder with a tiny LLaVA and boxes around halves of the recorded pictures."""
     folder = tmp_path_factory.mktemp("glimpse")
-    torch.manual_seed(0)
-    CLIPVisionModel(CLIPVisionConfig(**TOWER)).save_pretrained(folder / "tower")
-    (folder / "tower/preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    keep = shutil.ignore_patterns("*.safetensors", "*.bin", "config.json", "generation*")
-    shutil.copytree(GOLDEN / "tiny-llava-v1.5", folder / "llava", ignore=keep)
-    config = {
-        **TINY,
-        "vocab_size": 700,
-        "num_hidden_layers": 3,
-        "mm_vision_tower": "../tower",
-        "unfreeze_mm_vision_tower": False,
-        "mm_use_im_patch_token": False,
-        "initializer_range": 0.05,
-        "_name_or_path": str(folder / "llava"),
-    }
-    model = LlavaLlamaForCausalLM(LlavaConfig(**config))
-    model.save_pretrained(folder / "llava")
+    write_start(folder, "llava", num_hidden_layers=3, initializer_range=0.05)
     (folder / "cot/gqa").mkdir(parents=True)
     rows = []
     for path in sorted((GOLDEN / "images").glob("*.png"))[:4]:
@@ -237,12 +220,6 @@ def command_line(workplace, output, *flags):
         "--visual_cond_size": 32,
     }
     return [str(word) for pair in words.items() for word in pair] + [str(flag) for flag in flags]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def losses(trainer):

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, TrainerCallback
+from transformers import TrainerCallback
 
-from llava.model import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model import LlavaLlamaForCausalLM
 from llava.pruning import build_pruner
 from llava.train.saving import PROJECTOR_FILE
 from llava.train.train import train
-from tests.conftest import PROCESSOR, TINY, TOWER
+from tests.conftest import TOWER
 from tests.golden_data import GOLDEN
+from tests.ports import free_port
+from tests.train_tools import write_start
 
 SAMPLES = json.loads((GOLDEN / "llava-base/train_data.json").read_text())["data"]
 
@@ -26,26 +28,9 @@ SAMPLES = json.loads((GOLDEN / "llava-base/train_data.json").read_text())["data"
 def workplace(tmp_path_factory):
     """A folder with a tower, a fresh LLaVA that names it relatively, and six samples."""
     folder = tmp_path_factory.mktemp("training")
-    torch.manual_seed(0)
-    CLIPVisionModel(CLIPVisionConfig(**TOWER)).save_pretrained(folder / "tower")
-    (folder / "tower/preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    shutil.copytree(GOLDEN / "tiny-llava-v1.5", folder / "start", ignore=ignored_files)
-    config = {
-        **TINY,
-        "vocab_size": 700,
-        "num_hidden_layers": 2,
-        "mm_vision_tower": "../tower",
-        "unfreeze_mm_vision_tower": False,
-        "mm_use_im_patch_token": False,
-        "_name_or_path": str(folder / "start"),
-    }
-    LlavaLlamaForCausalLM(LlavaConfig(**config)).save_pretrained(folder / "start")
+    write_start(folder, "start", num_hidden_layers=2)
     (folder / "data.json").write_text(json.dumps([*SAMPLES, *SAMPLES[2:]]))
     return folder
-
-
-def ignored_files(_, names):
-    return [name for name in names if "token" not in name]
 
 
 def run(workplace, output, *flags, **options):
@@ -236,7 +221,7 @@ def test_two_processes_do_the_work_of_one(workplace, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost"}
     subprocess.run(
-        [*launcher, "--master_port", "29517", "-m", "llava.train.train", *words],
+        [*launcher, "--master_port", str(free_port()), "-m", "llava.train.train", *words],
         check=True, timeout=300, cwd=Path(__file__).parents[1], env=environment,
     )  # fmt: skip
     one = run(workplace, tmp_path / "one", *flags, "--gradient_accumulation_steps", 2)

@@ -18,6 +18,7 @@ from llava.pruning import build_pruner
 from llava.pruning.twigvlm import published_name
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.train_twigvlm import TwigArguments, TwigTraining, leave_out, train
+from tests.ports import free_port
 from tests.test_train_run import command_line, losses, parameters, workplace  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
@@ -117,7 +118,7 @@ def test_two_processes_do_the_work_of_one(workplace, tmp_path):  # noqa: F811
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost"}
     subprocess.run(
-        [*launcher, "--master_port", "29519", "-m", "llava.train.train_twigvlm", *words],
+        [*launcher, "--master_port", str(free_port()), "-m", "llava.train.train_twigvlm", *words],
         check=True, timeout=400, cwd=ROOT, env=environment,
     )  # fmt: skip
     one = run(workplace, tmp_path / "one", *flags, "--gradient_accumulation_steps", 2)
