@@ -4,12 +4,29 @@ import base64
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 IMAGES = Path(__file__).parent / "golden" / "images"
 NAMES = ("img0_336x336.png", "img1_640x360.png")
 SHORT = "\nAnswer the question using a single word or phrase."
 TRUTH = ("Yes", "No")
 NAMED = ("pope", "textvqa", "gqa", "vqav2", "mmbench", "mme", "refcoco", "sqa")
+
+
+def suite_args(folder: Path, **options) -> SimpleNamespace:
+    """What the command line of a suite on this benchmark says; the data lie below `folder`."""
+    return SimpleNamespace(
+        data_dir=str(build(folder / "data")),
+        out=str(folder / "out"),
+        limit=None,
+        overwrite=False,
+        model_name="m",
+        model_path="m",
+        batch_size=2,
+        reuse=True,
+        conv_mode="vicuna_v1",
+        **options,
+    )
 
 
 def build(folder: Path) -> Path:

@@ -52,16 +52,8 @@ class FakeLoop:
 @pytest.fixture(scope="module")
 def args(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
-    return SimpleNamespace(
-        data_dir=str(mini_benchmark.build(folder / "data")),
-        out=str(folder / "out"),
-        limit=None,
-        overwrite=False,
-        model_name="m",
-        model_path="m",
-        batch_size=2,
-        reuse=True,
-        conv_mode="vicuna_v1",
+    return mini_benchmark.suite_args(
+        folder,
         methods=["random", "mustdrop"],
         tokens=[64, 16],
         pruning_arg=[],

@@ -1,11 +1,12 @@
 """Command lines of the answering programs: mistakes are told in one line, before a model loads."""
 
+import argparse
 import json
 import sys
 
 import pytest
 
-from llava.eval import model_vqa_loader
+from llava.eval import model_vqa_loader, run_llava, suite
 
 
 def run(monkeypatch, *argv):
@@ -56,3 +57,13 @@ def test_flags_are_accepted_with_underscores_too():
     dashes = parser.parse_args("--max-new-tokens 7 --num-chunks 2 --top-p 0.5".split())
     assert dashes == parser.parse_args("--max_new_tokens 7 --num_chunks 2 --top_p 0.5".split())
     assert (dashes.max_new_tokens, dashes.num_chunks, dashes.top_p) == (7, 2, 0.5)
+
+
+def test_every_program_knows_the_same_options_of_a_model():
+    words = "--model_path m --dtype bf16 --attn-implementation eager --load_4bit".split()
+    suites = argparse.ArgumentParser()
+    suite.add_suite_args(suites, out="runs")
+    for parser in (model_vqa_loader.build_parser(""), run_llava.build_parser(), suites):
+        args = parser.parse_args(words)
+        found = (args.model_path, args.dtype, args.attn_implementation, args.load_4bit)
+        assert found == ("m", "bf16", "eager", True)

@@ -21,8 +21,6 @@ ALWAYS = {"pope": 200 / 3, "textvqa": 0, "gqa": 100, "vqav2": 100, "mme": 25, "r
 class FakeLoop:
     """Says yes to everything, and to options A; counts how often it is asked."""
 
-    conv_mode, max_new_tokens = "vicuna_v1", 8
-
     def __init__(self):
         self.model = SimpleNamespace(pruner=None)
         self.asked = 0
@@ -42,16 +40,8 @@ def _files(question):
 
 @pytest.fixture
 def args(tmp_path):
-    return SimpleNamespace(
-        data_dir=str(mini_benchmark.build(tmp_path / "data")),
-        out=str(tmp_path / "out"),
-        limit=None,
-        overwrite=False,
-        model_name="m",
-        model_path="m",
-        batch_size=2,
-        reuse=True,
-        conv_mode="vicuna_v1",
+    return mini_benchmark.suite_args(
+        tmp_path,
         methods=["vispruner", "random"],
         tokens=[576, 64, 16],
         pruning_arg=["vispruner.important_ratio=0.75"],
@@ -103,6 +93,14 @@ def test_an_unknown_option_or_benchmark_is_found_before_anything_runs(args, tmp_
     os.remove(os.path.join(args.data_dir, BENCHMARKS["sqa"].questions))
     with pytest.raises(ValueError, match="has no questions of sqa"):
         suite.available(["pope", "sqa"], args.data_dir)
+
+
+def test_answers_of_another_precision_are_not_taken_for_its_own(args):
+    runs, benchmarks = suite.plan(args, 576)[:1], suite.available(["pope"], args.data_dir)
+    suite.run_all(FakeLoop(), runs, benchmarks, args)
+    args.dtype = "bfloat16"
+    with pytest.raises(ValueError, match="dtype was None and is now 'bfloat16'"):
+        suite.run_all(FakeLoop(), runs, benchmarks, args)
 
 
 def test_incomplete_answers_are_not_scored(args):

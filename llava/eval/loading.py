@@ -3,26 +3,19 @@
 import argparse
 from dataclasses import fields
 
-import torch
-
 from llava.conversation import conv_templates
 from llava.eval.answer_loop import AnswerLoop
+from llava.eval.answers import fingerprint
+from llava.eval.model_args import DTYPES, add_model_args, load_from_args
 from llava.mm_utils import infer_conv_mode
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+__all__ = ["DTYPES", "add_model_args", "add_speed_args", "load_loop", "resolve_conv_mode"]
+__all__ += ["settings_of"]
 
-
-def add_model_args(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say which model is loaded, and how."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--model-path", "--model_path", help="default: the playground checkpoint")
-    group.add_argument("--model-base", "--model_base", help="for partial checkpoints")
-    group.add_argument("--vision-tower", "--vision_tower", help="replaces the checkpoint's own")
-    group.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
-    group.add_argument("--dtype", choices=sorted(DTYPES), help="default: what suits the device")
-    group.add_argument("--load-8bit", "--load_8bit", action="store_true")
-    group.add_argument("--load-4bit", "--load_4bit", action="store_true")
-    group.add_argument("--attn-implementation", "--attn_implementation")
+#: options that answers depend on; those that a program lacks count as None
+SETTINGS = ("model_base", "vision_tower", "conv_mode", "temperature", "top_p", "num_beams")
+SETTINGS += ("max_new_tokens", "dtype", "load_8bit", "load_4bit")
+SETTINGS += ("single_pred_prompt", "lang")  # some programs only; they change what the model reads
 
 
 def add_speed_args(parser, batch_size: int = 1) -> None:
@@ -43,26 +36,20 @@ def load_loop(args) -> AnswerLoop:
     args.pruner, when there is one, is the method in use; options of `AnswerLoop` that args lacks
     have their defaults.
     """
-    from llava.model.builder import load_pretrained_model
-
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        args.model_path,
-        args.model_base,
-        args.model_name,
-        load_8bit=args.load_8bit,
-        load_4bit=args.load_4bit,
-        device=args.device,
-        torch_dtype=DTYPES.get(args.dtype),
-        attn_implementation=args.attn_implementation,
-        pruner=getattr(args, "pruner", None),
-        vision_tower=args.vision_tower,
-        generation_strategy=getattr(args, "generation_strategy", None),
-    )
-    if image_processor is None:
-        raise ValueError(f"{args.model_path} has no vision tower: it cannot look at images")
+    pruner = getattr(args, "pruner", None)
+    loaded = load_from_args(args, args.model_path, args.model_name, pruner)
     given = {field.name for field in fields(AnswerLoop)} & vars(args).keys()
     options = {name: getattr(args, name) for name in given}
-    return AnswerLoop(tokenizer, model, image_processor, **options)
+    return AnswerLoop(*loaded, **options)
+
+
+def settings_of(args, pruner) -> dict:
+    """Returns what must agree for two runs to continue each other's answers."""
+    return {name: getattr(args, name, None) for name in SETTINGS} | {
+        "model": args.model_name,
+        "weights": fingerprint(args.model_path),
+        "pruner": repr(pruner),
+    }
 
 
 def resolve_conv_mode(conv_mode: str, model_name: str) -> str:

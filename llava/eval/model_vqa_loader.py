@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from llava.eval.answering import Task, answer_questions
-from llava.eval.answers import fingerprint
 from llava.eval.errors import errors_as_messages
 from llava.eval.loading import (
     DTYPES,
@@ -21,6 +20,7 @@ from llava.eval.loading import (
     add_speed_args,
     load_loop,
     resolve_conv_mode,
+    settings_of,
 )
 from llava.eval.tasks import Question, get_chunk, jsonl_questions, read_jsonl, subset
 from llava.eval.workers import Workers
@@ -73,7 +73,7 @@ def run(args, records: list[dict], to_questions: Callable[[dict], Iterator[Quest
         os.path.expanduser(args.image_folder),
         path,
         args.model_name,
-        settings_of(args),
+        settings_of(args, args.pruner),
     )
     workers = Workers.from_environment()
     args.device = args.device or workers.device()
@@ -82,19 +82,6 @@ def run(args, records: list[dict], to_questions: Callable[[dict], Iterator[Quest
     )
     if done.num_before and workers.main:
         print(f"{path}: {done.num_before} of {len(task.questions)} answers were there already")
-
-
-def settings_of(args) -> dict:
-    """Returns what must agree for two runs to continue each other."""
-    names = ("model_base", "vision_tower", "conv_mode", "temperature", "top_p", "num_beams")
-    names += ("max_new_tokens", "dtype", "load_8bit", "load_4bit")
-    names += ("single_pred_prompt", "lang")  # some programs only; they change what the model reads
-    settings = {name: getattr(args, name, None) for name in names}
-    return settings | {
-        "model": args.model_name,
-        "weights": fingerprint(args.model_path),
-        "pruner": repr(args.pruner),
-    }
 
 
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:

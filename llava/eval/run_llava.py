@@ -23,7 +23,9 @@ from llava.constants import (
     IMAGE_PLACEHOLDER,
 )
 from llava.conversation import conv_templates
+from llava.eval import model_args
 from llava.eval.errors import errors_as_messages
+from llava.eval.model_args import DTYPES, add_option  # noqa: F401 the worker takes DTYPES here
 from llava.eval.show_pruning import show_pruning
 from llava.mm_utils import (
     get_model_name_from_path,
@@ -38,14 +40,6 @@ from llava.pruning.cli import add_pruning_args, pruner_from_args
 
 DEFAULT_QUERY = "How many things are there?\nAnswer the question using a single word or phrase."
 PICTURE_TYPES = (".png", ".jpg", ".webp")
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
 
 
 def image_parser(args) -> list[str]:
@@ -58,20 +52,9 @@ def load_images(image_files: list[str]) -> list[Image.Image]:
     return [load_image(name) for name in image_files]
 
 
-def add_option(parser: argparse.ArgumentParser, flag: str, **kwargs) -> None:
-    """Adds `--some-flag`, which may also be written `--some_flag`."""
-    parser.add_argument(*dict.fromkeys((flag, "--" + flag[2:].replace("-", "_"))), **kwargs)
-
-
 def add_model_args(parser: argparse.ArgumentParser) -> None:
     """Adds what says which model runs, and how; `load_model` reads it."""
-    add_option(parser, "--model-path", help="default: the playground checkpoint")
-    add_option(parser, "--model-base", help="base model of a projector or LoRA checkpoint")
-    add_option(parser, "--vision-tower", metavar="DIR", help="replaces the checkpoint's own")
-    add_option(parser, "--device", help="cuda, mps or cpu (default: the best there is)")
-    add_option(parser, "--dtype", choices=DTYPES, help="default: what suits the device")
-    add_option(parser, "--load-8bit", action="store_true")
-    add_option(parser, "--load-4bit", action="store_true")
+    model_args.add_model_args(parser)
     add_option(parser, "--conv-mode", help="prompt template (default: by the model's name)")
     add_pruning_args(parser)
 
@@ -96,23 +79,7 @@ def load_model(args):
     path = os.path.expanduser(args.model_path or default_model_path())
     name = get_model_name_from_path(path)
     conv_mode = choose_conv_mode(args.conv_mode, name)
-    from llava.model.builder import load_pretrained_model
-
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        path,
-        args.model_base,
-        name,
-        load_8bit=args.load_8bit,
-        load_4bit=args.load_4bit,
-        device=args.device,
-        torch_dtype=DTYPES.get(args.dtype),
-        pruner=pruner,
-        vision_tower=args.vision_tower,
-        generation_strategy=args.generation_strategy,
-    )
-    if image_processor is None:
-        raise ValueError(f"{path} is a model without a vision tower: it cannot look at images")
-    return tokenizer, model, image_processor, conv_mode
+    return *model_args.load_from_args(args, path, name, pruner), conv_mode
 
 
 def choose_conv_mode(given: str | None, model_name: str) -> str:

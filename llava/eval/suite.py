@@ -16,10 +16,15 @@ from dataclasses import asdict, dataclass
 from llava.eval import budgets
 from llava.eval.answer_loop import AnswerLoop
 from llava.eval.answering import Task, answer_questions
-from llava.eval.answers import fingerprint
 from llava.eval.benchmarks import BENCHMARKS, Benchmark
 from llava.eval.errors import errors_as_messages
-from llava.eval.loading import add_model_args, add_speed_args, load_loop, resolve_conv_mode
+from llava.eval.loading import (
+    add_model_args,
+    add_speed_args,
+    load_loop,
+    resolve_conv_mode,
+    settings_of,
+)
 from llava.eval.plotting import import_pyplot
 from llava.eval.suite_report import DENSE, not_run, plot, table
 from llava.eval.tasks import read_jsonl
@@ -108,14 +113,8 @@ def run_task(
     question_file = os.path.join(args.data_dir, benchmark.questions)
     questions = benchmark.load_questions(question_file, args.limit)
     path = answers_path(args.out, run, benchmark)
-    settings = {
-        "model": args.model_name,
-        "weights": fingerprint(args.model_path),
-        "conv_mode": loop.conv_mode,
-        "max_new_tokens": loop.max_new_tokens,
-        "pruner": repr(run.pruner),
-    }
     images = benchmark.image_folder(args.data_dir)
+    settings = settings_of(args, run.pruner)
     task = Task(questions, images, path, args.model_name, settings)
     done = answer_questions(
         task, lambda: loop, args.batch_size, args.reuse, args.overwrite, workers
