@@ -9,7 +9,9 @@ import socket
 import httpx
 import pytest
 
+from llava.pruning import METHODS
 from llava.serve.engine import Engine
+from llava.serve.methods import defaults, file_options, place
 from llava.serve.worker_app import Places, worker_app
 from tests.golden_cases import SHIPPED
 from tests.golden_checks.models import load_checkpoint
@@ -22,6 +24,7 @@ JSON = {"Content-Type": "application/json"}
 HUGE = 10**400
 PATHS = ("/etc/passwd", "../../../etc/passwd", "C:\\x", "file:///etc/passwd", "http://127.0.0.1/")
 UNICODE = ("\u202e", "\ufeff", "\U0001f600" * 50, "\x00", "\x1b[31m", "e\u0301" * 20, "\ud7ff")
+LEARNED = [name for name in METHODS if file_options(name)]
 JUNK = (None, True, -1, 1.5, HUGE, "", "x", [], {}, [[]], [None], {"a": 1}, *PATHS, *UNICODE)
 
 
@@ -135,6 +138,34 @@ def test_malformed_requests_end_in_4xx_and_the_next_one_is_answered(worker, kind
         good = client.post(worker + STREAM, json=body())
         assert chunks_of(good.content)[-1]["error_code"] == 0
         wait_for(lambda: client.post(f"{worker}/worker_get_status").json()["queue_length"] == 0)
+
+
+ODD = (0, -1, 10**6, 0.0, -0.5, 1.5, 1e-9, True, None, "", [], [-1], [2, 1], [0.5, 1e9])
+
+
+def odd_options(chance: random.Random) -> dict:
+    """A method, or two in a row, with one option that is odd but may be a value."""
+    names = [name for name in METHODS if defaults(name) and name not in LEARNED]
+    places = {name: place(METHODS[name]()) for name in names}
+    method, prefix, owner = chance.choice(names), "", None
+    if places[method] == "first" and chance.random() < 0.5:
+        second = chance.choice([name for name in names if places[name] == "second"])
+        owner = chance.choice([method, second])
+        method, prefix = f"{method}+{second}", f"{owner}_"
+    option = chance.choice(list(defaults(owner or method)))
+    return {"method": method, "options": {f"{prefix}{option}": chance.choice(ODD)}}
+
+
+def test_odd_options_are_used_or_refused_and_never_break_the_worker(worker):
+    image = png(30, 30)
+    with httpx.Client(timeout=60) as client:
+        for seed in range(60):
+            pruning = odd_options(random.Random(seed))
+            content = body(images=[image], pruning=pruning, max_new_tokens=1)
+            reply = client.post(worker + STREAM, json=content)
+            last = chunks_of(reply.content)[-1]
+            assert last.get("cause") in (None, "bad_request", "method_unavailable"), pruning
+            assert reply.status_code == (400 if last["error_code"] else 200), pruning
 
 
 PIECES = {

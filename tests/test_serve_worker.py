@@ -166,13 +166,16 @@ def test_the_status_lists_every_method_with_its_options(app):
     listed = {method["name"]: method for method in status["pruning_methods"]}
     assert listed["vispruner"]["available"] and listed["vispruner"]["reason"] is None
     assert listed["vispruner"]["options"]["visual_token_num"] == 64
+    places = [listed[name]["place"] for name in ("vispruner", "fastv", "nuwa", "none")]
+    assert places == ["first", "second", None, None]
     assert status["model_names"] == [NAME] and status["queue_length"] == 0
 
 
 def test_a_method_that_does_not_fit_is_listed_with_a_reason_but_no_path(anyres_model):
-    from llava.serve.methods import offer
+    from llava.serve.methods import MethodShelf, offer
 
-    reasons = {m["name"]: m["reason"] for m in offer(anyres_model) if not m["available"]}
+    listing = offer(anyres_model, MethodShelf(anyres_model.pruner))
+    reasons = {m["name"]: m["reason"] for m in listing if not m["available"]}
     assert reasons and all("/" not in reason for reason in reasons.values())
     assert anyres_model.pruner.name == "none"
 
@@ -187,7 +190,22 @@ REFUSED = {
     "a budget for a method without": ({"method": "none", "visual_token_num": 3}, "unknown option"),
     "an option of another kind": (
         {"method": "fastv", "options": {"layer": "/etc/passwd"}},
-        "takes no text",
+        "takes a whole number",
+    ),
+    "a fraction for a count": ({"method": "vscan", "options": {"window": 1.5}}, "a whole number"),
+    "a list for a number": ({"method": "random", "options": {"seed": [1, 2]}}, "a whole number"),
+    "a number for a list": (
+        {"method": "vscan", "options": {"layer_list": 3}},
+        "a list, each a whole number",
+    ),
+    "nothing where a value must be": (
+        {"method": "random", "options": {"seed": None}},
+        "a whole number",
+    ),
+    "a folder of the server": ({"method": "twigvlm", "options": {"twig": 3}}, "the server's to"),
+    "one of two methods": (
+        {"method": "random+twigvlm", "options": {"twigvlm_twig": "x"}},
+        "the server's to",
     ),
     "a layer that is not there": ({"method": "fastv", "options": {"layer": 99}}, "must be below"),
 }
@@ -245,6 +263,52 @@ def test_few_settings_of_a_method_with_trained_parts_are_alive_at_a_time(monkeyp
     assert get(99).seed == 99
 
 
+def test_trained_methods_are_counted_in_combinations_too(monkeypatch):
+    from llava.serve.errors import ServeError
+    from llava.serve.methods import TRAINED, MethodShelf
+    from llava.serve.protocol import PruningRequest
+
+    shelf = MethodShelf(build_pruner("none"))
+
+    def get(first):
+        pruner = shelf.get(PruningRequest(method=f"{first}+twigvlm"))
+        pruner.second.module = torch.nn.Linear(1, 1)
+        return pruner
+
+    names = ["random", "vispruner", "divprune", "pool", "hiprune"]
+    in_use = [get(name) for name in names[:TRAINED]]
+    with pytest.raises(ServeError, match="in use"):
+        get(names[TRAINED])
+    assert len(in_use) == TRAINED
+
+
+def test_requests_use_the_trained_parts_the_worker_was_started_with(parts, app, image):
+    from llava.serve.methods import MethodShelf, offer
+
+    twig = str(SHIPPED / "twigvlm" / "twig_a_k2t3_random")
+    _, model, _ = parts
+    for shelf in (
+        MethodShelf(build_pruner("none"), {"twigvlm": twig}),
+        MethodShelf(build_pruner("twigvlm", twig=twig)),
+        MethodShelf(build_pruner("random+twigvlm", twigvlm_twig=twig)),
+    ):
+        listed = {entry["name"]: entry for entry in offer(model, shelf)}
+        assert listed["twigvlm"]["available"] and "twig" not in listed["twigvlm"]["options"]
+        assert shelf.build("random+twigvlm").second.twig == twig
+    assert not next(e for e in offer(model, MethodShelf(Pruner())) if e["name"] == "twigvlm")[
+        "available"
+    ]
+
+
+def test_the_default_is_not_built_twice_for_a_request_that_names_it(engine):
+    from llava.serve.methods import MethodShelf
+    from llava.serve.protocol import PruningRequest
+
+    default = build_pruner("vispruner", visual_token_num=32)
+    request = PruningRequest(method="vispruner", visual_token_num=32)
+    assert MethodShelf(default).get(request) is default
+
+
 @pytest.mark.parametrize("name", [name for name in ALL_METHODS if name != "none"])
 def test_every_method_streams_and_reports(name, app, engine, image):
     # Its random weights find all of an image important: a cap makes it drop some.
@@ -274,6 +338,18 @@ def test_out_of_memory_is_said_and_the_worker_goes_on(app, engine, monkeypatch):
     assert chunk["cause"] == "out_of_memory" and chunk["error_code"] == 1
     assert "secret" not in chunk["text"]
     assert ask(app)[-1]["error_code"] == 0
+
+
+def test_out_of_memory_while_a_request_is_prepared_is_said_too(app, engine, image, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: /secret/place")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "image_inputs", fail)
+        (reply,) = call(app, (STREAM, body(images=[image])))
+    (chunk,) = chunks_of(reply.content)
+    assert (reply.status_code, chunk["cause"]) == (503, "out_of_memory")
+    assert "secret" not in chunk["text"]
 
 
 def test_an_unforeseen_error_is_named_by_its_request_alone(app, engine, monkeypatch, caplog):

@@ -63,6 +63,7 @@ class Engine:
 
     model_name:  what clients call it
     concurrency: requests that are answered at the same time
+    folders:     method -> folder of its trained part, for requests that name the method
     """
 
     def __init__(
@@ -73,12 +74,13 @@ class Engine:
         model_name: str,
         concurrency: int = 5,
         limits: Limits = LIMITS,
+        folders: dict[str, str] | None = None,
     ):
         self.tokenizer, self.model, self.image_processor = tokenizer, model, image_processor
         self.model_name, self.limits = model_name, limits
         self.template = conv_templates[infer_conv_mode(model_name)]
-        self.methods = offer(model)
-        self.shelf = MethodShelf(model.pruner)
+        self.shelf = MethodShelf(model.pruner, folders)
+        self.methods = offer(model, self.shelf)
         self.turns = Turns(model)
         self._answering = ThreadPoolExecutor(concurrency, "answer")
         self._preparing = ThreadPoolExecutor(PREPARERS, "prepare")
@@ -99,7 +101,10 @@ class Engine:
     async def prepare(self, request: GenerateRequest, request_id: str) -> Job:
         """Checks everything that can be wrong with a request. Raises ServeError."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._preparing, self._prepare, request, request_id)
+        try:
+            return await loop.run_in_executor(self._preparing, self._prepare, request, request_id)
+        except Exception as error:
+            raise failure(error, request_id) from None
 
     def _prepare(self, request: GenerateRequest, request_id: str) -> Job:
         texts = request.images or []

@@ -11,7 +11,8 @@ from collections import OrderedDict
 from dataclasses import MISSING
 
 from ..pruning import METHODS, Pruner, build_pruner
-from ..pruning.base import option_names
+from ..pruning.base import option_names, overrides
+from ..pruning.chain import BEFORE_DECODER
 from .errors import ServeError
 from .protocol import PruningRequest
 
@@ -30,10 +31,14 @@ class MethodShelf:
     Trained parts are large, and each setting of a method loads its own: few may be alive at a time.
 
     default: what a request without a method gets
+    folders: method -> folder of its trained part, beside those that `default` names
     """
 
-    def __init__(self, default: Pruner):
+    def __init__(self, default: Pruner, folders: dict[str, str] | None = None):
         self.default = default
+        self.files = files_of(default)
+        for name, folder in (folders or {}).items():
+            self.files[name] = {folder_option(name): folder}
         self._built: OrderedDict[str, Pruner] = OrderedDict()
         self._alive: dict[str, weakref.ref[Pruner]] = {}
         self._lock = threading.Lock()
@@ -52,53 +57,96 @@ class MethodShelf:
                 self._built.move_to_end(key)
                 return self._built[key]
             pruner = self._build(request.method, options)
+            if repr(pruner) == repr(self.default):  # whose trained part is there already
+                return self.default
             self._make_room(request.method)
             self._built[key] = pruner
             self._alive[key] = weakref.ref(pruner)
         return pruner
 
     def _build(self, name: str, options: dict) -> Pruner:
-        check_texts(name, options)
+        check_values(name, options)
         try:
-            return build_pruner(name, **options)
+            return self.build(name, **options)
         except (ValueError, TypeError, OSError, ArithmeticError) as error:
             raise unavailable(error) from None
 
+    def build(self, name: str, **options) -> Pruner:
+        """`build_pruner`, with the files that this server has for the method."""
+        own = {}
+        for part, prefix in _parts(name):
+            own |= {f"{prefix}{key}": value for key, value in self.files.get(part, {}).items()}
+        return build_pruner(name, **own, **options)
+
     def _make_room(self, name: str) -> None:
-        """Forgets old settings, of `name` all that have trained parts and are not in use.
+        """Forgets old settings: those not in use that have trained parts of `name`'s methods.
 
         Raises ServeError when too many of those are.
         """
-        for key in [key for key, one in self._built.items() if is_trained(one, name)]:
+        parts = {part for part, _ in _parts(name)}
+        for key in [key for key, one in self._built.items() if has_trained(one, parts)]:
             del self._built[key]
         while len(self._built) >= KEPT:
             self._built.popitem(last=False)
         in_use = {key: one for key, reference in self._alive.items() if (one := reference())}
         self._alive = {key: self._alive[key] for key in in_use}
-        self._built |= {key: one for key, one in in_use.items() if is_trained(one, name)}
-        if sum(is_trained(one, name) for one in in_use.values()) >= TRAINED:
+        self._built |= {key: one for key, one in in_use.items() if has_trained(one, parts)}
+        if sum(has_trained(one, parts) for one in in_use.values()) >= TRAINED:
             raise ServeError(
                 "busy", "Other settings of this method are in use; try again soon, or use those."
             )
 
 
-def is_trained(pruner: Pruner, name: str) -> bool:
-    return pruner.name == name and pruner.module is not None
+def methods_of(pruner: Pruner) -> tuple[Pruner, ...]:
+    """The methods of a chain, or the method itself."""
+    return getattr(pruner, "methods", (pruner,))
+
+
+def has_trained(pruner: Pruner, names: set[str]) -> bool:
+    """Whether one of the methods called `names` is in it, with its trained part."""
+    return any(one.name in names and one.module is not None for one in methods_of(pruner))
+
+
+def _parts(name: str) -> list[tuple[str, str]]:
+    """(method, prefix of its options) of a method, or of both methods of "a+b"."""
+    return [(part, f"{part}_" if "+" in name else "") for part in name.split("+")]
 
 
 def _listed(value):
     return tuple(value) if isinstance(value, list) else value
 
 
-def check_texts(name: str, options: dict) -> None:
-    """Refuses text where a method has none by default: it could name a file of the server."""
-    known = {}
-    for method in name.split("+"):
-        prefix = f"{method}_" if "+" in name else ""
-        known |= {f"{prefix}{key}": value for key, value in all_defaults(method).items()}
-    for key, value in options.items():
-        if isinstance(value, str) and key in known and not isinstance(known[key], str):
-            raise ServeError("method_unavailable", f"The option {key} takes no text in a request.")
+def check_values(name: str, options: dict) -> None:
+    """Refuses options that name files, and values of another type than a method's own."""
+    for part, prefix in _parts(name):
+        files = file_options(part)
+        for option in all_defaults(part):
+            key = f"{prefix}{option}"
+            if key in options and option in files:
+                raise ServeError("method_unavailable", f"The option {key} is the server's to set.")
+            if key in options and not _fits(options[key], _type(part, option)):
+                raise ServeError(
+                    "method_unavailable", f"The option {key} takes {_wanted(_type(part, option))}."
+                )
+
+
+def _fits(value, kind: str) -> bool:
+    """Whether a value from JSON is of a type, given as the text of an annotation."""
+    if value is None:
+        return "None" in kind
+    if isinstance(value, tuple):
+        inner = kind.replace("Sequence", "", 1)
+        return inner != kind and all(one is not None and _fits(one, inner) for one in value)
+    if "Sequence" in kind:
+        return False
+    accepted = {bool: ("bool",), int: ("int", "float"), float: ("float",), str: ("str",)}
+    return any(name in kind for name in accepted[type(value)])
+
+
+def _wanted(kind: str) -> str:
+    words = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
+    found = next(text for name, text in words.items() if name in kind)
+    return f"a list, each {found}" if "Sequence" in kind else found
 
 
 def all_defaults(name: str) -> dict:
@@ -109,12 +157,38 @@ def all_defaults(name: str) -> dict:
 
 
 def defaults(name: str) -> dict:
-    """The options that a request may set, as plain values: those that name files are left out."""
+    """The options that a request may set, as plain values: those that take texts where the default
+    is none, such as folders, are left out."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in all_defaults(name).items()
+        if isinstance(value, PLAIN) and not (value is None and "str" in _type(name, key))
+    }
+
+
+def file_options(name: str) -> list[str]:
+    """The options by which a method is told of files: texts that are missing by default."""
+    found = all_defaults(name).items()
+    return [key for key, value in found if value is None and _type(name, key).startswith("str")]
+
+
+def _type(name: str, key: str) -> str:
+    return str(METHODS[name].__dataclass_fields__[key].type)
+
+
+def folder_option(name: str) -> str:
+    """The option for the folder of a method's trained part. Raises ValueError without one."""
+    if len(found := file_options(name)) != 1:
+        raise ValueError(f"--trained-part {name}=FOLDER: {name!r} has no trained part")
+    return found[0]
+
+
+def files_of(pruner: Pruner) -> dict[str, dict]:
+    """method -> the files that it was given by its options."""
     found = {}
-    for key, value in all_defaults(name).items():
-        names_file = value is None and "str" in str(METHODS[name].__dataclass_fields__[key].type)
-        if not names_file and isinstance(value, PLAIN):
-            found[key] = list(value) if isinstance(value, tuple) else value
+    for one in methods_of(pruner):
+        given = {key: getattr(one, key) for key in file_options(one.name)}
+        found[one.name] = {key: value for key, value in given.items() if value is not None}
     return found
 
 
@@ -126,7 +200,7 @@ def _default(field):
 
 def settings(pruner: Pruner) -> dict:
     """The values that a method's options have, as far as a request could have set them."""
-    if parts := getattr(pruner, "methods", None):
+    if len(parts := methods_of(pruner)) > 1:
         return {
             f"{part.name}_{key}": value for part in parts for key, value in settings(part).items()
         }
@@ -145,13 +219,13 @@ def unavailable(error: Exception) -> ServeError:
     return ServeError("method_unavailable", f"The pruning method cannot be used: {text}.")
 
 
-def offer(model) -> list[dict]:
+def offer(model, shelf: MethodShelf) -> list[dict]:
     """What the status says about every method; tries each on the model, which must be idle."""
     before, listing = model.pruner, []
-    for name in METHODS:
+    for name, method in METHODS.items():
         reason = None
         try:
-            model.pruner = build_pruner(name)
+            model.pruner = shelf.build(name)
         except Exception as error:
             logger.info("%s is not available: %s", name, error)
             reason = unavailable(error).message
@@ -163,6 +237,13 @@ def offer(model) -> list[dict]:
                 "options": defaults(name),
                 "available": reason is None,
                 "reason": reason,
+                "place": place(method()),
             }
         )
     return listing
+
+
+def place(pruner: Pruner) -> str | None:
+    """Where a method may stand in a combination of two: "first", "second" or None."""
+    acts = overrides(pruner, *BEFORE_DECODER), overrides(pruner, "before_layer")
+    return {(True, False): "first", (False, True): "second"}.get(acts)

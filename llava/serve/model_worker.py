@@ -23,6 +23,7 @@ from .service import serve, set_up_logging
 from .auth import add_token_arg, check_exposure, read_token  # isort: skip
 from .errors import new_request_id
 from .heart_beat import HeartBeat
+from .methods import folder_option
 from .worker_app import Places, worker_app
 
 logger = logging.getLogger(__name__)
@@ -76,12 +77,22 @@ def build_parser() -> argparse.ArgumentParser:
         parser, "--multi-modal", action="store_true", help="accepted: the checkpoint says it"
     )
     add_pruning_args(parser)
+    add_option(
+        parser,
+        "--trained-part",
+        action="append",
+        default=[],
+        metavar="METHOD=FOLDER",
+        help="trained part of a method that requests may choose, repeatable (of --pruning-method: "
+        "--pruning-arg)",
+    )
     return parser
 
 
 def load_engine(args):
     """The model that the options ask for, ready to answer."""
-    pruner = pruner_from_args(args)  # before the model: a typing error should not cost a minute
+    # Both before the model: a typing error should not cost a minute.
+    pruner, folders = pruner_from_args(args), trained_parts(args.trained_part)
     path = os.path.expanduser(args.model_path or default_model_path())
     name = get_model_name_from_path(path)
     from ..model.builder import load_pretrained_model
@@ -103,7 +114,39 @@ def load_engine(args):
     if image_processor is None:
         raise ValueError(f"{path} is a model without a vision tower: it cannot look at images")
     served_as = args.model_name or name
-    return Engine(tokenizer, model, image_processor, served_as, args.limit_model_concurrency)
+    return Engine(
+        tokenizer,
+        model,
+        image_processor,
+        served_as,
+        args.limit_model_concurrency,
+        folders=folders,
+    )
+
+
+def trained_parts(pairs: list[str]) -> dict[str, str]:
+    """method -> folder, from METHOD=FOLDER. Raises ValueError where there is no such method."""
+    found = {}
+    for pair in pairs:
+        name, equals, folder = pair.partition("=")
+        if not equals or not folder:
+            raise ValueError(f"--trained-part {pair!r} must have the form METHOD=FOLDER")
+        folder_option(name)
+        found[name] = os.path.expanduser(folder)
+    return found
+
+
+def own_address(args) -> str:
+    """How others call this worker. Raises ValueError where --host does not say it."""
+    if args.worker_address:
+        return args.worker_address
+    if args.host in ("0.0.0.0", "::"):
+        raise ValueError(
+            f"--host {args.host} is no address that the controller could call: name one with "
+            f"--worker-address http://NAME:{args.port}"
+        )
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    return f"http://{host}:{args.port}"
 
 
 def run_worker(args, load_backend) -> None:
@@ -114,10 +157,9 @@ def run_worker(args, load_backend) -> None:
     check_exposure(args.host, token)
     set_up_logging(f"model_worker_{new_request_id()[:6]}.log", args.log_dir)
     backend = load_backend(args)
-    address = args.worker_address or f"http://{args.host}:{args.port}"
     heart_beat = None
     if not args.no_register:
-        heart_beat = HeartBeat(args.controller_address, address, dict, token)
+        heart_beat = HeartBeat(args.controller_address, own_address(args), dict, token)
     places = Places(args.limit_model_concurrency + args.max_queue)
     logger.info("serving %s", backend.model_name)
     serve(worker_app(backend, places, token, heart_beat), args.host, args.port)
