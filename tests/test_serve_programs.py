@@ -71,6 +71,24 @@ def test_defaults_are_the_published_ones():
     assert args.controller_address == "http://localhost:21001"
 
 
+def test_a_worker_must_say_how_others_can_call_it():
+    def address(line):
+        return model_worker.own_address(model_worker.build_parser().parse_args(line.split()))
+
+    assert address("--port 5") == "http://localhost:5"
+    assert address("--host ::1 --port 5") == "http://[::1]:5"
+    assert address("--host 0.0.0.0 --worker http://me:7") == "http://me:7"
+    with pytest.raises(ValueError, match="--worker-address"):
+        address("--host 0.0.0.0")
+
+
+def test_a_trained_part_belongs_to_a_method():
+    assert model_worker.trained_parts(["twigvlm=/x=y"]) == {"twigvlm": "/x=y"}
+    for wrong in ("twigvlm", "twigvlm=", "fastv=/x", "magic=/x"):
+        with pytest.raises(ValueError, match="--trained-part"):
+            model_worker.trained_parts([wrong])
+
+
 def run_program(program, monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["program", *map(str, arguments)])
     program.main()
@@ -175,7 +193,8 @@ def test_an_openai_server_gets_messages():
     pieces = [{"choices": [{"delta": {"content": text}}]} for text in ("A", " cat")]
     content = sse({"choices": [{"delta": {"role": "assistant"}}]}, *pieces, "[DONE]")
     seen = []
-    forwarder = Forwarder("http://s", "llava-v1.5-7b", "openai", transport=upstream(content, seen))
+    server = "http://s/v1"  # as such addresses are often written
+    forwarder = Forwarder(server, "llava-v1.5-7b", "openai", transport=upstream(content, seen))
     image = png(format="JPEG")
     prompt = "Be good. USER: <image>\nWhat? ASSISTANT: A dog.</s>USER: Sure? ASSISTANT:"
     _, chunks = ask_forwarder(forwarder, images=[image], prompt=prompt)
@@ -191,7 +210,9 @@ def test_an_openai_server_gets_messages():
 
 
 FAILURES = {
-    "the server refuses": (b"", 500, "internal"),
+    "the server fails": (b"", 500, "internal"),
+    "the server refuses": (b"", 400, "bad_request"),
+    "the server has no time": (b"", 429, "busy"),
     "the answer is none": (sse({"other": 1}), 200, "internal"),
     "the answer is no JSON": (b"data: {\n\n", 200, "internal"),
 }
@@ -285,10 +306,18 @@ def is_running(pid: int) -> bool:
     or not Path("/proc").is_dir(),
     reason="needs the playground checkpoint and /proc",
 )
-def test_the_demo_starts_with_one_command_and_leaves_nothing_behind():
+def test_the_demo_starts_with_one_command_and_leaves_nothing_behind(tmp_path):
     port = free_port()
     command = [sys.executable, "-m", "llava.serve.demo", "--port", str(port), "--device", "cpu"]
-    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    with (tmp_path / "errors").open("w") as errors:
+        running = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
     try:
         line = ""
         while "The demo is at" not in line:
@@ -299,8 +328,9 @@ def test_the_demo_starts_with_one_command_and_leaves_nothing_behind():
         parts = children(running.pid)
         assert len(parts) == 3
         began = time.monotonic()
-        running.send_signal(signal.SIGINT)
+        os.killpg(running.pid, signal.SIGINT)  # to all of them, as Ctrl-C in a terminal
         assert running.wait(120) == 0
+        assert "Traceback" not in (tmp_path / "errors").read_text()
         assert time.monotonic() - began < 90  # seconds even on a busy machine
         assert not any(map(is_running, parts))
     finally:

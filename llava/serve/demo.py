@@ -41,7 +41,13 @@ class Demo:
     def start(self, name: str, *arguments) -> None:
         """Runs `python -m llava.serve.NAME ARGUMENTS`."""
         command = [sys.executable, "-m", f"llava.serve.{name}", *map(str, arguments)]
-        self.processes[name] = subprocess.Popen(command, env=self.environment)
+        # Ctrl-C reaches all of a terminal's processes. Those that are still starting leave it to
+        # `stop`, which ends them without a word.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self.processes[name] = subprocess.Popen(command, env=self.environment)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def check(self) -> None:
         """Raises ValueError when one of the processes has ended."""
@@ -62,7 +68,7 @@ class Demo:
         """Ends all processes, the web page first; kills what does not end."""
         for process in reversed(self.processes.values()):
             if process.poll() is None:
-                process.send_signal(signal.SIGINT)
+                process.terminate()  # a second SIGINT would cut answers short
         end = time.monotonic() + STOP_SECONDS
         for process in self.processes.values():
             try:

@@ -66,7 +66,7 @@ class Forwarder:
         self.model_name, self.api, self.limits = model_name, api, limits
         self.template = conv_templates[infer_conv_mode(model_name)]
         self.client = httpx.AsyncClient(
-            base_url=endpoint,
+            base_url=base_url(endpoint),
             headers=key_headers(key),
             timeout=httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS),
             transport=transport,
@@ -99,7 +99,7 @@ class Forwarder:
         try:
             async with self.client.stream("POST", path, json=body) as response:
                 if response.status_code != 200:
-                    raise ServeError("internal", "The model server refused the request.")
+                    raise refused(response.status_code)
                 async for event in events(response):
                     text = self._text(event, text)
                     yield encode_chunk({"text": job.request.prompt + text, "error_code": 0})
@@ -183,6 +183,24 @@ async def events(response):
                 yield json.loads(data)
 
 
+def refused(status: int) -> ServeError:
+    """What is said when the server answers with an HTTP status other than 200."""
+    if status in (429, 503):
+        return ServeError("busy", "The model server is busy; try again soon.")
+    if status in (400, 413, 422):
+        return ServeError(
+            "bad_request",
+            "The model server refused the request: it may be too long, or a parameter may be none "
+            "that it takes.",
+        )
+    return ServeError("internal", f"The model server failed (status {status}).")
+
+
+def base_url(endpoint: str) -> str:
+    """`endpoint` as it is before the paths of its protocol: a /v1 at its end is one of them."""
+    return endpoint.rstrip("/").removesuffix("/v1")
+
+
 def key_headers(key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
@@ -193,7 +211,7 @@ def served_model(endpoint: str, api: str, key: str | None = None) -> str:
     for path in paths:
         with suppress(httpx.HTTPError, ValueError, KeyError, IndexError, TypeError):
             reply = httpx.get(
-                endpoint.rstrip("/") + path, headers=key_headers(key), timeout=CONNECT_SECONDS
+                base_url(endpoint) + path, headers=key_headers(key), timeout=CONNECT_SECONDS
             )
             if reply.status_code == 200 and len(reply.content) <= STATUS_BYTES:
                 known = reply.json()
