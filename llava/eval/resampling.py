@@ -12,9 +12,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava.eval import eval_mme, eval_pope, eval_refcoco, eval_science_qa, eval_textvqa, eval_vqav2
+from llava.eval import (
+    eval_mmbench,
+    eval_mme,
+    eval_pope,
+    eval_qbench,
+    eval_refcoco,
+    eval_science_qa,
+    eval_seed,
+    eval_textvqa,
+    eval_vizwiz,
+    eval_vqav2,
+)
 from llava.eval.m4c_evaluator import TextVQAAccuracyEvaluator
-from llava.eval.tasks import read_json, read_jsonl
+from llava.eval.tasks import as_int, read_json, read_json_list, read_jsonl, read_table
 
 DRAWS = 2000
 LEVEL = 0.95
@@ -120,6 +131,12 @@ def vqav2(data_dir: str, path: str, answers: list[dict]) -> Units:
     return _soft_accuracy(answers, [humans[answer["question_id"]] for answer in answers])
 
 
+def vizwiz(data_dir: str, path: str, answers: list[dict]) -> Units:
+    humans = eval_vizwiz.read_annotations(os.path.join(data_dir, "vizwiz", "val.json"))
+    images = {question["question_id"]: question["image"] for question in read_jsonl(path)}
+    return _soft_accuracy(answers, [humans[images[a["question_id"]]] for a in answers])
+
+
 def _soft_accuracy(answers: list[dict], humans: list[list[str]]) -> Units:
     scorer = TextVQAAccuracyEvaluator()
     pairs = zip(answers, humans, strict=True)
@@ -141,6 +158,31 @@ def refcoco(data_dir: str, path: str, answers: list[dict]) -> Units:
     return mean_of([hit["score"] / 100 for hit in hits])
 
 
+def mmbench(data_dir: str, path: str, answers: list[dict]) -> Units:
+    """A question counts once, however many rounds it was asked in."""
+    rows = {as_int(row["index"]): row for row in read_table(path, ("index", "answer"))}
+    rounds: dict[object, list[dict]] = {}
+    for answer in answers:
+        rounds.setdefault(answer["question_id"], []).append(answer)
+    hits = (eval_mmbench.evaluate([rows[key]], own) for key, own in rounds.items())
+    return mean_of([hit["score"] / 100 for hit in hits])
+
+
+def seed(data_dir: str, path: str, answers: list[dict]) -> Units:
+    annotation = read_json(os.path.join(data_dir, "seed_bench", "SEED-Bench.json"))
+    texts = eval_seed.texts_by_id(answers)
+    asked = [q for q in annotation["questions"] if as_int(q["question_id"]) in texts]
+    hits = (eval_seed.evaluate({"question_type": {}, "questions": [q]}, texts) for q in asked)
+    return mean_of([hit[eval_seed.TOTAL] / 100 for hit in hits])
+
+
+def qbench(data_dir: str, path: str, answers: list[dict]) -> Units:
+    records = {(r["img_path"], r["question"]): r for r in read_json_list(path, eval_qbench.FIELDS)}
+    pairs = ((records[a["img_path"], a["question"]], a) for a in answers)
+    hits = (eval_qbench.evaluate([record], [answer]) for record, answer in pairs)
+    return mean_of([hit["score"] / 100 for hit in hits])
+
+
 def science_qa(data_dir: str, path: str, answers: list[dict]) -> Units:
     problems, _ = eval_science_qa.read_problems(os.path.join(data_dir, "scienceqa"), "test")
     asked = [answer["question_id"] for answer in answers]
@@ -149,14 +191,21 @@ def science_qa(data_dir: str, path: str, answers: list[dict]) -> Units:
     return mean_of([results[key] == problems[key]["answer"] for key in shown])
 
 
-#: benchmark -> its units; the others are shown without an interval
+#: benchmark that is scored here -> its units
 UNITS: dict[str, Callable[[str, str, list[dict]], Units]] = {
     "pope": pope,
     "mme": mme,
     "textvqa": textvqa,
     "vqav2": vqav2,
+    "vqav2_val": vqav2,
     "gqa": gqa,
+    "vizwiz_val": vizwiz,
     "sqa": science_qa,
+    "mmbench": mmbench,
+    "mmbench_cn": mmbench,
+    "seed": seed,
+    "qbench": qbench,
+    "qbench_zh": qbench,
     **{
         name if split == "val" else f"{name}_{split}": refcoco
         for name, splits in (
