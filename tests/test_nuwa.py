@@ -15,9 +15,21 @@ def test_the_published_budgets(budget, first, second):
     assert sum(schedule) / 32 == budget
 
 
-@pytest.mark.parametrize("budget, crops, each", [(160, 3, 96), (320, 4, 145), (640, 5, 232)])
-def test_the_published_budgets_of_tiled_images(budget, crops, each):
-    assert Nuwa(visual_token_num=budget).tokens_per_crop(576, crops) == each
+@pytest.mark.parametrize(
+    "budget, crops, each, top",
+    [
+        (160, 3, 96, 2),
+        (320, 4, 145, 3),
+        (640, 5, 232, 3),
+        (64, 5, 22, 1),
+        (128, 4, 56, 2),
+        (192, 3, 112, 3),
+    ],
+)
+def test_the_budgets_of_tiled_images_are_those_of_the_release(budget, crops, each, top):
+    pruner = Nuwa(visual_token_num=budget)
+    assert pruner.tokens_per_crop(576, crops) == each
+    assert pruner.view(24, 24, 1, 576, crops).top == top
 
 
 @pytest.mark.parametrize("budget", range(1, 37))

@@ -63,12 +63,20 @@ def test_a_stage_keeps_what_the_layer_to_come_attends_to(model, sample):
         ({"visual_token_num": 64, "image_token_ratio_list": [0.5]}, "give one of them"),
         ({"layer_list": [8], "image_token_ratio_list": [0.5, 0.2]}, "one entry per cut"),
         ({"layer_list": [8, 8, 9]}, "ascending"),
-        ({"image_token_ratio_list": [0.5, 0.6, 0.1]}, "must fall"),
+        ({"image_token_ratio_list": [0.5, 0.6, 0.1]}, "must not rise"),
+        ({"image_token_ratio_list": [1.2, 0.6, 0.1]}, "at most 1"),
+        ({"image_token_ratio_list": [0.5, 0.1, 0.0]}, "above 0"),
+        ({"layer_list": [-1, 8, 9]}, "from 0 on"),
     ],
 )
 def test_options_that_contradict_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         PyramidDrop(**options)
+
+
+def test_a_stage_may_drop_nothing():
+    plan = PyramidDrop(image_token_ratio_list=[1.0, 0.5, 0.5]).token_schedule(576, 32)
+    assert plan == [576] * 16 + [288] * 16
 
 
 def test_what_the_first_layers_alone_exceed_is_refused():

@@ -80,6 +80,18 @@ def test_settings_that_cannot_run_are_refused(model, options, message):
         grown(model, **options)
 
 
+def test_a_budget_that_only_large_tiled_images_exceed_is_a_warning():
+    """All 2880 tokens in 2 of 32 layers are 180 on average; most images have fewer tokens."""
+    pruner = TwigVLM(visual_token_num=160)
+    with pytest.warns(UserWarning, match="all 2880 tokens .* are 180 on average"):
+        pruner.check(576, 32, crops=5)
+    assert pruner.token_schedule(576, 32, crops=5) == [2880] * 2 + [0] * 30
+    count, budget = torch.tensor(1526), torch.tensor(160)
+    assert pruner.kept_tokens(count, budget, 32) == 94  # ceil((32 * 160 - 2 * 1526) / 22)
+    with pytest.raises(ValueError, match="out of reach"):
+        TwigVLM(visual_token_num=35).check(576, 32, crops=5)
+
+
 def test_a_twig_longer_than_the_rest_of_the_decoder_is_refused(model):
     with pytest.raises(ValueError, match="twig_K .5. and twig_T .2. need 7 decoder layers"):
         grow_twig(model, 5, 2)

@@ -27,8 +27,9 @@ from .random import scramble
 from .tokens import ImageLayout, ImageTokens, Prefill, VisionTokens
 
 CELL = 2  # patches along the side of a cell
-#: tokens after stage 1 on LLaVA-NeXT where the release rounds otherwise than 20 / 11 of the budget
-NEXT_TOKENS = {160: 290, 320: 582, 640: 1162}
+#: tokens after stage 1 on LLaVA-NeXT, and patches that a cell offers, as the release has them
+NEXT_TOKENS = {64: 112, 128: 224, 160: 290, 192: 336, 320: 582, 640: 1162}
+NEXT_TOP = {64: 1, 128: 2, 160: 2, 192: 3, 320: 3, 640: 3}
 
 
 class View(NamedTuple):
@@ -63,7 +64,7 @@ class Nuwa(DecoderPruner):
                        feature), or "none": all are collectors
     region:            keep the best of every 2 x 2 cell; False: the best of the whole image
     top_per_region:    patches a cell offers; None: the fewest that fill the budget, on LLaVA-NeXT
-                       at least 2 (budgets up to 160) or 3
+                       at least 2 (budgets up to 160; 64: 1) or 3 (192 and above 160)
     stage2:            "attention" of the last prompt token, "random" or "off"
     seed:              of stage2="random"
     """
@@ -181,7 +182,7 @@ class Nuwa(DecoderPruner):
         needed = math.ceil(keep * CELL**2 / (rows * columns))  # of every cell
         top = self.top_per_region or 1
         if crops > 1 and self.top_per_region is None:
-            top = 2 if self.visual_token_num <= 160 else 3
+            top = NEXT_TOP.get(self.visual_token_num, 2 if self.visual_token_num <= 160 else 3)
         if crops > 1 and top < needed >= CELL**2:
             keep = rows * columns  # as released: a budget of more than 3 of 4 patches keeps all
         if crops > 1 or self.top_per_region is None:

@@ -59,9 +59,11 @@ class PyramidDrop(StagedPruner):
                 f"layer_list ({layers}) and image_token_ratio_list ({ratios}) must have one entry "
                 "per cut each"
             )
-        if ratios is not None and not _descending([1, *ratios, 0]):
-            raise ValueError(f"image_token_ratio_list ({ratios}) must fall, between 1 and above 0")
-        if layers is not None and (not layers or not _descending([*reversed(layers), -1])):
+        if ratios is not None and not (min(ratios, default=1) > 0 and _falling([1, *ratios])):
+            raise ValueError(
+                f"image_token_ratio_list ({ratios}) must not rise, from at most 1 to above 0"
+            )
+        if layers is not None and (not layers or min(layers) < 0 or not _rising(layers)):
             raise ValueError(f"layer_list ({layers}) must name layers from 0 on, ascending")
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
@@ -118,5 +120,9 @@ def schedule(count: int, layers, ratios, num_layers: int) -> list[int]:
     return plan
 
 
-def _descending(values) -> bool:
-    return all(a > b for a, b in zip(values, values[1:], strict=False))
+def _falling(values) -> bool:
+    return all(a >= b for a, b in zip(values, values[1:], strict=False))
+
+
+def _rising(values) -> bool:
+    return all(a < b for a, b in zip(values, values[1:], strict=False))

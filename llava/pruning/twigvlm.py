@@ -8,14 +8,16 @@ wipe" layer all that are left go. `model.generate(..., generation_strategy="self
 the twig guess tokens that the whole decoder verifies.
 
 Differs from the release: scores and their head mean stay in fp32; text-only prompts, several images
-(one pool), batches and any backend work; budgets out of reach are errors; a twig that does not fit
-is refused; a sharper budget than an image has tokens switches pruning off for it, wipe included.
+(one pool), batches and any backend work; a budget out of reach is an error, or a warning where only
+the largest images of LLaVA-NeXT have too many tokens for it; a twig that does not fit is refused; a
+sharper budget than an image has tokens switches pruning off for it, wipe included.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -160,13 +162,17 @@ class TwigVLM(BudgetPruner):
         if not self.enable_pruning:
             return
         super().check(num_patches, num_layers, crops)
-        least = -(-first * num_patches * crops // num_layers)
-        if self.visual_token_num < least:
-            raise ValueError(
-                f"visual_token_num ({self.visual_token_num}) is out of reach: all "
-                f"{num_patches * crops} tokens enter the first {first} of {num_layers} layers, "
-                f"which alone are {least} on average"
-            )
+        total = num_patches * crops
+        least = -(-first * total // num_layers)
+        if self.visual_token_num >= least:
+            return
+        message = (
+            f"visual_token_num ({self.visual_token_num}) is out of reach: all {total} tokens enter "
+            f"the first {first} of {num_layers} layers, which alone are {least} on average"
+        )
+        if crops == 1 or self.visual_token_num * num_layers < first * num_patches:
+            raise ValueError(message)
+        warnings.warn(f"for the largest images {message}; they keep none after those", stacklevel=2)
 
     def kept_tokens(self, total: Tensor, budget: Tensor, num_layers: int) -> Tensor:
         """Visual tokens that enter layers K up to the wipe, of `total` tokens of a prompt; all
