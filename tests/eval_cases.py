@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from tests.stub_judge import stub_judge
 
 ROOT = Path(__file__).resolve().parent.parent
 CATEGORY_RULE = "=" * 36
+IMAGE_NAME = re.compile(r"[\w-]+\.(?:png|jpg|jpeg)")
 
 
 def program(case: dict) -> list[str] | None:
@@ -125,9 +127,13 @@ def inference_argv(case: dict, folder: Path, locate) -> list[str]:
             picture = base64.b64encode(locate(image).read_bytes()).decode()
             content = content.replace(f"<base64 of {image}>", picture)
         (folder / name).write_text(content, encoding="utf-8")
-    images = locate("img0_336x336.png").parent
-    places = {"@CK": locate(case["checkpoint"]), "@D": folder, "@IMG": images}
     argv = case["argv"]
+    named = IMAGE_NAME.findall(" ".join([*case["inputs"].values(), *argv]))
+    images = folder / "images"
+    images.mkdir(exist_ok=True)
+    for image in set(named):
+        shutil.copyfile(locate(image), images / image)
+    places = {"@CK": locate(case["checkpoint"]), "@D": folder, "@IMG": images}
     for mark, place in places.items():
         argv = [word.replace(mark, str(place)) for word in argv]
     cap = ["--max_new_tokens", str(case["generation_cap"])]

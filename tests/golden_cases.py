@@ -43,34 +43,46 @@ CHECKS = {
     "serving": ("serving", "check_serving"),
 }
 
+#: other names of kinds
+KIND_NAMES = {"fn": "function", "e2e_batch": "e2e-batch"}
+
 
 def load_cases(folder: str | Path, every: bool = False) -> list[dict]:
     """The cases in the index of `folder` that are to be matched, or `every` one."""
     with open(Path(folder) / "index.json", encoding="utf-8") as file:
         index = json.load(file)
     cases = index if isinstance(index, list) else index["cases"]
-    cases = [{"kind": "e2e", "args": {}, **case} for case in cases]
+    cases = [completed(case) for case in cases]
     return [case for case in cases if every or not no_target(case)]
+
+
+def completed(case: dict) -> dict:
+    """A case with the fields that some folders leave out."""
+    kind = case.get("kind") or "e2e"
+    return {**case, "kind": KIND_NAMES.get(kind, kind), "args": case.get("args") or {}}
 
 
 def no_target(case: dict) -> str | None:
     """Why a case is not to be matched, or None."""
     if case["args"].get("variant") == "released":
         return "records defects of a release"
-    if "qwen" in (case.get("checkpoint") or ""):
+    if "qwen" in f"{case.get('checkpoint')} {case['args'].get('model')}":
         return "needs Qwen2.5-VL"
     return None
 
 
 def locate(name: str, folder: str | Path) -> Path:
-    """A checkpoint folder or image by name, as seen from a folder of cases."""
+    """A checkpoint, trained part, image or file by name, as seen from a folder of cases."""
     folder = Path(folder).resolve()
     roots = [folder, folder / "images"]
     for root in (folder.parent, SHIPPED, SHARED):
-        roots += [root, root / "images"]
+        roots += [root, root / "images", root / folder.name]
     for root in roots:
         if (root / name).exists():
             return root / name
+    others = (path for root in (folder.parent, SHIPPED, SHARED) for path in root.glob(f"*/{name}"))
+    if found := next(others, None):  # beside the cases of another method
+        return found
     raise FileNotFoundError(f"{name} is neither beside {folder} nor in {SHIPPED} or {SHARED}")
 
 

@@ -1,12 +1,14 @@
 """Every recorded reference case matches: the part in tests/golden, and all of it when present."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from llava.pruning import METHODS
-from tests.golden_cases import SHARED, SHIPPED, check_of, load_cases, main, run_case
+from tests.golden_cases import SHARED, SHIPPED, check_of, load_cases, locate, main, run_case
+from tests.golden_checks import e2e, methods
 
 #: what a check says about a recorded program that does not exist yet
 NOT_YET = "is not part of the project"
@@ -26,7 +28,8 @@ def recorded_cases():
 
 
 def supported(case) -> bool:
-    method = case.get("method", "none").split("-")[0]  # "METHOD-train" is about its training
+    # "METHOD-train" is about its training, "METHOD+" a variant.
+    method = case.get("method", "none").split("-")[0].rstrip("+")
     return method in METHODS and check_of(case) is not None
 
 
@@ -65,6 +68,39 @@ def test_the_runner_succeeds_when_all_match(tmp_path, capsys):
     (tmp_path / "prompts.json").write_text(source.read_text(encoding="utf-8"))
     assert main([str(tmp_path)]) == 0
     assert capsys.readouterr().out.endswith("total: 1/1\n")
+
+
+def test_other_folders_of_the_same_kinds_are_understood(tmp_path):
+    """Trained parts may stay where the shipped cases have them; a kind may be left out or short."""
+    folder = tmp_path / "twigvlm"
+    folder.mkdir()
+    twig = SHIPPED / "twigvlm" / "twig_c_k2t3_near"
+    assert locate("twig_c_k2t3_near", folder) == twig
+    assert locate("twig_c_k2t3_near", tmp_path / "fastv") == twig
+    (folder / "index.json").write_text(
+        '[{"id": "a"}, {"id": "b", "kind": "fn", "args": null},'
+        ' {"id": "c", "args": {"model": "qwen2.5-vl"}}]'
+    )
+    cases = load_cases(folder)
+    assert [(c["id"], c["kind"], c["args"]) for c in cases] == [
+        ("a", "e2e", {}),
+        ("b", "function", {}),
+    ]
+
+
+def test_recorded_budgets_above_the_patches_are_all_patches():
+    args = {"visual_token_num": 600, "theta": None, "prune_layer_K": 0}
+    case = {"kind": "e2e", "args": args}
+    assert methods.budget(case) == 576 and methods.budget(case, crops=5) == 2880
+    assert methods.budget({**case, "kind": "function"}) == 600
+    assert methods.given(args, "theta", prune_layer_K="layer") == {"layer": 0}
+
+
+def test_a_layer_without_a_cut_has_the_tokens_of_the_one_before():
+    kept = torch.tensor([0, 2])
+    trace = SimpleNamespace(decoder_keep={3: [kept]}, position_ids=torch.zeros(1, 4))
+    assert e2e.entering(trace, 2).tolist() == [0, 1, 2, 3]
+    assert e2e.entering(trace, 3) is kept and e2e.entering(trace, 7) is kept
 
 
 def test_a_folder_without_an_index_is_refused(tmp_path, capsys):

@@ -6,13 +6,18 @@ import torch
 from llava.pruning import ImageTokens, build_pruner
 from llava.pruning.adaptprune import cell_tags, unpack_tags
 from tests.golden_checks.compare import SCORES_ATOL
+from tests.golden_checks.e2e import cut_layer, entering
+from tests.golden_checks.methods import budget, given
 
-NAMES = {"prune_layer_K": "layer"}
+SIGMAS = ("distance_limit", "distance_sigma", "similarity_sigma", "prior_sigma")
 
 
 def build(case, folder):
-    options = {NAMES.get(name, name): value for name, value in case["args"].items()}
-    options.pop("grid", None)
+    options = given(case["args"], *SIGMAS, prune_layer_K="layer", keep_ratio="keep_ratio")
+    if case["args"].get("visual_token_num") == 0:  # nothing stays: with us a share of 0
+        options["keep_ratio"] = 0.0
+    elif "visual_token_num" in case["args"]:
+        options["visual_token_num"] = budget(case)
     return build_pruner("adaptprune", **options)
 
 
@@ -33,7 +38,8 @@ def check_cues(pruner, recorded, report):
     score = (prior * attention).flatten()
     report.close("score_map", score, recorded["score_map"].flatten(), 1e-7, 1e-4)
     keys = torch.tensor(recorded["keys_raw"])[None]
-    order = pruner.pick(attention, keys, tags, pruner.visual_token_num)[0]
+    rounds = min(pruner.num_keep(attention.shape[1]), attention.shape[1])
+    order = pruner.pick(attention, keys, tags, rounds)[0]
     if recorded.get("order_strict", True):
         report.equal("selection_order", order, recorded["selection_order"])
     report.equal("picked set", order.sort().values, np.sort(recorded["selection_order"]))
@@ -42,7 +48,7 @@ def check_cues(pruner, recorded, report):
 def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
     """The recorded cues give the recorded picks, and so does the model."""
     check_cues(pruner, recorded, report)
-    start, kept = int(recorded["image_pos"]), trace.decoder_keep[pruner.layer][0]
+    start, kept = int(recorded["image_pos"]), entering(trace, cut_layer(pruner, model))
     patches = len(recorded["attn_row"])
     visual = kept[(kept >= start) & (kept < start + patches)] - start
     report.equal("keep_indices_visual", visual, np.sort(recorded["keep_indices_visual"]))

@@ -2,12 +2,12 @@
 
 from llava.pruning import build_pruner
 from tests.golden_checks.compare import SCORES_ATOL
-from tests.golden_checks.vispruner import NEXT_CROPS
+from tests.golden_checks.methods import NEXT_CROPS, budget
 
 
 def build(case, folder):
     crops = NEXT_CROPS if case["checkpoint"].endswith("v1.6") else 1
-    return build_pruner("fastervlm", visual_token_num=case["args"]["visual_token_num"] * crops)
+    return build_pruner("fastervlm", visual_token_num=budget(case, crops))
 
 
 def check(case, recorded, model, pruner, pixels, trace, report) -> bool:

@@ -4,20 +4,23 @@ import numpy as np
 import torch
 
 from llava.pruning import Prefill, build_pruner
-from tests.golden_checks.e2e import check_single
+from tests.golden_checks.e2e import check_single, cut_layer, entering
+from tests.golden_checks.methods import NEXT_CROPS, PATCHES, given
 
 
 def build(case, folder):
-    args = case["args"]
-    return build_pruner(
-        "fastv", visual_token_num=args["visual_token_num"], layer=args["prune_layer_K"]
-    )
+    options = given(case["args"], prune_layer_K="layer")
+    if case["args"].get("visual_token_num") is None:
+        return build_pruner("fastv", ratio=case["args"]["R"], **options)
+    crops = NEXT_CROPS if case["checkpoint"].endswith("v1.6") else 1
+    tokens = min(case["args"]["visual_token_num"], PATCHES * crops)
+    return build_pruner("fastv", visual_token_num=tokens, **options)
 
 
 def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
     """What was kept, as places among the visual tokens."""
-    kept = trace.decoder_keep[pruner.layer][0] - int(recorded["image_pos"])
-    visual = kept[(kept >= 0) & (kept < case["args"].get("n_visual", 576))]
+    kept = entering(trace, cut_layer(pruner, model)) - int(recorded["image_pos"])
+    visual = kept[(kept >= 0) & (kept < len(trace.visual_embeds[0]))]
     report.equal("keep_indices_visual", visual, np.sort(recorded["keep_indices_visual"]))
     return True
 

@@ -4,18 +4,40 @@ import numpy as np
 import torch
 
 from llava.pruning import build_pruner, trace_pruning
-from tests.golden_cases import build_from_case, load_arrays
+from tests.golden_cases import build_from_case, load_arrays, locate
 from tests.golden_checks.compare import SCORES_ATOL
-from tests.golden_checks.e2e import LOGITS_ATOL, check_single, check_tokens, question_of
+from tests.golden_checks.e2e import (
+    LOGITS_ATOL,
+    check_single,
+    check_tokens,
+    entering,
+    image_names,
+    question_of,
+)
+from tests.golden_checks.methods import given
 from tests.golden_checks.models import load_checkpoint, open_images, prepare
 
+OPTIONS = (
+    "visual_token_num",
+    "max_remain_ratio",
+    "reduce_threshold",
+    "min_remain_num",
+    "anchor_positions",
+)
+NO_LIMIT = {"max_remain_ratio": 1.0, "min_remain_num": 0, "anchor_positions": ()}
 IMPORTANCE_ATOL = 2e-4
 
 
 def build(case, folder):
-    options = dict(case["args"], new_modules=str(folder / case["args"]["new_modules"]))
-    if options.pop("use_ref_masks", False):
-        options["ref_boxes"] = options.pop("normed_bboxes")
+    args = case["args"]
+    options = given(args, *OPTIONS)
+    options["new_modules"] = str(locate(args["new_modules"], folder))
+    # "None" is no limit in the record; with us it is what the trained part says.
+    options |= {name: value for name, value in NO_LIMIT.items() if args.get(name, 0) is None}
+    if args.get("use_ref_masks"):
+        options["ref_boxes"] = args["normed_bboxes"]
+    elif args.get("use_zero_masks"):
+        options["ref_boxes"] = []
     return build_pruner("glimpseprune", **options)
 
 
@@ -44,7 +66,7 @@ class Spy:
 
 def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
     layer = pruner.last_dense_layer(model.config.num_hidden_layers) + 1
-    kept = trace.decoder_keep[layer][0]
+    kept = entering(trace, layer)
     report.equal("position_ids", trace.position_ids[0][kept], recorded.pop("position_ids"))
     start = int((trace.visual_tokens[0] * 0 + list(recorded["input_ids"]).index(-200))[0])
     patches = kept[(kept >= start) & (kept < start + len(recorded["keep_mask"]))] - start
@@ -95,7 +117,7 @@ def check_rows(case, folder, report):
     recorded = load_arrays(case, folder)
     tokenizer, model, processor = load_checkpoint(case["checkpoint"], folder)
     model.pruner = pruner = build_from_case(case, folder)
-    pixels, sizes = prepare(open_images(case["image"], folder), model, processor)
+    pixels, sizes = prepare(open_images(image_names(case), folder), model, processor)
     ids, mask = (torch.tensor(recorded[key]) for key in ("input_ids", "attention_mask"))
     with trace_pruning(model) as trace:
         output = model.generate(
@@ -118,7 +140,7 @@ def check_rows(case, folder, report):
         report.prefix = f"row {row}: "
         chance = 1 / (1 + np.exp(-recorded["vip_logits"][row]))
         report.close("importance", trace.importance[row], chance, IMPORTANCE_ATOL)
-        kept = trace.decoder_keep[layer][row]
+        kept = trace.decoder_keep[layer][row]  # rows keep different numbers
         start = int(padded[row]) + list(ids[row][mask[row].bool()]).index(-200)
         visual = (kept >= start) & (kept < start + len(recorded["keep_mask"][row]))
         places = np.flatnonzero(recorded["keep_mask"][row])

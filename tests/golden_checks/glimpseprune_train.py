@@ -1,13 +1,17 @@
 """Training of GlimpsePrune: losses, gradients, and the loss after one step of the optimizer."""
 
+from dataclasses import fields
+
 import numpy as np
 import torch
 
 from llava.constants import IGNORE_INDEX
 from llava.pruning import build_pruner
 from llava.pruning.glimpseprune import boxes_to_cells
-from llava.train.glimpseprune_loss import GlimpseObjective
-from tests.golden_cases import load_arrays
+from llava.train.glimpseprune_loss import GlimpseObjective, LossWeights
+from tests.golden_cases import load_arrays, locate
+from tests.golden_checks.e2e import image_names
+from tests.golden_checks.methods import given
 from tests.golden_checks.models import load_checkpoint, open_images, prepare
 
 LOSS_RTOL = 1e-4
@@ -19,15 +23,18 @@ def check_e2e(case, folder, report):
     """One batch of two; the recorded values without the answer in the glimpse's normaliser."""
     recorded = load_arrays(case, folder)
     _, model, processor = load_checkpoint(case["checkpoint"], folder)
-    pruner = build_pruner("glimpseprune", new_modules=str(folder / case["args"]["new_modules"]))
+    args = case["args"]
+    new_modules = str(locate(args["new_modules"], folder))
+    pruner = build_pruner("glimpseprune", new_modules=new_modules)
     model.pruner = pruner
-    images = open_images(case["image"], folder)
+    images = open_images(image_names(case), folder)
     pixels, _ = prepare(images, model, processor)
     boxes = zip(case["bboxes_xyxy"], images, strict=True)
     masks = torch.stack([released_mask(own, image.size) for own, image in boxes])
     report.equal("ref_token_masks", masks, recorded["ref_token_masks"])
     batch = split(recorded) | {"images": pixels, "masks": masks}
-    objective = GlimpseObjective(model).train()
+    weights = given(args, *(field.name for field in fields(LossWeights)))
+    objective = GlimpseObjective(model, LossWeights(**weights)).train()
     out = objective(**batch)
     for name in ("le_loss", "dice_loss", "bce_loss", "loc_loss"):
         report.close(name, out[name], recorded[f"causal__{name}"], 0, LOSS_RTOL)

@@ -3,22 +3,18 @@
 from llava.pruning import build_pruner
 from llava.pruning.ops import top_stable
 from tests.golden_checks.compare import SCORES_ATOL
+from tests.golden_checks.methods import given
 
 
 def build(case, folder):
-    args = case["args"]
-    return build_pruner(
-        "hiprune",
-        visual_token_num=args["retention"],
-        alpha=args["alpha"],
-        object_layer=args["object_layer"],
-    )
+    options = given(case["args"], "alpha", "object_layer", retention="visual_token_num")
+    return build_pruner("hiprune", **options)
 
 
 def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
     crops = pixels.flatten(0, -4)
     layers = model.get_vision_tower().tokens(crops, pruner.needs, pruner).layers
-    middle = layers[pruner.object_layer - 1]["attention_mean"]
+    middle = layers[min(layers)]["attention_mean"]
     report.close("attn_mid", middle, recorded["attn_mid"], SCORES_ATOL)
     deep = layers[max(layers)]["attention_mean"]
     report.close("attn_deep", deep, recorded["attn_deep"], SCORES_ATOL)

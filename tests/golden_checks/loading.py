@@ -31,6 +31,8 @@ def check_loading(case, folder, report):
         "lora_unmerged": (write_lora, "llava-lora"),
     }
     for name, (write, model_name) in branches.items():
+        if name not in recipes:
+            continue
         with tempfile.TemporaryDirectory() as scratch:
             write(Path(scratch), base, recipes.get("lora_files"))
             tokenizer, model, processor, _ = load_pretrained_model(

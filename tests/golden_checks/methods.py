@@ -17,6 +17,27 @@ import importlib.util
 from llava.pruning import Pruner, build_pruner
 from tests.golden_cases import load_arrays
 
+#: a crop of the tiny checkpoints has 24 x 24 patches
+PATCHES = 576
+#: crops that share a budget on LLaVA-NeXT: an overview and 2 x 2 tiles
+NEXT_CROPS = 5
+
+
+def budget(case, crops: int = 1) -> int:
+    """The recorded tokens of one crop, as tokens of an image of `crops` crops.
+
+    More than a crop has are all of them: released code takes such budgets, ours refuses them.
+    Functions have sizes of their own.
+    """
+    tokens = case["args"]["visual_token_num"]
+    return tokens if case["kind"] == "function" else min(tokens, PATCHES) * crops
+
+
+def given(args: dict, *names: str, **renamed: str) -> dict:
+    """The options among `args` that are recorded with a value; renamed: theirs -> ours."""
+    renamed = {name: name for name in names} | renamed
+    return {ours: args[name] for name, ours in renamed.items() if args.get(name) is not None}
+
 
 def module_of(case):
     """The module of the case's method, or None."""
@@ -42,6 +63,7 @@ def check_function(case, folder, report):
     name = case.get("function") or case["args"].get("function", "select")
     functions = getattr(module_of(case), "FUNCTIONS", {})
     if name not in functions:
-        report.add(f"function {name!r} of {case['method']!r} is not supported")
+        known = ", ".join(functions) or "none"
+        report.add(f"function {name!r} of {case['method']!r} is not supported, only {known}")
         return
     functions[name](case, folder, load_arrays(case, folder), report)

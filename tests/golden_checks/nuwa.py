@@ -12,6 +12,7 @@ from llava.pruning.nuwa import View, choose, proximity
 from tests.golden_cases import load_arrays
 from tests.golden_checks import e2e
 from tests.golden_checks.compare import SCORES_ATOL
+from tests.golden_checks.methods import given
 from tests.golden_checks.models import load_checkpoint, open_images, prepare
 
 OPTIONS = ("visual_token_num", "distance", "pillar_quantile")
@@ -19,10 +20,10 @@ OPTIONS = ("visual_token_num", "distance", "pillar_quantile")
 
 def build(case, folder):
     args = case["args"]
-    options = {name: args[name] for name in OPTIONS if name in args}
+    options = given(args, *OPTIONS)
     if args.get("tower") == "ablation":
-        mode = "l2norm" if args["l2norm"] else "none"
-        options |= {"region": args["region"], "pillar_mode": mode}
+        mode = "l2norm" if args.get("l2norm", False) else "none"
+        options |= {"region": args.get("region", True), "pillar_mode": mode}
     return build_pruner("nuwa", **options)
 
 
@@ -139,13 +140,13 @@ def check_batch(case, folder, recorded, report):
     _, model, processor = load_checkpoint(case["checkpoint"], folder)
     images = open_images(args["images"], folder)
     pixels, _ = prepare(images, model, processor)
-    pruner = build_pruner("nuwa", visual_token_num=args["visual_token_num"])
-    model.pruner = pruner
+    pruner = model.pruner = build(case, folder)
     vision = model.get_vision_tower().tokens(pixels, pruner.needs, pruner)
     salience = vision.cls_attention.sum(dim=1)
     report.close("cls_score", salience, recorded["cls_score"], SCORES_ATOL)
     keep = recorded["keep_indices"].shape[1]
-    view = View(*vision.grid, keep, args["visual_token_num"] // 64, 0.55)  # as for one image
+    quantile = 0.55 if pruner.pillar_quantile is None else pruner.pillar_quantile
+    view = View(*vision.grid, keep, args["visual_token_num"] // 64, quantile)  # as for one image
     pruner.view = lambda *_: view
     kept = pruner.after_encoder(vision)
     report.equal("keep_indices", kept.positions, recorded["keep_indices"])

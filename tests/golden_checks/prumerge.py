@@ -3,11 +3,18 @@
 from llava.pruning import build_pruner
 from llava.pruning.prumerge import class_attention
 from tests.golden_checks.compare import SCORES_ATOL
+from tests.golden_checks.methods import given
+
+#: fixed share of the trained checkpoints
+TRAINED_RATIO = 1 / 8
 
 
 def build(case, folder):
-    args = case["args"]
-    return build_pruner("prumerge", plus=args["plus"], reduction_ratio=args["reduction_ratio"])
+    options = given(case["args"], "plus", "reduction_ratio")
+    options.setdefault("plus", case["method"].endswith("+"))
+    if case["args"].get("adaptive") is False:
+        options.setdefault("reduction_ratio", TRAINED_RATIO)
+    return build_pruner("prumerge", **options)
 
 
 def check(case, recorded, model, pruner, pixels, trace, report) -> bool:

@@ -5,12 +5,13 @@ import torch
 from llava.pruning import Prefill, build_pruner
 from tests.golden_checks.compare import SCORES_ATOL
 from tests.golden_checks.e2e import EMBEDS_ATOL
+from tests.golden_checks.methods import given
 from tests.golden_checks.models import load_checkpoint
 
 
 def build(case, folder):
-    names = ("layer_list", "image_token_ratio_list")
-    return build_pruner("pyramiddrop", **{name: case["args"][name] for name in names})
+    options = given(case["args"], "layer_list", "image_token_ratio_list", "visual_token_num")
+    return build_pruner("pyramiddrop", **options)
 
 
 def check_select(case, folder, recorded, report):

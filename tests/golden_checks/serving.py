@@ -7,6 +7,7 @@ Where the release hides a cause (one text for every failure, status 200) or fail
 import asyncio
 import base64
 import json
+import re
 import time
 
 import httpx
@@ -16,8 +17,8 @@ from llava.pruning import build_pruner
 from tests.golden_cases import load_json, locate
 from tests.golden_checks.models import load_checkpoint
 
-WORKERS = ("w1:1", "w2:2", "w3:3")
-THE_WORDS = 4200  # of the prompt that is too long
+#: how a very long prompt was abbreviated: ... (+4200 x " the")
+REPEATED = re.compile(r'\.\.\. \(\+(\d+) x "(.*)"\)$')
 
 
 def check_serving(case, folder, report):
@@ -37,7 +38,9 @@ async def check_controller(steps, method, report):
 
     table = WorkerTable(method)
     nobody = httpx.MockTransport(lambda request: httpx.Response(500))
-    controller = Controller(table, WorkerAddresses(WORKERS), WorkerClient(transport=nobody))
+    bodies = [step["body"] for step in steps if step.get("post") == "/register_worker"]
+    workers = [body["worker_name"].removeprefix("http://") for body in bodies]
+    controller = Controller(table, WorkerAddresses(workers), WorkerClient(transport=nobody))
     async with open_client(controller_app(controller)) as client:
         for step in steps:
             if "post" in step:
@@ -148,9 +151,9 @@ def codes(chunks) -> list[int]:
 def request_body(request: dict, folder) -> dict:
     """The recorded request with what was abbreviated written out."""
     body = dict(request)
-    prompt, _, more = body["prompt"].partition("... (+")
-    if more:
-        body["prompt"] = prompt + " the" * THE_WORDS
+    if repeated := REPEATED.search(body["prompt"]):
+        prompt = body["prompt"][: repeated.start()]
+        body["prompt"] = prompt + int(repeated[1]) * repeated[2]
     if "images" in body:
         body["images"] = [image_text(name, folder) for name in body["images"]]
     return body

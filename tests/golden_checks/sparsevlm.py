@@ -8,8 +8,10 @@ import torch
 from llava.model.language_model.modeling_llama import Rotary
 from llava.pruning import build_pruner
 from llava.pruning.density_peaks import cluster
-from llava.pruning.sparsevlm import nearness
+from llava.pruning.sparsevlm import RETAINED, nearness
 from tests.golden_checks.compare import SCORES_ATOL
+from tests.golden_checks.e2e import entering
+from tests.golden_checks.methods import given
 
 VERSIONS = {"1_0": "1.5", "2_0": "2.0", "rank": "1.0"}
 #: scores of version 2.0 are quotients by small numbers
@@ -17,33 +19,31 @@ QUOTIENT_RTOL = 1e-2
 
 
 def build(case, folder):
-    args = case["args"]
-    options = {"version": VERSIONS[case["version"]], "pruning_layers": args["pruning_layers"]}
-    names = {
-        "per_stage_topk": "retained_tokens",
-        "num_selected_heads": "num_selected_heads",
-        "scale": "scale",
-        "bias": "bias",
-    }
-    options |= {ours: args[theirs] for theirs, ours in names.items() if args.get(theirs)}
-    return build_pruner("sparsevlm", **options)
+    options = given(
+        case["args"],
+        "pruning_layers",
+        "num_selected_heads",
+        "scale",
+        "bias",
+        per_stage_topk="retained_tokens",
+    )
+    if "retained_tokens" not in options:
+        options |= given(case["args"], "visual_token_num")
+    return build_pruner("sparsevlm", version=VERSIONS[case["version"]], **options)
 
 
 def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
     """What entered every layer, merged tokens by their stage and number in it."""
     merged: list[int] = []
-    for stage, layer in enumerate(case["args"]["pruning_layers"], start=1):
+    for stage, layer in enumerate(pruner.stage_layers(len(trace.kv_lengths)), start=1):
         name = f"decoder_keep_L{layer + 1}"
         count = recorded.get(f"merged_tokens_L{layer + 1}", np.zeros((0, 0))).shape[0]
         merged += [-(1000 * stage + number) for number in range(count)]
-        if layer + 1 not in trace.decoder_keep:
-            report.add(f"{name}: nothing was dropped")
-            continue
-        ours = trace.decoder_keep[layer + 1][0].tolist()
+        ours = entering(trace, layer + 1).tolist()
         ours = [place if place >= 0 else merged[-1 - place] for place in ours]
         report.equal(name, np.array(ours), recorded.pop(name))
-    published = case["args"]["visual_token_num"] if "visual_token_num" in case["args"] else None
-    if published is not None:
+    published = case["args"].get("visual_token_num")
+    if published in RETAINED.get(pruner.version, ()):
         label = build_pruner("sparsevlm", version=pruner.version, visual_token_num=published)
         report.equal("published stages", list(label.allowed(576)), case["args"]["per_stage_topk"])
     return True

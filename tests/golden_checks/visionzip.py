@@ -6,13 +6,14 @@ import torch
 from llava.pruning import Pruner, build_pruner
 from llava.pruning.visionzip import assign, compress
 from tests.golden_checks.compare import SCORES_ATOL
+from tests.golden_checks.methods import given
 
 TOKENS_ATOL = 1e-4
 
 
 def build(case, folder) -> Pruner:
-    counts = {key: case["args"][key] for key in ("dominant", "contextual")}
-    return build_pruner("visionzip", **counts)
+    counts = given(case["args"], "dominant", "contextual")
+    return build_pruner("visionzip", **(counts or given(case["args"], total="visual_token_num")))
 
 
 def check(case, recorded, model, pruner, pixels, trace, report) -> bool:

@@ -7,17 +7,14 @@ import torch
 
 from llava.pruning import Pruner, VisionTokens, build_pruner
 from tests.golden_checks.compare import SCORES_ATOL
-
-#: LLaVA-NeXT as VisPruner runs it: an overview and 2 x 2 tiles
-NEXT_CROPS = 5
+from tests.golden_checks.methods import NEXT_CROPS, budget, given
 
 
 def build(case, folder) -> Pruner:
     """The record counts tokens per crop, we count them per image."""
-    options = dict(case["args"])
-    if case.get("checkpoint", "").endswith("v1.6"):
-        options["visual_token_num"] *= NEXT_CROPS
-    return build_pruner("vispruner", **options)
+    crops = NEXT_CROPS if (case.get("checkpoint") or "").endswith("v1.6") else 1
+    options = given(case["args"], "important_ratio")
+    return build_pruner("vispruner", visual_token_num=budget(case, crops), **options)
 
 
 def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
