@@ -1,6 +1,7 @@
 """The playground: scenes, questions, benchmark files and the shipped checkpoints."""
 
 import json
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -8,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPModel, CLIPTokenizer, LlamaTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel, CLIPTokenizer, HfArgumentParser, LlamaTokenizer
 
 from llava.eval.eval_refcoco import iou
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from playground import clip_files, fast_train, make_data, questions, scenes, tokenizer
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.train_glimpseprune import BoxArguments, GlimpseArguments, GlimpseTrainingArguments
+from llava.train.train_twigvlm import TwigArguments
+from playground import clip_files, fast_train, make_data, questions, scenes, tokenizer, train
 from playground import train_tower as tower
 from playground.train import LLAVA, TOWER
 
@@ -154,6 +159,48 @@ def test_a_training_record_has_one_image_mark_and_alternating_turns():
     assert text[0].startswith("<image>\n") and sum("<image>" in value for value in text) == 1
     lengths = {len(make_data.conversation(seed, "", 3)["conversations"]) for seed in range(30)}
     assert lengths == {2, 4, 6}
+
+
+def test_the_stages_of_the_training_name_options_that_exist(tmp_path, monkeypatch):
+    classes = {
+        "llava.train.train": (ModelArguments, DataArguments, TrainingArguments),
+        "llava.train.train_twigvlm": (
+            TwigArguments,
+            ModelArguments,
+            DataArguments,
+            TrainingArguments,
+        ),
+        "llava.train.train_glimpseprune": (
+            GlimpseArguments,
+            BoxArguments,
+            GlimpseTrainingArguments,
+        ),
+    }
+    ran = []
+
+    def parse(module, options):
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        HfArgumentParser(classes[module]).parse_args_into_dataclasses(words)
+        ran.append(module)
+
+    monkeypatch.setattr(train, "DATA", tmp_path)
+    monkeypatch.setattr(train, "_run", parse)
+    monkeypatch.setattr(train, "_publish_part", lambda *_: None)
+    monkeypatch.setattr(train, "save_mean", lambda *_: None)
+    monkeypatch.setattr(make_data, "write_training", lambda *_: None)
+    monkeypatch.setattr(train.glimpse_data, "write", lambda *_, **__: None)
+    for name in ("finetune", "twig", "glimpse"):
+        train.STAGES[name](Namespace(steps=None))
+    assert ran == list(classes)
+
+
+def test_the_mean_of_two_files_of_weights_is_their_mean(tmp_path):
+    one, other = (torch.randn(3, 4).bfloat16() for _ in range(2))
+    save_file({"w": one}, tmp_path / "one")
+    save_file({"w": other}, tmp_path / "other")
+    train.save_mean(tmp_path / "one", tmp_path / "other", tmp_path / "mean")
+    mean = load_file(tmp_path / "mean")["w"]
+    assert torch.equal(mean, ((one.float() + other.float()) / 2).bfloat16())
 
 
 # Tokenizer -----------------------------------------------------------------------------------
