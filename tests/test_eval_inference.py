@@ -85,7 +85,7 @@ def test_a_stopped_run_is_continued_to_the_same_answers(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [None, b"not an image"], ids=["missing", "corrupt"])
 def test_a_bad_image_is_named_and_answers_before_it_are_kept(content, tmp_path):
     case = next(case for case in CASES if case["id"] == "loader-v1.5")
-    bad = tmp_path / "bad.png"
+    bad = tmp_path / "bad.webp"
     if content:
         bad.write_bytes(content)
     line = json.dumps({"question_id": "q9", "image": str(bad), "text": "What?"}) + "\n"

@@ -261,9 +261,10 @@ class GlimpsePrune(Pruner):
 
 
 def add_to_glimpse(prefill: Prefill, vector: Tensor) -> Prefill:
-    """`vector` (le_length, D) added to the glimpse, the last tokens of every prompt; in place unless
-    gradients are recorded, since a copy of all tokens before every layer costs as much as the
-    predictor."""
+    """`vector` (le_length, D) added to the glimpse, the last tokens of every prompt.
+
+    In place unless gradients are recorded: copying all tokens before every layer is dear.
+    """
     x, count = prefill.hidden_states, len(vector)
     if not torch.is_grad_enabled():
         x[:, -count:] += vector.to(x.dtype)
