@@ -73,7 +73,7 @@ def twig(args: argparse.Namespace) -> None:
     twig, so with any below it no average of 64 of 576 could be reached."""
     output = DATA / "twig"
     options = conversations(LLAVA, output) | {"twig_K": 0, "twig_T": 2, "learning_rate": 1e-3}
-    _run("llava.train.train_twigvlm", options | {"max_steps": args.steps or 1500})
+    _run("llava.train.train_twigvlm", options | {"max_steps": args.steps or 900})
     _publish_part(output, "twigvlm")
 
 
@@ -92,7 +92,7 @@ def glimpse(args: argparse.Namespace) -> None:
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 1,
         "learning_rate": 1e-3,
-        "max_steps": args.steps or 700,
+        "max_steps": args.steps or 400,
     }
     _run("llava.train.train_glimpseprune", options | here(output))
     _publish_part(output, "glimpseprune")

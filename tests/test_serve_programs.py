@@ -309,6 +309,8 @@ def is_running(pid: int) -> bool:
 def test_the_demo_starts_with_one_command_and_leaves_nothing_behind(tmp_path):
     port = free_port()
     command = [sys.executable, "-m", "llava.serve.demo", "--port", str(port), "--device", "cpu"]
+    # A shell makes what it starts in the background ignore Ctrl-C, and that is inherited.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with (tmp_path / "errors").open("w") as errors:
         running = subprocess.Popen(
             command,
@@ -318,6 +320,7 @@ def test_the_demo_starts_with_one_command_and_leaves_nothing_behind(tmp_path):
             text=True,
             start_new_session=True,
         )
+    signal.signal(signal.SIGINT, before)
     try:
         line = ""
         while "The demo is at" not in line:

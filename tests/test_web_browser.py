@@ -82,6 +82,11 @@ class Browser:
         script = "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText).join()"
         return self.driver.execute_script(script, selector)
 
+    def shows(self, name: str) -> bool:
+        """Whether the element with that id is to be seen now."""
+        script = "return document.getElementById(arguments[0])?.checkVisibility() ?? false"
+        return self.driver.execute_script(script, name)
+
     def open(self, address: str) -> None:
         self.driver.get(address)
         self.until(lambda: self.chosen("#chat-method") == "vispruner", "the menu of methods")
@@ -169,10 +174,11 @@ def test_a_second_method_can_go_on_inside_the_decoder(page):
     page.load_example()
     page.choose("#chat-then", "fastv")
     page.until(lambda: page.find("#chat-then-budget input").get_attribute("value") == "4", "half")
+    assert page.shows("chat-then")
     page.click("#send")
     page.until(lambda: "layers 0–1: 9, layers 2–7: 4" in page.text("#insight"), "both methods")
     page.choose("#chat-method", "fastv")
-    page.until(lambda: not page.driver.find_element(By.ID, "chat-then").is_displayed(), "no third")
+    page.until(lambda: not page.shows("chat-then"), "no third")
 
 
 def test_failures_are_read_as_sentences(page):

@@ -1,6 +1,6 @@
 """A controller with one worker in a thread, for tests of the web page: no model, set answers.
 
-What the worker does depends on a word in the question: "slow" (20 pieces, 0.35 s each), "crash"
+What the worker does depends on a word in the question: "slow" (20 pieces, 0.8 s each), "crash"
 (the connection breaks in the middle), "broken" (an error chunk), "full" (503), else ten words.
 """
 
@@ -98,7 +98,7 @@ class FakeService:
     async def _answer(self, body: dict):
         prompt, text = body["prompt"], ""
         asked = prompt.rsplit("USER:", 1)[-1]
-        pause, words = (0.35, 20) if "slow" in asked else (0.01, 10)
+        pause, words = (0.8, 20) if "slow" in asked else (0.01, 10)
         end = "left"
         try:
             for number in range(words):
