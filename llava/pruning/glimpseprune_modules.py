@@ -304,7 +304,10 @@ class PredictorAttention(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, rope, mask: Tensor | None) -> Tensor:
         seen = torch.cat([x, condition], dim=-1)
         q, k = (rotate(self._split(p(seen)), rope) for p in (self.q_proj, self.k_proj))
-        out = F.scaled_dot_product_attention(q, k, self._split(self.v_proj(x)), attn_mask=mask)
+        v = self._split(self.v_proj(x))
+        # Fast kernels want values as wide as keys, the others write out the whole attention map.
+        wide = F.pad(v, (0, k.shape[-1] - v.shape[-1]))
+        out = F.scaled_dot_product_attention(q, k, wide, attn_mask=mask)[..., : v.shape[-1]]
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
