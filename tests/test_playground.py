@@ -16,6 +16,7 @@ from llava.eval.eval_refcoco import iou
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.train import own_precision
 from llava.train.train_glimpseprune import BoxArguments, GlimpseArguments, GlimpseTrainingArguments
 from llava.train.train_twigvlm import TwigArguments
 from playground import clip_files, fast_train, make_data, questions, scenes, tokenizer, train
@@ -180,7 +181,8 @@ def test_the_stages_of_the_training_name_options_that_exist(tmp_path, monkeypatc
 
     def parse(module, options):
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        HfArgumentParser(classes[module]).parse_args_into_dataclasses(words)
+        with own_precision():  # --bf16 would stay for later tests
+            HfArgumentParser(classes[module]).parse_args_into_dataclasses(words)
         ran.append(module)
 
     monkeypatch.setattr(train, "DATA", tmp_path)
