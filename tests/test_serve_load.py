@@ -200,7 +200,8 @@ def test_a_worker_killed_in_between_is_replaced_and_used_again_when_it_is_back(c
                 return reply.json()["address"]
 
             wait_for(lambda: {get_address() for _ in range(4)} == {first, second}, seconds=60)
-            request = body(model=model, max_new_tokens=900, temperature=1.0, stop=None)
+            # At this temperature any of the 490 tokens comes next, so an answer takes seconds.
+            request = body(model=model, max_new_tokens=900, temperature=5.0, stop=None)
             busy = []
             while not busy:  # an answer may be over too soon
                 with httpx.stream("POST", controller + STREAM, json=request, timeout=60) as reply:

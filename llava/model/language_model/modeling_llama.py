@@ -43,8 +43,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * (wide * scale).to(x.dtype)
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = torch.rsqrt(length.square() / x.shape[-1] + self.eps)
+        # What a norm costs is memory: without gradients the fp32 copy is overwritten.
+        own = wide is not x and not torch.is_grad_enabled()
+        wide = wide.mul_(scale) if own else wide * scale
+        return self.weight * wide.to(x.dtype)
 
 
 class Rotary:
