@@ -6,7 +6,6 @@ import asyncio
 import base64
 import io
 import json
-import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from llava.serve.controller import Controller, controller_app
 from llava.serve.dispatch import WorkerTable
 from llava.serve.errors import encode_chunk
 from llava.serve.worker_app import Places, worker_app
+from tests.ports import free_port
 
 PROMPT = "USER: <image>\nWhat is it? ASSISTANT:"
 TEXT_PROMPT = "USER: What is it? ASSISTANT:"
@@ -100,12 +100,6 @@ def call(app, *requests, **headers) -> list[httpx.Response]:
             return [await client.post(path, json=content) for path, content in requests]
 
     return asyncio.run(run())
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 @contextmanager

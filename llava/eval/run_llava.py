@@ -25,7 +25,7 @@ from llava.constants import (
 from llava.conversation import conv_templates
 from llava.eval import model_args
 from llava.eval.errors import errors_as_messages
-from llava.eval.model_args import DTYPES, add_option  # noqa: F401 the worker takes DTYPES here
+from llava.eval.model_args import add_option
 from llava.eval.show_pruning import show_pruning
 from llava.mm_utils import (
     get_model_name_from_path,

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..pruning.base import Pruner
-
 
 @dataclass
 class RowState:
@@ -148,10 +146,3 @@ class KVCache:
 def _allocate(like: Tensor, capacity: int) -> Tensor:
     batch, heads, _, width = like.shape
     return like.new_empty(batch, heads, capacity, width)
-
-
-def drops_from_caches(pruner: Pruner | None, num_layers: int) -> bool:
-    """Whether a method takes tokens from caches of layers that already ran."""
-    return pruner is not None and any(
-        len(pruner.pruned_caches(index, num_layers)) for index in range(num_layers + 1)
-    )

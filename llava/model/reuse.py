@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..constants import IMAGE_TOKEN_INDEX
 from ..pruning.tokens import ImageTokens
-from .kv_cache import KVCache, drops_from_caches
+from .kv_cache import KVCache
 
 
 @dataclass(eq=False)
@@ -201,7 +201,7 @@ class PrefixCache:
         depths = {known[key].depth for key in keys} if shared else {0}
         if 0 in depths:
             return None
-        share = not drops_from_caches(self.pruner, self.model.config.num_hidden_layers)
+        share = not self.pruner.drops_from_caches(self.model.config.num_hidden_layers)
         return Prefix([known[key] for key in keys], lengths, share)
 
     def _begin(self, prompt, row: int, columns: slice) -> Beginning:

@@ -138,6 +138,10 @@ class Pruner:
         """Layers that already ran whose caches lose what was dropped before layer `index`, too."""
         return range(0)
 
+    def drops_from_caches(self, num_layers: int) -> bool:
+        """Whether caches of layers that already ran lose tokens at any layer."""
+        return any(len(self.pruned_caches(index, num_layers)) for index in range(num_layers + 1))
+
     def reusable_layers(self, prefill: Prefill) -> int:
         """How many decoder layers, from the first on, this method leaves alone: it neither drops,
         changes nor probes tokens in them. They work the same whatever text follows the image, so

@@ -14,9 +14,9 @@ from transformers import TextStreamer
 
 from llava.conversation import Conversation, conv_templates
 from llava.eval.errors import errors_as_messages
+from llava.eval.model_args import add_option
 from llava.eval.run_llava import (
     add_model_args,
-    add_option,
     image_inputs,
     load_model,
     mark_images,

@@ -14,7 +14,7 @@ import logging
 import os
 
 from ..eval.errors import errors_as_messages
-from ..eval.run_llava import DTYPES, add_option
+from ..eval.model_args import add_model_args, add_option, load_from_args
 from ..mm_utils import get_model_name_from_path
 from ..playground import default_model_path
 from ..pruning.cli import add_pruning_args, pruner_from_args
@@ -65,13 +65,7 @@ def add_service_args(parser: argparse.ArgumentParser) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_service_args(parser)
-    add_option(parser, "--model-path", help="default: the playground checkpoint")
-    add_option(parser, "--model-base", help="base model of a projector or LoRA checkpoint")
-    add_option(parser, "--vision-tower", metavar="DIR", help="replaces the checkpoint's own")
-    add_option(parser, "--device", help="cuda, mps or cpu (default: the best there is)")
-    add_option(parser, "--dtype", choices=DTYPES, help="default: what suits the device")
-    add_option(parser, "--load-8bit", action="store_true")
-    add_option(parser, "--load-4bit", action="store_true")
+    add_model_args(parser)
     add_option(parser, "--use-flash-attn", action="store_true")
     add_option(
         parser, "--multi-modal", action="store_true", help="accepted: the checkpoint says it"
@@ -95,24 +89,11 @@ def load_engine(args):
     pruner, folders = pruner_from_args(args), trained_parts(args.trained_part)
     path = os.path.expanduser(args.model_path or default_model_path())
     name = get_model_name_from_path(path)
-    from ..model.builder import load_pretrained_model
     from .engine import Engine
 
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        path,
-        args.model_base,
-        name,
-        load_8bit=args.load_8bit,
-        load_4bit=args.load_4bit,
-        device=args.device,
-        torch_dtype=DTYPES.get(args.dtype),
-        use_flash_attn=args.use_flash_attn,
-        pruner=pruner,
-        vision_tower=args.vision_tower,
-        generation_strategy=args.generation_strategy,
-    )
-    if image_processor is None:
-        raise ValueError(f"{path} is a model without a vision tower: it cannot look at images")
+    if args.use_flash_attn:
+        args.attn_implementation = "flash_attention_2"
+    tokenizer, model, image_processor = load_from_args(args, path, name, pruner)
     served_as = args.model_name or name
     return Engine(
         tokenizer,

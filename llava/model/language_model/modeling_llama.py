@@ -20,7 +20,7 @@ from ...pruning.base import Pruner
 from ...pruning.cost import DecoderShape
 from ...pruning.ops import gather_tokens
 from ...pruning.tokens import Prefill
-from ..kv_cache import KVCache, RowState, drops_from_caches
+from ..kv_cache import KVCache, RowState
 from ..reuse import Prefix
 from .attention import (
     attend,
@@ -329,7 +329,8 @@ class LlamaModel(LlamaPreTrainedModel):
         """All layers on the prompt; returns hidden states, surviving index (or None) and valid."""
         probes = set() if pruner is None else set(pruner.probe_layers(len(self.layers)))
         start, visual, step = prefill.index, prefill.visual_index, self._prefill_step(prefill)
-        places = held_places if drops_from_caches(pruner, len(self.layers)) else lambda _: None
+        drops = pruner is not None and pruner.drops_from_caches(len(self.layers))
+        places = held_places if drops else lambda _: None
         own, held, done = places(prefill), [], 0  # held: per layer, what its cache holds
         if prefix is not None:
             done = prefix.depth

@@ -26,16 +26,7 @@ class MethodPicker:
         with gr.Group():
             self.method = gr.Dropdown([], label=label, interactive=True, elem_id=f"{name}-method")
             self.note = gr.Markdown(visible=False, elem_classes="pv-note", elem_id=f"{name}-note")
-            self.budget = gr.Slider(
-                1,
-                2,
-                1,
-                step=1,
-                label="Visual tokens per image",
-                visible=False,
-                elem_id=f"{name}-budget",
-                interactive=True,
-            )
+            self.budget = _budget_slider("Visual tokens per image", f"{name}-budget")
             self.own = gr.Checkbox(
                 False, label="Let the method decide how many", visible=False, interactive=True
             )
@@ -47,15 +38,8 @@ class MethodPicker:
                 interactive=True,
                 elem_id=f"{name}-then",
             )
-            self.then_budget = gr.Slider(
-                1,
-                2,
-                1,
-                step=1,
-                label="Of these, tokens on average over the layers",
-                visible=False,
-                elem_id=f"{name}-then-budget",
-                interactive=True,
+            self.then_budget = _budget_slider(
+                "Of these, tokens on average over the layers", f"{name}-then-budget"
             )
         with gr.Accordion(
             "Method options", open=False, visible=False, elem_id=f"{name}-options"
@@ -148,3 +132,8 @@ class MethodPicker:
 def _labelled(method: Method | None, prefix: str) -> list[tuple]:
     """(label, default) of the options beside the budget."""
     return [(prefix + name, default) for name, default in (method.extra if method else {}).items()]
+
+
+def _budget_slider(label: str, name: str) -> gr.Slider:
+    """Hidden until a method says how far it reaches; name: its element id."""
+    return gr.Slider(1, 2, 1, step=1, label=label, visible=False, elem_id=name, interactive=True)
