@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..rms_norm import RMSNorm
 from .ops import gather_tokens, scale_layer
 
 #: layers of the paper: glimpse row and cut of 32 decoder layers, hidden states of a 24-layer tower
@@ -206,20 +207,6 @@ def view_places(image: Tensor, patch: Tensor, grid: tuple[int, int]) -> Tensor:
     places = torch.arange(size, device=patch.device).expand(batch, -1)
     table = torch.full((batch, total + 1), size, device=patch.device)
     return table.scatter(1, slot, places)[:, :total]
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm, statistics in fp32."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * (wide * scale).to(x.dtype)
 
 
 class ImportancePredictor(nn.Module):

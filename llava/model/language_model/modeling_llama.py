@@ -20,6 +20,7 @@ from ...pruning.base import Pruner
 from ...pruning.cost import DecoderShape
 from ...pruning.ops import gather_tokens
 from ...pruning.tokens import Prefill
+from ...rms_norm import RMSNorm
 from ..kv_cache import KVCache, RowState
 from ..reuse import Prefix
 from .attention import (
@@ -31,24 +32,6 @@ from .attention import (
     repeat_heads,
     rows_of,
 )
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm, statistics in fp32."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = torch.rsqrt(length.square() / x.shape[-1] + self.eps)
-        # What a norm costs is memory: without gradients the fp32 copy is overwritten.
-        own = wide is not x and not torch.is_grad_enabled()
-        wide = wide.mul_(scale) if own else wide * scale
-        return self.weight * wide.to(x.dtype)
 
 
 class Rotary:
