@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from llava.eval import decode_speed
-from llava.eval.decode_speed import Clock, Variant, cost_model, options_by_method, rows_of
+from llava.eval.chance import ChanceChoice
+from llava.eval.decode_report import cost_model, rows_of, table
+from llava.eval.decode_run import Clock, Variant, variants_of
+from llava.eval.decode_speed import options_by_method
 from llava.model.self_speculative import SpeculationLog
 from llava.pruning import build_pruner
 from llava.pruning.drafter import Drafter
@@ -56,8 +59,49 @@ def test_every_line_is_compared_with_the_dense_model_and_with_not_guessing(model
     assert fast.step_speed_up == pytest.approx(2) and still.predicted is None
     assert (fast.accepted, fast.drafted, fast.acceptance) == (1.5, 2, 0.75)
     assert fast.same_answers == 100 and plain.same_answers is None
-    table = decode_speed.table([dense, fast])
-    assert table.count("\n") == 3 and "| dense |" in table and "| – |" in table
+    lines = table([dense, fast])
+    assert lines.count("\n") == 3 and "| dense |" in lines and "| – |" in lines
+
+
+def test_the_number_of_guesses_is_that_of_the_guessing_way_alone(model):
+    ways = variants_of({"twigvlm": grown(model)}, 3)
+    assert [way.guesses for way in ways] == [False, False, False, True]
+    assert [way.options.get("num_speculations") for way in ways] == [None, None, 0, 3]
+
+
+def test_chance_agrees_as_often_as_asked():
+    torch.manual_seed(0)
+    scores, guessed = torch.eye(4), torch.tensor([3, 3, 3])
+    choice = ChanceChoice([], None, guessed[None], [], acceptance=0.5)
+    runs = []
+    for _ in range(4000):
+        tokens, agreed = choice._best(scores, guessed, None)
+        runs.append(int(agreed))
+        assert tokens.tolist() == [3] * runs[-1] + [0, 1, 2, 3][runs[-1] :]
+    share = torch.bincount(torch.tensor(runs)) / len(runs)
+    assert share.tolist() == pytest.approx([0.5, 0.25, 0.125, 0.125], abs=0.03)
+    assert not choice.stops(guessed[None, :1], torch.tensor([0.01]), 0.6)
+
+
+def test_random_weights_guess_as_many_as_asked_and_are_right_as_often_as_asked(capsys):
+    words = ["--config", "small", "--visual-token-num", "96", "--num-speculations", "2"]
+    words += ["--acceptance", "1", "--limit", "1", "--max-new-tokens", "13", "--device", "cpu"]
+    result = decode_speed.main(words)
+    assert result["about"]["acceptance"] == 1 and result["about"]["model"] == "small"
+    row = result["rows"][3]
+    # 13 tokens: three a step, and one in the last step, where no guess has a place
+    assert (row["accepted"], row["drafted"]) == (1.6, 1.6) and row["same_answers"] is None
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+
+
+def test_made_up_and_trained_models_are_not_mixed(capsys):
+    for words, message in (
+        (["--config", "7b", "--model-path", "a"], "--model-path has no place there"),
+        (["--config", "7b", "--acceptance", "1.5"], "must lie between 0 and 1"),
+    ):
+        with pytest.raises(SystemExit):
+            decode_speed.parse_args(words)
+        assert message in capsys.readouterr().err
 
 
 def test_options_belong_to_a_method():
@@ -108,4 +152,8 @@ def test_the_efficiency_program_hands_over(monkeypatch):
     assert efficiency.main(words) == {"rows": []}
     args = decode_speed.parse_args(seen[0])
     assert args.methods == ["twigvlm", "fastv"] and args.dtype == "float32"
-    assert args.visual_token_num == 96
+    assert args.visual_token_num == 96 and args.config is None
+    efficiency.main([*words, "--config", "7b"])
+    assert decode_speed.parse_args(seen[1]).config == "7b"
+    efficiency.main([*words, "--config", "some/folder"])
+    assert "--model-path some/folder" in " ".join(seen[2])

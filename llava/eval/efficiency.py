@@ -137,8 +137,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--decode",
         action="store_true",
-        help="instead: long answers of a trained model, with and without guessed tokens; more "
-        "options: python -m llava.eval.decode_speed --help",
+        help="instead: long answers token by token, with and without guessed tokens, of the "
+        "playground, a checkpoint, or random weights; more options: "
+        "python -m llava.eval.decode_speed --help",
     )
     add("--stock", action="store_true", help="also time transformers' own decoder, dense")
     add("--json", metavar="FILE", help="write the result there, too")
@@ -177,9 +178,10 @@ def decode_words(args) -> list[str]:
         "--visual-token-num": args.visual_token_num,
         "--dtype": str(DTYPES[args.dtype]).removeprefix("torch."),
         "--device": args.device,
-        "--model-path": None if args.config == "playground" else args.config,
         "--json": args.json,
     }
+    if args.config != "playground":
+        words["--config" if args.config in CONFIGS else "--model-path"] = args.config
     given = [str(word) for pair in words.items() if pair[1] is not None for word in pair]
     if args.method.strip() != ALL:
         given += ["--methods", *(name.strip() for name in args.method.split(","))]

@@ -150,14 +150,16 @@ def llava_facts(model: LlavaLlamaForCausalLM, pruner: Pruner, workload: Workload
     return {"facts": facts, "schedule": schedule}
 
 
-def make_pruner(name: str, visual_token_num: int, model) -> Pruner:
+def make_pruner(name: str, visual_token_num: int, model, **options) -> Pruner:
     """The method with this budget, where it has one, and random weights in place of trained parts.
+
+    options: further ones of the method
 
     Raises ValueError where the method does not know the budget, or the model.
     """
-    options = option_names(METHODS[name]) if name in METHODS else ["visual_token_num"]
-    budget = {"visual_token_num": visual_token_num} if "visual_token_num" in options else {}
-    pruner = build_pruner(name, **budget)
+    known = option_names(METHODS[name]) if name in METHODS else ["visual_token_num"]
+    budget = {"visual_token_num": visual_token_num} if "visual_token_num" in known else {}
+    pruner = build_pruner(name, **budget, **options)
     pruner.use_random_parts(model)
     model.pruner = pruner
     return pruner

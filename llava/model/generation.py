@@ -55,6 +55,8 @@ class GenerationStrategies:
 
     #: what `generate` uses when the call does not say
     generation_strategy = STRATEGIES[0]
+    #: makes the rule by which guesses are chosen and verified, with the arguments of `TokenChoice`
+    token_choice = TokenChoice
 
     @property
     def possible_strategy(self) -> str:
@@ -116,7 +118,8 @@ class GenerationStrategies:
         ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
         answers = []
         for row in traced_rows(self, len(input_ids)):
-            choice = TokenChoice(logits_processor, warpers, input_ids[row : row + 1], ends)
+            ids = input_ids[row : row + 1]
+            choice = self.token_choice(logits_processor, warpers, ids, ends)
             own = one_row(prompt, row)
             answers.append(
                 speculate(self, drafter, choice, own, stopping_criteria, streamer, output_scores)

@@ -81,7 +81,7 @@ class TokenChoice:
 
     def _best(self, scores: Tensor, guessed: Tensor, _) -> tuple[Tensor, Tensor]:
         best = scores.argmax(dim=-1)
-        return best, _run_of(best[:-1] == guessed)
+        return best, run_of(best[:-1] == guessed)
 
     def _sampled(
         self, scores: Tensor, guessed: Tensor, distributions: list
@@ -92,7 +92,7 @@ class TokenChoice:
         q = torch.cat([p[:0], *distributions])
         at = guessed[:, None]
         ratio = p[:-1].gather(1, at)[:, 0] / q.gather(1, at)[:, 0]
-        agreed = _run_of(torch.rand_like(ratio) < ratio)
+        agreed = run_of(torch.rand_like(ratio) < ratio)
         rest = (p - F.pad(q, (0, 0, 0, 1)))[agreed].clamp(min=0)
         rest = torch.where(rest.sum() > 0, rest, p[agreed])  # p = q up to rounding
         own = torch.multinomial(rest, 1)
@@ -105,6 +105,6 @@ class TokenChoice:
         return logits
 
 
-def _run_of(flags: Tensor) -> Tensor:
+def run_of(flags: Tensor) -> Tensor:
     """How many flags (n,) are True before the first that is not."""
     return flags.long().cumprod(dim=0).sum()

@@ -1,0 +1,32 @@
+"""Guesses that are right by chance: what guessing costs and brings, without trained weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava.model.token_choice import TokenChoice, run_of
+
+
+class ChanceChoice(TokenChoice):
+    """Greedy choice of a decoder that agrees with each guess with probability `acceptance`.
+
+    Random weights never agree. How long a step takes depends on how many tokens are guessed and
+    stay, not on which: here chance (torch's generator) says how many stay, and all the work of
+    finding that out is done as well. Guessing stops at the drafter's `num_speculations` alone.
+    """
+
+    def __init__(self, *args, acceptance: float):
+        super().__init__(*args)
+        self.acceptance = acceptance
+
+    def stops(self, token: Tensor, probability: Tensor, least: float) -> bool:
+        super().stops(token, probability, least)
+        return False
+
+    def _best(self, scores: Tensor, guessed: Tensor, _) -> tuple[Tensor, Tensor]:
+        best = scores.argmax(dim=-1)
+        agreed = run_of(torch.rand(guessed.shape, device=guessed.device) < self.acceptance)
+        places = torch.arange(len(best), device=best.device)
+        return torch.where(places < agreed, F.pad(guessed, (0, 1)), best), agreed
