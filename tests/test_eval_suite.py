@@ -11,7 +11,7 @@ import pytest
 
 from llava.eval import suite, suite_report
 from llava.eval.benchmarks import BENCHMARKS
-from llava.pruning import build_pruner
+from llava.pruning import Pruner, build_pruner
 from tests import mini_benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,6 +100,19 @@ def test_answers_of_another_precision_are_not_taken_for_its_own(args):
     suite.run_all(FakeLoop(), runs, benchmarks, args)
     args.dtype = "bfloat16"
     with pytest.raises(ValueError, match="dtype was None and is now 'bfloat16'"):
+        suite.run_all(FakeLoop(), runs, benchmarks, args)
+
+
+def test_answers_with_another_trained_part_are_not_taken_for_its_own(args, tmp_path, monkeypatch):
+    part = tmp_path / "part"
+    part.mkdir()
+    monkeypatch.setattr(Pruner, "part_folders", lambda self, path: [str(part)])
+    (part / "model.safetensors").write_bytes(b"first")
+    runs, benchmarks = suite.plan(args, 576)[:1], suite.available(["pope"], args.data_dir)
+    suite.run_all(FakeLoop(), runs, benchmarks, args)
+    suite.run_all(FakeLoop(), runs, benchmarks, args)
+    (part / "model.safetensors").write_bytes(b"again")  # trained once more, into the same folder
+    with pytest.raises(ValueError, match="trained_parts was"):
         suite.run_all(FakeLoop(), runs, benchmarks, args)
 
 

@@ -211,7 +211,7 @@ def fingerprint(checkpoint: str) -> str:
         return checkpoint
     digest = hashlib.sha256()
     for name in sorted(os.listdir(checkpoint)):
-        if name.endswith((".safetensors", ".bin")):
+        if name.endswith((".safetensors", ".bin", ".pt")):
             with open(os.path.join(checkpoint, name), "rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(size - TAIL_BYTES, 0))

@@ -45,10 +45,12 @@ def load_loop(args) -> AnswerLoop:
 
 def settings_of(args, pruner) -> dict:
     """Returns what must agree for two runs to continue each other's answers."""
+    parts = [fingerprint(folder) for folder in pruner.part_folders(args.model_path)]
     return {name: getattr(args, name, None) for name in SETTINGS} | {
         "model": args.model_name,
         "weights": fingerprint(args.model_path),
         "pruner": repr(pruner),
+        **({"trained_parts": parts} if parts else {}),
     }
 
 

@@ -64,6 +64,10 @@ class Pruner:
         """Makes `module` of random weights that fit `model`, where the method has one, so that it
         is not loaded when the method is assigned: for measuring times, not for answers."""
 
+    def part_folders(self, model_path: str) -> list[str]:
+        """Folders of the trained parts that this method reads for the model of `model_path`."""
+        return []
+
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
         """Raises ValueError when this setting cannot run on a model of that shape.
 

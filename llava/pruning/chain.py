@@ -111,6 +111,9 @@ class Chain(Pruner):
         for method in self.methods:
             method.attach_model(model)
 
+    def part_folders(self, model_path: str) -> list[str]:
+        return [folder for method in self.methods for folder in method.part_folders(model_path)]
+
     def use_random_parts(self, model) -> None:
         for method in self.methods:
             method.use_random_parts(model)

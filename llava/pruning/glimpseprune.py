@@ -109,10 +109,12 @@ class GlimpsePrune(Pruner):
         config.check_depth(model.config.num_hidden_layers, tower.depth[0])
         self.module.to(model.get_input_embeddings().weight.device)
 
+    def part_folders(self, model_path: str) -> list[str]:
+        return [part_folder(self.name, self.new_modules, model_path, "new_modules")]
+
     def load(self, model: nn.Module) -> Glimpse:
         """Reads the trained part that belongs to `model`."""
-        path = getattr(model.config, "_name_or_path", "")
-        folder = part_folder(self.name, self.new_modules, path, "new_modules")
+        (folder,) = self.part_folders(getattr(model.config, "_name_or_path", ""))
         self.saved = {k: v for k, v in read_part_config(folder, self.name).items() if k in DEFAULTS}
         config = GlimpseConfig.from_values(read_part_config(folder, self.name), model)
         source, tensors = read_part(folder, WEIGHTS_FILES)

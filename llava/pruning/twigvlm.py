@@ -95,10 +95,12 @@ class TwigVLM(BudgetPruner):
 
     # --- the twig -----------------------------------------------------------------------------
 
+    def part_folders(self, model_path: str) -> list[str]:
+        return [part_folder(self.name, self.twig, model_path, "twig")]
+
     def attach_model(self, model: nn.Module) -> None:
         if self.module is None:
-            path = getattr(model.config, "_name_or_path", "")
-            folder = part_folder(self.name, self.twig, path, "twig")
+            (folder,) = self.part_folders(getattr(model.config, "_name_or_path", ""))
             self._config = read_part_config(folder, self.name)
             self.module = load_twig(folder, model, self.twig_T or _environment("twig_T"))
         weight = self.module.norm.weight
