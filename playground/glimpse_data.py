@@ -26,7 +26,9 @@ SET = "playground"
 def needed(scene: Scene, question: Question) -> list[tuple[int, int, int, int]]:
     """Boxes in px of what has to be seen to answer: the things and signs it names, or counts.
 
-    Where it asks for what is not there, the things that resemble it, or else all things.
+    Where it asks for what is not there, the things that resemble it, or else all things. A question
+    about all things names nothing and needs the whole picture: how many there are is seen from how
+    much they leave free.
     """
     text = question.bare
     if question.task == "description":
@@ -37,6 +39,8 @@ def needed(scene: Scene, question: Question) -> list[tuple[int, int, int, int]]:
     if not named:
         kinds = {kind for kind in KINDS if mentions(text, kind) or mentions(text, PLURALS[kind])}
         colors = {color for color in COLORS if mentions(text, color)}
+        if not kinds and not colors:
+            return [(0, 0, scenes.IMAGE_SIZE, scenes.IMAGE_SIZE)]
         if kinds and question.task != "existence":  # "Is the ring red?" is about the ring
             colors = set()
         named = [item for item in scene.things if item.kind in kinds or item.color in colors]

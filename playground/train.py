@@ -28,11 +28,11 @@ TOWER = CHECKPOINTS / "clip-playground-patch14-336"
 LLAVA = CHECKPOINTS / "llava-v1.5-playground"
 DATA = ROOT / "data"
 WEIGHTS = "model.safetensors"
-PICTURES = 6000
-MINUTES = {"tower": 33, "decoder": 134}
+PICTURES = {"finetune": 6000, "twig": 10_000}
+MINUTES = {"tower": 33, "decoder": 161}
 DECODER_SCENES = 100_000  # first of the training scenes of stage 2
 CONVERSATION_SCENES = 1_000_000  # of stages 3 and 4, which stages 1 and 2 do not reach
-LONGEST = 6  # turns of a conversation of stages 3 and 4
+TURNS = {"finetune": 6, "twig": 12}  # of a conversation at most
 
 
 def tower(args: argparse.Namespace) -> None:
@@ -55,7 +55,10 @@ def finetune(args: argparse.Namespace) -> None:
     output, start = DATA / "finetune", DATA / "finetune" / "start"
     if not start.exists():
         shutil.copytree(LLAVA, start, ignore=shutil.ignore_patterns("training_*"))
-    options = conversations(start, output) | {"vision_tower": TOWER, "learning_rate": 1e-4}
+    options = conversations("finetune", start, output) | {
+        "vision_tower": TOWER,
+        "learning_rate": 3e-5,
+    }
     _run("llava.train.train", options | {"max_steps": args.steps or 300})
     save_mean(start / WEIGHTS, output / WEIGHTS, LLAVA / WEIGHTS)
 
@@ -72,37 +75,42 @@ def twig(args: argparse.Namespace) -> None:
     """Stage 4: a twig of two layers on the embeddings; all visual tokens enter the layers below a
     twig, so with any below it no average of 64 of 576 could be reached."""
     output = DATA / "twig"
-    options = conversations(LLAVA, output) | {"twig_K": 0, "twig_T": 2, "learning_rate": 1e-3}
-    _run("llava.train.train_twigvlm", options | {"max_steps": args.steps or 900})
+    options = conversations("twig", LLAVA, output) | {
+        "twig_K": 0,
+        "twig_T": 2,
+        "learning_rate": 1e-3,
+    }
+    _run("llava.train.train_twigvlm", options | {"max_steps": args.steps or 4000})
     _publish_part(output, "twigvlm")
 
 
 def glimpse(args: argparse.Namespace) -> None:
-    """Stage 5: a glimpse read in the middle of the decoder, and a small predictor."""
+    """Stage 5: a glimpse read in three layers up to the middle of the decoder, where its attention
+    shows what the question names, and a small predictor."""
     data, output = DATA / "glimpse", DATA / "glimpse" / "run"
     glimpse_data.write(data, pictures=1500, per_picture=6)
     options = {
         "model_name_or_path": LLAVA,
         "train_dataset": data / "boxes.jsonl",
         "img_dir": data,
-        "selected_layers": 3,
+        "selected_layers": (1, 2, 3),
         "reduce_layer": 3,
         "attn_fuse_size": 64,
         "visual_cond_size": 128,
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 1,
         "learning_rate": 1e-3,
-        "max_steps": args.steps or 400,
+        "max_steps": args.steps or 900,
     }
     _run("llava.train.train_glimpseprune", options | here(output))
     _publish_part(output, "glimpseprune")
 
 
-def conversations(model: Path, output: Path) -> dict:
+def conversations(stage: str, model: Path, output: Path) -> dict:
     """Options of `llava.train.train` for conversations about new scenes."""
-    data = DATA / "train"
+    data = DATA / f"train_{stage}"
     if not (data / "conversations.json").exists():
-        make_data.write_training(data, CONVERSATION_SCENES, PICTURES, LONGEST)
+        make_data.write_training(data, CONVERSATION_SCENES, PICTURES[stage], TURNS[stage])
     options = {
         "model_name_or_path": model,
         "version": "v1",
@@ -137,8 +145,16 @@ def _publish_part(trained: Path, method: str) -> None:
 
 
 def _run(module: str, options: dict, *flags: str) -> None:
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    subprocess.run([sys.executable, "-m", module, *words, *flags], check=True)
+    subprocess.run([sys.executable, "-m", module, *as_words(options), *flags], check=True)
+
+
+def as_words(options: dict) -> list[str]:
+    """A command line; the values of a tuple stand one behind the other."""
+    words = []
+    for name, value in options.items():
+        values = value if isinstance(value, tuple) else (value,)
+        words += [f"--{name}", *map(str, values)]
+    return words
 
 
 STAGES = {f.__name__: f for f in (tower, decoder, finetune, twig, glimpse)}

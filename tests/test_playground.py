@@ -180,9 +180,8 @@ def test_the_stages_of_the_training_name_options_that_exist(tmp_path, monkeypatc
     ran = []
 
     def parse(module, options):
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         with own_precision():  # --bf16 would stay for later tests
-            HfArgumentParser(classes[module]).parse_args_into_dataclasses(words)
+            HfArgumentParser(classes[module]).parse_args_into_dataclasses(train.as_words(options))
         ran.append(module)
 
     monkeypatch.setattr(train, "DATA", tmp_path)

@@ -8,12 +8,13 @@ import pytest
 from llava.train.glimpseprune_data import read_datasets
 from playground.glimpse_data import needed, records, write
 from playground.questions import ask
-from playground.scenes import Scene, Sign, Thing, make_scene
+from playground.scenes import IMAGE_SIZE, Scene, Sign, Thing, make_scene
 
 RED_STAR = Thing("red", "star", (10, 10, 40, 40))
 RED_BALL = Thing("red", "ball", (60, 10, 90, 40))
 BLUE_BALL = Thing("blue", "ball", (110, 10, 140, 40))
 SIGN = Sign("green", "cat", (10, 100, 60, 130))
+WHOLE = (0, 0, IMAGE_SIZE, IMAGE_SIZE)
 SCENE = Scene(0, (RED_STAR, RED_BALL, BLUE_BALL), (SIGN,))
 
 
@@ -34,7 +35,6 @@ class Asked:
         ("Is the red star left of the blue ball?", "relation", [RED_STAR, BLUE_BALL]),
         ("How many balls are there?", "counting", [RED_BALL, BLUE_BALL]),
         ("How many red things are there?", "counting", [RED_STAR, RED_BALL]),
-        ("How many things are there?", "counting", [RED_STAR, RED_BALL, BLUE_BALL]),
         ("What is written on the sign?", "reading", [SIGN]),
         ("Describe the image.", "description", [RED_STAR, RED_BALL, BLUE_BALL, SIGN]),
     ],
@@ -43,12 +43,18 @@ def test_a_question_needs_what_it_names(text, task, items):
     assert needed(SCENE, Asked(text, task)) == [item.box for item in items]
 
 
+@pytest.mark.parametrize("text", ["How many things are there?", "Are there 4 things in the image?"])
+def test_a_question_about_all_things_needs_the_whole_picture(text):
+    assert needed(SCENE, Asked(text, "counting")) == [WHOLE]
+
+
 def test_every_question_of_the_mix_needs_something_but_never_everything_it_does_not_name():
     for seed in range(20):
         scene = make_scene(seed)
         for question in ask(scene, np.random.default_rng(seed)):
             boxes = needed(scene, question)
-            assert boxes and set(boxes) <= {item.box for item in (*scene.things, *scene.signs)}
+            items = {item.box for item in (*scene.things, *scene.signs)}
+            assert boxes == [WHOLE] or (boxes and set(boxes) <= items)
             if question.task == "attribute":
                 assert len(boxes) == 1
 
