@@ -30,6 +30,7 @@ from llava.train.model_setup import (
     load_model,
     settle_dtypes,
 )
+from llava.train.processes import leave_group
 
 
 def train(
@@ -137,3 +138,4 @@ def own_precision() -> Iterator[None]:
 
 if __name__ == "__main__":
     train()
+    leave_group()

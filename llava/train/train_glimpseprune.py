@@ -28,6 +28,7 @@ from llava.model.builder import load_pretrained_model
 from llava.pruning.glimpseprune import DEFAULTS, GlimpsePrune
 from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
 from llava.pruning.learned import read_part, save_part
+from llava.train.processes import leave_group
 
 from .arguments import TrainingArguments
 from .glimpseprune_data import BoxCollator, BoxDataset, read_datasets
@@ -289,3 +290,4 @@ def found_boxes(hits: Sequence[float]) -> dict[str, float]:
 
 if __name__ == "__main__":
     train()
+    leave_group()

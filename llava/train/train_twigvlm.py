@@ -28,6 +28,7 @@ from llava.train.arguments import DataArguments, ModelArguments, TrainingArgumen
 from llava.train.data import make_supervised_data_module
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.model_setup import add_vision, load_model
+from llava.train.processes import leave_group
 from llava.train.saving import gathered
 from llava.train.train import choose_template, load_tokenizer, own_precision
 
@@ -191,3 +192,4 @@ def leave_out(samples: list, places: Sequence[int]) -> None:
 
 if __name__ == "__main__":
     train()
+    leave_group()
