@@ -536,7 +536,8 @@ def test_merging_an_adapter_and_extracting_its_projector(folder, weights, tmp_pa
     merge_lora(str(adapter), str(CHECKPOINT), str(tmp_path / "merged"))
     state = load(tmp_path / "merged", name="merged")[1].state_dict()
     merged = state["model.layers.3.self_attn.q_proj.weight"]
-    assert torch.allclose(merged, before + 4 * update, atol=2e-2)
+    # Merged in fp16, which rounds the product and the sum to 2 ** -11 of values up to some tens.
+    assert torch.allclose(merged, before + 4 * update, atol=2e-2, rtol=2**-9)
     extract(str(tmp_path / "merged"), str(tmp_path / "new" / "mm_projector.bin"))
     projector = torch.load(tmp_path / "new" / "mm_projector.bin", weights_only=True)
     assert set(projector) == {n for n in weights if "projector" in n}
