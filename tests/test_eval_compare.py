@@ -177,6 +177,17 @@ def test_table_file_and_plots_hold_every_run(finished, tmp_path):
         assert (tmp_path / f"{axis}.png").stat().st_size > 5000
 
 
+def test_what_was_written_by_hand_survives_the_next_page(tmp_path):
+    path = tmp_path / "page.md"
+    assert compare_report.by_hand(str(path)) == ""
+    path.write_text("generated")
+    assert compare_report.by_hand(str(path)) == ""
+    hand = f"\n{compare_report.BY_HAND}\nMine.\n"
+    for generated in ("old\n", "new\n"):
+        path.write_text(generated + hand)
+        assert compare_report.by_hand(str(path)) == hand
+
+
 def test_costs_are_measured_on_prompts(model):
     prompts = [Workload.random(model, 1, 8, 1) for _ in range(2)]
     runs = [suite.Run("none", 36, build_pruner())]

@@ -20,7 +20,7 @@ import sys
 
 from llava.eval import suite
 from llava.eval.compare_plot import plot
-from llava.eval.compare_report import csv_text, markdown, page
+from llava.eval.compare_report import by_hand, csv_text, markdown, page
 from llava.eval.comparison import Comparison, compare_runs
 from llava.eval.costs import measure_costs, sample_prompts
 from llava.eval.errors import errors_as_messages
@@ -75,8 +75,9 @@ def write(comparison: Comparison, args: argparse.Namespace, command: str) -> Non
         names = {axis: f"results_{axis}.png" for axis in AXES}
         for axis, name in names.items():
             plot(comparison, axis, os.path.join(pictures, name))
+        whole = page(text, names, command) + by_hand(args.page)
         with open(args.page, "w", encoding="utf-8") as file:
-            file.write(page(text, names, command))
+            file.write(whole)
 
 
 @errors_as_messages()

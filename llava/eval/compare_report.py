@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 
 from llava.eval.comparison import AVERAGE, Cell, Comparison, Row
 from llava.eval.suite_report import DENSE
 
+#: a page keeps what stands from this line on when it is written again
+BY_HAND = "<!-- written by hand -->"
 COLUMNS = (
     "method,tokens,task,metric,score,percent,low,high,change,change_low,change_high,loyalty,count,"
     "visual_tokens,tokens_in,kv_bytes,flops,seconds_first_token,answers_per_second"
@@ -138,6 +141,15 @@ def _range(bounds: tuple[float, float] | None, sign: str = "") -> str:
 
 def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def by_hand(path: str) -> str:
+    """What the page in a file has from the line `BY_HAND` on; "" without that line, or a file."""
+    if not os.path.exists(path):
+        return ""
+    with open(path, encoding="utf-8") as file:
+        _, mark, rest = file.read().partition(f"{BY_HAND}\n")
+    return f"\n{mark}{rest}" if mark else ""
 
 
 def page(text: str, pictures: dict[str, str], command: str) -> str:

@@ -6,14 +6,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from llava.eval.efficiency_run import Workload
+from llava.eval.efficiency_run import DENSE, Workload
 from llava.eval.tasks import Question
 from llava.mm_utils import tokenizer_image_token
 from llava.model.self_speculative import SpeculationLog
 from llava.pruning import Pruner, build_pruner
 from llava.pruning.drafter import STRATEGIES
-
-DENSE = "dense"
 
 
 class Clock:
