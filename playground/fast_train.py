@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from llava.model.placement import cpu_multiplies_bfloat16
 from playground import questions, scenes, tokenizer
 from playground.train_tower import (
     IGNORE,
@@ -153,7 +154,7 @@ def tower_features(tower: Tower, seeds: range) -> torch.Tensor:
     for first in range(0, len(seeds), 16):
         some = seeds[first : first + 16]
         patches = torch.from_numpy(np.stack([render_patches(seed) for seed in some]))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_multiplies_bfloat16()):
             found[first : first + 16] = tower.second_last(patches.float() * scale - shift)[:, 1:]
     return found
 
@@ -459,7 +460,7 @@ def states_and_labels(model: Decoder, features: torch.Tensor, batch: dict):
     start = first + (PATCHES if grid else kept.shape[1])
     ids = [torch.from_numpy(x) for x in batch["ids"]]
     labels = torch.cat([torch.from_numpy(x).flatten(1) for x in batch["labels"]], 1)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=cpu_multiplies_bfloat16()):
         states, middle = model(some, positions, ids, start)
         mask = labels != IGNORE
         logits = model.lm_head(states[mask]).float()

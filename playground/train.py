@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from llava.model.placement import cpu_multiplies_bfloat16
 from playground import glimpse_data, make_data
 
 ROOT = Path(__file__).parent
@@ -131,7 +132,9 @@ def conversations(stage: str, model: Path, output: Path) -> dict:
 
 def here(output: Path) -> dict:
     """Options of every Trainer for a run on this machine that can be continued."""
-    options = {"output_dir": output, "bf16": True, "use_cpu": not torch.cuda.is_available()}
+    on_gpu = torch.cuda.is_available()
+    options = {"output_dir": output, "use_cpu": not on_gpu}
+    options |= {"bf16": on_gpu or cpu_multiplies_bfloat16()}
     options |= {"save_steps": 100, "save_total_limit": 1, "logging_steps": 10}
     return options | {"report_to": "none", "seed": 0}
 

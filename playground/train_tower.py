@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llava.model.placement import cpu_multiplies_bfloat16
 from playground import scenes
 from playground.clip_files import CONTEXT, phrase_ids, save_clip
 
@@ -329,7 +330,7 @@ def box_offsets(data: dict) -> torch.Tensor:
 @torch.no_grad()
 def evaluate(model: Playground, data: dict, phrases: torch.Tensor) -> dict[str, float]:
     """Accuracies on held-out scenes; box is the mean error of an edge in px."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=cpu_multiplies_bfloat16()):
         dense, classes, projected = model(data["patches"], data["kept"])
         texts = model.text_projection(model.text(phrases))
     parts = dict(
@@ -459,7 +460,7 @@ class Trainer:
         self._save()
 
     def _loss(self, data: dict) -> dict[str, torch.Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_multiplies_bfloat16()):
             out = self.model(data["patches"], data["kept"])
             return losses(self.model, out, data, self.phrases)
 

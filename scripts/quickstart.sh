@@ -2,7 +2,7 @@
 # From a fresh clone to benchmark scores: makes .venv, installs the project, and evaluates the
 # playground checkpoint with all 576 and with 192, 128 and 64 visual tokens per image.
 #
-#     bash scripts/quickstart.sh                         a part of the questions, a few minutes
+#     bash scripts/quickstart.sh                         a part of the questions, under 6 minutes
 #     LIMIT=300 bash scripts/quickstart.sh               about so many questions per task
 #     PYTHON=/path/to/python bash scripts/quickstart.sh  in an environment of your own
 #
@@ -13,7 +13,7 @@ source scripts/env.sh
 prepare_env eval
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # everything needed is in the repository
 
-LIMIT=${LIMIT:-100}
+LIMIT=${LIMIT:-40}
 OUT=${OUT:-runs/quickstart/limit_$LIMIT}
 mkdir -p "$OUT"
 

@@ -22,7 +22,6 @@ from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import write_checkpoint
 from llava.model.consolidate import consolidate_ckpt
 from llava.model.make_delta import make_delta
-from llava.model.placement import choose_dtype
 from llava.model.utils import auto_upgrade
 from llava.pruning import build_pruner
 from tests.golden_data import SHIPPED
@@ -309,17 +308,6 @@ def test_an_absent_device_is_named():
         pytest.skip("this machine has the device")
     with pytest.raises(ValueError, match="no CUDA device"):
         load_pretrained_model(str(CHECKPOINT), None, "llava", device="cuda")
-
-
-def test_the_default_type_is_half_precision_except_on_the_cpu():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert choose_dtype(None, {"torch_dtype": "bfloat16"}, cuda) == torch.float16
-    assert choose_dtype(None, {"torch_dtype": "bfloat16"}, cpu) == torch.bfloat16
-    assert choose_dtype(None, {"torch_dtype": "float16"}, cpu) == torch.float32
-    assert choose_dtype("auto", {"torch_dtype": "float16"}, cpu) == torch.float16
-    assert choose_dtype(torch.float64, {}, cpu) == torch.float64
-    with pytest.raises(ValueError, match="choose float32"):
-        choose_dtype("int3", {}, cpu)
 
 
 @pytest.mark.parametrize("option", ["load_8bit", "load_4bit"])

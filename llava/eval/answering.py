@@ -43,6 +43,7 @@ class Task:
     path:     answers file
     model:    name of the model in the answer lines
     settings: what must be equal for two runs to continue each other (JSON values)
+    label:    what the progress bar says; by default the name of the answers file
     """
 
     questions: list[Question]
@@ -50,6 +51,7 @@ class Task:
     path: str
     model: str
     settings: dict
+    label: str = ""
 
     def line(self, number: int, text: str) -> dict:
         """The record for the answers file; its id follows from question and settings, so that a
@@ -107,7 +109,8 @@ def _answer(task, todo: list[Share], make_loop, workers, key: str, put, num_befo
     loop = make_loop()
     loop.visual_tokens, start = None, time.perf_counter()
     asked = ((b, [task.questions[n] for n in b]) for b in chain([first], batches))
-    bar = {"desc": os.path.basename(task.path), "unit": " answers", "disable": not workers.main}
+    label = task.label or os.path.basename(task.path)
+    bar = {"desc": label, "unit": " answers", "disable": not workers.main}
     with tqdm(total=len(task.questions), initial=num_before, **bar) as progress:
         for numbers, texts in loop.run(asked, task.images):
             put(numbers, [task.line(n, text) for n, text in zip(numbers, texts, strict=True)])

@@ -33,6 +33,7 @@ from llava.eval.loading import DTYPES, add_model_args, load_loop, resolve_conv_m
 from llava.eval.random_model import CONFIGS, build_random_model, shapes
 from llava.eval.tasks import Question, read_jsonl
 from llava.mm_utils import get_model_name_from_path
+from llava.model.placement import fast_dtype
 from llava.pruning import METHODS, Pruner, build_pruner
 
 QUESTIONS, IMAGES = "describe/questions.jsonl", "images"
@@ -118,7 +119,7 @@ def trained_model(args) -> tuple:
 def random_model(args) -> tuple:
     """The same with random weights of the sizes `args.config`."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = DTYPES[args.dtype or "bfloat16"]
+    dtype = DTYPES[args.dtype] if args.dtype else fast_dtype(device)
     options = options_by_method(args.pruning_arg)
     model = build_random_model(*shapes(args.config), dtype=dtype, device=device)
     model.token_choice = partial(ChanceChoice, acceptance=args.acceptance)

@@ -40,6 +40,7 @@ from llava.eval.efficiency_run import (
 from llava.eval.errors import errors_as_messages
 from llava.eval.plotting import import_pyplot
 from llava.eval.random_model import CONFIGS, build_random_model, shapes
+from llava.model.placement import fast_dtype
 from llava.playground import default_model_path
 from llava.pruning import METHODS, Pruner
 
@@ -79,7 +80,7 @@ def describe(args: argparse.Namespace, model, command: list[str]) -> dict:
         "config": args.config,
         "parameters": sum(p.numel() for p in model.parameters()),
         "attention": model.config._attn_implementation,
-        "dtype": args.dtype,
+        "dtype": next(name for name, dtype in DTYPES.items() if dtype == model.dtype),
         "device": torch.cuda.get_device_name(device)
         if cuda
         else platform.processor() or platform.machine(),
@@ -117,7 +118,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="methods to measure, with commas between them, or all (the default)",
     )
     add("--visual-token-num", type=int, default=64, help="token budget per image (default: 64)")
-    add("--dtype", choices=DTYPES, default="bf16")
+    add("--dtype", choices=DTYPES, help="default: bf16, fp32 on a CPU without bf16 products")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--repeats", type=int, default=10, help="timed rounds (default: 10)")
     add("--warmup", type=int, default=2, help="rounds before them (default: 2)")
@@ -176,7 +177,7 @@ def decode_words(args) -> list[str]:
     """The command line of `llava.eval.decode_speed` for the same request."""
     words = {
         "--visual-token-num": args.visual_token_num,
-        "--dtype": str(DTYPES[args.dtype]).removeprefix("torch."),
+        "--dtype": args.dtype,
         "--device": args.device,
         "--json": args.json,
     }
@@ -196,7 +197,8 @@ def main(argv: list[str] | None = None) -> dict:
         return decode_speed.main(decode_words(args))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = default_model_path() if args.config == "playground" else args.config
-    model = build_random_model(*shapes(name), dtype=DTYPES[args.dtype], device=device)
+    dtype = DTYPES[args.dtype] if args.dtype else fast_dtype(device)
+    model = build_random_model(*shapes(name), dtype=dtype, device=device)
     pruners, refused = methods_to_measure(args.method, args.visual_token_num, model)
     about = describe(args, model, sys.argv[1:] if argv is None else argv)
     print(", ".join(f"{key} {value}" for key, value in about.items()))

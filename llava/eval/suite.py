@@ -107,15 +107,19 @@ def answers_path(out: str, run: Run, benchmark: Benchmark) -> str:
 
 
 def run_task(
-    loop, run: Run, benchmark: Benchmark, args, dense_texts: dict, workers: Workers
+    loop, run: Run, benchmark: Benchmark, args, dense_texts: dict, workers: Workers, label: str = ""
 ) -> Score:
-    """Returns the score of one method at one budget on one benchmark."""
+    """Returns the score of one method at one budget on one benchmark.
+
+    label: what the progress bar says in front of the benchmark's name
+    """
     question_file = os.path.join(args.data_dir, benchmark.questions)
     questions = benchmark.load_questions(question_file, args.limit)
     path = answers_path(args.out, run, benchmark)
     images = benchmark.image_folder(args.data_dir)
     settings = settings_of(args, run.pruner)
-    task = Task(questions, images, path, args.model_name, settings)
+    bar = f"{label}, {benchmark.name}" if label else ""
+    task = Task(questions, images, path, args.model_name, settings, bar)
     done = answer_questions(
         task, lambda: loop, args.batch_size, args.reuse, args.overwrite, workers
     )
@@ -152,14 +156,19 @@ def run_all(
     """
     workers = workers or Workers()
     scores, dense_texts = [], {}
+    settings = [run for run in runs if run.refused is None]
+    if workers.main:
+        print(extent(settings, benchmarks, args), flush=True)
     for run in runs:
         if run.refused is not None:
             if workers.main:
                 print(f"{run.method} {run.tokens}: not run: {run.refused}", flush=True)
             continue
         loop.model.pruner = run.pruner
+        number = settings.index(run) + 1
+        label = f"setting {number} of {len(settings)}: {run.method} {run.tokens}"
         for benchmark in benchmarks:
-            scores.append(run_task(loop, run, benchmark, args, dense_texts, workers))
+            scores.append(run_task(loop, run, benchmark, args, dense_texts, workers, label))
             if workers.main:
                 write_scores(scores, args)
         own = scores[-len(benchmarks) :]
@@ -167,6 +176,16 @@ def run_all(
         if workers.main:
             print(f"{run.method} {run.tokens}: {line}", flush=True)
     return scores
+
+
+def extent(settings: list[Run], benchmarks: list[Benchmark], args) -> str:
+    """Returns a line on how much there is to do."""
+    paths = {b: os.path.join(args.data_dir, b.questions) for b in benchmarks}
+    questions = sum(len(b.load_questions(path, args.limit)) for b, path in paths.items())
+    return (
+        f"{len(settings)} settings x {questions} questions of {len(benchmarks)} tasks: "
+        f"{len(settings) * questions} answers"
+    )
 
 
 def write_scores(scores: list[Score], args) -> None:

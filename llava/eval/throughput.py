@@ -32,7 +32,7 @@ from llava.eval.plan import plan_shares
 from llava.eval.random_model import build_random_model, shapes
 from llava.eval.tasks import Question, jsonl_questions, read_jsonl
 from llava.mm_utils import get_model_name_from_path
-from llava.model.placement import choose_device
+from llava.model.placement import choose_device, fast_dtype
 from llava.pruning import METHODS, build_pruner
 from llava.pruning.base import option_names
 
@@ -136,8 +136,8 @@ def random_loop(args) -> AnswerLoop:
         config.num_key_value_heads = config.num_attention_heads
     config.vocab_size = playground.model.config.vocab_size
     device = choose_device(args.device)
-    half = torch.float32 if device.type == "cpu" else torch.float16
-    model = build_random_model(config, tower, DTYPES.get(args.dtype, half), device)
+    dtype = DTYPES[args.dtype] if args.dtype else fast_dtype(device)
+    model = build_random_model(config, tower, dtype, device)
     options = {"workers": args.workers, "max_new_tokens": args.max_new_tokens}
     processor = model.get_vision_tower().image_processor
     return AnswerLoop(playground.tokenizer, model, processor, args.conv_mode, **options)

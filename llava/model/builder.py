@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import torch
 from accelerate import init_empty_weights
@@ -36,7 +37,7 @@ from .language_model.attention import check_backend
 from .language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from .language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
 from .multimodal_encoder.builder import resolve_tower_path
-from .placement import choose_device, choose_dtype, may_share, place, single_device
+from .placement import choose_device, choose_dtype, dtype_note, may_share, place, single_device
 from .quantization import import_bitsandbytes, quantize
 
 DEFAULT_CONTEXT_LEN = 2048
@@ -68,7 +69,8 @@ def load_pretrained_model(
     device_map:  "auto", a device, or module name -> device
     device:      None is cuda if present, else mps, else cpu
     torch_dtype: None is float16 on a GPU. On the CPU it is what the checkpoint was saved in, except
-                 that float16, which CPUs are slow at, becomes float32
+                 that a half type which this CPU is slow at becomes float32: float16 always,
+                 bfloat16 where the CPU has no instructions for it. A line on stderr says which
     attn_implementation: "sdpa" (default), "flash_attention_2" or "eager"
     pruner:      a Pruner or the name of a method; None is no pruning
     vision_tower: folder to use in place of the config's `mm_vision_tower`
@@ -95,7 +97,10 @@ def load_pretrained_model(
     quantized = load_8bit or load_4bit
     if quantized:
         import_bitsandbytes()
-    dtype = choose_dtype(torch_dtype, values or read_config(base), device, quantized)
+    dtype_config = values or read_config(base)
+    dtype = choose_dtype(torch_dtype, dtype_config, device, quantized)
+    if torch_dtype is None and (note := dtype_note(dtype, dtype_config, device)):
+        print(note, file=sys.stderr)
     fill_device = "cpu" if quantized or may_share(device_map, device) else device
 
     if is_llava(model_name, values):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
@@ -45,8 +47,8 @@ def choose_dtype(
     dtype: torch.dtype | str | None, config: dict, device: torch.device, quantized: bool = False
 ) -> torch.dtype:
     """`dtype`, or the default: float16 on a GPU; on the CPU the dtype in the config values, with
-    float32 in place of float16."""
-    saved = getattr(torch, str(config.get("torch_dtype", "float32")).removeprefix("torch."))
+    float32 in place of a half type that the CPU is slow at."""
+    saved = saved_dtype(config)
     if dtype == "auto":
         return saved
     if isinstance(dtype, str):
@@ -58,7 +60,52 @@ def choose_dtype(
         return dtype
     if quantized or device.type != "cpu":
         return torch.float16
-    return torch.float32 if saved == torch.float16 else saved
+    slow = saved == torch.float16 or saved == torch.bfloat16 and not cpu_multiplies_bfloat16()
+    return torch.float32 if slow else saved
+
+
+def saved_dtype(config: dict) -> torch.dtype:
+    """What the config values say that the weights are saved in; float32 when they say nothing."""
+    return getattr(torch, str(config.get("torch_dtype", "float32")).removeprefix("torch."))
+
+
+def dtype_note(chosen: torch.dtype, config: dict, device: torch.device) -> str | None:
+    """A sentence on a default that follows from the kind of CPU; None where it does not."""
+    saved = saved_dtype(config)
+    if device.type != "cpu" or saved not in (torch.float16, torch.bfloat16):
+        return None
+    names = {name: str(name).removeprefix("torch.") for name in (chosen, saved)}
+    if chosen == saved:
+        return f"Running in {names[chosen]}, as saved: this CPU multiplies it natively."
+    return (
+        f"Running in {names[chosen]}: this CPU is slow at {names[saved]}, which the weights are "
+        f"saved in (dtype {names[saved]} uses it all the same)."
+    )
+
+
+@cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 matrices, and they are in use.
+
+    Without them such products are many times slower than those of float32. The instructions are
+    AVX512_BF16 or AMX on x86, BF16 on Arm. oneDNN, which does the products, may be kept from using
+    them by its variable ONEDNN_MAX_CPU_ISA.
+    """
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    # oneDNN also counts CPUs with plain AVX-512, where it imitates the instructions.
+    read = getattr(torch.cpu, "get_capabilities", None)  # torch 2.11 and newer
+    found = read() if read else {}
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """The dtype for weights that were saved in none, such as random ones: bfloat16, float32 where
+    a CPU is slow at that, float16 on mps."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
+    return torch.float16 if kind == "mps" else torch.bfloat16
 
 
 def place(model: nn.Module, device_map, device: torch.device) -> nn.Module:

@@ -1,11 +1,10 @@
 """VisPruner's recorded cases: tokens per crop; selections compare where the record is exact."""
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
 from llava.pruning import Pruner, VisionTokens, build_pruner
+from llava.pruning.ops import normalize
 from tests.golden_checks.compare import SCORES_ATOL
 from tests.golden_checks.methods import NEXT_CROPS, budget, given
 
@@ -18,10 +17,13 @@ def build(case, folder) -> Pruner:
 
 
 def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
-    """Scores, important tokens and stable tokens always; the whole set where it is exact.
+    """Scores, important tokens and counts always; the whole set where the record is exact.
 
-    Rounding decides between near-equal tokens, and the recorded trials of what is stable were few:
-    a stable token may be lost to our rounding, but not in most of our own trials.
+    Rounding decides between near-equal tokens, and one decision changes all that follow. Rounding
+    differs between kinds of CPU, so where the record is not exact, what it says of the diverse
+    tokens is no property of the method (nor is `stable_core_mask`, found in few trials on one
+    machine). There the diverse tokens are compared with the paper's rule, worked out slowly on the
+    similarities that our own features have here.
     """
     crops = pixels.flatten(0, -4)
     vision = model.get_vision_tower().tokens(crops, pruner.needs)
@@ -36,14 +38,11 @@ def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
     important = np.zeros_like(kept)
     np.put_along_axis(important, recorded["important_indices"], True, axis=1)
     report.equal("kept important tokens", kept & important, important)
-    lost = recorded["stable_core_mask"] & ~kept
-    if lost.any():
-        votes = kept_with_noise(pruner, vision)[lost]
-        report.true("a stable token is lost in most trials", (votes > 0.5).all())
     exact = recorded["tile_exact"]
     report.equal("kept tokens of exact crops", kept[exact], recorded["keep_mask"][exact])
     num_important = recorded["important_indices"].shape[1]
-    slow = slow_vispruner(vision.features, attention, num_important, int(kept[0].sum()))
+    similarity = cosine_similarity(vision.features, report)
+    slow = slow_vispruner(similarity, attention, num_important, int(kept[0].sum()))
     report.equal("kept tokens, against the slow reference", kept, slow)
     same = bool((kept == recorded["keep_mask"]).all())
     if case["exact"]:
@@ -51,21 +50,17 @@ def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
     return same
 
 
-def kept_with_noise(pruner, vision, trials: int = 15, noise: float = 1e-6) -> np.ndarray:
-    """Share of trials (crops, N) in which a token is kept when features carry relative noise."""
-    generator = torch.Generator().manual_seed(0)
-    votes = torch.zeros(vision.features.shape[:2])
-    for _ in range(trials):
-        factor = 1 + noise * torch.randn(vision.features.shape, generator=generator)
-        index = pruner.select(replace(vision, features=vision.features * factor))
-        votes.scatter_add_(1, index, torch.ones_like(index, dtype=votes.dtype))
-    return (votes / trials).numpy()
+def cosine_similarity(features, report) -> np.ndarray:
+    """(crops, N, N) fp32 as the method computes it, bit for bit; compared with double precision."""
+    unit = normalize(features)
+    similarity = unit @ unit.transpose(1, 2)
+    wide = torch.nn.functional.normalize(features.double(), dim=-1)
+    report.close("similarity", similarity, wide @ wide.transpose(1, 2), 1e-5)
+    return similarity.numpy()
 
 
-def slow_vispruner(features, attention, num_important: int, num_keep: int) -> np.ndarray:
+def slow_vispruner(similarity, attention, num_important: int, num_keep: int) -> np.ndarray:
     """Mask (crops, N) of the tokens the paper's rule keeps, token by token in plain Python."""
-    unit = features.float() / features.float().norm(dim=-1, keepdim=True)
-    similarity = (unit @ unit.transpose(1, 2)).numpy()
     mask = np.zeros(attention.shape, dtype=bool)
     for crop, scores in enumerate(attention.tolist()):
         order = sorted(range(len(scores)), key=lambda i: -scores[i])
