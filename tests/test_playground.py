@@ -19,8 +19,17 @@ from llava.train.arguments import DataArguments, ModelArguments, TrainingArgumen
 from llava.train.train import own_precision
 from llava.train.train_glimpseprune import BoxArguments, GlimpseArguments, GlimpseTrainingArguments
 from llava.train.train_twigvlm import TwigArguments
-from playground import clip_files, fast_train, make_data, questions, scenes, tokenizer, train
-from playground import train_tower as tower
+from playground import (
+    clip_files,
+    decoder_text,
+    fast_train,
+    make_data,
+    questions,
+    scenes,
+    tokenizer,
+    train,
+)
+from playground import tower_model as tower
 from playground.train import LLAVA, TOWER
 
 BENCHMARK = Path(make_data.ROOT) / "benchmark"
@@ -219,10 +228,10 @@ def test_the_shipped_tokenizer_is_the_built_one_and_splits_digits():
 def test_fast_training_reads_the_same_ids_as_the_real_prompt(seed):
     slow = LlamaTokenizer.from_pretrained(LLAVA)
     for question in questions.ask(scenes.make_scene(seed), np.random.default_rng(seed)):
-        text = f"{fast_train.SYSTEM}<image>\n{question.text} ASSISTANT: {question.answer}"
+        text = f"{decoder_text.SYSTEM}<image>\n{question.text} ASSISTANT: {question.answer}"
         ids = tokenizer_image_token(text, slow)
-        fast, _ = fast_train.turn_ids(question)
-        assert ids == [*fast_train.prefix_ids(), -200, *fast[:-1]]
+        fast, _ = decoder_text.turn_ids(question)
+        assert ids == [*decoder_text.prefix_ids(), -200, *fast[:-1]]
 
 
 def test_clip_phrases_are_encoded_as_by_the_shipped_tokenizer():
@@ -275,7 +284,7 @@ def test_the_shipped_llava_answers_questions_about_held_out_pictures():
         question = questions.existence(scene, np.random.default_rng(index))
         image = Image.fromarray(scenes.render(scene))
         pixels = process_images([image], processor, model.config).to(model.dtype)
-        text = f"{fast_train.SYSTEM}<image>\n{question.text} ASSISTANT:"
+        text = f"{decoder_text.SYSTEM}<image>\n{question.text} ASSISTANT:"
         ids = tokenizer_image_token(text, slow, return_tensors="pt")[None]
         with torch.inference_mode():
             out = model.generate(
