@@ -11,7 +11,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 #: bytes; the largest real ones are indexes of a few megabytes
@@ -194,6 +195,8 @@ def _patches(values: Mapping) -> str | None:
     size, patch = values.get("image_size"), values.get("patch_size")
     if size and patch and patch > size:
         return f"patch_size {patch} is larger than image_size {size}"
+    if size and patch and size // patch > 256:
+        return f"image_size {size} in patches of {patch} is more than 256 x 256 patches"
     return None
 
 
@@ -268,3 +271,14 @@ def check_config(values: Mapping, source: str, plain: bool = False) -> dict:
 def first_line(error: BaseException) -> str:
     """What an error of a library says, in one line."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+@contextmanager
+def one_sentence(what: str) -> Iterator[None]:
+    """Turns what a library raises over a strange file into a ValueError that begins with `what`."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{what}: {first_line(error)}") from error

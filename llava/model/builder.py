@@ -8,8 +8,6 @@ base model, unmerged LoRA adapters, and plain language models. Everything is rea
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from accelerate import init_empty_weights
@@ -23,7 +21,14 @@ from transformers import (
 from transformers.modeling_utils import no_init_weights
 
 from ..checkpoint_kind import NON_LORA, SUPPORTED, Kind, kind_of, projector_file
-from ..config_file import check_config, first_line, read_config, read_json, shown
+from ..config_file import (
+    check_config,
+    first_line,
+    one_sentence,
+    read_config,
+    read_json,
+    shown,
+)
 from ..constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
@@ -44,7 +49,7 @@ from .generation import check_strategy
 from .language_model.attention import check_backend
 from .language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from .language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
-from .multimodal_encoder.builder import resolve_tower_path
+from .multimodal_encoder.builder import tower_beside
 from .placement import choose_device, choose_dtype, may_share, place, single_device
 from .quantization import import_bitsandbytes, quantize
 
@@ -147,17 +152,6 @@ def config_path(folder: str, base: str | None) -> str:
     return own if base is None or os.path.isfile(own) else os.path.join(base, "config.json")
 
 
-@contextmanager
-def one_sentence(what: str) -> Iterator[None]:
-    """Turns what a library raises over a strange file into a ValueError that begins with `what`."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError):
-        raise
-    except Exception as error:
-        raise ValueError(f"{what}: {first_line(error)}") from error
-
-
 def llava_config(folder: str, values: dict, kind: Kind, backend: str = "sdpa"):
     """(config, model class) of a LLaVA folder with checked config values."""
     config_class, model_class = FAMILIES[kind.family]
@@ -180,8 +174,8 @@ def set_vision_tower(config, override: str | None, base: str | None) -> None:
             "cannot see images; pass vision_tower=PATH (--vision-tower) or another checkpoint"
         )
     # A projector or adapter folder may have been moved away from the tower beside its base.
-    if base and not os.path.isdir(resolve_tower_path(name, config._name_or_path)):
-        config.mm_vision_tower = resolve_tower_path(name, os.path.abspath(base))
+    if base and not tower_beside(name, config._name_or_path):
+        config.mm_vision_tower = tower_beside(name, base) or name
 
 
 def build_empty(model_class, config, dtype: torch.dtype, device) -> tuple[nn.Module, Filler]:
