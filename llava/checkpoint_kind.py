@@ -111,6 +111,12 @@ def is_multimodal(values: Mapping) -> bool:
     return any(values.get(key) is not None for key in LLAVA_KEYS)
 
 
+def family_in(values: Mapping) -> str | None:
+    """The supported language model that a config names, if it does."""
+    known = LLAVA_MODELS | LANGUAGE_MODELS
+    return known.get(architecture_of(values)) or MODEL_TYPES.get(model_type_of(values))
+
+
 def family_of(values: Mapping, source: str) -> str:
     """The language model a config describes: "llama", "mistral", or a plain model's own type.
 

@@ -12,13 +12,16 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from llava.checkpoint_kind import checkpoint_config, is_multimodal
+from llava.checkpoint_kind import checkpoint_config, family_in, is_multimodal
 from llava.conversation import conv_templates
 
 #: key of config.json that names the template; training writes it
 CONFIG_KEY = "conv_mode"
 AUTO = "auto"
 DEFAULT = "vicuna_v1"
+#: template -> the one whose images stand in tags
+TAGGED = {"llava_v0": "v0_mmtag", "v0": "v0_mmtag", "vicuna_v1": "v1_mmtag", "v1": "v1_mmtag"}
+TAGGED["llava_v1"] = "v1_mmtag"
 #: vocabulary of Yi, the language model of LLaVA-1.6-34B; added tokens may follow
 YI_VOCABULARY = range(64000, 64064)
 #: what a name may say. Short words count only when they stand alone: "prompt" holds an "mpt"
@@ -45,7 +48,7 @@ class ConvMode(NamedTuple):
 
 
 def choose_conv_mode(config: Any = None, model_name: str = "", given: str | None = None):
-    """The template (`ConvMode`) of a checkpoint.
+    """The template (a `ConvMode`) of a checkpoint.
 
     config:     values of its config.json, or a loaded model's `config`; None: not known
     model_name: asked last
@@ -55,34 +58,32 @@ def choose_conv_mode(config: Any = None, model_name: str = "", given: str | None
     projector that the config describes; the name; `vicuna_v1`.
     Raises ValueError on a template that does not exist.
     """
+    values = config if isinstance(config, Mapping) else config.to_dict() if config else {}
     if given not in (None, AUTO):
+        if given in TAGGED and is_plain(values, model_name):
+            return ConvMode(TAGGED[given], f"{given} of a plain projector", "tagged")
         return ConvMode(_known(given, "conv mode", (AUTO,)), "asked for", "given")
-    values = config if isinstance(config, Mapping) else vars(config or object)
     if values.get(CONFIG_KEY):
         name = _known(values[CONFIG_KEY], f"{CONFIG_KEY} in config.json")
         return ConvMode(name, f"{CONFIG_KEY} in config.json", "config")
-    return _by_shape(values) or _by_name(model_name) or ConvMode(
-        DEFAULT, "the default, as neither config.json nor the name says more", "default"
-    )  # fmt: skip
+    known = _by_shape(values) or _by_name(model_name, is_plain(values, model_name))
+    return known or ConvMode(DEFAULT, "neither config.json nor the name says more", "default")
 
 
-def conv_mode_of(
-    model_path: str,
+def checkpoint_conv_mode(
+    model_path: str | None,
     model_base: str | None = None,
     model_name: str = "",
     given: str | None = None,
 ) -> ConvMode:
-    """The template of the checkpoint at `model_path`, see `choose_conv_mode`.
+    """The template of the checkpoint at `model_path`, a folder or hub repository, not yet loaded.
 
-    Says the choice in one line on stderr, unless it was given or followed from the name.
     model_base: asked where a projector or adapter comes without a config of its own
     """
     if given not in (None, AUTO):
-        return choose_conv_mode(given=given)
-    config = checkpoint_config(model_path) or (checkpoint_config(model_base) if model_base else {})
-    choice = choose_conv_mode(config, model_name)
-    announce(choice)
-    return choice
+        _known(given, "conv mode", (AUTO,))  # before a look at the hub
+    config = next(filter(None, map(checkpoint_config, filter(None, (model_path, model_base)))), {})
+    return choose_conv_mode(config, model_name, given)
 
 
 def announce(choice: ConvMode) -> None:
@@ -91,14 +92,17 @@ def announce(choice: ConvMode) -> None:
         print(choice, file=sys.stderr)
 
 
-def is_plain_name(model_name: str) -> bool:
-    """Whether the name says that a projector was trained on captions and nothing was tuned then."""
+def is_plain(values: Mapping, model_name: str) -> bool:
+    """Whether only a projector was trained, on captions, as names with "plain" say: not where the
+    config knows better."""
+    if values.get("tune_mm_mlp_adapter") is False:
+        return False
     words = re.split(r"[^a-z0-9]+", model_name.lower())
     return "plain" in words and "finetune" not in model_name.lower()
 
 
 def _known(name: str, what: str, others: tuple[str, ...] = ()) -> str:
-    if name not in conv_templates:
+    if not isinstance(name, str) or name not in conv_templates:
         choices = ", ".join([*others, *conv_templates])
         raise ValueError(f"unknown {what} {name!r}, choose from {choices}")
     return name
@@ -106,11 +110,9 @@ def _known(name: str, what: str, others: tuple[str, ...] = ()) -> str:
 
 def _by_shape(values: Mapping) -> ConvMode | None:
     """What the kinds of language model and projector say; None when several templates fit."""
-    architecture = next(iter(values.get("architectures") or ()), "")
-    kind = architecture if architecture.startswith("Llava") else values.get("model_type", "")
     if not is_multimodal(values):
         return None
-    if "mistral" in kind.lower():
+    if family_in(values) == "mistral":
         return ConvMode("mistral_instruct", "config.json describes a Mistral model", "shape")
     if values.get("vocab_size") in YI_VOCABULARY:
         return ConvMode("chatml_direct", "config.json describes a Yi model", "shape")
@@ -121,9 +123,9 @@ def _by_shape(values: Mapping) -> ConvMode | None:
     return None
 
 
-def _by_name(model_name: str) -> ConvMode | None:
+def _by_name(model_name: str, plain: bool) -> ConvMode | None:
     name, reason = model_name.lower(), f"by the name {model_name}"
     found = next((mode for pattern, mode in NAMES if re.search(pattern, name)), None)
-    if found in (None, "llava_v0", "vicuna_v1") and ("mmtag" in name or is_plain_name(name)):
-        found = "v1_mmtag" if found == "vicuna_v1" else "v0_mmtag"
+    if found in (None, "llava_v0", "vicuna_v1") and ("mmtag" in name or plain):
+        found = TAGGED[found or "llava_v0"]
     return found and ConvMode(found, reason, "name")

@@ -254,7 +254,9 @@ def load_tokenizer(folder: str, model: nn.Module, fast: bool = False):
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=fast, trust_remote_code=False)
         count, ids = len(tokenizer), tokenizer("What is this?").input_ids
     except Exception as error:  # tokenizers of damaged files fail in every way there is
-        raise ValueError(f"no tokenizer can be loaded from {folder}: {first_line(error)}") from error
+        raise ValueError(
+            f"no tokenizer can be loaded from {folder}: {first_line(error)}"
+        ) from error
     rows = model.get_input_embeddings().num_embeddings
     highest = max([count - 1, *tokenizer.get_added_vocab().values(), *ids])
     if highest >= rows + MAX_NEW_TOKENS_IN_VOCABULARY:
@@ -279,5 +281,5 @@ def load_generation_config(model: nn.Module, folder: str) -> None:
     """The checkpoint's own defaults of `generate`, where it has some."""
     if os.path.isfile(path := os.path.join(folder, "generation_config.json")):
         with one_sentence(f"{path} is no generation config"):
-            values = check_config(read_json(path), path, plain=True)
-            model.generation_config = GenerationConfig.from_dict(values)
+            check_config(read_json(path), path, plain=True)
+            model.generation_config = GenerationConfig.from_pretrained(folder)
