@@ -172,7 +172,7 @@ def _heads(values: Mapping) -> str | None:
         return f"num_attention_heads {heads} cannot be divided by num_key_value_heads {shared}"
     if heads and width and values.get("head_dim") not in (None, width // heads):
         return f"head_dim {values['head_dim']} is not supported, only hidden_size / heads is"
-    if heads and width and (width // heads) % 2 and "rope_theta" in values:
+    if heads and width and (width // heads) % 2 and "image_size" not in values:
         return f"heads of odd width {width // heads} cannot have rotary positions"
     return None
 
@@ -274,11 +274,14 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def one_sentence(what: str) -> Iterator[None]:
-    """Turns what a library raises over a strange file into a ValueError that begins with `what`."""
+def one_sentence(what: str, keep: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turns what a library raises over a strange file into a ValueError that begins with `what`.
+
+    keep: errors that are sentences already
+    """
     try:
         yield
-    except (ValueError, FileNotFoundError):
+    except keep:
         raise
     except Exception as error:
         raise ValueError(f"{what}: {first_line(error)}") from error

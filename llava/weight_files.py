@@ -122,9 +122,7 @@ def tensors_in(path: str, skip: Iterable[str] = ()) -> Iterator[tuple[str, Tenso
     skip = set(skip)
     read = _safetensors_in if path.endswith(".safetensors") else _bin_in
     try:
-        for name, tensor in read(path, skip):
-            check_tensor(name, tensor)
-            yield name, tensor
+        yield from read(path, skip)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is refused: it holds something other than tensors, which could run code "
@@ -134,14 +132,6 @@ def tensors_in(path: str, skip: Iterable[str] = ()) -> Iterator[tuple[str, Tenso
         raise
     except Exception as error:  # readers of damaged files fail in every way there is
         raise ValueError(f"{path} is damaged or not a weight file: {first_line(error)}") from error
-
-
-def check_tensor(name: str, tensor: Tensor) -> None:
-    """Raises ValueError unless it is an ordinary tensor that is as large as it says."""
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise ValueError(f"{shown(name)} is no ordinary tensor")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(f"{shown(name)} claims more numbers than the file holds")
 
 
 def check_numbers(name: str, tensor: Tensor, source: str) -> None:
@@ -177,6 +167,7 @@ def _bin_in(path: str, skip: set[str]) -> Iterator[tuple[str, Tensor]]:
         for full_name, tensor in _flat(name, tensors[name]):
             if (count := count + 1) > MAX_TENSORS:
                 raise ValueError(f"more than {MAX_TENSORS} tensors")
+            _check_tensor(full_name, tensor)
             mapped += tensor.nbytes if mmap else 0
             yield full_name, tensor
             del tensor
@@ -194,6 +185,14 @@ def _check_archive(path: str) -> None:
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("it is a compressed archive, which torch does not write")
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless it is an ordinary tensor that is as large as it says."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise ValueError(f"{shown(name)} is no ordinary tensor")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{shown(name)} claims more numbers than the file holds")
 
 
 def _flat(name: str, value, depth: int = 0) -> Iterator[tuple[str, Tensor]]:

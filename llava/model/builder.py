@@ -119,23 +119,26 @@ def load_pretrained_model(
     dtype = choose_dtype(torch_dtype, values, device, quantized)
     fill_device = "cpu" if quantized or may_share(device_map, device) else device
 
+    # All small files first: what is wrong with them should not cost the reading of the weights.
+    generation = load_generation_config(base or folder)
     if kind.multimodal:
         config, model_class = llava_config(folder, values, kind, backend)
         set_vision_tower(config, vision_tower, base)
+        tokenizer = load_tokenizer(base or folder, config, fast=kind.family == "mistral")
         model, filler = build_empty(model_class, config, dtype, fill_device)
         fill_llava(filler, folder, base, kind)
         load_tower(model, filler, vision_tower_dtype or dtype, fill_device)
-        tokenizer = load_tokenizer(base or folder, model, fast=kind.family == "mistral")
         add_image_tokens(model, tokenizer)
         image_processor = model.get_vision_tower().image_processor
     else:
         if pruner.name != "none":
             raise ValueError(f"{model_path} is a plain language model, {pruner!r} has no images")
         model = load_plain(folder, base, dtype, fill_device, backend)
-        tokenizer = load_tokenizer(base or folder, model)
+        tokenizer = load_tokenizer(base or folder, model.config)
         image_processor = None
 
-    load_generation_config(model, base or folder)
+    if generation:
+        model.generation_config = generation
     if quantized:
         quantize(model, bits=4 if load_4bit else 8, dtype=dtype)
     model = place(model.eval(), device_map, device)
@@ -180,7 +183,7 @@ def set_vision_tower(config, override: str | None, base: str | None) -> None:
 
 def build_empty(model_class, config, dtype: torch.dtype, device) -> tuple[nn.Module, Filler]:
     """A model without memory for its weights, and what fills it."""
-    with one_sentence(f"{config._name_or_path} describes no model"):
+    with one_sentence(f"{config._name_or_path} describes no model", (ValueError, OSError)):
         with init_empty_weights(), no_init_weights():
             model = model_class(config)
     model.config.torch_dtype = dtype
@@ -247,9 +250,9 @@ def load_plain(folder: str, base: str | None, dtype, device, backend: str) -> nn
     return model
 
 
-def load_tokenizer(folder: str, model: nn.Module, fast: bool = False):
+def load_tokenizer(folder: str, config, fast: bool = False):
     """The tokenizer in `folder`, without a look at the network. ValueError when it is damaged, or
-    has so many more tokens than `model` that it belongs to another one."""
+    has so many more tokens than the model of `config` that it belongs to another one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=fast, trust_remote_code=False)
         count, ids = len(tokenizer), tokenizer("What is this?").input_ids
@@ -257,7 +260,7 @@ def load_tokenizer(folder: str, model: nn.Module, fast: bool = False):
         raise ValueError(
             f"no tokenizer can be loaded from {folder}: {first_line(error)}"
         ) from error
-    rows = model.get_input_embeddings().num_embeddings
+    rows = config.vocab_size
     highest = max([count - 1, *tokenizer.get_added_vocab().values(), *ids])
     if highest >= rows + MAX_NEW_TOKENS_IN_VOCABULARY:
         raise ValueError(
@@ -277,9 +280,11 @@ def add_image_tokens(model: nn.Module, tokenizer) -> None:
         model.resize_token_embeddings(len(tokenizer))
 
 
-def load_generation_config(model: nn.Module, folder: str) -> None:
-    """The checkpoint's own defaults of `generate`, where it has some."""
-    if os.path.isfile(path := os.path.join(folder, "generation_config.json")):
-        with one_sentence(f"{path} is no generation config"):
-            check_config(read_json(path), path, plain=True)
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+def load_generation_config(folder: str) -> GenerationConfig | None:
+    """The checkpoint's own defaults of `generate`; None where it has none."""
+    path = os.path.join(folder, "generation_config.json")
+    if not os.path.isfile(path):
+        return None
+    check_config(read_json(path), path, plain=True)
+    with one_sentence(f"{path} is no generation config"):
+        return GenerationConfig.from_pretrained(folder)

@@ -36,8 +36,9 @@ def read_vision_config(name: str) -> CLIPVisionConfig:
     inner = values.get("vision_config", values)
     if not isinstance(inner, dict):
         raise ValueError(f"{path}: vision_config must be an object, not {shown(inner)}")
+    checked = check_config(inner, path)
     with one_sentence(f"{path} describes no vision model"):
-        return CLIPVisionConfig.from_dict(check_config(inner, path))
+        return CLIPVisionConfig.from_dict(checked)
 
 
 def read_vision_model(name: str, dtype: torch.dtype | None = None) -> CLIPVisionModel:
