@@ -85,9 +85,9 @@ def checkpoint_kind(path: str, cache_dir: str | None = None) -> tuple[Kind, dict
     Raises ValueError or FileNotFoundError, with what is supported, for anything that cannot be
     trained.
     """
-    if os.path.isdir(path):
+    local = os.path.isdir(path)
+    if local:
         kind, values = kind_of(path)
-        weight_files(path)  # all there, none outside of the folder
     else:
         values, _ = transformers.PretrainedConfig.get_config_dict(path, cache_dir=cache_dir)
         kind = Kind(family_of(values, path), is_multimodal(values))
@@ -96,6 +96,8 @@ def checkpoint_kind(path: str, cache_dir: str | None = None) -> tuple[Kind, dict
             f"{path} is a {shown(kind.family)} model; choose a Llama or Mistral model, or a LLaVA "
             "made of one"
         )
+    if local:
+        weight_files(path)  # all there, none outside of the folder
     return kind, check_config(values, f"{path}/config.json")
 
 
