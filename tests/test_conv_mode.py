@@ -1,5 +1,6 @@
 """The prompt template of a checkpoint: its config decides, its name comes last, and it is said."""
 
+import argparse
 import json
 import os
 import shutil
@@ -44,12 +45,7 @@ NAMES = [
 @pytest.mark.parametrize(
     "config, name, template, source",
     [
-        (
-            LLAVA_15 | {"conv_mode": "mistral_instruct"},
-            "llava-v1.5-7b",
-            "mistral_instruct",
-            "config",
-        ),
+        (LLAVA_15 | {"conv_mode": "mpt"}, "llava-v1.5-7b", "mpt", "config"),
         (LLAVA_15 | {"conv_mode": None}, "x", "vicuna_v1", "shape"),
         *((LLAVA_15, name, "vicuna_v1", "shape") for name in NAMES),
         (LLAMA | {"image_aspect_ratio": "anyres"}, "x", "vicuna_v1", "shape"),
@@ -137,25 +133,19 @@ def test_answering_programs_ask_the_checkpoint(tmp_path, monkeypatch, program):
 def test_other_programs_ask_the_checkpoint(tmp_path, monkeypatch):
     folder = copy_of(CHECKPOINT, tmp_path / "my-v0", conv_mode="mpt")
     monkeypatch.setattr(sys, "argv", ["suite", "--model-path", str(folder), "--data-dir", "d"])
-    parser = __import__("argparse").ArgumentParser()
+    parser = argparse.ArgumentParser()
     suite.add_suite_args(parser, out="runs")
     assert suite.parse_suite_args(parser).conv_mode == "mpt"
-    args = SimpleNamespace(
-        model_path=str(folder),
-        model_base=None,
-        conv_mode="auto",
-        question_file="q",
-        image_folder="",
-    )
+    args = SimpleNamespace(model_path=str(folder), model_base=None, conv_mode="auto")
+    args.question_file = args.image_folder = "here"
     decode_speed.fill_in_playground(args)
     assert args.conv_mode == "mpt"
 
 
-def test_the_worker_answers_in_the_template_of_its_model_and_says_which(model, tmp_path):
-    tokenizer = None
+def test_the_worker_answers_in_the_template_of_its_model_and_says_which(model):
     model.config.conv_mode = "mpt"
     try:
-        engine = Engine(tokenizer, model, None, "llava-v1.5-7b")
+        engine = Engine(None, model, None, "llava-v1.5-7b")
         assert engine.template is conv_templates["mpt"]
         assert engine.status()["conv_mode"] == "mpt"
     finally:
