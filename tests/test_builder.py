@@ -23,7 +23,6 @@ from llava.model.checkpoint import write_checkpoint
 from llava.model.consolidate import consolidate_ckpt
 from llava.model.make_delta import make_delta
 from llava.model.placement import choose_dtype
-from llava.model.utils import auto_upgrade
 from llava.pruning import build_pruner
 from tests.checkpoint_tools import (
     CHECKPOINT,
@@ -499,13 +498,3 @@ def test_merging_an_adapter_and_extracting_its_projector(folder, weights, tmp_pa
     assert set(projector) == {n for n in weights if "projector" in n}
     extract(str(NEXT), str(tmp_path / "next.safetensors"))
     assert "model.image_newline" in load_file(tmp_path / "next.safetensors")
-
-
-def test_only_early_llava_configs_are_upgraded(tmp_path, monkeypatch):
-    early = copy_of(CHECKPOINT, tmp_path / "llava-v0", model_type="llama", architectures=["X"])
-    monkeypatch.setattr("builtins.input", lambda _: "n")
-    with pytest.raises(SystemExit):
-        auto_upgrade(str(early))
-    monkeypatch.setattr("builtins.input", lambda _: "Y")
-    assert auto_upgrade(str(early)) and not auto_upgrade(str(early))
-    assert json.loads((early / "config.json").read_text())["model_type"] == "llava"

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import HfArgumentParser
 
 from llava.model import LlavaLlamaForCausalLM
+from llava.model.utils import auto_upgrade
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.model_setup import checkpoint_kind, load_model
 from tests.checkpoint_tools import CHECKPOINT, NEXT, TOWER, copy_of, load, same, write_adapter
@@ -67,6 +68,18 @@ def test_an_early_config_is_known_by_its_settings(tmp_path, weights):
     del values["architectures"]
     (folder / "config.json").write_text(json.dumps(values | {"model_type": "llava"}))
     assert same(load(folder, name="old")[1], weights)
+
+
+def test_only_early_llava_configs_are_upgraded(tmp_path, monkeypatch):
+    early = copy_of(CHECKPOINT, tmp_path / "llava-v0", model_type="llama", architectures=["X"])
+    monkeypatch.setattr("builtins.input", lambda _: "n")
+    with pytest.raises(SystemExit):
+        auto_upgrade(str(early))
+    monkeypatch.setattr("builtins.input", lambda _: "Y")
+    assert auto_upgrade(str(early)) and not auto_upgrade(str(early))
+    assert json.loads((early / "config.json").read_text())["model_type"] == "llava"
+    named = copy_of(CHECKPOINT, tmp_path / "renamed", model_type="llama", architectures=["X"])
+    assert auto_upgrade(str(named)), "the settings say what it is, whatever it is called"
 
 
 # Other architectures.

@@ -267,6 +267,22 @@ def test_a_model_of_more_or_other_layers_than_its_config_is_refused(folder, weig
     assert "model.layers.0.self_attn.q_proj.bias" in refusal(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30], ids=str)
+def test_weights_that_are_not_finite_are_refused(tmp_path, folder, weights, value):
+    broken = weights[NAME].clone()
+    broken[5] = value
+    save_file(weights | {NAME: broken}, folder / "model.safetensors")
+    assert f"{NAME} is not finite in float16" in refusal(folder, torch_dtype="float16")
+    if value == 1e30:
+        assert load(folder)[1] is not None
+        return
+    save_file(weights, folder / "model.safetensors")
+    adapter = copy_of(CHECKPOINT, tmp_path / "tuned")
+    write_adapter(adapter, weights)
+    torch.save({"model.mm_projector.0.bias": broken}, adapter / "non_lora_trainables.bin")
+    assert "is not finite" in refusal(adapter, folder)
+
+
 # Indexes.
 
 

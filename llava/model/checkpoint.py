@@ -38,10 +38,12 @@ def read_tensors(folder: str, name: str) -> dict[str, Tensor]:
 
 
 def read_file(path: str) -> dict[str, Tensor]:
-    """All tensors of a file. Raises ValueError where they are no floating-point numbers."""
+    """All tensors of a file. Raises ValueError where they are no finite floating-point numbers."""
     tensors = {}
     for key, tensor in tensors_in(path):
         check_numbers(key, tensor, path)
+        if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+            raise ValueError(f"{path}: {key} is not finite (NaN or infinity)")
         tensors[key] = tensor.clone()
     return tensors
 
@@ -72,6 +74,7 @@ class Filler:
         self.wanted = dict(model.state_dict(keep_vars=True))
         self.filled: set[str] = set()
         self.unexpected: list[str] = []
+        self.ends: dict[str, Tensor] = {}
 
     def add(self, name: str, tensor: Tensor, source: str, fit: bool = False) -> None:
         """One weight; ignored when an earlier source gave it, an error when its shape is wrong.
@@ -94,7 +97,9 @@ class Filler:
                 f"{source}: {name} has shape {tuple(tensor.shape)}, "
                 f"the config asks for {tuple(shape)}"
             )
-        set_tensor(self.model, name, tensor.to(self.device, self.dtype, copy=True))
+        placed = tensor.to(self.device, self.dtype, copy=True)
+        self.ends[name] = torch.stack(torch.aminmax(placed))  # looked at once, in `finish`
+        set_tensor(self.model, name, placed)
         self.filled.add(name)
 
     def add_folder(self, folder: str, fit: bool = False) -> None:
@@ -111,10 +116,15 @@ class Filler:
         return [name for name in self.wanted if name not in self.filled | tied]
 
     def finish(self, source: str) -> None:
-        """Raises ValueError on missing weights, and on more of them in parts the model has: it is
-        another model then. Warns about other weights that nobody asked for."""
+        """Raises ValueError on missing weights, on more of them in parts the model has (it is
+        another model then), and on numbers that are not finite. Warns about other weights that
+        nobody asked for."""
         if missing := [name for name in self.missing() if not name.startswith(TOWER_PREFIX)]:
             raise ValueError(f"{source} lacks {len(missing)} weights: {_some(missing)}")
+        finite = torch.stack([*self.ends.values()]).isfinite().all(dim=1).tolist()
+        if odd := [name for name, fine in zip(self.ends, finite, strict=True) if not fine]:
+            kind = str(self.dtype).removeprefix("torch.")
+            raise ValueError(f"{source}: {_some(odd)} is not finite in {kind} (NaN or infinity)")
         parts = tuple({part_of(name) for name in self.wanted})
         known = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
         foreign = [name for name in self.unexpected if name.startswith(parts)]
