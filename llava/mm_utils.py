@@ -2,6 +2,7 @@
 
 import ast
 import math
+import os
 
 import torch
 from PIL import Image
@@ -9,6 +10,7 @@ from transformers import StoppingCriteria
 from transformers.image_utils import ChannelDimension
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.conv_mode import choose_conv_mode
 from llava.image_io import expand2square, load_image, load_image_from_base64, to_rgb
 
 __all__ = [
@@ -172,26 +174,27 @@ def tokenizer_image_token(
 
 
 def get_model_name_from_path(model_path: str) -> str:
-    """Last folder of the path; `checkpoint-*` folders are prefixed with their parent's name."""
-    folders = model_path.strip("/").split("/")
-    if not folders[-1].startswith("checkpoint-"):
-        return folders[-1]
-    if len(folders) == 1:
-        raise IndexError(f"{model_path!r} needs its parent folder, which names the model")
+    """Last folder of the path; `checkpoint-*` folders are prefixed with their parent's name.
+
+    A path that does not say these names itself (".", "checkpoint-7") is looked at from where the
+    program runs.
+    """
+    folders = [folder for folder in model_path.split("/") if folder not in ("", ".")]
+    alone = len(folders) < 2 and not model_path.startswith("/")
+    if alone and (folders or ["checkpoint-"])[-1].startswith("checkpoint-") or ".." in folders:
+        folders = os.path.abspath(model_path).strip("/").split("/")
+    if len(folders) < 2 or not folders[-1].startswith("checkpoint-"):
+        return folders[-1] if folders else "/"
     return f"{folders[-2]}_{folders[-1]}"
 
 
-def infer_conv_mode(model_name: str) -> str:
-    """Name of the template a checkpoint was trained with, guessed from the checkpoint's name."""
-    name = model_name.lower()
-    rules = {
-        "llama-2": "llava_llama_2",
-        "mistral": "mistral_instruct",
-        "34b": "chatml_direct",
-        "v1": "vicuna_v1",
-        "mpt": "mpt",
-    }
-    return next((mode for part, mode in rules.items() if part in name), "llava_v0")
+def infer_conv_mode(model_name: str, config=None) -> str:
+    """Name of the template a checkpoint was trained with.
+
+    config: of the loaded model, which knows more than the name it goes by; see
+            `llava.conv_mode.choose_conv_mode`, which also says why
+    """
+    return choose_conv_mode(config, model_name).name
 
 
 class KeywordsStoppingCriteria(StoppingCriteria):

@@ -1,7 +1,8 @@
 """Reading tensors from files, and the folders they are in; safe with files of any origin.
 
 Nothing here runs code from a file: safetensors hold none, and `.bin` and `.pt` files are read with
-`weights_only=True`.
+`weights_only=True`. An index only names files of its own folder, no tensor claims more memory than
+its file has, and whatever else is wrong with a file is a ValueError that names it.
 """
 
 from __future__ import annotations
@@ -13,18 +14,32 @@ import zipfile
 from collections.abc import Iterable, Iterator
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from .config_file import first_line, read_json, shown
+
+#: (index file, single file), in order of preference
+WEIGHT_FILES = (
+    ("model.safetensors.index.json", "model.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+)
+SUFFIXES = (".safetensors", ".bin")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 #: share of a file that may stay mapped in memory beside the tensors already copied
 MAPPED_SHARE = 0.05
+#: dictionaries in dictionaries that a `.bin` may hold, and tensors in one file
+MAX_DEPTH = 3
+MAX_TENSORS = 100_000
 
 
 def local_folder(name: str) -> str:
     """The folder `name`, or the download of the hub repository called `name`."""
     if os.path.isdir(name):
         return name
-    if os.path.isabs(name) or name.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if os.path.isfile(name):
+        raise NotADirectoryError(f"{name} is a file: name the folder of the checkpoint")
+    if not is_repository(name):
         raise FileNotFoundError(f"checkpoint folder {name!r} does not exist")
     from huggingface_hub import snapshot_download
 
@@ -42,19 +57,91 @@ def local_folder(name: str) -> str:
     return folder
 
 
+def is_repository(name: str) -> bool:
+    """Whether `name` can be that of a hub repository."""
+    local = os.path.isabs(name) or name.startswith(".")
+    return not local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+
+
+def hub_file(name: str, file: str) -> str | None:
+    """A single file of the hub repository `name`; None when it cannot be had."""
+    if not is_repository(name):
+        return None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(name, file)
+    except Exception:  # the download of the whole says what is wrong
+        return None
+
+
+def tensor_file(folder: str, stem: str) -> str | None:
+    """`stem`.safetensors or `stem`.bin in `folder`; None when neither is there."""
+    paths = (os.path.join(folder, stem + suffix) for suffix in SUFFIXES)
+    return next(filter(os.path.isfile, paths), None)
+
+
+def weight_files(folder: str) -> list[str]:
+    """Paths of the files that hold the model's weights: safetensors if present, else `.bin`.
+
+    Raises FileNotFoundError when there are none or the index names one that is missing, ValueError
+    when the index is damaged or names something outside of its folder.
+    """
+    for index, single in WEIGHT_FILES:
+        if os.path.isfile(path := os.path.join(folder, index)):
+            names = index_names(path)
+            paths = [os.path.join(folder, name) for name in names]
+            if missing := [n for n, p in zip(names, paths, strict=True) if not os.path.isfile(p)]:
+                raise FileNotFoundError(f"{path} names missing files: {', '.join(missing)}")
+            return paths
+        if os.path.isfile(path := os.path.join(folder, single)):
+            return [path]
+    raise FileNotFoundError(
+        f"{folder} holds no model weights (looked for "
+        f"{', '.join(name for pair in WEIGHT_FILES for name in pair)})"
+    )
+
+
+def index_names(path: str) -> list[str]:
+    """The names of the files an index lists, each once and sorted; all lie beside the index."""
+    table = read_json(path).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise ValueError(f"{path} has no weight_map: it must say which file holds which weight")
+    for name in table.values():
+        plain = isinstance(name, str) and re.fullmatch(r"[\w.+-]+\.(safetensors|bin)", name)
+        if not plain:
+            raise ValueError(
+                f"{path} is refused: it names {shown(name)}, expected the name of a .safetensors "
+                "or .bin file in the same folder"
+            )
+    return sorted(set(table.values()))
+
+
 def tensors_in(path: str, skip: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of one file; a tensor is only good until the next one is asked for."""
     skip = set(skip)
+    read = _safetensors_in if path.endswith(".safetensors") else _bin_in
     try:
-        read = _safetensors_in if path.endswith(".safetensors") else _bin_in
         yield from read(path, skip)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is refused: it holds something other than tensors, which could run code "
-            f"({str(error).splitlines()[0]})"
+            f"({first_line(error)})"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is damaged or not a weight file: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # readers of damaged files fail in every way there is
+        raise ValueError(f"{path} is damaged or not a weight file: {first_line(error)}") from error
+
+
+def check_numbers(name: str, tensor: Tensor, source: str) -> None:
+    """Raises ValueError unless a weight holds floating-point numbers that stand for themselves."""
+    if tensor.dtype not in FLOATS:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{source}: {name} holds {kind} numbers, expected floating-point weights: quantised "
+            "checkpoints are not supported, load the original (with load_8bit or load_4bit)"
+        )
 
 
 def _safetensors_in(path: str, skip: set[str]) -> Iterator[tuple[str, Tensor]]:
@@ -68,25 +155,56 @@ def _safetensors_in(path: str, skip: set[str]) -> Iterator[tuple[str, Tensor]]:
 
 def _bin_in(path: str, skip: set[str]) -> Iterator[tuple[str, Tensor]]:
     mmap = zipfile.is_zipfile(path)  # files of torch < 1.6 are no archives and cannot be mapped
+    if mmap:
+        _check_archive(path)
     limit = max(os.path.getsize(path) * MAPPED_SHARE, 1)
-    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    names, mapped = [name for name in tensors if name not in skip], 0
+    tensors = _load_bin(path, mmap)
+    names, mapped, count = [name for name in tensors if name not in skip], 0, 0
     for name in names:
         if mapped > limit:
             tensors, mapped = None, 0
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        for full_name, tensor in _flat(name, tensors[name], path):
+            tensors = _load_bin(path, mmap)
+        for full_name, tensor in _flat(name, tensors[name]):
+            if (count := count + 1) > MAX_TENSORS:
+                raise ValueError(f"more than {MAX_TENSORS} tensors")
+            _check_tensor(full_name, tensor)
             mapped += tensor.nbytes if mmap else 0
             yield full_name, tensor
             del tensor
 
 
-def _flat(name: str, value, path: str) -> Iterator[tuple[str, Tensor]]:
+def _load_bin(path: str, mmap: bool) -> dict:
+    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    if not isinstance(tensors, dict):
+        raise ValueError(f"it holds a {type(tensors).__name__}, expected names with tensors")
+    return tensors
+
+
+def _check_archive(path: str) -> None:
+    """torch writes its archives uncompressed; another one could unfold to any size."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is a compressed archive, which torch does not write")
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless it is an ordinary tensor that is as large as it says."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise ValueError(f"{shown(name)} is no ordinary tensor")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{shown(name)} claims more numbers than the file holds")
+
+
+def _flat(name: str, value, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
     """A tensor as it is; the tensors of a nested state dict as NAME.INNER."""
+    if not isinstance(name, str):
+        raise ValueError(f"{shown(name)} is no name of a tensor")
     if isinstance(value, Tensor):
         yield name, value
         return
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: {name!r} is a {type(value).__name__}, expected a tensor")
+        raise ValueError(f"{shown(name)} is a {type(value).__name__}, expected a tensor")
+    if depth == MAX_DEPTH:
+        raise ValueError(f"{shown(name)} is nested too deeply")
     for key, inner in value.items():
-        yield from _flat(f"{name}.{key}", inner, path)
+        yield from _flat(f"{name}.{key}", inner, depth + 1)

@@ -244,6 +244,7 @@ def config() -> dict:
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
         "use_cache": True,
+        "conv_mode": "vicuna_v1",
         "freeze_mm_mlp_adapter": False,
         "image_aspect_ratio": "pad",
         "mm_hidden_size": TOWER_WIDTH,

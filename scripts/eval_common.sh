@@ -20,7 +20,7 @@
 #   LAUNCH       further options of `accelerate launch`, for several machines
 #   BATCH_SIZE   prompts per step (default: 8)
 #   LIMIT        about so many questions, evenly spread, for quick runs
-#   CONV_MODE    prompt template (default: by the checkpoint's name)
+#   CONV_MODE    prompt template (default: what the checkpoint says of itself)
 #   OPENAI_API_KEY, OPENAI_BASE_URL, JUDGE_MODEL, JUDGE_WORKERS, JUDGE_EXTRA
 #                the judge of llavabench, mmvet and viscot: docs/Evaluation.md
 #   EXTRA        further options of the answering program, for all calls

@@ -22,25 +22,16 @@ from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import write_checkpoint
 from llava.model.consolidate import consolidate_ckpt
 from llava.model.make_delta import make_delta
-from llava.model.utils import auto_upgrade
 from llava.pruning import build_pruner
-from tests.golden_data import SHIPPED
-
-CHECKPOINT = SHIPPED / "tiny-llava-v1.5"
-NEXT = SHIPPED / "tiny-llava-v1.6"
-TOWER = SHIPPED / "tiny-clip-vit-l14-336"
-
-
-def copy_of(source: Path, folder: Path, weights: bool = False, **config) -> Path:
-    """A checkpoint in `folder` with other config values, and no weights unless asked for."""
-    folder.mkdir(exist_ok=True)
-    for path in source.iterdir():
-        if weights or path.suffix != ".safetensors":
-            shutil.copyfile(path, folder / path.name)
-    values = json.loads((folder / "config.json").read_text())
-    values |= {"mm_vision_tower": str(TOWER), **config}
-    (folder / "config.json").write_text(json.dumps(values))
-    return folder
+from tests.checkpoint_tools import (
+    CHECKPOINT,
+    NEXT,
+    TOWER,
+    copy_of,
+    load,
+    same,
+    write_adapter,
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +42,6 @@ def weights():
 @pytest.fixture
 def folder(tmp_path):
     return copy_of(CHECKPOINT, tmp_path / "tiny-llava")
-
-
-def load(folder, base=None, name="tiny-llava", **options):
-    return load_pretrained_model(str(folder), base and str(base), name, device="cpu", **options)
-
-
-def same(model, weights) -> bool:
-    state = model.state_dict()
-    return all(torch.equal(state[name], tensor) for name, tensor in weights.items())
 
 
 # Layouts.
@@ -142,27 +124,6 @@ def test_a_projector_goes_on_top_of_its_base(folder, weights):
     state = model.state_dict()
     assert all(torch.equal(state[name], projector[name].half().float()) for name in names)
     assert same(model, {n: t for n, t in weights.items() if n not in names})
-
-
-def write_adapter(folder, weights, **settings):
-    config = {
-        "peft_type": "LORA",
-        "r": 2,
-        "lora_alpha": 8,
-        "target_modules": ["q_proj"],
-        **settings,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    name = "model.layers.3.self_attn.q_proj"
-    down, up = torch.randn(2, 32), torch.randn(32, 2)
-    prefix = f"base_model.model.{name}"
-    save_file(
-        {f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up},
-        folder / "adapter_model.safetensors",
-    )
-    trained = {"base_model.model.model.mm_projector.0.bias": torch.ones(32)}
-    torch.save(trained, folder / "non_lora_trainables.bin")
-    return weights[f"{name}.weight"], up @ down
 
 
 @pytest.mark.parametrize(
@@ -409,12 +370,6 @@ def test_a_missing_folder_config_or_tokenizer_is_named(tmp_path, folder, weights
         load(folder)
 
 
-def test_mpt_models_are_refused(tmp_path):
-    folder = copy_of(CHECKPOINT, tmp_path / "m", True, architectures=["LlavaMptForCausalLM"])
-    with pytest.raises(ValueError, match="MPT"):
-        load(folder)
-
-
 # Memory.
 
 PEAK = textwrap.dedent("""
@@ -531,13 +486,3 @@ def test_merging_an_adapter_and_extracting_its_projector(folder, weights, tmp_pa
     assert set(projector) == {n for n in weights if "projector" in n}
     extract(str(NEXT), str(tmp_path / "next.safetensors"))
     assert "model.image_newline" in load_file(tmp_path / "next.safetensors")
-
-
-def test_only_early_llava_configs_are_upgraded(tmp_path, monkeypatch):
-    early = copy_of(CHECKPOINT, tmp_path / "llava-v0", model_type="llama", architectures=["X"])
-    monkeypatch.setattr("builtins.input", lambda _: "n")
-    with pytest.raises(SystemExit):
-        auto_upgrade(str(early))
-    monkeypatch.setattr("builtins.input", lambda _: "Y")
-    assert auto_upgrade(str(early)) and not auto_upgrade(str(early))
-    assert json.loads((early / "config.json").read_text())["model_type"] == "llava"

@@ -163,9 +163,21 @@ def test_model_names_are_the_recorded_ones(case):
     assert mm_utils.get_model_name_from_path(case["path"]) == case["name"]
 
 
-def test_a_checkpoint_folder_alone_does_not_name_a_model():
-    with pytest.raises(IndexError, match="parent folder"):
-        mm_utils.get_model_name_from_path("checkpoint-5/")
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("checkpoint-5/", "my-run_checkpoint-5"),
+        ("checkpoint-5", "my-run_checkpoint-5"),
+        (".", "my-run"),
+        ("./checkpoint-5/.", "my-run_checkpoint-5"),
+        ("/checkpoint-5", "checkpoint-5"),
+        ("/", "/"),
+    ],
+)
+def test_a_path_that_names_no_model_is_looked_at_from_here(tmp_path, monkeypatch, path, name):
+    (tmp_path / "my-run" / "checkpoint-5").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "my-run")
+    assert mm_utils.get_model_name_from_path(path) == name
 
 
 @pytest.mark.parametrize(

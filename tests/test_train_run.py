@@ -72,7 +72,7 @@ def test_the_loss_falls_and_the_result_loads_from_where_it_lies(workplace):
     trainer = run(workplace, output, "--num_train_epochs", 4)
     assert losses(trainer)[-1] < 0.8 * losses(trainer)[0]
     config = json.loads((output / "config.json").read_text())
-    assert config["mm_vision_tower"] == "../../../tower"
+    assert config["mm_vision_tower"] == "../../../tower" and config["conv_mode"] == "vicuna_v1"
     assert config["mm_projector_type"] == "mlp2x_gelu" and config["image_aspect_ratio"] == "pad"
     assert not any("vision_tower" in name for name in load_file(output / "model.safetensors"))
     again = parameters(LlavaLlamaForCausalLM.from_pretrained(output))

@@ -246,6 +246,15 @@ def test_templates_follow_the_name_of_the_model(model, template):
     assert template_of(model) == template
 
 
+def test_what_the_worker_says_of_its_template_wins_over_the_name():
+    assert template_of("my-llava", known="mistral_instruct") == "mistral_instruct"
+    assert template_of("my-llava", "mpt", known="mistral_instruct") == "mpt"
+    assert template_of("llava-v0", known=None) == template_of("llava-v0", known="odd") == "llava_v0"
+    assert template_of("llava-v0", known=["mpt"]) == "llava_v0"
+    chosen = asking.Settings("my-llava", conv_mode="chatml_direct")
+    assert asking.new_conversation(chosen).system == conv_templates["chatml_direct"].system
+
+
 def test_a_chosen_template_is_taken_and_an_unknown_one_refused():
     assert template_of("llava-v1.5-7b", "mpt") == "mpt" and "mpt" in choices()
     with pytest.raises(ValueError, match="unknown template"):

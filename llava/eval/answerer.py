@@ -50,7 +50,7 @@ def open_loop(
         model_path=model_path,
         model_base=model_base,
         model_name=name,
-        conv_mode=resolve_conv_mode(conv_mode, name),
+        conv_mode=resolve_conv_mode(conv_mode, name, model_path, model_base),
         pruner=pruner,
         device=device,
         dtype=dtype,

@@ -84,7 +84,9 @@ def fill_in_playground(args) -> None:
         args.image_folder = args.image_folder or os.path.join(benchmark_dir(), IMAGES)
     args.image_folder = args.image_folder or os.path.dirname(args.question_file)
     args.model_name = get_model_name_from_path(args.model_path)
-    args.conv_mode = resolve_conv_mode(args.conv_mode, args.model_name)
+    args.conv_mode = resolve_conv_mode(
+        args.conv_mode, args.model_name, args.model_path, args.model_base
+    )
 
 
 def options_by_method(pairs: list[str]) -> dict[str, dict]:

@@ -41,7 +41,7 @@ class LlavaPruning(lmms):
     method:           pruning method, or two as METHOD+METHOD
     visual_token_num: its budget; none: the method's own
     pruning_args:     its other options, KEY=VALUE with semicolons between them
-    conv_template:    prompt template; "auto" goes by the name of the checkpoint
+    conv_template:    prompt template; "auto" is what the checkpoint says of itself
     """
 
     is_simple = True

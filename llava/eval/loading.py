@@ -3,11 +3,10 @@
 import argparse
 from dataclasses import fields
 
-from llava.conversation import conv_templates
+from llava.conv_mode import announce, checkpoint_conv_mode
 from llava.eval.answer_loop import AnswerLoop
 from llava.eval.answers import fingerprint
 from llava.eval.model_args import DTYPES, add_model_args, load_from_args
-from llava.mm_utils import infer_conv_mode
 
 __all__ = ["DTYPES", "add_model_args", "add_speed_args", "load_loop", "resolve_conv_mode"]
 __all__ += ["settings_of"]
@@ -54,19 +53,15 @@ def settings_of(args, pruner) -> dict:
     }
 
 
-def resolve_conv_mode(conv_mode: str, model_name: str) -> str:
+def resolve_conv_mode(
+    conv_mode: str, model_name: str, model_path: str | None = None, model_base: str | None = None
+) -> str:
     """Returns the template name; raises ValueError on an unknown one.
 
-    "auto" goes by the model's name. Checkpoints named "plain" were trained with the `_mmtag`
-    variant of their template.
+    "auto" is what the checkpoint at `model_path` says of itself, with the reason in one line. A
+    projector without a tuned language model behind it, called "plain", was trained with the
+    `_mmtag` variant of its template.
     """
-    if conv_mode == "auto":
-        conv_mode = infer_conv_mode(model_name)
-    plain = "plain" in model_name and "finetune" not in model_name.lower()
-    if plain and "mmtag" not in conv_mode:
-        conv_mode += "_mmtag"
-        print(f"{model_name} looks like a plain model: using the conv mode {conv_mode}")
-    if conv_mode not in conv_templates:
-        names = ", ".join(conv_templates)
-        raise ValueError(f"unknown conv mode {conv_mode!r}, choose from auto, {names}")
-    return conv_mode
+    choice = checkpoint_conv_mode(model_path, model_base, model_name, conv_mode)
+    announce(choice)
+    return choice.name

@@ -33,7 +33,6 @@ __all__ = ["DTYPES", "build_parser", "parse_args", "resolve_conv_mode", "run"]
 def build_parser(
     description: str,
     question_file: str = "tables/question.jsonl",
-    conv_mode: str = "llava_v1",
     max_new_tokens: int = 1024,
 ) -> argparse.ArgumentParser:
     """Returns the options that all answering programs share, with a program's own defaults."""
@@ -51,7 +50,10 @@ def build_parser(
 
     group = parser.add_argument_group("generation")
     group.add_argument(
-        "--conv-mode", "--conv_mode", default=conv_mode, help="prompt template; auto: by model name"
+        "--conv-mode",
+        "--conv_mode",
+        default="auto",
+        help="prompt template (default: auto, what the checkpoint says of itself)",
     )
     group.add_argument("--temperature", type=float, default=0.2)
     group.add_argument("--top_p", "--top-p", type=float)
@@ -91,12 +93,12 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
         from llava.playground import default_model_path
 
         args.model_path = default_model_path()
-        if args.conv_mode == parser.get_default("conv_mode"):
-            args.conv_mode = "auto"
     args.model_path = os.path.expanduser(args.model_path)
     args.question_file = os.path.expanduser(args.question_file)
     args.model_name = get_model_name_from_path(args.model_path)
-    args.conv_mode = resolve_conv_mode(args.conv_mode, args.model_name)
+    args.conv_mode = resolve_conv_mode(
+        args.conv_mode, args.model_name, args.model_path, args.model_base
+    )
     args.pruner = pruner_from_args(args)
     return args
 

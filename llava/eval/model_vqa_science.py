@@ -13,7 +13,7 @@ from llava.eval.tasks import read_json_list, science_questions
 
 @errors_as_messages()
 def main():
-    parser = build_parser(__doc__.splitlines()[0], "tables/question.json", "llava_v0")
+    parser = build_parser(__doc__.splitlines()[0], "tables/question.json")
     parser.add_argument("--single-pred-prompt", "--single_pred_prompt", action="store_true")
     parser.add_argument(
         "--answer-prompter", "--answer_prompter", action="store_true", help="accepted, no effect"

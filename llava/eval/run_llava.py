@@ -22,6 +22,7 @@ from llava.constants import (
     DEFAULT_IMAGE_TOKEN,
     IMAGE_PLACEHOLDER,
 )
+from llava.conv_mode import AUTO, announce, checkpoint_conv_mode
 from llava.conversation import conv_templates
 from llava.eval import model_args
 from llava.eval.errors import errors_as_messages
@@ -29,7 +30,6 @@ from llava.eval.model_args import add_option
 from llava.eval.show_pruning import show_pruning
 from llava.mm_utils import (
     get_model_name_from_path,
-    infer_conv_mode,
     load_image,
     process_images,
     tokenizer_image_token,
@@ -55,7 +55,9 @@ def load_images(image_files: list[str]) -> list[Image.Image]:
 def add_model_args(parser: argparse.ArgumentParser) -> None:
     """Adds what says which model runs, and how; `load_model` reads it."""
     model_args.add_model_args(parser)
-    add_option(parser, "--conv-mode", help="prompt template (default: by the model's name)")
+    add_option(
+        parser, "--conv-mode", help="prompt template (default: what the checkpoint says of itself)"
+    )
     add_pruning_args(parser)
 
 
@@ -78,21 +80,22 @@ def load_model(args):
     pruner = pruner_from_args(args)  # before the model: a typing error should not cost a minute
     path = os.path.expanduser(args.model_path or default_model_path())
     name = get_model_name_from_path(path)
-    conv_mode = choose_conv_mode(args.conv_mode, name)
+    conv_mode = pick_conv_mode(args.conv_mode, path, args.model_base, name)
     return *model_args.load_from_args(args, path, name, pruner), conv_mode
 
 
-def choose_conv_mode(given: str | None, model_name: str) -> str:
-    """The template that was asked for, or else the one the model's name points at."""
-    inferred = infer_conv_mode(model_name)
-    if given is None:
-        return inferred
-    if given not in conv_templates:
+def pick_conv_mode(given: str | None, path: str, base: str | None, name: str) -> str:
+    """The template that was asked for, or else the checkpoint's own; a difference is said."""
+    if given not in (None, AUTO, *conv_templates):
         raise ValueError(f"unknown --conv-mode {given!r}, choose from {', '.join(conv_templates)}")
-    if given != inferred:
+    inferred = checkpoint_conv_mode(path, base, name)
+    if given in (None, AUTO):
+        announce(inferred)
+        return inferred.name
+    if given != inferred.name:
         print(
-            f"[WARNING] the auto inferred conversation mode is {inferred}, while `--conv-mode` "
-            f"is {given}, using {given}",
+            f"[WARNING] the auto inferred conversation mode is {inferred.name}, while "
+            f"`--conv-mode` is {given}, using {given}",
             file=sys.stderr,
         )
     return given

@@ -249,7 +249,9 @@ def parse_suite_args(parser: argparse.ArgumentParser, argv: list[str] | None = N
     if stray := [a for a in args.pruning_arg if a.partition(".")[0] not in args.methods]:
         parser.error(f"--pruning-arg {stray[0]} must start with one of the methods and a dot")
     args.model_name = get_model_name_from_path(args.model_path)
-    args.conv_mode = resolve_conv_mode(args.conv_mode, args.model_name)
+    args.conv_mode = resolve_conv_mode(
+        args.conv_mode, args.model_name, args.model_path, args.model_base
+    )
     return args
 
 

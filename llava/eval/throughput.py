@@ -187,8 +187,11 @@ def parse_args() -> argparse.Namespace:
             benchmark_dir(), "gqa", "llava_gqa_testdev_balanced.jsonl"
         )
         args.image_folder = args.image_folder or os.path.join(benchmark_dir(), "images")
-    args.model_name = get_model_name_from_path(args.model_path or "llava-v1.5")
-    args.conv_mode = resolve_conv_mode(args.conv_mode, args.model_name)
+    from llava.playground import default_model_path
+
+    path = args.model_path or default_model_path()  # random weights read the playground's prompts
+    args.model_name = get_model_name_from_path(path)
+    args.conv_mode = resolve_conv_mode(args.conv_mode, args.model_name, path, args.model_base)
     return args
 
 

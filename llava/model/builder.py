@@ -7,16 +7,29 @@ base model, unmerged LoRA adapters, and plain language models. Everything is rea
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.modeling_utils import no_init_weights
 
+from ..checkpoint_kind import NON_LORA, SUPPORTED, Kind, kind_of, projector_file
+from ..config_file import (
+    check_config,
+    first_line,
+    one_sentence,
+    read_config,
+    read_json,
+    shown,
+)
 from ..constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
@@ -30,17 +43,24 @@ from .checkpoint import (
     Filler,
     clean_trainable_names,
     merge_lora,
+    read_file,
     read_tensors,
 )
 from .generation import check_strategy
 from .language_model.attention import check_backend
 from .language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from .language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
-from .multimodal_encoder.builder import resolve_tower_path
+from .multimodal_encoder.builder import tower_beside
 from .placement import choose_device, choose_dtype, dtype_note, may_share, place, single_device
 from .quantization import import_bitsandbytes, quantize
 
 DEFAULT_CONTEXT_LEN = 2048
+#: tokens that a tokenizer may have beyond the model's vocabulary: image marks, padding, a few more
+MAX_NEW_TOKENS_IN_VOCABULARY = 1024
+FAMILIES = {
+    "llama": (LlavaConfig, LlavaLlamaForCausalLM),
+    "mistral": (LlavaMistralConfig, LlavaMistralForCausalLM),
+}
 
 
 def load_pretrained_model(
@@ -64,7 +84,7 @@ def load_pretrained_model(
 
     model_path:  folder (or hub repository) of the model, the projector or the adapter
     model_base:  folder of the model that a projector or adapter belongs to; None for full models
-    model_name:  "llava" in it, or in the config's architecture, makes it a multimodal model
+    model_name:  asked last: config and files say what the model is
     load_8bit, load_4bit: quantise the decoder's linear layers (needs the extra `quant`)
     device_map:  "auto", a device, or module name -> device
     device:      None is cuda if present, else mps, else cpu
@@ -87,7 +107,7 @@ def load_pretrained_model(
     if load_8bit and load_4bit:
         raise ValueError("load_8bit and load_4bit exclude each other")
     folder, base = local_folder(model_path), model_base and local_folder(model_base)
-    values = read_config(folder, required=base is None)
+    kind, values = kind_of(folder, base or None, model_name)
     device = single_device(device_map, device) or choose_device(device)
     backend = check_backend(
         "flash_attention_2" if use_flash_attn else attn_implementation or "sdpa"
@@ -97,29 +117,32 @@ def load_pretrained_model(
     quantized = load_8bit or load_4bit
     if quantized:
         import_bitsandbytes()
-    dtype_config = values or read_config(base)
-    dtype = choose_dtype(torch_dtype, dtype_config, device, quantized)
-    if torch_dtype is None and (note := dtype_note(dtype, dtype_config, device)):
+    values = check_config(values, config_path(folder, base), plain=not kind.multimodal)
+    dtype = choose_dtype(torch_dtype, values, device, quantized)
+    if torch_dtype is None and (note := dtype_note(dtype, values, device)):
         print(note, file=sys.stderr)
     fill_device = "cpu" if quantized or may_share(device_map, device) else device
 
-    if is_llava(model_name, values):
-        config, model_class = llava_config(folder, values, model_name, backend)
+    # All small files first: what is wrong with them should not cost the reading of the weights.
+    generation = load_generation_config(base or folder)
+    if kind.multimodal:
+        config, model_class = llava_config(folder, values, kind, backend)
         set_vision_tower(config, vision_tower, base)
+        tokenizer = load_tokenizer(base or folder, config, fast=kind.family == "mistral")
         model, filler = build_empty(model_class, config, dtype, fill_device)
-        fill_llava(filler, folder, base, model_name)
+        fill_llava(filler, folder, base, kind)
         load_tower(model, filler, vision_tower_dtype or dtype, fill_device)
-        tokenizer = load_tokenizer(base or folder, fast="mistral" in model_name.lower())
         add_image_tokens(model, tokenizer)
         image_processor = model.get_vision_tower().image_processor
     else:
         if pruner.name != "none":
             raise ValueError(f"{model_path} is a plain language model, {pruner!r} has no images")
         model = load_plain(folder, base, dtype, fill_device, backend)
-        tokenizer = load_tokenizer(base or folder)
+        tokenizer = load_tokenizer(base or folder, model.config)
         image_processor = None
 
-    load_generation_config(model, base or folder)
+    if generation:
+        model.generation_config = generation
     if quantized:
         quantize(model, bits=4 if load_4bit else 8, dtype=dtype)
     model = place(model.eval(), device_map, device)
@@ -130,43 +153,19 @@ def load_pretrained_model(
     return tokenizer, model, image_processor, context_len
 
 
-def read_config(folder: str, required: bool = True) -> dict:
-    """The values of config.json; {} when there is none and none is required."""
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
-        if not required:
-            return {}
-        raise FileNotFoundError(f"{folder} holds no config.json, so it is no checkpoint folder")
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
+def config_path(folder: str, base: str | None) -> str:
+    """The config.json that describes the model: the folder's own, or that of its base."""
+    own = os.path.join(folder, "config.json")
+    return own if base is None or os.path.isfile(own) else os.path.join(base, "config.json")
 
 
-def is_llava(model_name: str, values: dict) -> bool:
-    architecture = (values.get("architectures") or [""])[0]
-    return "llava" in model_name.lower() or architecture.startswith("Llava")
-
-
-def llava_config(folder: str, values: dict, model_name: str, backend: str = "sdpa"):
-    """(config, model class) of a LLaVA folder.
-
-    The class follows the architecture, not `model_type`: old checkpoints say "llava", a name that
-    belongs to another model in transformers.
-    """
-    architecture = (values.get("architectures") or [""])[0]
-    kind = f"{architecture} {values.get('model_type', '')} {model_name}".lower()
-    if "mpt" in kind:
-        raise ValueError(f"{folder} is an MPT model, only Llama and Mistral are supported")
-    config_class, model_class = (
-        (LlavaMistralConfig, LlavaMistralForCausalLM)
-        if "mistral" in (architecture.lower() if architecture.startswith("Llava") else kind)
-        else (LlavaConfig, LlavaLlamaForCausalLM)
-    )
+def llava_config(folder: str, values: dict, kind: Kind, backend: str = "sdpa"):
+    """(config, model class) of a LLaVA folder with checked config values."""
+    config_class, model_class = FAMILIES[kind.family]
     values = {key: value for key, value in values.items() if key != "model_type"}
     values["architectures"] = [model_class.__name__]
-    config = config_class.from_dict({**values, "attn_implementation": backend})
+    with one_sentence(f"{folder}/config.json describes no model"):
+        config = config_class.from_dict({**values, "attn_implementation": backend})
     config._name_or_path = os.path.abspath(folder)
     return config, model_class
 
@@ -182,41 +181,35 @@ def set_vision_tower(config, override: str | None, base: str | None) -> None:
             "cannot see images; pass vision_tower=PATH (--vision-tower) or another checkpoint"
         )
     # A projector or adapter folder may have been moved away from the tower beside its base.
-    if base and not os.path.isdir(resolve_tower_path(name, config._name_or_path)):
-        config.mm_vision_tower = resolve_tower_path(name, os.path.abspath(base))
+    if base and not tower_beside(name, config._name_or_path):
+        config.mm_vision_tower = tower_beside(name, base) or name
 
 
 def build_empty(model_class, config, dtype: torch.dtype, device) -> tuple[nn.Module, Filler]:
     """A model without memory for its weights, and what fills it."""
-    with init_empty_weights(), no_init_weights():
-        model = model_class(config)
+    with one_sentence(f"{config._name_or_path} describes no model", (ValueError, OSError)):
+        with init_empty_weights(), no_init_weights():
+            model = model_class(config)
     model.config.torch_dtype = dtype
     return model, Filler(model, dtype, device)
 
 
-def fill_llava(filler: Filler, folder: str, base: str | None, model_name: str) -> None:
+def fill_llava(filler: Filler, folder: str, base: str | None, kind: Kind) -> None:
     """Weights of a full checkpoint, or of a base with a projector or an adapter on top."""
     if base is None:
         filler.add_folder(folder)
         return filler.finish(folder)
-    lora = "lora" in model_name.lower() or os.path.isfile(
-        os.path.join(folder, "adapter_config.json")
-    )
-    if lora:
-        trained = clean_trainable_names(read_tensors(folder, "non_lora_trainables"))
+    if kind.delta == "lora":
+        trained = clean_trainable_names(read_tensors(folder, NON_LORA))
     else:
-        trained = read_tensors(folder, "mm_projector")
-        if not trained:
-            raise FileNotFoundError(
-                f"{folder} holds neither mm_projector.bin nor an adapter to put on top of {base}"
-            )
         # The published loader rounds the projector through half precision, whatever the dtype.
-        trained = {name: tensor.half() for name, tensor in trained.items()}
+        path = projector_file(folder)
+        trained = {name: tensor.half() for name, tensor in read_file(path).items()}
     for name, tensor in trained.items():
         filler.add(name, tensor, folder)
     filler.add_folder(base, fit=True)
     filler.finish(f"{folder} with {base}")
-    if lora:
+    if kind.delta == "lora":
         merge_lora(filler.model, folder)
 
 
@@ -242,11 +235,16 @@ def load_tower(model: nn.Module, filler: Filler, dtype: torch.dtype, device) -> 
 def load_plain(folder: str, base: str | None, dtype, device, backend: str) -> nn.Module:
     """A model without images; with `base` the LoRA adapter in `folder` is merged into that."""
     source = base or folder
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    with init_empty_weights(), no_init_weights():
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=backend, trust_remote_code=False
-        )
+    values = check_config(read_config(source), config_path(source, None), plain=True)
+    kind = values.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"{source} is a {shown(kind)} model, which is not supported; {SUPPORTED}")
+    with one_sentence(f"{source} describes no model"):
+        config = CONFIG_MAPPING[kind].from_dict(values)
+        with init_empty_weights(), no_init_weights():
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=backend, trust_remote_code=False
+            )
     model.config.torch_dtype = dtype
     filler = Filler(model, dtype, device)
     filler.add_folder(source)
@@ -256,12 +254,24 @@ def load_plain(folder: str, base: str | None, dtype, device, backend: str) -> nn
     return model
 
 
-def load_tokenizer(folder: str, fast: bool = False):
-    """The tokenizer in `folder`, without a look at the network."""
+def load_tokenizer(folder: str, config, fast: bool = False):
+    """The tokenizer in `folder`, without a look at the network. ValueError when it is damaged, or
+    has so many more tokens than the model of `config` that it belongs to another one."""
     try:
-        return AutoTokenizer.from_pretrained(folder, use_fast=fast, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"no tokenizer can be loaded from {folder}: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=fast, trust_remote_code=False)
+        count, ids = len(tokenizer), tokenizer("What is this?").input_ids
+    except Exception as error:  # tokenizers of damaged files fail in every way there is
+        raise ValueError(
+            f"no tokenizer can be loaded from {folder}: {first_line(error)}"
+        ) from error
+    rows = config.vocab_size
+    highest = max([count - 1, *tokenizer.get_added_vocab().values(), *ids])
+    if highest >= rows + MAX_NEW_TOKENS_IN_VOCABULARY:
+        raise ValueError(
+            f"the tokenizer in {folder} has {highest + 1} tokens, the model {rows}: it belongs to "
+            "another model"
+        )
+    return tokenizer
 
 
 def add_image_tokens(model: nn.Module, tokenizer) -> None:
@@ -274,6 +284,11 @@ def add_image_tokens(model: nn.Module, tokenizer) -> None:
         model.resize_token_embeddings(len(tokenizer))
 
 
-def load_generation_config(model: nn.Module, folder: str) -> None:
-    if os.path.isfile(os.path.join(folder, "generation_config.json")):
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+def load_generation_config(folder: str) -> GenerationConfig | None:
+    """The checkpoint's own defaults of `generate`; None where it has none."""
+    path = os.path.join(folder, "generation_config.json")
+    if not os.path.isfile(path):
+        return None
+    check_config(read_json(path), path, plain=True)
+    with one_sentence(f"{path} is no generation config"):
+        return GenerationConfig.from_pretrained(folder)

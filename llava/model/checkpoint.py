@@ -17,49 +17,35 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..weight_files import tensors_in
+from ..checkpoint_kind import ADAPTER, ADAPTER_CONFIG
+from ..config_file import read_json, shown
+from ..weight_files import check_numbers, tensor_file, tensors_in, weight_files
 
-#: (index file, single file), in order of preference
-WEIGHT_FILES = (
-    ("model.safetensors.index.json", "model.safetensors"),
-    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-)
 #: recomputed by the model, saved by some versions of other libraries
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "embeddings.position_ids")
+IGNORED_SUFFIXES += ("rotary_emb.cos_cached", "rotary_emb.sin_cached")
+#: what may name modules in an adapter config: parts of names, and once "anything"
+MODULE_PATTERN = re.compile(r"([\w.|^$()-]|\\[.d]|\.\*(?!.*\*))*")
 TOWER_PREFIX = "model.vision_tower."
 #: bytes per file of the checkpoints we write
 SHARD_BYTES = 5 * 10**9
 
 
-def weight_files(folder: str) -> list[str]:
-    """Paths of the files that hold the model's weights: safetensors if present, else `.bin`.
-
-    Raises FileNotFoundError when there are none or the index names one that is missing.
-    """
-    for index, single in WEIGHT_FILES:
-        if os.path.isfile(path := os.path.join(folder, index)):
-            with open(path, encoding="utf-8") as file:
-                names = sorted(set(json.load(file)["weight_map"].values()))
-            paths = [os.path.join(folder, name) for name in names]
-            if missing := [
-                name for name, p in zip(names, paths, strict=True) if not os.path.isfile(p)
-            ]:
-                raise FileNotFoundError(f"{path} names missing files: {', '.join(missing)}")
-            return paths
-        if os.path.isfile(path := os.path.join(folder, single)):
-            return [path]
-    raise FileNotFoundError(
-        f"{folder} holds no model weights (looked for "
-        f"{', '.join(name for pair in WEIGHT_FILES for name in pair)})"
-    )
-
-
 def read_tensors(folder: str, name: str) -> dict[str, Tensor]:
     """All tensors of `<name>.safetensors` or `<name>.bin` in `folder`; {} when neither exists."""
-    for suffix in (".safetensors", ".bin"):
-        if os.path.isfile(path := os.path.join(folder, name + suffix)):
-            return {key: tensor.clone() for key, tensor in tensors_in(path)}
-    return {}
+    path = tensor_file(folder, name)
+    return read_file(path) if path else {}
+
+
+def read_file(path: str) -> dict[str, Tensor]:
+    """All tensors of a file. Raises ValueError where they are no finite floating-point numbers."""
+    tensors = {}
+    for key, tensor in tensors_in(path):
+        check_numbers(key, tensor, path)
+        if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+            raise ValueError(f"{path}: {key} is not finite (NaN or infinity)")
+        tensors[key] = tensor.clone()
+    return tensors
 
 
 def is_ignored(name: str) -> bool:
@@ -88,6 +74,7 @@ class Filler:
         self.wanted = dict(model.state_dict(keep_vars=True))
         self.filled: set[str] = set()
         self.unexpected: list[str] = []
+        self.ends: dict[str, Tensor] = {}
 
     def add(self, name: str, tensor: Tensor, source: str, fit: bool = False) -> None:
         """One weight; ignored when an earlier source gave it, an error when its shape is wrong.
@@ -97,9 +84,11 @@ class Filler:
         if name in self.filled or is_ignored(name):
             return
         if name not in self.wanted:
-            if not name.startswith(TOWER_PREFIX):
+            replaced = fit and "mm_projector" in name  # that of a base, deeper than the new one
+            if not name.startswith(TOWER_PREFIX) and not replaced:
                 self.unexpected.append(name)
             return
+        check_numbers(name, tensor, source)
         shape = self.wanted[name].shape
         if tensor.shape != shape and fit and is_vocabulary(name):
             tensor = fit_rows(tensor, shape[0])
@@ -108,8 +97,9 @@ class Filler:
                 f"{source}: {name} has shape {tuple(tensor.shape)}, "
                 f"the config asks for {tuple(shape)}"
             )
-        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-        set_tensor(self.model, name, tensor.to(self.device, dtype, copy=True))
+        placed = tensor.to(self.device, self.dtype, copy=True)
+        self.ends[name] = torch.stack(torch.aminmax(placed))  # looked at once, in `finish`
+        set_tensor(self.model, name, placed)
         self.filled.add(name)
 
     def add_folder(self, folder: str, fit: bool = False) -> None:
@@ -126,9 +116,23 @@ class Filler:
         return [name for name in self.wanted if name not in self.filled | tied]
 
     def finish(self, source: str) -> None:
-        """Raises ValueError on missing weights, warns about those nobody asked for."""
+        """Raises ValueError on missing weights, on more of them in parts the model has (it is
+        another model then), and on numbers that are not finite. Warns about other weights that
+        nobody asked for."""
         if missing := [name for name in self.missing() if not name.startswith(TOWER_PREFIX)]:
             raise ValueError(f"{source} lacks {len(missing)} weights: {_some(missing)}")
+        finite = torch.stack([*self.ends.values()]).isfinite().all(dim=1).tolist()
+        if odd := [name for name, fine in zip(self.ends, finite, strict=True) if not fine]:
+            kind = str(self.dtype).removeprefix("torch.")
+            raise ValueError(f"{source}: {_some(odd)} is not finite in {kind} (NaN or infinity)")
+        parts = tuple({part_of(name) for name in self.wanted})
+        known = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        foreign = [name for name in self.unexpected if name.startswith(parts)]
+        if foreign := [n for n in foreign if not any(re.search(k, n) for k in known)]:
+            raise ValueError(
+                f"{source} holds {len(foreign)} weights that a model of its config.json does not "
+                f"have, so it is a model of another kind or size: {_some(foreign)}"
+            )
         if self.unexpected:
             warnings.warn(
                 f"{source} holds {len(self.unexpected)} weights the model has no place for, they "
@@ -137,6 +141,11 @@ class Filler:
             )
         if getattr(self.model.config, "tie_word_embeddings", False):
             self.model.tie_weights()
+
+
+def part_of(name: str) -> str:
+    """The part of a model that a weight belongs to: "model.layers.", "lm_head." and so on."""
+    return ".".join(name.split(".")[: 2 if name.startswith("model.") else 1]) + "."
 
 
 def is_vocabulary(name: str) -> bool:
@@ -174,17 +183,8 @@ def clean_trainable_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def merge_lora(model: nn.Module, folder: str) -> None:
     """Adds the LoRA update of an adapter folder to the weights: W + scale * B A."""
-    path = os.path.join(folder, "adapter_config.json")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"{folder} holds no adapter_config.json, so it is no LoRA checkpoint"
-        )
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file)
-    if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora"):
-        kind = "DoRA" if config.get("use_dora") else config["peft_type"]
-        raise ValueError(f"{path}: adapters of type {kind} are not supported, only plain LoRA")
-    tensors = {clean_adapter_name(k): t for k, t in read_tensors(folder, "adapter_model").items()}
+    config = read_adapter_config(folder)
+    tensors = {clean_adapter_name(k): t for k, t in read_tensors(folder, ADAPTER).items()}
     if not tensors:
         raise FileNotFoundError(f"{folder} holds neither adapter_model.safetensors nor .bin")
     parameters = dict(model.named_parameters())
@@ -199,12 +199,55 @@ def merge_lora(model: nn.Module, folder: str) -> None:
         module = name.removesuffix(".lora_A.weight")
         if f"{module}.lora_B.weight" not in tensors or f"{module}.weight" not in parameters:
             raise ValueError(f"{folder}: adapter weight {name!r} has no partner or no target")
-        weight = parameters[f"{module}.weight"]
-        update = (
-            tensors[f"{module}.lora_B.weight"].float() @ down.float() * lora_scale(config, module)
-        )
-        update = update.T if config.get("fan_in_fan_out") else update
+        weight, up = parameters[f"{module}.weight"], tensors[f"{module}.lora_B.weight"]
+        turned = bool(config.get("fan_in_fan_out"))
+        ends = [*up.shape[:1], *down.shape[1:]]
+        if up.shape[1:] != down.shape[:1] or ends[:: -1 if turned else 1] != [*weight.shape]:
+            raise ValueError(
+                f"{folder}: adapter weights of {module}, {tuple(up.shape)} and "
+                f"{tuple(down.shape)}, do not fit its shape {tuple(weight.shape)}"
+            )
+        update = up.float() @ down.float() * lora_scale(config, module)
+        update = update.T if turned else update
         weight.data += update.to(weight.device, weight.dtype)
+
+
+def read_adapter_config(folder: str) -> dict:
+    """The values of adapter_config.json. Raises ValueError for anything but a plain LoRA."""
+    path = os.path.join(folder, ADAPTER_CONFIG)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{folder} holds no adapter_config.json, so it is no LoRA checkpoint"
+        )
+    config = read_json(path)
+    if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora"):
+        kind = "DoRA" if config.get("use_dora") else shown(config["peft_type"])
+        raise ValueError(f"{path}: adapters of type {kind} are not supported, only plain LoRA")
+    tables = {}
+    for table in ("rank_pattern", "alpha_pattern"):
+        tables[table] = config.get(table) or {}
+        if not isinstance(tables[table], dict):
+            raise ValueError(f"{path}: {table} must be an object, not {shown(tables[table])}")
+        for key in tables[table]:
+            # Part of a regular expression, which a strange file could make run for ever.
+            if len(key) > 200 or not MODULE_PATTERN.fullmatch(key) or not _compiles(key):
+                raise ValueError(f"{path}: {table} has {shown(key)}, expected names of modules")
+    ranks = [config.get("r"), *tables["rank_pattern"].values()]
+    scales = [config.get("lora_alpha"), *tables["alpha_pattern"].values()]
+    for value in ranks + scales:
+        if type(value) not in (int, float) or not 0 < value < 1e6:
+            raise ValueError(
+                f"{path}: ranks (r) and scales (lora_alpha) must be positive numbers, not "
+                f"{shown(value)}"
+            )
+    return config
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        return bool(re.compile(pattern))
+    except re.error:
+        return False
 
 
 def lora_scale(config: dict, module: str) -> float:
@@ -265,8 +308,7 @@ def _copy_settings(source: str, target: str, torch_dtype: str | None) -> None:
     path = os.path.join(target, "config.json")
     if not os.path.isfile(path):
         return
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file)
+    config = read_json(path)
     tower = os.path.join(source, config.get("mm_vision_tower") or "")
     if config.get("mm_vision_tower") and os.path.isdir(tower):
         config["mm_vision_tower"] = os.path.relpath(tower, target)

@@ -9,8 +9,9 @@ import argparse
 
 import torch
 
-from .builder import read_config
-from .checkpoint import TOWER_PREFIX, is_ignored, tensors_in, weight_files, write_checkpoint
+from ..config_file import read_config
+from ..weight_files import tensors_in, weight_files
+from .checkpoint import TOWER_PREFIX, is_ignored, write_checkpoint
 from .utils import auto_upgrade
 
 

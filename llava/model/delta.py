@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .checkpoint import is_ignored, is_vocabulary, tensors_in, weight_files
+from ..weight_files import tensors_in, weight_files
+from .checkpoint import is_ignored, is_vocabulary
 
 #: weights that a LLaVA model has and its base has not
 OWN_PARTS = ("mm_projector", "image_newline", "vision_tower")

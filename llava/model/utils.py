@@ -3,6 +3,9 @@
 import json
 import os
 
+from ..checkpoint_kind import is_multimodal, model_type_of
+from ..config_file import read_json
+
 
 def auto_upgrade(folder: str, confirm: bool = True) -> bool:
     """Marks a plain Llama config of an early LLaVA checkpoint as LLaVA's, in place.
@@ -11,9 +14,9 @@ def auto_upgrade(folder: str, confirm: bool = True) -> bool:
     was changed. Only needed by other programs: our loader reads such folders as they are.
     """
     path = os.path.join(folder, "config.json")
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file)
-    if "llava" not in folder.lower() or "llava" in config.get("model_type", ""):
+    config = read_json(path)
+    llava = is_multimodal(config) or "llava" in os.path.basename(os.path.abspath(folder)).lower()
+    if not llava or "llava" in model_type_of(config):
         return False
     if config.get("model_type") != "llama":
         raise ValueError(f"{path}: model_type is {config.get('model_type')!r}, expected 'llama'")

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..config_file import read_json
 from ..playground import trained_part
 from ..weight_files import local_folder, tensors_in
 
@@ -50,11 +51,7 @@ def read_part_config(folder: str, method: str) -> dict:
     path = os.path.join(folder, CONFIG_FILE)
     if not os.path.isfile(path):
         return {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
+    values = read_json(path)
     owner = values.get(METHOD_KEY, method)
     if owner != method:
         raise ValueError(f"{folder} holds a trained part of {owner!r}, not of {method!r}")

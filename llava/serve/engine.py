@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from ..conv_mode import choose_conv_mode
 from ..conversation import conv_templates
 from ..eval.run_llava import image_inputs
-from ..mm_utils import infer_conv_mode, tokenizer_image_token
+from ..mm_utils import tokenizer_image_token
 from .dialogue import last_question
 from .errors import ServeError, encode_chunk
 from .images import decode_images
@@ -78,7 +79,8 @@ class Engine:
     ):
         self.tokenizer, self.model, self.image_processor = tokenizer, model, image_processor
         self.model_name, self.limits = model_name, limits
-        self.template = conv_templates[infer_conv_mode(model_name)]
+        self.conv_mode = choose_conv_mode(model.config, model_name)
+        self.template = conv_templates[self.conv_mode.name]
         self.shelf = MethodShelf(model.pruner, folders)
         self.methods = offer(model, self.shelf)
         self.turns = Turns(model)
@@ -93,6 +95,7 @@ class Engine:
             "default_pruning": {"method": default.name, "options": settings(default)},
             "num_patches": self.model.get_vision_tower().num_patches,
             "context_length": self._context_length(),
+            "conv_mode": self.conv_mode.name,
         }
 
     def _context_length(self) -> int:

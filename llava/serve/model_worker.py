@@ -94,15 +94,16 @@ def load_engine(args):
     if args.use_flash_attn:
         args.attn_implementation = "flash_attention_2"
     tokenizer, model, image_processor = load_from_args(args, path, name, pruner)
-    served_as = args.model_name or name
-    return Engine(
+    engine = Engine(
         tokenizer,
         model,
         image_processor,
-        served_as,
+        args.model_name or name,
         args.limit_model_concurrency,
         folders=folders,
     )
+    logger.info("%s", engine.conv_mode)
+    return engine
 
 
 def trained_parts(pairs: list[str]) -> dict[str, str]:

@@ -12,11 +12,13 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..constants import DEFAULT_IMAGE_TOKEN
+from ..conv_mode import announce, checkpoint_conv_mode
 from ..conversation import conv_templates
 from ..eval.errors import errors_as_messages
 from ..mm_utils import get_model_name_from_path, infer_conv_mode
@@ -52,6 +54,7 @@ class Forwarder:
     api: "sglang" (`/generate`, the prompt as it is) or "openai" (`/v1/chat/completions`, the
          prompt taken apart into messages)
     key: secret of that server, sent as a bearer token
+    conv_mode: prompt template of the model; None: by its name
     """
 
     def __init__(
@@ -62,9 +65,11 @@ class Forwarder:
         key: str | None = None,
         limits: Limits = LIMITS,
         transport: httpx.AsyncBaseTransport | None = None,
+        conv_mode: str | None = None,
     ):
         self.model_name, self.api, self.limits = model_name, api, limits
-        self.template = conv_templates[infer_conv_mode(model_name)]
+        self.conv_mode = conv_mode or infer_conv_mode(model_name)
+        self.template = conv_templates[self.conv_mode]
         self.client = httpx.AsyncClient(
             base_url=base_url(endpoint),
             headers=key_headers(key),
@@ -75,7 +80,7 @@ class Forwarder:
         )
 
     def status(self) -> dict:
-        return {"pruning_methods": []}
+        return {"pruning_methods": [], "conv_mode": self.conv_mode}
 
     async def prepare(self, request: GenerateRequest, request_id: str) -> Job:
         images = request.images or []
@@ -206,7 +211,12 @@ def key_headers(key: str | None) -> dict[str, str]:
 
 
 def served_model(endpoint: str, api: str, key: str | None = None) -> str:
-    """What the server says it serves. Raises ValueError when it does not say."""
+    """Name of the model that the server says it serves. ValueError when it does not say."""
+    return get_model_name_from_path(served_path(endpoint, api, key))
+
+
+def served_path(endpoint: str, api: str, key: str | None = None) -> str:
+    """Folder or name of that model, as seen from the server."""
     paths = ("/get_model_info", "/model_info") if api == "sglang" else ("/v1/models",)
     for path in paths:
         with suppress(httpx.HTTPError, ValueError, KeyError, IndexError, TypeError):
@@ -216,7 +226,7 @@ def served_model(endpoint: str, api: str, key: str | None = None) -> str:
             if reply.status_code == 200 and len(reply.content) <= STATUS_BYTES:
                 known = reply.json()
                 path = known["model_path"] if api == "sglang" else known["data"][0]["id"]
-                return get_model_name_from_path(path)
+                return str(path)
     raise ValueError(f"{endpoint} does not say what it serves: is it running? Or pass --model-name")
 
 
@@ -231,8 +241,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def load_forwarder(args) -> Forwarder:
     key = Path(args.api_key_file).read_text().strip() if args.api_key_file else None
-    name = args.model_name or served_model(args.sgl_endpoint, args.api, key)
-    return Forwarder(args.sgl_endpoint, name, args.api, key)
+    path = args.model_name or served_path(args.sgl_endpoint, args.api, key)
+    name = args.model_name or get_model_name_from_path(path)
+    # The folder is asked where this machine has it, too; a name alone says less.
+    choice = checkpoint_conv_mode(path if os.path.isdir(path) else None, None, name)
+    announce(choice)
+    return Forwarder(args.sgl_endpoint, name, args.api, key, conv_mode=choice.name)
 
 
 @errors_as_messages()

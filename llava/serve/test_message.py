@@ -32,8 +32,17 @@ def find_worker(args, token: str | None) -> str:
     return address
 
 
-def request_body(model_name: str, message: str, max_new_tokens: int) -> dict:
-    conversation = conv_templates[infer_conv_mode(model_name)].copy()
+def template_at(address: str, token: str | None) -> str | None:
+    """The template that the worker says its model has; None for a worker that says nothing."""
+    name = post(address, "/worker_get_status", None, token).json().get("conv_mode")
+    return name if isinstance(name, str) and name in conv_templates else None
+
+
+def request_body(
+    model_name: str, message: str, max_new_tokens: int, conv_mode: str | None = None
+) -> dict:
+    """The request; conv_mode: template of the model, None: by its name."""
+    conversation = conv_templates[conv_mode or infer_conv_mode(model_name)].copy()
     conversation.append_message(conversation.roles[0], message)
     conversation.append_message(conversation.roles[1], None)
     single = conversation.sep_style in (SeparatorStyle.SINGLE, SeparatorStyle.MPT)
@@ -78,7 +87,9 @@ def main() -> None:
     args = build_parser().parse_args()
     token = read_token(args.token_file)
     address = find_worker(args, token)
-    show_answer(address, request_body(args.model_name, args.message, args.max_new_tokens), token)
+    known = template_at(address, token)
+    body = request_body(args.model_name, args.message, args.max_new_tokens, known)
+    show_answer(address, body, token)
 
 
 if __name__ == "__main__":

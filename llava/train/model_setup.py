@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 
 import torch
 import transformers
 from torch import nn
 
-from llava.model import (
-    LlavaConfig,
-    LlavaLlamaForCausalLM,
-    LlavaMistralConfig,
-    LlavaMistralForCausalLM,
-)
+from llava.checkpoint_kind import Kind, family_of, is_multimodal, kind_of
+from llava.config_file import check_config, shown
+from llava.conv_mode import announce, choose_conv_mode
+from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import FAMILIES
 from llava.pruning import build_pruner
 from llava.pruning.cli import pruner_from_args
+from llava.weight_files import weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ CHECKPOINT_SETTINGS = (
     "mm_use_im_patch_token",
     "mm_projector_type",
 )
+DECODER = ("model.layers.", "model.norm.", "model.embed_tokens.", "lm_head.")
 NOT_ADAPTED = ("mm_projector", "vision_tower", "vision_resampler", "lm_head")
 
 
@@ -39,7 +41,8 @@ def load_model(model_args, data_args, training_args, given: set[str], attn_imple
     copies), the compute type otherwise.
     """
     path = model_args.model_name_or_path
-    family = checkpoint_family(path, training_args.cache_dir)
+    kind, values = checkpoint_kind(path, training_args.cache_dir)
+    settle_version(model_args, values, given)
     options = {
         "cache_dir": training_args.cache_dir,
         "torch_dtype": weights_dtype(model_args, training_args),
@@ -47,18 +50,17 @@ def load_model(model_args, data_args, training_args, given: set[str], attn_imple
     }
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    if model_args.vision_tower is None and "llava" not in family:
+    if model_args.vision_tower is None and not kind.multimodal:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
     else:
-        mistral = "mistral" in family
-        config_class = LlavaMistralConfig if mistral else LlavaConfig
+        config_class, model_class = FAMILIES[kind.family]
         config = config_class.from_pretrained(path, cache_dir=training_args.cache_dir)
         if getattr(config, "mm_vision_tower", None):
             adopt_settings(config, model_args, data_args, given)
-        model_class = LlavaMistralForCausalLM if mistral else LlavaLlamaForCausalLM
         model, info = model_class.from_pretrained(
             path, config=config, output_loading_info=True, **options
         )
+        check_decoder(info, path)
         if any(key.endswith("image_newline") for key in info["missing_keys"]):
             width = config.hidden_size
             model.get_model().image_newline.data.normal_(std=1 / math.sqrt(width))
@@ -66,20 +68,47 @@ def load_model(model_args, data_args, training_args, given: set[str], attn_imple
     return model
 
 
-def checkpoint_family(path: str, cache_dir: str | None = None) -> str:
-    """The model type a checkpoint names, "llava..." for every LLaVA; ValueError if unsupported."""
-    config, _ = transformers.PretrainedConfig.get_config_dict(path, cache_dir=cache_dir)
-    family = config.get("model_type", "")
-    architecture = (config.get("architectures") or [""])[0]
-    if architecture.startswith("Llava") and "llava" not in family:
-        family = f"llava_{family}"
-    if "mistral" in architecture.lower() and "mistral" not in family:
-        family += "_mistral"
-    if not any(known in family for known in ("llama", "mistral", "llava")) or "mpt" in family:
+def check_decoder(info: dict, path: str) -> None:
+    """Raises ValueError where a checkpoint's decoder has other weights than its config says: what
+    is lacking would start at random, and what is left over would be dropped."""
+    for key, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds, without a place,")):
+        if names := [name for name in info[key] if name.startswith(DECODER)]:
+            raise ValueError(
+                f"{path} {what} {len(names)} weights of the decoder that its config.json "
+                f"describes, {names[0]} for one: it is a model of another kind or size"
+            )
+
+
+def checkpoint_kind(path: str, cache_dir: str | None = None) -> tuple[Kind, dict]:
+    """(kind, config values) of the checkpoint to start from.
+
+    Raises ValueError or FileNotFoundError, with what is supported, for anything that cannot be
+    trained.
+    """
+    local = os.path.isdir(path)
+    if local:
+        kind, values = kind_of(path)
+    else:
+        values, _ = transformers.PretrainedConfig.get_config_dict(path, cache_dir=cache_dir)
+        kind = Kind(family_of(values, path), is_multimodal(values))
+    if kind.family not in FAMILIES:
         raise ValueError(
-            f"{path} is a {family!r} model; choose a Llama or Mistral model, or a LLaVA made of one"
+            f"{path} is a {shown(kind.family)} model; choose a Llama or Mistral model, or a LLaVA "
+            "made of one"
         )
-    return family
+    if local:
+        weight_files(path)  # all there, none outside of the folder
+    return kind, check_config(values, f"{path}/config.json")
+
+
+def settle_version(model_args, values: dict, given: set[str]) -> None:
+    """Training on a LLaVA goes on in its own prompt template, unless `--version` is given."""
+    if "version" in given or not is_multimodal(values):
+        return
+    name = get_model_name_from_path(model_args.model_name_or_path)
+    choice = choose_conv_mode(values, name)
+    announce(choice)
+    model_args.version = choice.name
 
 
 def adopt_settings(config, model_args, data_args, given: set[str]) -> None:

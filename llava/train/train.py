@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import transformers
 from accelerate.state import AcceleratorState
 
+from llava.conv_mode import CONFIG_KEY, DEFAULT
 from llava.conversation import Conversation, conv_templates
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.data import make_supervised_data_module
@@ -100,15 +101,22 @@ def load_tokenizer(model_args, training_args):
 
 
 def choose_template(tokenizer, model, version: str) -> Conversation:
-    """The prompt template of `--version`; gives the tokenizer its padding token."""
-    if version == "v0":
-        if tokenizer.pad_token is None:
-            add_token_rows(tokenizer, model, {"pad_token": "[PAD]"})
-        return conv_templates["vicuna_v1"]
-    tokenizer.pad_token = tokenizer.unk_token
-    if version == "v0.5":
-        return conv_templates["vicuna_v1"]
-    return conv_templates.get(version, conv_templates["vicuna_v1"])
+    """The prompt template of `--version`; gives the tokenizer its padding token.
+
+    Its name goes into the model's config, so that whoever loads the result asks in its words.
+    Raises ValueError on an unknown version.
+    """
+    name = {"v0": DEFAULT, "v0.5": DEFAULT, "v1": DEFAULT}.get(version, version)
+    if name not in conv_templates:
+        raise ValueError(
+            f"unknown version {version!r}, choose from v0.5, {', '.join(conv_templates)}"
+        )
+    if version != "v0":
+        tokenizer.pad_token = tokenizer.unk_token
+    elif tokenizer.pad_token is None:
+        add_token_rows(tokenizer, model, {"pad_token": "[PAD]"})
+    setattr(model.config, CONFIG_KEY, name)
+    return conv_templates[name]
 
 
 def add_token_rows(tokenizer, model, special_tokens: dict[str, str]) -> None:

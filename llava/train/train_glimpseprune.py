@@ -22,6 +22,7 @@ import torch
 import transformers
 import yaml
 
+from llava.conv_mode import announce, checkpoint_conv_mode
 from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
@@ -82,7 +83,9 @@ class BoxArguments:
     )
     img_dir: str = field(default="datas", metadata={"help": "pictures: IMG_DIR/cot/DATASET/IMAGE"})
     sampling_seed: int = 42
-    version: str = field(default="vicuna_v1", metadata={"help": "prompt template"})
+    version: str = field(
+        default="auto", metadata={"help": "prompt template; auto: what the checkpoint says"}
+    )
     box_frame: str = field(
         default="seen",
         metadata={"help": "seen, or released: boxes as shares of the picture before padding"},
@@ -137,15 +140,16 @@ def prepare(words: Sequence[str]) -> GlimpseTrainer:
     model_args, box_args, training_args = parser.parse_args_into_dataclasses(with_config(words))
     if box_args.train_dataset is None:
         raise ValueError("--train_dataset is missing: a yaml file, or a Visual-CoT .jsonl or .json")
-    if box_args.version not in conv_templates:
-        raise ValueError(
-            f"version {box_args.version!r} is unknown, choose from {', '.join(conv_templates)}"
-        )
+    name = get_model_name_from_path(model_args.model_name_or_path)
+    version = checkpoint_conv_mode(
+        model_args.model_name_or_path, model_name=name, given=box_args.version
+    )
+    announce(version)
     transformers.set_seed(training_args.seed)
     tokenizer, model, processor, _ = load_pretrained_model(
         model_args.model_name_or_path,
         None,
-        get_model_name_from_path(model_args.model_name_or_path),
+        name,
         device_map=None,
         device=training_args.device,
         torch_dtype=training_args.compute_dtype,
@@ -170,7 +174,7 @@ def prepare(words: Sequence[str]) -> GlimpseTrainer:
             processor,
             model.config,
             (tower.num_patches_per_side,) * 2,
-            conv_templates[box_args.version],
+            conv_templates[version.name],
             box_args.box_frame,
         ),
         data_collator=BoxCollator(tokenizer.pad_token_id or 0),

@@ -22,9 +22,10 @@ def check_inference(case, folder, report):
 def with_released_template(run: dict) -> dict:
     """The recorded run; where the program chose the template, the choice of the release is said.
 
-    The release answers for "v1" checkpoints with another system text than they were trained with;
-    ours chooses the one of the training.
+    The release has a fixed template in every program, or answers for "v1" checkpoints with another
+    system text than they were trained with; ours choose the one of the training.
     """
-    if not run["module"].endswith("run_llava") or "--conv-mode" in run["argv"]:
+    if "--conv-mode" in run["argv"]:
         return run
-    return {**run, "argv": [*run["argv"], "--conv-mode", "llava_v1"]}
+    released = "llava_v0" if run["module"].endswith("model_vqa_science") else "llava_v1"
+    return {**run, "argv": [*run["argv"], "--conv-mode", released]}

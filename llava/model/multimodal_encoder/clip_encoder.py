@@ -16,6 +16,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from ...pruning.base import Pruner
 from ...pruning.ops import middle_places
 from ...pruning.tokens import TowerTokens, VisionTokens
+from .clip_files import read_image_processor, read_vision_config, read_vision_model
 
 EXTRAS = frozenset({"cls_attention", "keys", "cls_token", "fingerprint"})
 LAYER_EXTRAS = frozenset(
@@ -43,21 +44,17 @@ class CLIPVisionTower(nn.Module):
                 f"Unexpected select feature: {self.select_feature!r}, choose patch or cls_patch"
             )
         if delay_load and not getattr(args, "unfreeze_mm_vision_tower", False):
-            self.cfg_only = CLIPVisionConfig.from_pretrained(vision_tower)
+            self.cfg_only = read_vision_config(vision_tower)
         elif delay_load:  # the checkpoint brings the tower's weights
-            self._install(CLIPVisionModel(CLIPVisionConfig.from_pretrained(vision_tower)))
+            self._install(CLIPVisionModel(read_vision_config(vision_tower)))
         else:
             self.load_model()
 
     def load_model(self, device_map=None, torch_dtype=None) -> None:
-        """Reads the weights; does nothing when they are there."""
+        """Reads the weights; does nothing when they are there. device_map: a device."""
         if not self.is_loaded:
-            kwargs = {} if torch_dtype is None else {"torch_dtype": torch_dtype}
-            self._install(
-                CLIPVisionModel.from_pretrained(
-                    self.vision_tower_name, device_map=device_map, **kwargs
-                )
-            )
+            model = read_vision_model(self.vision_tower_name, torch_dtype)
+            self._install(model if device_map is None else model.to(device_map))
 
     def _install(self, model: CLIPVisionModel) -> None:
         self.image_processor = self.load_image_processor()
@@ -65,7 +62,7 @@ class CLIPVisionTower(nn.Module):
         self.is_loaded = True
 
     def load_image_processor(self) -> CLIPImageProcessor:
-        return CLIPImageProcessor.from_pretrained(self.vision_tower_name)
+        return read_image_processor(self.vision_tower_name)
 
     @torch.no_grad()
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:

@@ -28,6 +28,7 @@ class Settings:
 
     mode:    preprocessing of images that are not square: Crop, Resize, Pad or Default
     pruning: the "pruning" field of the request, None for the worker's default
+    conv_mode: the template that the worker says its model has, None where it says nothing
     """
 
     model: str
@@ -37,6 +38,7 @@ class Settings:
     top_p: float = 0.7
     max_new_tokens: int = 512
     pruning: dict | None = None
+    conv_mode: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Answer:
 
 def new_conversation(settings: Settings) -> Conversation:
     """An empty dialogue in the template of the chosen model."""
-    return conv_templates[template_of(settings.model, settings.template)].copy()
+    name = template_of(settings.model, settings.template, settings.conv_mode)
+    return conv_templates[name].copy()
 
 
 def add_question(

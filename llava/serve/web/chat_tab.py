@@ -157,8 +157,9 @@ class ChatTab:
         """Updates of one turn; `prepare(settings)` puts the open question into the dialogue."""
         number = new_request_id()
         try:
-            pruning = self.picker.request(values[self.methods]["methods"], values)
-            settings = self.controls.settings(values, pruning)
+            known = values[self.methods]
+            pruning = self.picker.request(known["methods"], values)
+            settings = self.controls.settings(values, pruning, known.get("conv_mode"))
         except Failure as failure:  # nothing was asked yet: the text stays where it is
             gr.Warning(failure.sentence)
             yield {self.chat: chat}

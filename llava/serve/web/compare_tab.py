@@ -113,9 +113,10 @@ class CompareTab:
         """The growing panel of one method."""
         number = new_request_id()
         try:
-            pruning = run.picker.request(values[self.methods]["methods"], values)
+            known = values[self.methods]
+            pruning = run.picker.request(known["methods"], values)
             run.method = pruning["method"] if pruning else ""
-            run.settings = self.controls.settings(values, pruning)
+            run.settings = self.controls.settings(values, pruning, known.get("conv_mode"))
             run.conversation = asking.new_conversation(run.settings)
             asking.add_question(run.conversation, text, image, run.settings.mode)
             async for answer in asking.ask(self.service, run.conversation, run.settings, number):

@@ -61,8 +61,11 @@ class Controls:
         chosen = {self.model, self.image, self.temperature, self.top_p, self.max_tokens}
         return chosen | {self.template, self.mode, self.dense}
 
-    def settings(self, values: dict, pruning: dict | None) -> Settings:
-        """What is chosen, with the "pruning" field of a request."""
+    def settings(
+        self, values: dict, pruning: dict | None, conv_mode: str | None = None
+    ) -> Settings:
+        """What is chosen, with the "pruning" field of a request and the template that the worker
+        says its model has."""
         return Settings(
             values[self.model] or "",
             values[self.template],
@@ -71,4 +74,5 @@ class Controls:
             values[self.top_p],
             values[self.max_tokens],
             pruning,
+            conv_mode,
         )

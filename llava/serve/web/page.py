@@ -114,7 +114,8 @@ class Page:
             except Failure as failure:
                 gr.Warning(failure.sentence)
         methods, dense = offered(status), status.get("num_patches")
-        updates = {self.chat.methods: {"methods": methods, "dense": dense}}
+        known = {"methods": methods, "dense": dense, "conv_mode": status.get("conv_mode")}
+        updates = {self.chat.methods: known}
         # What the worker was started with comes first, where the visitor has chosen nothing yet.
         default = (status.get("default_pruning") or {}).get("method")
         started = default if default != "none" else None

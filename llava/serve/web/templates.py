@@ -1,4 +1,4 @@
-"""Which prompt template a model gets, by its name."""
+"""Which prompt template a model gets: what its worker says, or else by its name."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from llava.mm_utils import infer_conv_mode
 AUTOMATIC = "automatic"
 
 
-def template_of(model: str, choice: str = AUTOMATIC) -> str:
+def template_of(model: str, choice: str = AUTOMATIC, known: str | None = None) -> str:
     """Name of the template for `model`; `choice` other than "automatic" is taken as it is.
 
+    known: what the model's worker says; without it the name has to do
     Raises ValueError on an unknown choice.
     """
     if choice != AUTOMATIC:
         if choice not in conv_templates:
             raise ValueError(f"unknown template {choice!r}, choose from {', '.join(choices())}")
         return choice
+    if isinstance(known, str) and known in conv_templates:
+        return known
     name = model.lower()
-    if "llava" not in name:
-        return "llama_2" if "llama-2" in name else "vicuna_v1"
-    if "mistral" in name or "mixtral" in name:
-        return "chatml_direct" if "hermes" in name else "mistral_instruct"
-    if "llama-2" not in name and ("mmtag" in name or ("plain" in name and "finetune" not in name)):
-        return "v1_mmtag" if "v1" in name else "v0_mmtag"
+    if "llava" not in name and "llama-2" in name:
+        return "llama_2"
     return infer_conv_mode(model)
 
 
