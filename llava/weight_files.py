@@ -10,7 +10,9 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from functools import wraps
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,23 +20,44 @@ from torch import Tensor
 
 #: share of a file that may stay mapped in memory beside the tensors already copied
 MAPPED_SHARE = 0.05
+#: where downloads from the hub are looked for and put; None: the hub's own place
+CACHE_DIR: ContextVar[str | None] = ContextVar("cache_dir", default=None)
 
 
-def local_folder(name: str) -> str:
-    """The folder `name`, or the download of the hub repository called `name`."""
+def uses_cache_dir(load: Callable) -> Callable:
+    """Decorates a function whose keyword `cache_dir` says where everything that it looks up on the
+    hub is: models, towers, trained parts."""
+
+    @wraps(load)
+    def inside(*args, **keywords):
+        token = CACHE_DIR.set(keywords.get("cache_dir"))
+        try:
+            return load(*args, **keywords)
+        finally:
+            CACHE_DIR.reset(token)
+
+    return inside
+
+
+def local_folder(name: str, use_safetensors: bool | None = None) -> str:
+    """The folder `name`, or the download of the hub repository called `name`.
+
+    use_safetensors: False downloads the `.bin` files in place of safetensors
+    """
     if os.path.isdir(name):
         return name
     if os.path.isabs(name) or name.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise FileNotFoundError(f"checkpoint folder {name!r} does not exist")
     from huggingface_hub import snapshot_download
 
+    def download(*suffixes: str) -> str:
+        patterns = [f"*{suffix}" for suffix in (".json", ".model", ".txt", *suffixes)]
+        return snapshot_download(name, allow_patterns=patterns, cache_dir=CACHE_DIR.get())
+
     try:
-        folder = snapshot_download(
-            name, allow_patterns=["*.json", "*.model", "*.txt", "*.safetensors"]
-        )
-        if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
-            patterns = ["*.json", "*.model", "*.txt", "*.bin", "*.pt"]
-            folder = snapshot_download(name, allow_patterns=patterns)
+        folder = None if use_safetensors is False else download(".safetensors")
+        if folder is None or not any(f.endswith(".safetensors") for f in os.listdir(folder)):
+            folder = download(".bin", ".pt")
     except Exception as error:
         raise FileNotFoundError(
             f"{name!r} is neither a folder nor a hub repository that can be reached: {error}"

@@ -17,6 +17,7 @@ from llava.eval.answer_loop import AnswerLoop
 from llava.eval.answerer import ask, open_loop, read_pruner
 from llava.eval.tasks import Question
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.pruning import OPTION_NAMES
 
 try:
     from lmms_eval.api.model import lmms
@@ -38,9 +39,10 @@ def manifest() -> ModelManifest:
 class LlavaPruning(lmms):
     """
     pretrained:       checkpoint; none: the playground's
-    method:           pruning method, or two as METHOD+METHOD
+    method:           pruning method, or two as METHOD+METHOD; none: what the options belong to
     visual_token_num: its budget; none: the method's own
     pruning_args:     its other options, KEY=VALUE with semicolons between them
+    options:          the same, one by one: important_ratio=0.5
     conv_template:    prompt template; "auto" goes by the name of the checkpoint
     """
 
@@ -49,7 +51,7 @@ class LlavaPruning(lmms):
     def __init__(
         self,
         pretrained: str | None = None,
-        method: str = "none",
+        method: str | None = None,
         visual_token_num: int | str | None = None,
         pruning_args: str = "",
         conv_template: str = "auto",
@@ -59,9 +61,12 @@ class LlavaPruning(lmms):
         dtype: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | str | None = None,
+        **options,
     ):
         super().__init__()
-        pruner = read_pruner(method, visual_token_num, pruning_args)
+        if unknown := [key for key in options if key not in OPTION_NAMES]:
+            raise TypeError(f"unknown model_args of llava_pruning: {', '.join(unknown)}")
+        pruner = read_pruner(method, visual_token_num, pruning_args, options)
         self.batch_size = int(batch_size)
         self.loop: AnswerLoop = open_loop(
             pretrained, model_base, conv_template, pruner, device, dtype, vision_tower

@@ -23,7 +23,7 @@ from ..constants import (
 )
 from ..pruning import Pruner, pruner_from_keywords
 from ..pruning.drafter import STRATEGIES
-from ..weight_files import local_folder
+from ..weight_files import local_folder, uses_cache_dir
 from .checkpoint import (
     TOWER_PREFIX,
     Filler,
@@ -42,6 +42,7 @@ from .quantization import import_bitsandbytes, quantize
 DEFAULT_CONTEXT_LEN = 2048
 
 
+@uses_cache_dir
 def load_pretrained_model(
     model_path: str,
     model_base: str | None,
@@ -57,6 +58,12 @@ def load_pretrained_model(
     vision_tower: str | None = None,
     vision_tower_dtype: torch.dtype | None = None,
     generation_strategy: str | None = None,
+    *,
+    cache_dir: str | None = None,
+    use_safetensors: bool | None = None,
+    multimodal: bool | None = None,
+    trust_remote_code: bool = False,
+    low_cpu_mem_usage: bool = True,
     **keywords,
 ):
     """Returns (tokenizer, model, image_processor, context_len), the model in eval mode.
@@ -74,17 +81,36 @@ def load_pretrained_model(
     vision_tower: folder to use in place of the config's `mm_vision_tower`
     vision_tower_dtype: None is the model's own
     generation_strategy: what `generate` uses unless told otherwise; None: "autoregressive"
-    keywords:    constructor keywords of published repositories that choose a method
+    cache_dir:   where everything that is looked up on the hub is (model, tower, trained part)
+    use_safetensors: True takes no `.bin` for the weights of the model or its base, False no
+                 safetensors; None: safetensors where there are any
+    multimodal:  True makes it a multimodal model whatever its name and config say
+    trust_remote_code: only False: no code of a checkpoint is ever run
+    low_cpu_mem_usage: accepted; little memory beside the weights is used in any case
+    keywords:    options of the method (`layer=3`), also without `pruner` where one method alone has
+                 them (`important_ratio=0.5`, `twig=FOLDER`), and `twigvlm_config={...}`
 
     image_processor is None for plain language models. Raises ValueError or FileNotFoundError, with
-    the names of file and weights, for whatever is missing, damaged, unknown or of the wrong shape.
+    the names of file and weights, for whatever is missing, damaged or of the wrong shape, and
+    TypeError for an unknown keyword, as programs that serve several versions of LLaVA expect.
     """
     pruner = pruner_from_keywords(pruner, keywords)
+    generation_strategy = keywords.pop("generation_strategy", generation_strategy)
     if keywords:
-        raise ValueError(f"unknown keywords of load_pretrained_model: {', '.join(keywords)}")
+        raise TypeError(
+            "load_pretrained_model() got an unexpected keyword argument "
+            f"{', '.join(map(repr, keywords))}: it is neither one of its own nor an option of a "
+            "pruning method"
+        )
+    if trust_remote_code:
+        raise ValueError(
+            "trust_remote_code=True is refused: no code of a checkpoint is ever run here, and the "
+            "supported models need none"
+        )
     if load_8bit and load_4bit:
         raise ValueError("load_8bit and load_4bit exclude each other")
-    folder, base = local_folder(model_path), model_base and local_folder(model_base)
+    folder = local_folder(model_path, use_safetensors)
+    base = model_base and local_folder(model_base, use_safetensors)
     values = read_config(folder, required=base is None)
     device = single_device(device_map, device) or choose_device(device)
     backend = check_backend(
@@ -98,10 +124,11 @@ def load_pretrained_model(
     dtype = choose_dtype(torch_dtype, values or read_config(base), device, quantized)
     fill_device = "cpu" if quantized or may_share(device_map, device) else device
 
-    if is_llava(model_name, values):
+    if multimodal or is_llava(model_name, values):
         config, model_class = llava_config(folder, values, model_name, backend)
         set_vision_tower(config, vision_tower, base)
         model, filler = build_empty(model_class, config, dtype, fill_device)
+        filler.use_safetensors = use_safetensors
         fill_llava(filler, folder, base, model_name)
         load_tower(model, filler, vision_tower_dtype or dtype, fill_device)
         tokenizer = load_tokenizer(base or folder, fast="mistral" in model_name.lower())
@@ -110,7 +137,7 @@ def load_pretrained_model(
     else:
         if pruner.name != "none":
             raise ValueError(f"{model_path} is a plain language model, {pruner!r} has no images")
-        model = load_plain(folder, base, dtype, fill_device, backend)
+        model = load_plain(folder, base, dtype, fill_device, backend, use_safetensors)
         tokenizer = load_tokenizer(base or folder)
         image_processor = None
 
@@ -234,7 +261,9 @@ def load_tower(model: nn.Module, filler: Filler, dtype: torch.dtype, device) -> 
     tower.to(device=device, dtype=dtype)
 
 
-def load_plain(folder: str, base: str | None, dtype, device, backend: str) -> nn.Module:
+def load_plain(
+    folder: str, base: str | None, dtype, device, backend: str, use_safetensors: bool | None = None
+) -> nn.Module:
     """A model without images; with `base` the LoRA adapter in `folder` is merged into that."""
     source = base or folder
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -244,6 +273,7 @@ def load_plain(folder: str, base: str | None, dtype, device, backend: str) -> nn
         )
     model.config.torch_dtype = dtype
     filler = Filler(model, dtype, device)
+    filler.use_safetensors = use_safetensors
     filler.add_folder(source)
     filler.finish(source)
     if base:

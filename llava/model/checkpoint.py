@@ -31,12 +31,18 @@ TOWER_PREFIX = "model.vision_tower."
 SHARD_BYTES = 5 * 10**9
 
 
-def weight_files(folder: str) -> list[str]:
+def weight_files(folder: str, use_safetensors: bool | None = None) -> list[str]:
     """Paths of the files that hold the model's weights: safetensors if present, else `.bin`.
 
+    use_safetensors: True takes no `.bin`, False no safetensors
     Raises FileNotFoundError when there are none or the index names one that is missing.
     """
-    for index, single in WEIGHT_FILES:
+    kinds = [
+        pair
+        for pair in WEIGHT_FILES
+        if use_safetensors is None or pair[1].endswith(".safetensors") is bool(use_safetensors)
+    ]
+    for index, single in kinds:
         if os.path.isfile(path := os.path.join(folder, index)):
             with open(path, encoding="utf-8") as file:
                 names = sorted(set(json.load(file)["weight_map"].values()))
@@ -50,7 +56,8 @@ def weight_files(folder: str) -> list[str]:
             return [path]
     raise FileNotFoundError(
         f"{folder} holds no model weights (looked for "
-        f"{', '.join(name for pair in WEIGHT_FILES for name in pair)})"
+        f"{', '.join(name for pair in kinds for name in pair)}"
+        f"{'' if use_safetensors is None else f'; use_safetensors is {use_safetensors}'})"
     )
 
 
@@ -83,6 +90,9 @@ class Filler:
     dtype, device: of the floating-point weights in the finished model
     """
 
+    #: kind of files that `add_folder` reads, as in `weight_files`
+    use_safetensors: bool | None = None
+
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu"):
         self.model, self.dtype, self.device = model, dtype, device
         self.wanted = dict(model.state_dict(keep_vars=True))
@@ -114,7 +124,7 @@ class Filler:
 
     def add_folder(self, folder: str, fit: bool = False) -> None:
         """Every weight of a checkpoint folder."""
-        for path in weight_files(folder):
+        for path in weight_files(folder, self.use_safetensors):
             for name, tensor in tensors_in(path, skip=self.filled):
                 self.add(name, tensor, path, fit)
 

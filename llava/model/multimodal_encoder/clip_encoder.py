@@ -16,6 +16,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from ...pruning.base import Pruner
 from ...pruning.ops import middle_places
 from ...pruning.tokens import TowerTokens, VisionTokens
+from ...weight_files import CACHE_DIR
 
 EXTRAS = frozenset({"cls_attention", "keys", "cls_token", "fingerprint"})
 LAYER_EXTRAS = frozenset(
@@ -43,9 +44,9 @@ class CLIPVisionTower(nn.Module):
                 f"Unexpected select feature: {self.select_feature!r}, choose patch or cls_patch"
             )
         if delay_load and not getattr(args, "unfreeze_mm_vision_tower", False):
-            self.cfg_only = CLIPVisionConfig.from_pretrained(vision_tower)
+            self.cfg_only = self._load(CLIPVisionConfig)
         elif delay_load:  # the checkpoint brings the tower's weights
-            self._install(CLIPVisionModel(CLIPVisionConfig.from_pretrained(vision_tower)))
+            self._install(CLIPVisionModel(self._load(CLIPVisionConfig)))
         else:
             self.load_model()
 
@@ -53,11 +54,10 @@ class CLIPVisionTower(nn.Module):
         """Reads the weights; does nothing when they are there."""
         if not self.is_loaded:
             kwargs = {} if torch_dtype is None else {"torch_dtype": torch_dtype}
-            self._install(
-                CLIPVisionModel.from_pretrained(
-                    self.vision_tower_name, device_map=device_map, **kwargs
-                )
-            )
+            self._install(self._load(CLIPVisionModel, device_map=device_map, **kwargs))
+
+    def _load(self, kind: type, **kwargs):
+        return kind.from_pretrained(self.vision_tower_name, cache_dir=CACHE_DIR.get(), **kwargs)
 
     def _install(self, model: CLIPVisionModel) -> None:
         self.image_processor = self.load_image_processor()
@@ -65,7 +65,7 @@ class CLIPVisionTower(nn.Module):
         self.is_loaded = True
 
     def load_image_processor(self) -> CLIPImageProcessor:
-        return CLIPImageProcessor.from_pretrained(self.vision_tower_name)
+        return self._load(CLIPImageProcessor)
 
     @torch.no_grad()
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
