@@ -114,6 +114,14 @@ def test_lmms_eval_gets_the_answers_of_the_answer_loop(lmms, expected):
     assert answers[2] == expected[1].split(expected[1][1:3])[0].strip()
 
 
+def test_lmms_eval_may_name_options_one_by_one_and_no_method(lmms):
+    model = lmms.LlavaPruning(CHECKPOINT, visual_token_num=48, important_ratio=0.25, **OPTIONS)
+    expected = build_pruner("vispruner", visual_token_num=48, important_ratio=0.25)
+    assert model.loop.model.pruner == expected
+    with pytest.raises(TypeError, match="unknown model_args of llava_pruning: colour"):
+        lmms.LlavaPruning(CHECKPOINT, colour="red", **OPTIONS)
+
+
 def test_lmms_eval_gets_log_probabilities_of_the_end_of_the_prompt(lmms):
     model = lmms.LlavaPruning(CHECKPOINT, "fastv", 64, "layer=1", **OPTIONS)
     model.task_dict = {"t": {"s": [[Image.open(IMAGES[0])]]}}
