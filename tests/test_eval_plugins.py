@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from llava.eval.answerer import ask, open_loop, read_pruner
+from llava.eval.tasks import Question
+from llava.mm_utils import process_images, tokenizer_image_token
 from llava.pruning import build_pruner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,12 +124,29 @@ def test_lmms_eval_may_name_options_one_by_one_and_no_method(lmms):
         lmms.LlavaPruning(CHECKPOINT, colour="red", **OPTIONS)
 
 
-def test_lmms_eval_gets_log_probabilities_of_the_end_of_the_prompt(lmms):
+def test_a_choice_is_rated_by_its_loss(lmms):
+    """As lmms-eval's own models do: it takes the choice with the smallest number, and it puts a
+    space in front of every one."""
     model = lmms.LlavaPruning(CHECKPOINT, "fastv", 64, "layer=1", **OPTIONS)
-    model.task_dict = {"t": {"s": [[Image.open(IMAGES[0])]]}}
-    request = SimpleNamespace(args=("What?", "yes it is", lambda doc: doc, 0, "t", "s"))
-    ((value, greedy),) = model.loglikelihood([request])
-    assert value < 0 and greedy is False
+    image = Image.open(IMAGES[0])
+    model.task_dict = {"t": {"s": [[image]]}}
+    requests = [
+        SimpleNamespace(args=("What?", choice, lambda doc: doc, 0, "t", "s"))
+        for choice in ("yes it is", " yes it is")
+    ]
+    (loss, greedy), spaced = model.loglikelihood(requests)
+    loop = model.loop
+    prompt = loop.prompt(Question({"question_id": 0}, "What?", [""]))
+    context, ids = (
+        tokenizer_image_token(text, loop.tokenizer, return_tensors="pt")[None]
+        for text in (prompt, f"{prompt} yes it is")
+    )
+    labels = ids.clone()
+    labels[:, : context.shape[1]] = -100
+    pixels = process_images([image.convert("RGB")], loop.image_processor, loop.model.config)
+    expected = loop.model(ids, images=pixels, labels=labels, image_sizes=[image.size]).loss
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    assert spaced == (loss, greedy) and greedy is False
 
 
 def test_the_entry_point_names_the_plug_in(lmms):

@@ -17,7 +17,7 @@ from llava.eval.answer_loop import AnswerLoop
 from llava.eval.answerer import ask, open_loop, read_pruner
 from llava.eval.tasks import Question
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.pruning import OPTION_NAMES
+from llava.pruning import all_option_names
 
 try:
     from lmms_eval.api.model import lmms
@@ -64,7 +64,8 @@ class LlavaPruning(lmms):
         **options,
     ):
         super().__init__()
-        if unknown := [key for key in options if key not in OPTION_NAMES]:
+        known = all_option_names()
+        if unknown := [key for key in options if key not in known]:
             raise TypeError(f"unknown model_args of llava_pruning: {', '.join(unknown)}")
         pruner = read_pruner(method, visual_token_num, pruning_args, options)
         self.batch_size = int(batch_size)
@@ -101,7 +102,11 @@ class LlavaPruning(lmms):
 
     @torch.inference_mode()
     def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether greedy decoding gives it), one by one."""
+        """(loss, whether greedy decoding gives the continuation), one by one.
+
+        The loss is the mean negative log-probability of the continuation's tokens: lmms-eval takes
+        the choice with the *smallest* number, as its own models return their loss.
+        """
         return [self._loglikelihood(*request.args) for request in requests]
 
     def _loglikelihood(self, context, target, doc_to_visual, doc_id, task, split):
@@ -112,7 +117,7 @@ class LlavaPruning(lmms):
         prompt = loop.prompt(Question({"question_id": doc_id}, context, [""] * len(images)))
         ids = [
             tokenizer_image_token(text, loop.tokenizer, return_tensors="pt")
-            for text in (prompt, f"{prompt} {target}")
+            for text in (prompt, f"{prompt} {target.strip()}")
         ]
         count = len(ids[1]) - len(ids[0])
         pixels = None
@@ -125,8 +130,8 @@ class LlavaPruning(lmms):
         # Methods drop visual tokens only: counted from behind, the text is where it was.
         logits = out.logits[0, -count - 1 : -1].float().log_softmax(dim=-1)
         wanted = input_ids[0, -count:]
-        chosen = logits.gather(1, wanted[:, None]).sum()
-        return chosen.item(), bool((logits.argmax(dim=-1) == wanted).all())
+        loss = -logits.gather(1, wanted[:, None]).mean()
+        return loss.item(), bool((logits.argmax(dim=-1) == wanted).all())
 
     def generate_until_multi_round(self, requests: list) -> list[str]:
         raise NotImplementedError("llava_pruning answers one round: choose a task of one round")

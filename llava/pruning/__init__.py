@@ -53,10 +53,6 @@ METHODS: dict[str, type[Pruner]] = {
     )
 }
 
-#: every name that an option of a method goes by
-OPTION_NAMES = all_names(METHODS)
-#: keyword that holds options of one method in a dict -> the method
-GROUPS = {cls.published_group: name for name, cls in METHODS.items() if cls.published_group}
 #: entry of a published dict of options that belongs to the model
 STRATEGY = "generation_strategy"
 #: the method that a budget alone means, as in scripts/eval_common.sh
@@ -92,6 +88,11 @@ def no_drafter(strategy: str, pruner: Pruner) -> str:
     )
 
 
+def all_option_names() -> list[str]:
+    """Every name that an option of any method goes by."""
+    return all_names(METHODS)
+
+
 def guess_method(options: dict) -> tuple[str, dict]:
     """(method, its options) that options mean which came without a method: as in the published
     programs, which know one method each.
@@ -112,15 +113,18 @@ def take_options(keywords: dict, prefixes: tuple[str, ...] = ()) -> tuple[str | 
     prefixes: of further options. The `generation_strategy` in a published dict goes back into
     `keywords`.
     """
-    names = [key for key in keywords if key in OPTION_NAMES or key.startswith(prefixes)]
+    known = all_option_names()
+    names = [key for key in keywords if key in known or key.startswith(prefixes)]
     owner, options = None, {key: keywords.pop(key) for key in names}
-    for group, name in GROUPS.items():
-        if (entries := keywords.pop(group, None)) is None:
+    for name, method in METHODS.items():
+        if method.published_group not in keywords:
             continue
-        found = open_group(METHODS[name], entries, (STRATEGY,))
+        if (entries := keywords.pop(method.published_group)) is None:
+            continue
+        found = open_group(method, entries, (STRATEGY,))
         if STRATEGY in found:
             keywords[STRATEGY] = found.pop(STRATEGY)
-        owner, options = name, translate(METHODS[name], {**options, **found})
+        owner, options = name, translate(method, {**options, **found})
     return owner, {key: value for key, value in options.items() if value is not None}
 
 
@@ -148,7 +152,6 @@ def pruner_from_keywords(pruner: Pruner | str | None, keywords: dict) -> Pruner:
 
 __all__ = [
     "METHODS",
-    "OPTION_NAMES",
     "Chain",
     "DecoderPruner",
     "ImageTokens",
@@ -158,6 +161,7 @@ __all__ = [
     "SelectPruner",
     "TowerTokens",
     "VisionTokens",
+    "all_option_names",
     "build_pruner",
     "guess_method",
     "no_drafter",

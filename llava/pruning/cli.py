@@ -6,7 +6,7 @@ import argparse
 import ast
 import sys
 
-from . import METHODS, OPTION_NAMES, Chain, Pruner, build_pruner, guess_method, no_drafter
+from . import METHODS, Chain, Pruner, all_option_names, build_pruner, guess_method, no_drafter
 from .drafter import STRATEGIES
 
 
@@ -54,7 +54,7 @@ def add_option_args(parser) -> None:
         help="any other option of the method, repeatable; of METHOD+METHOD with the method's name "
         "as a prefix: fastv_layer=3",
     )
-    for name in OPTION_NAMES:
+    for name in all_option_names():
         add_flag(parser, name)
 
 
@@ -111,6 +111,6 @@ def parse_pair(pair: str) -> tuple[str, object]:
 def pairs_in(args: object) -> list[str]:
     """The KEY=VALUE of every attribute of `args` that is an option of a method and not None, except
     the budget, which programs have an option of their own for."""
-    values = {name: getattr(args, name, None) for name in OPTION_NAMES}
+    values = {name: getattr(args, name, None) for name in all_option_names()}
     values.pop("visual_token_num")
     return [f"{name}={value!r}" for name, value in values.items() if value is not None]
