@@ -16,6 +16,7 @@ import torch
 from llava.eval.answer_loop import AnswerLoop
 from llava.eval.answerer import ask, open_loop, read_pruner
 from llava.eval.tasks import Question
+from llava.eval.workers import own_gpu
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.pruning import all_option_names
 
@@ -70,7 +71,13 @@ class LlavaPruning(lmms):
         pruner = read_pruner(method, visual_token_num, pruning_args, options)
         self.batch_size = int(batch_size)
         self.loop: AnswerLoop = open_loop(
-            pretrained, model_base, conv_template, pruner, device, dtype, vision_tower
+            pretrained,
+            model_base,
+            conv_template,
+            pruner,
+            device or own_gpu(),  # lmms-eval shares the requests among the processes itself
+            dtype,
+            vision_tower,
         )
 
     def generate_until(self, requests: list) -> list[str]:
