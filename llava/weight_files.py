@@ -11,7 +11,9 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from functools import wraps
 
 import torch
 from safetensors import safe_open
@@ -31,10 +33,30 @@ MAPPED_SHARE = 0.05
 #: dictionaries in dictionaries that a `.bin` may hold, and tensors in one file
 MAX_DEPTH = 3
 MAX_TENSORS = 100_000
+#: where downloads from the hub are looked for and put; None: the hub's own place
+CACHE_DIR: ContextVar[str | None] = ContextVar("cache_dir", default=None)
 
 
-def local_folder(name: str) -> str:
-    """The folder `name`, or the download of the hub repository called `name`."""
+def uses_cache_dir(load: Callable) -> Callable:
+    """Decorates a function whose keyword `cache_dir` says where everything that it looks up on the
+    hub is: models, towers, trained parts."""
+
+    @wraps(load)
+    def inside(*args, **keywords):
+        token = CACHE_DIR.set(keywords.get("cache_dir"))
+        try:
+            return load(*args, **keywords)
+        finally:
+            CACHE_DIR.reset(token)
+
+    return inside
+
+
+def local_folder(name: str, use_safetensors: bool | None = None) -> str:
+    """The folder `name`, or the download of the hub repository called `name`.
+
+    use_safetensors: False downloads the `.bin` files in place of safetensors
+    """
     if os.path.isdir(name):
         return name
     if os.path.isfile(name):
@@ -43,13 +65,14 @@ def local_folder(name: str) -> str:
         raise FileNotFoundError(f"checkpoint folder {name!r} does not exist")
     from huggingface_hub import snapshot_download
 
+    def download(*suffixes: str) -> str:
+        patterns = [f"*{suffix}" for suffix in (".json", ".model", ".txt", *suffixes)]
+        return snapshot_download(name, allow_patterns=patterns, cache_dir=CACHE_DIR.get())
+
     try:
-        folder = snapshot_download(
-            name, allow_patterns=["*.json", "*.model", "*.txt", "*.safetensors"]
-        )
-        if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
-            patterns = ["*.json", "*.model", "*.txt", "*.bin", "*.pt"]
-            folder = snapshot_download(name, allow_patterns=patterns)
+        folder = None if use_safetensors is False else download(".safetensors")
+        if folder is None or not any(f.endswith(".safetensors") for f in os.listdir(folder)):
+            folder = download(".bin", ".pt")
     except Exception as error:
         raise FileNotFoundError(
             f"{name!r} is neither a folder nor a hub repository that can be reached: {error}"
@@ -70,7 +93,7 @@ def hub_file(name: str, file: str) -> str | None:
     from huggingface_hub import hf_hub_download
 
     try:
-        return hf_hub_download(name, file)
+        return hf_hub_download(name, file, cache_dir=CACHE_DIR.get())
     except Exception:  # the download of the whole says what is wrong
         return None
 
@@ -81,13 +104,19 @@ def tensor_file(folder: str, stem: str) -> str | None:
     return next(filter(os.path.isfile, paths), None)
 
 
-def weight_files(folder: str) -> list[str]:
+def weight_files(folder: str, use_safetensors: bool | None = None) -> list[str]:
     """Paths of the files that hold the model's weights: safetensors if present, else `.bin`.
 
+    use_safetensors: True takes no `.bin`, False no safetensors
     Raises FileNotFoundError when there are none or the index names one that is missing, ValueError
     when the index is damaged or names something outside of its folder.
     """
-    for index, single in WEIGHT_FILES:
+    kinds = [
+        pair
+        for pair in WEIGHT_FILES
+        if use_safetensors is None or pair[1].endswith(".safetensors") is bool(use_safetensors)
+    ]
+    for index, single in kinds:
         if os.path.isfile(path := os.path.join(folder, index)):
             names = index_names(path)
             paths = [os.path.join(folder, name) for name in names]
@@ -98,7 +127,8 @@ def weight_files(folder: str) -> list[str]:
             return [path]
     raise FileNotFoundError(
         f"{folder} holds no model weights (looked for "
-        f"{', '.join(name for pair in WEIGHT_FILES for name in pair)})"
+        f"{', '.join(name for pair in kinds for name in pair)}"
+        f"{'' if use_safetensors is None else f'; use_safetensors is {use_safetensors}'})"
     )
 
 

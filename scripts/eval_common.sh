@@ -4,11 +4,14 @@
 #
 # TOKENS       visual tokens to keep; left out: the unpruned model, or METHOD's own budget. For a
 #              method that decides per image, TOKENS is the most it may keep
-# KEY=VALUE    options of the pruning method, e.g. important_ratio=0.7
+# KEY=VALUE    options of the pruning method, e.g. important_ratio=0.7; as a flag as well
+#              (--important_ratio 0.7), and where the method's published scripts take them by place
+#              (64 0.7) or from the environment, in that way (docs/Methods.md)
 # Everything else is handed to the answering program (llava/eval/model_vqa_loader.py --help).
 #
 # From the environment:
-#   METHOD       pruning method (default: vispruner); none: the unpruned model
+#   METHOD       pruning method (default: the one that the options belong to, with TOKENS alone
+#                vispruner); none: the unpruned model
 #   CKPT         checkpoint: a folder, a name inside CKPT_DIR, or a name on the hub
 #                (default: the playground's; with CKPT_DIR: the published 7B model)
 #   CKPT_DIR     folder of the checkpoints
@@ -46,25 +49,24 @@ fi
 SCORES=() # files of the scores so far
 
 # --- the command line: sets METHOD, LABEL (of the answers file) and OPTIONS ---
-OPTIONS=()
+METHOD=${METHOD:-}
 TOKENS=
-if [[ ${1:-} =~ ^[0-9]+$ ]]; then
-    TOKENS=$1
-    shift
+PAIRS=()
+REST=()
+if [ $# -gt 0 ] || [ -n "$METHOD" ]; then
+    # all.sh has read the words for the scripts it starts
+    words=${WORDS_READ:-$("$PYTHON" -m llava.eval.script_args "$METHOD" "$@")}
+    eval "$words"
 fi
-[ -z "$TOKENS" ] && METHOD=${METHOD:-none}
-METHOD=${METHOD:-vispruner}
+METHOD=${METHOD:-none}
 [ "$METHOD" = none ] && TOKENS=
 LABEL=n_${TOKENS:-$([ "$METHOD" = none ] && echo all || echo default)}
-OPTIONS+=(--pruning-method "$METHOD" ${TOKENS:+--visual-token-num "$TOKENS"})
-for word in "$@"; do
-    if [[ $word =~ ^[a-zA-Z_]+=.+$ ]]; then
-        OPTIONS+=(--pruning-arg "$word")
-        LABEL+=_${word//\//-} # a folder among the options must not become one of the answers
-    else
-        OPTIONS+=("$word")
-    fi
+OPTIONS=(--pruning-method "$METHOD" ${TOKENS:+--visual-token-num "$TOKENS"})
+for pair in ${PAIRS[@]+"${PAIRS[@]}"}; do
+    OPTIONS+=(--pruning-arg "$pair")
+    LABEL+=_${pair//\//-} # a folder among the options must not become one of the answers
 done
+OPTIONS+=(${REST[@]+"${REST[@]}"})
 if [ -n "${LIMIT:-}" ]; then
     OPTIONS+=(--limit "$LIMIT")
     LABEL+=_limit$LIMIT
@@ -149,7 +151,7 @@ list_benchmarks() {
 run_all() {
     local script split failed=()
     SCORE_LIST=$(mktemp)
-    export SCORE_LIST
+    export SCORE_LIST WORDS_READ=${words:-}
     while read -r script split <&3; do
         echo "=== $script${split:+ $split}"
         SPLIT=$split bash "scripts/v1_5/eval/$script.sh" "$@" || failed+=("$script${split:+ $split}")

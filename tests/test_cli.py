@@ -17,6 +17,7 @@ from llava import playground
 from llava.eval import run_llava
 from llava.eval.show_pruning import crop_boxes, surviving_patches
 from llava.pruning import DecoderPruner, build_pruner, trace_pruning
+from llava.pruning.cli import pruner_from_args
 from llava.serve import cli
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -69,6 +70,14 @@ def test_an_object_with_the_attributes_of_the_readme_is_enough(capsys):
     )()
     assert run_llava.eval_model(args) is None
     assert capsys.readouterr().out.strip()
+
+
+def test_attributes_of_methods_are_options_as_well(monkeypatch):
+    seen = []
+    monkeypatch.setattr(run_llava, "answer", lambda args: seen.append(pruner_from_args(args)))
+    args = type("Args", (), {"query": "?", "visual_token_num": 48, "important_ratio": 0.25})()
+    run_llava.eval_model(args)
+    assert seen == [build_pruner("vispruner", visual_token_num=48, important_ratio=0.25)]
 
 
 def test_flags_may_be_written_with_dashes_and_underscores():

@@ -11,9 +11,13 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from llava.eval.answerer import ask, open_loop, read_pruner
+from llava.eval.tasks import Question
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
 from llava.pruning import build_pruner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,12 +118,81 @@ def test_lmms_eval_gets_the_answers_of_the_answer_loop(lmms, expected):
     assert answers[2] == expected[1].split(expected[1][1:3])[0].strip()
 
 
-def test_lmms_eval_gets_log_probabilities_of_the_end_of_the_prompt(lmms):
+def test_lmms_eval_may_name_options_one_by_one_and_no_method(lmms):
+    model = lmms.LlavaPruning(CHECKPOINT, visual_token_num=48, important_ratio=0.25, **OPTIONS)
+    expected = build_pruner("vispruner", visual_token_num=48, important_ratio=0.25)
+    assert model.loop.model.pruner == expected
+    with pytest.raises(TypeError, match="unknown model_args of llava_pruning: colour"):
+        lmms.LlavaPruning(CHECKPOINT, colour="red", **OPTIONS)
+
+
+def test_what_lmms_evals_own_llava_model_asks_for_works():
+    """Its calls, with what it passes: `multimodal`, pixels in half precision on any device, a batch
+    padded on the side of the tokenizer, and the loss of a choice."""
+    options = {"multimodal": True, "attn_implementation": "sdpa", "device_map": "cpu"}
+    with pytest.raises(TypeError, match="customized_config"):
+        load_pretrained_model(CHECKPOINT, None, "llava", **options, customized_config="a.json")
+    tokenizer, model, processor, _ = load_pretrained_model(CHECKPOINT, None, "llava", **options)
+    model.tie_weights()
+    images = [Image.open(path).convert("RGB") for path in IMAGES]
+    pixels = process_images(images, processor, model.config).half()
+    prompts = [
+        tokenizer_image_token(f"USER: <image>\n{text} ASSISTANT:", tokenizer, return_tensors="pt")
+        for text in ("What is this?", "And what is that on the table?")
+    ]
+    pad = tokenizer.pad_token_id
+    ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=pad)
+    sizes = [image.size for image in images]
+    asked = dict(do_sample=False, temperature=0, top_p=None, num_beams=1, max_new_tokens=4)
+    asked |= dict(use_cache=True, pad_token_id=pad)
+    both = model.generate(
+        ids, attention_mask=ids.ne(pad), images=pixels, image_sizes=sizes, **asked
+    )
+    for row, (prompt, size) in enumerate(zip(prompts, sizes, strict=True)):
+        picture = pixels[row : row + 1]
+        alone = model.generate(prompt[None], images=picture, image_sizes=[size], **asked)
+        assert torch.equal(both[row], alone[0])
+    out = model(prompts[0][None], labels=prompts[0][None], images=pixels[:1], use_cache=True)
+    assert out["loss"] > 0 and out["logits"].ndim == 3
+
+
+def test_every_process_of_lmms_eval_has_its_own_gpu(lmms, monkeypatch):
+    """lmms-eval names no device; without one all processes would share the first GPU."""
+    asked = []
+    monkeypatch.setattr(lmms, "open_loop", lambda *given: asked.append(given[4]))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for environment in ({}, {"WORLD_SIZE": "4", "LOCAL_RANK": "3"}):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        lmms.LlavaPruning(CHECKPOINT)
+    lmms.LlavaPruning(CHECKPOINT, device="cuda:0")
+    assert asked == [None, "cuda:1", "cuda:0"]
+
+
+def test_a_choice_is_rated_by_its_loss(lmms):
+    """As lmms-eval's own models do: it takes the choice with the smallest number, and it puts a
+    space in front of every one."""
     model = lmms.LlavaPruning(CHECKPOINT, "fastv", 64, "layer=1", **OPTIONS)
-    model.task_dict = {"t": {"s": [[Image.open(IMAGES[0])]]}}
-    request = SimpleNamespace(args=("What?", "yes it is", lambda doc: doc, 0, "t", "s"))
-    ((value, greedy),) = model.loglikelihood([request])
-    assert value < 0 and greedy is False
+    image = Image.open(IMAGES[0])
+    model.task_dict = {"t": {"s": [[image]]}}
+    requests = [
+        SimpleNamespace(args=("What?", choice, lambda doc: doc, 0, "t", "s"))
+        for choice in ("yes it is", " yes it is")
+    ]
+    (loss, greedy), spaced = model.loglikelihood(requests)
+    loop = model.loop
+    prompt = loop.prompt(Question({"question_id": 0}, "What?", [""]))
+    context, ids = (
+        tokenizer_image_token(text, loop.tokenizer, return_tensors="pt")[None]
+        for text in (prompt, f"{prompt} yes it is")
+    )
+    labels = ids.clone()
+    labels[:, : context.shape[1]] = -100
+    pixels = process_images([image.convert("RGB")], loop.image_processor, loop.model.config)
+    expected = loop.model(ids, images=pixels, labels=labels, image_sizes=[image.size]).loss
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    assert spaced == (loss, greedy) and greedy is False
 
 
 def test_the_entry_point_names_the_plug_in(lmms):

@@ -1,5 +1,7 @@
 """Nüwa on inputs small enough to check by hand."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -164,6 +166,7 @@ def test_images_of_different_shape_share_a_batch(anyres_model, sample):
 
 def test_the_entry_point_of_the_release(model):
     assert nuwa(model, matain_token=12, distance=148) is model
+    assert importlib.import_module("nuwa").nuwa is nuwa  # the name of the release's module
     assert model.pruner == Nuwa(visual_token_num=12, distance=148)
 
 

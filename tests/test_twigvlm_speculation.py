@@ -7,6 +7,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, TemperatureLogit
 from llava.model.self_speculative import Guess
 from llava.model.token_choice import TokenChoice
 from llava.pruning import build_pruner, trace_pruning
+from llava.pruning.drafter import STRATEGIES
 from tests.conftest import pad_batch
 from tests.test_twigvlm import grown
 
@@ -324,8 +325,49 @@ def test_the_published_config_chooses_per_call(sharp, sample):
         sharp.generate(prompt.ids, images=prompt.images, twigvlm_config={"rank": 1})
     with pytest.raises(ValueError, match="is out of reach"):
         sharp.generate(prompt.ids, images=prompt.images, twigvlm_config={"attention_rank": 2})
+    with pytest.raises(ValueError, match="twig_K cannot change from call to call"):
+        sharp.generate(prompt.ids, images=prompt.images, twigvlm_config={"twig_K": 3})
     sharp.pruner = dense
     assert torch.equal(output, sharp.generate(prompt.ids, images=prompt.images, **GREEDY))
+
+
+def test_the_published_way_of_calling_gives_the_published_result(sharp, sample):
+    """A tensor as always, with `predicted_tokens` and what else the release reports beside it."""
+    grown(sharp, visual_token_num=14)
+    prompt = sample(4, "image", 5)
+    plain = sharp.generate(prompt.ids, images=prompt.images, **GREEDY)
+    assert type(plain) is torch.Tensor and not hasattr(plain, "predicted_tokens")
+    end = int(plain[0, 5])
+    ended = {**GREEDY, "eos_token_id": end, "pad_token_id": 0}
+    config = {"enable_FastV": True, "attention_rank": 14, "generation_strategy": "autoregressive"}
+    for strategy in STRATEGIES:
+        config["generation_strategy"] = strategy
+        asked = dict(images=prompt.images, twigvlm_config=config)
+        output = sharp.generate(prompt.ids, **asked, **GREEDY)
+        assert isinstance(output, torch.Tensor) and torch.equal(output, plain)
+        assert output.predicted_tokens == plain.tolist()
+        assert type(output + 0) is torch.Tensor and output.shape == plain.shape
+        cut = sharp.generate(prompt.ids, **asked, **ended)
+        before = plain[0].tolist()[: plain[0].tolist().index(end)]
+        assert cut.predicted_tokens == [before] and cut[0].tolist() == [*before, end]
+        assert cut.num_tokens_generated == len(before)
+        assert hasattr(output, "acceptance_rate") == (strategy == "self_speculative")
+    made, accepted = output.total_generations, output.total_draft_matches
+    assert 0 < accepted <= made and output.acceptance_rate == accepted / made
+    assert 0 < output.prefill_time <= output.decoding_time
+    whole = sharp.generate(prompt.ids, **asked, **GREEDY, return_dict_in_generate=True)
+    assert torch.equal(whole.sequences, plain) and whole.logs
+
+
+def test_every_prompt_of_a_batch_has_its_own_tokens(sharp, sample):
+    grown(sharp, visual_token_num=14)
+    prompts = [sample(4, "image", 5), sample(2, "image", 9)]
+    ids, mask = pad_batch([prompt.ids for prompt in prompts])
+    images = torch.cat([prompt.images for prompt in prompts])
+    config = {"attention_rank": 14, "generation_strategy": "self_speculative"}
+    options = dict(GREEDY, images=images, attention_mask=mask)
+    output = sharp.generate(ids, **options, twigvlm_config=config)
+    assert output.predicted_tokens == sharp.generate(ids, **options).tolist()
 
 
 def test_what_cannot_work_is_refused(sharp, sample):

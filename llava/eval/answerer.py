@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
 from PIL import Image
 
@@ -17,12 +18,20 @@ from llava.pruning.cli import pruner_from_args
 SEPARATOR = ";"
 
 
-def read_pruner(method: str, visual_token_num: int | str | None, options: str) -> Pruner:
-    """The method that a program names whose options are plain strings.
+def read_pruner(
+    method: str | None,
+    visual_token_num: int | str | None,
+    options: str = "",
+    others: Mapping[str, object] | None = None,
+) -> Pruner:
+    """The method that a program names whose options are plain strings; None: the one that the
+    options belong to.
 
     options: KEY=VALUE pairs with semicolons between them, as for --pruning-arg
+    others:  further options by name; None is as good as not given
     """
     pairs = [pair.strip() for pair in options.split(SEPARATOR) if pair.strip()]
+    pairs += [f"{key}={value}" for key, value in (others or {}).items() if value is not None]
     number = None if visual_token_num in (None, "") else int(visual_token_num)
     return pruner_from_args(
         argparse.Namespace(pruning_method=method, visual_token_num=number, pruning_arg=pairs)

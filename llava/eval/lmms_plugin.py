@@ -16,7 +16,9 @@ import torch
 from llava.eval.answer_loop import AnswerLoop
 from llava.eval.answerer import ask, open_loop, read_pruner
 from llava.eval.tasks import Question
+from llava.eval.workers import own_gpu
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.pruning import all_option_names
 
 try:
     from lmms_eval.api.model import lmms
@@ -38,9 +40,10 @@ def manifest() -> ModelManifest:
 class LlavaPruning(lmms):
     """
     pretrained:       checkpoint; none: the playground's
-    method:           pruning method, or two as METHOD+METHOD
+    method:           pruning method, or two as METHOD+METHOD; none: what the options belong to
     visual_token_num: its budget; none: the method's own
     pruning_args:     its other options, KEY=VALUE with semicolons between them
+    options:          the same, one by one: important_ratio=0.5
     conv_template:    prompt template; "auto" is what the checkpoint says of itself
     """
 
@@ -49,7 +52,7 @@ class LlavaPruning(lmms):
     def __init__(
         self,
         pretrained: str | None = None,
-        method: str = "none",
+        method: str | None = None,
         visual_token_num: int | str | None = None,
         pruning_args: str = "",
         conv_template: str = "auto",
@@ -59,12 +62,22 @@ class LlavaPruning(lmms):
         dtype: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | str | None = None,
+        **options,
     ):
         super().__init__()
-        pruner = read_pruner(method, visual_token_num, pruning_args)
+        known = all_option_names()
+        if unknown := [key for key in options if key not in known]:
+            raise TypeError(f"unknown model_args of llava_pruning: {', '.join(unknown)}")
+        pruner = read_pruner(method, visual_token_num, pruning_args, options)
         self.batch_size = int(batch_size)
         self.loop: AnswerLoop = open_loop(
-            pretrained, model_base, conv_template, pruner, device, dtype, vision_tower
+            pretrained,
+            model_base,
+            conv_template,
+            pruner,
+            device or own_gpu(),  # lmms-eval shares the requests among the processes itself
+            dtype,
+            vision_tower,
         )
 
     def generate_until(self, requests: list) -> list[str]:
@@ -96,7 +109,11 @@ class LlavaPruning(lmms):
 
     @torch.inference_mode()
     def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether greedy decoding gives it), one by one."""
+        """(loss, whether greedy decoding gives the continuation), one by one.
+
+        The loss is the mean negative log-probability of the continuation's tokens: lmms-eval takes
+        the choice with the *smallest* number, as its own models return their loss.
+        """
         return [self._loglikelihood(*request.args) for request in requests]
 
     def _loglikelihood(self, context, target, doc_to_visual, doc_id, task, split):
@@ -107,7 +124,7 @@ class LlavaPruning(lmms):
         prompt = loop.prompt(Question({"question_id": doc_id}, context, [""] * len(images)))
         ids = [
             tokenizer_image_token(text, loop.tokenizer, return_tensors="pt")
-            for text in (prompt, f"{prompt} {target}")
+            for text in (prompt, f"{prompt} {target.strip()}")
         ]
         count = len(ids[1]) - len(ids[0])
         pixels = None
@@ -120,8 +137,8 @@ class LlavaPruning(lmms):
         # Methods drop visual tokens only: counted from behind, the text is where it was.
         logits = out.logits[0, -count - 1 : -1].float().log_softmax(dim=-1)
         wanted = input_ids[0, -count:]
-        chosen = logits.gather(1, wanted[:, None]).sum()
-        return chosen.item(), bool((logits.argmax(dim=-1) == wanted).all())
+        loss = -logits.gather(1, wanted[:, None]).mean()
+        return loss.item(), bool((logits.argmax(dim=-1) == wanted).all())
 
     def generate_until_multi_round(self, requests: list) -> list[str]:
         raise NotImplementedError("llava_pruning answers one round: choose a task of one round")

@@ -36,7 +36,7 @@ from llava.mm_utils import (
 )
 from llava.playground import default_image, default_model_path
 from llava.pruning import trace_pruning
-from llava.pruning.cli import add_pruning_args, pruner_from_args
+from llava.pruning.cli import add_pruning_args, pairs_in, pruner_from_args
 
 DEFAULT_QUERY = "How many things are there?\nAnswer the question using a single word or phrase."
 PICTURE_TYPES = (".png", ".jpg", ".webp")
@@ -182,10 +182,12 @@ def answer(args) -> str:
 
 
 def eval_model(args) -> None:
-    """Prints the answer. `args` is any object with attributes named like the options; those it
-    lacks have their defaults."""
+    """Prints the answer. `args` is any object with attributes named like the options, those of
+    methods among them (`important_ratio`); those it lacks have their defaults."""
     defaults = vars(build_parser().parse_args([]))
-    print(answer(SimpleNamespace(**{key: getattr(args, key, defaults[key]) for key in defaults})))
+    options = SimpleNamespace(**{key: getattr(args, key, defaults[key]) for key in defaults})
+    options.pruning_arg = [*options.pruning_arg, *pairs_in(args)]
+    print(answer(options))
 
 
 @errors_as_messages()

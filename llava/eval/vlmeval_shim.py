@@ -32,7 +32,7 @@ except ImportError as error:
 class LlavaPruning(BaseModel):
     """
     model_path:       checkpoint; None: the playground's
-    method:           pruning method, or two as METHOD+METHOD
+    method:           pruning method, or two as METHOD+METHOD; None: what the options belong to
     visual_token_num: its budget; None: the method's own
     pruning_args:     its other options, KEY=VALUE with semicolons between them
     max_new_tokens:   length at which an answer is cut
@@ -43,7 +43,7 @@ class LlavaPruning(BaseModel):
     def __init__(
         self,
         model_path: str | None = None,
-        method: str = "none",
+        method: str | None = None,
         visual_token_num: int | None = None,
         pruning_args: str = "",
         max_new_tokens: int = 512,
@@ -69,7 +69,7 @@ class LlavaPruning(BaseModel):
 def register(
     name: str,
     model_path: str | None = None,
-    method: str = "none",
+    method: str | None = None,
     visual_token_num: int | None = None,
     **options,
 ) -> None:

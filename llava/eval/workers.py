@@ -21,6 +21,14 @@ LEAVING_SECONDS = 30.0
 STORE_TIMEOUT = timedelta(hours=24)
 
 
+def own_gpu() -> str | None:
+    """The GPU of this process among those that a launcher started on this machine (LOCAL_RANK);
+    None: where there is one process or no GPU, the model's default is right."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not torch.cuda.is_available():
+        return None
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+
+
 class Workers:
     """This process among those of its run.
 
@@ -95,6 +103,4 @@ class Workers:
     def device(self) -> str | None:
         """The GPU of this process; None: where there is one process or no GPU, the model's default
         is right."""
-        if self.store is None or not torch.cuda.is_available():
-            return None
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        return None if self.store is None else own_gpu()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 
 import torch
 from accelerate import init_empty_weights
@@ -37,7 +38,7 @@ from ..constants import (
 )
 from ..pruning import Pruner, pruner_from_keywords
 from ..pruning.drafter import STRATEGIES
-from ..weight_files import local_folder
+from ..weight_files import local_folder, uses_cache_dir
 from .checkpoint import (
     TOWER_PREFIX,
     Filler,
@@ -63,6 +64,7 @@ FAMILIES = {
 }
 
 
+@uses_cache_dir
 def load_pretrained_model(
     model_path: str,
     model_base: str | None,
@@ -78,6 +80,12 @@ def load_pretrained_model(
     vision_tower: str | None = None,
     vision_tower_dtype: torch.dtype | None = None,
     generation_strategy: str | None = None,
+    *,
+    cache_dir: str | None = None,
+    use_safetensors: bool | None = None,
+    multimodal: bool | None = None,
+    trust_remote_code: bool = False,
+    low_cpu_mem_usage: bool = True,
     **keywords,
 ):
     """Returns (tokenizer, model, image_processor, context_len), the model in eval mode.
@@ -96,18 +104,39 @@ def load_pretrained_model(
     vision_tower: folder to use in place of the config's `mm_vision_tower`
     vision_tower_dtype: None is the model's own
     generation_strategy: what `generate` uses unless told otherwise; None: "autoregressive"
-    keywords:    constructor keywords of published repositories that choose a method
+    cache_dir:   where everything that is looked up on the hub is (model, tower, trained part)
+    use_safetensors: True takes no `.bin` for the weights of the model or its base, False no
+                 safetensors; None: safetensors where there are any
+    multimodal:  True makes it a multimodal model whatever its config says
+    trust_remote_code: only False: no code of a checkpoint is ever run
+    low_cpu_mem_usage: accepted; little memory beside the weights is used in any case
+    keywords:    options of the method (`layer=3`), also without `pruner` where one method alone has
+                 them (`important_ratio=0.5`, `twig=FOLDER`), and `twigvlm_config={...}`
 
     image_processor is None for plain language models. Raises ValueError or FileNotFoundError, with
-    the names of file and weights, for whatever is missing, damaged, unknown or of the wrong shape.
+    the names of file and weights, for whatever is missing, damaged or of the wrong shape, and
+    TypeError for an unknown keyword, as programs that serve several versions of LLaVA expect.
     """
     pruner = pruner_from_keywords(pruner, keywords)
+    generation_strategy = keywords.pop("generation_strategy", generation_strategy)
     if keywords:
-        raise ValueError(f"unknown keywords of load_pretrained_model: {', '.join(keywords)}")
+        raise TypeError(
+            "load_pretrained_model() got an unexpected keyword argument "
+            f"{', '.join(map(repr, keywords))}: it is neither one of its own nor an option of a "
+            "pruning method"
+        )
+    if trust_remote_code:
+        raise ValueError(
+            "trust_remote_code=True is refused: no code of a checkpoint is ever run here, and the "
+            "supported models need none"
+        )
     if load_8bit and load_4bit:
         raise ValueError("load_8bit and load_4bit exclude each other")
-    folder, base = local_folder(model_path), model_base and local_folder(model_base)
+    folder = local_folder(model_path, use_safetensors)
+    base = model_base and local_folder(model_base, use_safetensors)
     kind, values = kind_of(folder, base or None, model_name)
+    if multimodal:
+        kind = replace(kind, multimodal=True)
     device = single_device(device_map, device) or choose_device(device)
     backend = check_backend(
         "flash_attention_2" if use_flash_attn else attn_implementation or "sdpa"
@@ -130,6 +159,7 @@ def load_pretrained_model(
         set_vision_tower(config, vision_tower, base)
         tokenizer = load_tokenizer(base or folder, config, fast=kind.family == "mistral")
         model, filler = build_empty(model_class, config, dtype, fill_device)
+        filler.use_safetensors = use_safetensors
         fill_llava(filler, folder, base, kind)
         load_tower(model, filler, vision_tower_dtype or dtype, fill_device)
         add_image_tokens(model, tokenizer)
@@ -137,7 +167,7 @@ def load_pretrained_model(
     else:
         if pruner.name != "none":
             raise ValueError(f"{model_path} is a plain language model, {pruner!r} has no images")
-        model = load_plain(folder, base, dtype, fill_device, backend)
+        model = load_plain(folder, base, dtype, fill_device, backend, use_safetensors)
         tokenizer = load_tokenizer(base or folder, model.config)
         image_processor = None
 
@@ -232,7 +262,9 @@ def load_tower(model: nn.Module, filler: Filler, dtype: torch.dtype, device) -> 
     tower.to(device=device, dtype=dtype)
 
 
-def load_plain(folder: str, base: str | None, dtype, device, backend: str) -> nn.Module:
+def load_plain(
+    folder: str, base: str | None, dtype, device, backend: str, use_safetensors: bool | None = None
+) -> nn.Module:
     """A model without images; with `base` the LoRA adapter in `folder` is merged into that."""
     source = base or folder
     values = check_config(read_config(source), config_path(source, None), plain=True)
@@ -247,6 +279,7 @@ def load_plain(folder: str, base: str | None, dtype, device, backend: str) -> nn
             )
     model.config.torch_dtype = dtype
     filler = Filler(model, dtype, device)
+    filler.use_safetensors = use_safetensors
     filler.add_folder(source)
     filler.finish(source)
     if base:

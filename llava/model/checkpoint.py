@@ -69,6 +69,9 @@ class Filler:
     dtype, device: of the floating-point weights in the finished model
     """
 
+    #: kind of files that `add_folder` reads, as in `weight_files`
+    use_safetensors: bool | None = None
+
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu"):
         self.model, self.dtype, self.device = model, dtype, device
         self.wanted = dict(model.state_dict(keep_vars=True))
@@ -104,7 +107,7 @@ class Filler:
 
     def add_folder(self, folder: str, fit: bool = False) -> None:
         """Every weight of a checkpoint folder."""
-        for path in weight_files(folder):
+        for path in weight_files(folder, self.use_safetensors):
             for name, tensor in tensors_in(path, skip=self.filled):
                 self.add(name, tensor, path, fit)
 

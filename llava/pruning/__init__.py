@@ -6,6 +6,7 @@ from .adaptprune import AdaptPrune
 from .base import DecoderPruner, Pruner, SelectPruner, option_names
 from .cdpruner import CDPruner
 from .chain import Chain, split_options
+from .choice import all_names, as_published, choose, open_group, translate
 from .divprune import DivPrune
 from .downsample import Downsample
 from .fastervlm import FasterVLM
@@ -52,12 +53,10 @@ METHODS: dict[str, type[Pruner]] = {
     )
 }
 
-#: constructor keywords of published repositories -> the method they belong to
-LEGACY_KEYWORDS = {
-    "twig": TwigVLM.name,
-    "visual_token_num": VisPruner.name,
-    "important_ratio": VisPruner.name,
-}
+#: entry of a published dict of options that belongs to the model
+STRATEGY = "generation_strategy"
+#: the method that a budget alone means, as in scripts/eval_common.sh
+DEFAULT_METHOD = VisPruner.name
 
 
 def build_pruner(name: str = "none", **options) -> Pruner:
@@ -71,7 +70,7 @@ def build_pruner(name: str = "none", **options) -> Pruner:
         return Chain(*(build_pruner(part, **own) for part, own in split_options(name, options)))
     if name not in METHODS:
         raise ValueError(f"unknown pruning method {name!r}, choose from {', '.join(METHODS)}")
-    known = option_names(METHODS[name])
+    options, known = translate(METHODS[name], options), option_names(METHODS[name])
     if unknown := [key for key in options if key not in known]:
         raise ValueError(
             f"unknown option {', '.join(map(repr, unknown))} for pruning method {name!r}, "
@@ -89,21 +88,66 @@ def no_drafter(strategy: str, pruner: Pruner) -> str:
     )
 
 
+def all_option_names() -> list[str]:
+    """Every name that an option of any method goes by."""
+    return all_names(METHODS)
+
+
+def guess_method(options: dict) -> tuple[str, dict]:
+    """(method, its options) that options mean which came without a method: as in the published
+    programs, which know one method each.
+
+    A budget alone means `DEFAULT_METHOD`, an option that one method alone has that method, no
+    options "none". Raises ValueError when several methods have all of them, or none has.
+    """
+    if not options:
+        return Pruner.name, {}
+    name = choose(METHODS, options, DEFAULT_METHOD)
+    return name, as_published(METHODS[name], options)
+
+
+def take_options(keywords: dict, prefixes: tuple[str, ...] = ()) -> tuple[str | None, dict]:
+    """(method whose published dict of options is among them or None, options), all taken out of
+    `keywords`. Options that are None count as not given.
+
+    prefixes: of further options. The `generation_strategy` in a published dict goes back into
+    `keywords`.
+    """
+    known = all_option_names()
+    names = [key for key in keywords if key in known or key.startswith(prefixes)]
+    owner, options = None, {key: keywords.pop(key) for key in names}
+    for name, method in METHODS.items():
+        if method.published_group not in keywords:
+            continue
+        if (entries := keywords.pop(method.published_group)) is None:
+            continue
+        found = open_group(method, entries, (STRATEGY,))
+        if STRATEGY in found:
+            keywords[STRATEGY] = found.pop(STRATEGY)
+        owner, options = name, translate(method, {**options, **found})
+    return owner, {key: value for key, value in options.items() if value is not None}
+
+
 def pruner_from_keywords(pruner: Pruner | str | None, keywords: dict) -> Pruner:
     """The method that `load_pretrained_model(..., pruner=, **keywords)` asks for.
 
-    Removes the keywords of published repositories (`LEGACY_KEYWORDS`) from `keywords`; without
-    `pruner` the first of them selects the method it comes from. None is as good as not given.
+    Removes the options of methods from `keywords`, under our names and published ones; without
+    `pruner` they say which method is meant (`guess_method`). None is as good as not given.
     """
-    options = {key: keywords.pop(key) for key in LEGACY_KEYWORDS if key in keywords}
-    options = {key: value for key, value in options.items() if value is not None}
+    parts = pruner.split("+") if isinstance(pruner, str) and "+" in pruner else ()
+    owner, options = take_options(keywords, tuple(f"{part}_" for part in parts))
     if isinstance(pruner, Pruner):
-        if options:
-            raise ValueError(f"{', '.join(options)} given beside a finished pruner {pruner!r}")
+        if owner or options:
+            given = ", ".join(options) or METHODS[owner].published_group
+            raise ValueError(f"{given} given beside a finished pruner {pruner!r}")
         return pruner
-    if pruner is None:
-        pruner = LEGACY_KEYWORDS[next(iter(options))] if options else "none"
-    return build_pruner(pruner, **options)
+    if owner and pruner not in (None, owner):
+        group = METHODS[owner].published_group
+        raise ValueError(f"{group} belongs to the method {owner!r}, but pruner is {pruner!r}")
+    name = pruner or owner
+    if name is None:
+        name, options = guess_method(options)
+    return build_pruner(name, **options)
 
 
 __all__ = [
@@ -117,7 +161,9 @@ __all__ = [
     "SelectPruner",
     "TowerTokens",
     "VisionTokens",
+    "all_option_names",
     "build_pruner",
+    "guess_method",
     "no_drafter",
     "pruner_from_keywords",
     "trace_pruning",

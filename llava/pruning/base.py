@@ -50,6 +50,17 @@ class Pruner:
     anyres: ClassVar[bool] = True
     #: what `probe_rows` records: "weights", "log_weights" or "scores" (before the softmax)
     probe_form: ClassVar[str] = "weights"
+    #: names that its published programs and loaders give to options -> ours
+    published_options: ClassVar[dict[str, str]] = {}
+    #: options whose name means another one where its published programs are used as they were,
+    #: that is where nobody named the method
+    published_meaning: ClassVar[dict[str, str]] = {}
+    #: environment variables by which its published scripts set options -> our options
+    published_environment: ClassVar[dict[str, str]] = {}
+    #: keyword of its published interface that holds several options in a dict
+    published_group: ClassVar[str | None] = None
+    #: options that its published scripts take by place
+    positional: ClassVar[tuple[str, ...]] = ("visual_token_num",)
     #: trained weights, registered on the model the method is assigned to
     module: nn.Module | None = None
 
@@ -132,6 +143,11 @@ class Pruner:
         """The method and the keywords of one `generate` call, from those the caller gave: a method
         may read keywords of its published interface."""
         return self, keywords
+
+    def present(self, output, ends: set[int]):
+        """What `generate` returns: `output` (ids, or an output object), or what callers of the
+        method's published interface expect. ends: ids of tokens that end an answer"""
+        return output
 
     def after_layers(self, prefill: Prefill) -> Prefill:
         """After the last decoder layer of such a prefill, before the final norm. What is dropped

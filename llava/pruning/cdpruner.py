@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..weight_files import CACHE_DIR
 from .base import SelectPruner
 from .ops import normalize
 from .tokens import VisionTokens
@@ -122,7 +123,9 @@ class ClipText(nn.Module):
         parts = []
         for kind in (CLIPTextModelWithProjection, CLIPVisionModelWithProjection):
             try:
-                part, info = kind.from_pretrained(folder, output_loading_info=True)
+                part, info = kind.from_pretrained(
+                    folder, output_loading_info=True, cache_dir=CACHE_DIR.get()
+                )
             except OSError as error:
                 raise ValueError(f"{folder} holds no weights of a CLIP model: {error}") from error
             if info["missing_keys"]:
@@ -133,7 +136,7 @@ class ClipText(nn.Module):
                 )
             parts.append(part)
         text, vision = parts
-        tokenizer = CLIPTokenizerFast.from_pretrained(folder)
+        tokenizer = CLIPTokenizerFast.from_pretrained(folder, cache_dir=CACHE_DIR.get())
         norm = vision.vision_model.post_layernorm
         return cls(text, norm, vision.visual_projection, tokenizer, folder)
 

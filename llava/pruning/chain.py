@@ -162,6 +162,9 @@ class Chain(Pruner):
         second, keywords = self.second.for_call(keywords)
         return (self if second is self.second else Chain(self.first, second)), keywords
 
+    def present(self, output, ends):
+        return self.second.present(output, ends)
+
     def pruned_caches(self, index, num_layers):
         return self.second.pruned_caches(index, num_layers)
 

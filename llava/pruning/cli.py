@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import argparse
 import ast
+import sys
 
-from . import METHODS, Chain, Pruner, build_pruner, no_drafter
+from . import METHODS, Chain, Pruner, all_option_names, build_pruner, guess_method, no_drafter
 from .drafter import STRATEGIES
 
 
 def add_pruning_args(parser: argparse.ArgumentParser) -> None:
-    """Adds --pruning-method, --visual-token-num and --pruning-arg (underscores work as well)."""
-    group = parser.add_argument_group("pruning")
+    """Adds --pruning-method, --visual-token-num, --pruning-arg and a flag for every option of every
+    method (underscores work as well)."""
+    group = parser.add_argument_group(
+        "pruning",
+        "Every option of a method (docs/Methods.md) is a flag as well: --important-ratio 0.5. One "
+        "that belongs to one method alone chooses it.",
+    )
     group.add_argument(
         "--pruning-method",
         "--pruning_method",
-        default="none",
         metavar="NAME",
         help=f"how visual tokens are pruned: {', '.join(sorted(METHODS))}, or two in a row as "
-        "METHOD+METHOD (default: none)",
+        "METHOD+METHOD (default: what the other options belong to, without any: none)",
     )
     add_option_args(group)
     group.add_argument(
@@ -31,7 +36,8 @@ def add_pruning_args(parser: argparse.ArgumentParser) -> None:
 
 
 def add_option_args(parser) -> None:
-    """Adds --visual-token-num and --pruning-arg, for programs that take the method elsewhere."""
+    """Adds all of these but --pruning-method and --generation-strategy, for programs that take the
+    method elsewhere."""
     parser.add_argument(
         "--visual-token-num",
         "--visual_token_num",
@@ -48,18 +54,41 @@ def add_option_args(parser) -> None:
         help="any other option of the method, repeatable; of METHOD+METHOD with the method's name "
         "as a prefix: fastv_layer=3",
     )
+    for name in all_option_names():
+        add_flag(parser, name)
+
+
+def add_flag(parser, option: str) -> None:
+    """Adds `--option VALUE` as another way to say `--pruning-arg option=VALUE`, unless the program
+    has such a flag of its own."""
+    dashes = "-" if len(option) == 1 else "--"
+    flags = dict.fromkeys((dashes + option.replace("_", "-"), dashes + option))
+    if free := [flag for flag in flags if flag not in parser._option_string_actions]:
+        parser.add_argument(
+            *free,
+            action="append",
+            dest="pruning_arg",
+            type=lambda text: f"{option}={text}",
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
 
 
 def pruner_from_args(args: argparse.Namespace) -> Pruner:
-    """The method that the options of `add_pruning_args` describe.
+    """The method that the options of `add_pruning_args` describe; one that was not named is said.
 
-    Raises ValueError on an unknown method or option, on a KEY=VALUE without "=", and on a
-    generation strategy that the method cannot serve.
+    Raises ValueError on an unknown method or option, on options without a method that belong to
+    several, on a KEY=VALUE without "=", and on a generation strategy that the method cannot serve.
     """
     options = dict(parse_pair(pair) for pair in args.pruning_arg)
     if args.visual_token_num is not None:
         options["visual_token_num"] = args.visual_token_num
-    pruner = build_pruner(args.pruning_method, **options)
+    name = args.pruning_method
+    if name is None:
+        name, options = guess_method(options)
+        if options:
+            print(f"pruning method: {name} (the options given are its own)", file=sys.stderr)
+    pruner = build_pruner(name, **options)
     strategy = getattr(args, "generation_strategy", None) or STRATEGIES[0]
     inner = pruner.second if isinstance(pruner, Chain) else pruner
     if strategy != STRATEGIES[0] and type(inner).drafter is Pruner.drafter:
@@ -77,3 +106,11 @@ def parse_pair(pair: str) -> tuple[str, object]:
     except (SyntaxError, ValueError):
         value = text  # a bare word is a string
     return key.replace("-", "_"), value
+
+
+def pairs_in(args: object) -> list[str]:
+    """The KEY=VALUE of every attribute of `args` that is an option of a method and not None, except
+    the budget, which programs have an option of their own for."""
+    values = {name: getattr(args, name, None) for name in all_option_names()}
+    values.pop("visual_token_num")
+    return [f"{name}={value!r}" for name, value in values.items() if value is not None]

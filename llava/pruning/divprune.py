@@ -33,6 +33,7 @@ class DivPrune(SelectPruner):
     subset_ratio: float | None = None
 
     name = "divprune"
+    published_environment = {"SUBSET_RATIO": "subset_ratio"}
 
     def __post_init__(self):
         super().__post_init__()

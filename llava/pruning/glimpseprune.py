@@ -68,6 +68,11 @@ class GlimpsePrune(Pruner):
     ref_boxes: Sequence[Sequence[float]] | None = None
 
     name = "glimpseprune"
+    published_options = {"new_modules_dir": "new_modules"}
+    published_environment = {
+        "MAX_REMAIN_RATIO": "max_remain_ratio",
+        "MIN_REMAIN_NUM": "min_remain_num",
+    }
     adaptive = True
     reads_text = True
 

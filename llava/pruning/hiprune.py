@@ -38,6 +38,11 @@ class HiPrune(SelectPruner):
     wrap: bool = True
 
     name = "hiprune"
+    published_environment = {
+        "HIPRUNE_RETENTION": "visual_token_num",
+        "HIPRUNE_ALPHA": "alpha",
+        "HIPRUNE_OBJECT_LAYER": "object_layer",
+    }
     anyres_config = {"mm_patch_merge_type": "spatial"}
 
     def __post_init__(self):

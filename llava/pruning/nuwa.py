@@ -78,6 +78,13 @@ class Nuwa(DecoderPruner):
     seed: int = 0
 
     name = "nuwa"
+    published_options = {"matain_token": "visual_token_num"}
+    published_environment = {
+        "NT": "visual_token_num",
+        "DIST": "distance",
+        "THRE": "pillar_quantile",
+        "REGION": "region",
+    }
     needs = frozenset({"cls_attention"})
     position_policy = "grid"
     paper_layer = 16

@@ -38,7 +38,7 @@ class SparseVLM(Pruner):
                         them the tokens of each stage are interpolated. More tokens than this enter
                         the layers on average (192: 206.5), see `token_schedule`
     retained_tokens:    tokens of an image left at each stage, of 576; scaled to its size. None:
-                        what the label says
+                        what the label says. A single number is the label, as in the release
     pruning_layers:     layers (0-based) of which the attention rates; the layer after each sees
                         fewer tokens. None: 2, 6, 15 of 32 layers, scaled to the depth
     version:            "1.5": merged tokens; "2.0" (SparseVLM+): none, rating without the pull of
@@ -49,7 +49,7 @@ class SparseVLM(Pruner):
     """
 
     visual_token_num: int = 192
-    retained_tokens: Sequence[int] | None = None
+    retained_tokens: Sequence[int] | int | None = None
     pruning_layers: Sequence[int] | None = None
     version: str = "1.5"
     num_selected_heads: int = 14
@@ -57,9 +57,12 @@ class SparseVLM(Pruner):
     bias: float = 0.0
 
     name = "sparsevlm"
+    published_environment = {"RETAIN_TOKN": "visual_token_num"}
     reads_text = True
 
     def __post_init__(self):
+        if isinstance(self.retained_tokens, int):
+            self.visual_token_num, self.retained_tokens = self.retained_tokens, None
         self.version = str(self.version)
         if self.version not in LAYERS:
             raise ValueError(f"unknown version {self.version!r}, choose from {', '.join(LAYERS)}")

@@ -24,16 +24,19 @@ import torch
 from torch import Tensor, nn
 
 from .base import BudgetPruner
+from .choice import open_group
 from .drafter import DRAFTER_ROW, Drafter
 from .learned import build_part, part_folder, read_part, read_part_config, save_part
 from .ops import rank_within_groups, scale_layer
 from .tokens import Prefill
+from .twigvlm_output import published_output
 
 #: in a 32-layer decoder: K, the layer before which all visual tokens go, layers of the twig
 FIRST_LAYER, WIPE_LAYER, TWIG_LAYERS = 2, 24, 3
-#: keyword of the published `generate` and its entries
-PUBLISHED_KEYWORD = "twigvlm_config"
-PUBLISHED_ENTRIES = ("enable_pruning", "attention_rank", "generation_strategy")
+#: entry of the published `twigvlm_config` that is no option of the method
+STRATEGY = "generation_strategy"
+#: options that belong to a twig: they cannot change from call to call
+TWIG_OPTIONS = ("twig", "twig_K", "twig_T")
 
 
 class Twig(nn.Module):
@@ -84,9 +87,22 @@ class TwigVLM(BudgetPruner):
 
     name = "twigvlm"
     reads_text = True
+    published_group = "twigvlm_config"
+    published_options = {
+        "attention_rank": "visual_token_num",
+        "avg_retain_rank": "visual_token_num",
+        "retained_tokens": "visual_token_num",
+        "R": "visual_token_num",
+        "enable_FastV": "enable_pruning",
+        "twig_block": "twig",
+    }
 
     def __post_init__(self):
+        number = self.visual_token_num
+        if isinstance(number, float) and number.is_integer():  # the release takes 64.0 as well
+            self.visual_token_num = int(number)
         super().__post_init__()
+        self._published = False
         Drafter(0, None, None, None, self.num_speculations, self.draft_stop_prob)  # checks them
         self.module: Twig | None = None
         self._config: dict = {}
@@ -232,25 +248,29 @@ class TwigVLM(BudgetPruner):
     # --- the published interface --------------------------------------------------------------
 
     def for_call(self, keywords: dict) -> tuple[TwigVLM, dict]:
-        """Reads `twigvlm_config={"enable_pruning", "attention_rank", "generation_strategy"}`."""
-        if PUBLISHED_KEYWORD not in keywords:
+        """Reads `twigvlm_config={"enable_pruning", "attention_rank", "generation_strategy"}`, also
+        under the other names in `published_options`."""
+        if self.published_group not in keywords:
             return self, keywords
         keywords = dict(keywords)
-        entries = dict(keywords.pop(PUBLISHED_KEYWORD) or {})
-        if unknown := [key for key in entries if key not in PUBLISHED_ENTRIES]:
+        entries = keywords.pop(self.published_group)
+        options = open_group(type(self), {} if entries is None else entries, (STRATEGY,))
+        if STRATEGY in options:
+            keywords[STRATEGY] = options.pop(STRATEGY)
+        own = {name: getattr(self, name) for name in TWIG_OPTIONS}
+        if fixed := [name for name in own if options.get(name, own[name]) != own[name]]:
             raise ValueError(
-                f"unknown entry {', '.join(map(repr, unknown))} of {PUBLISHED_KEYWORD}, choose "
-                f"from {', '.join(PUBLISHED_ENTRIES)}"
+                f"{', '.join(fixed)} cannot change from call to call: assign another {self.name}"
             )
-        if "generation_strategy" in entries:
-            keywords["generation_strategy"] = entries["generation_strategy"]
-        options = {"enable_pruning": entries.get("enable_pruning", self.enable_pruning)}
-        if entries.get("attention_rank") is not None:
-            rank = entries["attention_rank"]
-            options["visual_token_num"] = int(rank) if rank == int(rank) else rank
         pruner = replace(self, **options)
         pruner.module, pruner._config = self.module, self._config
-        return pruner, keywords
+        pruner._published = not keywords.get("return_dict_in_generate")
+        return pruner, {**keywords, "return_dict_in_generate": True}
+
+    def present(self, output, ends: set[int]):
+        """With `predicted_tokens` and the other fields of the release, when the call was made in
+        its way (`twigvlm_config`) and did not ask for an output object."""
+        return published_output(output, ends) if self._published else output
 
 
 def load_twig(folder: str, model: nn.Module, count: int | None = None) -> Twig:

@@ -32,6 +32,7 @@ class VisPruner(SelectPruner):
     drop_per_round: int = 8
 
     name = "vispruner"
+    positional = ("visual_token_num", "important_ratio")
     needs = frozenset({"cls_attention"})
     anyres_tiles = (2, 2)
 

@@ -49,6 +49,7 @@ class VScan(StagedPruner):
     window: int = 6
 
     name = "vscan"
+    published_meaning = {"visual_token_num": "encoder_token_num"}
     needs = frozenset({"cls_attention"})
 
     def __post_init__(self):

@@ -206,6 +206,7 @@ class LlavaLlamaForCausalLM(GenerationStrategies, LlavaMetaForCausalLM, LlamaPre
 
         prefix: what is known of their first tokens, see `llava.model.reuse`
         """
+        ends = kwargs.get("eos_token_id", self.generation_config.eos_token_id)
         drafter = self.drafter_for(kwargs)
         if drafter is None and kwargs.get("use_cache", True) is not False:
             reserve = kwargs.get("max_new_tokens") or self.generation_config.max_new_tokens or 64
@@ -227,7 +228,8 @@ class LlavaLlamaForCausalLM(GenerationStrategies, LlavaMetaForCausalLM, LlamaPre
             drafter=drafter,
             **kwargs,
         )
-        return drop_first_token(output)
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        return self.pruner.present(drop_first_token(output), ends)
 
     def prepare_inputs_for_generation(
         self,

@@ -10,7 +10,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from transformers.modeling_utils import no_init_weights
 
 from ...config_file import check_config, number, one_sentence, read_json, shown, whole
-from ...weight_files import hub_file, local_folder, tensors_in, weight_files
+from ...weight_files import CACHE_DIR, hub_file, local_folder, tensors_in, weight_files
 from ..checkpoint import Filler
 
 #: `model_type` of folders with a CLIP vision model; early ones name none
@@ -60,7 +60,7 @@ def read_vision_model(name: str, dtype: torch.dtype | None = None) -> CLIPVision
 def read_image_processor(name: str) -> CLIPImageProcessor:
     """How the tower wants its images."""
     with one_sentence(f"the image processor of {name} cannot be read"):
-        processor = CLIPImageProcessor.from_pretrained(name)
+        processor = CLIPImageProcessor.from_pretrained(name, cache_dir=CACHE_DIR.get())
     sides = [*dict(processor.size).values(), *dict(processor.crop_size).values()]
     colours = [*processor.image_mean, *processor.image_std, processor.rescale_factor]
     side, share = whole(1, 2**13), number(-1e3, 1e3)

@@ -2,7 +2,6 @@
 # Every benchmark there is data for, one after the other, and one table at the end.
 #
 #     bash scripts/v1_5/eval/all.sh [TOKENS] [KEY=VALUE ...]   see scripts/eval_common.sh
-arguments=("$@") # sourcing takes the number of tokens away
 source "$(dirname "${BASH_SOURCE[0]}")/../../eval_common.sh"
 
-run_all ${arguments[@]+"${arguments[@]}"}
+run_all "$@"

@@ -1,0 +1,65 @@
+"""What `generate` of TwigVLM's release returns, on a tensor of token ids.
+
+Programs of the release decode `output.predicted_tokens`, all others `output` itself; a
+`PublishedOutput` serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+
+class PublishedOutput(Tensor):
+    """New token ids (B, n), with the fields of the release beside them; whatever is computed from
+    it is an ordinary tensor.
+
+    predicted_tokens:     the ids of every answer as a list, end marks excluded
+    num_tokens_generated: how many those are
+
+    From self-speculative generation only, over all prompts (seconds without the vision tower):
+    total_draft_matches, total_generations: guesses accepted, guesses made
+    acceptance_rate:      accepted guesses per guess
+    prefill_time:         seconds until the tokens of the first step were known
+    decoding_time:        seconds of the whole generation, the first step included
+    decoding_tokens_per_second
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    predicted_tokens: list[list[int]]
+    num_tokens_generated: int
+    total_draft_matches: int
+    total_generations: int
+    acceptance_rate: float
+    prefill_time: float
+    decoding_time: float
+    decoding_tokens_per_second: float
+
+
+def published_output(output, ends: Collection[int]) -> PublishedOutput:
+    """output: what transformers' `generate` returns with `return_dict_in_generate`; ends: ids of
+    tokens that end an answer."""
+    result = output.sequences.as_subclass(PublishedOutput)
+    result.predicted_tokens = [answer(row, ends) for row in output.sequences.tolist()]
+    result.num_tokens_generated = sum(map(len, result.predicted_tokens))
+    logs = getattr(output, "logs", None)
+    if logs:
+        result.total_draft_matches = sum(sum(log.accepted) for log in logs)
+        result.total_generations = sum(len(draft) for log in logs for draft in log.drafts)
+        result.acceptance_rate = result.total_draft_matches / max(1, result.total_generations)
+        result.prefill_time = sum(log.first_seconds for log in logs)
+        result.decoding_time = sum(log.seconds for log in logs)
+        rate = result.num_tokens_generated / max(result.decoding_time, 1e-9)
+        result.decoding_tokens_per_second = rate
+    return result
+
+
+def answer(ids: list[int], ends: Collection[int]) -> list[int]:
+    """The ids in front of the first end mark."""
+    for place, token in enumerate(ids):
+        if token in ends:
+            return ids[:place]
+    return ids
