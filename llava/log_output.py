@@ -37,6 +37,8 @@ def printable(text: str) -> str:
 def error_places(error: BaseException) -> str:
     """Kind and places of an error in one line. Its message is left out: it may hold what a visitor
     sent."""
+    while inner := getattr(error, "exceptions", None):  # a group: the first of them says where
+        error = inner[0]
     frames = traceback.extract_tb(error.__traceback__)
     places = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
     return f"{type(error).__name__} at {' > '.join(places) or 'no place'}"

@@ -23,7 +23,8 @@ from llava.serve.controller import controller_app
 from llava.serve.errors import ServeError
 from llava.serve.images import decode_images
 from llava.serve.limits import Limits
-from llava.serve.service import ImpatientProtocol, Request, build_app, read_bytes
+from llava.serve.connections import ImpatientProtocol
+from llava.serve.service import Request, build_app, read_bytes
 from llava.serve.worker_app import Places, worker_app
 from tests.serve_tools import (
     Words,

@@ -19,6 +19,7 @@ import threading
 from llava.eval.errors import errors_as_messages
 
 from .auth import add_token_arg, is_loopback, read_token
+from .service import set_up_logging
 
 logger = logging.getLogger("llava.serve.web")
 WAITING_QUESTIONS = 64  # in line behind those that are answered; more are turned away
@@ -120,6 +121,7 @@ def launch(args, uploads: str):
             "the web page needs the packages of the extra `serve`: pip install -e '.[serve]'"
         ) from error
     from .web.guard import UPLOAD_BYTES, Guard
+    from .web.server import limited_server, log_failed_events
     from .web.style import css, theme
 
     page = build_page(args)
@@ -135,8 +137,10 @@ def launch(args, uploads: str):
         hosts=allowed_hosts(args),
         embed=args.embed,
         uploads=uploads,
+        listens=lambda session: session in page._queue.pending_messages_per_session,
     )
-    _, address, shared = page.launch(
+    log_failed_events()
+    options = dict(
         server_name=args.host,
         server_port=args.port,
         share=args.share,
@@ -154,20 +158,20 @@ def launch(args, uploads: str):
         theme=theme(),
         css=css(),
     )
+    with limited_server():
+        _, address, shared = page.launch(**options)
     return page, shared or address
 
 
 @errors_as_messages()
 def main() -> None:
     args = build_parser().parse_args()
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s | %(levelname)s | %(name)s | %(message)s"
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every address
+    set_up_logging()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     uploads = tempfile.mkdtemp(prefix="llava-page-")
+    tempfile.tempdir = uploads  # what gradio leaves behind is deleted, too
     try:
         page, address = launch(args, uploads)
         print(f"The page is at {address}", flush=True)
