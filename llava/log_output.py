@@ -11,6 +11,7 @@ import errno
 import logging
 import logging.handlers
 import os
+import re
 import sys
 import threading
 import time
@@ -21,6 +22,8 @@ from queue import SimpleQueue
 WAITING_LINES = 4096  # that wait to be written; further ones are dropped
 LINE_CHARACTERS = 8192
 LAST_SECONDS = 1.0  # that lines get to be written when the program ends
+PLACES = 8  # of an error, the innermost ones
+TRACEBACK = "Traceback (most recent call last):"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -40,8 +43,23 @@ def error_places(error: BaseException) -> str:
     while inner := getattr(error, "exceptions", None):  # a group: the first of them says where
         error = inner[0]
     frames = traceback.extract_tb(error.__traceback__)
-    places = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
-    return f"{type(error).__name__} at {' > '.join(places) or 'no place'}"
+    return _places(type(error).__name__, [(f.filename, f.lineno, f.name) for f in frames])
+
+
+def without_tracebacks(message: str) -> str:
+    """`message` with the text of a traceback in it replaced by its kind and places."""
+    text, found, printed = message.partition(TRACEBACK)
+    if not found:
+        return message
+    frames = re.findall(r'File "([^"]*)", line (\d+), in (\S+)', printed)
+    ends = [line for line in printed.splitlines() if line[:1].isalpha()]
+    kind = re.match(r"[\w.]*", ends[-1] if ends else "an error")[0]
+    return f"{text.strip()} {_places(kind, frames)}".strip()
+
+
+def _places(kind: str, frames: list[tuple]) -> str:
+    places = [f"{Path(file).name}:{line} {name}" for file, line, name in frames[-PLACES:]]
+    return f"{kind} at {' > '.join(places) or 'no place'}"
 
 
 class LineFormatter(logging.Formatter):
@@ -57,6 +75,7 @@ class LineFormatter(logging.Formatter):
         if record.exc_info and record.exc_info[1] is not None:
             # What asyncio and uvicorn put below the first line repeats the error's own text.
             message = f"{message.partition(chr(10))[0]}: {error_places(record.exc_info[1])}"
+        message = without_tracebacks(message)
         plain = logging.makeLogRecord(
             {**record.__dict__, "msg": message, "args": None}
             | {"exc_info": None, "exc_text": None, "stack_info": None}

@@ -15,6 +15,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import warnings
 
 from llava.eval.errors import errors_as_messages
 
@@ -130,7 +131,7 @@ def launch(args, uploads: str):
         max_size=WAITING_QUESTIONS,
         default_concurrency_limit=args.concurrency_count,
     )
-    functions = {number: len(function.inputs) for number, function in page.fns.items()}
+    functions = {number: len(one.inputs) for number, one in page.fns.items() if one.fn}
     guard = Middleware(
         Guard,
         functions=functions,
@@ -167,6 +168,7 @@ def launch(args, uploads: str):
 def main() -> None:
     args = build_parser().parse_args()
     set_up_logging()
+    warnings.filterwarnings("ignore", module=r"gradio\b")  # one or two for every question
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

@@ -199,6 +199,7 @@ def set_up_logging(log_file: str = "", log_dir: str | None = None) -> None:
     """Logs to stderr and, where `log_dir` is given, to a file in it. No content is ever logged, and
     no full disk or closed pipe stops the service: lines are dropped and counted."""
     log_to_stderr()
+    logging.captureWarnings(True)
     quiet_loggers()
     if log_dir is None:
         protect_standard_streams()

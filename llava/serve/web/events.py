@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 from urllib.parse import parse_qs
 
 from .uploads import Refused
@@ -20,13 +21,16 @@ FIELDS = {
 }
 
 
-def checked_event(path: str, body: bytes, functions: dict[int, int]) -> bytes:
+def checked_event(
+    path: str, body: bytes, functions: dict[int, int], uploads: str | None = None
+) -> bytes:
     """The body to hand on, with nothing in it but the fields that are known. Raises Refused.
 
     functions: number of an event's function -> how many values it takes
+    uploads:   folder that a file of an event must lie in
     """
     event = read_json(body)
-    _check_values(event)
+    _check_values(event, uploads)
     fields = FIELDS[path.rstrip("/").rpartition("/")[2]]
     if "data" in fields:
         _check_join(event, functions)
@@ -77,9 +81,9 @@ def _check_join(event: dict, functions: dict[int, int]) -> None:
         raise Refused(400, "The page has no event like this.")
 
 
-def _check_values(event: dict) -> None:
-    """Refuses numbers that are none, deep nesting, and files that gradio would fetch by URL or
-    decode out of the request."""
+def _check_values(event: dict, uploads: str | None) -> None:
+    """Refuses numbers that are none, deep nesting, and files that are no uploads: gradio would
+    fetch them by URL, or decode them out of the request."""
     waiting = [(event, 1)]
     while waiting:
         value, depth = waiting.pop()
@@ -93,13 +97,22 @@ def _check_values(event: dict) -> None:
             inner = value if isinstance(value, list) else value.values()
             waiting += [(one, depth + 1) for one in inner]
         if isinstance(value, dict):
-            _check_file(value.get("path"), value.get("url"))
+            _check_file(value.get("path"), value.get("url"), uploads)
 
 
-def _check_file(path, url) -> None:
+def _check_file(path, url, uploads: str | None) -> None:
     if isinstance(path, str) and re.match(r"\s*[a-zA-Z][\w+.-]*:", path):
         raise Refused(400, "Files are uploaded, not fetched from an address.")
-    if isinstance(path, str) and "\0" in path:
-        raise Refused(400, "A file name must not hold control characters.")
+    if isinstance(path, str) and uploads is not None and not _is_inside(path, uploads):
+        raise Refused(400, "The page has no file like this.")
     if isinstance(url, str) and url.strip().lower().startswith("data:"):
         raise Refused(400, "Files are uploaded, not sent inside of a request.")
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    """Whether `path` is a file below `folder`."""
+    try:
+        real = Path(path).resolve()
+        return real.is_file() and real.is_relative_to(Path(folder).resolve())
+    except (OSError, ValueError):  # too long, or with a null byte
+        return False

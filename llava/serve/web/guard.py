@@ -32,6 +32,8 @@ JSON_BYTES = 2**18  # of a request that carries no file
 UPLOAD_BYTES = 12 * 2**20
 BODY_SECONDS = 120  # until the body of a request has arrived; phones upload slowly
 URL_CHARACTERS = 2048
+FORWARDING = ("x-forwarded-host", "x-forwarded-proto", "x-gradio-server")  # gradio reads them
+FORWARDED = re.compile(r"[\w.,:/ \[\]-]{0,512}", re.ASCII)
 #: last part of a path, or the one before -> replies of that kind that may go on at a time
 STREAMS = {"heartbeat": 256, "data": 128, "upload_progress": 32}
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -124,12 +126,14 @@ class Guard:
         host = _name(f"//{headers.get('host', '')}")
         if self.hosts is not None and host not in self.hosts:
             raise Refused(421, "This page is not served under that name.")
+        if not all(FORWARDED.fullmatch(headers.get(name, "")) for name in FORWARDING):
+            raise Refused(400, "The headers of the proxy in front are not valid.")
         origin = headers.get("origin")
         if origin is not None and method == "POST":
             if _place(origin) != headers.get("host"):
                 raise Refused(403, "Requests from pages of other sites are not accepted.")
         if method in ("GET", "HEAD"):
-            if not GETS.fullmatch(path) or _leaves(path):
+            if not GETS.fullmatch(path) or _leaves(path) or _is_no_file(path):
                 raise Refused(404, "There is nothing here.")
             self._check_query(path, scope.get("query_string", b""))
         elif method != "POST":
@@ -159,7 +163,8 @@ class Guard:
             upload = await asyncio.to_thread(checked_upload, kind, body, self.uploads)
             kind, body = as_form(*upload)
         else:
-            body = checked_event(scope["path"], body, self.functions)
+            path, folder = scope["path"], self.uploads
+            body = await asyncio.to_thread(checked_event, path, body, self.functions, folder)
             kind = "application/json"
         kept = [
             (name, value)
@@ -208,6 +213,11 @@ def _leaves(path: str) -> bool:
     target = path.partition("file=")[2]
     outside = re.match(r"[/\\]{2}|[a-zA-Z][\w+.-]*:", target.strip())
     return bool(outside) or ".." in re.split(r"[/\\]", path) or "\0" in path
+
+
+def _is_no_file(path: str) -> bool:
+    """Whether a part of a path is longer than any file's name."""
+    return any(len(part.encode(errors="replace")) > 255 for part in path.split("/"))
 
 
 async def _read_in_time(receive, headers: dict[str, str], path: str) -> bytes:

@@ -36,9 +36,7 @@ class Refused(Exception):
         self.status, self.sentence = status, sentence
 
 
-def checked_upload(
-    content_type: str, body: bytes, folder: str | None = None
-) -> tuple[str, bytes]:
+def checked_upload(content_type: str, body: bytes, folder: str | None = None) -> tuple[str, bytes]:
     """(suffix, content) of the one image in a multipart form. Raises Refused where there is none
     within the limits. Text before the first boundary and behind the last is none of the form's.
 
