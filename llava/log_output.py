@@ -1,8 +1,8 @@
 """Log lines on their way out: whatever happens to the place they go to, the program goes on.
 
 A disk may be full, a pipe may have no reader any more, or one that does not read. Lines are handed
-to a thread; what cannot be written is dropped and counted, and the count is written as a line of its
-own as soon as there is room again.
+to a thread; what cannot be written is dropped and counted, and one line says how many were lost as
+soon as there is room again.
 """
 
 from __future__ import annotations

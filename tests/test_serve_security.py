@@ -19,11 +19,11 @@ from PIL import Image
 
 from llava.serve import addresses, auth, controller, demo, model_worker, sglang_worker
 from llava.serve.addresses import WorkerAddresses
+from llava.serve.connections import ImpatientProtocol
 from llava.serve.controller import controller_app
 from llava.serve.errors import ServeError
 from llava.serve.images import decode_images
 from llava.serve.limits import Limits
-from llava.serve.connections import ImpatientProtocol
 from llava.serve.service import Request, build_app, read_bytes
 from llava.serve.worker_app import Places, worker_app
 from tests.serve_tools import (
