@@ -128,30 +128,47 @@ class DailyFile(logging.handlers.TimedRotatingFileHandler):
 class LineHandler(logging.Handler):
     """Writes records to `output` in a thread of its own. Never waits and never fails.
 
-    output: has `write(data) -> bytes written`, which may raise anything
-    lost:   lines that were dropped and not yet reported
+    output:     has `write(data) -> bytes written`, which may raise anything
+    per_minute: lines in a minute beyond which lines are dropped, None for any number: strangers
+                must not be able to fill a disk
     """
 
-    def __init__(self, output):
+    def __init__(self, output, per_minute: int | None = None):
         super().__init__()
-        self.output, self.lost = output, 0
+        self.output, self.per_minute = output, per_minute
         self.setFormatter(LineFormatter())
-        self._count = threading.Lock()
-        self._lines: SimpleQueue[str] = SimpleQueue()
-        self._accepted = self._done = 0
+        self._lines: SimpleQueue[tuple[int, str]] = SimpleQueue()
+        # Written by `emit`, which has the handler's lock:
+        self._minute = self._in_minute = self._refused = self._accepted = 0
+        # and by the thread alone:
+        self._failed = self._done = 0
         self._torn = False
         threading.Thread(target=self._run, name="log", daemon=True).start()
+
+    @property
+    def lost(self) -> int:
+        """Lines that were dropped and not yet reported."""
+        return self._refused + self._failed
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             line = self.format(record)
         except Exception as error:  # arguments that do not fit their message
             line = f"a line of {record.name} cannot be formatted: {type(error).__name__}"
-        if self._lines.qsize() >= WAITING_LINES:
-            self._lose(1)
-        else:
-            self._accepted += 1
-            self._lines.put(line)
+        if self._lines.qsize() >= WAITING_LINES or self._are_enough():
+            self._refused += 1
+            return
+        self._accepted += 1
+        self._lines.put((self._refused, line))
+        self._refused = 0
+
+    def _are_enough(self) -> bool:
+        """Whether this minute has all of its lines; counts this one."""
+        minute = int(time.monotonic() / 60)
+        if minute != self._minute:
+            self._minute, self._in_minute = minute, 0
+        self._in_minute += 1
+        return self.per_minute is not None and self._in_minute > self.per_minute
 
     def flush(self) -> None:
         """Waits until all is written, but not for long."""
@@ -159,26 +176,24 @@ class LineHandler(logging.Handler):
         while self._done < last and time.monotonic() < end:
             time.sleep(0.002)
 
-    def _lose(self, count: int) -> None:
-        with self._count:
-            self.lost += count
-
     def _run(self) -> None:
         while True:
-            self._write(self._lines.get())
+            refused, line = self._lines.get()
+            self._failed += refused
+            self._write(line)
             self._done += 1
 
     def _write(self, line: str) -> None:
         try:
-            if lost := self.lost:
-                self._write_whole(self._note(lost))
-                self._lose(-lost)
+            if self._failed:
+                self._write_whole(self._note(self._failed))
+                self._failed = 0
             self._write_whole(line)
         except Exception:
-            self._lose(1)
+            self._failed += 1
 
     def _note(self, lost: int) -> str:
-        text = f"{lost} lines could not be written here and are lost"
+        text = f"{lost} lines are lost here: there was no room, or they were too many"
         return self.format(
             logging.makeLogRecord({"name": "log", "levelname": "WARNING", "msg": text})
         )
@@ -224,14 +239,14 @@ def protect_standard_streams() -> None:
             setattr(sys, name, Unfailing(stream))
 
 
-def log_to_stderr(level: int = logging.INFO) -> None:
+def log_to_stderr(per_minute: int | None = None) -> None:
     """Sends all records to stderr as it is now, through `LineHandler`, unless the program has
     handlers of its own already. A handler of others that fails keeps quiet about it."""
     logging.raiseExceptions = False
     root = logging.getLogger()
     if not root.handlers:
-        root.addHandler(LineHandler(RawOutput(_descriptor(sys.stderr))))
-        root.setLevel(level)
+        root.addHandler(LineHandler(RawOutput(_descriptor(sys.stderr)), per_minute))
+        root.setLevel(logging.INFO)
 
 
 def _descriptor(stream) -> int:

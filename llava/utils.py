@@ -20,17 +20,22 @@ MODERATION_SECONDS = 5
 _file_handler = None  # one log file per process, shared by all loggers
 
 
-def build_logger(logger_name: str, logger_filename: str) -> logging.Logger:
+def build_logger(
+    logger_name: str, logger_filename: str, lines_per_minute: int | None = None
+) -> logging.Logger:
     """The logger `logger_name`; everything logged or printed from now on also goes to a file.
 
     The file is `constants.LOGDIR`/`logger_filename`, a new one each day (UTC). The first call
     decides on the file, and replaces stdout and stderr by loggers of the same names. Where a line
     cannot be written, for example on a full disk, it is dropped and counted; see `log_output`.
+
+    lines_per_minute: further ones are dropped and counted, too (default: any number is written)
     """
     global _file_handler
-    log_to_stderr()
+    log_to_stderr(lines_per_minute)
     if _file_handler is None:
-        _file_handler = LineHandler(DailyFile(Path(constants.LOGDIR) / logger_filename))
+        file = DailyFile(Path(constants.LOGDIR) / logger_filename)
+        _file_handler = LineHandler(file, lines_per_minute)
         sys.stdout = StreamToLogger(logging.getLogger("stdout"), logging.INFO)
         sys.stderr = StreamToLogger(logging.getLogger("stderr"), logging.ERROR)
     logger = logging.getLogger(logger_name)

@@ -30,6 +30,7 @@ from .protocol import Body, parse
 
 STREAM_PATH = "/worker_generate_stream"
 GRACE_SECONDS = 10  # that answers in progress have when the service is stopped
+LINES_PER_MINUTE = 1200  # of a log: strangers can have a line written with every request
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 logger = logging.getLogger(__name__)
@@ -178,7 +179,13 @@ class ChunkStream(StreamingResponse):
 
 def build_app(token: str | None, lifespan=None, limits: Limits = LIMITS) -> FastAPI:
     """An application without pages of documentation, behind the gate."""
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
     app.add_middleware(Gate, token=token, limits=limits)
 
     @app.exception_handler(HTTPException)
@@ -198,7 +205,7 @@ def serve(app, host: str, port: int) -> None:
 def set_up_logging(log_file: str = "", log_dir: str | None = None) -> None:
     """Logs to stderr and, where `log_dir` is given, to a file in it. No content is ever logged, and
     no full disk or closed pipe stops the service: lines are dropped and counted."""
-    log_to_stderr()
+    log_to_stderr(LINES_PER_MINUTE)
     logging.captureWarnings(True)
     quiet_loggers()
     if log_dir is None:
@@ -208,4 +215,4 @@ def set_up_logging(log_file: str = "", log_dir: str | None = None) -> None:
         from llava.utils import build_logger
 
         constants.LOGDIR = log_dir
-        build_logger("llava.serve", log_file)
+        build_logger("llava.serve", log_file, LINES_PER_MINUTE)
