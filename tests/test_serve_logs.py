@@ -211,7 +211,9 @@ def test_a_dialogue_without_room_does_not_fail_its_visitor(tmp_path, caplog, mon
 # --- What a line may hold
 
 
-@pytest.mark.parametrize("text", ["a\nb", "a\rb", "\x1b[2Ja", "\x00", "\u2028", "\u202ea", "\ud83d"])
+@pytest.mark.parametrize(
+    "text", ["a\nb", "a\rb", "\x1b[2Ja", "\x00", "\u2028", "\u202ea", "\ud83d"]
+)
 def test_one_record_is_one_line_of_printable_characters(handler, text):
     disk = Disk()
     lines, logger = handler(disk)
