@@ -87,7 +87,9 @@ class Guard:
         except Refused as refused:
             await _refuse(send, refused)
             return
-        stream = self._stream(scope)
+        # Whole files are small; gradio fails on ranges that are none.
+        kept = [pair for pair in scope["headers"] if pair[0].lower() != b"range"]
+        scope, stream = {**scope, "headers": kept}, self._stream(scope)
         with nullcontext(receive) if stream is None else stream.enter(receive) as receive:
             await self._pass_on(scope, receive, send)
 
