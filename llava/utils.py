@@ -1,14 +1,15 @@
 """Logging and small helpers of the demo and of model loading."""
 
 import logging
-import logging.handlers
 import os
 import sys
+import threading
 from pathlib import Path
 
 import requests
 
 from llava import constants
+from llava.log_output import DailyFile, LineHandler, log_to_stderr
 
 server_error_msg = "**NETWORK ERROR DUE TO HIGH TRAFFIC. PLEASE REGENERATE OR REFRESH THIS PAGE.**"
 moderation_msg = "YOUR INPUT VIOLATES OUR CONTENT MODERATION GUIDELINES. PLEASE TRY AGAIN."
@@ -16,29 +17,27 @@ moderation_msg = "YOUR INPUT VIOLATES OUR CONTENT MODERATION GUIDELINES. PLEASE 
 MODERATION_URL = "https://api.openai.com/v1/moderations"
 MODERATION_SECONDS = 5
 
-_FORMATTER = logging.Formatter(
-    "%(asctime)s | %(levelname)s | %(name)s | %(message)s", datefmt="%Y-%m-%d %H:%M:%S"
-)
 _file_handler = None  # one log file per process, shared by all loggers
 
 
-def build_logger(logger_name: str, logger_filename: str) -> logging.Logger:
+def build_logger(
+    logger_name: str, logger_filename: str, lines_per_minute: int | None = None
+) -> logging.Logger:
     """The logger `logger_name`; everything logged or printed from now on also goes to a file.
 
     The file is `constants.LOGDIR`/`logger_filename`, a new one each day (UTC). The first call
-    decides on the file, and replaces stdout and stderr by loggers of the same names.
+    decides on the file, and replaces stdout and stderr by loggers of the same names. Where a line
+    cannot be written, for example on a full disk, it is dropped and counted; see `log_output`.
+
+    lines_per_minute: further ones are dropped and counted, too (default: any number is written)
     """
     global _file_handler
-    logging.basicConfig(level=logging.INFO)
-    logging.getLogger().handlers[0].setFormatter(_FORMATTER)
+    log_to_stderr(lines_per_minute)
     if _file_handler is None:
+        file = DailyFile(Path(constants.LOGDIR) / logger_filename)
+        _file_handler = LineHandler(file, lines_per_minute)
         sys.stdout = StreamToLogger(logging.getLogger("stdout"), logging.INFO)
         sys.stderr = StreamToLogger(logging.getLogger("stderr"), logging.ERROR)
-        Path(constants.LOGDIR).mkdir(parents=True, exist_ok=True)
-        _file_handler = logging.handlers.TimedRotatingFileHandler(
-            Path(constants.LOGDIR) / logger_filename, when="D", utc=True, encoding="UTF-8"
-        )
-        _file_handler.setFormatter(_FORMATTER)
     logger = logging.getLogger(logger_name)
     logger.setLevel(logging.INFO)
     logging.getLogger().addHandler(_file_handler)
@@ -57,6 +56,7 @@ class StreamToLogger:
         self.logger = logger
         self.log_level = log_level
         self.linebuf = ""
+        self._inside = threading.local()
 
     def __getattr__(self, name):
         return getattr(self.terminal, name)
@@ -64,13 +64,24 @@ class StreamToLogger:
     def write(self, text: str) -> int:
         *lines, self.linebuf = (self.linebuf + text).split("\n")
         for line in lines:
-            self.logger.log(self.log_level, line.rstrip())
+            self._log(line)
         return len(text)
 
     def flush(self) -> None:
-        if self.linebuf:
-            self.logger.log(self.log_level, self.linebuf.rstrip())
-        self.linebuf = ""
+        line, self.linebuf = self.linebuf, ""
+        if line:
+            self._log(line)
+
+    def _log(self, line: str) -> None:
+        # A handler that fails may print that here: logging this, too, would never end.
+        if getattr(self._inside, "logging", False):
+            return
+        self._inside.logging = True
+        try:
+            # A progress bar draws itself over and over; a terminal shows the last time.
+            self.logger.log(self.log_level, line.rstrip().rpartition("\r")[2])
+        finally:
+            self._inside.logging = False
 
 
 def disable_torch_init() -> None:

@@ -15,6 +15,7 @@ import uvicorn
 from PIL import Image
 
 from llava.serve.addresses import WorkerAddresses, WorkerClient
+from llava.serve.connections import uvicorn_options
 from llava.serve.controller import Controller, controller_app
 from llava.serve.dispatch import WorkerTable
 from llava.serve.errors import encode_chunk
@@ -104,14 +105,13 @@ def call(app, *requests, **headers) -> list[httpx.Response]:
 
 @contextmanager
 def live(app, port: int | None = None, **options):
-    """The address of `app`, served on loopback by a thread of this process.
+    """The address of `app`, served on loopback by a thread of this process, as services are.
 
-    options: of uvicorn
+    options: other ones of uvicorn
     """
     port = port or free_port()
-    config = uvicorn.Config(
-        app, host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1, **options
-    )
+    options = {**uvicorn_options(1), "log_level": "error", **options}
+    config = uvicorn.Config(app, host="127.0.0.1", port=port, **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -288,6 +288,25 @@ def test_the_demo_says_when_its_port_is_taken_or_a_part_ends(monkeypatch):
     everything.stop()
 
 
+def test_parts_that_do_not_end_are_stopped_together_and_in_time(monkeypatch):
+    assert demo.STOP_SECONDS <= 10  # of the 15 that service managers give
+    monkeypatch.setattr(demo, "STOP_SECONDS", 1)
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    stubborn += "print(flush=True); time.sleep(600)"
+    everything = demo.Demo(dict(os.environ))
+    for name in "abcde":
+        command = [sys.executable, "-c", stubborn]
+        everything.processes[name] = subprocess.Popen(command, stdout=subprocess.PIPE)
+    for process in everything.processes.values():
+        process.stdout.readline()
+    began = time.monotonic()
+    everything.stop()
+    assert time.monotonic() - began < 5 * 10, "one after the other"
+    assert all(one.returncode == -signal.SIGKILL for one in everything.processes.values())
+    for process in everything.processes.values():
+        process.stdout.close()
+
+
 def children(pid: int) -> list[int]:
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in found]
@@ -300,12 +319,42 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_playground_and_proc = pytest.mark.skipif(
     not (playground.ROOT / playground.CHECKPOINT / "config.json").is_file()
     or not Path("/proc").is_dir(),
     reason="needs the playground checkpoint and /proc",
 )
+
+
+@pytest.mark.slow
+@needs_playground_and_proc
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_demo_without_room_for_its_output_runs_and_stops_with_visitors_on_the_page(tmp_path):
+    port = free_port()
+    command = [sys.executable, "-m", "llava.serve.demo", "--port", str(port), "--device", "cpu"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with open("/dev/full", "w") as full:
+        running = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=full, stderr=full)
+    try:
+        wait_for(lambda: running.poll() is None and demo.is_listening("127.0.0.1", port), 300)
+        page = f"http://127.0.0.1:{port}"
+        with httpx.Client(base_url=page, timeout=60) as visitor:
+            assert visitor.get("/").status_code == 200
+            with visitor.stream("GET", "/gradio_api/heartbeat/visitor") as stays:
+                next(stays.iter_raw())
+                parts = children(running.pid)
+                assert running.poll() is None and len(parts) == 3
+                began = time.monotonic()
+                running.send_signal(signal.SIGTERM)
+                assert running.wait(120) == 0
+        assert time.monotonic() - began < demo.STOP_SECONDS + 5
+        assert not any(map(is_running, parts)) and list(tmp_path.iterdir()) == []
+    finally:
+        running.kill()
+
+
+@pytest.mark.slow
+@needs_playground_and_proc
 def test_the_demo_starts_with_one_command_and_leaves_nothing_behind(tmp_path):
     port = free_port()
     command = [sys.executable, "-m", "llava.serve.demo", "--port", str(port), "--device", "cpu"]

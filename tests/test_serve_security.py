@@ -10,7 +10,6 @@ import json
 import logging
 import socket
 import struct
-import time
 import zlib
 
 import httpx
@@ -23,7 +22,6 @@ from llava.serve.controller import controller_app
 from llava.serve.errors import ServeError
 from llava.serve.images import decode_images
 from llava.serve.limits import Limits
-from llava.serve.service import ImpatientProtocol, Request, build_app, read_bytes
 from llava.serve.worker_app import Places, worker_app
 from tests.serve_tools import (
     Words,
@@ -421,96 +419,6 @@ def test_numbers_that_are_none_are_refused(text):
     with live(words_app()) as worker:
         headers = {"Content-Type": "application/json"}
         assert httpx.post(worker + STREAM, content=content, headers=headers).status_code == 400
-
-
-def test_a_body_is_refused_once_it_is_too_large():
-    limits = Limits(body_bytes=2**20)
-    app = build_app(None, limits=limits)
-
-    @app.post(STREAM)
-    async def endpoint(request: Request):
-        await read_bytes(request, limits)
-
-    sent = 0
-
-    def pieces():
-        nonlocal sent
-        for _ in range(64):
-            sent += 2**20
-            yield b" " * 2**20
-
-    headers = {"Content-Type": "application/json"}
-    with live(app) as worker:
-        announced = httpx.post(worker + STREAM, content=b" " * (2**20 + 1), headers=headers)
-        assert announced.status_code == 413
-        try:
-            assert httpx.post(worker + STREAM, content=pieces(), headers=headers).status_code == 413
-        except httpx.WriteError:
-            pass  # the server hung up before all was sent
-        assert chunks_of(announced.content)[0]["cause"] == "too_large"
-
-
-def test_a_body_that_never_ends_is_given_up():
-    limits = Limits(body_seconds=0.3)
-    app = build_app(None, limits=limits)
-
-    @app.post("/slow")
-    async def endpoint(request: Request):
-        await read_bytes(request, limits)
-
-    with live(app) as worker:
-        host, port = worker.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=10) as one:
-            one.sendall(
-                b"POST /slow HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                b"Content-Length: 100\r\n\r\n{"
-            )
-            assert b" 408 " in one.recv(1000).split(b"\r\n")[0]
-
-
-class Hasty(ImpatientProtocol):
-    head_seconds = 0.3
-
-
-@pytest.mark.parametrize("sent", [b"", b"POST /", b"POST / HTTP/1.1\r\nHost: x\r\n"])
-def test_connections_that_send_no_request_are_closed(sent):
-    with live(words_app(Words(pause=0.2)), http=Hasty) as worker:
-        host, port = worker.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=20) as one:
-            one.sendall(sent)
-            assert one.recv(100) == b"", "closed"
-        with httpx.Client() as client:  # others are not, however long they wait in between
-            for _ in range(2):
-                assert client.post(worker + STREAM, json=body()).status_code == 200
-                time.sleep(0.5)
-            stream = client.stream("POST", worker + STREAM, json=body())
-            with stream as reply:
-                assert b"three" in reply.read()
-
-
-def test_a_form_with_an_endless_file_name_is_refused_at_its_first_line():
-    form = b'--x\r\nContent-Disposition: form-data; name="f"; filename="' + b"-" * 2**20
-    headers = {"Content-Type": "multipart/form-data; boundary=x"}
-    with live(words_app()) as worker:
-        reply = httpx.post(worker + STREAM, content=form, headers=headers)
-        assert reply.status_code == 415
-        long_header = {"X-Long": "a" * 2**20}
-        with pytest.raises((httpx.HTTPStatusError, httpx.HTTPError)):
-            httpx.post(worker + STREAM, json=body(), headers=long_header).raise_for_status()
-        assert httpx.post(worker + STREAM, json=body()).status_code == 200
-
-
-def test_other_bodies_than_json_are_refused():
-    with live(words_app()) as worker:
-        content = json.dumps(body()).encode()
-        for headers in (
-            {"Content-Type": "text/plain"},
-            {"Content-Type": "application/x-www-form-urlencoded"},
-            {"Content-Type": "application/json", "Content-Encoding": "gzip"},
-            {},
-        ):
-            reply = httpx.post(worker + STREAM, content=content, headers=headers)
-            assert reply.status_code == 415
 
 
 # --- What is said and stored

@@ -30,7 +30,7 @@ from llava.serve.web.methods import (  # noqa: E402
 from llava.serve.web.pictures import IMPORTANCE, stages  # noqa: E402
 from llava.serve.web.report import read_report  # noqa: E402
 from llava.serve.web.templates import choices, stop_of, template_of  # noqa: E402
-from llava.serve.web.uploads import Refused, check_image, check_upload  # noqa: E402
+from llava.serve.web.uploads import Refused, check_image, checked_upload  # noqa: E402
 from tests.web_service import (  # noqa: E402
     DENSE,
     GRID,
@@ -391,7 +391,7 @@ def form(name: str, data: bytes, extra: bytes = b"") -> tuple[str, bytes]:
 
 
 def test_a_small_image_may_be_uploaded():
-    check_upload(*form("view.png", png(30, 20)))
+    checked_upload(*form("view.png", png(30, 20)))
 
 
 @pytest.mark.parametrize(
@@ -410,16 +410,16 @@ def test_a_small_image_may_be_uploaded():
 )
 def test_other_uploads_are_refused(name, data):
     with pytest.raises(Refused) as caught:
-        check_upload(*form(name, data))
+        checked_upload(*form(name, data))
     assert 400 <= caught.value.status < 500
 
 
 def test_one_upload_holds_one_file():
     second = b"--xyz\r\nContent-Disposition: form-data; name=x\r\n\r\ny\r\n"
     with pytest.raises(Refused):
-        check_upload(*form("view.png", png(9, 9), second))
+        checked_upload(*form("view.png", png(9, 9), second))
     with pytest.raises(Refused):
-        check_upload("text/plain", b"")
+        checked_upload("text/plain", b"")
 
 
 def test_a_bomb_is_refused_by_its_header():

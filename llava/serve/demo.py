@@ -12,21 +12,24 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import requests
 
 from ..eval.errors import errors_as_messages
+from ..log_output import protect_standard_streams
 from .auth import TOKEN_VARIABLE, add_token_arg, check_exposure, read_token, token_headers
 
 HERE = "127.0.0.1"
 POLL_SECONDS = 0.2
 READY_SECONDS = 600  # a large model takes minutes to load
-STOP_SECONDS = 15  # what is left then is killed
+STOP_SECONDS = 8  # what is left then is killed
 
 
 class Demo:
@@ -65,17 +68,18 @@ class Demo:
             time.sleep(POLL_SECONDS)
 
     def stop(self) -> None:
-        """Ends all processes, the web page first; kills what does not end."""
-        for process in reversed(self.processes.values()):
-            if process.poll() is None:
-                process.terminate()  # a second SIGINT would cut answers short
+        """Ends all processes at the same time; kills what does not end within `STOP_SECONDS`."""
+        left = [process for process in self.processes.values() if process.poll() is None]
+        for process in left:
+            process.terminate()  # a second SIGINT would cut answers short
         end = time.monotonic() + STOP_SECONDS
-        for process in self.processes.values():
-            try:
-                process.wait(max(0.1, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        while left and time.monotonic() < end:
+            time.sleep(POLL_SECONDS / 4)
+            left = [process for process in left if process.poll() is None]
+        for process in left:
+            process.kill()
+        for process in left:
+            process.wait()
 
 
 def free_ports(count: int) -> list[int]:
@@ -123,7 +127,8 @@ def run(args, worker_args: list[str]) -> None:
     token = token or secrets.token_hex(32)
     if is_listening("127.0.0.1" if args.host == "0.0.0.0" else args.host, args.port):
         raise ValueError(f"port {args.port} is in use, choose another one with --port")
-    demo = Demo({**os.environ, TOKEN_VARIABLE: token})
+    folder = tempfile.mkdtemp(prefix="llava-demo-")  # of whoever is killed, nothing is left
+    demo = Demo({**os.environ, TOKEN_VARIABLE: token, "TMPDIR": folder})
     controller_port, worker_port = free_ports(2)
     controller = f"http://{HERE}:{controller_port}"
     model = ["--model-path", args.model_path] if args.model_path else []
@@ -141,7 +146,11 @@ def run(args, worker_args: list[str]) -> None:
             demo.check()
             time.sleep(POLL_SECONDS)
     finally:
+        # Whoever is impatient and asks again must not leave processes behind.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         demo.stop()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def has_models(reply: dict) -> bool:
@@ -155,6 +164,7 @@ def interrupt(*_) -> None:
 @errors_as_messages()
 def main() -> None:
     args, worker_args = build_parser().parse_known_args()
+    protect_standard_streams()
     signal.signal(signal.SIGTERM, interrupt)
     try:
         run(args, worker_args)

@@ -15,10 +15,12 @@ import shutil
 import signal
 import tempfile
 import threading
+import warnings
 
 from llava.eval.errors import errors_as_messages
 
 from .auth import add_token_arg, is_loopback, read_token
+from .service import set_up_logging
 
 logger = logging.getLogger("llava.serve.web")
 WAITING_QUESTIONS = 64  # in line behind those that are answered; more are turned away
@@ -120,6 +122,7 @@ def launch(args, uploads: str):
             "the web page needs the packages of the extra `serve`: pip install -e '.[serve]'"
         ) from error
     from .web.guard import UPLOAD_BYTES, Guard
+    from .web.server import limited_server, log_failed_events
     from .web.style import css, theme
 
     page = build_page(args)
@@ -128,15 +131,17 @@ def launch(args, uploads: str):
         max_size=WAITING_QUESTIONS,
         default_concurrency_limit=args.concurrency_count,
     )
-    functions = {number: len(function.inputs) for number, function in page.fns.items()}
+    functions = {number: len(one.inputs) for number, one in page.fns.items() if one.fn}
     guard = Middleware(
         Guard,
         functions=functions,
         hosts=allowed_hosts(args),
         embed=args.embed,
         uploads=uploads,
+        listens=lambda session: session in page._queue.pending_messages_per_session,
     )
-    _, address, shared = page.launch(
+    log_failed_events()
+    options = dict(
         server_name=args.host,
         server_port=args.port,
         share=args.share,
@@ -154,20 +159,21 @@ def launch(args, uploads: str):
         theme=theme(),
         css=css(),
     )
+    with limited_server():
+        _, address, shared = page.launch(**options)
     return page, shared or address
 
 
 @errors_as_messages()
 def main() -> None:
     args = build_parser().parse_args()
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s | %(levelname)s | %(name)s | %(message)s"
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every address
+    set_up_logging()
+    warnings.filterwarnings("ignore", module=r"gradio\b")  # one or two for every question
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     uploads = tempfile.mkdtemp(prefix="llava-page-")
+    tempfile.tempdir = uploads  # what gradio leaves behind is deleted, too
     try:
         page, address = launch(args, uploads)
         print(f"The page is at {address}", flush=True)

@@ -10,30 +10,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import traceback
 
 try:
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, Response, StreamingResponse
     from starlette.exceptions import HTTPException
-    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise ImportError(
         "the service needs the packages of the extra `serve`: pip install -e '.[serve]'"
     ) from error
 
+from ..log_output import error_places, log_to_stderr, protect_standard_streams
 from .auth import is_authorized
+from .connections import quiet_loggers, uvicorn_options
 from .errors import ServeError, encode_chunk, new_request_id
 from .limits import LIMITS, Limits
 from .protocol import Body, parse
 
 STREAM_PATH = "/worker_generate_stream"
-CONNECTIONS = 512  # open at once; more are refused with 503
-HEADER_BYTES = 2**15
-HEAD_SECONDS = 20.0  # until the request line and the headers have arrived
-KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, so that none is closed in use
 GRACE_SECONDS = 10  # that answers in progress have when the service is stopped
+LINES_PER_MINUTE = 1200  # of a log: strangers can have a line written with every request
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 logger = logging.getLogger(__name__)
@@ -50,7 +47,9 @@ class Gate:
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return  # web sockets are not spoken
         headers = {
             key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]
         }
@@ -109,8 +108,7 @@ def internal_error() -> ServeError:
 
 def log_failure(error: BaseException, request_id: str) -> None:
     """Logs where an error came from, but not its text: that may repeat what a user sent."""
-    places = "".join(traceback.format_tb(error.__traceback__))
-    logger.error("request %s: %s at\n%s", request_id, type(error).__name__, places)
+    logger.error("request %s: %s", request_id, error_places(error))
 
 
 def refusal(error: ServeError, scope) -> Response:
@@ -181,7 +179,13 @@ class ChunkStream(StreamingResponse):
 
 def build_app(token: str | None, lifespan=None, limits: Limits = LIMITS) -> FastAPI:
     """An application without pages of documentation, behind the gate."""
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
     app.add_middleware(Gate, token=token, limits=limits)
 
     @app.exception_handler(HTTPException)
@@ -193,61 +197,22 @@ def build_app(token: str | None, lifespan=None, limits: Limits = LIMITS) -> Fast
     return app
 
 
-class ImpatientProtocol(H11Protocol):
-    """Closes connections on which the head of a request does not arrive in time: with enough of
-    them, a stranger without the token could keep everybody else out."""
-
-    head_seconds = HEAD_SECONDS
-    _deadline = None
-
-    def connection_made(self, transport) -> None:
-        super().connection_made(transport)
-        self._deadline = self.loop.call_later(self.head_seconds, transport.close)
-
-    def data_received(self, data: bytes) -> None:
-        before = self.cycle
-        super().data_received(data)
-        if self.cycle is not before:
-            self._forget_deadline()
-        elif self._deadline is None and (before is None or before.response_complete):
-            self._deadline = self.loop.call_later(self.head_seconds, self.transport.close)
-
-    def connection_lost(self, exc) -> None:
-        self._forget_deadline()
-        super().connection_lost(exc)
-
-    def _forget_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-
 def serve(app, host: str, port: int) -> None:
     """Runs until SIGINT or SIGTERM; answers in progress get `GRACE_SECONDS`."""
-    uvicorn.run(
-        app,
-        host=host,
-        port=port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        limit_concurrency=CONNECTIONS,
-        h11_max_incomplete_event_size=HEADER_BYTES,
-        http=ImpatientProtocol,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
+    uvicorn.run(app, host=host, port=port, **uvicorn_options(GRACE_SECONDS))
 
 
-def set_up_logging(log_file: str, log_dir: str | None) -> None:
-    """Logs to stderr and, where `log_dir` is given, to a file in it. No content is ever logged."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s | %(levelname)s | %(name)s | %(message)s"
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every address
-    if log_dir is not None:
+def set_up_logging(log_file: str = "", log_dir: str | None = None) -> None:
+    """Logs to stderr and, where `log_dir` is given, to a file in it. No content is ever logged, and
+    no full disk or closed pipe stops the service: lines are dropped and counted."""
+    log_to_stderr(LINES_PER_MINUTE)
+    logging.captureWarnings(True)
+    quiet_loggers()
+    if log_dir is None:
+        protect_standard_streams()
+    else:
         from llava import constants
         from llava.utils import build_logger
 
         constants.LOGDIR = log_dir
-        build_logger("llava.serve", log_file)
+        build_logger("llava.serve", log_file, LINES_PER_MINUTE)

@@ -114,7 +114,7 @@ class Forwarder:
             yield encode_chunk(died.chunk(job.request_id))
         except ServeError as error:
             yield encode_chunk(error.chunk(job.request_id))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
             log_failure(error, job.request_id)
             wrong = ServeError("internal", "The model server sent something that is no answer.")
             yield encode_chunk(wrong.chunk(job.request_id))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import traceback
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,6 +12,7 @@ import gradio as gr
 from PIL import Image
 
 from llava.conversation import Conversation
+from llava.log_output import error_places
 from llava.utils import moderation_msg, violates_moderation
 
 from ..errors import new_request_id
@@ -175,8 +175,7 @@ class ChatTab:
             yield self._failed(chat, failure.text(number))
         except Exception as error:
             # The message of an error may repeat what a visitor typed; its place does not.
-            places = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("request %s: %s at\n%s", number, type(error).__name__, places)
+            logger.error("request %s: %s", number, error_places(error))
             yield self._failed(chat, Failure("page_error").text(number))
 
     async def _answer(self, chat: Chat, settings: asking.Settings, values: dict, number: str):

@@ -146,7 +146,7 @@ def _read_chunk(data: bytes) -> Chunk:
     try:
         chunk = json.loads(data)
         text, code = str(chunk["text"]), int(chunk["error_code"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Failure("worker_reply") from error
     if code:
         raise Failure(chunk.get("cause") or "worker_error", text, code)
@@ -163,6 +163,6 @@ async def _refusal_chunk(response: httpx.Response) -> dict:
             return {}
     try:
         chunk = json.loads(body.rstrip(SEPARATOR))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return chunk if isinstance(chunk, dict) else {}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import html
 import logging
-import traceback
 
 import gradio as gr
+
+from llava.log_output import error_places
 
 from ..errors import new_request_id
 from . import asking
@@ -130,8 +131,7 @@ class CompareTab:
             run.ended = True
             yield run.said(f"⚠️ {failure.text(number)}")
         except Exception as error:
-            places = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("request %s: %s at\n%s", number, type(error).__name__, places)
+            logger.error("request %s: %s", number, error_places(error))
             run.ended = True
             yield run.said(f"⚠️ {Failure('page_error').text(number)}")
 

@@ -80,7 +80,7 @@ def read_report(data: dict | None) -> Report | None:
             int(data["kv_bytes"]),
             int(data["dense_kv_bytes"]),
         )
-    except (KeyError, TypeError, ValueError, IndexError):
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError):
         return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import secrets
 import warnings
 from contextlib import suppress
 from email.message import Message
@@ -14,7 +15,14 @@ from PIL import Image
 from ..limits import LIMITS
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+SUFFIXES = {
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".webp": "image/webp",
+    ".gif": "image/gif",
+    ".bmp": "image/bmp",
+}
 PART_HEADER_BYTES = 2048
 STORED_BYTES = 2**30  # uploaded images of all visitors together; they are deleted after hours
 NAME_CHARACTERS = 255
@@ -28,8 +36,9 @@ class Refused(Exception):
         self.status, self.sentence = status, sentence
 
 
-def check_upload(content_type: str, body: bytes, folder: str | None = None) -> None:
-    """Raises Refused unless `body` is a multipart form with one image within the limits.
+def checked_upload(content_type: str, body: bytes, folder: str | None = None) -> tuple[str, bytes]:
+    """(suffix, content) of the one image in a multipart form. Raises Refused where there is none
+    within the limits. Text before the first boundary and behind the last is none of the form's.
 
     folder: where uploads are stored; it may grow up to `STORED_BYTES`
     """
@@ -44,10 +53,20 @@ def check_upload(content_type: str, body: bytes, folder: str | None = None) -> N
     head, blank, data = parts[1].partition(b"\r\n\r\n")
     if not blank or len(head) > PART_HEADER_BYTES:
         raise Refused(400, "The file name is too long.")
-    _check_name(head)
+    suffix = _checked_suffix(head)
     check_image(data)
     if folder is not None and stored_bytes(folder) + len(data) > STORED_BYTES:
         raise Refused(507, "The page has no room for more images right now; try again later.")
+    return suffix, data
+
+
+def as_form(suffix: str, data: bytes) -> tuple[str, bytes]:
+    """(content type, body) of a plain form with one image, which every parser reads alike."""
+    boundary = secrets.token_hex(16)
+    head = f'Content-Disposition: form-data; name="files"; filename="image{suffix}"\r\n'
+    start = f"--{boundary}\r\n{head}Content-Type: {SUFFIXES[suffix]}\r\n\r\n"
+    end = f"\r\n--{boundary}--\r\n"
+    return f"multipart/form-data; boundary={boundary}", start.encode() + data + end.encode()
 
 
 def stored_bytes(folder: str) -> int:
@@ -59,7 +78,8 @@ def stored_bytes(folder: str) -> int:
     return total
 
 
-def _check_name(head: bytes) -> None:
+def _checked_suffix(head: bytes) -> str:
+    """The suffix of the file's name, which is all of it that is kept."""
     lines = head.decode("utf-8", "replace").strip().split("\r\n")
     found = [line for line in lines if line.lower().startswith("content-disposition:")]
     message = Message()
@@ -69,8 +89,10 @@ def _check_name(head: bytes) -> None:
         raise Refused(400, f"A file name must have 1 to {NAME_CHARACTERS} characters.")
     if re.search(r"[/\\\0]", name):
         raise Refused(400, "A file name must not hold a folder.")
-    if not name.lower().endswith(SUFFIXES):
+    suffix = Path(name).suffix.lower()
+    if suffix not in SUFFIXES:
         raise Refused(415, f"Only images can be uploaded ({', '.join(SUFFIXES)}).")
+    return suffix
 
 
 def check_image(data: bytes) -> None:

@@ -1,0 +1,154 @@
+"""Connections of strangers: none can be held open to keep others out.
+
+A connection on which nothing is being answered waits: for the head of its first request, for the
+next one, or for the rest of a body that nobody wants any more. Those that wait are few, each for a
+short time; when there are too many, the one that waits longest goes. Used by all three services.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+CONNECTIONS = 512  # open at once, those that wait included; more are refused with 503
+WAITING = 128  # of them
+HEADER_BYTES = 2**15
+HEADER_LINES = 128
+HEAD_SECONDS = 10.0  # until the request line and the headers have arrived
+LINGER_SECONDS = 3.0  # that the rest of a body is read, so that its sender sees the refusal
+STALL_SECONDS = 60.0  # that a client may leave its answer unread
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, so that none is closed in use
+
+
+class Lobby:
+    """The connections of one server that wait, the longest wait first."""
+
+    def __init__(self, places: int = WAITING):
+        self.places = places
+        self._waiting: dict[ImpatientProtocol, None] = {}
+
+    def enter(self, connection: ImpatientProtocol) -> None:
+        self._waiting[connection] = None
+        while len(self._waiting) > self.places:
+            oldest = next(iter(self._waiting))
+            self.leave(oldest)
+            oldest.hang_up()
+
+    def leave(self, connection: ImpatientProtocol) -> None:
+        self._waiting.pop(connection, None)
+
+
+class ImpatientProtocol(H11Protocol):
+    """HTTP/1.1 with a limit on every wait. Web sockets are not spoken: their requests are GETs."""
+
+    head_seconds, linger_seconds = HEAD_SECONDS, LINGER_SECONDS
+    stall_seconds, places = STALL_SECONDS, WAITING
+    _deadline = _stall = None
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self._lobby = vars(self.server_state).setdefault("lobby", Lobby(self.places))
+        self._wait(self.head_seconds)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self.conn.their_state is h11.IDLE and _too_long(self.conn.trailing_data[0] + data):
+            self._refuse_head()
+            return
+        super().data_received(data)
+        self._look()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._look()
+
+    def _look(self) -> None:
+        """Notes whether this connection waits now, and until when."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._lobby.leave(self)
+            self._forget_deadline()
+        elif not self.transport.is_closing():
+            if self.conn.their_state is h11.SEND_BODY:
+                self._wait(self.linger_seconds)
+            elif self.timeout_keep_alive_task is None or self.conn.trailing_data[0]:
+                self._wait(self.head_seconds)
+            else:
+                self._lobby.enter(self)  # between two requests, for as long as uvicorn says
+
+    def _wait(self, seconds: float) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(seconds, self.hang_up)
+        self._lobby.enter(self)
+
+    def hang_up(self) -> None:
+        """Closes; what the other side has not read by now is lost."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self.transport.close()
+
+    def _refuse_head(self) -> None:
+        self.send_400_response("The head of the request is too long.")
+
+    def _should_upgrade(self) -> bool:
+        return False
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stall is None:
+            self._stall = self.loop.call_later(self.stall_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._forget_stall()
+
+    def connection_lost(self, exc) -> None:
+        self._lobby.leave(self)
+        self._forget_deadline()
+        self._forget_stall()
+        super().connection_lost(exc)
+
+    def _forget_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _forget_stall(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
+
+def _too_long(data: bytes) -> bool:
+    """Whether the head of a request, as far as it is here, is longer than accepted."""
+    head = data.partition(b"\r\n\r\n")[0]
+    return len(head) > HEADER_BYTES or head.count(b"\n") > HEADER_LINES
+
+
+def uvicorn_options(grace_seconds: int) -> dict:
+    """Settings of a `uvicorn.Config` that all services share.
+
+    grace_seconds: that answers in progress have when the service is stopped
+    """
+    return dict(
+        log_config=None,  # its lines go where those of the service go
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        http=ImpatientProtocol,
+        ws="none",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=grace_seconds,
+    )
+
+
+def quiet_loggers() -> None:
+    """Keeps libraries from logging what visitors send: addresses, parts of forms."""
+    for name in ("httpx", "httpcore", "python_multipart", "multipart", "PIL"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("python_multipart.multipart").setLevel(logging.ERROR)
