@@ -19,8 +19,8 @@ def device_of(module: nn.Module) -> torch.device:
     weight = next(module.parameters(), None)
     if weight is not None and not weight.is_meta:
         return weight.device
-    hooks = [part._hf_hook for part in module.modules() if hasattr(part, "_hf_hook")]
-    for hook in [one for hook in hooks for one in getattr(hook, "hooks", [hook])]:
+    found = [part._hf_hook for part in module.modules() if hasattr(part, "_hf_hook")]
+    for hook in [one for hooks in found for one in getattr(hooks, "hooks", [hooks])]:
         if (where := getattr(hook, "execution_device", None)) is not None:
             return torch.empty(0, device=where).device  # "cuda" and 0 become cuda:0
     return torch.device("cpu") if weight is None else weight.device
