@@ -95,6 +95,19 @@ class GenerationStrategies:
                 kind = NotImplementedError if name == "inputs_embeds" else ValueError
                 raise kind(f"`{name}` is not supported by generate: {reason}")
 
+    def _maybe_initialize_input_ids_for_generation(
+        self, inputs=None, bos_token_id: int | None = None, model_kwargs: dict | None = None
+    ) -> Tensor:
+        """The start mark that stands for an embedded prompt, from the model's settings where the
+        `generation_config` of a call names none."""
+        if bos_token_id is None:
+            bos_token_id = self.generation_config.bos_token_id
+        if bos_token_id is None:
+            bos_token_id = self.config.bos_token_id
+        return super()._maybe_initialize_input_ids_for_generation(
+            inputs, bos_token_id, model_kwargs
+        )
+
     def contrastive_search(self, *args, **keywords):
         raise ValueError(no_search("contrastive search (penalty_alpha with top_k)"))
 

@@ -14,6 +14,7 @@ from ...pruning.tokens import Prefill
 SEEN_BY_LAYERS = ("index", "position_ids", "valid", "next_position")
 #: one value for each token, (B, S) or (B, S, E)
 PER_TOKEN = ("index", "position_ids", "visual_index", "patch_index", "valid", "tags", "context")
+NOT_WRITTEN = (*PER_TOKEN, "next_position")
 
 
 @dataclass
@@ -21,7 +22,7 @@ class Call:
     """A hook that was called.
 
     prefill: what it returned
-    changed: those of `SEEN_BY_LAYERS` that are not what they were, replaced or written to
+    changed: those of `SEEN_BY_LAYERS` that it replaced
     """
 
     prefill: Prefill
@@ -34,29 +35,35 @@ class Call:
 
 
 def call(hook: Callable[[Prefill], Prefill], prefill: Prefill, name: str) -> Call:
-    """Calls `hook` on `prefill`. `name` is the method's, for the ValueError that follows when the
-    hook returns values that do not fit one another."""
-    for field in SEEN_BY_LAYERS:
+    """Calls `hook`, of the method called `name`, on `prefill`.
+
+    Raises ValueError when it returns values that do not fit one another, or writes into tensors
+    that the layers before, their caches and the trace use as well: it has to assign new ones.
+    """
+    before = {}
+    for field in NOT_WRITTEN:
         value = getattr(prefill, field)
         if type(value) is Tensor and value.is_inference():
-            setattr(prefill, field, counted(value))
-    before = {field: stamp(getattr(prefill, field)) for field in SEEN_BY_LAYERS}
+            value = counted(value)
+            setattr(prefill, field, value)
+        before[field] = value, version(value)
     states = prefill.hidden_states
     prefill = hook(prefill)
-    changed = frozenset(f for f, old in before.items() if not same(old, getattr(prefill, f)))
+    for field, (value, number) in before.items():
+        if version(value) != number:
+            raise ValueError(
+                f"{name} writes into {field} before layer {prefill.layer}, where others use it as "
+                f"well: assign a new tensor, as in dataclasses.replace(prefill, {field}=...)"
+            )
+    changed = [field for field in SEEN_BY_LAYERS if getattr(prefill, field) is not before[field][0]]
     if changed or prefill.hidden_states is not states:
         check(prefill, name)
-    return Call(prefill, changed)
+    return Call(prefill, frozenset(changed))
 
 
-def stamp(value: Tensor | None) -> tuple[Tensor | None, int]:
-    """What tells a tensor from another one, and from itself after a write."""
-    return value, 0 if value is None or value.is_inference() else value._version
-
-
-def same(old: tuple[Tensor | None, int], value: Tensor | None) -> bool:
-    now = stamp(value)
-    return old[0] is now[0] and old[1] == now[1]
+def version(value: Tensor | None) -> int:
+    """How often a tensor was written to, as far as it counts."""
+    return 0 if value is None or value.is_inference() else value._version
 
 
 def counted(value: Tensor) -> Tensor:
