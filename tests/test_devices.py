@@ -223,7 +223,7 @@ def test_caches_on_other_devices_lose_what_is_dropped(model, models, sample):
 
 
 def test_a_step_of_decoding_copies_the_hidden_states_alone_from_device_to_device(models, sample):
-    """What layers share is brought over once, in the prefill; afterwards every device has its own."""
+    """What layers share is brought over in the prefill; afterwards every device has its own."""
     own = models["later_layers"]
     own.pruner = build_pruner("none")
     (ids, mask, images), counts = batch(sample), []

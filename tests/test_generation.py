@@ -183,7 +183,10 @@ def test_a_length_counts_the_answer_and_its_start_mark(model, prompt):
     )
     assert out.shape == (1, 5)
     config = GenerationConfig(max_new_tokens=3, eos_token_id=-1, pad_token_id=0)
-    assert model.generate(prompt.ids, images=prompt.images, generation_config=config).shape == (1, 3)
+    assert model.generate(prompt.ids, images=prompt.images, generation_config=config).shape == (
+        1,
+        3,
+    )
 
 
 # --- attention rows ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a method changes between decoder layers holds from there on, whether or not it drops tokens."""
+"""What a method changes between decoder layers holds from there on, with and without a drop."""
 
 from dataclasses import replace
 
@@ -167,7 +167,8 @@ def test_marks_reach_the_next_layers(model, prompt, field, how):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
-    "field", ["position_ids", "valid", "index", "visual_index", "patch_index", "tags", "next_position"]
+    "field",
+    ["position_ids", "valid", "index", "visual_index", "patch_index", "tags", "next_position"],
 )
 def test_writing_into_what_others_use_is_refused(model, prompt, mode, field):
     """Earlier layers, their caches and the trace hold the same tensors."""

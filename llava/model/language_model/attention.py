@@ -66,6 +66,9 @@ def attend(
     if q.shape[1] != k.shape[1]:
         if GROUPED_SDPA and serves_groups(q.device, q.dtype, mask is not None):
             grouped = {"enable_gqa": True}
+        elif q.shape[2] == 1:  # the heads of a group become the queries of one head
+            rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
+            return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).view(q.shape)
         else:
             k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     return F.scaled_dot_product_attention(
