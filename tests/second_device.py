@@ -23,12 +23,11 @@ from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# In such a way that another program may register the name as well.
+# The kind of device that torch keeps for others. A name and hooks of its own would make torch take it
+# for the accelerator of this process, also in tests that have nothing to do with it.
 if torch._C._get_privateuse1_backend_name() == "privateuseone":
-    torch.utils.rename_privateuse1_backend("pretend")
-    backend = torch._C._acc
-    backend.register_python_privateuseone_hook(backend_registration._DummyPrivateUse1Hook())
-    backend.register_python_privateuseone_device_guard(backend_registration._DummyDeviceGuard())
+    guard = backend_registration._DummyDeviceGuard()
+    torch._C._acc.register_python_privateuseone_device_guard(guard)
 NAME = torch._C._get_privateuse1_backend_name()
 SECOND, THIRD = torch.device(NAME, 0), torch.device(NAME, 1)
 #: indices may stay on the host, as torch allows

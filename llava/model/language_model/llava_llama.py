@@ -210,6 +210,9 @@ class LlavaLlamaForCausalLM(GenerationStrategies, LlavaMetaForCausalLM, LlamaPre
         side), `do_sample`, `temperature`, `top_p`, `num_beams`, `max_new_tokens`, `streamer`,
         `stopping_criteria`, ... and `generation_strategy`, see `llava.model.generation`: with
         "self_speculative" also `num_speculations` and `draft_stop_prob`.
+
+        Raises ValueError for what is not supported: contrastive search, assisted decoding, and
+        `past_key_values` or `position_ids` of the caller's own.
         """
         input_ids = kwargs.pop("input_ids", inputs)
         self.check_keywords(kwargs)
