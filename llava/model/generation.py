@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import MaxLengthCriteria
+from transformers.generation.logits_process import (
+    PrefixConstrainedLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..pruning import PruningTrace, no_drafter
 from ..pruning.drafter import STRATEGIES, Drafter
+from .patches import replacement
 from .self_speculative import Speculation, SpeculationLog
 from .token_choice import TokenChoice
 
@@ -28,6 +33,16 @@ PROMPT_TENSORS = (
     "token_tags",
     "token_context",
 )
+#: keywords of `generate` that cannot be followed, and why
+NOT_TAKEN = {
+    "inputs_embeds": "pass input_ids and images, or give embedded prompts to generate_from",
+    "past_key_values": "it makes a cache of its own; questions about one image share theirs with "
+    "llava.model.reuse.PrefixCache",
+    "position_ids": "they follow from the attention_mask",
+    "assistant_model": 'tokens are guessed with generation_strategy="self_speculative" alone',
+}
+#: decoder outputs that speculation does not collect
+NOT_COLLECTED = ("output_hidden_states", "output_attentions")
 
 
 @dataclass
@@ -44,6 +59,13 @@ def check_strategy(name: str) -> str:
             f"unknown generation_strategy {name!r}, choose from {', '.join(STRATEGIES)}"
         )
     return name
+
+
+def no_search(name: str) -> str:
+    return (
+        f"{name} is not supported: choose greedy search, sampling or beam search, or guess tokens "
+        f"with generation_strategy={STRATEGIES[1]!r}"
+    )
 
 
 class GenerationStrategies:
@@ -64,6 +86,33 @@ class GenerationStrategies:
         for programs that change the method from call to call."""
         drafter = self.pruner.drafter(self.config.num_hidden_layers)
         return STRATEGIES[0] if drafter is None else self.generation_strategy
+
+    def check_keywords(self, keywords: dict) -> None:
+        """Takes keywords of `generate` that say nothing out of `keywords`; raises ValueError, or
+        NotImplementedError as LLaVA does, for those that cannot be followed."""
+        for name, reason in NOT_TAKEN.items():
+            if keywords.pop(name, None) is not None:
+                kind = NotImplementedError if name == "inputs_embeds" else ValueError
+                raise kind(f"`{name}` is not supported by generate: {reason}")
+
+    def _maybe_initialize_input_ids_for_generation(
+        self, inputs=None, bos_token_id: int | None = None, model_kwargs: dict | None = None
+    ) -> Tensor:
+        """The start mark that stands for an embedded prompt, from the model's settings where the
+        `generation_config` of a call names none."""
+        if bos_token_id is None:
+            bos_token_id = self.generation_config.bos_token_id
+        if bos_token_id is None:
+            bos_token_id = self.config.bos_token_id
+        return super()._maybe_initialize_input_ids_for_generation(
+            inputs, bos_token_id, model_kwargs
+        )
+
+    def contrastive_search(self, *args, **keywords):
+        raise ValueError(no_search("contrastive search (penalty_alpha with top_k)"))
+
+    def _get_candidate_generator(self, *args, **keywords):
+        raise ValueError(no_search("assisted decoding (assistant_model, prompt_lookup_num_tokens)"))
 
     def drafter_for(self, keywords: dict) -> Drafter | None:
         """The drafter that a `generate` call asks for; takes its keywords out of `keywords`.
@@ -113,6 +162,7 @@ class GenerationStrategies:
         **prompt,
     ):
         """Prompt after prompt: rows that accept different numbers of guesses stay independent."""
+        check_speculation(self, input_ids, logits_processor, prompt)
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(f"a streamer shows one answer, but there are {len(input_ids)} prompts")
         ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
@@ -130,6 +180,22 @@ class GenerationStrategies:
         scores = padded_scores([answer[1] for answer in answers]) if output_scores else None
         logs = [answer[2] for answer in answers]
         return SpeculativeOutput(sequences=sequences, scores=scores, logs=logs)
+
+
+def check_speculation(model, input_ids: Tensor, rules: LogitsProcessorList, options: dict) -> None:
+    """Raises ValueError for what holds one token at a time alone."""
+    strategy = f"with generation_strategy {STRATEGIES[1]!r}"
+    if asked := [name for name in NOT_COLLECTED if options.get(name)]:
+        raise ValueError(f"{asked[0]} is not supported {strategy}")
+    if model.pruning_trace is not None and model.pruning_trace.attention_layers:
+        raise ValueError(f"attention rows are not recorded {strategy}")
+    if replacement(model, "forward", type(model).forward) is not None:
+        raise ValueError(f"forward of this model was replaced, but it is not called {strategy}")
+    for rule in rules:
+        if isinstance(rule, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+            raise ValueError(f"guidance_scale is not supported {strategy}")
+        if isinstance(rule, PrefixConstrainedLogitsProcessor) and len(input_ids) > 1:
+            raise ValueError(f"prefix_allowed_tokens_fn takes one prompt at a time {strategy}")
 
 
 def speculate(

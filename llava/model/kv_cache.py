@@ -143,6 +143,16 @@ class KVCache:
         self._owned[layer] = True
 
 
+def holds_tokens(cache) -> bool:
+    """Whether `past_key_values` holds tokens; ValueError when it is no `KVCache` (or None)."""
+    if cache is not None and not isinstance(cache, KVCache):
+        raise ValueError(
+            f"past_key_values must be a llava.model.kv_cache.KVCache, such as the output of an "
+            f"earlier call has, not a {type(cache).__name__}"
+        )
+    return cache is not None and len(cache) > 0
+
+
 def _allocate(like: Tensor, capacity: int) -> Tensor:
     batch, heads, _, width = like.shape
     return like.new_empty(batch, heads, capacity, width)

@@ -20,6 +20,7 @@ from ..constants import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
+from ..devices import device_of, moved
 from ..mm_utils import get_anyres_image_grid_shape
 from ..pruning.base import Pruner
 from ..pruning.tokens import ImageTokens, VisionTokens
@@ -31,7 +32,9 @@ from .image_layout import (
     with_newline,
 )
 from .multimodal_encoder.builder import build_vision_tower
+from .multimodal_encoder.clip_encoder import CLIPVisionTower
 from .multimodal_projector.builder import build_vision_projector
+from .patches import SPLICE, check_tower, refuse, replacement, spliced_outside
 from .prompt import Prompt, build_row, pad_rows
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
@@ -227,12 +230,14 @@ class LlavaMetaForCausalLM:
         image_index:  (B,) image each crop belongs to (default: one crop per image)
         arrangements: per image (crops, tiles, size), see `image_layout`
         """
-        pruner = self.pruner
+        pruner, tower = self.pruner, self.get_vision_tower()
+        if isinstance(tower, CLIPVisionTower):
+            check_tower(tower, AS_IT_CAME["forward"])
         budget = self.crops_in_budget(pruner)
         if image_index is None:
             image_index = torch.arange(crops.shape[0], device=crops.device)
-        vision = self.get_vision_tower().tokens(crops, pruner.needs, pruner, budget, image_index)
-        vision.image_index = image_index
+        vision = tower.tokens(crops, pruner.needs, pruner, budget, image_index)
+        vision.image_index = image_index.to(vision.features.device)
         vision.questions = questions if pruner.reads_question else None
         if arrangements is not None:
             vision.layouts = [
@@ -241,12 +246,17 @@ class LlavaMetaForCausalLM:
         vision = pruner.after_encoder(vision)
         projector = self.get_model().mm_projector
         weight = next(projector.parameters(), None)
+        if weight is not None and (device := device_of(projector)) != vision.features.device:
+            vision = moved(vision, device)
         features = vision.features if weight is None else vision.features.to(weight.dtype)
         vision.features = projector(features)
-        return pruner.after_projector(vision)
+        vision, home = pruner.after_projector(vision), device_of(self.get_input_embeddings())
+        return vision if vision.features.device == home else moved(vision, home)
 
     def image_tokens(self, images, image_sizes=None, questions=None) -> list[ImageTokens]:
         """Tokens of every image, laid out for the prompt; arguments as in `generate`."""
+        if replacement(self, "encode_images", AS_IT_CAME["encode_images"]) is not None:
+            refuse("encode_images")
         tiled = isinstance(images, list) or images.ndim == 5
         parts = [image if image.ndim == 4 else image[None] for image in images]
         counts = [len(part) for part in parts]
@@ -307,12 +317,38 @@ class LlavaMetaForCausalLM:
         class_token = self.get_vision_tower().select_feature == "cls_patch"
         num_patches = math.prod(vision.grid) + class_token
         newline = self.get_model().image_newline if "unpad" in merge and tiled else None
+        newline = None if newline is None else newline.to(vision.features.device)
         if layout.tiles is not None:
             return spatial_layout(vision, layout, num_patches, newline)
         flat = flat_layout(vision, layout.crops, num_patches)
         return flat if newline is None else with_newline(flat, newline)
 
     # --- splice -------------------------------------------------------------------------------
+
+    @property
+    def outside_splice(self):
+        """What another package assigned to `prepare_inputs_labels_for_multimodal`, or None."""
+        return replacement(self, SPLICE, AS_IT_CAME[SPLICE])
+
+    def splice(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        images=None,
+        image_sizes=None,
+        questions: list[str] | None = None,
+        padding_side: str | None = None,
+    ) -> Prompt:
+        """`build_prompt`, or what another package put in its place."""
+        outside = None if images is None else self.outside_splice
+        if outside is not None:
+            return spliced_outside(
+                outside, self.pruner, input_ids, attention_mask, labels, images, image_sizes
+            )
+        return self.build_prompt(
+            input_ids, attention_mask, labels, images, image_sizes, questions, padding_side
+        )
 
     def build_prompt(
         self,
@@ -344,6 +380,7 @@ class LlavaMetaForCausalLM:
         embeds = self.get_model().embed_tokens(input_ids.clamp(min=0))
         if labels is None:
             labels = torch.full_like(input_ids, IGNORE_INDEX)
+        labels = labels.to(embeds.device)
         limit = getattr(self.config, "tokenizer_model_max_length", None)
         widths = [image.context.shape[1] for image in tokens if image.context is not None]
         rows = []
@@ -427,6 +464,11 @@ class LlavaMetaForCausalLM:
                 f"{tuple(weight.shape)} with {added} new tokens (2 expected)"
             )
         weight[-added:] = saved[-added:]
+
+
+#: what other packages replace, as it came
+AS_IT_CAME = {name: getattr(LlavaMetaForCausalLM, name) for name in (SPLICE, "encode_images")}
+AS_IT_CAME["forward"] = CLIPVisionTower.forward
 
 
 def image_slots(marks: list[int], num_images: int) -> list[list[int]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..constants import IMAGE_TOKEN_INDEX
+from ..devices import device_of
 from ..pruning.tokens import ImageTokens
 from .kv_cache import KVCache
 
@@ -142,6 +143,8 @@ class PrefixCache:
     def _generate(self, prompts, pictures, questions, **kwargs) -> Tensor:
         if self.pruner is not self.model.pruner:
             self.pruner, self._images, self._beginnings = self.model.pruner, {}, {}
+        if self.model.outside_splice is not None:  # it encodes images itself
+            return self._generate_plainly(prompts, [p for own in pictures for p in own], **kwargs)
         image_keys = [
             [(picture, text if self.pruner.reads_question else None) for picture in own]
             for own, text in zip(pictures, questions, strict=True)
@@ -149,26 +152,45 @@ class PrefixCache:
         self._encode([key for own in image_keys for key in own])
         images = [self._images[key] for own in image_keys for key in own]
         ids, mask = pad_left(prompts, kwargs.get("pad_token_id") or 0)
-        device = self.model.device
+        device = device_of(self.model.get_input_embeddings())
         prompt = self.model.build_prompt(
             ids.to(device), mask.to(device), images=images or None, padding_side="left"
         )
         prefix = None
         drafter = self.model.drafter_for(dict(kwargs))  # it fills caches of its own
-        if images and drafter is None and kwargs.get("use_cache", True):
+        trace = self.model.pruning_trace
+        whole = trace is not None and trace.attention_layers  # rows are over all of the prompt
+        if images and drafter is None and kwargs.get("use_cache", True) and not whole:
             prefix = self._prefix(prompt, prompts, image_keys)
         return self.model.generate_from(prompt, prefix=prefix, **kwargs)
+
+    def _generate_plainly(self, prompts, pictures: list[Picture], **kwargs) -> Tensor:
+        """Nothing shared: the batch goes through `model.generate`."""
+        ids, mask = pad_left(prompts, kwargs.get("pad_token_id") or 0)
+        device = device_of(self.model.get_input_embeddings())
+        pixels = self._pixels(pictures)
+        return self.model.generate(
+            ids.to(device),
+            images=pixels if pictures else None,
+            image_sizes=[picture.size for picture in pictures] if pictures else None,
+            attention_mask=mask.to(device),
+            **kwargs,
+        )
+
+    def _pixels(self, pictures: list[Picture]) -> Tensor | list[Tensor]:
+        """On the device and in the type of the model; one tensor where the shapes are equal."""
+        device, dtype = device_of(self.model.get_vision_tower()), self.model.dtype
+        pixels = [picture.pixels.to(device, dtype, non_blocking=True) for picture in pictures]
+        return torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
 
     def _encode(self, keys: list[tuple]) -> None:
         """Makes `_images` hold the tokens of these images and no others."""
         missing = [key for key in dict.fromkeys(keys) if key not in self._images]
         known = {key: self._images[key] for key in dict.fromkeys(keys) if key in self._images}
         if missing:
-            place = {"device": self.model.device, "dtype": self.model.dtype, "non_blocking": True}
-            pixels = [picture.pixels.to(**place) for picture, _ in missing]
             texts = [text for _, text in missing]
             tokens = self.model.image_tokens(
-                torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels,
+                self._pixels([picture for picture, _ in missing]),
                 [picture.size for picture, _ in missing],
                 texts if self.pruner.reads_question else None,
             )

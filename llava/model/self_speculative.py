@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..devices import device_of
 from ..pruning.base import Pruner
 from ..pruning.drafter import DRAFTER_ROW, Drafter
 from ..pruning.tokens import Prefill
 from .kv_cache import KVCache
 from .language_model.attention import causal_mask
-from .language_model.modeling_llama import Step
+from .language_model.layers import Step, bring, run_layers
 from .token_choice import TokenChoice
 
 
@@ -81,7 +82,7 @@ class Speculation:
     """
 
     def __init__(self, model, drafter: Drafter, choice: TokenChoice, most: int):
-        self.decoder, self.head, self.drafter = model.model, model.lm_head, drafter
+        self.decoder, self.drafter = model.model, drafter
         self.model, self.choice, self.most = model, choice, most
         self.depth = len(self.decoder.layers)
         reserve = most + drafter.num_speculations + 1
@@ -124,7 +125,7 @@ class Speculation:
         ]
         if trace is not None:
             self._trace_prompt(trace, count)
-        logits = self.head(out.hidden_states[:, -(count + 1) :].contiguous()).float()[0]
+        logits = self.model.logits_of(out.hidden_states[:, -(count + 1) :].contiguous())[0]
         return self._verify(guess, logits)
 
     def _trace_prompt(self, trace, count: int) -> None:
@@ -148,7 +149,7 @@ class Speculation:
         """The first guesses, from the prompt as it leaves the shared layers."""
         hidden, row = self.decoder.branch(prefill, self.drafter.layers, self.cache)
         prefill.scratch[DRAFTER_ROW] = row
-        return self._guess(self.drafter.logits(hidden)[:, -1])
+        return self._guess(self._at_home(self.drafter.logits(hidden)[:, -1]))
 
     # --- later steps --------------------------------------------------------------------------
 
@@ -162,8 +163,10 @@ class Speculation:
             held = self.cache.lengths[layer.self_attn.layer_idx]
             if held not in steps:
                 steps[held] = self._step(self.done, x.shape[1], held)
+            x, steps[held] = bring(layer, x, steps[held])
             x, _ = layer(x, steps[held], self.cache)
-        return self._verify(guess, self.head(self.decoder.norm(x)).float()[0])
+        x = self.decoder.norm(x.to(device_of(self.decoder.norm)))
+        return self._verify(guess, self.model.logits_of(x)[0])
 
     def _guess(self, logits: Tensor | None) -> tuple[Guess, list[Tensor]]:
         """Guesses until the drafter is unsure, and the rows (1, 1, D) of all tokens fed meanwhile.
@@ -191,9 +194,8 @@ class Speculation:
 
     def _feed(self, token: Tensor) -> Tensor:
         """Runs one token (1, 1) through the shared layers."""
-        x, step = self.decoder.embed_tokens(token), self._step(self.fed, 1)
-        for layer in self.shared:
-            x, _ = layer(x, step, self.cache)
+        x = self.decoder.embed_tokens(token)
+        x = run_layers(self.shared, x, self._step(self.fed, 1), self.cache)
         self.fed += 1
         self.waiting.append(x)
         return x
@@ -207,11 +209,14 @@ class Speculation:
         x = self.waiting[0] if len(self.waiting) == 1 else torch.cat(self.waiting, dim=1)
         held = self.cache.lengths[self.depth]
         step = self._step(self.drafted, x.shape[1], held)
-        for layer in self.drafter.layers:
-            x, _ = layer(x, step, self.cache)
+        x = run_layers(self.drafter.layers, x, step, self.cache)
         self.drafted += len(self.waiting)
         self.waiting = []
-        return self.drafter.logits(x[:, -1:].contiguous())[:, -1]
+        return self._at_home(self.drafter.logits(x[:, -1:].contiguous())[:, -1])
+
+    def _at_home(self, logits: Tensor) -> Tensor:
+        """Logits on the device of the answer, where tokens are chosen."""
+        return logits.to(self.choice.ids.device)
 
     # --- verification -------------------------------------------------------------------------
 
@@ -220,7 +225,7 @@ class Speculation:
 
         Returns what `start` returns.
         """
-        tokens, numbers, scores = self.choice.verify(logits, guess)
+        tokens, numbers, scores = self.choice.verify(self._at_home(logits), guess)
         accepted = len(numbers) - 1
         self.count += accepted + 1
         self.done = self.count - 1

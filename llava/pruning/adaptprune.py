@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .base import DecoderPruner
-from .ops import normalize
+from .ops import lookup, normalize, share_down
 from .tokens import ImageTokens, Prefill
 
 BITS = 12  # of each number in a tag
@@ -78,7 +78,8 @@ class AdaptPrune(DecoderPruner):
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if self.keep_ratio is None or index != self.cut_layer(len(prefill.decoder.layers)):
             return super().before_layer(index, prefill)
-        kept = (prefill.image_counts().double() * self.keep_ratio).long()
+        counts, most = prefill.image_counts(), prefill.index.shape[1]
+        kept = lookup(share_down, counts, self.keep_ratio, most)
         return prefill.keep_visual(self.score(prefill), prefill.at_tokens(kept))
 
     def score(self, prefill: Prefill) -> Tensor:

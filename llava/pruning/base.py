@@ -132,7 +132,11 @@ class Pruner:
         return prefill.last[:, None]
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
-        """Between decoder layers, during prefill and only when the prompt holds an image."""
+        """Between decoder layers, during prefill and only when the prompt holds an image.
+
+        What it replaces in `prefill` holds from layer `index` on; only `hidden_states` may be
+        written to in place. All tensors are on the device of that layer.
+        """
         return prefill
 
     def drafter(self, num_layers: int) -> Drafter | None:

@@ -23,10 +23,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..devices import device_of, empty_like_weights, moved
 from .base import Pruner
 from .glimpseprune_modules import PAPER_LAYER, Glimpse, GlimpseConfig
 from .learned import WEIGHTS_FILE, build_part, part_folder, read_part, read_part_config
-from .ops import rank_within_groups, scale_layer
+from .ops import lookup, rank_within_groups, scale_layer, share_down
 from .tokens import Prefill, VisionTokens
 
 #: weight files, ours and the published ones
@@ -112,7 +113,7 @@ class GlimpsePrune(Pruner):
                 f"tower width) {fits}, this model has {needed}"
             )
         config.check_depth(model.config.num_hidden_layers, tower.depth[0])
-        self.module.to(model.get_input_embeddings().weight.device)
+        self.module.to(device_of(model.get_input_embeddings()))
 
     def part_folders(self, model_path: str) -> list[str]:
         return [part_folder(self.name, self.new_modules, model_path, "new_modules")]
@@ -123,12 +124,12 @@ class GlimpsePrune(Pruner):
         self.saved = {k: v for k, v in read_part_config(folder, self.name).items() if k in DEFAULTS}
         config = GlimpseConfig.from_values(read_part_config(folder, self.name), model)
         source, tensors = read_part(folder, WEIGHTS_FILES)
-        like = model.get_input_embeddings().weight
+        like = empty_like_weights(model.get_input_embeddings())
         return build_part(lambda: Glimpse(config), tensors, source, like)
 
     def use_random_parts(self, model: nn.Module) -> None:
-        weight = model.get_input_embeddings().weight
-        self.module = Glimpse(GlimpseConfig.for_model(model)).to(weight).requires_grad_(False)
+        like = empty_like_weights(model.get_input_embeddings())
+        self.module = Glimpse(GlimpseConfig.for_model(model)).to(like).requires_grad_(False)
         self.module.initialize()
         self.module.eval()
 
@@ -150,9 +151,10 @@ class GlimpsePrune(Pruner):
         return {state - 1: frozenset({"output"}) for state in states}
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
-        chosen = self.module.config.selected_visual_layers
+        chosen, here = self.module.config.selected_visual_layers, vision.features.device
         states = [vision.layers[state - 1]["output"] for state in chosen]
-        vision.context = self.module.attn_fuser.conditions(states)
+        states = moved(states, device_of(self.module))
+        vision.context = self.module.attn_fuser.conditions(states).to(here)
         return vision
 
     # --- inside the decoder -------------------------------------------------------------------
@@ -181,6 +183,7 @@ class GlimpsePrune(Pruner):
         vectors = self.module.vectors()
         last = self.last_dense_layer(len(prefill.decoder.layers))
         prefill.scratch["glimpse"] = {n: v for n, v in vectors.items() if n <= last}
+        prefill.scratch["glimpse"] = moved(prefill.scratch["glimpse"], prefill.index.device)
         start = vectors[0]
         return prefill.append(start.expand(len(prefill.hidden_states), *start.shape))
 
@@ -209,8 +212,10 @@ class GlimpsePrune(Pruner):
     def importance(self, prefill: Prefill) -> Tensor:
         """(B, S) logits of the visual tokens; values on other tokens mean nothing."""
         rows = [prefill.scratch["rows"][layer] for layer in self.module.config.selected_layers]
-        image, patch = prefill.visual_index, prefill.patch_index
-        outputs, place = self.module.judge(rows, prefill.context, image, patch, prefill.grid)
+        inputs = rows, prefill.context, prefill.visual_index, prefill.patch_index
+        outputs, place = self.module.judge(*moved(inputs, device_of(self.module)), prefill.grid)
+        outputs, place = moved((outputs[-1:], place), prefill.index.device)
+        patch = prefill.patch_index
         size = patch.shape[1]
         found = outputs[-1].new_zeros(len(patch), size + 1)  # the last column is for no token
         return found.scatter(1, place, outputs[-1])[:, :size]
@@ -235,12 +240,14 @@ class GlimpsePrune(Pruner):
     def caps(self, count: Tensor, total: Tensor, prefill: Prefill):
         """Which prompts (B,) exceed a cap, and what they may keep (B,); one pair for each cap."""
         if (ratio := self.setting("max_remain_ratio")) is not None:
-            yield count.double() / total > ratio, (ratio * total.double()).long()
+            size = prefill.index.shape[1]
+            share = lookup(share_down, total, ratio, size)
+            yield count > lookup(most_within, total, ratio, size), share
         if self.visual_token_num is not None:
             images = (prefill.image_counts() > 0).sum(dim=1)
             most = self.visual_token_num * images
             if ratio is not None:
-                most = torch.minimum(most, (ratio * total.double()).long())
+                most = torch.minimum(most, share)
             yield count > most, most
 
     def newlines(self, kept: Tensor, prefill: Prefill) -> Tensor:
@@ -265,6 +272,12 @@ class GlimpsePrune(Pruner):
         most = max(most, self.setting("min_remain_num") or 0)
         most = min(most + len(self.setting("anchor_positions") or ()), dense)
         return [dense] * (last + 1) + [most] * (num_layers - last - 1)
+
+
+def most_within(total: int, share: float) -> int:
+    """The largest count whose quotient by `total` does not exceed `share`."""
+    count = share_down(total, share) + 1
+    return count if total and count / total <= share else count - 1
 
 
 def add_to_glimpse(prefill: Prefill, vector: Tensor) -> Prefill:

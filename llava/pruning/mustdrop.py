@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from .base import Pruner
-from .ops import gather_tokens, normalize, rank_within_groups, scale_layers, top_stable
+from .ops import (
+    gather_tokens,
+    lookup,
+    normalize,
+    rank_within_groups,
+    scale_layers,
+    share_up,
+    top_stable,
+)
 from .tokens import Prefill, TowerTokens, VisionTokens
 
 LAYERS = (2, 6, 10, 14)
@@ -139,12 +147,12 @@ class MustDrop(Pruner):
         attention = next(x["cls_attention"] for x in vision.layers.values() if "cls_attention" in x)
         score = attention.float().mean(dim=1)
         if vision.valid is None:
-            count = torch.full_like(vision.image_index, score.shape[1])
+            num_keys = share_up(score.shape[1], self.key_ratio)
         else:
             score, count = score.masked_fill(~vision.valid, -1.0), vision.valid.sum(dim=1)
-        num_keys = (count.double() * self.key_ratio).ceil()
+            num_keys = lookup(share_up, count, self.key_ratio, score.shape[1])[:, None]
         rank = rank_within_groups(score, torch.zeros_like(vision.positions))
-        vision.tags = (rank < num_keys[:, None]).long()
+        vision.tags = (rank < num_keys).long()
         return vision
 
     # --- decoder ------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -38,6 +40,31 @@ def rank_within_groups(score: Tensor, group: Tensor) -> Tensor:
     starts[:, 1:] = sorted_group[:, 1:] != sorted_group[:, :-1]
     first = (places * starts).cummax(dim=1).values
     return torch.empty_like(order).scatter_(1, order, places - first)
+
+
+def lookup(rule: Callable[[int, float], int], values: Tensor, number: float, most: int) -> Tensor:
+    """`rule(value, number)` of whole values from 0 to `most`, in the arithmetic of Python.
+
+    From a table that is made once: float64 tensors, which would give the same, are not there on
+    every device. rule: a function of a module, by which tables are remembered
+    """
+    return _table(rule, number, most, values.device)[values]
+
+
+@lru_cache(maxsize=64)
+def _table(rule, number: float, most: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it outlives the mode
+        return torch.tensor([rule(value, number) for value in range(most + 1)], device=device)
+
+
+def share_down(count: int, share: float) -> int:
+    """A share of `count`, rounded down."""
+    return int(count * share)
+
+
+def share_up(count: int, share: float) -> int:
+    """A share of `count`, rounded up."""
+    return math.ceil(count * share)
 
 
 def scale_layer(layer: int, num_layers: int, reference: int = 32) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .base import Pruner, check_budget
-from .ops import gather_tokens, normalize
+from .ops import gather_tokens, lookup, normalize
 from .tokens import VisionTokens
 
 
@@ -120,16 +120,15 @@ class PruMerge(Pruner):
         if self.visual_token_num is not None:
             number = torch.full_like(attention[:, :1], self.visual_token_num - 1).long()
             return number, number, number
-        if self.reduction_ratio is not None:
-            ratio = torch.full_like(attention[:, :1], self.reduction_ratio, dtype=torch.double)
-        else:
-            low, high = attention.quantile(torch.tensor([0.25, 0.75]).to(attention), dim=1)
-            bound = high + self.outlier_factor * (high - low)
-            ratio = (attention > bound[:, None]).double().mean(dim=1, keepdim=True)
-        number = (size * ratio).long().clamp(min=1)
-        interval = (1 / ratio.clamp(min=1 / size)).long()
-        if self.reduction_ratio is not None:
+        if (share := self.reduction_ratio) is not None:
+            number = torch.full_like(attention[:, :1], max(1, int(size * share))).long()
+            interval = torch.full_like(number, int(1 / max(share, 1 / size)))
             return number, interval // 2, interval
+        low, high = attention.quantile(torch.tensor([0.25, 0.75]).to(attention), dim=1)
+        bound = high + self.outlier_factor * (high - low)
+        outliers = (attention > bound[:, None]).sum(dim=1, keepdim=True)
+        number = lookup(num_outliers, outliers, size, size)
+        interval = lookup(outlier_interval, outliers, size, size)
         return number, torch.zeros_like(number), (interval // 3).clamp(min=1)
 
     def merge(
@@ -147,6 +146,16 @@ class PruMerge(Pruner):
         kept = torch.zeros_like(attention).scatter_add_(1, centers, valid.to(attention.dtype))
         rest = attention * (kept == 0)
         return torch.cat([weight, rest[:, None]], dim=1) @ features
+
+
+def num_outliers(outliers: int, size: int) -> int:
+    """Patches kept of `size` with so many outliers: the release goes by their share, rounded."""
+    return max(1, int(size * (outliers / size)))
+
+
+def outlier_interval(outliers: int, size: int) -> int:
+    """Every which patch makes as many as there are outliers, at least one."""
+    return int(1 / max(outliers / size, 1 / size))
 
 
 def class_attention(query: Tensor, cls_key: Tensor, keys: Tensor) -> Tensor:

@@ -183,7 +183,8 @@ class Prefill:
     valid:         (B, S) False on padding; None: every place is a token
     grid:          (h, w) patches per side of one crop before any pruning
     tags:          (B, S) marks a method left in `VisionTokens.tags`; 0 elsewhere
-    scratch:       what a method remembers from one layer to the next, for this prefill alone
+    scratch:       what a method remembers from one layer to the next, for this prefill alone;
+                   tensors in dicts, lists, tuples and dataclasses follow the layers' device
     attention:     (B, H, R, S) fp32 rows of the previous layer that `probe_rows` chose, by default
                    one, the last prompt token; None where no row was probed
     context:       (B, S, E) values a method left in `VisionTokens.context`, 0 elsewhere; None: none

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -29,9 +29,15 @@ class PruningTrace:
     kv_lengths:       per decoder layer a (B,) tensor: valid cache entries after prefill
     importance:       per image a tensor aligned with its visual tokens (NaN: not judged): what the
                       method thought of them; None where it records nothing
+    attention:        decoder layer -> (B, H, S) fp32: what the last prompt token, which the first
+                      token of the answer follows from, attends to there, over the prompt that
+                      entered layer 0; 0 on padding and dropped tokens. Only for the layers of
+                      `trace_pruning(model, attention=[...])`
+    visual_index:     (B, S) which image of the row a token of that prompt belongs to, -1 on text
     """
 
     keep_embeds: bool = False
+    attention_layers: frozenset[int] = frozenset()
     visual_positions: list[Tensor] = field(default_factory=list)
     unpruned_lengths: list[int] = field(default_factory=list)
     visual_embeds: list[Tensor] = field(default_factory=list)
@@ -41,6 +47,8 @@ class PruningTrace:
     prompt_tokens: list[Tensor] = field(default_factory=list)
     kv_lengths: list[Tensor] = field(default_factory=list)
     importance: list[Tensor] | None = None
+    attention: dict[int, Tensor] = field(default_factory=dict)
+    visual_index: Tensor | None = None
     shape: DecoderShape | None = None
     cache_bytes: int = 0
 
@@ -69,6 +77,7 @@ class PruningTrace:
         self.shape, self.position_ids = shape, position_ids.detach().cpu()
         self.decoder_keep, self.visual_tokens, self.prompt_tokens = {}, [], []
         self.kv_lengths, self.cache_bytes, self.importance = [], 0, None
+        self.attention, self.visual_index = {}, None
 
     def add_layer(self, visual_index: Tensor | None, valid: Tensor | None, size: Tensor) -> None:
         """One layer of the prefill; `size` (B, S) only lends its shape and device."""
@@ -76,6 +85,22 @@ class PruningTrace:
         visual = tokens & (visual_index >= 0) if visual_index is not None else tokens & False
         self.prompt_tokens.append(tokens.sum(dim=1))
         self.visual_tokens.append(visual.sum(dim=1))
+
+    def add_attention(self, layer: int, row: Tensor, index: Tensor) -> None:
+        """row (B, H, S') of the tokens that stood at `index` (B, S') in the prompt of layer 0;
+        what tokens blended inside the decoder (negative places) are paid is left out."""
+        size = self.position_ids.shape[1]
+        places = torch.where(index < 0, size, index)[:, None].expand_as(row)
+        whole = row.new_zeros(*row.shape[:2], size + 1)  # padding adds its zeros somewhere
+        self.attention[layer] = whole.scatter_add_(2, places, row)[..., :size].detach().cpu()
+
+    def image_attention(self, layer: int) -> list[Tensor]:
+        """Of `attention` in one layer what goes to each image: (H, n) aligned with the entries of
+        `visual_positions`, image after image of all prompts."""
+        found = []
+        for row, owner in zip(self.attention[layer], self.visual_index, strict=True):
+            found += [row[:, owner == image] for image in range(int(owner.amax()) + 1)]
+        return found
 
     def add_change(self, layer: int, index: Tensor, valid: Tensor | None) -> None:
         rows = index if valid is None else [row[ok] for row, ok in zip(index, valid, strict=True)]
@@ -103,13 +128,18 @@ class PruningTrace:
     def finish_prefill(self, cache, visual_index: Tensor, judged=None) -> None:
         """visual_index (B, S) of the prompt; judged: what `Prefill.record_importance` left."""
         # Brought over together: a wait for the device in every layer would slow the prefill down.
-        counts = torch.stack([*self.prompt_tokens, *self.visual_tokens]).cpu()
+        device = self.prompt_tokens[-1].device  # layers may run on several
+        counts = torch.stack([t.to(device) for t in (*self.prompt_tokens, *self.visual_tokens)])
+        counts = counts.cpu()
         self.prompt_tokens, self.visual_tokens = map(list, counts.chunk(2))
         if cache is not None:
             self.kv_lengths = cache.row_lengths()
             self.cache_bytes = cache.num_bytes()
         if judged is not None:
-            self.importance = importance_per_image(*judged, visual_index)
+            visual = visual_index.to(judged[0].device)
+            self.importance = importance_per_image(*judged, visual)
+        if self.attention_layers:
+            self.visual_index = visual_index.cpu()
 
 
 def importance_per_image(index: Tensor, score: Tensor, visual_index: Tensor) -> list[Tensor]:
@@ -125,13 +155,23 @@ def importance_per_image(index: Tensor, score: Tensor, visual_index: Tensor) -> 
 
 
 @contextmanager
-def trace_pruning(model: nn.Module, embeds: bool = False) -> Iterator[PruningTrace]:
+def trace_pruning(
+    model: nn.Module, embeds: bool = False, attention: Iterable[int] = ()
+) -> Iterator[PruningTrace]:
     """Records what the calls of `model` inside the block keep, see `PruningTrace`.
 
-    embeds: also keep the embeddings of the visual tokens.
+    embeds:    also keep the embeddings of the visual tokens
+    attention: decoder layers of which the attention of the last prompt token is recorded, with any
+               method and attention backend; negative numbers count from the last layer
+    Raises ValueError for a layer that the decoder does not have.
     """
-    outer, model.pruning_trace = model.pruning_trace, PruningTrace(keep_embeds=embeds)
+    depth = model.config.num_hidden_layers
+    layers = list(attention)
+    if wrong := [layer for layer in layers if not -depth <= layer < depth]:
+        raise ValueError(f"attention layer {wrong[0]} is not one of the {depth} decoder layers")
+    own = PruningTrace(embeds, frozenset(layer % depth for layer in layers))
+    outer, model.pruning_trace = model.pruning_trace, own
     try:
-        yield model.pruning_trace
+        yield own
     finally:
         model.pruning_trace = outer

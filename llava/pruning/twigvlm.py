@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..devices import empty_like_weights
 from .base import BudgetPruner
 from .choice import open_group
 from .drafter import DRAFTER_ROW, Drafter
@@ -125,7 +126,7 @@ class TwigVLM(BudgetPruner):
                 f"the twig is {weight.shape[0]} wide, this model {model.config.hidden_size}: load "
                 "a twig that was trained on it"
             )
-        like = model.model.norm.weight
+        like = self._neighbour(model)
         self.module.to(device=like.device, dtype=like.dtype)
         depth, layers = model.config.num_hidden_layers, len(self.module.layers)
         shared = self.shared_layers(depth)
@@ -139,6 +140,12 @@ class TwigVLM(BudgetPruner):
         """Random weights in place of trained ones, where only costs and shapes matter."""
         count = self.twig_T or scale_layer(TWIG_LAYERS, model.config.num_hidden_layers)
         self.module = Twig(model, count).apply(model._init_weights).requires_grad_(False).eval()
+
+    def _neighbour(self, model: nn.Module) -> Tensor:
+        """An empty tensor with device and type of the decoder layer that the twig stands beside."""
+        layers = model.model.layers
+        beside = min(self.shared_layers(len(layers)), len(layers) - 1)
+        return empty_like_weights(layers[beside].input_layernorm)
 
     def drafter(self, num_layers: int) -> Drafter | None:
         if self.module is None:
@@ -291,7 +298,8 @@ def load_twig(folder: str, model: nn.Module, count: int | None = None) -> Twig:
             f"({model.config.num_hidden_layers})"
         )
     named = {_our_name(name): tensor for name, tensor in tensors.items()}
-    return build_part(lambda: Twig(model, len(numbers)), named, path, model.model.norm.weight)
+    like = empty_like_weights(model.model.norm)
+    return build_part(lambda: Twig(model, len(numbers)), named, path, like)
 
 
 def grow_twig(model: nn.Module, shared_layers: int, count: int) -> Twig:
@@ -303,7 +311,7 @@ def grow_twig(model: nn.Module, shared_layers: int, count: int) -> Twig:
             f"twig_K ({shared_layers}) and twig_T ({count}) need {shared_layers + count} decoder "
             f"layers, of which at least one for the twig; this model has {depth}"
         )
-    twig = Twig(model, count).to(decoder.norm.weight)
+    twig = Twig(model, count).to(empty_like_weights(decoder.norm))
     layers = decoder.layers[shared_layers : shared_layers + count]
     for copy, layer in zip(twig.layers, layers, strict=True):
         copy.load_state_dict(layer.state_dict())

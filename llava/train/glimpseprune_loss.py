@@ -167,4 +167,4 @@ def hits(logits: Tensor, wanted: Tensor) -> Tensor:
     """(3,) tokens found, wrongly found and missed at probability 0.5, over the whole batch."""
     found = logits > 0
     pairs = (found & wanted, found & ~wanted, ~found & wanted)
-    return torch.stack([pair.sum() for pair in pairs]).double()
+    return torch.stack([pair.sum() for pair in pairs]).float()

@@ -245,8 +245,8 @@ class GlimpseTrainer(LLaVATrainer):
         out = model(**inputs)
         for name, value in out.items():
             if name != "loss":
-                self._sums[name] = self._sums.get(name, 0) + value.double()
-        self._sums["steps"] = self._sums.get("steps", 0) + torch.ones_like(out["loss"]).double()
+                self._sums[name] = self._sums.get(name, 0) + value.float()
+        self._sums["steps"] = self._sums.get("steps", 0) + torch.ones_like(out["loss"]).float()
         return (out["loss"], out) if return_outputs else out["loss"]
 
     def log(self, logs: dict[str, float]) -> None:

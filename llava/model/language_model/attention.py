@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,24 +16,86 @@ BACKENDS = ("sdpa", "flash_attention_2", "eager")
 WEIGHTS_HELD = 2**26
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> Tensor:
+@dataclass
+class Packing:
+    """Rows of a padded batch without their padding, one behind the other.
+
+    index:   (T,) places of the tokens among the B * S of the batch
+    ends:    (B + 1,) int32, where each row begins and the last one ends
+    longest: tokens of the longest row
+    """
+
+    index: Tensor
+    ends: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, valid: Tensor) -> Packing:
+        """For rows whose tokens are those where `valid` (B, S) is True; waits for the device."""
+        counts = valid.sum(dim=1)
+        lengths = counts.tolist()
+        order = (~valid).flatten().to(torch.uint8).argsort(stable=True)
+        ends = F.pad(counts.cumsum(dim=0), (1, 0)).to(torch.int32)
+        return cls(order[: sum(lengths)], ends, max(lengths))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    backend: str,
+    packed: Packing | None = None,
+) -> Tensor:
     """Causal attention; q (B, H, Q, d), k and v (B, G, K, d) with G dividing H -> (B, H, Q, d).
 
     mask: (B or 1, 1, Q, K) True where a query sees a key. None: the plain causal mask, the last
     query seeing every key.
+    packed: says what the mask would, where Q = K, to a backend that `packs_rows`; the output is
+    zero on padding.
     """
+    if packed is not None:
+        return _flash_packed(q, k, v, packed)
     if backend == "flash_attention_2" and mask is None:
         return _flash(q, k, v)
     if backend == "eager":
         return _eager(q, k, v, mask)
     if mask is None and 1 < q.shape[2] < k.shape[2]:
         mask = causal_mask(q.shape[2], k.shape[2], q.device)
-    grouped = {"enable_gqa": True} if GROUPED_SDPA and q.shape[1] != k.shape[1] else {}
-    if not grouped:
-        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    grouped = {}
+    if q.shape[1] != k.shape[1]:
+        if GROUPED_SDPA and serves_groups(q.device, q.dtype, mask is not None):
+            grouped = {"enable_gqa": True}
+        elif q.shape[2] == 1:  # the heads of a group become the queries of one head
+            rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
+            return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).view(q.shape)
+        else:
+            k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, **grouped
     )
+
+
+def packs_rows(backend: str) -> bool:
+    """Whether a backend wants padded batches as `Packing` in place of a mask."""
+    return backend == "flash_attention_2"
+
+
+@lru_cache
+def serves_groups(device: torch.device, dtype: torch.dtype, masked: bool) -> bool:
+    """Whether a fast kernel of `device` serves several query heads from one key head.
+
+    Elsewhere SDPA would write out all scores, which costs more than repeating keys and values:
+    FlashAttention (half precision, compute capability 8.0 on) knows groups but no masks, cuDNN
+    knows both (9.0 on), the memory-efficient kernel masks alone; MPS repeats them itself.
+    """
+    if device.type == "cpu":
+        return True
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    least = (9, 0) if masked else (8, 0)
+    half = dtype in (torch.float16, torch.bfloat16)
+    return half and torch.cuda.get_device_capability(device) >= least
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -80,6 +145,23 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return flash_attn_func(q, k, v, causal=True).transpose(1, 2)
+
+
+def _flash_packed(q: Tensor, k: Tensor, v: Tensor, packed: Packing) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    batch, heads, size, width = q.shape
+    rows = (x.transpose(1, 2).flatten(0, 1).index_select(0, packed.index) for x in (q, k, v))
+    out = flash_attn_varlen_func(
+        *rows,
+        cu_seqlens_q=packed.ends,
+        cu_seqlens_k=packed.ends,
+        max_seqlen_q=packed.longest,
+        max_seqlen_k=packed.longest,
+        causal=True,
+    )
+    whole = out.new_zeros(batch * size, heads, width).index_copy(0, packed.index, out)
+    return whole.unflatten(0, (batch, size)).transpose(1, 2)
 
 
 def check_backend(name: str) -> str:

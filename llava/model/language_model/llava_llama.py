@@ -9,13 +9,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from ...devices import device_of
 from ...pruning.drafter import Drafter
 from ..generation import GenerationStrategies
-from ..kv_cache import KVCache
+from ..kv_cache import KVCache, holds_tokens
 from ..llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from ..patches import check_decoder
 from ..prompt import Prompt
 from ..reuse import Prefix
 from .modeling_llama import LlamaModel, LlamaPreTrainedModel
+
+NO_ATTENTIONS = (
+    "output_attentions is not supported, no attention map is ever built; rows of it are recorded "
+    "with `trace_pruning(model, attention=[layers])` and found in `trace.attention`"
+)
 
 
 class LlavaConfig(LlamaConfig):
@@ -89,16 +96,19 @@ class LlavaLlamaForCausalLM(GenerationStrategies, LlavaMetaForCausalLM, LlamaPre
         computed for supervised tokens only and `logits` is None. When a method drops tokens inside
         the decoder, S counts the survivors. prefix: as in `generate_from`.
         """
-        if output_attentions:
-            raise ValueError(
-                "output_attentions is not supported: no attention map is ever built; a pruning "
-                "method can record single rows (see llava.pruning.base.Pruner.probe_layers)"
-            )
-        if inputs_embeds is None:
-            has_images = images is not None and self.get_vision_tower() is not None
-            if past_key_values is None or not len(past_key_values):
-                if has_images and input_ids.shape[1] > 1:
-                    prompt = self.build_prompt(
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError(NO_ATTENTIONS)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if holds_tokens(past_key_values):
+            self._check_continuation(tokens, attention_mask)
+        else:
+            check_decoder()
+            if inputs_embeds is None:
+                seen = images is not None and self.get_vision_tower() is not None
+                if seen and tokens.shape[1] > 1:
+                    prompt = self.splice(
                         input_ids, attention_mask, labels, images, image_sizes, questions
                     )
                     inputs_embeds, attention_mask = prompt.inputs_embeds, prompt.attention_mask
@@ -108,8 +118,8 @@ class LlavaLlamaForCausalLM(GenerationStrategies, LlavaMetaForCausalLM, LlamaPre
                     token_tags, token_context = prompt.token_tags, prompt.token_context
                 elif (input_ids == IMAGE_TOKEN_INDEX).any():
                     raise ValueError("the prompt holds <image> marks, but no images were given")
-            if inputs_embeds is None:
-                inputs_embeds = self.model.embed_tokens(input_ids)
+        if inputs_embeds is None:
+            inputs_embeds = self.model.embed_tokens(input_ids)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values
         if cache is None and use_cache and not self.training:
@@ -126,10 +136,12 @@ class LlavaLlamaForCausalLM(GenerationStrategies, LlavaMetaForCausalLM, LlamaPre
             pruner=self.pruner,
             grid=self.patch_grid,
             trace=self.pruning_trace,
-            output_hidden_states=bool(output_hidden_states),
+            output_hidden_states=output_hidden_states,
             prefix=prefix,
         )
         hidden, loss, logits = out.hidden_states, None, None
+        if labels is not None:
+            labels = labels.to(hidden.device)
         if labels is not None and out.index is not None:
             labels = labels.gather(1, out.index.clamp(min=0))
             labels = labels.masked_fill(out.index < 0, IGNORE_INDEX)
@@ -139,26 +151,44 @@ class LlavaLlamaForCausalLM(GenerationStrategies, LlavaMetaForCausalLM, LlamaPre
             loss = self._loss(hidden, labels)
         else:
             # A slice with gaps would make the product copy the whole head first.
-            logits = self._head(hidden[:, -1:].contiguous() if last_logits_only else hidden)
+            logits = self.logits_of(hidden[:, -1:].contiguous() if last_logits_only else hidden)
             if labels is not None:
+                targets = labels[:, 1:].flatten().to(logits.device)
                 loss = F.cross_entropy(
-                    logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
+                    logits[:, :-1].flatten(0, 1), targets, ignore_index=IGNORE_INDEX
                 )
+            if last_logits_only:  # the rules that choose a token compute where the prompt is
+                logits = logits.to(inputs_embeds.device)
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=cache, hidden_states=out.all_hidden_states
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(hidden).float()
+    def _check_continuation(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
+        """tokens (B, q) or (B, q, D) behind those of a cache are text, without padding."""
+        count = tokens.shape[1]
+        if count == 1:  # a step of decoding does not wait for the device
+            return
+        if tokens.ndim == 2 and (tokens == IMAGE_TOKEN_INDEX).any():
+            raise ValueError(
+                "<image> marks behind a filled past_key_values: all images belong to the prompt "
+                "that fills it"
+            )
+        if attention_mask is not None and not attention_mask[:, -count:].all():
+            raise ValueError("tokens that continue a filled past_key_values cannot be padded")
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """fp32 logits (..., V) from hidden states (..., D) behind the final norm, on the device of
+        the head."""
+        return self.lm_head(hidden.to(device_of(self.lm_head))).float()
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy over supervised tokens (0 without any), logits for those alone."""
         targets = labels[:, 1:]
         supervised = targets != IGNORE_INDEX
-        logits = self._head(hidden[:, :-1][supervised])
-        total = F.cross_entropy(logits, targets[supervised], reduction="sum")
-        return total / supervised.sum().clamp(min=1)
+        logits = self.logits_of(hidden[:, :-1][supervised])
+        total = F.cross_entropy(logits, targets[supervised].to(logits.device), reduction="sum")
+        return total / supervised.sum().clamp(min=1).to(total.device)
 
     @torch.no_grad()
     def generate(
@@ -180,17 +210,17 @@ class LlavaLlamaForCausalLM(GenerationStrategies, LlavaMetaForCausalLM, LlamaPre
         side), `do_sample`, `temperature`, `top_p`, `num_beams`, `max_new_tokens`, `streamer`,
         `stopping_criteria`, ... and `generation_strategy`, see `llava.model.generation`: with
         "self_speculative" also `num_speculations` and `draft_stop_prob`.
+
+        Raises ValueError for what is not supported: contrastive search, assisted decoding, and
+        `past_key_values` or `position_ids` of the caller's own.
         """
         input_ids = kwargs.pop("input_ids", inputs)
-        if "inputs_embeds" in kwargs:
-            raise NotImplementedError("`inputs_embeds` is not supported")
-        if kwargs.pop("position_ids", None) is not None:
-            raise ValueError("position_ids cannot be passed to generate: they follow from the mask")
+        self.check_keywords(kwargs)
         if input_ids is None:
             raise ValueError("generate needs input_ids, the ids of the prompts")
         pruner, kwargs = self.pruner.for_call(kwargs)
         with self.using(pruner):
-            prompt = self.build_prompt(
+            prompt = self.splice(
                 input_ids,
                 kwargs.pop("attention_mask", None),
                 images=images,
@@ -209,7 +239,8 @@ class LlavaLlamaForCausalLM(GenerationStrategies, LlavaMetaForCausalLM, LlamaPre
         ends = kwargs.get("eos_token_id", self.generation_config.eos_token_id)
         drafter = self.drafter_for(kwargs)
         if drafter is None and kwargs.get("use_cache", True) is not False:
-            reserve = kwargs.get("max_new_tokens") or self.generation_config.max_new_tokens or 64
+            settings = kwargs.get("generation_config") or self.generation_config
+            reserve = kwargs.get("max_new_tokens") or settings.max_new_tokens or 64
             if prefix is not None:  # the rest of the prompt is appended, too
                 reserve += prompt.inputs_embeds.shape[1] - prefix.size
             kwargs["past_key_values"] = KVCache(self.config.num_hidden_layers, reserve)

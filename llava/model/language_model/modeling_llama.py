@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...devices import device_of, moved
 from ...pruning.base import Pruner
 from ...pruning.cost import DecoderShape
 from ...pruning.ops import gather_tokens
@@ -23,166 +24,9 @@ from ...pruning.tokens import Prefill
 from ...rms_norm import RMSNorm
 from ..kv_cache import KVCache, RowState
 from ..reuse import Prefix
-from .attention import (
-    attend,
-    attend_behind,
-    attention_rows,
-    check_backend,
-    padded_causal_mask,
-    repeat_heads,
-    rows_of,
-)
-
-
-class Rotary:
-    """Cosines and sines of RoPE at any positions; holds no tensors, so it survives any loading."""
-
-    def __init__(self, config):
-        self.width = config.hidden_size // config.num_attention_heads
-        self.theta = getattr(config, "rope_theta", 10000.0)
-        scaling = getattr(config, "rope_scaling", None) or {"type": "linear", "factor": 1.0}
-        if scaling.get("type") != "linear":
-            raise ValueError(f"rope_scaling {scaling!r} is not supported, choose type 'linear'")
-        self.stretch = float(scaling["factor"])
-
-    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions (B, S) -> cos, sin, each (B, 1, S, d)."""
-        even = torch.arange(0, self.width, 2, device=positions.device).float()
-        frequency = 1.0 / self.theta ** (even / self.width)
-        angle = (positions[..., None].float() / self.stretch) * frequency
-        angle = torch.cat([angle, angle], dim=-1)[:, None]
-        return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """x (B, H, S, d) turned by the angles of its positions."""
-    cos, sin = rope
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-@dataclass
-class Step:
-    """What the layers of one forward pass share.
-
-    rope:  cos and sin of the tokens' positions
-    mask:  as in `attend`
-    valid: (B, S) as in `Prefill`
-    rows:  (B, R) queries whose attention the layer records; None: it records nothing
-    form:  what it records of them, see `attention_rows`
-    state: what the cache of these layers has to know about the rows
-    """
-
-    rope: tuple[Tensor, Tensor]
-    mask: Tensor | None = None
-    valid: Tensor | None = None
-    rows: Tensor | None = None
-    form: str = "weights"
-    state: RowState | None = None
-
-
-class Attention(nn.Module):
-    """Multi-head attention with grouped queries and RoPE."""
-
-    def __init__(self, config, layer_idx: int):
-        super().__init__()
-        width, self.num_heads = config.hidden_size, config.num_attention_heads
-        self.num_kv_heads = getattr(config, "num_key_value_heads", None) or self.num_heads
-        self.head_dim = width // self.num_heads
-        self.layer_idx = layer_idx
-        self.backend = config._attn_implementation
-        bias = getattr(config, "attention_bias", False)
-        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
-
-    def queries_and_keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """q (B, H, S, d) and k (B, G, S, d) after RoPE, from normed inputs x (B, S, D)."""
-        return self.queries(x, rope), self.keys(x, rope)
-
-    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        batch, size, _ = x.shape
-        q = self.q_proj(x).view(batch, size, self.num_heads, self.head_dim).transpose(1, 2)
-        return rotate(q, rope)
-
-    def keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        batch, size, _ = x.shape
-        k = self.k_proj(x).view(batch, size, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        return rotate(k, rope)
-
-    def values(self, x: Tensor) -> Tensor:
-        """v (B, G, S, d) from normed inputs x (B, S, D)."""
-        batch, size, _ = x.shape
-        return self.v_proj(x).view(batch, size, self.num_kv_heads, self.head_dim).transpose(1, 2)
-
-    def forward(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
-        batch, size, _ = x.shape
-        q, k = self.queries_and_keys(x, step.rope)
-        v = self.values(x)
-        if cache is not None:
-            k, v = cache.append(self.layer_idx, k, v)
-        row = None
-        if step.rows is not None:
-            row = attention_rows(q, k, step.rows, step.valid, step.form)
-        shared = None if cache is None else cache.shared[self.layer_idx]
-        if shared is None:
-            out = attend(q, k, v, step.mask, self.backend)
-        else:
-            out = attend_behind(q, k, v, step.mask, shared)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, size, -1)), row
-
-
-class MLP(nn.Module):
-    """Gated MLP (SwiGLU)."""
-
-    def __init__(self, config):
-        super().__init__()
-        width, inner = config.hidden_size, config.intermediate_size
-        if config.hidden_act != "silu":
-            raise ValueError(f"hidden_act {config.hidden_act!r} is not supported, choose 'silu'")
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP with residual connections."""
-
-    def __init__(self, config, layer_idx: int):
-        super().__init__()
-        self.self_attn = Attention(config, layer_idx)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
-        """x (B, S, D) -> the same shape, and the attention rows that `step.rows` asks for."""
-        out, row = self.self_attn(self.input_layernorm(x), step, cache)
-        x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x)), row
-
-    def at_rows(
-        self, x: Tensor, step: Step, rows: Tensor, cache: KVCache | None
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs (B, R, D) at places `rows` (B, R) alone, and the attention (B, H, R, S) there.
-
-        Keys and values of all tokens x (B, S, D) are computed, and kept in an empty `cache`.
-        """
-        attention, normed = self.self_attn, self.input_layernorm(x)
-        k, v = attention.keys(normed, step.rope), attention.values(normed)
-        if cache is not None:
-            cache.append(attention.layer_idx, k, v)
-        rope = tuple(gather_tokens(part[:, 0], rows)[:, None] for part in step.rope)
-        q = attention.queries(gather_tokens(normed, rows), rope)
-        weights = rows_of(q, k, rows, step.valid)
-        out = weights.to(v.dtype) @ repeat_heads(v, attention.num_heads)
-        out = attention.o_proj(out.transpose(1, 2).flatten(2))
-        x = gather_tokens(x, rows) + out
-        return x + self.mlp(self.post_attention_layernorm(x)), weights
+from .attention import Packing, check_backend, packs_rows, padded_causal_mask, rows_of
+from .hook_calls import call
+from .layers import DecoderLayer, Rotary, Step, bring, run_layers
 
 
 @dataclass
@@ -206,7 +50,7 @@ class LlamaPreTrainedModel(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DecoderLayer"]
+    _no_split_modules = ["DecoderLayer", "CLIPVisionTower", "CLIPVisionTowerS2"]
     _skip_keys_device_placement = "past_key_values"
     _supports_flash_attn_2 = True
     _supports_sdpa = True
@@ -281,7 +125,8 @@ class LlamaModel(LlamaPreTrainedModel):
             if trace is not None:
                 trace.start_prefill(self._shape(inputs_embeds), prefill.position_ids)
             x, index, valid = self._prefill(prefill, cache, hooks, trace, collect, prefix)
-        x = self.norm(x)
+        x = self.norm(x.to(device_of(self.norm)))
+        index, valid = moved((index, valid), x.device)
         if collect is not None:
             collect.append(x)
         return DecoderOutput(x, index, valid, tuple(collect) if collect is not None else None)
@@ -291,7 +136,7 @@ class LlamaModel(LlamaPreTrainedModel):
         batch, size, _ = x.shape
         valid = None
         if attention_mask is not None and not attention_mask.all():
-            valid = attention_mask.bool()
+            valid = attention_mask.bool().to(x.device)
         index = torch.arange(size, device=x.device).expand(batch, -1)
         if position_ids is None:
             position_ids = index if valid is None else (valid.long().cumsum(1) - 1).clamp(min=0)
@@ -300,7 +145,7 @@ class LlamaModel(LlamaPreTrainedModel):
             decoder=self,
             layer=0,
             hidden_states=x,
-            position_ids=position_ids.expand(batch, -1),
+            position_ids=position_ids.to(x.device).expand(batch, -1),
             visual_index=text,
             patch_index=text,
             index=index,
@@ -310,24 +155,32 @@ class LlamaModel(LlamaPreTrainedModel):
 
     def _prefill(self, prefill: Prefill, cache, pruner, trace, collect, prefix=None):
         """All layers on the prompt; returns hidden states, surviving index (or None) and valid."""
-        probes = set() if pruner is None else set(pruner.probe_layers(len(self.layers)))
-        start, visual, step = prefill.index, prefill.visual_index, self._prefill_step(prefill)
-        drops = pruner is not None and pruner.drops_from_caches(len(self.layers))
+        depth = len(self.layers)
+        probes = set() if pruner is None else set(pruner.probe_layers(depth))
+        drops = pruner is not None and pruner.drops_from_caches(depth)
         places = held_places if drops else lambda _: None
-        own, held, done = places(prefill), [], 0  # held: per layer, what its cache holds
+        visual, own, step = prefill.visual_index, places(prefill), None
+        done, dropped, held = 0, False, []  # held: per layer, what its cache holds
         if prefix is not None:
-            done = prefix.depth
+            done, held = prefix.depth, [own] * prefix.depth
             prefill = self._resume(prefill, cache, pruner, trace, prefix)
-            held = [own] * done
         for number, layer in enumerate(self.layers[done:], start=done):
+            if layer.device != prefill.hidden_states.device:
+                prefill, step, own = moved((prefill, step, own), layer.device)
+            prefill.layer = number
             if pruner is not None:
-                before, prefill.layer = prefill, number
-                prefill = pruner.before_layer(number, prefill)
-                if prefill.index is not before.index:
-                    step, own = self._prefill_step(prefill), places(prefill)
-                    self._dropped(number, prefill, pruner, held, cache, trace)
+                hook = call(partial(pruner.before_layer, number), prefill, pruner.name)
+                prefill = hook.prefill
+                if hook.changed:
+                    step, own = None, places(prefill)
+                    if hook.dropped:
+                        dropped = True
+                        self._dropped(number, prefill, pruner, held, cache, trace)
+                    elif trace is not None and number == 0:
+                        trace.position_ids = prefill.position_ids.detach().cpu()
+            step = self._prefill_step(prefill) if step is None else step
             if trace is not None:
-                trace.add_layer(prefill.visual_index, prefill.valid, prefill.index)
+                self._trace_layer(prefill, trace)
             if collect is not None:
                 collect.append(prefill.hidden_states)
             probing = number in probes
@@ -343,21 +196,43 @@ class LlamaModel(LlamaPreTrainedModel):
                 cache.rows[number] = step.state
                 held.append(own)
         if pruner is not None:
-            before = prefill
-            prefill = pruner.after_layers(prefill)
-            if prefill.index is not before.index:
-                self._dropped(len(self.layers), prefill, pruner, held, cache, trace)
+            prefill, gone = self._finish(prefill, pruner, held, cache, trace)
+            dropped = dropped or gone
         if trace is not None:
             trace.finish_prefill(cache, visual, prefill.scratch.get("importance"))
-        index = None if prefill.index is start else prefill.index
-        return prefill.hidden_states, index, prefill.valid
+        return prefill.hidden_states, prefill.index if dropped else None, prefill.valid
+
+    def _finish(self, prefill: Prefill, pruner, held, cache, trace) -> tuple[Prefill, bool]:
+        """The hook behind the last layer; returns the prompt, and whether tokens were dropped."""
+        hook = call(pruner.after_layers, prefill, pruner.name)
+        prefill = hook.prefill
+        if "index" in hook.changed:
+            self._dropped(len(self.layers), prefill, pruner, held, cache, trace)
+        elif late := hook.changed - {"next_position"}:
+            raise ValueError(
+                f"{pruner.name} changes {' and '.join(sorted(late))} in after_layers, when all "
+                "layers have run: change them in before_layer"
+            )
+        if "next_position" in hook.changed and cache is not None:
+            for state in {id(state): state for state in cache.rows}.values():
+                state.next_position = next_position(prefill).to(state.next_position.device)
+        return prefill, "index" in hook.changed
+
+    def _trace_layer(self, prefill: Prefill, trace) -> None:
+        """Records the tokens as they enter layer `prefill.layer`."""
+        number = prefill.layer
+        trace.add_layer(prefill.visual_index, prefill.valid, prefill.index)
+        if number in trace.attention_layers:
+            row = prefill.attention_rows(number, prefill.last[:, None])[:, :, 0]
+            trace.add_attention(number, row, prefill.index)
 
     def _resume(self, prefill: Prefill, cache, pruner, trace, prefix) -> Prefill:
         """The layers that `prefix` went through, on what follows it; returns the prompt as it
         enters the next layer (what follows alone where there is none)."""
-        index = prefill.index
-        prefill = pruner.before_layer(0, prefill)
-        if prefill.index is not index:
+        before = prefill.hidden_states
+        hook = call(partial(pruner.before_layer, 0), prefill, pruner.name)
+        prefill = hook.prefill
+        if hook.changed or prefill.hidden_states is not before:
             raise ValueError(
                 f"{pruner.name} changes tokens before layer 0, but its reusable_layers says that "
                 f"it leaves {prefix.depth} layers alone"
@@ -365,11 +240,16 @@ class LlamaModel(LlamaPreTrainedModel):
         tail = self.first_layers(prefill, prefix.depth, cache, prefix)
         state = RowState(next_position(prefill), prefix.valid_in_cache(prefill.valid))
         for number in range(prefix.depth):
+            device = self.layers[number].device
+            if device != state.next_position.device:
+                state = moved(state, device)
             cache.rows[number] = state
             if trace is not None:
-                trace.add_layer(prefill.visual_index, prefill.valid, index)
+                trace.add_layer(prefill.visual_index, prefill.valid, prefill.index)
         whole = prefix.depth < len(self.layers)
         prefill.hidden_states = prefix.followed_by(tail) if whole else tail
+        if prefill.index.device != tail.device:
+            prefill = moved(prefill, tail.device)
         return prefill
 
     def first_layers(
@@ -386,6 +266,7 @@ class LlamaModel(LlamaPreTrainedModel):
         for number in range(depth):
             if known:
                 prefix.put(number, cache, x.shape[0])
+            x, step = bring(self.layers[number], x, step)
             x, _ = self._run(self.layers[number], x, step, cache)
         return x
 
@@ -399,49 +280,59 @@ class LlamaModel(LlamaPreTrainedModel):
 
     def _prefill_step(self, prefill: Prefill) -> Step:
         valid, x = prefill.valid, prefill.hidden_states
+        mask = packed = None
+        if hides_tokens(valid):
+            if packs_rows(self.config._attn_implementation):
+                packed = Packing.of(valid)
+            else:
+                mask = padded_causal_mask(valid, x.shape[1])
         return Step(
             rope=self.rotary(prefill.position_ids, x.dtype),
-            mask=padded_causal_mask(valid, x.shape[1]) if hides_tokens(valid) else None,
+            mask=mask,
+            packed=packed,
             valid=valid,
             state=RowState(next_position(prefill), valid),
         )
 
     def through(self, prefill: Prefill, layers: nn.ModuleList) -> Tensor:
-        """(B, S, D) what further layers give on the tokens as they are now."""
-        x, step = prefill.hidden_states, self._prefill_step(prefill)
-        for layer in layers:
-            x, _ = layer(x, step, None)
-        return x
+        """(B, S, D) what further layers give on the tokens as they are now, on their device."""
+        return run_layers(layers, prefill.hidden_states, self._prefill_step(prefill), None)
 
     def branch(
         self, prefill: Prefill, layers: nn.ModuleList, cache: KVCache | None = None
     ) -> tuple[Tensor, Tensor]:
         """Further layers on the tokens as they are now, beside the decoder's own.
 
-        Returns what the last of `layers` gives at the last prompt token, (B, 1, D) before any norm,
-        and what that token attends to there, (B, H, 1, S) in fp32. With a cache, which must hold
-        nothing of these layers yet, their keys and values are kept.
+        Returns what the last of `layers` gives at the last prompt token, (B, 1, D) before any norm
+        and on its device, and what that token attends to there, (B, H, 1, S) in fp32. With a cache,
+        which must hold nothing of these layers yet, their keys and values are kept.
         """
         x, step = prefill.hidden_states, self._prefill_step(prefill)
-        for layer in layers[:-1]:
-            x, _ = layer(x, step, cache)
-        return layers[-1].at_rows(x, step, prefill.last[:, None], cache)
+        x = run_layers(layers[:-1], x, step, cache)
+        x, step = bring(layers[-1], x, step)
+        hidden, row = layers[-1].at_rows(x, step, prefill.last[:, None].to(x.device), cache)
+        return hidden, row.to(prefill.hidden_states.device)
 
     def attention_rows(
         self, layer: int, x: Tensor, position_ids: Tensor, rows: Tensor, valid: Tensor | None
     ) -> Tensor:
         """(B, H, R, S) fp32 attention rows that `layer` would have on inputs x (B, S, D)."""
+        home, there = x.device, self.layers[layer].device
+        if home != there:
+            x, position_ids, rows, valid = moved((x, position_ids, rows, valid), there)
         norm, attention = self.layers[layer].input_layernorm, self.layers[layer].self_attn
         x = norm(x)
         k = attention.keys(x, self.rotary(position_ids, x.dtype))
         rope = self.rotary(position_ids.gather(1, rows), x.dtype)
-        return rows_of(attention.queries(gather_tokens(x, rows), rope), k, rows, valid)
+        return rows_of(attention.queries(gather_tokens(x, rows), rope), k, rows, valid).to(home)
 
     def _continue(self, x: Tensor, cache: KVCache, collect) -> Tensor:
         """All layers on the (B, q) tokens that follow those in the cache."""
         count = x.shape[1]
         steps: dict[int, Step] = {}  # layers that hold the same tokens share one
         for number, layer in enumerate(self.layers):
+            if layer.device != x.device:
+                x = x.to(layer.device)
             state = cache.rows[number]
             if id(state) not in steps:
                 positions = state.next_position[:, None] + torch.arange(count, device=x.device)
@@ -483,15 +374,17 @@ def drop_from_caches(
     orders: dict[int, Tensor] = {}
     states: dict[int, RowState] = {}  # layers that shared a state still do
     for layer in layers:
-        own, before = held[layer], cache.rows[layer]
+        before = cache.rows[layer]
+        own, there = held[layer], before.next_position.device
         if id(own) not in orders:
             # Both lists ascend in every row, so a search finds where the survivors were.
-            order = torch.searchsorted(own.contiguous(), after.index.contiguous())
+            index = after.index.to(there).contiguous()
+            order = torch.searchsorted(own.to(there).contiguous(), index)
             orders[id(own)] = order.clamp(max=own.shape[1] - 1)
         if id(before) not in states:
             follows = after.next_position
             follows = before.next_position if follows is None else follows
-            states[id(before)] = RowState(follows, after.valid)
+            states[id(before)] = moved(RowState(follows, after.valid), there)
         cache.keep(layer, orders[id(own)], states[id(before)])
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
+from ...devices import device_of
 from ...pruning.base import Pruner
 from ...pruning.ops import middle_places
 from ...pruning.tokens import TowerTokens, VisionTokens
@@ -84,7 +85,7 @@ class CLIPVisionTower(nn.Module):
 
         image_index: (B,) image each crop belongs to (default: one crop per image).
         """
-        pruner = pruner or Pruner()
+        pruner, images = pruner or Pruner(), images.to(self.device)
         if unknown := needs - EXTRAS:
             raise ValueError(f"unknown extras {sorted(unknown)}, choose from {sorted(EXTRAS)}")
         total, selected = self.depth
@@ -207,7 +208,7 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.vision_tower.device
+        return device_of(self.vision_tower)
 
     @property
     def config(self) -> CLIPVisionConfig:
@@ -280,6 +281,7 @@ def attention_extras(
 
 def fingerprint(images: Tensor) -> Tensor:
     """(B,) integers that depend on the pixels of each crop alone (exact, any device and batch)."""
-    pixels = (images.double() * 4096).round().long().flatten(1)
+    # A power of two as factor keeps float32 exact, and no device lacks it.
+    pixels = (images.float() * 4096).round().long().flatten(1)
     weights = torch.arange(1, pixels.shape[1] + 1, device=images.device) * 2654435761
     return (pixels * weights).sum(dim=1)

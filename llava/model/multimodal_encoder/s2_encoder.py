@@ -42,6 +42,7 @@ class CLIPVisionTowerS2(CLIPVisionTower):
         crops_in_budget: int = 1,
         image_index: Tensor | None = None,
     ) -> VisionTokens:
+        images = images.to(self.device)
         if images.shape[-1] != images.shape[-2]:
             raise ValueError(f"the multi-scale tower needs square images, got {images.shape[-2:]}")
         inner = {} if pruner is None else pruner.tower_extras(*self.depth)

@@ -1,0 +1,191 @@
+"""Layers of the decoder: RoPE at any positions, attention, MLP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...devices import device_of, moved
+from ...pruning.ops import gather_tokens
+from ...rms_norm import RMSNorm
+from ..kv_cache import KVCache, RowState
+from .attention import Packing, attend, attend_behind, attention_rows, repeat_heads, rows_of
+
+
+class Rotary:
+    """Cosines and sines of RoPE at any positions; holds no tensors, so it survives any loading."""
+
+    def __init__(self, config):
+        self.width = config.hidden_size // config.num_attention_heads
+        self.theta = getattr(config, "rope_theta", 10000.0)
+        scaling = getattr(config, "rope_scaling", None) or {"type": "linear", "factor": 1.0}
+        if scaling.get("type") != "linear":
+            raise ValueError(f"rope_scaling {scaling!r} is not supported, choose type 'linear'")
+        self.stretch = float(scaling["factor"])
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions (B, S) -> cos, sin, each (B, 1, S, d)."""
+        even = torch.arange(0, self.width, 2, device=positions.device).float()
+        frequency = 1.0 / self.theta ** (even / self.width)
+        angle = (positions[..., None].float() / self.stretch) * frequency
+        angle = torch.cat([angle, angle], dim=-1)[:, None]
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """x (B, H, S, d) turned by the angles of its positions."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+@dataclass
+class Step:
+    """What the layers of one forward pass share.
+
+    rope:   cos and sin of the tokens' positions
+    mask, packed: as in `attend`
+    valid:  (B, S) as in `Prefill`
+    rows:   (B, R) queries whose attention the layer records; None: it records nothing
+    form:   what it records of them, see `attention_rows`
+    state:  what the cache of these layers has to know about the rows
+    """
+
+    rope: tuple[Tensor, Tensor]
+    mask: Tensor | None = None
+    valid: Tensor | None = None
+    rows: Tensor | None = None
+    form: str = "weights"
+    state: RowState | None = None
+    packed: Packing | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped queries and RoPE."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        width, self.num_heads = config.hidden_size, config.num_attention_heads
+        self.num_kv_heads = getattr(config, "num_key_value_heads", None) or self.num_heads
+        self.head_dim = width // self.num_heads
+        self.layer_idx = layer_idx
+        self.backend = config._attn_implementation
+        bias = getattr(config, "attention_bias", False)
+        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
+
+    def queries_and_keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """q (B, H, S, d) and k (B, G, S, d) after RoPE, from normed inputs x (B, S, D)."""
+        return self.queries(x, rope), self.keys(x, rope)
+
+    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        batch, size, _ = x.shape
+        q = self.q_proj(x).view(batch, size, self.num_heads, self.head_dim).transpose(1, 2)
+        return rotate(q, rope)
+
+    def keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        batch, size, _ = x.shape
+        k = self.k_proj(x).view(batch, size, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        return rotate(k, rope)
+
+    def values(self, x: Tensor) -> Tensor:
+        """v (B, G, S, d) from normed inputs x (B, S, D)."""
+        batch, size, _ = x.shape
+        return self.v_proj(x).view(batch, size, self.num_kv_heads, self.head_dim).transpose(1, 2)
+
+    def forward(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
+        batch, size, _ = x.shape
+        q, k = self.queries_and_keys(x, step.rope)
+        v = self.values(x)
+        if cache is not None:
+            k, v = cache.append(self.layer_idx, k, v)
+        row = None
+        if step.rows is not None:
+            row = attention_rows(q, k, step.rows, step.valid, step.form)
+        shared = None if cache is None else cache.shared[self.layer_idx]
+        if shared is None:
+            out = attend(q, k, v, step.mask, self.backend, step.packed)
+        else:
+            out = attend_behind(q, k, v, step.mask, shared)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, size, -1)), row
+
+
+class MLP(nn.Module):
+    """Gated MLP (SwiGLU)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        if config.hidden_act != "silu":
+            raise ValueError(f"hidden_act {config.hidden_act!r} is not supported, choose 'silu'")
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP with residual connections."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer_idx)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes; read before every layer, so nothing but two look-ups."""
+        weight = self.input_layernorm.weight
+        return device_of(self) if weight.is_meta else weight.device
+
+    def forward(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
+        """x (B, S, D) -> the same shape, and the attention rows that `step.rows` asks for."""
+        out, row = self.self_attn(self.input_layernorm(x), step, cache)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), row
+
+    def at_rows(
+        self, x: Tensor, step: Step, rows: Tensor, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs (B, R, D) at places `rows` (B, R) alone, and the attention (B, H, R, S) there.
+
+        Keys and values of all tokens x (B, S, D) are computed, and kept in an empty `cache`.
+        """
+        attention, normed = self.self_attn, self.input_layernorm(x)
+        k, v = attention.keys(normed, step.rope), attention.values(normed)
+        if cache is not None:
+            cache.append(attention.layer_idx, k, v)
+        rope = tuple(gather_tokens(part[:, 0], rows)[:, None] for part in step.rope)
+        q = attention.queries(gather_tokens(normed, rows), rope)
+        weights = rows_of(q, k, rows, step.valid)
+        out = weights.to(v.dtype) @ repeat_heads(v, attention.num_heads)
+        out = attention.o_proj(out.transpose(1, 2).flatten(2))
+        x = gather_tokens(x, rows) + out
+        return x + self.mlp(self.post_attention_layernorm(x)), weights
+
+
+def bring(layer: DecoderLayer, x: Tensor, step: Step) -> tuple[Tensor, Step]:
+    """Hidden states and `Step` on the device of the layer that is to run on them."""
+    device = layer.device
+    if x.device != device:
+        x = x.to(device)
+    if step.rope[0].device != device:
+        step = moved(step, device)
+    return x, step
+
+
+def run_layers(layers: nn.ModuleList, x: Tensor, step: Step, cache: KVCache | None) -> Tensor:
+    """(B, S, D) what `layers` give on x (B, S, D), on the device of the last of them."""
+    for layer in layers:
+        x, step = bring(layer, x, step)
+        x, _ = layer(x, step, cache)
+    return x
