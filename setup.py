@@ -35,6 +35,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_namespace_packages(include=["llava", "llava.*"]),
+    py_modules=["nuwa"],  # the name under which a release offers its method
     package_data={"llava.eval": ["table/*.json"]},
     install_requires=[
         "torch>=2.1",

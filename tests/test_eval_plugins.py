@@ -4,6 +4,7 @@ stand-ins with their interface where they are not."""
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -154,6 +155,24 @@ def test_what_lmms_evals_own_llava_model_asks_for_works():
         assert torch.equal(both[row], alone[0])
     out = model(prompts[0][None], labels=prompts[0][None], images=pixels[:1], use_cache=True)
     assert out["loss"] > 0 and out["logits"].ndim == 3
+
+
+def test_the_example_task_of_lmms_eval_names_what_is_there(monkeypatch):
+    folder = ROOT / "scripts" / "lmms_eval"
+    text = (folder / "playground_pope.yaml").read_text()
+    monkeypatch.syspath_prepend(folder)
+    functions = importlib.import_module("playground_pope")
+    names = re.findall(r"!function playground_pope\.(\w+)", text)
+    assert len(names) == 2 and all(callable(getattr(functions, name)) for name in names)
+    (files,) = re.findall(r"test: (\S+)", text)
+    docs = [json.loads(line) for path in ROOT.glob(files) for line in path.open()]
+    assert len(docs) == 720 and {doc["label"] for doc in docs} == {"yes", "no"}
+    assert functions.doc_to_visual(docs[0])[0].mode == "RGB"
+    asked = {
+        json.loads(line)["text"]
+        for line in (ROOT / files).parent.parent.joinpath("llava_pope_test.jsonl").open()
+    }
+    assert {functions.doc_to_text(doc) for doc in docs} == asked
 
 
 def test_every_process_of_lmms_eval_has_its_own_gpu(lmms, monkeypatch):

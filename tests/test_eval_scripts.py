@@ -131,6 +131,42 @@ def test_without_tokens_a_method_has_its_own_budget_and_the_summary_says_what_it
     assert details["visual_tokens"]["histogram"] == [24] + 9 * [0]
 
 
+PUBLISHED = {
+    "VisPruner's": (["64", "0.5"], {}, "vispruner/n_64_important_ratio=0.5"),
+    "VisPruner's flags": (
+        ["--visual_token_num", "64", "--important_ratio", "0.5"],
+        {},
+        "vispruner/n_64_important_ratio=0.5",
+    ),
+    "TwigVLM's": (["-R", "64", "--twig", "a/b"], {}, "twigvlm/n_64_twig=a-b"),
+    "GlimpsePrune's": (
+        [],
+        {"METHOD": "glimpseprune", "MAX_REMAIN_RATIO": "0.2"},
+        "glimpseprune/n_default_max_remain_ratio=0.2",
+    ),
+}
+
+
+@pytest.mark.parametrize("words, environment, label", PUBLISHED.values(), ids=PUBLISHED)
+def test_words_of_published_scripts_reach_the_program(run, words, environment, label):
+    path = last_line(run("v1_5/eval/pope.sh", *words, LIMIT="2", **environment))["answers_file"]
+    assert path.endswith(f"/{label}_limit2.jsonl")
+    argv = json.loads(Path(path).with_suffix(".argv.json").read_text())
+    method, option = label.split("/")[0], label.split("_", 2)[2].replace("-", "/")
+    given = ["--visual-token-num", "64"] if "n_64" in label else []
+    start = argv.index("--pruning-method")
+    assert argv[start:] == [
+        *("--pruning-method", method, *given, "--pruning-arg", option, "--limit", "2"),
+        *("--answers-file", path),
+    ]
+
+
+def test_words_that_could_mean_several_methods_stop_the_script(run):
+    done = run("v1_5/eval/pope.sh", "64", "layer=3")
+    assert done.returncode == 1 and not done.stdout
+    assert "error: 'layer' belongs to fastv, adaptprune, nuwa: name one method" in done.stderr
+
+
 def test_a_benchmark_that_fails_does_not_stop_the_others(run, data, tmp_path):
     for name in ("pope", "qbench", "refcoco/refcoco+_testA", "viscot/benchmark/gqa"):
         for path in data.glob(f"{name}/*" if "/" not in name else f"{name}*"):

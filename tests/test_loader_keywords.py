@@ -144,3 +144,4 @@ def test_the_published_config_of_a_method_works_in_the_loader(tmp_path):
     model = load(twig=str(tmp_path), twigvlm_config=config)[1]
     assert isinstance(model.pruner, TwigVLM) and model.pruner.visual_token_num == 96
     assert model.pruner.enable_pruning and model.generation_strategy == "self_speculative"
+    assert model.pruner.published and not load(twig=str(tmp_path))[1].pruner.published

@@ -132,7 +132,8 @@ def pruner_from_keywords(pruner: Pruner | str | None, keywords: dict) -> Pruner:
     """The method that `load_pretrained_model(..., pruner=, **keywords)` asks for.
 
     Removes the options of methods from `keywords`, under our names and published ones; without
-    `pruner` they say which method is meant (`guess_method`). None is as good as not given.
+    `pruner` they say which method is meant (`guess_method`). None is as good as not given. With a
+    published dict of options, `generate` returns what the release does.
     """
     parts = pruner.split("+") if isinstance(pruner, str) and "+" in pruner else ()
     owner, options = take_options(keywords, tuple(f"{part}_" for part in parts))
@@ -147,7 +148,10 @@ def pruner_from_keywords(pruner: Pruner | str | None, keywords: dict) -> Pruner:
     name = pruner or owner
     if name is None:
         name, options = guess_method(options)
-    return build_pruner(name, **options)
+    made = build_pruner(name, **options)
+    if owner:
+        made.published = True
+    return made
 
 
 __all__ = [

@@ -61,6 +61,8 @@ class Pruner:
     published_group: ClassVar[str | None] = None
     #: options that its published scripts take by place
     positional: ClassVar[tuple[str, ...]] = ("visual_token_num",)
+    #: whether `generate` returns what that of the method's release does, see `present`
+    published: bool = False
     #: trained weights, registered on the model the method is assigned to
     module: nn.Module | None = None
 

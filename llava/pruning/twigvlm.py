@@ -103,7 +103,6 @@ class TwigVLM(BudgetPruner):
         if isinstance(number, float) and number.is_integer():  # the release takes 64.0 as well
             self.visual_token_num = int(number)
         super().__post_init__()
-        self._published = False
         Drafter(0, None, None, None, self.num_speculations, self.draft_stop_prob)  # checks them
         self.module: Twig | None = None
         self._config: dict = {}
@@ -257,10 +256,10 @@ class TwigVLM(BudgetPruner):
     def for_call(self, keywords: dict) -> tuple[TwigVLM, dict]:
         """Reads `twigvlm_config={"enable_pruning", "attention_rank", "generation_strategy"}`, also
         under the other names in `published_options`."""
-        if self.published_group not in keywords:
+        if self.published_group not in keywords and not self.published:
             return self, keywords
         keywords = dict(keywords)
-        entries = keywords.pop(self.published_group)
+        entries = keywords.pop(self.published_group, None)
         options = open_group(type(self), {} if entries is None else entries, (STRATEGY,))
         if STRATEGY in options:
             keywords[STRATEGY] = options.pop(STRATEGY)
@@ -269,15 +268,17 @@ class TwigVLM(BudgetPruner):
             raise ValueError(
                 f"{', '.join(fixed)} cannot change from call to call: assign another {self.name}"
             )
-        pruner = replace(self, **options)
-        pruner.module, pruner._config = self.module, self._config
-        pruner._published = not keywords.get("return_dict_in_generate")
+        as_tensor, pruner = not keywords.get("return_dict_in_generate"), self
+        if options or as_tensor != self.published:
+            pruner = replace(self, **options)
+            pruner.module, pruner._config = self.module, self._config
+            pruner.published = as_tensor
         return pruner, {**keywords, "return_dict_in_generate": True}
 
     def present(self, output, ends: set[int]):
-        """With `predicted_tokens` and the other fields of the release, when the call was made in
-        its way (`twigvlm_config`) and did not ask for an output object."""
-        return published_output(output, ends) if self._published else output
+        """With `predicted_tokens` and the other fields of the release, when the model was loaded or
+        called in its way (`twigvlm_config`) and the call did not ask for an output object."""
+        return published_output(output, ends) if self.published else output
 
 
 def load_twig(folder: str, model: nn.Module, count: int | None = None) -> Twig:

@@ -40,10 +40,11 @@ class PublishedOutput(Tensor):
 
 
 def published_output(output, ends: Collection[int]) -> PublishedOutput:
-    """output: what transformers' `generate` returns with `return_dict_in_generate`; ends: ids of
-    tokens that end an answer."""
-    result = output.sequences.as_subclass(PublishedOutput)
-    result.predicted_tokens = [answer(row, ends) for row in output.sequences.tolist()]
+    """output: what transformers' `generate` returns, with `return_dict_in_generate` or without;
+    ends: ids of tokens that end an answer."""
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    result = sequences.as_subclass(PublishedOutput)
+    result.predicted_tokens = [answer(row, ends) for row in sequences.tolist()]
     result.num_tokens_generated = sum(map(len, result.predicted_tokens))
     logs = getattr(output, "logs", None)
     if logs:
