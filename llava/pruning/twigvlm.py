@@ -118,7 +118,8 @@ class TwigVLM(BudgetPruner):
         if self.module is None:
             (folder,) = self.part_folders(getattr(model.config, "_name_or_path", ""))
             self._config = read_part_config(folder, self.name)
-            self.module = load_twig(folder, model, self.twig_T or _environment("twig_T"))
+            count = self.twig_T or _environment("twig_T")
+            self.module = load_twig(folder, model, count, self._neighbour(model))
         weight = self.module.norm.weight
         if weight.shape[0] != model.config.hidden_size:
             raise ValueError(
@@ -281,10 +282,13 @@ class TwigVLM(BudgetPruner):
         return published_output(output, ends) if self.published else output
 
 
-def load_twig(folder: str, model: nn.Module, count: int | None = None) -> Twig:
-    """The twig in `folder`, in the published layout or ours, with the device and type of `model`.
+def load_twig(
+    folder: str, model: nn.Module, count: int | None = None, like: Tensor | None = None
+) -> Twig:
+    """The twig in `folder`, in the published layout or ours.
 
     count: layers it must have; None: any number
+    like:  a tensor of the device and type it is to have; None: those of the model's final norm
     Raises ValueError when it has another number, or does not fit the model.
     """
     path, tensors = read_part(folder)
@@ -299,7 +303,7 @@ def load_twig(folder: str, model: nn.Module, count: int | None = None) -> Twig:
             f"({model.config.num_hidden_layers})"
         )
     named = {_our_name(name): tensor for name, tensor in tensors.items()}
-    like = empty_like_weights(model.model.norm)
+    like = empty_like_weights(model.model.norm) if like is None else like
     return build_part(lambda: Twig(model, len(numbers)), named, path, like)
 
 
