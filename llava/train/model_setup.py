@@ -15,6 +15,7 @@ from llava.model import (
     LlavaMistralConfig,
     LlavaMistralForCausalLM,
 )
+from llava.model.split_parameters import whole
 from llava.pruning import build_pruner
 from llava.pruning.cli import pruner_from_args
 
@@ -60,8 +61,9 @@ def load_model(model_args, data_args, training_args, given: set[str], attn_imple
             path, config=config, output_loading_info=True, **options
         )
         if any(key.endswith("image_newline") for key in info["missing_keys"]):
-            width = config.hidden_size
-            model.get_model().image_newline.data.normal_(std=1 / math.sqrt(width))
+            newline = model.get_model().image_newline
+            with whole([newline], change=True):
+                newline.data.normal_(std=1 / math.sqrt(config.hidden_size))
     model.config.use_cache = False
     return model
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from llava.model.split_parameters import whole
+
 ADAPTER_PARTS = ("mm_projector", "vision_resampler")
 PROJECTOR_FILE = "mm_projector.bin"
 NON_LORA_FILE = "non_lora_trainables.bin"
@@ -17,11 +19,7 @@ PRUNER_FILE = "pruner.bin"
 
 def gathered(parameter: Tensor) -> Tensor:
     """The whole parameter on the CPU; collected from all processes if DeepSpeed has split it."""
-    if not hasattr(parameter, "ds_id"):
-        return parameter.detach().cpu().clone()
-    from deepspeed import zero  # only a parameter split by DeepSpeed gets here
-
-    with zero.GatheredParameters([parameter]):
+    with whole([parameter]):
         return parameter.detach().cpu().clone()
 
 

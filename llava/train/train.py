@@ -19,6 +19,7 @@ import transformers
 from accelerate.state import AcceleratorState
 
 from llava.conversation import Conversation, conv_templates
+from llava.model.split_parameters import whole
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.data import make_supervised_data_module
 from llava.train.llava_trainer import LLaVATrainer
@@ -31,6 +32,7 @@ from llava.train.model_setup import (
     settle_dtypes,
 )
 from llava.train.processes import leave_group
+from llava.train.zero import join_processes
 
 
 def train(
@@ -68,6 +70,7 @@ def prepare(
     given = {word.lstrip("-").split("=")[0] for word in words if word.startswith("--")}
     # Weights that no checkpoint brings (a new projector, LoRA) must not depend on the past.
     transformers.set_seed(training_args.seed)
+    join_processes(training_args)
     model = load_model(model_args, data_args, training_args, given, attn_implementation)
     llava = model
     freeze_backbone(model, model_args, training_args)
@@ -117,8 +120,9 @@ def add_token_rows(tokenizer, model, special_tokens: dict[str, str]) -> None:
     model.resize_token_embeddings(len(tokenizer))
     if added:
         for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-            weight = table.weight.data
-            weight[-added:] = weight[:-added].mean(dim=0, keepdim=True)
+            with whole([table.weight], change=True):
+                weight = table.weight.data
+                weight[-added:] = weight[:-added].mean(dim=0, keepdim=True)
 
 
 @contextmanager

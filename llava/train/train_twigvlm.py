@@ -31,6 +31,7 @@ from llava.train.model_setup import add_vision, load_model
 from llava.train.processes import leave_group
 from llava.train.saving import gathered
 from llava.train.train import choose_template, load_tokenizer, own_precision
+from llava.train.zero import join_processes, kept_whole
 
 
 @dataclass
@@ -96,6 +97,10 @@ class TwigTrainer(LLaVATrainer):
     #: what config.json says the twig was trained on
     base_model = ""
 
+    @property
+    def hidden_size(self) -> int:
+        return self.model.trunk.config.hidden_size
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the twig; called by every process. Checkpoints during training
         (`_internal_call`) keep the training precision, the result has the compute precision."""
@@ -145,10 +150,12 @@ def prepare(
     given = {word.lstrip("-").split("=")[0] for word in words if word.startswith("--")}
     transformers.set_seed(training_args.seed)
     model_args.freeze_backbone = True  # so that the trunk is loaded in the compute precision
-    model = load_model(model_args, data_args, training_args, given, attn_implementation)
-    tokenizer = load_tokenizer(model_args, training_args)
-    conv = choose_template(tokenizer, model, model_args.version)
-    add_vision(model, tokenizer, model_args, data_args, training_args)
+    join_processes(training_args)
+    with kept_whole(training_args):
+        model = load_model(model_args, data_args, training_args, given, attn_implementation)
+        tokenizer = load_tokenizer(model_args, training_args)
+        conv = choose_template(tokenizer, model, model_args.version)
+        add_vision(model, tokenizer, model_args, data_args, training_args)
     data_args.image_grid_pinpoints = getattr(model.config, "image_grid_pinpoints", None)
     training = TwigTraining(model.to(training_args.device), twig_args.twig_K, twig_args.twig_T)
     if not training_args.deepspeed:  # which keeps float32 copies itself
