@@ -150,7 +150,11 @@ class LLaVATrainer(Trainer):
         folder = output_dir or self.args.output_dir
         if self.saved_part == "full":
             self._final = not _internal_call
-            super().save_model(folder, _internal_call)
+            # What is split between processes is collected by all of them, in the first alone.
+            split = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            state = self.accelerator.get_state_dict(self.model_wrapped) if split else None
+            if self.args.should_save:
+                self._save(folder, state)
             return
         if self.saved_part == "lora":
             states = lora_state(self.model), non_lora_state(self.model)

@@ -227,6 +227,7 @@ def add_vision(llava: nn.Module, tokenizer, model_args, data_args, training_args
         config.mm_vision_tower_lr = training_args.mm_vision_tower_lr
         tower.vision_tower.requires_grad_(True)
     data_args.image_processor = tower.image_processor
+    data_args.tokens_per_image = tower.num_patches
     data_args.is_multimodal = True
     data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
 
@@ -241,6 +242,7 @@ def add_pruner(llava: nn.Module, model_args, data_args, pruner=None) -> None:
     llava.pruner = pruner_from_args(model_args) if pruner is None else pruner
     if repr(llava.pruner) != repr(build_pruner("none")):
         logger.info("training with %r", llava.pruner)
+        data_args.tokens_per_image = 1  # or more, which depends on the method
     # The dataset prepares images the way the method wants them.
     data_args.image_grid_pinpoints = getattr(llava.config, "image_grid_pinpoints", None)
 

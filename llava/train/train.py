@@ -32,7 +32,7 @@ from llava.train.model_setup import (
     settle_dtypes,
 )
 from llava.train.processes import leave_group
-from llava.train.zero import join_processes
+from llava.train.zero import join_processes, refuse_fsdp
 
 
 def train(
@@ -70,6 +70,8 @@ def prepare(
     given = {word.lstrip("-").split("=")[0] for word in words if word.startswith("--")}
     # Weights that no checkpoint brings (a new projector, LoRA) must not depend on the past.
     transformers.set_seed(training_args.seed)
+    if training_args.fsdp and (training_args.lora_enable or model_args.tune_mm_mlp_adapter):
+        refuse_fsdp("LoRA or the projector alone")
     join_processes(training_args)
     model = load_model(model_args, data_args, training_args, given, attn_implementation)
     llava = model

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: what the pinned transformers leaves undone between its Trainer and DeepSpeed."""
+"""DeepSpeed: what the pinned transformers leaves undone between its Trainer and ZeRO."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import nn
 from transformers.integrations import deepspeed as hf_deepspeed
 
 
@@ -58,3 +59,14 @@ def kept_whole(training_args) -> Iterator[None]:
         yield
     finally:
         hf_deepspeed.set_hf_deepspeed_config(training_args.hf_deepspeed_config)
+
+
+def register_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
+    """Has ZeRO-3 gather `parameter` for the forward pass of `module`, which uses it directly."""
+    from deepspeed import zero
+
+    zero.register_external_parameter(module, parameter)
+
+
+def refuse_fsdp(part: str) -> None:
+    raise ValueError(f"--fsdp trains whole models only, not {part}: use --deepspeed, or neither")
