@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +27,6 @@ from .samples import Findings, check_conversations, missing_files, read_rows
 
 # A sample with an image counts as this many words longer when batches are formed by length.
 IMAGE_WORDS = 128
-# More than what any template puts around system prompt, question and answer.
-TEMPLATE_BYTES = 128
 
 
 def preprocess_multimodal(
@@ -116,6 +115,13 @@ class LazySupervisedDataset(Dataset):
             self.samples = [self.samples[i] for i in good]
             self.numbers = [self.numbers[i] for i in good]
 
+    @functools.cached_property
+    def _template_length(self) -> int:
+        """At least the number of ids that the template puts around a question."""
+        question = {"from": "human", "value": DEFAULT_IMAGE_TOKEN}
+        sample = {"image": "", "conversations": [question, {"from": "gpt", "value": "x"}]}
+        return len(self._tokens(sample)["input_ids"]) + 16
+
     def _keeps_an_answer(self, sample: dict) -> bool:
         """Whether something to learn is left of a sample that is cut to `model_max_length`.
 
@@ -124,10 +130,10 @@ class LazySupervisedDataset(Dataset):
         limit, messages = self.tokenizer.model_max_length, sample["conversations"]
         visual = getattr(self.data_args, "tokens_per_image", 1) if "image" in sample else 0
         first = next(i for i, message in enumerate(messages) if i and message["from"] == "gpt")
-        before = [self.conv.system, *(message["value"] for message in messages[:first])]
+        before = [message["value"] for message in messages[:first]]
         if visual >= limit and any(DEFAULT_IMAGE_TOKEN in text for text in before):
             return False
-        room = limit - visual - TEMPLATE_BYTES
+        room = limit - visual - self._template_length
         if 4 * sum(map(len, before)) < room or sum(len(text.encode()) for text in before) < room:
             return True
         if getattr(self.data_args, "label_masks", "exact") != "exact":
