@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -198,7 +199,9 @@ def test_a_recipe_runs_in_its_own_precision(farm, place, tmp_path, zero):
     start = load_file(place / "start/model.safetensors")
     found = weights(tmp_path / "out")
     assert {value.dtype for value in found.values()} == {torch.bfloat16}
-    assert {n for n in found if not torch.equal(found[n].float(), start[n])} == set(start)
+    assert found.keys() == start.keys()
+    changed = {n for n in found if not torch.equal(found[n], start[n].bfloat16())}
+    assert {"lm_head.weight", "model.mm_projector.0.weight"} <= changed
 
 
 @needs_deepspeed
@@ -229,15 +232,12 @@ def test_a_process_without_images_keeps_no_other_waiting(farm, place, tmp_path, 
 )
 def test_a_run_under_deepspeed_resumes(farm, place, tmp_path, name, zero):
     changes = {"deepspeed": f"scripts/{zero}.json", "save_strategy": "steps", "save_steps": 1}
-    changes |= {"optim": "adamw_torch", "lr_scheduler_type": "constant", "warmup_ratio": 0}
+    changes |= {"optim": "adamw_torch", "lr_scheduler_type": "constant", "save_total_limit": 3}
     farm.run(*recipe(name, place, tmp_path / "whole", **changes))
-    whole = weights(tmp_path / "whole")
-    # A run of one step would have left this; the checkpoint of step 1 is not kept beside step 2.
-    farm.run(*recipe(name, place, tmp_path / "parts", **changes, **{"max_steps": 1}))
-    assert (tmp_path / "parts/checkpoint-1").exists()
-    farm.run(*recipe(name, place, tmp_path / "parts", **changes))
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    assert_same(weights(tmp_path / "parts"), whole)
+    shutil.copytree(tmp_path / "whole/checkpoint-1", tmp_path / "rest/checkpoint-1")
+    farm.run(*recipe(name, place, tmp_path / "rest", **changes))
+    assert losses(tmp_path / "rest") == losses(tmp_path / "whole")
+    assert_same(weights(tmp_path / "rest"), weights(tmp_path / "whole"))
 
 
 def test_fsdp_learns_what_one_process_learns(farm, place, single, tmp_path):

@@ -344,6 +344,12 @@ class LlavaMetaForCausalLM:
         if any(slots) or only_dummies:
             encoded = isinstance(images[0], ImageTokens)
             tokens = images if encoded else self.image_tokens(images, image_sizes, questions)
+        newline = getattr(self.get_model(), "image_newline", None)
+        if self.training and tokens and newline is not None:
+            # Gradients have to come in the same order whether the images of a batch use it or not:
+            # before the projector's, behind those of the embeddings.
+            first = tokens[0].embeds
+            tokens[0].embeds = torch.cat([first, newline[None, :][:0].to(first.dtype)])
         if self.pruning_trace is not None and not only_dummies:
             for image in tokens:
                 self.pruning_trace.add_image(image.patches, image.embeds, image.length)
@@ -368,13 +374,8 @@ class LlavaMetaForCausalLM:
                     max(widths, default=0),
                 )
             )
-        if self.training and images is not None:
-            bound = [tokens[0].embeds] if only_dummies else []
-            if (newline := getattr(self.get_model(), "image_newline", None)) is not None:
-                bound.append(newline[None])
-            # None of their rows, yet a gradient of zeros.
-            nothing = [part[:0].to(embeds.dtype) for part in bound]
-            rows[0]["x"] = torch.cat([rows[0]["x"], *nothing])
+        if only_dummies:  # none of their rows, yet a gradient of zeros
+            rows[0]["x"] = torch.cat([rows[0]["x"], tokens[0].embeds[:0].to(embeds.dtype)])
         side = padding_side or getattr(self.config, "tokenizer_padding_side", "right")
         return pad_rows(rows, side, tagged=any(image.tags is not None for image in tokens))
 
