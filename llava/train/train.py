@@ -129,17 +129,20 @@ def add_token_rows(tokenizer, model, special_tokens: dict[str, str]) -> None:
 
 @contextmanager
 def own_precision() -> Iterator[None]:
-    """Keeps the precision of this run from becoming that of later runs in the same process."""
-    name = "ACCELERATE_MIXED_PRECISION"
-    before = os.environ.get(name)
+    """Keeps precision, DeepSpeed and FSDP of this run from those of later ones in this process."""
+
+    def settings() -> dict[str, str]:
+        prefixes = ("ACCELERATE_", "FSDP_")
+        return {key: value for key, value in os.environ.items() if key.startswith(prefixes)}
+
+    before = settings()
     try:
         yield
     finally:
         AcceleratorState._reset_state()
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
+        for key in settings().keys() - before.keys():
+            del os.environ[key]
+        os.environ.update(before)
 
 
 if __name__ == "__main__":
