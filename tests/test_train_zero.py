@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from llava.train.zero import join_processes, settle_sizes
 from tests.test_train_run import run, workplace  # noqa: F401
 from tests.train_tools import write_start
 
+ROOT = Path(__file__).parents[1]
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
     reason="needs DeepSpeed: pip install -e .[deepspeed]",
@@ -120,7 +122,7 @@ def test_a_save_that_lacks_weights_is_noticed(llava, tmp_path):
 @pytest.mark.parametrize("zero", ["zero3", "zero3_offload"])
 def test_sizes_that_follow_the_width_are_whole_numbers(tmp_path, width, zero):
     args = TrainingArguments(
-        str(tmp_path), deepspeed=f"scripts/{zero}.json", use_cpu=True, report_to="none"
+        str(tmp_path), deepspeed=str(ROOT / f"scripts/{zero}.json"), use_cpu=True, report_to="none"
     )
     settle_sizes(args, width)
     sizes = args.hf_deepspeed_config.config["zero_optimization"]
@@ -133,7 +135,7 @@ def test_sizes_that_follow_the_width_are_whole_numbers(tmp_path, width, zero):
 def test_deepspeed_without_a_launcher_is_explained(tmp_path, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     args = TrainingArguments(
-        str(tmp_path), deepspeed="scripts/zero2.json", use_cpu=True, report_to="none"
+        str(tmp_path), deepspeed=str(ROOT / "scripts/zero2.json"), use_cpu=True, report_to="none"
     )
     with pytest.raises(ValueError, match="needs a launcher, also for one process"):
         join_processes(args)
