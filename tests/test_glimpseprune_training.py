@@ -104,7 +104,7 @@ def test_a_yaml_file_names_data_sets_even_the_same_twice(pictures, caplog):
     samples = read_datasets(str(pictures / "d.yaml"), str(pictures), 42)
     assert [s.question for s in samples] == ["What?", "What? Briefly."]
     assert [s.boxes for s in samples] == [[[0, 0, 20, 10]], None]
-    assert "2 of 4 pictures cannot be opened" in caplog.text
+    assert "2 of 4 samples are left out: their picture is missing" in caplog.text
 
 
 def test_conversations_of_visual_cot_are_read(pictures):
@@ -185,10 +185,13 @@ def test_a_loss_class_that_is_unknown_is_refused():
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
+    return make_workplace(tmp_path_factory.mktemp("glimpse"))
+
+
+def make_workplace(folder):
     """A folder with a tiny LLaVA and boxes around halves of the recorded pictures."""
-    folder = tmp_path_factory.mktemp("glimpse")
-    write_start(folder, "llava", num_hidden_layers=3, initializer_range=0.05)
     (folder / "cot/gqa").mkdir(parents=True)
+    write_start(folder, "llava", num_hidden_layers=3, initializer_range=0.05)
     rows = []
     for path in sorted((GOLDEN / "images").glob("*.png"))[:4]:
         width, height = Image.open(path).size

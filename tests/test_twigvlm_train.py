@@ -17,7 +17,7 @@ from llava.model import LlavaLlamaForCausalLM
 from llava.pruning import build_pruner
 from llava.pruning.twigvlm import published_name
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.train_twigvlm import TwigArguments, TwigTraining, leave_out, train
+from llava.train.train_twigvlm import TwigArguments, TwigTraining, train
 from tests.ports import free_port
 from tests.test_train_run import command_line, losses, parameters, workplace  # noqa: F401
 
@@ -77,12 +77,6 @@ def test_other_parts_cannot_be_trained_along(workplace, tmp_path):  # noqa: F811
         run(workplace, tmp_path, "--twig_T", 2)
     with pytest.raises(ValueError, match="skip_samples 99: the data has"):
         run(workplace, tmp_path, "--skip_samples", 99)
-
-
-def test_samples_are_left_out_by_their_place_in_the_file():
-    samples = list("abcdef")
-    leave_out(samples, [1, 4, 1])
-    assert samples == list("acdf")
 
 
 def test_pieces_that_are_not_trained_are_hidden_from_the_optimizer(model):

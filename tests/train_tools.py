@@ -32,7 +32,10 @@ def write_start(folder: Path, name: str, **config) -> None:
         "_name_or_path": str(folder / name),
         **config,
     }
-    LlavaLlamaForCausalLM(LlavaConfig(**config)).save_pretrained(folder / name)
+    model = LlavaLlamaForCausalLM(LlavaConfig(**config))
+    if hasattr(model.model, "image_newline"):
+        model.model.image_newline.data.normal_(std=0.1)
+    model.save_pretrained(folder / name)
 
 
 def all_but_the_tokenizer(_, names):

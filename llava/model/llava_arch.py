@@ -36,6 +36,7 @@ from .multimodal_encoder.clip_encoder import CLIPVisionTower
 from .multimodal_projector.builder import build_vision_projector
 from .patches import SPLICE, check_tower, refuse, replacement, spliced_outside
 from .prompt import Prompt, build_row, pad_rows
+from .split_parameters import whole
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
 
@@ -92,10 +93,12 @@ class LlavaMetaModel:
             for key, value in weights.items()
             if "mm_projector." in key
         }
-        self.mm_projector.load_state_dict(projector)
+        with whole(self.mm_projector.parameters(), change=True):
+            self.mm_projector.load_state_dict(projector)
         for key, value in weights.items():
             if key.endswith("image_newline") and hasattr(self, "image_newline"):
-                self.image_newline.data.copy_(value)
+                with whole([self.image_newline], change=True):
+                    self.image_newline.data.copy_(value)
 
 
 class LlavaMetaForCausalLM:
@@ -365,16 +368,25 @@ class LlavaMetaForCausalLM:
         Images go to the marks in order of appearance, sample after sample. Their number must equal
         the number of marks, or exceed it by one per text-only sample (which uses up a dummy).
         They may also be what `image_tokens` made of them. Raises ValueError otherwise.
+        In training mode dummies are encoded as well when a batch holds nothing else, and every
+        parameter that images use gets a gradient: processes that train together wait for each
+        other at each of them.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = mask.bool().cpu()
         marked = (input_ids.cpu() == IMAGE_TOKEN_INDEX) & mask
         slots = image_slots(marked.sum(dim=1).tolist(), 0 if images is None else len(images))
-        tokens = []
-        if any(slots):
+        tokens, only_dummies = [], self.training and images is not None and not any(slots)
+        if any(slots) or only_dummies:
             encoded = isinstance(images[0], ImageTokens)
             tokens = images if encoded else self.image_tokens(images, image_sizes, questions)
-        if self.pruning_trace is not None:
+        newline = getattr(self.get_model(), "image_newline", None)
+        if self.training and tokens and newline is not None:
+            # Gradients have to come in the same order whether the images of a batch use it or not:
+            # before the projector's, behind those of the embeddings.
+            first = tokens[0].embeds
+            tokens[0].embeds = torch.cat([first, newline[None, :][:0].to(first.dtype)])
+        if self.pruning_trace is not None and not only_dummies:
             for image in tokens:
                 self.pruning_trace.add_image(image.patches, image.embeds, image.length)
         embeds = self.get_model().embed_tokens(input_ids.clamp(min=0))
@@ -399,6 +411,8 @@ class LlavaMetaForCausalLM:
                     max(widths, default=0),
                 )
             )
+        if only_dummies:  # none of their rows, yet a gradient of zeros
+            rows[0]["x"] = torch.cat([rows[0]["x"], tokens[0].embeds[:0].to(embeds.dtype)])
         side = padding_side or getattr(self.config, "tokenizer_padding_side", "right")
         return pad_rows(rows, side, tagged=any(image.tags is not None for image in tokens))
 
@@ -444,8 +458,9 @@ class LlavaMetaForCausalLM:
             tables = (self.get_input_embeddings(), self.get_output_embeddings())
             if added:
                 for table in tables:
-                    weight = table.weight.data
-                    weight[-added:] = weight[:-added].mean(dim=0, keepdim=True)
+                    with whole([table.weight], change=True):
+                        weight = table.weight.data
+                        weight[-added:] = weight[:-added].mean(dim=0, keepdim=True)
             if tune:
                 tables[0].requires_grad_(True)
                 tables[1].requires_grad_(False)
@@ -457,7 +472,12 @@ class LlavaMetaForCausalLM:
 
     def _load_marker_rows(self, path: str, added: int) -> None:
         saved = torch.load(path, map_location="cpu", weights_only=True)["model.embed_tokens.weight"]
-        weight = self.get_input_embeddings().weight.data
+        table = self.get_input_embeddings().weight
+        with whole([table], change=True):
+            self._copy_marker_rows(path, saved, table.data, added)
+
+    @staticmethod
+    def _copy_marker_rows(path: str, saved: Tensor, weight: Tensor, added: int) -> None:
         if added != 2 or (saved.shape != weight.shape and len(saved) != added):
             raise ValueError(
                 f"embeddings of shape {tuple(saved.shape)} in {path} do not fit a table of shape "

@@ -50,6 +50,10 @@ class DataArguments:
     is_multimodal: bool = False
     image_folder: str | None = None
     image_aspect_ratio: str = "square"
+    skip_bad_samples: bool = field(
+        default=False,
+        metadata={"help": "added: leave out samples with mistakes instead of stopping"},
+    )
     label_masks: str = field(
         default="exact",
         metadata={"help": "added: exact, or released (the published masks with their defects)"},

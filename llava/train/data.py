@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +17,13 @@ from llava.constants import (
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_TOKEN,
     IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
 )
 from llava.conversation import Conversation, default_conversation
 from llava.mm_utils import process_images
 
 from .labels import preprocess
+from .samples import Findings, check_conversations, missing_files, read_rows
 
 # A sample with an image counts as this many words longer when batches are formed by length.
 IMAGE_WORDS = 128
@@ -51,24 +53,98 @@ def preprocess_multimodal(
 
 
 class LazySupervisedDataset(Dataset):
-    """Samples of a JSON list, made one by one.
+    """Samples of a JSON list or of JSON lines, made one by one.
 
     data_path: file with `[{"id", "image"?, "conversations": [{"from", "value"}, ...]}, ...]`; image
                paths are relative to `data_args.image_folder`
-    data_args: `DataArguments`; a multimodal run adds `image_processor`, `mm_use_im_start_end` and,
-               for anyres, `image_grid_pinpoints`
+    data_args: `DataArguments`; a multimodal run adds `image_processor`, `mm_use_im_start_end`,
+               `tokens_per_image` and, for anyres, `image_grid_pinpoints`
     conv:      prompt template
+    skip:      places in the file of samples to leave out
+
+    Raises ValueError for samples that cannot be used, all of which are found here; with
+    `data_args.skip_bad_samples` they are left out.
 
     An item holds `input_ids` and `labels` (S,); in a multimodal run also `image` (3, H, W), zeros
     for a text-only sample, or (1 + T, 3, H, W) with anyres, then with `image_size` (width, height).
     """
 
-    def __init__(self, data_path: str, tokenizer, data_args, conv: Conversation | None = None):
-        with open(data_path, encoding="utf-8") as file:
-            self.samples = json.load(file)
-        self.tokenizer = tokenizer
-        self.data_args = data_args
+    def __init__(
+        self,
+        data_path: str,
+        tokenizer,
+        data_args,
+        conv: Conversation | None = None,
+        skip: Sequence[int] = (),
+    ):
+        self.data_path, self.tokenizer, self.data_args = data_path, tokenizer, data_args
         self.conv = default_conversation if conv is None else conv
+        samples = read_rows(data_path)
+        if outside := sorted(place for place in skip if not 0 <= place < len(samples)):
+            raise ValueError(f"skip_samples {outside[0]}: the data has {len(samples)} samples")
+        skip = set(skip)
+        self.numbers = [number for number in range(len(samples)) if number not in skip]
+        self.samples = [samples[number] for number in self.numbers]
+        self._check()
+
+    def _check(self) -> None:
+        findings = Findings(self.data_path)
+        check_conversations(self.samples, self.numbers, self.conv, findings)
+        bad = {number for number, _ in findings.mistakes}
+        good, lost = [i for i, number in enumerate(self.numbers) if number not in bad], 0
+        paths = {i: self._path(self.samples[i]) for i in good if "image" in self.samples[i]}
+        missing = missing_files(paths.values())
+        for i in good:
+            number, sample = self.numbers[i], self.samples[i]
+            if paths.get(i) in missing:
+                findings.mistake(number, sample, f"there is no file {paths[i]}")
+                bad.add(number)
+            elif not self._keeps_an_answer(sample):
+                lost, limit = lost + 1, self.tokenizer.model_max_length
+                what = f"samples lose all answers to model_max_length {limit} and teach nothing"
+                findings.note(number, sample, what)
+        findings.report(len(self.samples), getattr(self.data_args, "skip_bad_samples", False))
+        if good and lost == len(good):
+            tokens = getattr(self.data_args, "tokens_per_image", 0)
+            raise ValueError(
+                f"{self.data_path}: model_max_length {self.tokenizer.model_max_length} cuts away "
+                f"the answers of all {lost} samples (an image takes {tokens} tokens): raise it"
+            )
+        if bad:
+            good = [i for i in good if self.numbers[i] not in bad]
+            self.samples = [self.samples[i] for i in good]
+            self.numbers = [self.numbers[i] for i in good]
+
+    @functools.cached_property
+    def _template_length(self) -> int:
+        """At least the number of ids that the template puts around a question."""
+        question = {"from": "human", "value": DEFAULT_IMAGE_TOKEN}
+        sample = {"image": "", "conversations": [question, {"from": "gpt", "value": "x"}]}
+        return len(self._tokens(sample)["input_ids"]) + 16
+
+    def _keeps_an_answer(self, sample: dict) -> bool:
+        """Whether something to learn is left of a sample that is cut to `model_max_length`.
+
+        Texts are tokenised only when they could be too long: no token is shorter than a byte.
+        """
+        limit, messages = self.tokenizer.model_max_length, sample["conversations"]
+        visual = getattr(self.data_args, "tokens_per_image", 1) if "image" in sample else 0
+        first = next(i for i, message in enumerate(messages) if i and message["from"] == "gpt")
+        before = [message["value"] for message in messages[:first]]
+        if visual >= limit and any(DEFAULT_IMAGE_TOKEN in text for text in before):
+            return False
+        room = limit - visual - self._template_length
+        if 4 * sum(map(len, before)) < room or sum(len(text.encode()) for text in before) < room:
+            return True
+        if getattr(self.data_args, "label_masks", "exact") != "exact":
+            return True  # these masks lose whole samples for reasons of their own
+        labels, ids = (self._tokens(sample)[key] for key in ("labels", "input_ids"))
+        learned = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        if not len(learned):
+            return not any(m["value"].strip() for m in messages if m["from"] == "gpt")
+        place = int(learned[0])
+        images = int((ids[:place] == IMAGE_TOKEN_INDEX).sum())
+        return place + images * (visual - 1) < limit
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -85,26 +161,27 @@ class LazySupervisedDataset(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         sample = self.samples[i]
-        messages, has_image = sample["conversations"], "image" in sample
+        has_image = "image" in sample
         try:
             image = self._image(sample) if has_image else {}
-            if has_image:
-                messages = preprocess_multimodal(
-                    messages, self.conv, getattr(self.data_args, "mm_use_im_start_end", False)
-                )
-                _check_marks(messages)
-            item = preprocess(
-                messages,
-                self.tokenizer,
-                self.conv,
-                has_image,
-                getattr(self.data_args, "label_masks", "exact"),
-            )
+            item = self._tokens(sample)
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"training sample {i} (id {sample.get('id')!r}): {error}") from error
+            where = f"{self.data_path}, sample {self.numbers[i]} (id {sample.get('id')!r})"
+            raise ValueError(f"{where}: {error}") from error
         if not has_image and self.data_args.is_multimodal:
             image = self._no_image()
         return item | image
+
+    def _tokens(self, sample: dict) -> dict[str, torch.Tensor]:
+        args, messages, has_image = self.data_args, sample["conversations"], "image" in sample
+        if has_image:
+            marked = getattr(args, "mm_use_im_start_end", False)
+            messages = preprocess_multimodal(messages, self.conv, marked)
+        label_masks = getattr(args, "label_masks", "exact")
+        return preprocess(messages, self.tokenizer, self.conv, has_image, label_masks)
+
+    def _path(self, sample: dict) -> str:
+        return os.path.join(self.data_args.image_folder or "", sample["image"])
 
     def _image(self, sample: dict) -> dict:
         args = self.data_args
@@ -124,12 +201,6 @@ class LazySupervisedDataset(Dataset):
 
 def _words(sample: dict) -> int:
     return sum(len(message["value"].split()) for message in sample["conversations"])
-
-
-def _check_marks(messages: list[dict]) -> None:
-    marks = sum(DEFAULT_IMAGE_TOKEN in message["value"] for message in messages)
-    if marks > 1:
-        raise ValueError(f"{marks} messages hold {DEFAULT_IMAGE_TOKEN}, but a sample has one image")
 
 
 @dataclass
@@ -163,10 +234,15 @@ class DataCollatorForSupervisedDataset:
         return batch
 
 
-def make_supervised_data_module(tokenizer, data_args, conv: Conversation | None = None) -> dict:
+def make_supervised_data_module(
+    tokenizer, data_args, conv: Conversation | None = None, skip: Sequence[int] = ()
+) -> dict:
     """The Trainer's `train_dataset`, `eval_dataset` (None) and `data_collator`."""
+    path = data_args.data_path
+    if path is None:
+        raise ValueError("--data_path is missing: a JSON list of conversations, or JSON lines")
     return {
-        "train_dataset": LazySupervisedDataset(data_args.data_path, tokenizer, data_args, conv),
+        "train_dataset": LazySupervisedDataset(path, tokenizer, data_args, conv, skip),
         "eval_dataset": None,
         "data_collator": DataCollatorForSupervisedDataset(tokenizer),
     }

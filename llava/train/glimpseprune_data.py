@@ -12,7 +12,6 @@ with the picture at IMG_DIR/PATH.
 from __future__ import annotations
 
 import ast
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from llava.mm_utils import process_images
 from llava.pruning.glimpseprune import boxes_to_cells
 
 from .labels import preprocess
+from .samples import Findings, missing_files, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ class BoxSample:
 def read_datasets(source: str, img_dir: str, seed: int) -> list[BoxSample]:
     """The samples of a yaml file with a list `datasets`, or of one JSON or JSON-lines file.
 
-    Pictures that cannot be opened are left out, with a warning that counts them.
+    Samples whose picture is missing are left out, with a warning that counts them. Raises
+    ValueError, with file and number, for samples that lack something.
     """
     if source.endswith((".yaml", ".yml")):
         with open(source, encoding="utf-8") as file:
@@ -79,17 +80,18 @@ def read_datasets(source: str, img_dir: str, seed: int) -> list[BoxSample]:
                 f"{source}: unknown key {', '.join(unknown)}, choose from {', '.join(DATASET_KEYS)}"
             )
         samples += read_dataset(entry, img_dir, seed)
-    readable = [sample for sample in samples if can_open(sample.path)]
-    if len(readable) < len(samples):
+    missing = missing_files(sample.path for sample in samples)
+    there = [sample for sample in samples if sample.path not in missing]
+    if missing:
         logger.warning(
-            "%d of %d pictures cannot be opened and are left out, %s for one",
-            len(samples) - len(readable),
+            "%d of %d samples are left out: their picture is missing, %s for one",
+            len(samples) - len(there),
             len(samples),
-            next(sample.path for sample in samples if not can_open(sample.path)),
+            min(missing),
         )
-    if not readable:
+    if not there:
         raise ValueError(f"{source} leaves no sample with a picture (looked in {img_dir})")
-    return readable
+    return there
 
 
 def read_dataset(entry: dict, img_dir: str, seed: int) -> list[BoxSample]:
@@ -99,24 +101,30 @@ def read_dataset(entry: dict, img_dir: str, seed: int) -> list[BoxSample]:
         raise ValueError(f"mapper {mapper!r} is unknown, choose from {', '.join(MAPPERS)}")
     if unknown := set(entry.get("additional_mappers") or ()) - {"norm_bboxes"}:
         raise ValueError(f"additional_mappers {sorted(unknown)} are unknown, choose norm_bboxes")
-    rows = sampled(read_rows(entry["json_path"]), entry.get("sampling_strategy"), seed)
+    path = entry.get("json_path")
+    if path is None:
+        raise ValueError(f"a data set names no json_path, only {', '.join(entry) or 'nothing'}")
+    rows = list(enumerate(read_rows(path)))
+    total, rows = len(rows), sampled(rows, entry.get("sampling_strategy"), seed)
     folder, template = entry.get("img_dir") or img_dir, entry.get("prompt") or "{}"
     bbox_type = entry.get("bbox_type", "xyxy")
     read = read_conversation if mapper == "cot_bench" else read_line
-    samples = [read(row, folder, bbox_type) for row in rows]
+    samples, findings = [], Findings(path)
+    for number, row in rows:
+        try:
+            samples.append(read(row, folder, bbox_type))
+        except (KeyError, TypeError, ValueError, IndexError, SyntaxError) as error:
+            what = f"has no {error}" if isinstance(error, KeyError) else str(error)
+            findings.mistake(number, row, what)
+            continue
+        if not samples[-1].answer.strip():
+            findings.note(number, row, "samples with an empty answer")
+    findings.report(total)
     for sample in samples:
         sample.question = template.format(sample.question)
         if mapper == "cot_train_fullmask":
             sample.boxes = None
     return samples
-
-
-def read_rows(path: str) -> list[dict]:
-    """The entries of a JSON list or of JSON lines."""
-    with open(path, encoding="utf-8") as file:
-        if path.endswith(".json"):
-            return json.load(file)
-        return [json.loads(line) for line in file if line.strip()]
 
 
 def sampled(rows: list, strategy: str | None, seed: int) -> list:
@@ -139,35 +147,39 @@ def read_line(row: dict, folder: str, bbox_type: str) -> BoxSample:
     path = os.path.join(folder, "cot", row["dataset"], row["image"])
     size = row["width"], row["height"]
     boxes = [pixel_box(box, bbox_type, size) for box in row["bboxs"]]
-    return BoxSample(row["question"], row["answer"], path, boxes)
+    return BoxSample(text_of(row, "question"), text_of(row, "answer"), path, boxes)
 
 
 def read_conversation(row: dict, folder: str, bbox_type: str) -> BoxSample:
     """An entry of mapper "cot_bench"; its box is always in pixels."""
+    if not isinstance(row["image"], list) or len(row["image"]) != 2 or "###" not in row["image"][1]:
+        raise ValueError(f"image is {row['image']!r}, expected [PATH, 'PATH###[x1, y1, x2, y2]']")
     path, marked = row["image"]
-    box = list(ast.literal_eval(marked.split("###", 1)[1]))
-    messages = [message["value"] for message in row["conversations"]]
+    box = pixel_box(ast.literal_eval(marked.split("###", 1)[1]), "xyxy", (0, 0))
+    messages = [text_of(message, "value") for message in row["conversations"]]
     question = messages[0].replace(BOX_REQUEST, "").replace(f"{DEFAULT_IMAGE_TOKEN}\n", "")
     return BoxSample(question.strip(), messages[-1], os.path.join(folder, path), [box])
+
+
+def text_of(row: dict, key: str) -> str:
+    """The text under `key`, a number in digits."""
+    value = row[key]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"{key} is {value!r}, expected text")
+    return str(value)
 
 
 def pixel_box(box: Sequence[float], bbox_type: str, size: tuple[int, int]) -> list[float]:
     """(left, top, right, bottom) in pixels of a picture of `size` (width, height)."""
     if bbox_type not in BOX_TYPES:
         raise ValueError(f"bbox_type {bbox_type!r} is unknown, choose from {', '.join(BOX_TYPES)}")
+    if len(box) != 4 or not all(isinstance(edge, (int, float)) for edge in box):
+        raise ValueError(f"the box {box!r} is not four numbers")
     if bbox_type == "xywh":
         return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
     if bbox_type == "xyxy_norm1000":
         return [edge * side / 1000 for edge, side in zip(box, (*size, *size), strict=True)]
     return list(box)
-
-
-def can_open(path: str) -> bool:
-    try:
-        with Image.open(path):
-            return True
-    except OSError:
-        return False
 
 
 def box_mask(

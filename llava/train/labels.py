@@ -41,6 +41,7 @@ def preprocess(
     """`input_ids` and `labels`, both (S,) int64, of one conversation in the template `conv`.
 
     messages: `{"from": "human" | "gpt", "value": text}`, alternating; a leading answer is dropped.
+    A system turn in front takes the place of the template's system prompt.
     With an image, `<image>` becomes IMAGE_TOKEN_INDEX and nothing is cut; without, the text is
     cut to `tokenizer.model_max_length` ids.
     """
@@ -50,7 +51,7 @@ def preprocess(
         return preprocess_released(messages, tokenizer, conv, has_image)
     if label_masks != "exact":
         raise ValueError(f"label_masks {label_masks!r} is unknown, choose 'exact' or 'released'")
-    rendered = render(messages, conv)
+    rendered = render(*with_system(messages, conv))
     has_image = has_image or conv.sep_style == SeparatorStyle.PLAIN
     ids, spans = tokenize_with_spans(rendered.text, tokenizer, has_image)
     labels = [
@@ -60,6 +61,19 @@ def preprocess(
     if not has_image:
         ids, labels = ids[: tokenizer.model_max_length], labels[: tokenizer.model_max_length]
     return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+
+
+def with_system(
+    messages: Sequence[dict], conv: Conversation
+) -> tuple[Sequence[dict], Conversation]:
+    """The messages without a system turn in front, and the template with its text."""
+    if not messages or messages[0]["from"] != "system":
+        return messages, conv
+    conv = conv.copy()
+    # ChatML templates keep the role's own line in front of the text.
+    head = conv.system.partition("\n")[0] + "\n" if conv.sep_style == SeparatorStyle.MPT else ""
+    conv.system = head + messages[0]["value"]
+    return messages[1:], conv
 
 
 def render(messages: Sequence[dict], conv: Conversation) -> Rendered:

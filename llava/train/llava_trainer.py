@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from .saving import (
     save_projector,
     unwrapped,
 )
+from .zero import settle_sizes
 
 
 class SamplerEpochs(TrainerCallback):
@@ -43,6 +45,15 @@ class LLaVATrainer(Trainer):
     """
 
     _final = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        settle_sizes(self.args, self.hidden_size)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the decoder."""
+        return self.model.config.hidden_size
 
     def create_accelerator_and_postprocess(self) -> None:
         # transformers 4.37 passes arguments that accelerate 1.0 has removed.
@@ -108,21 +119,19 @@ class LLaVATrainer(Trainer):
             _keep_embeddings_exact(self.model)
         return self.optimizer
 
-    def compute_loss(self, model, inputs, return_outputs: bool = False):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        llava = unwrapped(self.model)
-        alone = self.args.world_size == 1 and loss.requires_grad
-        if not alone and hasattr(llava, "get_vision_tower") and not self.is_zero3:
-            # A batch without images leaves the projector out, yet its gradient is waited for.
-            loss = loss + sum(p.sum() for p in projector_parameters(llava)) * 0.0
-        return (loss, outputs) if return_outputs else loss
+    # --- checkpoints --------------------------------------------------------------------------
 
     @property
-    def is_zero3(self) -> bool:
-        """Whether DeepSpeed has split the parameters between the processes."""
-        return any(hasattr(p, "ds_id") for p in self.model.parameters())
+    def deepspeed(self):
+        """DeepSpeed's engine; None without DeepSpeed, and before the first step."""
+        return self._engine
 
-    # --- checkpoints --------------------------------------------------------------------------
+    @deepspeed.setter
+    def deepspeed(self, engine) -> None:
+        if engine is not None:  # its checkpoints hold what is trained, see below
+            engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+            engine.load_checkpoint = partial(engine.load_checkpoint, load_module_strict=False)
+        self._engine = engine
 
     @property
     def saved_part(self) -> str:
@@ -141,7 +150,11 @@ class LLaVATrainer(Trainer):
         folder = output_dir or self.args.output_dir
         if self.saved_part == "full":
             self._final = not _internal_call
-            super().save_model(folder, _internal_call)
+            # What is split between processes is collected by all of them, in the first alone.
+            split = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            state = self.accelerator.get_state_dict(self.model_wrapped) if split else None
+            if self.args.should_save:
+                self._save(folder, state)
             return
         if self.saved_part == "lora":
             states = lora_state(self.model), non_lora_state(self.model)
@@ -211,15 +224,6 @@ class LLaVATrainer(Trainer):
         ]
         with torch.serialization.safe_globals(allowed):
             super()._load_rng_state(checkpoint)
-
-
-def projector_parameters(llava: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Trained parameters that only images use."""
-    return [
-        p
-        for name, p in llava.named_parameters()
-        if p.requires_grad and ("mm_projector" in name or name.endswith("image_newline"))
-    ]
 
 
 def load_some(model: torch.nn.Module, state: dict) -> None:

@@ -15,6 +15,7 @@ from llava.config_file import check_config, shown
 from llava.conv_mode import announce, choose_conv_mode
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import FAMILIES
+from llava.model.split_parameters import whole
 from llava.pruning import build_pruner
 from llava.pruning.cli import pruner_from_args
 from llava.weight_files import weight_files
@@ -62,8 +63,9 @@ def load_model(model_args, data_args, training_args, given: set[str], attn_imple
         )
         check_decoder(info, path)
         if any(key.endswith("image_newline") for key in info["missing_keys"]):
-            width = config.hidden_size
-            model.get_model().image_newline.data.normal_(std=1 / math.sqrt(width))
+            newline = model.get_model().image_newline
+            with whole([newline], change=True):
+                newline.data.normal_(std=1 / math.sqrt(config.hidden_size))
     model.config.use_cache = False
     return model
 
@@ -254,6 +256,7 @@ def add_vision(llava: nn.Module, tokenizer, model_args, data_args, training_args
         config.mm_vision_tower_lr = training_args.mm_vision_tower_lr
         tower.vision_tower.requires_grad_(True)
     data_args.image_processor = tower.image_processor
+    data_args.tokens_per_image = tower.num_patches
     data_args.is_multimodal = True
     data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
 
@@ -268,6 +271,7 @@ def add_pruner(llava: nn.Module, model_args, data_args, pruner=None) -> None:
     llava.pruner = pruner_from_args(model_args) if pruner is None else pruner
     if repr(llava.pruner) != repr(build_pruner("none")):
         logger.info("training with %r", llava.pruner)
+        data_args.tokens_per_image = 1  # or more, which depends on the method
     # The dataset prepares images the way the method wants them.
     data_args.image_grid_pinpoints = getattr(llava.config, "image_grid_pinpoints", None)
 

@@ -19,7 +19,7 @@ def parameter_groups(
     """Optimizer groups of all trainable parameters.
 
     Two groups, with weight decay and without (norms and biases); two more for the projector, and
-    for the vision tower, if they have their own learning rate.
+    for the vision tower, if they have their own learning rate. None of them is empty.
     """
     own_lr = {"mm_projector": mm_projector_lr, "vision_tower": mm_vision_tower_lr}
     own_lr = {part: lr for part, lr in own_lr.items() if lr is not None}
@@ -36,7 +36,8 @@ def parameter_groups(
         rest = [p for name, p in members if name in no_decay]
         groups.append({"params": decayed, "weight_decay": weight_decay, **lr})
         groups.append({"params": rest, "weight_decay": 0.0, **lr})
-    return groups
+    # DeepSpeed drops empty groups, and a scheduler made before that counts them.
+    return [group for group in groups if group["params"]]
 
 
 def undecayed_names(model: nn.Module) -> set[str]:

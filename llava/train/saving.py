@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import glob
 import os
 from collections.abc import Callable
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+
+from llava.model.split_parameters import whole
 
 ADAPTER_PARTS = ("mm_projector", "vision_resampler")
 PROJECTOR_FILE = "mm_projector.bin"
@@ -17,11 +21,7 @@ PRUNER_FILE = "pruner.bin"
 
 def gathered(parameter: Tensor) -> Tensor:
     """The whole parameter on the CPU; collected from all processes if DeepSpeed has split it."""
-    if not hasattr(parameter, "ds_id"):
-        return parameter.detach().cpu().clone()
-    from deepspeed import zero  # only a parameter split by DeepSpeed gets here
-
-    with zero.GatheredParameters([parameter]):
+    with whole([parameter]):
         return parameter.detach().cpu().clone()
 
 
@@ -87,18 +87,41 @@ def save_full(
     """Writes config.json and safetensors of the whole model, in `dtype` if given.
 
     A frozen tower is left out: the config names it. A pruning method's own weights are left out.
+    Raises ValueError when a parameter of the model is missing in what was written.
     """
     tower = getattr(model.config, "unfreeze_mm_vision_tower", False)
+
+    def wanted(name: str) -> bool:
+        return not name.startswith("pruner_module.") and (tower or "vision_tower." not in name)
+
     state = {
         name: value.to(dtype) if dtype is not None and value.is_floating_point() else value
         for name, value in state.items()
-        if not name.startswith("pruner_module.") and (tower or "vision_tower." not in name)
+        if wanted(name)
     }
     model.save_pretrained(folder, state_dict=state)
+    check_written(model, folder, wanted)
     config = portable_config(model, folder)
     if dtype is not None:
         config.torch_dtype = dtype
     config.save_pretrained(folder)
+
+
+def check_written(model: nn.Module, folder: str, wanted: Callable[[str], bool]) -> None:
+    """Raises ValueError unless the safetensors in `folder` hold the wanted parameters, whole."""
+    empty, written = set(), set()
+    for path in glob.glob(os.path.join(folder, "model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            written |= set(file.keys())
+            empty |= {name for name in file.keys() if 0 in file.get_slice(name).get_shape()}
+    # FSDP names the modules it wraps in the names of their parameters.
+    names = {name.replace("_fsdp_wrapped_module.", "") for name, _ in model.named_parameters()}
+    lacking = sorted({name for name in names if wanted(name)} - (written - empty))
+    if lacking:
+        raise ValueError(
+            f"{folder} lacks {len(lacking)} of the model's {len(names)} parameters, "
+            f"{lacking[0]} for one: the weights were not collected from all processes"
+        )
 
 
 def portable_config(model: nn.Module, folder: str):

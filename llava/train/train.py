@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 
 from llava.conv_mode import CONFIG_KEY, DEFAULT
 from llava.conversation import Conversation, conv_templates
+from llava.model.split_parameters import whole
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.data import make_supervised_data_module
 from llava.train.llava_trainer import LLaVATrainer
@@ -32,6 +33,7 @@ from llava.train.model_setup import (
     settle_dtypes,
 )
 from llava.train.processes import leave_group
+from llava.train.zero import join_processes, refuse_fsdp
 
 
 def train(
@@ -69,6 +71,9 @@ def prepare(
     given = {word.lstrip("-").split("=")[0] for word in words if word.startswith("--")}
     # Weights that no checkpoint brings (a new projector, LoRA) must not depend on the past.
     transformers.set_seed(training_args.seed)
+    if training_args.fsdp and (training_args.lora_enable or model_args.tune_mm_mlp_adapter):
+        refuse_fsdp("LoRA or the projector alone")
+    join_processes(training_args)
     model = load_model(model_args, data_args, training_args, given, attn_implementation)
     llava = model
     freeze_backbone(model, model_args, training_args)
@@ -125,23 +130,27 @@ def add_token_rows(tokenizer, model, special_tokens: dict[str, str]) -> None:
     model.resize_token_embeddings(len(tokenizer))
     if added:
         for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-            weight = table.weight.data
-            weight[-added:] = weight[:-added].mean(dim=0, keepdim=True)
+            with whole([table.weight], change=True):
+                weight = table.weight.data
+                weight[-added:] = weight[:-added].mean(dim=0, keepdim=True)
 
 
 @contextmanager
 def own_precision() -> Iterator[None]:
-    """Keeps the precision of this run from becoming that of later runs in the same process."""
-    name = "ACCELERATE_MIXED_PRECISION"
-    before = os.environ.get(name)
+    """Keeps precision, DeepSpeed and FSDP of this run from those of later ones in this process."""
+
+    def settings() -> dict[str, str]:
+        prefixes = ("ACCELERATE_", "FSDP_")
+        return {key: value for key, value in os.environ.items() if key.startswith(prefixes)}
+
+    before = settings()
     try:
         yield
     finally:
         AcceleratorState._reset_state()
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
+        for key in settings().keys() - before.keys():
+            del os.environ[key]
+        os.environ.update(before)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ from .arguments import TrainingArguments
 from .glimpseprune_data import BoxCollator, BoxDataset, read_datasets
 from .glimpseprune_loss import GlimpseObjective, LossWeights
 from .llava_trainer import LLaVATrainer
+from .saving import gathered
 from .train import own_precision
+from .zero import join_processes, kept_whole, refuse_fsdp, register_parameter
 
 #: fields of `GlimpseArguments` that make the shape of the trained part
 SHAPE = (
@@ -145,16 +147,20 @@ def prepare(words: Sequence[str]) -> GlimpseTrainer:
         model_args.model_name_or_path, model_name=name, given=box_args.version
     )
     announce(version)
+    if training_args.fsdp:
+        refuse_fsdp("a glimpse")
     transformers.set_seed(training_args.seed)
-    tokenizer, model, processor, _ = load_pretrained_model(
-        model_args.model_name_or_path,
-        None,
-        name,
-        device_map=None,
-        device=training_args.device,
-        torch_dtype=training_args.compute_dtype,
-        attn_implementation=model_args.attn_implementation,
-    )
+    join_processes(training_args)
+    with kept_whole(training_args):  # DeepSpeed splits it later, with all that is trained
+        tokenizer, model, processor, _ = load_pretrained_model(
+            model_args.model_name_or_path,
+            None,
+            name,
+            device_map=None,
+            device=training_args.device,
+            torch_dtype=training_args.compute_dtype,
+            attn_implementation=model_args.attn_implementation,
+        )
     if getattr(model.config, "image_aspect_ratio", None) == "anyres":
         raise ValueError(
             f"{model_args.model_name_or_path} cuts images into tiles (image_aspect_ratio anyres), "
@@ -234,7 +240,13 @@ class GlimpseTrainer(LLaVATrainer):
     def __init__(self, *args, base_model: str, **kwargs):
         super().__init__(*args, **kwargs)
         self.base_model = base_model
+        if self.is_deepspeed_enabled:
+            register_parameter(self.model, self.part.learnable_embeddings)
         self._sums: dict[str, torch.Tensor] = {}
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.llava.config.hidden_size
 
     @property
     def part(self) -> Glimpse:
@@ -264,12 +276,14 @@ class GlimpseTrainer(LLaVATrainer):
     # --- checkpoints --------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the trained part: in fp32 during training, at the end in the computing type."""
+        """Writes the trained part: in fp32 during training, at the end in the computing type.
+        Called by every process."""
+        weights = {name: gathered(p) for name, p in self.part.named_parameters()}
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir
         dtype = torch.float32 if _internal_call else self.args.compute_dtype
-        weights = {name: value.to(dtype) for name, value in self.part.state_dict().items()}
+        weights = {name: value.to(dtype) for name, value in weights.items()}
         values = DEFAULTS | {"anchor_positions": []} | self.part.config.values()
         save_part(folder, GlimpsePrune.name, weights, self.base_model, **values)
 

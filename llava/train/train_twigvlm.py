@@ -31,6 +31,7 @@ from llava.train.model_setup import add_vision, load_model
 from llava.train.processes import leave_group
 from llava.train.saving import gathered
 from llava.train.train import choose_template, load_tokenizer, own_precision
+from llava.train.zero import join_processes, kept_whole, refuse_fsdp
 
 
 @dataclass
@@ -96,6 +97,10 @@ class TwigTrainer(LLaVATrainer):
     #: what config.json says the twig was trained on
     base_model = ""
 
+    @property
+    def hidden_size(self) -> int:
+        return self.model.trunk.config.hidden_size
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the twig; called by every process. Checkpoints during training
         (`_internal_call`) keep the training precision, the result has the compute precision."""
@@ -145,16 +150,19 @@ def prepare(
     given = {word.lstrip("-").split("=")[0] for word in words if word.startswith("--")}
     transformers.set_seed(training_args.seed)
     model_args.freeze_backbone = True  # so that the trunk is loaded in the compute precision
-    model = load_model(model_args, data_args, training_args, given, attn_implementation)
-    tokenizer = load_tokenizer(model_args, training_args)
-    conv = choose_template(tokenizer, model, model_args.version)
-    add_vision(model, tokenizer, model_args, data_args, training_args)
+    if training_args.fsdp:
+        refuse_fsdp("a twig")
+    join_processes(training_args)
+    with kept_whole(training_args):
+        model = load_model(model_args, data_args, training_args, given, attn_implementation)
+        tokenizer = load_tokenizer(model_args, training_args)
+        conv = choose_template(tokenizer, model, model_args.version)
+        add_vision(model, tokenizer, model_args, data_args, training_args)
     data_args.image_grid_pinpoints = getattr(model.config, "image_grid_pinpoints", None)
     training = TwigTraining(model.to(training_args.device), twig_args.twig_K, twig_args.twig_T)
     if not training_args.deepspeed:  # which keeps float32 copies itself
         training.twig.float()
-    data = make_supervised_data_module(tokenizer, data_args, conv)
-    leave_out(data["train_dataset"].samples, twig_args.skip_samples)
+    data = make_supervised_data_module(tokenizer, data_args, conv, twig_args.skip_samples)
     trainer = TwigTrainer(
         model=training,
         tokenizer=tokenizer,
@@ -180,14 +188,6 @@ def refuse_other_recipes(model_args, training_args) -> None:
         raise ValueError(
             f"{', '.join(asked)} cannot be set: only the twig is trained, on all tokens"
         )
-
-
-def leave_out(samples: list, places: Sequence[int]) -> None:
-    """Removes the samples at `places`. Raises ValueError when there is no such place."""
-    for place in sorted(set(places), reverse=True):
-        if not 0 <= place < len(samples):
-            raise ValueError(f"skip_samples {place}: the data has {len(samples)} samples")
-        del samples[place]
 
 
 if __name__ == "__main__":

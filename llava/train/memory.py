@@ -1,0 +1,193 @@
+"""Memory that a recipe takes on each GPU, by formula: nothing is loaded.
+
+    python -m llava.train.memory 13b                                  # every recipe, 8 GPUs
+    python -m llava.train.memory CHECKPOINT --gpus 4 --batch 4 --length 2048
+
+What is counted: weights, gradients, optimizer, and the activations of a step with gradient
+checkpointing (without it for a twig, whose trunk keeps none). Not counted: CUDA itself (about 1 GB)
+and what the allocator loses to fragments; leave a tenth free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import dataclass, fields
+
+GB = 1e9
+SIZES = {
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
+    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40},
+}
+#: parameters of the tower of LLaVA-1.5 and its width
+TOWER_PARAMETERS, TOWER_WIDTH = 303_507_456, 1024
+#: recipe -> (ZeRO stage of its script, what is trained, samples per GPU, tokens of the longest)
+RECIPES = {
+    "pretrain": (2, "projector", 32, 704),  # an image and a caption
+    "finetune": (3, "all", 16, 2048),
+    "finetune_lora": (3, "lora", 16, 2048),
+    "train_twig": (2, "twig", 4, 2048),
+}
+
+
+@dataclass
+class Shape:
+    """Sizes of a LLaVA model; parameters are counted without the tower's."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    vocab_size: int = 32000
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    mm_hidden_size: int = TOWER_WIDTH
+
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """(in, out) of the seven matrices of a decoder layer."""
+        width, inner = self.hidden_size, self.intermediate_size
+        keys = width * (self.num_key_value_heads or self.num_attention_heads)
+        keys //= self.num_attention_heads
+        attention = [(width, width), (width, keys), (width, keys), (width, width)]
+        return [*attention, (width, inner), (width, inner), (inner, width)]
+
+    @property
+    def layer(self) -> int:
+        return sum(a * b for a, b in self.matrices) + 2 * self.hidden_size
+
+    @property
+    def head(self) -> int:
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def projector(self) -> int:
+        """A projector of two layers (mlp2x_gelu)."""
+        return (self.mm_hidden_size + 1 + self.hidden_size + 1) * self.hidden_size
+
+    @property
+    def language_model(self) -> int:
+        return self.num_hidden_layers * self.layer + 2 * self.head + self.hidden_size
+
+    def lora(self, rank: int) -> int:
+        return self.num_hidden_layers * rank * sum(a + b for a, b in self.matrices)
+
+
+@dataclass
+class Memory:
+    """GB on one GPU, and in the memory of the machine per GPU."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    on_cpu: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def estimate(
+    shape: Shape,
+    trained: str,
+    zero: int,
+    gpus: int = 8,
+    batch: int = 16,
+    length: int = 2048,
+    lora_r: int = 128,
+    twig_layers: int = 3,
+    offload: bool = False,
+    tower: int = TOWER_PARAMETERS,
+) -> Memory:
+    """Memory of a step in bfloat16 with AdamW.
+
+    trained: "projector", "all", "lora" or "twig"; zero: 2 or 3 (DeepSpeed), 0: neither
+    batch, length: samples per GPU and the tokens of each; offload: as scripts/zero3_offload.json
+    tower:   parameters of the vision tower, which is frozen
+    """
+    if zero not in (0, 2, 3):
+        raise ValueError(f"zero {zero} is not a stage of our scripts, choose 0, 2 or 3")
+    learned = {
+        "projector": shape.projector,
+        "all": shape.language_model + shape.projector,
+        "lora": shape.lora(lora_r) + shape.projector,
+        "twig": twig_layers * shape.layer + shape.head + shape.hidden_size,
+    }
+    if trained not in learned:
+        raise ValueError(f"trained {trained!r} is unknown, choose from {', '.join(learned)}")
+    count = learned[trained]
+    frozen = tower + shape.language_model + shape.projector
+    frozen -= 0 if trained in ("lora", "twig") else count
+    shared = gpus if zero else 1
+    if zero:  # bfloat16 weights and gradients; a float32 copy and two moments
+        weights, gradients, optimizer = 2 * count, 2 * count / shared, 12 * count / shared
+    else:  # float32 all of it
+        weights, gradients, optimizer = 4 * count, 4 * count, 8 * count
+    kept = 2 * frozen
+    if zero == 3:
+        weights /= shared
+        if trained != "twig":  # its trunk stays whole
+            kept /= shared
+    gathered = 2 * (2 * shape.layer + shape.head) if zero == 3 else 0  # whole while they are used
+    on_cpu = weights + kept + optimizer if offload else 0
+    on_gpu = 0 if offload else weights + kept
+    return Memory(
+        weights=(on_gpu + gathered) / GB,
+        gradients=gradients / GB,
+        optimizer=0.0 if offload else optimizer / GB,
+        activations=activations(shape, trained, batch, length, twig_layers) / GB,
+        on_cpu=on_cpu / GB,
+    )
+
+
+def activations(shape: Shape, trained: str, batch: int, length: int, twig_layers: int) -> float:
+    """Bytes: the inputs of all layers, all that one layer keeps, and the logits of every token (an
+    upper bound: they are made for supervised tokens alone)."""
+    tokens = batch * length
+    inside = 2 * tokens * (8 * shape.hidden_size + 3 * shape.intermediate_size)
+    whole_layers = twig_layers if trained == "twig" else 1
+    inputs = 0 if trained == "twig" else 2 * tokens * shape.hidden_size * shape.num_hidden_layers
+    logits = tokens * shape.vocab_size * (2 + 4 + 4)  # bfloat16, float32 and the gradient
+    return inputs + whole_layers * inside + logits
+
+
+def read_shape(model: str) -> Shape:
+    """The shape of "7b", "13b" or of a checkpoint folder."""
+    if model in SIZES:
+        return Shape(**SIZES[model], num_attention_heads=SIZES[model]["hidden_size"] // 128)
+    path = os.path.join(model, "config.json")
+    if not os.path.isfile(path):
+        raise ValueError(f"{model} is neither a folder with a config.json nor one of 7b, 13b")
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    known = {field.name for field in fields(Shape)}
+    return Shape(**{key: value for key, value in config.items() if key in known})
+
+
+def main(words=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("model", help="7b, 13b or a checkpoint folder")
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--batch", type=int, help="samples per GPU (default: the recipe's)")
+    parser.add_argument("--length", type=int, help="tokens of a sample (default: the recipe's)")
+    args = parser.parse_args(words)
+    try:
+        shape = read_shape(args.model)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{'GB on each of ' + str(args.gpus) + ' GPUs':34} weights grads optim  acts total   CPU")
+    for recipe, (zero, trained, batch, length) in RECIPES.items():
+        variants = [(zero, False)]
+        variants += [(3, True)] if trained == "all" else []
+        for stage, offload in variants:
+            size, tokens = args.batch or batch, args.length or length
+            found = estimate(shape, trained, stage, args.gpus, size, tokens, offload=offload)
+            label = f"{recipe} (ZeRO-{stage}{', offload' if offload else ''}, batch {size})"
+            numbers = (found.weights, found.gradients, found.optimizer, found.activations)
+            columns = "".join(f"{value:6.1f}" for value in (*numbers, found.total, found.on_cpu))
+            print(f"{label:36}{columns}")
+
+
+if __name__ == "__main__":
+    main()

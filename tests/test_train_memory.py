@@ -1,0 +1,70 @@
+"""The memory of a recipe follows from the sizes of the model."""
+
+import pytest
+
+from llava.model import LlavaLlamaForCausalLM
+from llava.train.memory import Shape, estimate, main, read_shape
+from tests.golden_data import GOLDEN
+
+
+def test_parameters_are_counted_as_the_model_has_them():
+    model = LlavaLlamaForCausalLM.from_pretrained(GOLDEN / "tiny-llava-v1.5")
+    shape = read_shape(str(GOLDEN / "tiny-llava-v1.5"))
+    counts = {name: p.numel() for name, p in model.named_parameters() if "vision_tower" not in name}
+    projector = sum(n for name, n in counts.items() if "mm_projector" in name)
+    assert shape.projector == projector
+    assert shape.language_model == sum(counts.values()) - projector
+    assert read_shape("7b").language_model == 6_738_415_616
+    assert read_shape("13b").language_model == 13_015_864_320
+
+
+def test_grouped_keys_are_counted():
+    shape = Shape(4096, 14336, 32, num_key_value_heads=8)  # Mistral 7B
+    assert shape.language_model == 7_241_732_096
+
+
+def test_adapters_are_counted_as_peft_makes_them():
+    from peft import LoraConfig, get_peft_model
+
+    model = LlavaLlamaForCausalLM.from_pretrained(GOLDEN / "tiny-llava-v1.5")
+    targets = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
+    made = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
+    assert read_shape(str(GOLDEN / "tiny-llava-v1.5")).lora(4) == made
+
+
+def test_zero_shares_what_it_says_it_shares():
+    shape = read_shape("7b")
+    count = shape.language_model + shape.projector
+    two, three = (estimate(shape, "all", zero, gpus=8) for zero in (2, 3))
+    assert two.optimizer == three.optimizer == pytest.approx(12 * count / 8 / 1e9)
+    assert two.gradients == three.gradients == pytest.approx(2 * count / 8 / 1e9)
+    assert two.weights == pytest.approx(2 * (count + 303_507_456) / 1e9)
+    assert three.weights < two.weights / 4
+    alone = estimate(shape, "all", 0, gpus=8)
+    assert alone.weights + alone.gradients + alone.optimizer > 16 * count / 1e9
+    offload = estimate(shape, "all", 3, gpus=8, offload=True)
+    assert offload.optimizer == 0 and offload.total < three.total
+    assert offload.on_cpu > three.optimizer
+    assert estimate(shape, "lora", 3).total < three.total
+    assert estimate(shape, "all", 3, batch=8).activations == pytest.approx(three.activations / 2)
+
+
+def test_what_is_unknown_is_named(capsys):
+    with pytest.raises(ValueError, match="zero 1 is not a stage"):
+        estimate(read_shape("7b"), "all", 1)
+    with pytest.raises(ValueError, match="trained 'head' is unknown"):
+        estimate(read_shape("7b"), "head", 2)
+    with pytest.raises(SystemExit):
+        main(["70b"])
+    assert "neither a folder with a config.json nor one of 7b, 13b" in capsys.readouterr().err
+
+
+def test_the_table_fits_the_machines_that_the_recipes_name(capsys):
+    main(["13b"])
+    rows = capsys.readouterr().out.splitlines()[1:]
+    totals = {row[:34].strip(): float(row.split()[-2]) for row in rows}
+    assert len(totals) == 5 and all(total < 80 for total in totals.values())
+    main(["7b", "--gpus", "4"])
+    row = next(r for r in capsys.readouterr().out.splitlines() if r.startswith("train_twig"))
+    assert float(row.split()[-2]) < 40
