@@ -17,6 +17,8 @@ except ImportError:  # not on Windows; two writers are then not told apart
     fcntl = None
 
 from llava.eval.journal import Journal, read_journals, remove_journals
+from llava.eval.matching import unique
+from llava.eval.tasks import Records
 
 SECONDS_BETWEEN_SYNCS = 1.0
 TAIL_BYTES = 2**16
@@ -220,13 +222,16 @@ def fingerprint(checkpoint: str) -> str:
 
 
 def read_answers_tolerantly(path: str) -> tuple[dict, int]:
-    """Returns the answer texts by question id, and how many broken lines were passed over."""
-    texts, num_broken = {}, 0
+    """Returns the answer texts by question id, and how many broken lines were passed over.
+
+    Raises ValueError when two answers to one question differ.
+    """
+    records, num_broken = Records(path), 0
     with open(path, "rb") as file:
         for line in file:
             record = _parse(line)
             if record is None or "text" not in record:
                 num_broken += 1
             else:
-                texts[record["question_id"]] = record["text"]
-    return texts, num_broken
+                records.append(record)
+    return {key: answer["text"] for key, answer in unique(records).items()}, num_broken

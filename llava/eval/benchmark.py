@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from llava.eval.judged_scores import Judged
+from llava.eval.matching import check_asked
 from llava.eval.server_files import Upload
 from llava.eval.tasks import Question, jsonl_questions, read_jsonl, subset
 
@@ -25,6 +26,7 @@ class Benchmark:
     report:    that dict -> the text the reference scorer prints
     truth:     files with the right answers, besides the questions
     read, to_questions: reader of the question file, and of one record
+    together:  record -> what it shares with those it must not be parted from by a limit
     judge:     how a judge scores the answers, where that is the metric
     upload:    file that a server scores
     server_if: with this file in the data folder the questions are those of the hidden split
@@ -39,13 +41,14 @@ class Benchmark:
     truth: tuple[str, ...] = ()
     read: Callable[[str], list[dict]] = partial(read_jsonl, fields=JSONL_FIELDS)
     to_questions: Callable = jsonl_questions
+    together: Callable[[dict], object] | None = None
     judge: Judged | None = None
     upload: Upload | None = None
     server_if: str | None = None
 
     def load_questions(self, path: str, limit: int | None = None) -> list[Question]:
         """Returns the questions of a file, or about `limit` of them."""
-        records = subset(self.read(path), limit)
+        records = subset(self.read(path), limit, self.together)
         return [question for record in records for question in self.to_questions(record)]
 
     def image_folder(self, data_dir: str) -> str:
@@ -72,15 +75,9 @@ class Benchmark:
         return hidden and self.judge is None and self.has_upload(data_dir)
 
     def check_complete(self, path: str, answers: list[dict], limit: int | None) -> None:
-        """Raises ValueError unless `answers` are those to all questions of the file, in order."""
+        """Raises ValueError unless `answers` are those to all questions of the file."""
         asked = [question.head for question in self.load_questions(path, limit)]
-        given = [{key: a.get(key) for key in h} for a, h in zip(answers, asked, strict=False)]
-        if given != asked or len(answers) != len(asked):
-            raise ValueError(
-                f"the answers do not belong to all {len(asked)} questions of {path}: "
-                f"there are {len(answers)}, "
-                f"{sum(g == a for g, a in zip(given, asked, strict=False))} of them in place"
-            )
+        check_asked(asked, answers, path)
 
     def score(self, data_dir: str, path: str, answers: list[dict], limit: int | None) -> dict:
         """Returns the scores of a complete set of answers to the questions of file `path`."""

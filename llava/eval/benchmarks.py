@@ -24,7 +24,13 @@ from llava.eval import (
 )
 from llava.eval.benchmark import Benchmark
 from llava.eval.eval_qbench import qbench_questions
-from llava.eval.tasks import mmbench_questions, read_json_list, read_table, science_questions
+from llava.eval.tasks import (
+    mmbench_question,
+    mmbench_questions,
+    read_json_list,
+    read_table,
+    science_questions,
+)
 
 
 def _refcoco(dataset: str, split: str) -> Benchmark:
@@ -45,11 +51,12 @@ def _mmbench(name: str, table: str, lang: str) -> Benchmark:
         name,
         table,
         None,
-        "accuracy",
+        eval_mmbench.CIRCULAR,
         local_scores.mmbench,
         eval_mmbench.report,
         read=read_table,
         to_questions=partial(mmbench_questions, single_pred_prompt=True, lang=lang),
+        together=mmbench_question,
         upload=server_files.MMBENCH,
     )
 

@@ -10,7 +10,8 @@ import os
 import re
 
 from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_json, read_jsonl
+from llava.eval.matching import and_others, keyed, say_missing, source, unique
+from llava.eval.tasks import as_int, read_json, read_jsonl
 
 FAILED = "FAILED"
 SENTENCE = re.compile(r"The answer is ([A-Z]).")
@@ -18,7 +19,8 @@ LETTERS = "ABCDE"
 
 
 def parse_letter(text: str, letters: str = LETTERS) -> str:
-    """Returns the option letter an answer names, or `FAILED`."""
+    """Returns the option letter an answer names, or `FAILED`; the rules of the release."""
+    text = text.strip("\t\r\n")
     if text in letters and len(text) == 1:
         return text
     if len(text) >= 3 and text[0] in letters and text[1:3] == ". ":
@@ -28,27 +30,39 @@ def parse_letter(text: str, letters: str = LETTERS) -> str:
 
 
 def evaluate(problems: dict, ids: list[str], answers: list[dict], letters: str = LETTERS) -> dict:
-    """Returns accuracies and the details of every question in `ids`; unanswered ones are wrong."""
-    given = {answer["question_id"]: answer for answer in answers}
+    """Returns accuracies and the details of every question in `ids`; unanswered ones are wrong.
+
+    `scored` holds the questions that make the score, and whether they are right.
+    Raises ValueError when there is no problem of that id, or two answers to one differ.
+    """
+    given, problems = unique(answers), keyed(problems)
+    ids = {as_int(key): str(key) for key in ids}
+    if unknown := [key for key in ids if key not in problems]:
+        raise ValueError(
+            f"{source(answers)}: question {ids[unknown[0]]!r}{and_others(len(unknown))} is not in "
+            "problems.json"
+        )
     entries, results, outputs = [], {}, {}
-    for key in ids:
-        answer = given.get(key, {"text": FAILED, "prompt": "Unknown"})
+    for number, key in ids.items():
+        answer = given.get(number, {"text": FAILED, "prompt": "Unknown"})
         letter = parse_letter(answer["text"], letters)
-        choices = letters[: len(problems[key]["choices"])]
+        choices = letters[: len(problems[number]["choices"])]
         outputs[key] = answer["text"]
         results[key] = choices.index(letter) if letter in choices else -1
         entries.append(
             {
                 "question_id": key,
                 "parsed_ans": letter,
-                "ground_truth": letters[problems[key]["answer"]],
+                "ground_truth": letters[problems[number]["answer"]],
                 "question": answer["prompt"],
                 "pred": answer["text"],
                 "is_multimodal": "<image>" in answer["prompt"],
             }
         )
-    right = [results[key] == problems[key]["answer"] for key in ids]
-    shown = [ok for ok, entry in zip(right, entries, strict=True) if entry["is_multimodal"]]
+    right = [results[key] == problems[number]["answer"] for number, key in ids.items()]
+    pairs = list(zip(entries, right, strict=True))
+    with_image = {e["question_id"]: ok for e, ok in pairs if e["is_multimodal"]}
+    shown = list(with_image.values())
     return {
         "score": _percent(shown if shown else right),
         "accuracy": _percent(right),
@@ -57,11 +71,12 @@ def evaluate(problems: dict, ids: list[str], answers: list[dict], letters: str =
         "count": len(ids),
         "sqa_results": {"correct": [], "incorrect": []}
         | {
-            name: [e for e, ok in zip(entries, right, strict=True) if ok == wanted]
+            name: [e for e, ok in pairs if ok == wanted]
             for name, wanted in (("correct", True), ("incorrect", False))
         },
         "results": results,
         "outputs": outputs,
+        "scored": with_image or {e["question_id"]: ok for e, ok in pairs},
     }
 
 
@@ -97,6 +112,7 @@ def main():
     problems, ids = read_problems(args.base_dir, args.split)
     answers = read_jsonl(args.result_file, ("question_id", "prompt", "text"))
     result = evaluate(problems, ids, answers, args.options)
+    say_missing(answers, list(map(as_int, ids)), "they count as wrong")
     print(report(result), end="")
     with open(args.output_file, "w", encoding="utf-8") as file:
         json.dump(result["sqa_results"], file, indent=2)

@@ -61,12 +61,18 @@ def build_parser(
     return parser
 
 
-def run(args, records: list[dict], to_questions: Callable[[dict], Iterator[Question]]) -> None:
+def run(
+    args,
+    records: list[dict],
+    to_questions: Callable[[dict], Iterator[Question]],
+    together: Callable[[dict], object] | None = None,
+) -> None:
     """Answers the questions of this process's chunk of `records` into `args.answers_file`.
 
+    together: record -> what it shares with those it must not be parted from by a limit
     Processes that were started together (`accelerate launch`) share the chunk.
     """
-    records = get_chunk(subset(records, args.limit), args.num_chunks, args.chunk_idx)
+    records = get_chunk(subset(records, args.limit, together), args.num_chunks, args.chunk_idx)
     path = os.path.expanduser(args.answers_file)
     task = Task(
         [question for record in records for question in to_questions(record)],

@@ -7,12 +7,13 @@ Scores are functions of sums over these units, so that a draw costs one product 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
 
 from llava.eval import (
+    eval_gqa,
     eval_mmbench,
     eval_mme,
     eval_pope,
@@ -23,9 +24,9 @@ from llava.eval import (
     eval_textvqa,
     eval_vizwiz,
     eval_vqav2,
+    uploads,
 )
-from llava.eval.m4c_evaluator import TextVQAAccuracyEvaluator
-from llava.eval.tasks import as_int, read_json, read_json_list, read_jsonl, read_table
+from llava.eval.tasks import read_json, read_json_list, read_jsonl
 
 DRAWS = 2000
 LEVEL = 0.95
@@ -62,9 +63,9 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def mean_of(points: list[float]) -> Units:
+def mean_of(points: Collection[float]) -> Units:
     """Units of a benchmark that averages points from 0 to 1."""
-    sums = np.stack([np.asarray(points, dtype=float), np.ones(len(points))], axis=1)
+    sums = np.stack([np.asarray(list(points), dtype=float), np.ones(len(points))], axis=1)
     return Units(sums, lambda s: 100 * _ratio(s[:, 0], s[:, 1]))
 
 
@@ -75,17 +76,14 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 def pope(data_dir: str, path: str, answers: list[dict]) -> Units:
     """F1 of every category, then their mean."""
-    folder, questions = os.path.join(data_dir, "pope", "coco"), read_jsonl(path)
-    texts = {answer["question_id"]: answer["text"] for answer in answers}
-    rows, files = [], eval_pope.annotation_files(folder)
-    for number, (category, file) in enumerate(files.items()):
-        ids = [q["question_id"] for q in questions if q["category"] == category]
-        for key, label in zip(ids, eval_pope.read_labels(file), strict=False):
-            if key in texts:
-                said = eval_pope.is_yes(texts[key])
-                row = np.zeros((len(files), 4))
-                row[number] = (said and label, said and not label, label and not said, 1)
-                rows.append(row.flatten())
+    folder, questions = os.path.join(data_dir, "pope", "coco"), read_jsonl(path, eval_pope.FIELDS)
+    found = eval_pope.outcomes(folder, questions, answers)
+    rows = []
+    for number, outcomes in enumerate(found.values()):
+        for _, said, label in outcomes:
+            row = np.zeros((len(found), 4))
+            row[number] = (said and label, said and not label, label and not said, 1)
+            rows.append(row.flatten())
 
     def score(sums: np.ndarray) -> np.ndarray:
         right, wrong, missed, count = np.moveaxis(sums.reshape(len(sums), -1, 4), 2, 0)
@@ -117,78 +115,56 @@ def mme(data_dir: str, path: str, answers: list[dict]) -> Units:
 
 def textvqa(data_dir: str, path: str, answers: list[dict]) -> Units:
     file = os.path.join(data_dir, "textvqa", "TextVQA_0.5.1_val.json")
-    humans = {
-        (a["image_id"], a["question"].lower()): a["answers"]
-        for a in eval_textvqa.read_annotations(file)
-    }
-    keys = [(a["question_id"], eval_textvqa.question_of(a["prompt"])) for a in answers]
-    return _soft_accuracy(answers, [humans[key] for key in keys])
+    found = eval_textvqa.points(eval_textvqa.read_annotations(file), answers)
+    return mean_of([value for _, value in found])
 
 
 def vqav2(data_dir: str, path: str, answers: list[dict]) -> Units:
     file = os.path.join(data_dir, "vqav2", "v2_mscoco_val2014_annotations.json")
-    humans = eval_vqav2.read_annotations(file)
-    return _soft_accuracy(answers, [humans[answer["question_id"]] for answer in answers])
+    return mean_of(eval_vqav2.points(eval_vqav2.read_annotations(file), answers).values())
 
 
 def vizwiz(data_dir: str, path: str, answers: list[dict]) -> Units:
     humans = eval_vizwiz.read_annotations(os.path.join(data_dir, "vizwiz", "val.json"))
-    images = {question["question_id"]: question["image"] for question in read_jsonl(path)}
-    return _soft_accuracy(answers, [humans[images[a["question_id"]]] for a in answers])
-
-
-def _soft_accuracy(answers: list[dict], humans: list[list[str]]) -> Units:
-    scorer = TextVQAAccuracyEvaluator()
-    pairs = zip(answers, humans, strict=True)
-    return mean_of([scorer.score(answer["text"], given) for answer, given in pairs])
+    return mean_of(eval_vizwiz.points(humans, read_jsonl(path), answers).values())
 
 
 def gqa(data_dir: str, path: str, answers: list[dict]) -> Units:
     questions = read_json(os.path.join(data_dir, "gqa", "data", "testdev_balanced_questions.json"))
-    texts = {a["question_id"]: a["text"].rstrip(".").lower() for a in answers}
-    balanced = [key for key in texts if questions.get(key, {}).get("isBalanced")]
-    return mean_of([texts[key] == questions[key]["answer"] for key in balanced])
+    questions = eval_gqa.asked(questions, answers)
+    return mean_of(eval_gqa.points(questions, uploads.gqa(answers)).values())
 
 
 def refcoco(data_dir: str, path: str, answers: list[dict]) -> Units:
     folder, name = os.path.split(path)
     file = os.path.join(folder, name.removeprefix("llava_"))
-    truth = {record["question_id"]: record for record in eval_refcoco.read_annotations(file)}
-    hits = (eval_refcoco.evaluate([truth[a["question_id"]]], [a]) for a in answers)
-    return mean_of([hit["score"] / 100 for hit in hits])
+    overlaps = eval_refcoco.overlaps(eval_refcoco.read_annotations(file), answers)
+    return mean_of([(value or 0.0) >= eval_refcoco.THRESHOLD for value in overlaps.values()])
 
 
 def mmbench(data_dir: str, path: str, answers: list[dict]) -> Units:
-    """A question counts once, however many rounds it was asked in."""
-    rows = {as_int(row["index"]): row for row in read_table(path, ("index", "answer"))}
-    rounds: dict[object, list[dict]] = {}
-    for answer in answers:
-        rounds.setdefault(answer["question_id"], []).append(answer)
-    hits = (eval_mmbench.evaluate([rows[key]], own) for key, own in rounds.items())
-    return mean_of([hit["score"] / 100 for hit in hits])
+    """A question counts once where all its rotations were asked, else every row does."""
+    circles = eval_mmbench.circles(eval_mmbench.read_rows(path), answers)
+    if eval_mmbench.is_circular(circles):
+        return mean_of([all(circle.right) for circle in circles.values()])
+    return mean_of([right for circle in circles.values() for right in circle.right])
 
 
 def seed(data_dir: str, path: str, answers: list[dict]) -> Units:
     annotation = read_json(os.path.join(data_dir, "seed_bench", "SEED-Bench.json"))
-    texts = eval_seed.texts_by_id(answers)
-    asked = [q for q in annotation["questions"] if as_int(q["question_id"]) in texts]
-    hits = (eval_seed.evaluate({"question_type": {}, "questions": [q]}, texts) for q in asked)
-    return mean_of([hit[eval_seed.TOTAL] / 100 for hit in hits])
+    asked = eval_seed.asked(annotation, answers)
+    return mean_of(eval_seed.points(asked, eval_seed.texts_by_id(answers)).values())
 
 
 def qbench(data_dir: str, path: str, answers: list[dict]) -> Units:
-    records = {(r["img_path"], r["question"]): r for r in read_json_list(path, eval_qbench.FIELDS)}
-    pairs = ((records[a["img_path"], a["question"]], a) for a in answers)
-    hits = (eval_qbench.evaluate([record], [answer]) for record, answer in pairs)
-    return mean_of([hit["score"] / 100 for hit in hits])
+    records = read_json_list(path, eval_qbench.FIELDS)
+    return mean_of([right for _, right in eval_qbench.points(records, answers)])
 
 
 def science_qa(data_dir: str, path: str, answers: list[dict]) -> Units:
     problems, _ = eval_science_qa.read_problems(os.path.join(data_dir, "scienceqa"), "test")
     asked = [answer["question_id"] for answer in answers]
-    shown = [a["question_id"] for a in answers if "<image>" in a["prompt"]] or asked
-    results = eval_science_qa.evaluate(problems, asked, answers)["results"]
-    return mean_of([results[key] == problems[key]["answer"] for key in shown])
+    return mean_of(eval_science_qa.evaluate(problems, asked, answers)["scored"].values())
 
 
 #: benchmark that is scored here -> its units

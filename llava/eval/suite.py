@@ -129,7 +129,7 @@ def run_task(
         run.method,
         run.tokens,
         benchmark.name,
-        benchmark.metric,
+        result["metric"],
         result["score"],
         result["percent"],
         result["count"],

@@ -8,13 +8,14 @@ import csv
 import json
 import math
 import os
-import string
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 
 from PIL import Image
 
 from llava import image_io
+from llava.eval.options import option_letter as option_letter
 
 SINGLE_PRED_PROMPT = {
     "en": "Answer with the option's letter from the given choices directly.",
@@ -24,6 +25,8 @@ OPTIONS = "ABCD"
 TABLE_COLUMNS = ("index", "question", "A", "B", "image")
 # What pandas, with which the published numbers were made, reads as a missing cell.
 MISSING_CELLS = {"", "NA", "N/A", "n/a", "<NA>", "#N/A", "#NA", "NULL", "null", "-nan", "-NaN"}
+# In MMBench's tables row `index + k * 10**6` is question `index` with its options rotated k times.
+MMBENCH_ROTATION = 10**6
 
 
 @dataclass
@@ -53,9 +56,17 @@ class Question:
         return f"question {self.head['question_id']}"
 
 
-def read_jsonl(path: str, fields: tuple[str, ...] = ()) -> list[dict]:
+class Records(list):
+    """Records of a file, which know for messages where they come from."""
+
+    def __init__(self, path: str, records=()):
+        super().__init__(records)
+        self.path = path
+
+
+def read_jsonl(path: str, fields: tuple[str, ...] = ()) -> Records:
     """Returns the records of a JSON-lines file; `fields` must be present in each of them."""
-    records = []
+    records = Records(path)
     with open(path, "rb") as file:  # bytes, so that a line in a wrong encoding is named as well
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -82,17 +93,18 @@ def _checked(record, where: str, fields) -> dict:
     return record
 
 
-def read_json_list(path: str, fields: tuple[str, ...] = ()) -> list[dict]:
+def read_json_list(path: str, fields: tuple[str, ...] = ()) -> Records:
     """Returns the records of a JSON list; `fields` must be present in each of them."""
     records = read_json(path)
     if not isinstance(records, list):
         raise ValueError(f"{path}: expected a list, found {type(records).__name__}")
-    return [_checked(r, f"{path}, item {i}", fields) for i, r in enumerate(records, start=1)]
+    items = (_checked(r, f"{path}, item {i}", fields) for i, r in enumerate(records, start=1))
+    return Records(path, items)
 
 
 def read_json(path: str):
     """Returns the content of a JSON file; a syntax error names file, line and column."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         try:
             return json.load(file)
         except json.JSONDecodeError as error:
@@ -100,15 +112,16 @@ def read_json(path: str):
             raise ValueError(f"{where}: not valid JSON ({error.msg})") from error
 
 
-def read_table(path: str, columns: tuple[str, ...] = TABLE_COLUMNS) -> list[dict]:
+def read_table(path: str, columns: tuple[str, ...] = TABLE_COLUMNS) -> Records:
     """Returns the rows of a tab-separated table (cells are strings, missing ones None)."""
     csv.field_size_limit(2**31 - 1)  # a cell holds a whole picture
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter="\t")
         header = next(reader, [])
         if missing := [name for name in columns if name not in header]:
             raise ValueError(f"{path}, line 1: no column {', '.join(missing)}")
-        return [_table_row(row, header, f"{path}, line {reader.line_num}") for row in reader if row]
+        rows = (_table_row(r, header, f"{path}, line {reader.line_num}") for r in reader if r)
+        return Records(path, rows)
 
 
 def _table_row(row: list[str], header: list[str], where: str) -> dict:
@@ -170,12 +183,18 @@ def _present_options(row: dict) -> Iterator[str]:
         yield letter
 
 
-def as_int(text: str) -> int | str:
+def as_int(text: str | int | float) -> int | str:
     """Returns an integer where the text is one, else the text: identifiers come in both kinds."""
-    try:
+    if isinstance(text, float) and text.is_integer():
         return int(text)
-    except ValueError:
-        return text
+    text = str(text).strip()
+    return int(text) if re.fullmatch(r"-?[0-9]+", text) else text
+
+
+def mmbench_question(row: dict) -> int | str:
+    """What a row of MMBench's table asks, whichever way its options are rotated."""
+    index = as_int(row["index"])
+    return index % MMBENCH_ROTATION if isinstance(index, int) else index
 
 
 def load_image(question: Question, image: str, folder: str) -> Image.Image:
@@ -196,26 +215,24 @@ def get_chunk(items: list, num_chunks: int, chunk_idx: int) -> list:
     return items[chunk_idx * size : (chunk_idx + 1) * size]
 
 
-def subset(items: list, limit: int | None) -> list:
+def subset(
+    items: list, limit: int | None, together: Callable[[dict], Hashable] | None = None
+) -> list:
     """Returns about `limit` items spread evenly, two neighbours at a time.
 
-    Neighbours stay together because MME scores its two questions on an image jointly.
+    Neighbours stay together because MME scores its two questions on an image jointly; items with
+    the same `together` do wherever they stand, and count as one.
     """
     if limit is None or limit >= len(items):
         return items
+    if together and limit > 0:
+        groups: dict[Hashable, list] = {}
+        for item in items:
+            groups.setdefault(together(item), []).append(item)
+        chosen = subset(list(groups.values()), math.ceil(limit * len(groups) / len(items)))
+        return [item for group in chosen for item in group]
     if limit < 1:
         raise ValueError(f"a limit of {limit} leaves no question")
     num_pairs = math.ceil(limit / 2)
     starts = [2 * (i * math.ceil(len(items) / 2) // num_pairs) for i in range(num_pairs)]
     return [item for start in starts for item in items[start : start + 2]]
-
-
-def option_letter(text: str, options: list[str]) -> str | None:
-    """Returns the letter chosen by an answer: `B`, `B.`, `(B) dog` or the option's own words."""
-    text = text.strip()
-    bare = text.lstrip("(")
-    letters = string.ascii_uppercase[: len(options)]
-    if bare[:1] in letters and bare and not bare[1:2].isalnum():
-        return bare[0]
-    wanted = text.rstrip(".").lower()
-    return next((k for k, v in zip(letters, options, strict=True) if v.lower() == wanted), None)
