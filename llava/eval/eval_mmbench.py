@@ -78,7 +78,7 @@ def _is_right(answer: dict, row: dict) -> bool:
     shown = option_letter(answer["text"], answer["options"])
     if shown is None:
         return False
-    return answer["option_char"][ord(shown) - ord("A")] == row["answer"].strip()
+    return answer["option_char"][ord(shown) - ord("A")] == row["answer"].strip().upper()
 
 
 def is_circular(found: dict[int | str, Circle]) -> bool:
@@ -119,7 +119,9 @@ def _percent(right: list[bool]) -> float:
 
 
 def report(result: dict) -> str:
-    circular = f"not known: question {result['open']} was not asked with all rotations"
+    circular = "not known: there are no answers"
+    if result["open"] is not None:
+        circular = f"not known: question {result['open']} was not asked with all rotations"
     if result["circular"] is not None:
         circular = f"{result['circular']:.2f}%"
     lines = [f"  {name}: {score:.2f}%" for name, score in result["categories"].items()]

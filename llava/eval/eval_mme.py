@@ -234,6 +234,8 @@ def main():
         truth = read_ground_truth(args.data_dir)
         lines = convert(truth, answers)
         _say_missing(truth, lines, args.result_file)
+    if missing := [task for task in sum(TASKS.values(), []) if not lines.get(task)]:
+        print(f"note: the totals are without {', '.join(missing)}: no answers", file=sys.stderr)
     if args.output_dir:
         write_results(lines, args.output_dir)
     print(report(evaluate(lines)), end="")

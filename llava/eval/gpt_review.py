@@ -90,6 +90,13 @@ def heads_and_prompts(
     missing or belongs to another question, or when there is no rule or context.
     """
     heads, prompts = [], []
+    for given in answers:
+        if len(given) > len(questions):
+            print(
+                f"note: {source(given)}: {len(given)} answers to {len(questions)} questions, the "
+                "last ones are left out",
+                file=sys.stderr,
+            )
     for number, question in enumerate(questions, start=1):
         pair = [_answer_to(question, number, given) for given in answers]
         name = kind.rule_of(question, rules)
