@@ -5,7 +5,7 @@ import random
 import pytest
 
 from llava.eval import eval_mmbench, uploads
-from llava.eval.tasks import mmbench_question, subset
+from llava.eval.tasks import mmbench_question, read_mmbench, subset
 
 
 def rotations(index, options, right):
@@ -87,3 +87,10 @@ def test_an_upload_of_all_rounds_holds_the_answers_to_the_rows_as_they_stand():
     second = first | {"text": "B", "option_char": ["B", "A"]}
     names, cells = uploads.mmbench([row], [first, second])
     assert dict(zip(names, cells, strict=True))["prediction"] == "A"
+
+
+def test_a_rotation_may_name_the_row_that_has_its_picture(tmp_path):
+    table = tmp_path / "dev.tsv"
+    lines = ["index\tquestion\tA\tB\timage", "1\t?\tp\tq\tUklG", "1000001\t?\tq\tp\t1"]
+    table.write_text("\r\n".join(lines))
+    assert [row["image"] for row in read_mmbench(str(table))] == ["UklG", "UklG"]

@@ -28,7 +28,7 @@ from llava.eval.tasks import (
     mmbench_question,
     mmbench_questions,
     read_json_list,
-    read_table,
+    read_mmbench,
     science_questions,
 )
 
@@ -54,7 +54,7 @@ def _mmbench(name: str, table: str, lang: str) -> Benchmark:
         eval_mmbench.CIRCULAR,
         local_scores.mmbench,
         eval_mmbench.report,
-        read=read_table,
+        read=read_mmbench,
         to_questions=partial(mmbench_questions, single_pred_prompt=True, lang=lang),
         together=mmbench_question,
         upload=server_files.MMBENCH,

@@ -191,6 +191,17 @@ def as_int(text: str | int | float) -> int | str:
     return int(text) if re.fullmatch(r"-?[0-9]+", text) else text
 
 
+def read_mmbench(path: str) -> Records:
+    """Returns the rows of an MMBench table; where a rotation names the row that has its picture
+    (`image` is an index), it gets that picture."""
+    rows = read_table(path)
+    pictures = {row["index"]: row["image"] for row in rows}
+    for row in rows:
+        if row["image"] in pictures:
+            row["image"] = pictures[row["image"]]
+    return rows
+
+
 def mmbench_question(row: dict) -> int | str:
     """What a row of MMBench's table asks, whichever way its options are rotated."""
     index = as_int(row["index"])
