@@ -94,3 +94,17 @@ def test_a_rotation_may_name_the_row_that_has_its_picture(tmp_path):
     lines = ["index\tquestion\tA\tB\timage", "1\t?\tp\tq\tUklG", "1000001\t?\tq\tp\t1"]
     table.write_text("\r\n".join(lines))
     assert [row["image"] for row in read_mmbench(str(table))] == ["UklG", "UklG"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"option_char": None}, "question 1 has no field 'option_char'"),
+        ({"options": ["p"]}, "question 1 was shown 1 options with 4 letters"),
+    ],
+)
+def test_mmbench_names_an_answer_that_does_not_say_what_was_shown(change, message):
+    rows, answers = mmbench_case(4)
+    broken = {key: value for key, value in (answers[0] | change).items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        eval_mmbench.evaluate(rows, [broken, *answers[1:]])

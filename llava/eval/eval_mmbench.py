@@ -71,6 +71,12 @@ def circles(rows: list[dict], answers: list[dict]) -> dict[int | str, Circle]:
 
 
 def _rotation(answer: dict) -> tuple:
+    """The row that an answer belongs to, and in which order it saw the options of that row."""
+    if len(answer["options"]) != len(answer["option_char"]):
+        raise ValueError(
+            f"question {answer['question_id']!r} was shown {len(answer['options'])} options with "
+            f"{len(answer['option_char'])} letters"
+        )
     return question_id(answer), tuple(answer["option_char"])
 
 

@@ -35,11 +35,16 @@ def unique(
 ) -> dict[Hashable, dict]:
     """Returns the answers by key; one that stands there twice counts once.
 
-    Raises ValueError when two answers to one question differ.
+    key: what identifies a question in its answer
+    Raises ValueError when two answers to one question differ, or one lacks a field of the key.
     """
     found = {}
     for answer in answers:
-        name = key(answer)
+        try:
+            name = key(answer)
+        except KeyError as error:
+            where = f"the answer to question {answer.get('question_id')!r}"
+            raise ValueError(f"{source(answers)}: {where} has no field {error}") from error
         first = found.setdefault(name, answer)
         if first["text"] != answer["text"]:
             raise ValueError(
