@@ -5,7 +5,9 @@ import random
 import pytest
 
 from llava.eval import eval_mmbench, uploads
-from llava.eval.tasks import mmbench_question, read_mmbench, subset
+from llava.eval.benchmarks import BENCHMARKS
+from llava.eval.tasks import mmbench_question, mmbench_questions, read_mmbench, subset
+from tests import mini_benchmark
 
 
 def rotations(index, options, right):
@@ -108,3 +110,15 @@ def test_mmbench_names_an_answer_that_does_not_say_what_was_shown(change, messag
     broken = {key: value for key, value in (answers[0] | change).items() if value is not None}
     with pytest.raises(ValueError, match=message):
         eval_mmbench.evaluate(rows, [broken, *answers[1:]])
+
+
+def test_a_table_without_rotations_is_scored_circularly_when_all_rounds_were_asked(tmp_path):
+    data, benchmark = mini_benchmark.build(tmp_path), BENCHMARKS["mmbench"]
+    path = str(data / benchmark.questions)
+    rounds = [q for row in benchmark.read(path) for q in mmbench_questions(row, all_rounds=True)]
+    answers = [q.answer_line("A", "id", "m") for q in rounds]  # right in the first round only
+    result = benchmark.score(str(data), path, answers, None)
+    assert (result["circular"], result["plain"], result["rows"]) == (0, 50, 4)
+    assert result["metric"] == "circular accuracy"
+    first = [answer for answer in answers if answer["round_id"] == 0]
+    assert benchmark.score(str(data), path, first, None)["circular"] is None

@@ -24,19 +24,22 @@ CIRCULAR, PLAIN = "circular accuracy", "plain accuracy"
 class Circle:
     """One question with the answers to its rotations.
 
-    num_rows: rows of the table that ask it
-    rows:     those of them that were answered
-    right:    whether each answer is right; more than rows where one was asked with all rotations
+    num_rows:    rows of the table that ask it
+    num_options: of each row; where there is one row only, it must be asked with all rotations
+    rows:        those rows that were answered
+    right:       whether each answer is right
     """
 
     category: str | None
     num_rows: int
+    num_options: int
     rows: set[int | str] = field(default_factory=set)
     right: list[bool] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
-        return len(self.rows) == self.num_rows and len(self.right) > 1
+        needed = self.num_rows if self.num_rows > 1 else self.num_options
+        return len(self.rows) == self.num_rows and len(self.right) >= needed
 
 
 def read_rows(path: str) -> list[dict]:
@@ -64,7 +67,8 @@ def circles(rows: list[dict], answers: list[dict]) -> dict[int | str, Circle]:
             )
         row = rows_by_index[index]
         key = mmbench_question(row)
-        circle = found.setdefault(key, Circle(row.get("category"), num_rows[key]))
+        new = Circle(row.get("category"), num_rows[key], len(answer["options"]))
+        circle = found.setdefault(key, new)
         circle.rows.add(index)
         circle.right.append(_is_right(answer, row))
     return found
@@ -88,7 +92,7 @@ def _is_right(answer: dict, row: dict) -> bool:
 
 
 def is_circular(found: dict[int | str, Circle]) -> bool:
-    """True when every question was asked with all its rotations, two or more."""
+    """True when every question was asked with all its rotations."""
     return bool(found) and all(circle.complete for circle in found.values())
 
 

@@ -75,19 +75,21 @@ def check_known(answers: list[dict], known: Collection, where: str) -> None:
 
 def check_asked(heads: list[dict], answers: list[dict], where: str) -> None:
     """Raises ValueError unless there is an answer to every question, and to no other; in any order.
+    A question may have been asked in other words as well (with its options rotated).
 
-    heads: fields that identify the line of an answer, per question
+    heads: fields that identify the line of an answer, per question, `question_id` first
     where: the file of the questions
     """
     names = list(heads[0]) if heads else []
     asked, given = {_head(h, names) for h in heads}, {_head(a, names) for a in answers}
     missing = sorted(asked - given, key=str)
-    strays = sorted(given - asked, key=str)
+    ids = {key[0] for key in asked}
+    strays = sorted((key for key in given if key[0] not in ids), key=str)
     if not missing and not strays:
         return
     reasons = [f"no answer to question {missing[0][0]!r}"] if missing else []
     reasons += [f"an answer to question {strays[0][0]!r}, which is not asked"] if strays else []
-    in_place = len(given) - len(strays)
+    in_place = len(asked & given)
     raise ValueError(
         f"{source(answers)}: the answers do not belong to all {len(heads)} questions of {where}: "
         f"there are {len(answers)}, {in_place} of them in place; {', and '.join(reasons)}"
