@@ -210,7 +210,7 @@ def test_mmvet_grades_every_question_once(tmp_path):
     asked = []
 
     class Judge:
-        model = "m"
+        model, settings = "m", {"judge": "m"}
 
         def ask_all(self, prompts):
             asked.extend(prompts)
