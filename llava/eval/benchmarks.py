@@ -51,6 +51,7 @@ def _mmbench(name: str, table: str, lang: str) -> Benchmark:
         read=read_table,
         to_questions=partial(mmbench_questions, single_pred_prompt=True, lang=lang),
         upload=server_files.MMBENCH,
+        joint=local_scores.base_index,
     )
 
 
@@ -153,6 +154,7 @@ _TABLE = (
         local_scores.mme,
         eval_mme.report,
         ("MME/MME_Benchmark_release_version",),
+        joint=lambda line: line["question_id"],
     ),
     Benchmark(
         "seed",

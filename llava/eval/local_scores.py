@@ -21,6 +21,9 @@ from llava.eval import (
 )
 from llava.eval.tasks import as_int, read_json, read_json_list, read_jsonl
 
+#: in MMBench's tables the rotations of question `n` are rows `n + k * ROTATION`
+ROTATION = 10**6
+
 
 def pope(data_dir, path, answers):
     folder = os.path.join(data_dir, "pope", "coco")
@@ -47,6 +50,12 @@ def vqav2(data_dir, path, answers):
 def vizwiz(data_dir, path, answers):
     humans = eval_vizwiz.read_annotations(os.path.join(data_dir, "vizwiz", "val.json"))
     return eval_vizwiz.evaluate(humans, read_jsonl(path, ("question_id", "image")), answers)
+
+
+def base_index(line):
+    """The question that an answer belongs to, whichever rotation of its options was shown."""
+    key = line["question_id"]
+    return key % ROTATION if isinstance(key, int) else key
 
 
 def mmbench(data_dir, path, answers):
