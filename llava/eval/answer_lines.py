@@ -111,18 +111,19 @@ def failed_sentence(failed: list[dict], count: int) -> str:
 def read_answers_tolerantly(path: str) -> tuple[dict, int]:
     """Returns the answer texts by question id, and how many broken lines were passed over; says on
     stderr how many questions failed."""
-    texts, num_broken, failed, count = {}, 0, [], 0
+    texts, num_broken, failed = {}, 0, []
     with open(path, "rb") as file:
-        for count, line in enumerate(file, start=1):
-            try:
-                record = parse_line(line)
-            except ValueError:
-                num_broken += 1
-                continue
-            if is_failed(record):
-                failed.append(record)
-            else:
-                texts[record["question_id"]] = record["text"]
+        lines = file.readlines()
+    for line in lines:
+        try:
+            record = parse_line(line)
+        except ValueError:
+            num_broken += 1
+            continue
+        if is_failed(record):
+            failed.append(record)
+        else:
+            texts[record["question_id"]] = record["text"]
     if failed:
-        print(f"warning: {path}: {failed_sentence(failed, count)}", file=sys.stderr)
+        print(f"warning: {path}: {failed_sentence(failed, len(lines))}", file=sys.stderr)
     return texts, num_broken

@@ -145,8 +145,10 @@ class AnswerLoop:
         return pictures
 
     def prepare(self, question: Question, image: str, image_folder: str) -> Picture:
-        """Decodes one image and turns it into pixels as the checkpoint wants them. Raises ValueError
-        that names question and image when that cannot be done."""
+        """Decodes one image and turns it into pixels as the checkpoint wants them.
+
+        Raises ValueError that names question and image when that cannot be done.
+        """
         picture = load_image(question, image, image_folder)
         try:
             pixels = process_images([picture], self.image_processor, self.model.config)[0]

@@ -7,8 +7,8 @@ from functools import partial
 
 from llava.eval.answer_lines import answers_among, is_failed
 from llava.eval.judged_scores import Judged
-from llava.eval.server_files import Upload
 from llava.eval.records import Records
+from llava.eval.server_files import Upload
 from llava.eval.tasks import Question, jsonl_questions, questions_of, read_jsonl, subset
 
 JSONL_FIELDS = ("question_id", "text")

@@ -7,6 +7,7 @@ import argparse
 import os
 import re
 import sys
+from typing import NamedTuple
 
 from llava.eval.errors import errors_as_messages
 from llava.eval.tasks import read_jsonl
@@ -21,23 +22,45 @@ def is_yes(text: str) -> bool:
     return not any(word in ("No", "not", "no") for word in words)
 
 
+class Outcome(NamedTuple):
+    """An answer and its label, and the image they are about."""
+
+    image: str
+    said: bool
+    label: bool
+
+
+def outcomes(
+    annotation_dir: str, questions: list[dict], answers: list[dict]
+) -> dict[str, list[Outcome]]:
+    """Returns every answered question of the categories that have a label file, by category."""
+    texts = {answer["question_id"]: answer["text"] for answer in answers}
+    if unknown := texts.keys() - {question["question_id"] for question in questions}:
+        raise ValueError(f"{len(unknown)} answers to no question, e.g. {next(iter(unknown))!r}")
+    found = {}
+    for category, path in annotation_files(annotation_dir).items():
+        own = [question for question in questions if question["category"] == category]
+        pairs = zip(own, read_labels(path), strict=False)
+        found[category] = [
+            Outcome(str(q.get("image")), is_yes(texts[q["question_id"]]), label)
+            for q, label in pairs
+            if q["question_id"] in texts
+        ]
+    return found
+
+
 def evaluate(annotation_dir: str, questions: list[dict], answers: list[dict]) -> dict:
     """Returns `{"score": mean F1 in percent, "categories": {name: metrics}}`.
 
     Labels belong to the questions of a category in file order, answers to questions by id.
     """
-    texts = {answer["question_id"]: answer["text"] for answer in answers}
-    if unknown := texts.keys() - {question["question_id"] for question in questions}:
-        raise ValueError(f"{len(unknown)} answers to no question, e.g. {next(iter(unknown))!r}")
     categories = {}
-    for category, path in annotation_files(annotation_dir).items():
-        ids = [q["question_id"] for q in questions if q["category"] == category]
-        labels = read_labels(path)
-        pairs = zip(ids, labels, strict=False)
-        pairs = [(is_yes(texts[key]), label) for key, label in pairs if key in texts]
-        num_answers = sum(key in texts for key in ids)
-        categories[category] = metrics(pairs) | {"num_answers": num_answers}
-        categories[category]["complete"] = num_answers == len(ids) == len(labels)
+    for category, found in outcomes(annotation_dir, questions, answers).items():
+        categories[category] = metrics([(one.said, one.label) for one in found])
+        categories[category]["num_answers"] = num_answers = len(found)
+        num_labels = len(read_labels(annotation_files(annotation_dir)[category]))
+        num_asked = sum(question["category"] == category for question in questions)
+        categories[category]["complete"] = num_answers == num_asked == num_labels
     scores = [result["f1"] for result in categories.values() if result["num_answers"]]
     mean = sum(scores) / len(scores) if scores else 0.0
     return {

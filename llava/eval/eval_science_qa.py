@@ -28,7 +28,11 @@ def parse_letter(text: str, letters: str = LETTERS) -> str:
 
 
 def evaluate(problems: dict, ids: list[str], answers: list[dict], letters: str = LETTERS) -> dict:
-    """Returns accuracies and the details of every question in `ids`; unanswered ones are wrong."""
+    """Returns accuracies and the details of every question in `ids`; unanswered ones are wrong.
+
+    score: accuracy on the questions with an image, or on all where none has one; `count` is how
+    many these are, `total` how many there are in all
+    """
     given = {answer["question_id"]: answer for answer in answers}
     entries, results, outputs = [], {}, {}
     for key in ids:
@@ -54,7 +58,8 @@ def evaluate(problems: dict, ids: list[str], answers: list[dict], letters: str =
         "accuracy": _percent(right),
         "image_accuracy": _percent(shown),
         "correct": sum(right),
-        "count": len(ids),
+        "count": len(shown) or len(ids),
+        "total": len(ids),
         "sqa_results": {"correct": [], "incorrect": []}
         | {
             name: [e for e, ok in zip(entries, right, strict=True) if ok == wanted]
@@ -71,7 +76,7 @@ def _percent(right: list[bool]) -> float:
 
 def report(result: dict) -> str:
     return (
-        f"Total: {result['count']}, Correct: {result['correct']}, "
+        f"Total: {result['total']}, Correct: {result['correct']}, "
         f"Accuracy: {result['accuracy']:.2f}%, IMG-Accuracy: {result['image_accuracy']:.2f}%\n"
     )
 
@@ -100,9 +105,8 @@ def main():
     print(report(result), end="")
     with open(args.output_file, "w", encoding="utf-8") as file:
         json.dump(result["sqa_results"], file, indent=2)
-    summary = {"acc": result["accuracy"]} | {
-        key: result[key] for key in ("correct", "count", "results", "outputs")
-    }
+    summary = {"acc": result["accuracy"], "correct": result["correct"], "count": result["total"]}
+    summary |= {key: result[key] for key in ("results", "outputs")}
     with open(args.output_result, "w", encoding="utf-8") as file:
         json.dump(summary, file, indent=2)
 

@@ -94,8 +94,8 @@ def run(args, records: list[dict], to_questions: Callable[[dict], Iterator[Quest
         print(f"{path}: {done.num_before} of {len(task.questions)} answers were there already")
     if done.num_failed and workers.main:
         print(
-            f"{path}: {done.num_failed} of {len(task.questions)} questions failed; the same command "
-            "asks them again",
+            f"{path}: {done.num_failed} of {len(task.questions)} questions failed; the same "
+            "command asks them again",
             file=sys.stderr,
         )
 
