@@ -103,7 +103,7 @@ def answers_among(records: list[dict]) -> Records:
 def failed_sentence(failed: list[dict], count: int) -> str:
     """How many of `count` questions failed, and why the first of them did."""
     return (
-        f"{len(failed)} of {count} questions failed and do not count; the first: "
+        f"{len(failed)} of {count} questions failed and have no answer; the first: "
         f"{failed[0]['error']}"
     )
 

@@ -47,6 +47,7 @@ class AnswersFile:
     settings:  what must be equal for two runs to belong together (JSON values)
     overwrite: start again even if there are answers
     fields:    what a line must have besides its head
+    foreign:   continue a file that has no settings beside it, as other programs write
 
     `num_done` lines were there already. Half a line at the end is removed; questions that failed
     are open again, and answers behind the first of them wait in a journal. Raises ValueError when
@@ -65,8 +66,9 @@ class AnswersFile:
         settings: dict,
         overwrite: bool = False,
         fields: tuple[str, ...] = ("text",),
+        foreign: bool = False,
     ):
-        self.path, self.fields, self.failed = path, fields, []
+        self.path, self.fields, self.foreign, self.failed = path, fields, foreign, []
         self.settings_path = os.path.splitext(path)[0] + ".settings.json"
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         # Unbuffered and in append mode: whatever happens, only the last line can be incomplete.
@@ -124,8 +126,8 @@ class AnswersFile:
 
     def _compare_settings(self, settings: dict, finished: bool) -> None:
         if not os.path.exists(self.settings_path):
-            if finished:
-                return  # an answers file from elsewhere, with nothing to add to it
+            if finished or self.foreign:
+                return
             raise ValueError(
                 f"{self.path} has answers, but {self.settings_path}, which says how they were "
                 f"made, is not there, so that they cannot be continued: {HOW_TO_GO_ON}"

@@ -8,8 +8,8 @@ import argparse
 import os
 from collections import defaultdict
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_jsonl
 
 TASKS = {
     "Perception": (
@@ -146,7 +146,7 @@ def main():
     if args.results_dir:
         lines = read_results(args.results_dir)
     else:
-        answers = read_jsonl(args.result_file, ("question_id", "prompt", "text"))
+        answers = read_answers(args.result_file, ("question_id", "prompt", "text"))
         lines = convert(read_ground_truth(args.data_dir), answers)
     if args.output_dir:
         write_results(lines, args.output_dir)

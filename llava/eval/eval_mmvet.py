@@ -12,6 +12,7 @@ import json
 import re
 from collections import defaultdict
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.answers import AnswersFile
 from llava.eval.errors import errors_as_messages
 from llava.eval.judge import Judge, Prompt, add_judge_args, judge_from_args
@@ -62,7 +63,7 @@ def grade(
         raise ValueError(f"mm-vet.json has no {unknown[0]!r}")
     heads = [{"question_id": a["question_id"], "text": a["text"]} for a in answers]
     settings = {"judge": judge.model, "instruction": instruction}
-    with AnswersFile(path, heads, settings, overwrite) as file:
+    with AnswersFile(path, heads, settings, overwrite, ("content", "grade")) as file:
         rest = list(zip(keys, heads, strict=True))[file.num_done :]
         prompts = [judge_prompt(entries[key], head["text"], instruction) for key, head in rest]
         for (key, head), reply in zip(rest, judge.ask_all(prompts), strict=True):
@@ -114,7 +115,7 @@ def main():
     parser.add_argument("--overwrite", action="store_true", help="discard grades already there")
     add_judge_args(parser, MODEL, max_tokens=16, temperature=0.0)
     args = parser.parse_args()
-    answers = read_jsonl(args.result_file, ("question_id", "text"))
+    answers = read_answers(args.result_file)
     result = grade(
         judge_from_args(args, args.output),
         read_json(args.mm_vet),

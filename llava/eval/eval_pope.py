@@ -9,6 +9,7 @@ import re
 import sys
 from typing import NamedTuple
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
 from llava.eval.tasks import read_jsonl
 
@@ -132,7 +133,7 @@ def main():
     parser.add_argument("--result-file", required=True)
     args = parser.parse_args()
     questions = read_jsonl(args.question_file, ("question_id", "category"))
-    answers = read_jsonl(args.result_file, ("question_id", "text"))
+    answers = read_answers(args.result_file)
     result = evaluate(args.annotation_dir, questions, answers)
     for category, values in result["categories"].items():
         if not values["complete"]:

@@ -9,8 +9,9 @@ import json
 import os
 import re
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_json, read_jsonl
+from llava.eval.tasks import read_json
 
 FAILED = "FAILED"
 SENTENCE = re.compile(r"The answer is ([A-Z]).")
@@ -100,7 +101,7 @@ def main():
     parser.add_argument("--options", default=LETTERS, help="letters of the options, in order")
     args = parser.parse_args()
     problems, ids = read_problems(args.base_dir, args.split)
-    answers = read_jsonl(args.result_file, ("question_id", "prompt", "text"))
+    answers = read_answers(args.result_file, ("question_id", "prompt", "text"))
     result = evaluate(problems, ids, answers, args.options)
     print(report(result), end="")
     with open(args.output_file, "w", encoding="utf-8") as file:

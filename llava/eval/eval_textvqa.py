@@ -7,9 +7,10 @@ import argparse
 import os
 import re
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
 from llava.eval.m4c_evaluator import TextVQAAccuracyEvaluator
-from llava.eval.tasks import read_json, read_jsonl
+from llava.eval.tasks import read_json
 
 OCR_PROMPT = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 
@@ -67,7 +68,7 @@ def main():
             print(f"Skipping {os.path.basename(path)}")
             continue
         print(os.path.splitext(os.path.basename(path))[0])
-        answers = read_jsonl(path, ("question_id", "prompt", "text"))
+        answers = read_answers(path, ("question_id", "prompt", "text"))
         print(report(evaluate(annotations, answers)), end="")
 
 

@@ -8,6 +8,7 @@ The answers to the test split are known to its server only, and that is closed.
 
 import argparse
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
 from llava.eval.m4c_evaluator import TextVQAAccuracyEvaluator
 from llava.eval.tasks import read_json_list, read_jsonl
@@ -52,7 +53,7 @@ def main():
     parser.add_argument("--result-file", required=True)
     args = parser.parse_args()
     questions = read_jsonl(args.question_file, ("question_id", "image"))
-    answers = read_jsonl(args.result_file, ("question_id", "text"))
+    answers = read_answers(args.result_file)
     print(report(evaluate(read_annotations(args.annotation_file), questions, answers)), end="")
 
 

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+WEIGHTS = (".safetensors", ".bin", ".pt")
 #: files up to this many bytes are read whole
 WHOLE_BYTES = 2**24
 #: of larger ones a block every so many bytes, and the end: less than a matrix lies between two

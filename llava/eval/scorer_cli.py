@@ -3,8 +3,8 @@
 import argparse
 from collections.abc import Callable
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_jsonl
 
 
 @errors_as_messages()
@@ -25,5 +25,5 @@ def run_scorer(
     parser.add_argument("--annotation-file", required=True, help="the right answers")
     parser.add_argument("--result-file", required=True, help="answers file")
     args = parser.parse_args()
-    answers = read_jsonl(args.result_file, fields)
+    answers = read_answers(args.result_file, fields)
     print(report(evaluate(read_truth(args.annotation_file), answers)), end="")
