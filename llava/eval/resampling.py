@@ -74,6 +74,7 @@ def mme(data_dir: str, path: str, answers: list[dict]) -> Units:
     lines = eval_mme.convert(truth, answers)
     groups = ([t for t in tasks if lines.get(t)] for tasks in eval_mme.TASKS.values())
     tasks = next(group for group in groups if group)
+    pictures = {_mme_name(r["question_id"]): r.get("image") for r in read_jsonl(path)}
     rows, images = [], []
     for number, task in enumerate(tasks):
         names = [line.split("\t")[0] for line in lines[task]][::2]
@@ -81,13 +82,19 @@ def mme(data_dir: str, path: str, answers: list[dict]) -> Units:
             row = np.zeros((len(tasks), 4))
             row[number] = (sum(pair), len(pair), all(pair), 1)
             rows.append(row.flatten())
-            images.append(f"{task}/{name}")
+            images.append(pictures.get((task, name)) or f"{task}/{name}")
 
     def score(sums: np.ndarray) -> np.ndarray:
         right, asked, both, pairs = np.moveaxis(sums.reshape(len(sums), -1, 4), 2, 0)
         return 50 * mean_where(ratio(right, asked) + ratio(both, pairs), pairs > 0)
 
     return by_image(rows, images, score)
+
+
+def _mme_name(question_id: str) -> tuple[str, str]:
+    """The task of a question, and how its result lines call the image."""
+    task, *_, image = str(question_id).split("/")
+    return task, f"{image.split('.')[0]}.txt"
 
 
 def textvqa(data_dir: str, path: str, answers: list[dict]) -> Units:
