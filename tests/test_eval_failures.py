@@ -13,10 +13,11 @@ from llava.eval import compare_report, score, score_table, suite, suite_report
 from llava.eval.answer_lines import Failure, read_answers
 from llava.eval.answer_loop import AnswerLoop
 from llava.eval.answering import Task, answer_questions
+from llava.eval.answers import AnswersFile
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.comparison import AVERAGE, compare_runs
 from llava.eval.costs import Cost
-from llava.eval.journal import folder
+from llava.eval.journal import Journal, folder
 from llava.eval.tasks import Question, jsonl_questions, questions_of, read_jsonl
 from llava.pruning import build_pruner
 from tests import eval_cases, mini_benchmark
@@ -185,6 +186,29 @@ def test_a_failed_record_is_never_taken_for_an_answer(tmp_path, capsys):
     answered(tmp_path, bad=range(6))
     with pytest.raises(ValueError, match="all 6 questions failed, the first: n 0"):
         read_answers(path)
+
+
+def test_failures_of_other_processes_are_taken_in_and_asked_again(tmp_path):
+    path, heads = str(tmp_path / "a.jsonl"), [{"question_id": n} for n in range(4)]
+    failed = {"question_id": 1, "error": "bad picture"}
+    lines = [{"question_id": n, "text": str(n)} for n in range(4)]
+    with AnswersFile(path, heads, {}) as file:
+        other = Journal(path, 1)
+        other.write([1, 2], [failed, lines[2]])
+        other.close()
+        file.put([3], [lines[3]])
+        file.put([0], [lines[0]])
+        file.finish()
+        assert file.failed == [1]
+    assert read_jsonl(path) == [lines[0], failed, lines[2], lines[3]]
+    for _ in range(2):  # also when it is stopped at once, and started again
+        with AnswersFile(path, heads, {}) as file:
+            assert file.known == {0, 2, 3} and file.num_done == 1
+    with AnswersFile(path, heads, {}) as file:
+        file.put([1], [lines[1]])
+        file.finish()
+        assert not file.failed
+    assert read_jsonl(path) == lines
 
 
 @pytest.fixture

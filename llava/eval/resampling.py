@@ -71,7 +71,8 @@ def pope(data_dir: str, path: str, answers: list[dict]) -> Units:
 def mme(data_dir: str, path: str, answers: list[dict]) -> Units:
     """Accuracy plus share of images with both answers right, of every task of the group."""
     truth = eval_mme.read_ground_truth(os.path.join(data_dir, "MME"))
-    lines = eval_mme.convert(truth, answers)
+    together = sorted(answers, key=lambda a: (str(a["question_id"]), a["prompt"]))
+    lines = eval_mme.convert(truth, together)
     groups = ([t for t in tasks if lines.get(t)] for tasks in eval_mme.TASKS.values())
     tasks = next(group for group in groups if group)
     pictures = {_mme_name(r["question_id"]): r.get("image") for r in read_jsonl(path)}
