@@ -61,7 +61,7 @@ def markdown(comparison: Comparison) -> str:
         "of the unpruned model. Kept: visual tokens per decoder layer, on average over layers and "
         "questions.",
         "",
-        f"Unpruned: **{cell.percent:.1f}** {_range(cell.range)}, {dense.visual_tokens:.0f} visual "
+        f"Unpruned: {cell.percent:.1f} {_range(cell.range)}, {dense.visual_tokens:.0f} visual "
         f"tokens, KV cache {dense.cost.kv_bytes / 1e6:.2f} MB, {dense.cost.flops / 1e9:.2f} GFLOP, "
         f"first token after {1e3 * dense.cost.seconds:.0f} ms.",
     ]
