@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval import compare_report, score, score_table, suite, suite_report
+from llava.eval import compare_report, eval_viscot, score, score_table, suite, suite_report
 from llava.eval.answer_lines import Failure, read_answers
 from llava.eval.answer_loop import AnswerLoop
 from llava.eval.answering import Task, answer_questions
@@ -274,7 +274,18 @@ def test_score_and_table_say_how_many_failed(args, tmp_path, capsys, monkeypatch
     assert (summary["score"], summary["count"], summary["failed"]) == (100, 1, 1)
     result = json.loads((tmp_path / "a.score.json").read_text())
     assert result["failed_questions"] == [[2, "bad picture"]]
+    assert result["images"] == 1 and result["interval"] is None
     assert "| 100.00 | 1 (1 failed) |" in score_table.table([result])
+
+
+def test_a_judge_is_not_asked_about_failed_questions(tmp_path, capsys):
+    head = {"question_id": 1, "prompt": "What?"}
+    lines = [head | {"text": "Red.", "answer": "red"}, head | {"error": "bad picture"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = eval_viscot.score_file(str(path), None)
+    assert (result["score"], result["count"]) == (100, 1)
+    assert "1 of 2 questions failed" in capsys.readouterr().err
 
 
 def test_a_server_gets_no_file_while_questions_failed(args, tmp_path, capsys, monkeypatch):

@@ -62,7 +62,7 @@ def grade(
     if unknown := [key for key in keys if key not in entries]:
         raise ValueError(f"mm-vet.json has no {unknown[0]!r}")
     heads = [{"question_id": a["question_id"], "text": a["text"]} for a in answers]
-    settings = {"judge": judge.model, "instruction": instruction}
+    settings = judge.settings | {"instruction": instruction}
     with AnswersFile(path, heads, settings, overwrite, ("content", "grade")) as file:
         rest = list(zip(keys, heads, strict=True))[file.num_done :]
         prompts = [judge_prompt(entries[key], head["text"], instruction) for key, head in rest]

@@ -63,7 +63,7 @@ def score_file(result_file: str, judge: Judge | None, overwrite: bool = False) -
     records = read_answers(result_file, FIELDS)
     stem = f"{os.path.splitext(result_file)[0]}_{'judge' if judge else 'precise_match'}"
     path = f"{stem}-tmp.jsonl"
-    settings = {"judge": judge.model if judge else None}
+    settings = judge.settings if judge else {"judge": None}
     heads = [{key: record[key] for key in ("question_id", "text")} for record in records]
     with AnswersFile(path, heads, settings, overwrite, ("text", "score")) as file:
         rest = records[file.num_done :]

@@ -143,7 +143,7 @@ def review(
 
     done: what to print after line `number`
     """
-    settings = {"judge": judge.model, "temperature": judge.temperature, "rules": _digest(prompts)}
+    settings = judge.settings | {"rules": _digest(prompts)}
     with AnswersFile(path, heads, settings, overwrite, ("content", "tuple"), True) as file:
         for number in range(file.num_done):
             print(f"Skipping {number} as we already have it.")

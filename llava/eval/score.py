@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 
-from llava.eval import budgets
+from llava.eval import budgets, paired
 from llava.eval.answer_lines import answers_among, failed_sentence, is_failed, read_lines
 from llava.eval.benchmarks import Benchmark, find_benchmark
 from llava.eval.errors import errors_as_messages
@@ -78,6 +78,12 @@ def write_upload(benchmark: Benchmark, args, questions: str, answers: list[dict]
     return path
 
 
+def interval_of(benchmark: Benchmark, data_dir: str, questions: str, records: list[dict]) -> dict:
+    """How far the score (in percent) would move with other images, and how many there are."""
+    draws = paired.draw(benchmark, data_dir, questions, records)
+    return {"interval": draws.range, "images": draws.images} if draws else {}
+
+
 def score(benchmark: Benchmark, args, questions: str, records: list[dict]) -> dict:
     """Returns the result as `A.score.json` holds it; prints the reports on the way.
 
@@ -90,6 +96,7 @@ def score(benchmark: Benchmark, args, questions: str, records: list[dict]) -> di
         result, report = ask_judge(benchmark, args, questions), benchmark.judge.report
     elif benchmark.scorable(args.data_dir):
         result = benchmark.score(args.data_dir, questions, records, args.limit)
+        result |= interval_of(benchmark, args.data_dir, questions, records)
     else:
         benchmark.check_complete(questions, records, args.limit)
     answers = benchmark.counted(records)
@@ -98,6 +105,9 @@ def score(benchmark: Benchmark, args, questions: str, records: list[dict]) -> di
     else:
         result = {"score": None, "percent": None, "count": len(answers)}
     result = benchmark.labelled(result) | benchmark.failures(records, answers)
+    if result.get("interval"):
+        low, high = result["interval"]
+        print(f"95 % interval: {low:.2f} to {high:.2f} % ({result['images']} images drawn anew)")
     result["visual_tokens"] = budgets.summarize(answers)
     if result["visual_tokens"]:
         print(budgets.report(result["visual_tokens"]), end="")
