@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval import compare_report, eval_viscot, score, score_table, suite, suite_report
+from llava.eval import compare_report, eval_viscot, score, score_table, suite, suite_report, viscot
 from llava.eval.answer_lines import Failure, read_answers
 from llava.eval.answer_loop import AnswerLoop
 from llava.eval.answering import Task, answer_questions
 from llava.eval.answers import AnswersFile
-from llava.eval.benchmarks import BENCHMARKS
+from llava.eval.benchmarks import ALL, BENCHMARKS
 from llava.eval.comparison import AVERAGE, compare_runs
 from llava.eval.costs import Cost
 from llava.eval.journal import Journal, folder
@@ -162,6 +162,35 @@ def test_a_record_without_a_question_is_named_or_recorded(record, reason, tmp_pa
     first, bad = questions_of(records, jsonl_questions, skip_bad=True)
     assert first.error is None and reason in bad.error
     assert bad.head == {"question_id": record["question_id"]}
+
+
+VISCOT = {"question_id": 7, "image": ["cot/gqa/1.jpg"], "conversations": [{"value": "?"}]}
+OTHERS = {
+    "sqa": {"id": "7", "conversations": []},
+    "qbench": {"img_path": "7.png", "question": "?", "candidates": 3},
+    "viscot_gqa": VISCOT | {"image": 5},
+    "viscot_cub": VISCOT | {"conversations": [{"value": None}]},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_broken_record_of_any_format_is_named_with_its_place(name, tmp_path):
+    record, place = OTHERS[name], "item 1"
+    path = tmp_path / "q.json"
+    path.write_text(json.dumps([record]))
+    with pytest.raises(ValueError, match=rf"question 7.* \(.*q.json, {place}\): no question can"):
+        ALL[name].load_questions(str(path))
+    (bad,) = ALL[name].load_questions(str(path), skip_bad=True)
+    assert bad.error
+    located = viscot.read(str(path), str(tmp_path)) if "viscot" in name else []
+    assert all(record.where == f"{path}, {place}" for record in located)
+
+
+def test_a_row_without_a_picture_is_named_with_its_line(tmp_path):
+    path = tmp_path / "q.tsv"
+    path.write_text("index\tquestion\tA\tB\timage\n7\t?\tx\ty\t\n")
+    with pytest.raises(ValueError, match=r"question 7 \(.*q.tsv, line 2\).*its image is null"):
+        ALL["mmbench"].load_questions(str(path))
 
 
 # --- what becomes of the record -----------------------------------------------------------------
