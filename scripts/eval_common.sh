@@ -5,7 +5,8 @@
 # TOKENS       visual tokens to keep; left out: the unpruned model, or METHOD's own budget. For a
 #              method that decides per image, TOKENS is the most it may keep
 # KEY=VALUE    options of the pruning method, e.g. important_ratio=0.7
-# Everything else is handed to the answering program (llava/eval/model_vqa_loader.py --help).
+# Everything else is handed to the answering program (llava/eval/model_vqa_loader.py --help), such as
+# --skip-bad, which records questions that cannot be asked and goes on.
 #
 # From the environment:
 #   METHOD       pruning method (default: vispruner); none: the unpruned model

@@ -19,7 +19,7 @@ from llava.eval import (
     summarize_gpt_review,
     uploads,
 )
-from llava.eval.answers import read_answers_tolerantly
+from llava.eval.answer_lines import read_answers_tolerantly
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.resampling import UNITS
 from llava.eval.tasks import read_jsonl

@@ -58,6 +58,7 @@ def _mmbench(name: str, table: str, lang: str) -> Benchmark:
         to_questions=partial(mmbench_questions, single_pred_prompt=True, lang=lang),
         together=mmbench_question,
         upload=server_files.MMBENCH,
+        joint=local_scores.base_index,
     )
 
 
@@ -160,6 +161,7 @@ _TABLE = (
         local_scores.mme,
         eval_mme.report,
         ("MME/MME_Benchmark_release_version",),
+        joint=lambda line: line["question_id"],
     ),
     Benchmark(
         "seed",

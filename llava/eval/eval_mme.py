@@ -10,9 +10,9 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
 from llava.eval.matching import source, unique
-from llava.eval.tasks import read_jsonl
 
 TASKS = {
     "Perception": (
@@ -230,7 +230,7 @@ def main():
     if args.results_dir:
         lines = read_results(args.results_dir)
     else:
-        answers = read_jsonl(args.result_file, ("question_id", "prompt", "text"))
+        answers = read_answers(args.result_file, ("question_id", "prompt", "text"))
         truth = read_ground_truth(args.data_dir)
         lines = convert(truth, answers)
         _say_missing(truth, lines, args.result_file)

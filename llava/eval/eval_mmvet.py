@@ -12,6 +12,7 @@ import json
 import re
 from collections import defaultdict
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.answers import AnswersFile
 from llava.eval.errors import errors_as_messages
 from llava.eval.judge import Judge, Prompt, add_judge_args, judge_from_args
@@ -66,8 +67,8 @@ def grade(
         raise ValueError(f"{source(answers)}: mm-vet.json has no {unknown[0]!r}")
     keys = list(given)
     heads = [{"question_id": a["question_id"], "text": a["text"]} for a in given.values()]
-    settings = {"judge": judge.model, "instruction": instruction}
-    with AnswersFile(path, heads, settings, overwrite) as file:
+    settings = judge.settings | {"instruction": instruction}
+    with AnswersFile(path, heads, settings, overwrite, ("content", "grade")) as file:
         rest = list(zip(keys, heads, strict=True))[file.num_done :]
         prompts = [judge_prompt(entries[key], head["text"], instruction) for key, head in rest]
         for (key, head), reply in zip(rest, judge.ask_all(prompts), strict=True):
@@ -119,7 +120,7 @@ def main():
     parser.add_argument("--overwrite", action="store_true", help="discard grades already there")
     add_judge_args(parser, MODEL, max_tokens=16, temperature=0.0)
     args = parser.parse_args()
-    answers = read_jsonl(args.result_file, ("question_id", "text"))
+    answers = read_answers(args.result_file)
     entries = read_json(args.mm_vet)
     say_missing(answers, [as_int(key.removeprefix("v1_")) for key in entries], NOT_ASKED)
     result = grade(

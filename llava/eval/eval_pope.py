@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Container
 from typing import NamedTuple
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
 from llava.eval.matching import by_id, check_known, question_id, say_missing, source, unique
 from llava.eval.tasks import read_jsonl
@@ -173,7 +174,7 @@ def main():
     parser.add_argument("--result-file", required=True)
     args = parser.parse_args()
     questions = read_jsonl(args.question_file, FIELDS)
-    answers = read_jsonl(args.result_file, ("question_id", "text"))
+    answers = read_answers(args.result_file)
     result = evaluate(args.annotation_dir, questions, answers)
     scored = [q for q in questions if q["category"] in result["categories"]]
     if lost := result["unlabelled"]:

@@ -9,9 +9,10 @@ import json
 import os
 import re
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
 from llava.eval.matching import and_others, keyed, say_missing, source, unique
-from llava.eval.tasks import as_int, read_json, read_jsonl
+from llava.eval.tasks import as_int, read_json
 
 FAILED = "FAILED"
 SENTENCE = re.compile(r"The answer is ([A-Z]).")
@@ -32,7 +33,8 @@ def parse_letter(text: str, letters: str = LETTERS) -> str:
 def evaluate(problems: dict, ids: list[str], answers: list[dict], letters: str = LETTERS) -> dict:
     """Returns accuracies and the details of every question in `ids`; unanswered ones are wrong.
 
-    `scored` holds the questions that make the score, and whether they are right.
+    score:  accuracy on the questions with an image, or on all where none has one
+    scored: those questions, and whether they are right; `count` of them, `total` in all
     Raises ValueError when there is no problem of that id, or two answers to one differ.
     """
     given, problems = unique(answers), keyed(problems)
@@ -68,7 +70,8 @@ def evaluate(problems: dict, ids: list[str], answers: list[dict], letters: str =
         "accuracy": _percent(right),
         "image_accuracy": _percent(shown),
         "correct": sum(right),
-        "count": len(ids),
+        "count": len(shown) or len(ids),
+        "total": len(ids),
         "sqa_results": {"correct": [], "incorrect": []}
         | {
             name: [e for e, ok in pairs if ok == wanted]
@@ -86,7 +89,7 @@ def _percent(right: list[bool]) -> float:
 
 def report(result: dict) -> str:
     return (
-        f"Total: {result['count']}, Correct: {result['correct']}, "
+        f"Total: {result['total']}, Correct: {result['correct']}, "
         f"Accuracy: {result['accuracy']:.2f}%, IMG-Accuracy: {result['image_accuracy']:.2f}%\n"
     )
 
@@ -110,15 +113,14 @@ def main():
     parser.add_argument("--options", default=LETTERS, help="letters of the options, in order")
     args = parser.parse_args()
     problems, ids = read_problems(args.base_dir, args.split)
-    answers = read_jsonl(args.result_file, ("question_id", "prompt", "text"))
+    answers = read_answers(args.result_file, ("question_id", "prompt", "text"))
     result = evaluate(problems, ids, answers, args.options)
     say_missing(answers, list(map(as_int, ids)), "they count as wrong")
     print(report(result), end="")
     with open(args.output_file, "w", encoding="utf-8") as file:
         json.dump(result["sqa_results"], file, indent=2)
-    summary = {"acc": result["accuracy"]} | {
-        key: result[key] for key in ("correct", "count", "results", "outputs")
-    }
+    summary = {"acc": result["accuracy"], "correct": result["correct"], "count": result["total"]}
+    summary |= {key: result[key] for key in ("results", "outputs")}
     with open(args.output_result, "w", encoding="utf-8") as file:
         json.dump(summary, file, indent=2)
 

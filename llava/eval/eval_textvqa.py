@@ -9,10 +9,11 @@ import re
 import sys
 from collections import Counter
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
 from llava.eval.m4c_evaluator import TextVQAAccuracyEvaluator
 from llava.eval.matching import question_id, source, unique
-from llava.eval.tasks import as_int, read_json, read_jsonl
+from llava.eval.tasks import as_int, read_json
 
 OCR_PROMPT = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 
@@ -101,7 +102,7 @@ def main():
             print(f"Skipping {os.path.basename(path)}")
             continue
         print(os.path.splitext(os.path.basename(path))[0])
-        answers = read_jsonl(path, ("question_id", "prompt", "text"))
+        answers = read_answers(path, ("question_id", "prompt", "text"))
         result = evaluate(annotations, answers)
         if rest := len(annotations) - result["count"]:
             print(

@@ -13,6 +13,7 @@ import json
 import os
 import re
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.answers import AnswersFile
 from llava.eval.errors import errors_as_messages
 from llava.eval.judge import Judge, Prompt, add_judge_args, judge_from_args
@@ -60,12 +61,12 @@ def score_file(result_file: str, judge: Judge | None, overwrite: bool = False) -
 
     judge: None compares the texts (`precise_match`) instead
     """
-    records = list(unique(read_jsonl(result_file, FIELDS), _question_key).values())
+    records = list(unique(read_answers(result_file, FIELDS), _question_key).values())
     stem = f"{os.path.splitext(result_file)[0]}_{'judge' if judge else 'precise_match'}"
     path = f"{stem}-tmp.jsonl"
-    settings = {"judge": judge.model if judge else None}
+    settings = judge.settings if judge else {"judge": None}
     heads = [{key: record[key] for key in ("question_id", "text")} for record in records]
-    with AnswersFile(path, heads, settings, overwrite) as file:
+    with AnswersFile(path, heads, settings, overwrite, ("text", "score")) as file:
         rest = records[file.num_done :]
         if judge:
             replies = judge.ask_all([judge_prompt(record) for record in rest])

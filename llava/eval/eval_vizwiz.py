@@ -8,6 +8,7 @@ The answers to the test split are known to its server only, and that is closed.
 
 import argparse
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
 from llava.eval.m4c_evaluator import TextVQAAccuracyEvaluator
 from llava.eval.matching import by_id, question_id, say_missing, source, unique
@@ -66,7 +67,7 @@ def main():
     parser.add_argument("--result-file", required=True)
     args = parser.parse_args()
     questions = read_jsonl(args.question_file, ("question_id", "image"))
-    answers = read_jsonl(args.result_file, ("question_id", "text"))
+    answers = read_answers(args.result_file)
     result = evaluate(read_annotations(args.annotation_file), questions, answers)
     say_missing(answers, list(map(question_id, questions)), "the score is that of the others")
     print(report(result), end="")

@@ -154,8 +154,8 @@ def review(
 
     done: what to print after line `number`
     """
-    settings = {"judge": judge.model, "temperature": judge.temperature, "rules": _digest(prompts)}
-    with AnswersFile(path, heads, settings, overwrite) as file:
+    settings = judge.settings | {"rules": _digest(prompts)}
+    with AnswersFile(path, heads, settings, overwrite, ("content", "tuple"), True) as file:
         for number in range(file.num_done):
             print(f"Skipping {number} as we already have it.")
             print(done(number + 1))

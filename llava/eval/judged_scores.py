@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llava.eval import eval_mmvet, eval_viscot, gpt_review, summarize_gpt_review
+from llava.eval.answer_lines import read_answers
 from llava.eval.judge import Judge
 from llava.eval.matching import question_id, source, unique
 from llava.eval.tasks import read_json, read_jsonl
@@ -48,7 +49,7 @@ def llava_bench(judge: Judge, run: JudgedRun) -> dict:
     contexts = read_jsonl(os.path.join(folder, "context.jsonl"), ("image", "caption"))
     reference = read_jsonl(os.path.join(folder, "answers_gpt4.jsonl"), ("question_id", "text"))
     questions = read_jsonl(run.question_file, ("question_id", "text", "image", "category"))
-    answers = read_jsonl(run.answers_file, ("question_id", "text"))
+    answers = read_answers(run.answers_file)
     given, known = unique(answers), unique(reference)
     questions = [question for question in questions if question_id(question) in given]
     if missing := [key for key in map(question_id, questions) if key not in known]:
@@ -78,7 +79,7 @@ def llava_bench_report(result: dict) -> str:
 def mmvet(judge: Judge, run: JudgedRun) -> dict:
     entries = read_json(os.path.join(run.data_dir, "mm-vet", "mm-vet.json"))
     instruction = eval_mmvet.read_instruction(run.wording)
-    answers = read_jsonl(run.answers_file, ("question_id", "text"))
+    answers = read_answers(run.answers_file)
     return eval_mmvet.grade(judge, entries, answers, run.output, instruction, overwrite=True)
 
 

@@ -19,7 +19,7 @@ from llava.eval import (
     eval_vqav2,
     uploads,
 )
-from llava.eval.tasks import read_json, read_json_list, read_jsonl
+from llava.eval.tasks import mmbench_question, read_json, read_json_list, read_jsonl
 
 
 def pope(data_dir, path, answers):
@@ -48,6 +48,11 @@ def vqav2(data_dir, path, answers):
 def vizwiz(data_dir, path, answers):
     humans = eval_vizwiz.read_annotations(os.path.join(data_dir, "vizwiz", "val.json"))
     return eval_vizwiz.evaluate(humans, read_jsonl(path, ("question_id", "image")), answers)
+
+
+def base_index(line):
+    """The question that an answer belongs to, whichever rotation of its options was shown."""
+    return mmbench_question({"index": line["question_id"]})
 
 
 def mmbench(data_dir, path, answers):

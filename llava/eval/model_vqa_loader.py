@@ -22,10 +22,18 @@ from llava.eval.loading import (
     resolve_conv_mode,
     settings_of,
 )
-from llava.eval.tasks import Question, get_chunk, jsonl_questions, read_jsonl, subset
+from llava.eval.tasks import (
+    Question,
+    get_chunk,
+    jsonl_questions,
+    questions_of,
+    read_jsonl,
+    subset,
+)
 from llava.eval.workers import Workers
 from llava.mm_utils import get_model_name_from_path
 from llava.pruning.cli import add_pruning_args, pruner_from_args
+from llava.weight_files import local_folder
 
 __all__ = ["DTYPES", "build_parser", "parse_args", "resolve_conv_mode", "run"]
 
@@ -70,12 +78,15 @@ def run(
     """Answers the questions of this process's chunk of `records` into `args.answers_file`.
 
     together: record -> what it shares with those it must not be parted from by a limit
+
     Processes that were started together (`accelerate launch`) share the chunk.
     """
     records = get_chunk(subset(records, args.limit, together), args.num_chunks, args.chunk_idx)
+    questions = questions_of(records, to_questions, args.skip_bad)
+    args.model_path = local_folder(args.model_path)
     path = os.path.expanduser(args.answers_file)
     task = Task(
-        [question for record in records for question in to_questions(record)],
+        questions,
         os.path.expanduser(args.image_folder),
         path,
         args.model_name,
@@ -88,6 +99,12 @@ def run(
     )
     if done.num_before and workers.main:
         print(f"{path}: {done.num_before} of {len(task.questions)} answers were there already")
+    if done.num_failed and workers.main:
+        print(
+            f"{path}: {done.num_failed} of {len(task.questions)} questions failed; the same "
+            "command asks them again",
+            file=sys.stderr,
+        )
 
 
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -3,9 +3,10 @@
 import argparse
 from collections.abc import Callable, Collection
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
 from llava.eval.matching import say_missing
-from llava.eval.tasks import as_int, read_jsonl
+from llava.eval.tasks import as_int
 
 
 @errors_as_messages()
@@ -29,7 +30,7 @@ def run_scorer(
     parser.add_argument("--annotation-file", required=True, help="the right answers")
     parser.add_argument("--result-file", required=True, help="answers file")
     args = parser.parse_args()
-    answers = read_jsonl(args.result_file, fields)
+    answers = read_answers(args.result_file, fields)
     truth = read_truth(args.annotation_file)
     result = evaluate(truth, answers)
     if ids:
