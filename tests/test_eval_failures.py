@@ -16,7 +16,7 @@ from llava.eval.answering import Task, answer_questions
 from llava.eval.answers import AnswersFile
 from llava.eval.benchmarks import ALL, BENCHMARKS
 from llava.eval.comparison import AVERAGE, compare_runs
-from llava.eval.costs import Cost
+from llava.eval.costs import Cost, sample_prompts
 from llava.eval.journal import Journal, folder
 from llava.eval.tasks import Question, jsonl_questions, questions_of, read_jsonl
 from llava.pruning import build_pruner
@@ -269,6 +269,22 @@ def test_the_suite_says_how_many_failed_and_compares_what_both_answered(args):
     text = compare_report.markdown(comparison)
     assert "| `random` | 64 | pope | 1 | 1 |" in text and "100.0 (1 failed)" in text
     assert ",failed," in compare_report.csv_text(comparison)
+
+
+def test_costs_are_measured_on_questions_that_can_be_asked(args):
+    class Loop:
+        skip_bad = True
+        tokenizer = model = None
+
+        def prepare(self, question, image, folder):
+            raise ValueError(f"{question}: bad picture")
+
+    benchmarks = suite.available(["pope"], args.data_dir)
+    with pytest.raises(ValueError, match="no question with an image to measure costs on"):
+        sample_prompts(Loop(), benchmarks, args.data_dir, 2)
+    Loop.skip_bad = False
+    with pytest.raises(ValueError, match=r"question 1 \(.*line 1\): bad picture"):
+        sample_prompts(Loop(), benchmarks, args.data_dir, 2)
 
 
 def test_nothing_to_compare_is_said(args):

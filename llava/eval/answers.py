@@ -18,7 +18,7 @@ try:
 except ImportError:  # not on Windows; two writers are then not told apart
     fcntl = None
 
-from llava.eval.answer_lines import is_failed, parse_line
+from llava.eval.answer_lines import is_failed, parse_line, read_answers_tolerantly
 from llava.eval.fingerprints import fingerprint
 from llava.eval.journal import (
     SECONDS_BETWEEN_SYNCS,
@@ -32,7 +32,7 @@ from llava.eval.journal import (
 from llava.eval.journal import folder as journal_folder
 from llava.eval.records import kind_of, read_json
 
-__all__ = ["AnswersFile", "fingerprint"]
+__all__ = ["AnswersFile", "fingerprint", "read_answers_tolerantly"]
 
 HOW_TO_GO_ON = "write to another place, or start it again with --overwrite"
 #: what a file system says that has no locks, such as some network file systems
