@@ -3,8 +3,8 @@
 import argparse
 
 from llava.eval import uploads
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_jsonl
 
 
 @errors_as_messages()
@@ -13,7 +13,7 @@ def main():
     parser.add_argument("--src", required=True, help="answers file")
     parser.add_argument("--dst", required=True, help="prediction file to write")
     args = parser.parse_args()
-    answers = read_jsonl(args.src, ("question_id", "text"))
+    answers = read_answers(args.src)
     uploads.write_json(uploads.gqa(answers), args.dst)
 
 

@@ -4,8 +4,9 @@ import argparse
 import os
 
 from llava.eval import uploads
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_jsonl, read_table
+from llava.eval.tasks import read_table
 
 
 @errors_as_messages()
@@ -16,9 +17,7 @@ def main():
     parser.add_argument("--upload-dir", required=True, help="folder of the spreadsheet")
     parser.add_argument("--experiment", required=True, help="name of both files, without ending")
     args = parser.parse_args()
-    answers = read_jsonl(
-        os.path.join(args.result_dir, f"{args.experiment}.jsonl"), ("question_id", "text")
-    )
+    answers = read_answers(os.path.join(args.result_dir, f"{args.experiment}.jsonl"))
     table = uploads.mmbench(read_table(args.annotation_file, ("index",)), answers)
     uploads.write_xlsx(table, os.path.join(args.upload_dir, f"{args.experiment}.xlsx"))
 

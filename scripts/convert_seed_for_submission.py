@@ -3,8 +3,9 @@
 import argparse
 
 from llava.eval import eval_seed, uploads
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_json, read_jsonl
+from llava.eval.tasks import read_json
 
 
 @errors_as_messages()
@@ -15,9 +16,9 @@ def main():
     parser.add_argument("--result-upload-file", required=True, help="file to write")
     args = parser.parse_args()
     annotation = read_json(args.annotation_file)
-    texts = eval_seed.texts_by_id(read_jsonl(args.result_file, ("question_id", "text")))
-    print(eval_seed.report(eval_seed.evaluate(annotation, texts)), end="")
-    lines = uploads.seed(annotation["questions"], texts)
+    answers = read_answers(args.result_file)
+    print(eval_seed.report(eval_seed.evaluate_all(annotation, answers)), end="")
+    lines = uploads.seed(annotation["questions"], eval_seed.texts_by_id(answers))
     uploads.write_jsonl(lines, args.result_upload_file)
 
 

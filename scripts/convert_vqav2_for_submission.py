@@ -9,7 +9,7 @@ import argparse
 import os
 
 from llava.eval import uploads
-from llava.eval.answers import read_answers_tolerantly
+from llava.eval.answer_lines import read_answers_tolerantly
 from llava.eval.errors import errors_as_messages
 from llava.eval.tasks import read_jsonl
 

@@ -7,7 +7,8 @@
 # KEY=VALUE    options of the pruning method, e.g. important_ratio=0.7; as a flag as well
 #              (--important_ratio 0.7), and where the method's published scripts take them by place
 #              (64 0.7) or from the environment, in that way (docs/Methods.md)
-# Everything else is handed to the answering program (llava/eval/model_vqa_loader.py --help).
+# Everything else is handed to the answering program (llava/eval/model_vqa_loader.py --help), such as
+# --skip-bad, which records questions that cannot be asked and goes on.
 #
 # From the environment:
 #   METHOD       pruning method (default: the one that the options belong to, with TOKENS alone

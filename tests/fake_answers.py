@@ -21,7 +21,8 @@ def main(argv: list[str]) -> None:
     found = [b for b in ALL.values() if str(questions).endswith(f"/{b.questions}")]
     benchmark = found["--brief" in argv]
     limit = option(argv, "--limit")
-    records = subset(benchmark.read(str(questions)), int(limit) if limit else None)
+    limit = int(limit) if limit else None
+    records = subset(benchmark.read(str(questions)), limit, benchmark.together)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for record in records:

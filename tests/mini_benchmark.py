@@ -61,7 +61,10 @@ def _questions(ids, text=lambda number: f"Is thing {number} there?{SHORT}", cate
 
 def _pope(folder):
     _write(folder / "pope/llava_pope_test.jsonl", _questions([1, 2], category="random"))
-    labels = [{"question_id": 1, "label": "yes"}, {"question_id": 2, "label": "no"}]
+    labels = [
+        {"question_id": 2 - n, "image": NAMES[n], "text": f"Is thing {n} there?", "label": label}
+        for n, label in ((1, "no"), (0, "yes"))
+    ]
     _write(folder / "pope/coco/coco_pope_random.json", labels)
 
 

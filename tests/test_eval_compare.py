@@ -237,3 +237,23 @@ def test_a_broken_row_of_the_literature_is_named(tmp_path):
     path.write_text("\n".join([lines[0], lines[1].replace("own", "heard")]) + "\n")
     with pytest.raises(ValueError, match="line 2: status 'heard'"):
         read_published(str(path))
+
+
+def test_published_circular_accuracies_stand_beside_circular_ones_only(finished):
+    rows, comparison = read_published(), finished[3]
+    assert {r.metric for r in rows if r.benchmark.startswith("mmbench")} == {
+        "circular accuracy",
+        "as printed",
+    }
+    row, dense = comparison.rows[1], comparison.dense
+    before, row.method = row.method, "divprune"
+    text = published_table(comparison, rows, "llava-1.5-7b")
+    assert "| mmbench |" not in text
+    assert "mmbench is not compared: ours is plain accuracy, the literature's is circular" in text
+    for one in (row, dense):
+        one.cells["mmbench"].metric = "circular accuracy"
+    text = published_table(comparison, rows, "llava-1.5-7b")
+    assert "| `divprune` | 64 | mmbench |" in text and "not compared" not in text
+    for one in (row, dense):
+        one.cells["mmbench"].metric = "plain accuracy"
+    row.method = before

@@ -17,6 +17,7 @@ from llava.constants import (
 )
 from llava.conversation import conv_templates
 from llava.eval import budgets
+from llava.eval.answer_lines import Failure
 from llava.eval.tasks import Question, load_image
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.reuse import Picture, PrefixCache, pad_left
@@ -24,6 +25,9 @@ from llava.pruning import Pruner, trace_pruning
 
 PREPARED_IMAGES = 64  # neighbouring questions are often about one image
 BATCHES_AHEAD = 2
+
+#: a question with its pictures, or with the reason why it has none
+Prepared = tuple[Question, list[Picture] | Failure]
 
 
 @dataclass
@@ -35,6 +39,7 @@ class AnswerLoop:
     max_new_tokens: length at which an answer is cut
     temperature:    0 takes the likeliest token; larger values sample, seeded by question number
     reuse:          what the questions about one image share is computed once; same answers
+    skip_bad:       a question that cannot be answered gets a `Failure` and stops nothing
     """
 
     tokenizer: object
@@ -47,6 +52,7 @@ class AnswerLoop:
     top_p: float | None = None
     num_beams: int = 1
     reuse: bool = True
+    skip_bad: bool = False
 
     #: visual tokens per prompt: entering the decoder, and on average over its layers
     visual_tokens: tuple[float, float] | None = None
@@ -59,23 +65,47 @@ class AnswerLoop:
 
     def run(
         self, batches: Iterable[tuple[list[int], list[Question]]], image_folder: str
-    ) -> Iterator[tuple[list[int], list[str]]]:
+    ) -> Iterator[tuple[list[int], list[str | Failure]]]:
         """Yields (numbers, answers) of every batch of (numbers, questions), in order.
 
-        Batches are taken a little ahead of their turn. Raises ValueError naming the question when
-        an image is missing or broken; the batches before it have been yielded by then.
+        Batches are taken a little ahead of their turn. A question fails when its image is missing
+        or broken, or when the model refuses it (a prompt that is too long); the others of its batch
+        are answered. Raises ValueError naming it, unless failures are to be passed over; the
+        batches before it have been yielded by then.
         """
         for numbers, batch in self.prepared(batches, image_folder):
             if self.temperature > 0:
                 torch.manual_seed(numbers[0])
-            yield numbers, self.generate(batch)
+            asked = [pair for pair in batch if not isinstance(pair[1], Failure)]
+            texts = iter(self.answers(asked))
+            yield (
+                numbers,
+                [found if isinstance(found, Failure) else next(texts) for _, found in batch],
+            )
+
+    def answers(self, batch: list[tuple[Question, list[Picture]]]) -> list[str | Failure]:
+        """Answers to a batch; one that the model refuses is asked one by one, to know for whom."""
+        if not batch:
+            return []
+        try:
+            return self.generate(batch)
+        except ValueError as error:
+            if len(batch) > 1:
+                return [answer for pair in batch for answer in self.answers([pair])]
+            return [self._failed(f"{batch[0][0]}: {error}", error)]
+
+    def _failed(self, reason: str, error: Exception | None = None) -> Failure:
+        """What stands for an answer; raises ValueError where failures are not passed over."""
+        if not self.skip_bad:
+            raise ValueError(reason) from error
+        return Failure(reason)
 
     def prepared(
         self, batches: Iterable[tuple[list[int], list[Question]]], image_folder: str
-    ) -> Iterator[tuple[list[int], list[tuple[Question, list[Picture]]]]]:
+    ) -> Iterator[tuple[list[int], list[Prepared]]]:
         """Yields every batch with its pictures, prepared some batches ahead of their use."""
         ahead = deque()
-        recent: OrderedDict[str, Future] = OrderedDict()
+        recent: OrderedDict[str, tuple[Question, Future]] = OrderedDict()
         with ThreadPoolExecutor(self.workers) as pool:
             try:
                 for numbers, questions in batches:
@@ -83,28 +113,48 @@ class AnswerLoop:
                     for question in questions:
                         for image in question.images:
                             if image not in recent:
-                                recent[image] = pool.submit(
-                                    self.prepare, question, image, image_folder
-                                )
+                                place = (question, image, image_folder)
+                                recent[image] = question, pool.submit(self.prepare, *place)
                             recent.move_to_end(image)
                         pending.append((question, [recent[image] for image in question.images]))
                     ahead.append((numbers, pending))
                     while len(recent) > PREPARED_IMAGES:
                         recent.popitem(last=False)
                     if len(ahead) > BATCHES_AHEAD:
-                        yield _finished(*ahead.popleft())
+                        yield self._finished(*ahead.popleft())
                 while ahead:
-                    yield _finished(*ahead.popleft())
+                    yield self._finished(*ahead.popleft())
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
+    def _finished(self, numbers: list[int], pending: list) -> tuple[list[int], list[Prepared]]:
+        return numbers, [(question, self._pictures(question, own)) for question, own in pending]
+
+    def _pictures(
+        self, question: Question, pending: list[tuple[Question, Future]]
+    ) -> list[Picture] | Failure:
+        if question.error is not None:
+            return self._failed(question.error)
+        pictures = []
+        for first, future in pending:  # the question that the image was prepared for
+            try:
+                pictures.append(future.result())
+            except ValueError as error:
+                reason = str(error).removeprefix(f"{first}: ")
+                return self._failed(f"{question}: {reason}", error)
+        return pictures
+
     def prepare(self, question: Question, image: str, image_folder: str) -> Picture:
-        """Decodes one image and turns it into pixels as the checkpoint wants them."""
+        """Decodes one image and turns it into pixels as the checkpoint wants them.
+
+        Raises ValueError that names question and image when that cannot be done.
+        """
         picture = load_image(question, image, image_folder)
         try:
             pixels = process_images([picture], self.image_processor, self.model.config)[0]
-        except ValueError as error:
-            raise ValueError(f"{question}, image {image}: {error}") from error
+        except (ValueError, ArithmeticError) as error:
+            name = "in the table" if question.base64 else image
+            raise ValueError(f"{question}: image {name}: {error}") from error
         return Picture(pixels, picture.size)
 
     @torch.inference_mode()
@@ -183,10 +233,6 @@ class AnswerLoop:
             "image_sizes": [picture.size for picture in pictures],
             "questions": [question.text for question, own in batch for _ in own],
         }
-
-
-def _finished(numbers: list[int], pending: list) -> tuple[list[int], list]:
-    return numbers, [(question, [f.result() for f in futures]) for question, futures in pending]
 
 
 def note_visual_tokens(batch: list[tuple[Question, list[Picture]]], trace) -> None:

@@ -5,11 +5,13 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
 import shortuuid
 from tqdm import tqdm
 
+from llava.eval.answer_lines import Failure
 from llava.eval.answer_loop import AnswerLoop
 from llava.eval.answers import AnswersFile
 from llava.eval.journal import Journal
@@ -28,11 +30,13 @@ class Answered:
     seconds:       time this process took to answer, without loading; None when answers were there
                    before: it would be that of a part
     visual_tokens: of a prompt, entering the decoder and on average over its layers; None: none seen
+    num_failed:    questions in the file that failed, as the main process knows it
     """
 
     num_before: int
     seconds: float | None
     visual_tokens: tuple[float, float] | None
+    num_failed: int = 0
 
 
 @dataclass
@@ -53,12 +57,19 @@ class Task:
     settings: dict
     label: str = ""
 
-    def line(self, number: int, text: str) -> dict:
+    def line(self, number: int, text: str | Failure) -> dict:
         """The record for the answers file; its id follows from question and settings, so that a
         run that was interrupted ends with the same file as one that was not."""
         question = self.questions[number]
-        name = json.dumps([self.settings, question.head, number], sort_keys=True)
+        name = json.dumps([self.digest, question.head, number], sort_keys=True)
+        if isinstance(text, Failure):
+            return question.failed_line(text.reason, shortuuid.uuid(name), self.model)
         return question.answer_line(text, shortuuid.uuid(name), self.model)
+
+    @cached_property
+    def digest(self) -> str:
+        """Stands for the settings in the names of the answers."""
+        return shortuuid.uuid(json.dumps(self.settings, sort_keys=True))
 
 
 def answer_questions(
@@ -74,7 +85,8 @@ def answer_questions(
     make_loop: called where there is something to answer; may load the model
     by_image:  questions about one image come together, see `plan_shares`
     workers:   the processes that call this alike, with a file system in common
-    Raises ValueError when the file belongs to other questions or settings.
+    Questions that failed in an earlier run are asked again. Raises ValueError when the file belongs
+    to other questions or settings.
     """
     workers = workers or Workers()
     key = workers.next_key()
@@ -96,6 +108,7 @@ def answer_questions(
         outcome = _answer(task, todo, make_loop, workers, key, answers.put, num_before)
         workers.wait(f"{key}/answered")
         answers.finish(FILE_SYSTEM_SECONDS if workers.size > 1 else 0.0)
+        outcome.num_failed = len(answers.failed)
     workers.wait(f"{key}/merged")
     return outcome
 

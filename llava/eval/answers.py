@@ -5,10 +5,12 @@ other settings cannot continue the file by mistake. Answers found before their t
 journals (`llava.eval.journal`).
 """
 
-import hashlib
+import errno
+import functools
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterable
 
 try:
@@ -16,11 +18,25 @@ try:
 except ImportError:  # not on Windows; two writers are then not told apart
     fcntl = None
 
-from llava.eval.journal import Journal, read_journals, remove_journals
+from llava.eval.answer_lines import is_failed, parse_line, read_answers_tolerantly
+from llava.eval.fingerprints import fingerprint
+from llava.eval.journal import (
+    SECONDS_BETWEEN_SYNCS,
+    Journal,
+    read_journals,
+    remove_journals,
+    rewrite_journals,
+    sync,
+    write_all,
+)
+from llava.eval.journal import folder as journal_folder
+from llava.eval.records import kind_of, read_json
 
-SECONDS_BETWEEN_SYNCS = 1.0
-TAIL_BYTES = 2**16
+__all__ = ["AnswersFile", "fingerprint", "read_answers_tolerantly"]
+
 HOW_TO_GO_ON = "write to another place, or start it again with --overwrite"
+#: what a file system says that has no locks, such as some network file systems
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 class AnswersFile:
@@ -30,16 +46,29 @@ class AnswersFile:
     heads:     per question, in order, the fields that identify its line
     settings:  what must be equal for two runs to belong together (JSON values)
     overwrite: start again even if there are answers
+    fields:    what a line must have besides its head
+    foreign:   continue a file that has no settings beside it, as other programs write
 
-    `num_done` lines were there already. Half a line at the end is removed. Raises ValueError when
-    the lines answer other questions, or were made with other settings.
+    `num_done` lines were there already. Half a line at the end is removed; questions that failed
+    are open again, and answers behind the first of them wait in a journal. Raises ValueError when
+    the lines answer other questions, or were made with other settings, and one that names file and
+    line when something else is broken.
 
     Answers come in question order (`write`), or in any order with their numbers (`put`, and
-    `finish` at the end); journals of other processes may help with the latter.
+    `finish` at the end); journals of other processes may help with the latter. `failed` holds the
+    numbers of the questions that failed in this run.
     """
 
-    def __init__(self, path: str, heads: list[dict], settings: dict, overwrite: bool = False):
-        self.path = path
+    def __init__(
+        self,
+        path: str,
+        heads: list[dict],
+        settings: dict,
+        overwrite: bool = False,
+        fields: tuple[str, ...] = ("text",),
+        foreign: bool = False,
+    ):
+        self.path, self.fields, self.foreign, self.failed = path, fields, foreign, []
         self.settings_path = os.path.splitext(path)[0] + ".settings.json"
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         # Unbuffered and in append mode: whatever happens, only the last line can be incomplete.
@@ -65,6 +94,10 @@ class AnswersFile:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"another process is writing to {self.path}") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise ValueError(f"cannot lock {self.path}: {error.strerror}") from error
+            warn_of_no_locks()
 
     @property
     def known(self) -> set[int]:
@@ -72,44 +105,55 @@ class AnswersFile:
         return self.ahead.keys() | set(range(self.length))
 
     def _continue(self, settings: dict) -> int:
-        """Cuts half a line off the end; returns how many complete lines there are."""
+        """Cuts half a line and what follows a failed question off the end; returns how many lines
+        are left."""
         self.file.seek(0)
-        content = self.file.read()
-        lines = _complete_lines(content, self.path)
-        self.ahead = read_journals(self.path)
-        if lines or self.ahead:
-            self._compare_settings(settings)
-            self._compare_questions({n: record for n, (_, record) in enumerate(lines)})
-            self._compare_questions(self.ahead)
-        self.file.truncate(sum(len(line) + 1 for line, _ in lines))
-        return len(lines)
+        lines = _complete_lines(self.file.read(), self.path, self.fields)
+        ahead = read_journals(self.path, self.fields)
+        failed = [n for n, (_, record) in enumerate(lines) if is_failed(record)]
+        if lines or ahead:
+            finished = len(lines) == len(self.heads) and not failed
+            self._compare_settings(settings, finished)
+            self._compare_questions({n: record for n, (_, record) in enumerate(lines)}, self.path)
+            self._compare_questions(ahead, journal_folder(self.path))
+        num_left = failed[0] if failed else len(lines)
+        found = ahead | {n: record for n, (_, record) in enumerate(lines) if n >= num_left}
+        self.ahead = {n: r for n, r in found.items() if n >= num_left and not is_failed(r)}
+        if len(self.ahead) < len(found):  # before the file is cut, so that a crash loses nothing
+            rewrite_journals(self.path, self.ahead)
+        self.file.truncate(sum(len(line) + 1 for line, _ in lines[:num_left]))
+        return num_left
 
-    def _compare_settings(self, settings: dict) -> None:
+    def _compare_settings(self, settings: dict, finished: bool) -> None:
         if not os.path.exists(self.settings_path):
-            return  # an answers file from elsewhere: its questions and model are compared below
-        with open(self.settings_path, encoding="utf-8") as file:
-            before = json.load(file)
-        changed = [
-            f"{key} was {before.get(key)!r} and is now {settings.get(key)!r}"
-            for key in sorted(before.keys() | settings.keys())
-            if before.get(key) != settings.get(key)
-        ]
-        if changed:
+            if finished or self.foreign:
+                return
+            raise ValueError(
+                f"{self.path} has answers, but {self.settings_path}, which says how they were "
+                f"made, is not there, so that they cannot be continued: {HOW_TO_GO_ON}"
+            )
+        before = read_json(self.settings_path)
+        if not isinstance(before, dict):
+            raise ValueError(
+                f"{self.settings_path} holds {kind_of(before)}, not settings: {HOW_TO_GO_ON}"
+            )
+        if changed := differences(before, json.loads(json.dumps(settings))):
             raise ValueError(
                 f"{self.path} was made with other settings ({'; '.join(changed)}): {HOW_TO_GO_ON}"
             )
 
-    def _compare_questions(self, records: dict[int, dict]) -> None:
+    def _compare_questions(self, records: dict[int, dict], place: str) -> None:
         if records and max(records) >= len(self.heads):
             raise ValueError(
-                f"{self.path} has {max(records) + 1} answers to {len(self.heads)} questions: "
+                f"{place} has {max(records) + 1} answers to {len(self.heads)} questions: "
                 f"{HOW_TO_GO_ON}"
             )
         for number, record in records.items():
             head = self.heads[number]
             if any(record.get(key) != value for key, value in head.items()):
+                line = "line" if place == self.path else "answer"
                 raise ValueError(
-                    f"{self.path}, line {number + 1} answers question "
+                    f"{place}, {line} {number + 1} answers question "
                     f"{record.get('question_id')!r}, but question {head['question_id']!r} comes "
                     "there (or its text differs): the file belongs to other questions; "
                     f"{HOW_TO_GO_ON}"
@@ -123,9 +167,8 @@ class AnswersFile:
 
     def write(self, records: list[dict]) -> None:
         """Appends lines; they survive a crash of the program at once, of the machine soon."""
-        data = memoryview("".join(json.dumps(r) + "\n" for r in records).encode())
-        while data:
-            data = data[self.file.write(data) :]
+        write_all(self.file, "".join(json.dumps(r) + "\n" for r in records))
+        self.failed += [self.length + n for n, r in enumerate(records) if is_failed(r)]
         self.length += len(records)
         if time.monotonic() - self.synced > SECONDS_BETWEEN_SYNCS:
             self._sync()
@@ -155,10 +198,10 @@ class AnswersFile:
         Raises ValueError when answers are missing.
         """
         end = time.monotonic() + patience
-        self._take(read_journals(self.path).items())
+        self._take_journals()
         while self.length < len(self.heads) and time.monotonic() < end:
             time.sleep(1.0)
-            self._take(read_journals(self.path).items())
+            self._take_journals()
         if self.length < len(self.heads):
             raise ValueError(
                 f"{self.path} has {len(self.known)} of {len(self.heads)} answers: start the same "
@@ -167,8 +210,12 @@ class AnswersFile:
         self._sync()
         remove_journals(self.path)
 
+    def _take_journals(self) -> None:
+        # What another process is still writing may look broken for a moment.
+        self._take(read_journals(self.path, self.fields, tolerant=True).items())
+
     def _sync(self) -> None:
-        os.fsync(self.file.fileno())
+        sync(self.file)
         self.synced = time.monotonic()
 
     def __enter__(self):
@@ -181,52 +228,43 @@ class AnswersFile:
         self.file.close()
 
 
-def _complete_lines(content: bytes, path: str) -> list[tuple[bytes, dict]]:
-    """Returns (bytes, record) of every complete line; only the last one may be incomplete."""
+@functools.cache  # said once, however many files there are
+def warn_of_no_locks() -> None:
+    warnings.warn(
+        "the file system of the answers has no locks: two runs that write to the same file would "
+        "not notice each other",
+        stacklevel=4,
+    )
+
+
+def differences(before: dict, now: dict, name: str = "") -> list[str]:
+    """What differs between two sets of settings, in words; those inside others by `outer.inner`."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{name}{key}.")
+        elif old != new or isinstance(old, bool) != isinstance(new, bool):
+            found.append(f"{name}{key} was {_short(old)} and is now {_short(new)}")
+    return found
+
+
+def _short(value, most: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _complete_lines(content: bytes, path: str, fields: tuple[str, ...]) -> list[tuple[bytes, dict]]:
+    """Returns (bytes, record) of every complete line; only the last one may be no line of ours,
+    which is what a crash leaves."""
     *whole, _ = content.split(b"\n")
     lines = []
     for number, line in enumerate(whole, start=1):
-        record = _parse(line)
-        if record is None and number < len(whole):
-            raise ValueError(f"{path}, line {number} is not an answer: {HOW_TO_GO_ON}")
-        if record is not None:
-            lines.append((line, record))
+        try:
+            lines.append((line, parse_line(line, fields)))
+        except ValueError as error:
+            if number < len(whole):
+                raise ValueError(
+                    f"{path}, line {number} is not an answer ({error}): {HOW_TO_GO_ON}"
+                ) from error
     return lines
-
-
-def _parse(line: bytes) -> dict | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and "question_id" in record else None
-
-
-def fingerprint(checkpoint: str) -> str:
-    """Returns a digest that changes when the weights in a folder do; a name on the hub is its own.
-
-    Names, sizes and last bytes of the weight files, so that it costs nothing.
-    """
-    if not os.path.isdir(checkpoint):
-        return checkpoint
-    digest = hashlib.sha256()
-    for name in sorted(os.listdir(checkpoint)):
-        if name.endswith((".safetensors", ".bin", ".pt")):
-            with open(os.path.join(checkpoint, name), "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(size - TAIL_BYTES, 0))
-                digest.update(f"{name} {size} ".encode() + file.read())
-    return digest.hexdigest()[:16]
-
-
-def read_answers_tolerantly(path: str) -> tuple[dict, int]:
-    """Returns the answer texts by question id, and how many broken lines were passed over."""
-    texts, num_broken = {}, 0
-    with open(path, "rb") as file:
-        for line in file:
-            record = _parse(line)
-            if record is None or "text" not in record:
-                num_broken += 1
-            else:
-                texts[record["question_id"]] = record["text"]
-    return texts, num_broken

@@ -5,9 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from llava.eval.answer_lines import answers_among, is_failed
 from llava.eval.judged_scores import Judged
+from llava.eval.matching import check_asked
+from llava.eval.records import Records
 from llava.eval.server_files import Upload
-from llava.eval.tasks import Question, jsonl_questions, read_jsonl, subset
+from llava.eval.tasks import Question, jsonl_questions, questions_of, read_jsonl, subset
 
 JSONL_FIELDS = ("question_id", "text")
 SHARED_IMAGES = "images"
@@ -28,6 +31,9 @@ class Benchmark:
     judge:     how a judge scores the answers, where that is the metric
     upload:    file that a server scores
     server_if: with this file in the data folder the questions are those of the hidden split
+    together:  record -> what it shares with those it must not be parted from by a limit
+    joint:     line of an answers file -> what it shares with those it is scored together with;
+               None: every question is scored alone
     """
 
     name: str
@@ -42,11 +48,15 @@ class Benchmark:
     judge: Judged | None = None
     upload: Upload | None = None
     server_if: str | None = None
+    together: Callable[[dict], object] | None = None
+    joint: Callable[[dict], object] | None = None
 
-    def load_questions(self, path: str, limit: int | None = None) -> list[Question]:
-        """Returns the questions of a file, or about `limit` of them."""
-        records = subset(self.read(path), limit)
-        return [question for record in records for question in self.to_questions(record)]
+    def load_questions(
+        self, path: str, limit: int | None = None, skip_bad: bool = False
+    ) -> list[Question]:
+        """Returns the questions of a file, or about `limit` of them; see `questions_of`."""
+        records = subset(self.read(path), limit, self.together)
+        return questions_of(records, self.to_questions, skip_bad)
 
     def image_folder(self, data_dir: str) -> str:
         """Returns the folder all benchmarks share, where there is one, else the published one."""
@@ -71,24 +81,54 @@ class Benchmark:
         hidden = self.evaluate is None or self.server_if is not None
         return hidden and self.judge is None and self.has_upload(data_dir)
 
-    def check_complete(self, path: str, answers: list[dict], limit: int | None) -> None:
-        """Raises ValueError unless `answers` are those to all questions of the file, in order."""
-        asked = [question.head for question in self.load_questions(path, limit)]
-        given = [{key: a.get(key) for key in h} for a, h in zip(answers, asked, strict=False)]
-        if given != asked or len(answers) != len(asked):
-            raise ValueError(
-                f"the answers do not belong to all {len(asked)} questions of {path}: "
-                f"there are {len(answers)}, "
-                f"{sum(g == a for g, a in zip(given, asked, strict=False))} of them in place"
-            )
+    def check_complete(self, path: str, records: list[dict], limit: int | None) -> None:
+        """Raises ValueError unless `records` are those to all questions of the file: answers, or
+        records of questions that failed."""
+        asked = self.load_questions(path, limit, skip_bad=True)
+        check_asked([question.head for question in asked], records, path)
 
-    def score(self, data_dir: str, path: str, answers: list[dict], limit: int | None) -> dict:
-        """Returns the scores of a complete set of answers to the questions of file `path`."""
+    def score(self, data_dir: str, path: str, records: list[dict], limit: int | None) -> dict:
+        """Returns the scores of a complete set of answers to the questions of file `path`.
+
+        Questions that failed do not count, nor do those that are scored jointly with one of them;
+        the result says how many there are (`failed`, `left_out`). Raises ValueError when nothing
+        is left.
+        """
         if not self.scorable(data_dir):
             names = ", ".join(os.path.join(data_dir, name) for name in self.truth) or "none exist"
             raise ValueError(f"{self.name}: right answers are needed to score here ({names})")
-        self.check_complete(path, answers, limit)
-        return self.labelled(self.evaluate(data_dir, path, answers))
+        self.check_complete(path, records, limit)
+        counted = self.counted(records)
+        result = self.labelled(self.evaluate(data_dir, path, counted))
+        return result | self.failures(records, counted)
+
+    def counted(self, records: list[dict]) -> list[dict]:
+        """The answers among the records of an answers file that a score can be made of."""
+        answers = answers_among(records)
+        if len(answers) == len(records):
+            return answers
+        broken = {self.joint(r) for r in records if is_failed(r)} if self.joint else ()
+        counted = (a for a in answers if not self.joint or self.joint(a) not in broken)
+        counted = Records(answers.path, counted)
+        if not counted:
+            raise ValueError(
+                f"{self.name}: no question is left to score, because all were failed or are scored "
+                f"jointly with one that failed ({len(records) - len(answers)} of {len(records)})"
+            )
+        return counted
+
+    @staticmethod
+    def failures(records: list[dict], counted: list[dict]) -> dict:
+        """What a result says of questions that failed, and of those left out for their sake."""
+        failed = [record for record in records if is_failed(record)]
+        if not failed:
+            return {"failed": 0}
+        left_out = len(records) - len(failed) - len(counted)
+        return {
+            "failed": len(failed),
+            "left_out": left_out,
+            "failed_questions": [[r["question_id"], r["error"]] for r in failed],
+        }
 
     def labelled(self, result: dict) -> dict:
         """Returns a result with the benchmark's name, its metric and the score in percent."""

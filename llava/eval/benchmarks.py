@@ -24,7 +24,13 @@ from llava.eval import (
 )
 from llava.eval.benchmark import Benchmark
 from llava.eval.eval_qbench import qbench_questions
-from llava.eval.tasks import mmbench_questions, read_json_list, read_table, science_questions
+from llava.eval.tasks import (
+    mmbench_question,
+    mmbench_questions,
+    read_json_list,
+    read_mmbench,
+    science_questions,
+)
 
 
 def _refcoco(dataset: str, split: str) -> Benchmark:
@@ -45,12 +51,14 @@ def _mmbench(name: str, table: str, lang: str) -> Benchmark:
         name,
         table,
         None,
-        "accuracy",
+        eval_mmbench.CIRCULAR,
         local_scores.mmbench,
         eval_mmbench.report,
-        read=read_table,
+        read=read_mmbench,
         to_questions=partial(mmbench_questions, single_pred_prompt=True, lang=lang),
+        together=mmbench_question,
         upload=server_files.MMBENCH,
+        joint=local_scores.base_index,
     )
 
 
@@ -153,6 +161,7 @@ _TABLE = (
         local_scores.mme,
         eval_mme.report,
         ("MME/MME_Benchmark_release_version",),
+        joint=lambda line: line["question_id"],
     ),
     Benchmark(
         "seed",

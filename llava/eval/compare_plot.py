@@ -1,14 +1,19 @@
-"""Score against what it costs: one line per method, one picture per kind of cost."""
+"""Score against what it costs: one line per method, one picture per kind of cost.
+
+A filled point differs significantly from the unpruned score, an open one does not.
+"""
 
 from __future__ import annotations
 
 from itertools import cycle
 
+from llava.eval.bootstrap import is_significant
 from llava.eval.comparison import AVERAGE, Comparison, Row
 from llava.eval.plotting import import_pyplot
-from llava.eval.suite_report import DENSE
+from llava.eval.suite_report import DENSE, mark_points
 
 MARKERS = "osD^vP*X<>phH8d"
+NOTE = "filled: significantly other than unpruned; open: not"
 LABELS = {
     "tokens": "visual tokens per decoder layer (average)",
     "flops": "operations of the prefill, of the unpruned model's",
@@ -44,6 +49,7 @@ def plot(comparison: Comparison, axis: str, path: str) -> None:
     figure.legend(
         handles, labels, loc="outside lower center", ncols=7, frameon=False, fontsize="small"
     )
+    figure.text(0.99, 0.005, NOTE, ha="right", fontsize="x-small", color="0.4")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
@@ -58,15 +64,13 @@ def _panel(axes, comparison: Comparison, task: str, axis: str, large: bool = Fal
     colors = import_pyplot().get_cmap("tab20").colors
     for method, color, marker in zip(methods, cycle(colors), cycle(MARKERS), strict=False):
         rows = [row for row in comparison.rows if row.method == method]
-        points = sorted((place(row, dense, axis), row.cells[task].percent) for row in rows)
-        axes.plot(
-            *zip(*points, strict=True),
-            color=color,
-            marker=marker,
-            markersize=6 if large else 3,
-            linewidth=1.3 if large else 0.8,
-            label=method,
-        )
+        cells = [(place(row, dense, axis), row.cells[task]) for row in rows]
+        points = sorted((x, c.percent, is_significant(c.change_range)) for x, c in cells)
+        size, width = (6, 1.3) if large else (3, 0.8)
+        xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
+        # Drawn as the legend shows it, under the points that say what is significant.
+        axes.plot(xs, ys, color=color, marker=marker, ms=size, linewidth=width, label=method)
+        mark_points(axes, points, color, marker, size)
     if axis == "tokens":
         axes.set_xscale("log", base=2)
         ticks = sorted({row.tokens for row in comparison.rows})

@@ -6,6 +6,7 @@ import csv
 import io
 import os
 
+from llava.eval.bootstrap import is_significant
 from llava.eval.comparison import AVERAGE, Cell, Comparison, Row
 from llava.eval.suite_report import DENSE
 
@@ -13,7 +14,7 @@ from llava.eval.suite_report import DENSE
 BY_HAND = "<!-- written by hand -->"
 COLUMNS = (
     "method,tokens,task,metric,score,percent,low,high,change,change_low,change_high,loyalty,count,"
-    "visual_tokens,tokens_in,kv_bytes,flops,seconds_first_token,answers_per_second"
+    "failed,visual_tokens,tokens_in,kv_bytes,flops,seconds_first_token,answers_per_second"
 ).split(",")
 
 
@@ -35,8 +36,8 @@ def _values(row: Row, task: str, cell: Cell) -> list:
         *(cell.range or none),
         cell.change,
         *(cell.change_range or none),
-        *(cell.loyalty, cell.count, row.visual_tokens, row.cost.tokens_in, row.cost.kv_bytes),
-        *(row.cost.flops, row.cost.seconds, row.answers_per_second),
+        *(cell.loyalty, cell.count, cell.failed, row.visual_tokens, row.cost.tokens_in),
+        *(row.cost.kv_bytes, row.cost.flops, row.cost.seconds, row.answers_per_second),
     ]
 
 
@@ -54,15 +55,18 @@ def markdown(comparison: Comparison) -> str:
     lines = [
         f"Model `{settings['model_name']}`, {cell.count} questions of {len(comparison.tasks)} "
         f"benchmarks ({', '.join(comparison.tasks)}). Scores are percent of the maximum; the "
-        "average weighs benchmarks alike. Brackets: 95 % intervals, bootstrap over questions; "
-        "the change is paired with the unpruned answers to the same questions. Bold: the interval "
-        "of the change contains 0. Same: answers that are those of the unpruned model. Kept: "
-        "visual tokens per decoder layer, on average over layers and questions.",
+        "average weighs benchmarks alike. Brackets: 95 % intervals, bootstrap over images with all "
+        "their questions; the change is paired with the unpruned answers to the same questions. "
+        "Bold: the change is significant, its interval leaves out 0. Same: answers that are those "
+        "of the unpruned model. Kept: visual tokens per decoder layer, on average over layers and "
+        "questions.",
         "",
-        f"Unpruned: **{cell.percent:.1f}** {_range(cell.range)}, {dense.visual_tokens:.0f} visual "
+        f"Unpruned: {cell.percent:.1f} {_range(cell.range)}, {dense.visual_tokens:.0f} visual "
         f"tokens, KV cache {dense.cost.kv_bytes / 1e6:.2f} MB, {dense.cost.flops / 1e9:.2f} GFLOP, "
         f"first token after {1e3 * dense.cost.seconds:.0f} ms.",
     ]
+    if any(row.cells[AVERAGE].failed for row in comparison.rows):
+        lines += ["", *_failed_table(comparison)]
     for budget in _budgets(comparison):
         rows = _ranked(comparison, budget)
         lines += ["", f"**{budget} tokens**", "", *_average_table(rows, dense)]
@@ -119,18 +123,31 @@ def _task_table(rows: list[Row], comparison: Comparison) -> list[str]:
     return lines
 
 
+def _failed_table(comparison: Comparison) -> list[str]:
+    """Which scores are not of all questions."""
+    lines = ["**Questions that failed** (no score counts them)", ""]
+    lines += [_line(["method", "tokens", "benchmark", "failed", "counted"])]
+    lines += [_line(["---", "---:", "---", "---:", "---:"])]
+    for row in comparison.rows:
+        for task in comparison.tasks:
+            cell, name = row.cells[task], "unpruned" if row.method == DENSE else f"`{row.method}`"
+            if cell.failed:
+                cells = [name, str(row.tokens), task, str(cell.failed), str(cell.count)]
+                lines.append(_line(cells))
+    return lines
+
+
 def _task_cell(cell: Cell) -> str:
-    text = f"{cell.percent:.1f}"
-    if cell.change_range is None:
-        return text
-    low, high = cell.change_range
-    return f"**{text}**" if low <= 0 <= high else text
+    text = _bold(f"{cell.percent:.1f}", cell)
+    return f"{text} ({cell.failed} failed)" if cell.failed else text
 
 
 def _change(cell: Cell) -> str:
-    text = f"{cell.change:+.1f} {_range(cell.change_range, '+')}".strip()
-    inside = cell.change_range and cell.change_range[0] <= 0 <= cell.change_range[1]
-    return f"**{text}**" if inside else text
+    return _bold(f"{cell.change:+.1f} {_range(cell.change_range, '+')}".strip(), cell)
+
+
+def _bold(text: str, cell: Cell) -> str:
+    return f"**{text}**" if is_significant(cell.change_range) else text
 
 
 def _range(bounds: tuple[float, float] | None, sign: str = "") -> str:

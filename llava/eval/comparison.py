@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, field
 from statistics import mean
-from zlib import crc32
-
-import numpy as np
 
 from llava.eval.benchmarks import Benchmark
+from llava.eval.bootstrap import Interval
 from llava.eval.costs import Cost
-from llava.eval.resampling import UNITS, Units, interval
-from llava.eval.suite import Run, Score, answers_path
-from llava.eval.suite_report import DENSE, not_run
-from llava.eval.tasks import read_jsonl
+from llava.eval.suite import Run, Score
+from llava.eval.suite_report import average_range, not_run
 
 AVERAGE = "average"
 
@@ -24,21 +19,23 @@ class Cell:
     """One run on one benchmark, or on the average of all.
 
     percent:  score as a share of its maximum
-    range:    95 % interval of it; None: the benchmark has no units to draw
+    range:    95 % interval of it, by bootstrap over images; None: there is nothing to draw
     change:   percent minus that of the unpruned model
-    change_range: 95 % interval of the change, both scores drawn on the same questions
+    change_range: 95 % interval of the change, both scores on the same drawn images
     loyalty:  percent of answers that are those of the unpruned model
-    count:    questions
+    count:    questions that the score is of
+    failed:   questions that failed, which it is not of
     """
 
     percent: float
-    range: tuple[float, float] | None
+    range: Interval | None
     change: float
-    change_range: tuple[float, float] | None
+    change_range: Interval | None
     loyalty: float
     count: int
     metric: str = ""
     score: float | None = None
+    failed: int = 0
 
 
 @dataclass
@@ -84,48 +81,32 @@ def compare_runs(
     benchmarks: list[Benchmark],
     args,
 ) -> Comparison:
-    """Scores, answers on disk and costs put together."""
-    done = [run for run in runs if run.refused is None]
+    """Scores and costs put together."""
     by_run: dict[tuple, list[Score]] = {}
     for score in scores:
         by_run.setdefault((score.method, score.tokens), []).append(score)
-    dense_draws: dict[str, np.ndarray | None] = {}
-    rows = []
-    for run in done:
-        key = run.method, run.tokens
-        draws = {b.name: task_draws(b, answers_path(args.out, run, b), args) for b in benchmarks}
-        if run.method == DENSE:
-            dense_draws = draws
-        dense = by_run[DENSE, done[0].tokens]
-        rows.append(_row(run, by_run[key], dense, draws, dense_draws, costs))
+    done = [run for run in runs if run.refused is None]
+    rows = [_row(run, by_run[run.method, run.tokens], costs) for run in done]
     names = ("model_name", "limit", "batch_size", "conv_mode", "tokens")
     settings = {name: getattr(args, name) for name in names}
     return Comparison(settings, rows, not_run(runs))
 
 
-def task_draws(benchmark: Benchmark, path: str, args) -> np.ndarray | None:
-    """Scores of one answers file on drawn questions; runs of a benchmark draw the same ones."""
-    if benchmark.name not in UNITS:
-        return None
-    questions = os.path.join(args.data_dir, benchmark.questions)
-    units: Units = UNITS[benchmark.name](args.data_dir, questions, read_jsonl(path))
-    return units.draws(seed=crc32(benchmark.name.encode()))
-
-
-def _row(run, scores, dense_scores, draws, dense_draws, costs) -> Row:
-    cells = {}
-    for score, dense in zip(scores, dense_scores, strict=True):
-        own, base = draws[score.task], dense_draws[score.task]
-        cells[score.task] = Cell(
+def _row(run: Run, scores: list[Score], costs: dict[tuple, Cost]) -> Row:
+    cells = {
+        score.task: Cell(
             score.percent,
-            None if own is None else interval(own),
-            score.percent - dense.percent,
-            None if own is None else interval(own - base),
+            score.range,
+            score.change,
+            score.change_range,
             score.same_as_dense,
             score.count,
             score.metric,
             score.score,
+            score.failed,
         )
+        for score in scores
+    }
     cost, counted = costs[run.method, run.tokens], sum(score.count for score in scores)
     seen = [(s.visual_tokens, s.count) for s in scores if s.visual_tokens is not None]
     kept = sum(tokens * count for tokens, count in seen) / max(sum(n for _, n in seen), 1)
@@ -133,24 +114,21 @@ def _row(run, scores, dense_scores, draws, dense_draws, costs) -> Row:
     return Row(
         run.method,
         run.tokens,
-        {AVERAGE: _average(cells, draws, dense_draws), **cells},
+        {AVERAGE: _average(scores), **cells},
         cost,
         kept if seen else cost.tokens_mean,
         counted / sum(score.seconds for score in scores) if whole else None,
     )
 
 
-def _average(cells: dict[str, Cell], draws, dense_draws) -> Cell:
+def _average(scores: list[Score]) -> Cell:
     """The mean over benchmarks, each weighing the same."""
-    known = [name for name in cells if draws[name] is not None]
-    complete = len(known) == len(cells)
-    own = np.mean([draws[name] for name in known], axis=0) if complete else None
-    base = np.mean([dense_draws[name] for name in known], axis=0) if complete else None
     return Cell(
-        mean(cell.percent for cell in cells.values()),
-        interval(own) if complete else None,
-        mean(cell.change for cell in cells.values()),
-        interval(own - base) if complete else None,
-        mean(cell.loyalty for cell in cells.values()),
-        sum(cell.count for cell in cells.values()),
+        mean(score.percent for score in scores),
+        average_range(scores),
+        mean(score.change for score in scores),
+        average_range(scores, "change_draws"),
+        mean(score.same_as_dense for score in scores),
+        sum(score.count for score in scores),
+        failed=sum(score.failed for score in scores),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from itertools import islice
 from statistics import mean, median
 
 import torch
@@ -36,15 +37,33 @@ class Cost:
 def sample_prompts(
     loop: AnswerLoop, benchmarks: list[Benchmark], data_dir: str, count: int
 ) -> list[Workload]:
-    """`count` prompts, taken from the benchmarks in turns; each is asked for its first token."""
-    per_task = -(-count // len(benchmarks))
+    """`count` prompts, taken from the benchmarks in turns; each is asked for its first token.
+
+    Where the loop passes over questions that fail (`skip_bad`), so does this. Raises ValueError
+    when no question has an image.
+    """
+    per_task, skip_bad = -(-count // len(benchmarks)), getattr(loop, "skip_bad", False)
     chosen = []
     for benchmark in benchmarks:
         path = os.path.join(data_dir, benchmark.questions)
-        with_image = [q for q in benchmark.load_questions(path, 4 * per_task) if q.images]
-        chosen.append([(q, benchmark.image_folder(data_dir)) for q in with_image[:per_task]])
+        questions = benchmark.load_questions(path, 4 * per_task, skip_bad)
+        folder = benchmark.image_folder(data_dir)
+        able = (
+            q for q in questions if q.images and (not skip_bad or _can_be_asked(loop, q, folder))
+        )
+        chosen.append([(question, folder) for question in islice(able, per_task)])
     turns = [pair for number in range(per_task) for own in chosen for pair in own[number:][:1]]
+    if not turns:
+        raise ValueError("there is no question with an image to measure costs on")
     return [_workload(loop, question, folder) for question, folder in turns[:count]]
+
+
+def _can_be_asked(loop: AnswerLoop, question, folder: str) -> bool:
+    try:
+        _workload(loop, question, folder)
+    except ValueError:
+        return False
+    return True
 
 
 def _workload(loop: AnswerLoop, question, folder: str) -> Workload:

@@ -9,10 +9,12 @@ official script does.
 
 import argparse
 import os
+import sys
 from collections import Counter, defaultdict
 
 from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_json
+from llava.eval.matching import check_known, keyed, source, unique
+from llava.eval.tasks import Records, read_json, read_json_list
 
 # Operations that only turn a found object into an answer are no reasoning step of their own.
 FREE_OPERATIONS = ("exist", "query: name", "choose name")
@@ -30,13 +32,40 @@ def num_steps(question: dict) -> int:
     return sum(not any(free in text for free in FREE_OPERATIONS) for text in operations)
 
 
+def given_answers(predictions: list[dict]) -> dict[int | str, str]:
+    """Returns the predictions by question id; ValueError when two to one question differ."""
+    lines = [{"question_id": p["questionId"], "text": p["prediction"]} for p in predictions]
+    given = unique(Records(source(predictions), lines))
+    return {key: line["text"].strip().rstrip(".") for key, line in given.items()}
+
+
+def asked(questions: dict, answers: list[dict]) -> dict[int | str, dict]:
+    """Returns the questions that were answered; ValueError on an answer to no question."""
+    questions = keyed(questions)
+    check_known(answers, questions, "the questions of GQA")
+    return {key: questions[key] for key in unique(answers)}
+
+
+def points(questions: dict, predictions: list[dict]) -> dict[int | str, bool]:
+    """Returns by question id whether a balanced question was answered right.
+
+    Raises ValueError when one has no prediction, or two that differ.
+    """
+    given = given_answers(predictions)
+    balanced = {key: q for key, q in keyed(questions).items() if q["isBalanced"]}
+    if missing := [key for key in balanced if key not in given]:
+        raise ValueError(
+            f"{source(predictions)}: {len(missing)} questions lack a prediction, e.g. {missing[0]}"
+        )
+    return {key: given[key] == question["answer"] for key, question in balanced.items()}
+
+
 def evaluate(questions: dict, predictions: list[dict], choices: dict | None = None) -> dict:
     """Returns the scores (percent) of `[{"questionId", "prediction"}]` on balanced questions."""
-    given = {entry["questionId"]: entry["prediction"] for entry in predictions}
-    balanced = {key: q for key, q in questions.items() if q["isBalanced"]}
-    if missing := balanced.keys() - given.keys():
-        raise ValueError(f"{len(missing)} questions lack a prediction, e.g. {next(iter(missing))}")
-    right = {key: given[key] == q["answer"] for key, q in balanced.items()}
+    right = points(questions, predictions)
+    given, questions = given_answers(predictions), keyed(questions)
+    balanced = {key: questions[key] for key in right}
+    choices = keyed(choices) if choices else None
     is_open = {key: q["types"]["structural"] == "query" for key, q in balanced.items()}
     accuracy = _percent(right.values())
     return {
@@ -113,7 +142,17 @@ def main():
         return read_json(os.path.join(args.path, name.format(tier=args.tier)))
 
     choices = read(args.choices) if args.choices else None
-    print(report(evaluate(read(args.questions), read(args.predictions), choices)), end="")
+    questions = read(args.questions)
+    path = os.path.join(args.path, args.predictions.format(tier=args.tier))
+    predictions = read_json_list(path, ("questionId", "prediction"))
+    result = evaluate(questions, predictions, choices)
+    if strays := given_answers(predictions).keys() - keyed(questions).keys():
+        print(
+            f"note: {path}: {len(strays)} predictions to no question are left out, such as "
+            f"{min(strays, key=str)!r}",
+            file=sys.stderr,
+        )
+    print(report(result), end="")
 
 
 if __name__ == "__main__":

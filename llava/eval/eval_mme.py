@@ -6,10 +6,13 @@ python -m llava.eval.eval_mme --results-dir eval_tool/answers/X
 
 import argparse
 import os
+import sys
 from collections import defaultdict
+from collections.abc import Iterable
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_jsonl
+from llava.eval.matching import source, unique
 
 TASKS = {
     "Perception": (
@@ -42,44 +45,85 @@ def read_ground_truth(data_dir: str) -> dict[tuple[str, str, str], str]:
 
 
 def _read_pairs(path: str) -> list[tuple[str, str]]:
-    with open(path, encoding="utf-8") as file:
-        rows = [line.rstrip("\n").split("\t") for line in file if line.strip()]
+    with open(path, encoding="utf-8-sig") as file:
+        rows = [line.strip().split("\t") for line in file if line.strip()]
     if any(len(row) != 2 for row in rows):
         raise ValueError(f"{path}: every line must be a question, a tab and an answer")
-    return [(question, answer) for question, answer in rows]
+    return [(question, answer.strip()) for question, answer in rows]
 
 
 def convert(truth: dict, answers: list[dict]) -> dict[str, list[str]]:
-    """Returns the official result lines per category, in answer order."""
+    """Returns the official result lines per category, the answers about an image together.
+
+    Raises ValueError when an answer belongs to no question, two to one question differ, or only one
+    of the questions about an image was answered.
+    """
+    questions = {(*key[:2], _one_line(key[2])): key for key in truth}
+    found: dict[tuple[str, str], list[tuple]] = {}
+    for key, answer in unique(answers, _question_key).items():
+        if key not in questions:
+            raise ValueError(
+                f"{source(answers)}: no ground truth for {answer['question_id']}: {key[2]!r}"
+            )
+        found.setdefault(key[:2], []).append((questions[key], _one_line(answer["text"])))
+    _check_pairs(truth, found, source(answers))
     lines = defaultdict(list)
-    for answer in answers:
-        category, *_, image = answer["question_id"].split("/")
-        name = image.split(".")[0] + ".txt"
-        question = answer["prompt"].replace(WORD_PROMPT, "").strip()
-        if YES_NO_PROMPT not in question:
-            question = f"{question} {YES_NO_PROMPT}"
-        if (category, name, question) not in truth:
-            question = question.replace(f" {YES_NO_PROMPT}", f"  {YES_NO_PROMPT}")
-        if (category, name, question) not in truth:
-            raise ValueError(f"no ground truth for {answer['question_id']}: {question!r}")
-        row = (name, question, truth[category, name, question], answer["text"])
-        lines[category].append("\t".join(row))
+    for (category, name), pairs in found.items():
+        rows = ((name, key[2], truth[key], text) for key, text in pairs)
+        lines[category] += ["\t".join(row) for row in rows]
     return dict(lines)
+
+
+def _question_key(answer: dict) -> tuple[str, str, str]:
+    """Category, file name and question, its spaces made single, as in the index of `convert`."""
+    category, _, image = str(answer["question_id"]).rpartition("/")
+    category = category.split("/")[0]
+    question = answer["prompt"].replace(WORD_PROMPT, "").strip()
+    if YES_NO_PROMPT not in question:
+        question = f"{question} {YES_NO_PROMPT}"
+    return category, image.split(".")[0] + ".txt", _one_line(question)
+
+
+def _one_line(text: str) -> str:
+    """A text with single spaces only: result files keep a line per answer, with tabs in between."""
+    return " ".join(text.split())
+
+
+def _check_pairs(truth: dict, found: dict, where: str) -> None:
+    for key in truth:
+        if key[:2] in found and key not in {asked for asked, _ in found[key[:2]]}:
+            raise ValueError(
+                f"{where}: no answer to {key[2]!r} about {key[0]}/{key[1]}, whose other question "
+                "was answered: MME scores both together"
+            )
 
 
 def parse_yes_no(text: str) -> str:
     """Returns `yes`, `no` or `other`, reading the first four characters."""
-    text = text.lower()
+    text = text.strip().lower()
     if text in ("yes", "no"):
         return text
     return next((word for word in ("yes", "no") if word in text[:4]), "other")
 
 
 def right_pairs(lines: list[str]) -> list[tuple[bool, bool]]:
-    """Whether the two answers about each image are right."""
-    rows = [line.split("\t") for line in lines]
-    right = [parse_yes_no(answer) == truth.lower() for _, _, truth, answer in rows]
-    return list(zip(right[::2], right[1::2], strict=True))
+    """Whether the two answers about each image are right, images in the order of the lines.
+
+    Raises ValueError when an image has one answer only, or two that differ to one question.
+    """
+    said: dict[str, dict[tuple[str, str], str]] = {}
+    for line in lines:
+        name, question, truth, answer = line.split("\t", 3)
+        first = said.setdefault(name, {}).setdefault((question, truth), answer)
+        if first != answer:
+            raise ValueError(f"{question!r} about {name} has two answers, {first!r} and {answer!r}")
+    for name, answers in said.items():
+        if len(answers) != 2:
+            raise ValueError(f"{name} has {len(answers)} of its 2 answers")
+    return [
+        tuple(parse_yes_no(answer) == truth.lower() for (_, truth), answer in answers.items())
+        for answers in said.values()
+    ]
 
 
 def task_score(lines: list[str]) -> float:
@@ -92,18 +136,33 @@ def task_score(lines: list[str]) -> float:
 
 
 def evaluate(lines: dict[str, list[str]]) -> dict:
-    """Returns the scores of all categories present, their totals, and the share of the maximum."""
+    """Returns the scores of all categories present, their totals, and the share of the maximum.
+
+    Where there are tasks of cognition only, their total is the score and `metric` says so.
+    """
+    known = sum(TASKS.values(), [])
+    if strange := [task for task in lines if task not in known]:
+        raise ValueError(f"MME has no task {strange[0]!r}, only {', '.join(known)}")
     groups = {
-        group: {task: task_score(lines[task]) for task in tasks if lines.get(task)}
+        group: {task: _score_of(task, lines[task]) for task in tasks if lines.get(task)}
         for group, tasks in TASKS.items()
     }
-    perception = groups["Perception"] or groups["Cognition"]
+    group = "Perception" if groups["Perception"] else "Cognition"
+    total = sum(groups[group].values())
     return {
-        "score": sum(perception.values()),
-        "percent": 100 * sum(perception.values()) / (MAX_TASK_SCORE * max(len(perception), 1)),
+        "score": total,
+        "metric": group.lower(),
+        "percent": 100 * total / (MAX_TASK_SCORE * max(len(groups[group]), 1)),
         "count": sum(len(rows) for rows in lines.values()),
         "groups": groups,
     }
+
+
+def _score_of(task: str, lines: list[str]) -> float:
+    try:
+        return task_score(lines)
+    except ValueError as error:
+        raise ValueError(f"{task}: {error}") from error
 
 
 def report(result: dict) -> str:
@@ -128,9 +187,34 @@ def read_results(folder: str) -> dict[str, list[str]]:
     for task in sum(TASKS.values(), []):
         path = os.path.join(folder, f"{task}.txt")
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                lines[task] = file.read().splitlines()
+            with open(path, encoding="utf-8-sig") as file:
+                lines[task] = _records(file, path)
     return lines
+
+
+def _records(lines: Iterable[str], path: str) -> list[str]:
+    """Result lines; one that is no `file, question, truth, answer` goes on with the last answer."""
+    records = []
+    for number, line in enumerate(lines, start=1):
+        cells = line.rstrip("\n").split("\t")
+        if len(cells) > 3 and cells[2].strip().lower() in ("yes", "no"):
+            records.append(line.rstrip("\n"))
+        elif records:
+            records[-1] += " " + line.rstrip("\n")
+        elif line.strip():
+            raise ValueError(f"{path}, line {number}: no file, question, Yes or No, and answer")
+    return records
+
+
+def _say_missing(truth: dict, lines: dict[str, list[str]], path: str) -> None:
+    answered = {(task, row.split("\t")[0]) for task, rows in lines.items() for row in rows}
+    images = {key[:2] for key in truth}
+    if missing := sorted(images - answered):
+        print(
+            f"note: {path}: {len(missing)} of {len(images)} images have no answer, such as "
+            f"{'/'.join(missing[0])}: the scores are those of the others",
+            file=sys.stderr,
+        )
 
 
 @errors_as_messages()
@@ -146,8 +230,12 @@ def main():
     if args.results_dir:
         lines = read_results(args.results_dir)
     else:
-        answers = read_jsonl(args.result_file, ("question_id", "prompt", "text"))
-        lines = convert(read_ground_truth(args.data_dir), answers)
+        answers = read_answers(args.result_file, ("question_id", "prompt", "text"))
+        truth = read_ground_truth(args.data_dir)
+        lines = convert(truth, answers)
+        _say_missing(truth, lines, args.result_file)
+    if missing := [task for task in sum(TASKS.values(), []) if not lines.get(task)]:
+        print(f"note: the totals are without {', '.join(missing)}: no answers", file=sys.stderr)
     if args.output_dir:
         write_results(lines, args.output_dir)
     print(report(evaluate(lines)), end="")

@@ -12,10 +12,13 @@ import json
 import re
 from collections import defaultdict
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.answers import AnswersFile
 from llava.eval.errors import errors_as_messages
 from llava.eval.judge import Judge, Prompt, add_judge_args, judge_from_args
-from llava.eval.tasks import read_json, read_jsonl
+from llava.eval.matching import say_missing, source, unique
+from llava.eval.tasks import as_int, read_json, read_jsonl
+from llava.eval.uploads import mmvet_name
 
 MODEL = "gpt-4-0613"
 OWN_PROMPT = (
@@ -25,6 +28,7 @@ OWN_PROMPT = (
     "answer gets right, from 0.0 (nothing, or a contradiction) to 1.0 (all of it), in steps of "
     "0.1. Wording and additional true details do not matter. Reply with the number only."
 )
+NOT_ASKED = "the grade is that of the others"
 ROW = "Question | Ground truth | Prediction | Correctness"
 NUMBER = re.compile(r"(?<![\d.])(?:0(?:\.\d+)?|1(?:\.0+)?|\.\d+)(?![\d]|\.\d)")
 
@@ -56,13 +60,15 @@ def grade(
     """Writes one graded line per answer to `path`, going on where it ended; returns the scores.
 
     entries: content of mm-vet.json
+    Raises ValueError when an answer belongs to no entry, or two to one question differ.
     """
-    keys = [f"v1_{answer['question_id']}" for answer in answers]
-    if unknown := [key for key in keys if key not in entries]:
-        raise ValueError(f"mm-vet.json has no {unknown[0]!r}")
-    heads = [{"question_id": a["question_id"], "text": a["text"]} for a in answers]
-    settings = {"judge": judge.model, "instruction": instruction}
-    with AnswersFile(path, heads, settings, overwrite) as file:
+    given = unique(answers, lambda answer: mmvet_name(answer["question_id"]))
+    if unknown := [key for key in given if key not in entries]:
+        raise ValueError(f"{source(answers)}: mm-vet.json has no {unknown[0]!r}")
+    keys = list(given)
+    heads = [{"question_id": a["question_id"], "text": a["text"]} for a in given.values()]
+    settings = judge.settings | {"instruction": instruction}
+    with AnswersFile(path, heads, settings, overwrite, ("content", "grade")) as file:
         rest = list(zip(keys, heads, strict=True))[file.num_done :]
         prompts = [judge_prompt(entries[key], head["text"], instruction) for key, head in rest]
         for (key, head), reply in zip(rest, judge.ask_all(prompts), strict=True):
@@ -114,10 +120,12 @@ def main():
     parser.add_argument("--overwrite", action="store_true", help="discard grades already there")
     add_judge_args(parser, MODEL, max_tokens=16, temperature=0.0)
     args = parser.parse_args()
-    answers = read_jsonl(args.result_file, ("question_id", "text"))
+    answers = read_answers(args.result_file)
+    entries = read_json(args.mm_vet)
+    say_missing(answers, [as_int(key.removeprefix("v1_")) for key in entries], NOT_ASKED)
     result = grade(
         judge_from_args(args, args.output),
-        read_json(args.mm_vet),
+        entries,
         answers,
         args.output,
         read_instruction(args.prompt_file),

@@ -7,49 +7,114 @@ import argparse
 import os
 import re
 import sys
+from collections import Counter, defaultdict
+from collections.abc import Container
+from typing import NamedTuple
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
+from llava.eval.matching import by_id, check_known, question_id, say_missing, source, unique
 from llava.eval.tasks import read_jsonl
 
+FIELDS = ("question_id", "image", "text", "category")
 ANNOTATION_NAME = re.compile(r"coco_pope_(.+)\.json")
 RULE = "=" * 36
 
 
+class Outcome(NamedTuple):
+    """An answer and its label, and the image they are about."""
+
+    image: str
+    said: bool
+    label: bool
+
+
 def is_yes(text: str) -> bool:
     """Reads an answer as the benchmark does: anything without the plain word "no" is a yes."""
-    words = text.split(".")[0].replace(",", "").split(" ")
+    words = text.strip().split(".")[0].replace(",", "").split(" ")
     return not any(word in ("No", "not", "no") for word in words)
 
 
-def evaluate(annotation_dir: str, questions: list[dict], answers: list[dict]) -> dict:
-    """Returns `{"score": mean F1 in percent, "categories": {name: metrics}}`.
+def outcomes(
+    annotation_dir: str, questions: list[dict], answers: list[dict]
+) -> dict[str, list[Outcome]]:
+    """Returns every answered question of the categories that have a label file, by category.
 
-    Labels belong to the questions of a category in file order, answers to questions by id.
+    Labels belong to questions by image and text, answers to questions by id: today's label files
+    hold other questions in another order than those of the question file. Raises ValueError when a
+    question has no label, and when an answer has no question.
     """
-    texts = {answer["question_id"]: answer["text"] for answer in answers}
-    if unknown := texts.keys() - {question["question_id"] for question in questions}:
-        raise ValueError(f"{len(unknown)} answers to no question, e.g. {next(iter(unknown))!r}")
-    categories = {}
+    asked = by_id(questions)
+    check_known(answers, asked, source(questions))
+    given = defaultdict(list)
+    for key, answer in unique(answers).items():
+        given[asked[key]["category"]].append((asked[key], is_yes(answer["text"])))
+    found = {}
     for category, path in annotation_files(annotation_dir).items():
-        ids = [q["question_id"] for q in questions if q["category"] == category]
         labels = read_labels(path)
-        pairs = zip(ids, labels, strict=False)
-        pairs = [(is_yes(texts[key]), label) for key, label in pairs if key in texts]
-        num_answers = sum(key in texts for key in ids)
-        categories[category] = metrics(pairs) | {"num_answers": num_answers}
-        categories[category]["complete"] = num_answers == len(ids) == len(labels)
+        _check_labelled(path, labels, [question for question, _ in given[category]])
+        found[category] = [
+            Outcome(image_and_text(question)[0], said, labels[image_and_text(question)])
+            for question, said in given[category]
+        ]
+    return found
+
+
+def image_and_text(record: dict) -> tuple[str, str]:
+    """Image and question, without the folder of the one and the instruction below the other."""
+    question = record["text"].strip().split("\n")[0]
+    return os.path.basename(record["image"]), " ".join(question.split())
+
+
+def _check_labelled(path: str, labels: dict, questions: list[dict]) -> None:
+    if lost := [question for question in questions if image_and_text(question) not in labels]:
+        raise ValueError(
+            f"{path} belongs to other questions: it has no label for {len(lost)} of the "
+            f"{len(questions)} that were answered, such as question {lost[0]['question_id']!r}, "
+            f"{image_and_text(lost[0])[1]!r} about {lost[0]['image']}"
+        )
+
+
+def evaluate(annotation_dir: str, questions: list[dict], answers: list[dict]) -> dict:
+    """Returns `{"score", "count", "categories": {name: metrics}, "unlabelled"}`.
+
+    score:      mean F1 in percent
+    questions:  with `image`, `text` and `category`
+    unlabelled: answered categories without a label file, which the mean lacks
+    Raises ValueError as `outcomes` does.
+    """
+    num_questions = Counter(question["category"] for question in questions)
+    categories = {
+        category: metrics([(one.said, one.label) for one in found])
+        | {"num_answers": len(found), "complete": len(found) == num_questions[category]}
+        for category, found in outcomes(annotation_dir, questions, answers).items()
+    }
     scores = [result["f1"] for result in categories.values() if result["num_answers"]]
     mean = sum(scores) / len(scores) if scores else 0.0
     return {
         "score": 100 * mean,
         "count": sum(result["num_answers"] for result in categories.values()),
         "categories": categories,
+        "unlabelled": _unlabelled(questions, answers, categories),
     }
 
 
-def read_labels(path: str) -> list[bool]:
-    """True for yes; labels other than yes and no count as yes, as in the reference."""
-    return [record["label"] != "no" for record in read_jsonl(path, ("label",))]
+def _unlabelled(questions: list[dict], answers: list[dict], labelled: Container[str]) -> list[str]:
+    asked = by_id(questions)
+    answered = {asked[question_id(answer)]["category"] for answer in answers}
+    return sorted(category for category in answered if category not in labelled)
+
+
+def read_labels(path: str) -> dict[tuple[str, str], bool]:
+    """Returns by (image, question) whether the right answer is yes."""
+    labels = {}
+    for number, record in enumerate(read_jsonl(path, ("image", "text", "label")), start=1):
+        label = str(record["label"]).strip().lower()
+        if label not in ("yes", "no"):
+            raise ValueError(f"{path}, label {number}: {record['label']!r} is neither yes nor no")
+        if labels.setdefault(image_and_text(record), label == "yes") != (label == "yes"):
+            raise ValueError(f"{path}, label {number}: the same question is labelled yes and no")
+    return labels
 
 
 def annotation_files(folder: str) -> dict[str, str]:
@@ -108,15 +173,16 @@ def main():
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--result-file", required=True)
     args = parser.parse_args()
-    questions = read_jsonl(args.question_file, ("question_id", "category"))
-    answers = read_jsonl(args.result_file, ("question_id", "text"))
+    questions = read_jsonl(args.question_file, FIELDS)
+    answers = read_answers(args.result_file)
     result = evaluate(args.annotation_dir, questions, answers)
-    for category, values in result["categories"].items():
-        if not values["complete"]:
-            print(
-                f"warning: {category}: questions, labels and answers differ in number",
-                file=sys.stderr,
-            )
+    scored = [q for q in questions if q["category"] in result["categories"]]
+    if lost := result["unlabelled"]:
+        print(
+            f"note: {args.annotation_dir} has no labels of {', '.join(lost)}, which are left out",
+            file=sys.stderr,
+        )
+    say_missing(answers, [question_id(q) for q in scored], "the rates are those of the others")
     print(report(result), end="")
 
 

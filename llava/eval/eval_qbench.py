@@ -7,12 +7,15 @@ a language model; here an answer must name the letter or repeat the option.
 """
 
 import argparse
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import Question, option_letter, read_json_list, read_jsonl
+from llava.eval.matching import source, unique
+from llava.eval.options import option_letter
+from llava.eval.tasks import Question, read_json_list, read_jsonl
 
 FIELDS = ("question", "img_path", "candidates")
 INSTRUCTION = {
@@ -55,13 +58,35 @@ def has_answers(path: str) -> bool:
     return bool(records) and all(record.get("correct_ans") for record in records)
 
 
-def evaluate(records: list[dict], answers: list[dict]) -> dict:
-    """Returns the accuracy in percent, by type and concern as well; both lists in order."""
-    groups = defaultdict(list)
-    for record, answer in zip(records, answers, strict=True):
-        candidates = record["candidates"]
+def question_key(record: dict) -> tuple:
+    """What identifies a question, in the question file and in the answers, which repeat it."""
+    return record["img_path"], record["question"], tuple(record["candidates"])
+
+
+def points(records: list[dict], answers: list[dict]) -> list[tuple[dict, bool]]:
+    """Returns (question, whether it was answered right) of every answered question.
+
+    Raises ValueError when an answer belongs to no question, or two to one question differ.
+    """
+    known = {question_key(record): record for record in records}
+    found = []
+    for key, answer in unique(answers, question_key).items():
+        if key not in known:
+            raise ValueError(
+                f"{source(answers)}: the question {key[1]!r} about {key[0]} is not in "
+                f"{source(records)}"
+            )
+        record, candidates = known[key], known[key]["candidates"]
         letter = option_letter(answer["text"], candidates)
         right = letter is not None and candidates["ABCD".index(letter)] == record["correct_ans"]
+        found.append((record, right))
+    return found
+
+
+def evaluate(records: list[dict], answers: list[dict]) -> dict:
+    """Returns the accuracy in percent, by type and concern as well."""
+    groups = defaultdict(list)
+    for record, right in points(records, answers):
         groups["all"].append(right)
         groups[f"type: {TYPES.get(record.get('type'), record.get('type'))}"].append(right)
         groups[f"concern: {CONCERNS.get(record.get('concern'), record.get('concern'))}"].append(
@@ -83,7 +108,17 @@ def main():
     parser.add_argument("--result-file", required=True)
     args = parser.parse_args()
     records = read_json_list(args.question_file, (*FIELDS, "correct_ans"))
-    print(report(evaluate(records, read_jsonl(args.result_file, ("text",)))), end="")
+    answers = read_jsonl(args.result_file, (*FIELDS, "text"))
+    result = evaluate(records, answers)
+    given = set(map(question_key, answers))
+    if missing := [record for record in records if question_key(record) not in given]:
+        print(
+            f"note: {args.result_file}: {len(missing)} of {len(records)} questions have no answer, "
+            f"such as {missing[0]['question']!r} about {missing[0]['img_path']}: the score is that "
+            "of the others",
+            file=sys.stderr,
+        )
+    print(report(result), end="")
 
 
 if __name__ == "__main__":

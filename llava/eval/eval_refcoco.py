@@ -9,6 +9,7 @@ padding and is divided by the longer side before the two are compared.
 
 import re
 
+from llava.eval.matching import by_id, check_known, source, unique
 from llava.eval.scorer_cli import run_scorer
 from llava.eval.tasks import read_jsonl
 
@@ -46,24 +47,30 @@ def area(box: Box) -> float:
     return max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
 
 
+def overlaps(annotations: list[dict], answers: list[dict]) -> dict[int | str, float | None]:
+    """Returns the IoU of every answer by question id; None where the answer holds no box.
+
+    Raises ValueError when a question is not annotated, or has two different answers.
+    """
+    truth, found = by_id(annotations), {}
+    check_known(answers, truth, source(annotations))
+    for key, answer in unique(answers).items():
+        record, box = truth[key], parse_box(answer["text"])
+        target = to_padded_square(record["bbox"], record["width"], record["height"])
+        found[key] = iou(box, target) if box else None
+    return found
+
+
 def evaluate(annotations: list[dict], answers: list[dict]) -> dict:
     """Returns `{"score": accuracy in percent, "count", "mean_iou", "unreadable"}`."""
-    truth = {record["question_id"]: record for record in annotations}
-    overlaps, unreadable = [], 0
-    for answer in answers:
-        if answer["question_id"] not in truth:
-            raise ValueError(f"no annotation for question {answer['question_id']!r}")
-        record = truth[answer["question_id"]]
-        box = parse_box(answer["text"])
-        unreadable += box is None
-        target = to_padded_square(record["bbox"], record["width"], record["height"])
-        overlaps.append(iou(box, target) if box else 0.0)
-    count = len(overlaps)
+    found = list(overlaps(annotations, answers).values())
+    values = [value or 0.0 for value in found]
+    count = len(values)
     return {
-        "score": 100 * sum(value >= THRESHOLD for value in overlaps) / max(count, 1),
+        "score": 100 * sum(value >= THRESHOLD for value in values) / max(count, 1),
         "count": count,
-        "mean_iou": sum(overlaps) / max(count, 1),
-        "unreadable": unreadable,
+        "mean_iou": sum(values) / max(count, 1),
+        "unreadable": found.count(None),
     }
 
 
@@ -79,7 +86,7 @@ def read_annotations(path: str) -> list[dict]:
 
 
 def main():
-    run_scorer(__doc__, read_annotations, evaluate, report)
+    run_scorer(__doc__, read_annotations, evaluate, report, by_id)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ import json
 import os
 import re
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_json, read_jsonl
+from llava.eval.matching import and_others, keyed, say_missing, source, unique
+from llava.eval.tasks import as_int, read_json
 
 FAILED = "FAILED"
 SENTENCE = re.compile(r"The answer is ([A-Z]).")
@@ -18,7 +20,8 @@ LETTERS = "ABCDE"
 
 
 def parse_letter(text: str, letters: str = LETTERS) -> str:
-    """Returns the option letter an answer names, or `FAILED`."""
+    """Returns the option letter an answer names, or `FAILED`; the rules of the release."""
+    text = text.strip("\t\r\n")
     if text in letters and len(text) == 1:
         return text
     if len(text) >= 3 and text[0] in letters and text[1:3] == ". ":
@@ -28,40 +31,55 @@ def parse_letter(text: str, letters: str = LETTERS) -> str:
 
 
 def evaluate(problems: dict, ids: list[str], answers: list[dict], letters: str = LETTERS) -> dict:
-    """Returns accuracies and the details of every question in `ids`; unanswered ones are wrong."""
-    given = {answer["question_id"]: answer for answer in answers}
+    """Returns accuracies and the details of every question in `ids`; unanswered ones are wrong.
+
+    score:  accuracy on the questions with an image, or on all where none has one
+    scored: those questions, and whether they are right; `count` of them, `total` in all
+    Raises ValueError when there is no problem of that id, or two answers to one differ.
+    """
+    given, problems = unique(answers), keyed(problems)
+    ids = {as_int(key): str(key) for key in ids}
+    if unknown := [key for key in ids if key not in problems]:
+        raise ValueError(
+            f"{source(answers)}: question {ids[unknown[0]]!r}{and_others(len(unknown))} is not in "
+            "problems.json"
+        )
     entries, results, outputs = [], {}, {}
-    for key in ids:
-        answer = given.get(key, {"text": FAILED, "prompt": "Unknown"})
+    for number, key in ids.items():
+        answer = given.get(number, {"text": FAILED, "prompt": "Unknown"})
         letter = parse_letter(answer["text"], letters)
-        choices = letters[: len(problems[key]["choices"])]
+        choices = letters[: len(problems[number]["choices"])]
         outputs[key] = answer["text"]
         results[key] = choices.index(letter) if letter in choices else -1
         entries.append(
             {
                 "question_id": key,
                 "parsed_ans": letter,
-                "ground_truth": letters[problems[key]["answer"]],
+                "ground_truth": letters[problems[number]["answer"]],
                 "question": answer["prompt"],
                 "pred": answer["text"],
                 "is_multimodal": "<image>" in answer["prompt"],
             }
         )
-    right = [results[key] == problems[key]["answer"] for key in ids]
-    shown = [ok for ok, entry in zip(right, entries, strict=True) if entry["is_multimodal"]]
+    right = [results[key] == problems[number]["answer"] for number, key in ids.items()]
+    pairs = list(zip(entries, right, strict=True))
+    with_image = {e["question_id"]: ok for e, ok in pairs if e["is_multimodal"]}
+    shown = list(with_image.values())
     return {
         "score": _percent(shown if shown else right),
         "accuracy": _percent(right),
         "image_accuracy": _percent(shown),
         "correct": sum(right),
-        "count": len(ids),
+        "count": len(shown) or len(ids),
+        "total": len(ids),
         "sqa_results": {"correct": [], "incorrect": []}
         | {
-            name: [e for e, ok in zip(entries, right, strict=True) if ok == wanted]
+            name: [e for e, ok in pairs if ok == wanted]
             for name, wanted in (("correct", True), ("incorrect", False))
         },
         "results": results,
         "outputs": outputs,
+        "scored": with_image or {e["question_id"]: ok for e, ok in pairs},
     }
 
 
@@ -71,7 +89,7 @@ def _percent(right: list[bool]) -> float:
 
 def report(result: dict) -> str:
     return (
-        f"Total: {result['count']}, Correct: {result['correct']}, "
+        f"Total: {result['total']}, Correct: {result['correct']}, "
         f"Accuracy: {result['accuracy']:.2f}%, IMG-Accuracy: {result['image_accuracy']:.2f}%\n"
     )
 
@@ -95,14 +113,14 @@ def main():
     parser.add_argument("--options", default=LETTERS, help="letters of the options, in order")
     args = parser.parse_args()
     problems, ids = read_problems(args.base_dir, args.split)
-    answers = read_jsonl(args.result_file, ("question_id", "prompt", "text"))
+    answers = read_answers(args.result_file, ("question_id", "prompt", "text"))
     result = evaluate(problems, ids, answers, args.options)
+    say_missing(answers, list(map(as_int, ids)), "they count as wrong")
     print(report(result), end="")
     with open(args.output_file, "w", encoding="utf-8") as file:
         json.dump(result["sqa_results"], file, indent=2)
-    summary = {"acc": result["accuracy"]} | {
-        key: result[key] for key in ("correct", "count", "results", "outputs")
-    }
+    summary = {"acc": result["accuracy"], "correct": result["correct"], "count": result["total"]}
+    summary |= {key: result[key] for key in ("results", "outputs")}
     with open(args.output_result, "w", encoding="utf-8") as file:
         json.dump(summary, file, indent=2)
 

@@ -6,17 +6,21 @@ python -m llava.eval.eval_textvqa --annotation-file TextVQA_0.5.1_val.json --res
 import argparse
 import os
 import re
+import sys
+from collections import Counter
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
 from llava.eval.m4c_evaluator import TextVQAAccuracyEvaluator
-from llava.eval.tasks import read_json, read_jsonl
+from llava.eval.matching import question_id, source, unique
+from llava.eval.tasks import as_int, read_json
 
 OCR_PROMPT = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 
 
 def question_of(prompt: str) -> str:
     """Returns the question, in lower case, out of a recorded prompt with or without OCR tokens."""
-    lines = prompt.split("\n")
+    lines = prompt.replace("\r\n", "\n").split("\n")
     if prompt.startswith("OCR tokens: "):
         question = OCR_PROMPT.search(prompt)[1]
     elif "Reference OCR token: " in prompt and len(lines) == 3:
@@ -28,21 +32,52 @@ def question_of(prompt: str) -> str:
     return question.lower()
 
 
+def question_key(answer: dict) -> tuple[int | str, str]:
+    """Image and question that an answer belongs to."""
+    return question_id(answer), question_of(answer["prompt"])
+
+
+def points(annotations: list[dict], answers: list[dict]) -> list[tuple[int | str, float]]:
+    """Returns (image, soft accuracy from 0 to 1) of every answer.
+
+    A question counts as often as it is annotated. Raises ValueError when it is not annotated, or
+    has two different answers.
+    """
+    humans = {_annotated(a): a["answers"] for a in annotations}
+    times = Counter(map(_annotated, annotations))
+    found = unique(answers, question_key)
+    given = Counter(map(question_key, answers))
+    if lost := [key for key in found if key not in humans]:
+        image, question = lost[0]
+        raise ValueError(
+            f"{source(answers)}: no annotation for image {image!r} and question {question!r}"
+        )
+    score = TextVQAAccuracyEvaluator().score
+    return [
+        (key[0], score(answer["text"], humans[key]))
+        for key, answer in found.items()
+        for _ in range(min(given[key], times[key]))
+    ]
+
+
+def _annotated(annotation: dict) -> tuple[int | str, str]:
+    return as_int(annotation["image_id"]), annotation["question"].lower()
+
+
 def evaluate(annotations: list[dict], answers: list[dict]) -> dict:
     """Returns `{"score": accuracy in percent, "count": n}` of answers to annotated questions."""
-    humans = {(a["image_id"], a["question"].lower()): a["answers"] for a in annotations}
-    predictions = []
-    for answer in answers:
-        key = (answer["question_id"], question_of(answer["prompt"]))
-        if key not in humans:
-            raise ValueError(f"no annotation for image {key[0]!r} and question {key[1]!r}")
-        predictions.append({"pred_answer": answer["text"], "gt_answers": humans[key]})
-    accuracy = TextVQAAccuracyEvaluator().eval_pred_list(predictions)
-    return {"score": 100.0 * accuracy, "count": len(predictions)}
+    values = [value for _, value in points(annotations, answers)]
+    return {"score": 100.0 * sum(values) / max(len(values), 1), "count": len(values)}
 
 
 def report(result: dict) -> str:
     return f"Samples: {result['count']}\nAccuracy: {result['score']:.2f}%\n\n"
+
+
+def _first_missing(annotations: list[dict], answers: list[dict]) -> str:
+    given = set(map(question_key, answers))
+    image, question = next(key for key in map(_annotated, annotations) if key not in given)
+    return f"{question!r} about image {image!r}"
 
 
 def read_annotations(path: str) -> list[dict]:
@@ -67,8 +102,15 @@ def main():
             print(f"Skipping {os.path.basename(path)}")
             continue
         print(os.path.splitext(os.path.basename(path))[0])
-        answers = read_jsonl(path, ("question_id", "prompt", "text"))
-        print(report(evaluate(annotations, answers)), end="")
+        answers = read_answers(path, ("question_id", "prompt", "text"))
+        result = evaluate(annotations, answers)
+        if rest := len(annotations) - result["count"]:
+            print(
+                f"note: {path}: {rest} of {len(annotations)} questions have no answer, such as "
+                f"{_first_missing(annotations, answers)}: the accuracy is that of the others",
+                file=sys.stderr,
+            )
+        print(report(result), end="")
 
 
 if __name__ == "__main__":

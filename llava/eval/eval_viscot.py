@@ -13,9 +13,11 @@ import json
 import os
 import re
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.answers import AnswersFile
 from llava.eval.errors import errors_as_messages
 from llava.eval.judge import Judge, Prompt, add_judge_args, judge_from_args
+from llava.eval.matching import question_id, unique
 from llava.eval.tasks import read_jsonl
 from llava.eval.viscot import BRIEF
 
@@ -59,12 +61,12 @@ def score_file(result_file: str, judge: Judge | None, overwrite: bool = False) -
 
     judge: None compares the texts (`precise_match`) instead
     """
-    records = read_jsonl(result_file, FIELDS)
+    records = list(unique(read_answers(result_file, FIELDS), _question_key).values())
     stem = f"{os.path.splitext(result_file)[0]}_{'judge' if judge else 'precise_match'}"
     path = f"{stem}-tmp.jsonl"
-    settings = {"judge": judge.model if judge else None}
+    settings = judge.settings if judge else {"judge": None}
     heads = [{key: record[key] for key in ("question_id", "text")} for record in records]
-    with AnswersFile(path, heads, settings, overwrite) as file:
+    with AnswersFile(path, heads, settings, overwrite, ("text", "score")) as file:
         rest = records[file.num_done :]
         if judge:
             replies = judge.ask_all([judge_prompt(record) for record in rest])
@@ -74,6 +76,10 @@ def score_file(result_file: str, judge: Judge | None, overwrite: bool = False) -
         for record, line in zip(rest, lines, strict=True):
             file.write([{**record, **line}])
     return _finish(path, stem)
+
+
+def _question_key(record: dict) -> tuple:
+    return question_id(record), record["prompt"], record["answer"]
 
 
 def _finish(path: str, stem: str) -> dict:

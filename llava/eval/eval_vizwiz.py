@@ -8,8 +8,10 @@ The answers to the test split are known to its server only, and that is closed.
 
 import argparse
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
 from llava.eval.m4c_evaluator import TextVQAAccuracyEvaluator
+from llava.eval.matching import by_id, question_id, say_missing, source, unique
 from llava.eval.tasks import read_json_list, read_jsonl
 
 
@@ -19,20 +21,33 @@ def read_annotations(path: str) -> dict[str, list[str]]:
     return {e["image"]: [answer["answer"] for answer in e["answers"]] for e in entries}
 
 
+def points(
+    humans: dict[str, list[str]], questions: list[dict], answers: list[dict]
+) -> dict[int | str, float]:
+    """Returns the soft accuracy (0 to 1) of every answer by question id.
+
+    Raises ValueError when a question has no annotated image, or two different answers.
+    """
+    images = {key: question["image"] for key, question in by_id(questions).items()}
+    score, found = TextVQAAccuracyEvaluator().score, {}
+    for key, answer in unique(answers).items():
+        image = images.get(key)
+        if image not in humans:
+            raise ValueError(
+                f"{source(answers)}: question {answer['question_id']!r}: no annotation of {image!r}"
+            )
+        found[key] = score(answer["text"], humans[image])
+    return found
+
+
 def evaluate(humans: dict[str, list[str]], questions: list[dict], answers: list[dict]) -> dict:
     """Returns `{"score": accuracy in percent, "count": n}` and that of unanswerable questions."""
-    images = {question["question_id"]: question["image"] for question in questions}
-    entries = []
-    for answer in answers:
-        image = images.get(answer["question_id"])
-        if image not in humans:
-            raise ValueError(f"question {answer['question_id']!r}: no annotation of {image!r}")
-        entries.append({"pred_answer": answer["text"], "gt_answers": humans[image]})
-    evaluator = TextVQAAccuracyEvaluator()
-    said = [entry["pred_answer"].strip(" .").lower() == "unanswerable" for entry in entries]
+    found = points(humans, questions, answers)
+    texts = [answer["text"] for answer in unique(answers).values()]
+    said = [text.strip(" \t\r\n.").lower() == "unanswerable" for text in texts]
     return {
-        "score": 100 * evaluator.eval_pred_list(entries) if entries else 0.0,
-        "count": len(entries),
+        "score": 100 * sum(found.values()) / max(len(found), 1),
+        "count": len(found),
         "said_unanswerable": 100 * sum(said) / max(len(said), 1),
     }
 
@@ -52,8 +67,10 @@ def main():
     parser.add_argument("--result-file", required=True)
     args = parser.parse_args()
     questions = read_jsonl(args.question_file, ("question_id", "image"))
-    answers = read_jsonl(args.result_file, ("question_id", "text"))
-    print(report(evaluate(read_annotations(args.annotation_file), questions, answers)), end="")
+    answers = read_answers(args.result_file)
+    result = evaluate(read_annotations(args.annotation_file), questions, answers)
+    say_missing(answers, list(map(question_id, questions)), "the score is that of the others")
+    print(report(result), end="")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from llava.eval.answers import AnswersFile
 from llava.eval.judge import Judge, Prompt, add_judge_args, judge_from_args
+from llava.eval.matching import question_id, source
 from llava.eval.tasks import read_json, read_jsonl
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
@@ -69,9 +70,10 @@ def review_text(rule: dict, question: str, answers: tuple[str, str], shown: str 
 
 
 def parse_scores(reply: str) -> list[float]:
-    """Returns the two numbers in the first line of a reply.
+    """Returns the two numbers in the first line of a reply: `8 9`, `8,9`, and `8, 9`.
 
-    Raises ValueError when there are not exactly two.
+    The release takes `8, 9` for three fields and leaves the question out; judges of today write it
+    often. Raises ValueError when there are not exactly two numbers.
     """
     fields = reply.split("\n")[0].replace(",", " ").split()
     if len(fields) != 2:
@@ -88,6 +90,13 @@ def heads_and_prompts(
     missing or belongs to another question, or when there is no rule or context.
     """
     heads, prompts = [], []
+    for given in answers:
+        if len(given) > len(questions):
+            print(
+                f"note: {source(given)}: {len(given)} answers to {len(questions)} questions, the "
+                "last ones are left out",
+                file=sys.stderr,
+            )
     for number, question in enumerate(questions, start=1):
         pair = [_answer_to(question, number, given) for given in answers]
         name = kind.rule_of(question, rules)
@@ -111,12 +120,14 @@ def heads_and_prompts(
 
 def _answer_to(question: dict, number: int, answers: list[dict]) -> dict:
     if number > len(answers):
-        raise ValueError(f"there are more questions than answers ({len(answers)})")
-    answer = answers[number - 1]
-    if answer.get("question_id", question["question_id"]) != question["question_id"]:
         raise ValueError(
-            f"line {number}: question {question['question_id']!r} meets an answer to question "
-            f"{answer['question_id']!r}"
+            f"{source(answers)}: there are more questions than answers ({len(answers)})"
+        )
+    answer = answers[number - 1]
+    if "question_id" in answer and question_id(answer) != question_id(question):
+        raise ValueError(
+            f"{source(answers)}, line {number}: question {question['question_id']!r} meets an "
+            f"answer to question {answer['question_id']!r}"
         )
     return answer
 
@@ -143,8 +154,8 @@ def review(
 
     done: what to print after line `number`
     """
-    settings = {"judge": judge.model, "temperature": judge.temperature, "rules": _digest(prompts)}
-    with AnswersFile(path, heads, settings, overwrite) as file:
+    settings = judge.settings | {"rules": _digest(prompts)}
+    with AnswersFile(path, heads, settings, overwrite, ("content", "tuple"), True) as file:
         for number in range(file.num_done):
             print(f"Skipping {number} as we already have it.")
             print(done(number + 1))

@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 
 import requests
 
+import llava
+from llava.eval.records import parse_json
+
 OPENAI_URL = "https://api.openai.com/v1"
 FIRST_PAUSE = 0.5  # seconds, doubled after every failed attempt
 LONGEST_PAUSE = 30.0
@@ -43,10 +46,12 @@ class VerdictCache:
 
     def _read(self, line: bytes) -> None:
         try:
-            record = json.loads(line)
-            self.replies[record["key"]] = record["reply"]
-        except (ValueError, KeyError, TypeError):
+            record = parse_json(line)
+        except ValueError:
             return  # cut off by a crash: asked again
+        entry = record if isinstance(record, dict) else {}
+        if isinstance(entry.get("key"), str) and isinstance(entry.get("reply"), str):
+            self.replies[entry["key"]] = entry["reply"]
 
     def get(self, body: dict) -> str | None:
         return self.replies.get(_key(body))
@@ -89,6 +94,13 @@ class Judge:
     attempts: int = 8
     timeout: float = 120.0
     workers: int = 4
+
+    @property
+    def settings(self) -> dict:
+        """What must agree for two sets of verdicts to continue each other."""
+        names = ("temperature", "max_tokens", "extra")
+        own = {name: getattr(self, name) for name in names}
+        return {"judge": self.model, "version": llava.__version__, **own}
 
     def body(self, prompt: Prompt) -> dict:
         """Returns the request for one prompt."""

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llava.eval import eval_mmvet, eval_viscot, gpt_review, summarize_gpt_review
+from llava.eval.answer_lines import read_answers
 from llava.eval.judge import Judge
+from llava.eval.matching import question_id, source, unique
 from llava.eval.tasks import read_json, read_jsonl
 
 
@@ -47,12 +49,15 @@ def llava_bench(judge: Judge, run: JudgedRun) -> dict:
     contexts = read_jsonl(os.path.join(folder, "context.jsonl"), ("image", "caption"))
     reference = read_jsonl(os.path.join(folder, "answers_gpt4.jsonl"), ("question_id", "text"))
     questions = read_jsonl(run.question_file, ("question_id", "text", "image", "category"))
-    answers = read_jsonl(run.answers_file, ("question_id", "text"))
-    asked = {answer["question_id"] for answer in answers}
+    answers = read_answers(run.answers_file)
+    given, known = unique(answers), unique(reference)
+    questions = [question for question in questions if question_id(question) in given]
+    if missing := [key for key in map(question_id, questions) if key not in known]:
+        raise ValueError(f"{source(reference)}: no answer to question {missing[0]!r}")
     heads, prompts = gpt_review.heads_and_prompts(
         gpt_review.BENCH,
-        [question for question in questions if question["question_id"] in asked],
-        [[record for record in reference if record["question_id"] in asked], answers],
+        questions,
+        [[found[question_id(question)] for question in questions] for found in (known, given)],
         gpt_review.read_rules(run.wording or gpt_review.OWN_RULES),
         {context["image"]: context for context in contexts},
     )
@@ -74,7 +79,7 @@ def llava_bench_report(result: dict) -> str:
 def mmvet(judge: Judge, run: JudgedRun) -> dict:
     entries = read_json(os.path.join(run.data_dir, "mm-vet", "mm-vet.json"))
     instruction = eval_mmvet.read_instruction(run.wording)
-    answers = read_jsonl(run.answers_file, ("question_id", "text"))
+    answers = read_answers(run.answers_file)
     return eval_mmvet.grade(judge, entries, answers, run.output, instruction, overwrite=True)
 
 

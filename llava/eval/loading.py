@@ -5,16 +5,11 @@ from dataclasses import fields
 
 from llava.conv_mode import announce, checkpoint_conv_mode
 from llava.eval.answer_loop import AnswerLoop
-from llava.eval.answers import fingerprint
 from llava.eval.model_args import DTYPES, add_model_args, load_from_args
+from llava.eval.run_settings import settings_of
 
 __all__ = ["DTYPES", "add_model_args", "add_speed_args", "load_loop", "resolve_conv_mode"]
 __all__ += ["settings_of"]
-
-#: options that answers depend on; those that a program lacks count as None
-SETTINGS = ("model_base", "vision_tower", "conv_mode", "temperature", "top_p", "num_beams")
-SETTINGS += ("max_new_tokens", "dtype", "load_8bit", "load_4bit")
-SETTINGS += ("single_pred_prompt", "lang")  # some programs only; they change what the model reads
 
 
 def add_speed_args(parser, batch_size: int = 1) -> None:
@@ -26,6 +21,12 @@ def add_speed_args(parser, batch_size: int = 1) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="compute what the questions about one image share once",
+    )
+    parser.add_argument(
+        "--skip-bad",
+        "--skip_bad",
+        action="store_true",
+        help="record a question that cannot be answered as failed, and go on",
     )
 
 
@@ -40,17 +41,6 @@ def load_loop(args) -> AnswerLoop:
     given = {field.name for field in fields(AnswerLoop)} & vars(args).keys()
     options = {name: getattr(args, name) for name in given}
     return AnswerLoop(*loaded, **options)
-
-
-def settings_of(args, pruner) -> dict:
-    """Returns what must agree for two runs to continue each other's answers."""
-    parts = [fingerprint(folder) for folder in pruner.part_folders(args.model_path)]
-    return {name: getattr(args, name, None) for name in SETTINGS} | {
-        "model": args.model_name,
-        "weights": fingerprint(args.model_path),
-        "pruner": repr(pruner),
-        **({"trained_parts": parts} if parts else {}),
-    }
 
 
 def resolve_conv_mode(

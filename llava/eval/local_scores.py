@@ -19,12 +19,15 @@ from llava.eval import (
     eval_vqav2,
     uploads,
 )
-from llava.eval.tasks import as_int, read_json, read_json_list, read_jsonl
+from llava.eval.tasks import mmbench_question, read_json, read_json_list, read_jsonl
 
 
 def pope(data_dir, path, answers):
     folder = os.path.join(data_dir, "pope", "coco")
-    return eval_pope.evaluate(folder, read_jsonl(path), answers)
+    result = eval_pope.evaluate(folder, read_jsonl(path, eval_pope.FIELDS), answers)
+    if result["unlabelled"]:
+        raise ValueError(f"{folder} has no labels of {', '.join(result['unlabelled'])}")
+    return result
 
 
 def textvqa(data_dir, path, answers):
@@ -34,9 +37,7 @@ def textvqa(data_dir, path, answers):
 
 def gqa(data_dir, path, answers):
     questions = read_json(os.path.join(data_dir, "gqa", "data", "testdev_balanced_questions.json"))
-    entries = uploads.gqa(answers)
-    given = {entry["questionId"] for entry in entries}
-    return eval_gqa.evaluate({k: q for k, q in questions.items() if k in given}, entries)
+    return eval_gqa.evaluate(eval_gqa.asked(questions, answers), uploads.gqa(answers))
 
 
 def vqav2(data_dir, path, answers):
@@ -47,6 +48,11 @@ def vqav2(data_dir, path, answers):
 def vizwiz(data_dir, path, answers):
     humans = eval_vizwiz.read_annotations(os.path.join(data_dir, "vizwiz", "val.json"))
     return eval_vizwiz.evaluate(humans, read_jsonl(path, ("question_id", "image")), answers)
+
+
+def base_index(line):
+    """The question that an answer belongs to, whichever rotation of its options was shown."""
+    return mmbench_question({"index": line["question_id"]})
 
 
 def mmbench(data_dir, path, answers):
@@ -60,8 +66,7 @@ def mme(data_dir, path, answers):
 
 def seed(data_dir, path, answers):
     annotation = read_json(os.path.join(data_dir, "seed_bench", "SEED-Bench.json"))
-    texts = eval_seed.texts_by_id(answers)
-    asked = [q for q in annotation["questions"] if as_int(q["question_id"]) in texts]
+    asked, texts = eval_seed.asked(annotation, answers), eval_seed.texts_by_id(answers)
     scores = eval_seed.evaluate({**annotation, "questions": asked}, texts)
     return {"score": scores[eval_seed.TOTAL], "count": len(asked), "scores": scores}
 
@@ -71,9 +76,7 @@ def seed_report(result):
 
 
 def qbench(data_dir, path, answers):
-    key = lambda record: (record["img_path"], record["question"])  # noqa: E731
-    records = {key(record): record for record in read_json_list(path, eval_qbench.FIELDS)}
-    return eval_qbench.evaluate([records[key(answer)] for answer in answers], answers)
+    return eval_qbench.evaluate(read_json_list(path, eval_qbench.FIELDS), answers)
 
 
 def refcoco(data_dir, path, answers):

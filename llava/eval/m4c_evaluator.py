@@ -5,6 +5,7 @@ depend on them.
 """
 
 import re
+from functools import lru_cache
 
 NUMBER_WORDS = {"none": "0"} | {
     word: str(value)
@@ -74,12 +75,14 @@ class TextVQAAccuracyEvaluator:
 
     def __init__(self):
         self.answer_processor = EvalAIAnswerProcessor()
+        # Humans repeat each other: most of the two million answers of VQAv2 are seen before.
+        self.normalise = lru_cache(maxsize=2**16)(self.answer_processor)
 
     def answer_scores(self, raw_answers: list[str]) -> dict[str, float]:
         """Returns the score of every normalised answer, averaged over the held-out human."""
         if len(raw_answers) != self.num_answers:
             raise ValueError(f"expected {self.num_answers} human answers, got {len(raw_answers)}")
-        answers = [self.answer_processor(answer) for answer in raw_answers]
+        answers = [self.normalise(answer) for answer in raw_answers]
         scores = {}
         for answer in set(answers):
             others = [answers.count(answer) - (held_out == answer) for held_out in answers]
@@ -88,7 +91,7 @@ class TextVQAAccuracyEvaluator:
 
     def score(self, pred_answer: str, gt_answers: list[str]) -> float:
         """Returns the soft accuracy of one prediction, 0 to 1."""
-        return self.answer_scores(gt_answers).get(self.answer_processor(pred_answer), 0.0)
+        return self.answer_scores(gt_answers).get(self.normalise(pred_answer), 0.0)
 
     def eval_pred_list(self, pred_list: list[dict]) -> float:
         """Returns the mean over entries `{"pred_answer": str, "gt_answers": [str] * 10}`."""

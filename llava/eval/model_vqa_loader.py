@@ -22,10 +22,18 @@ from llava.eval.loading import (
     resolve_conv_mode,
     settings_of,
 )
-from llava.eval.tasks import Question, get_chunk, jsonl_questions, read_jsonl, subset
+from llava.eval.tasks import (
+    Question,
+    get_chunk,
+    jsonl_questions,
+    questions_of,
+    read_jsonl,
+    subset,
+)
 from llava.eval.workers import Workers
 from llava.mm_utils import get_model_name_from_path
 from llava.pruning.cli import add_pruning_args, pruner_from_args
+from llava.weight_files import local_folder
 
 __all__ = ["DTYPES", "build_parser", "parse_args", "resolve_conv_mode", "run"]
 
@@ -63,15 +71,24 @@ def build_parser(
     return parser
 
 
-def run(args, records: list[dict], to_questions: Callable[[dict], Iterator[Question]]) -> None:
+def run(
+    args,
+    records: list[dict],
+    to_questions: Callable[[dict], Iterator[Question]],
+    together: Callable[[dict], object] | None = None,
+) -> None:
     """Answers the questions of this process's chunk of `records` into `args.answers_file`.
+
+    together: record -> what it shares with those it must not be parted from by a limit
 
     Processes that were started together (`accelerate launch`) share the chunk.
     """
-    records = get_chunk(subset(records, args.limit), args.num_chunks, args.chunk_idx)
+    records = get_chunk(subset(records, args.limit, together), args.num_chunks, args.chunk_idx)
+    questions = questions_of(records, to_questions, args.skip_bad)
+    args.model_path = local_folder(args.model_path)
     path = os.path.expanduser(args.answers_file)
     task = Task(
-        [question for record in records for question in to_questions(record)],
+        questions,
         os.path.expanduser(args.image_folder),
         path,
         args.model_name,
@@ -84,6 +101,12 @@ def run(args, records: list[dict], to_questions: Callable[[dict], Iterator[Quest
     )
     if done.num_before and workers.main:
         print(f"{path}: {done.num_before} of {len(task.questions)} answers were there already")
+    if done.num_failed and workers.main:
+        print(
+            f"{path}: {done.num_failed} of {len(task.questions)} questions failed; the same "
+            "command asks them again",
+            file=sys.stderr,
+        )
 
 
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -8,7 +8,7 @@ from functools import partial
 
 from llava.eval.errors import errors_as_messages
 from llava.eval.model_vqa_loader import build_parser, parse_args, run, use_playground_questions
-from llava.eval.tasks import SINGLE_PRED_PROMPT, mmbench_questions, read_table
+from llava.eval.tasks import SINGLE_PRED_PROMPT, mmbench_question, mmbench_questions, read_mmbench
 
 
 @errors_as_messages()
@@ -27,7 +27,7 @@ def main():
         single_pred_prompt=args.single_pred_prompt,
         lang=args.lang,
     )
-    run(args, read_table(args.question_file), to_questions)
+    run(args, read_mmbench(args.question_file), to_questions, mmbench_question)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,15 @@ FILE = os.path.join(os.path.dirname(__file__), *[os.pardir] * 2, "docs", "publis
 #: said
 STATUSES = ("own", "copied", "rerun", "unstated")
 CONVENTIONS = ("average", "input", "unpruned", "unstated")
-#: benchmarks of the file that are scored by the same rule as one of ours
+#: our benchmark -> the one of the file that asks the same questions, and the metric of both. The
+#: literature's MMBench numbers are those of its server, which are circular.
 SAME_RULE = {
     "gqa": ("gqa", "accuracy"),
     "pope": ("pope", "F1"),
     "textvqa": ("textvqa", "accuracy"),
     "vqav2": ("vqav2", "accuracy"),
-    "mmbench": ("mmbench", "accuracy"),
-    "mmbench_cn": ("mmbench_cn", "accuracy"),
+    "mmbench": ("mmbench", "circular accuracy"),
+    "mmbench_cn": ("mmbench_cn", "circular accuracy"),
     "sqa": ("sqa", "accuracy on images"),
     "refcoco": ("refcoco_val", "accuracy at IoU 0.5"),
     "mme": ("mme", "perception"),
@@ -82,7 +83,7 @@ def published_table(comparison: Comparison, rows: list[Published], model: str) -
     ]
     for row in comparison.rows:
         for task in comparison.tasks:
-            for entry in _matching(rows, row.method, row.tokens, task):
+            for entry in _matching(rows, row.method, row.tokens, task, row.cells[task].metric):
                 whole = _unpruned(rows, entry)
                 share = "" if whole is None else f"{100 * entry.value / whole:.1f} "
                 own, dense = row.cells[task].percent, comparison.dense.cells[task].percent
@@ -92,12 +93,28 @@ def published_table(comparison: Comparison, rows: list[Published], model: str) -
                 cells += [f"{share}({entry.value:g})", entry.source, entry.status]
                 lines.append("| " + " | ".join(cells) + " |")
     if len(lines) == 4:
-        return f"The literature on {model} has no number for these runs.\n"
-    return "\n".join(lines) + "\n"
+        lines = [f"The literature on {model} has no number for these runs."]
+    return "\n".join([*lines, *_not_compared(comparison)]) + "\n"
 
 
-def _matching(rows: list[Published], method: str, tokens: int, task: str) -> list[Published]:
+def _not_compared(comparison: Comparison) -> list[str]:
+    """Says which benchmarks were scored by another rule than the literature's."""
+    cells = comparison.dense.cells
+    other = [t for t in comparison.tasks if t in SAME_RULE and SAME_RULE[t][1] != cells[t].metric]
+    return [
+        f"\n{task} is not compared: ours is {cells[task].metric}, the literature's is "
+        f"{SAME_RULE[task][1]}."
+        for task in other
+    ]
+
+
+def _matching(
+    rows: list[Published], method: str, tokens: int, task: str, metric: str
+) -> list[Published]:
+    """The rows on a method, budget and benchmark that were scored by our rule."""
     rule = SAME_RULE.get(task)
+    if rule is None or rule[1] != metric:
+        return []
     return [
         row
         for row in rows

@@ -11,12 +11,12 @@ import argparse
 import json
 import os
 
-from llava.eval import budgets
+from llava.eval import budgets, paired
+from llava.eval.answer_lines import answers_among, failed_sentence, is_failed, read_lines
 from llava.eval.benchmarks import Benchmark, find_benchmark
 from llava.eval.errors import errors_as_messages
 from llava.eval.judge import add_judge_args, has_endpoint, judge_from_args
 from llava.eval.judged_scores import JudgedRun
-from llava.eval.tasks import read_jsonl
 
 SUMMARY = ("benchmark", "metric", "score", "percent", "count")
 
@@ -78,25 +78,48 @@ def write_upload(benchmark: Benchmark, args, questions: str, answers: list[dict]
     return path
 
 
-def score(benchmark: Benchmark, args, questions: str, answers: list[dict]) -> dict:
-    """Returns the result as `A.score.json` holds it; prints the reports on the way."""
+def interval_of(benchmark: Benchmark, data_dir: str, questions: str, records: list[dict]) -> dict:
+    """How far the score (in percent) would move with other images, and how many there are."""
+    draws = paired.draw(benchmark, data_dir, questions, records)
+    return {"interval": draws.range, "images": draws.images} if draws else {}
+
+
+def score(benchmark: Benchmark, args, questions: str, records: list[dict]) -> dict:
+    """Returns the result as `A.score.json` holds it; prints the reports on the way.
+
+    records: lines of the answers file, questions that failed among them
+    """
     result, report = None, benchmark.report
     if benchmark.judge:
-        benchmark.check_complete(questions, answers, args.limit)
+        benchmark.check_complete(questions, records, args.limit)
+        answers_among(records)
         result, report = ask_judge(benchmark, args, questions), benchmark.judge.report
     elif benchmark.scorable(args.data_dir):
-        result = benchmark.score(args.data_dir, questions, answers, args.limit)
+        result = benchmark.score(args.data_dir, questions, records, args.limit)
+        result |= interval_of(benchmark, args.data_dir, questions, records)
     else:
-        benchmark.check_complete(questions, answers, args.limit)
+        benchmark.check_complete(questions, records, args.limit)
+    answers = benchmark.counted(records)
     if result:
         print(report(result), end="")
     else:
         result = {"score": None, "percent": None, "count": len(answers)}
-    result = benchmark.labelled(result) | {"visual_tokens": budgets.summarize(answers)}
+    result = benchmark.labelled(result) | benchmark.failures(records, answers)
+    if result.get("interval"):
+        low, high = result["interval"]
+        print(f"95 % interval: {low:.2f} to {high:.2f} % ({result['images']} images drawn anew)")
+    result["visual_tokens"] = budgets.summarize(answers)
     if result["visual_tokens"]:
         print(budgets.report(result["visual_tokens"]), end="")
+    if failed := [record for record in records if is_failed(record)]:
+        print(f"Failed: {failed_sentence(failed, len(records))}")
+        if result["left_out"]:
+            print(f"  left out with them, as scored jointly: {result['left_out']} answers")
     if args.limit is None and benchmark.has_upload(args.data_dir):
-        result["upload"] = write_upload(benchmark, args, questions, answers)
+        if failed:
+            print("no file for the server, which wants an answer to every question")
+        else:
+            result["upload"] = write_upload(benchmark, args, questions, answers)
     elif result["score"] is None and not benchmark.judge:
         print(f"no score: the right answers are not public ({benchmark.name})")
     return result
@@ -119,11 +142,12 @@ def main():
     args = parser.parse_args()
     benchmark = find_benchmark(args.benchmark)
     questions = args.question_file or os.path.join(args.data_dir, benchmark.questions)
-    answers = read_jsonl(args.answers_file, ("question_id", "text"))
-    result = score(benchmark, args, questions, answers)
+    result = score(benchmark, args, questions, read_lines(args.answers_file))
     with open(f"{os.path.splitext(args.answers_file)[0]}.score.json", "w") as file:
         json.dump(result, file, indent=2)
     summary = {key: result[key] for key in SUMMARY} | {"answers_file": args.answers_file}
+    if result["failed"]:
+        summary["failed"] = result["failed"]
     if result["visual_tokens"]:
         summary["visual_tokens"] = round(result["visual_tokens"]["mean"], 1)
     print(json.dumps(summary))

@@ -7,7 +7,7 @@ import argparse
 import json
 
 from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_json
+from llava.eval.records import kind_of, read_json
 
 
 def table(results: list[dict]) -> str:
@@ -22,7 +22,7 @@ def table(results: list[dict]) -> str:
             result["benchmark"],
             result["metric"],
             _score(result),
-            str(result["count"]),
+            _count(result),
             "" if tokens is None else f"{tokens:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -35,14 +35,29 @@ def _score(result: dict) -> str:
     return "by its server" if "upload" in result else "no judge"
 
 
+def _count(result: dict) -> str:
+    failed = result.get("failed")
+    return f"{result['count']} ({failed} failed)" if failed else str(result["count"])
+
+
 def _family_mean(results: list[dict], prefix: str, name: str) -> list[dict]:
     """The plain mean over the scored members of a family, when there are several."""
     family = [r for r in results if r["benchmark"].startswith(prefix) and r["score"] is not None]
     if len(family) < 2:
         return []
     score = sum(r["score"] for r in family) / len(family)
-    count = sum(r["count"] for r in family)
-    return [{"benchmark": name, "metric": family[0]["metric"], "score": score, "count": count}]
+    sums = {key: sum(r.get(key, 0) for r in family) for key in ("count", "failed")}
+    return [{"benchmark": name, "metric": family[0]["metric"], "score": score, **sums}]
+
+
+def read_score(path: str) -> dict:
+    """The content of a `.score.json`; ValueError names a file that is something else."""
+    result = read_json(path)
+    if not isinstance(result, dict):
+        raise ValueError(f"{path}: holds {kind_of(result)}, not a score")
+    if missing := [key for key in ("benchmark", "metric", "score", "count") if key not in result]:
+        raise ValueError(f"{path}: no field {', '.join(map(repr, missing))}, so it is no score")
+    return result
 
 
 @errors_as_messages()
@@ -55,7 +70,7 @@ def main():
     if args.list:
         with open(args.list, encoding="utf-8") as file:
             files = [*files, *file.read().splitlines()]
-    results = [read_json(path) for path in files]
+    results = [read_score(path) for path in files]
     print(table(results))
     print(json.dumps({result["benchmark"]: result["score"] for result in results}))
 

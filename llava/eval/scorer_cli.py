@@ -1,10 +1,12 @@
 """The command line of the scorers that need the answers and one file with the right ones."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
+from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_jsonl
+from llava.eval.matching import say_missing
+from llava.eval.tasks import as_int
 
 
 @errors_as_messages()
@@ -13,17 +15,24 @@ def run_scorer(
     read_truth: Callable[[str], object],
     evaluate: Callable[[object, list[dict]], dict],
     report: Callable[[dict], str],
+    ids: Callable[[object], Collection] | None = None,
     fields: tuple[str, ...] = ("question_id", "text"),
 ) -> None:
     """Reads the files that the command line names, and prints the report.
 
     doc:        docstring of the program; its first line is what `--help` says
     read_truth: path -> the right answers, as `evaluate` takes them
+    ids:        right answers -> identifiers of the questions, if those without an answer are to be
+                named
     fields:     what every answer must have
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--annotation-file", required=True, help="the right answers")
     parser.add_argument("--result-file", required=True, help="answers file")
     args = parser.parse_args()
-    answers = read_jsonl(args.result_file, fields)
-    print(report(evaluate(read_truth(args.annotation_file), answers)), end="")
+    answers = read_answers(args.result_file, fields)
+    truth = read_truth(args.annotation_file)
+    result = evaluate(truth, answers)
+    if ids:
+        say_missing(answers, [as_int(key) for key in ids(truth)], "the score is that of the others")
+    print(report(result), end="")

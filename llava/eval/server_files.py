@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llava.eval import eval_seed, uploads
+from llava.eval.matching import unique
 from llava.eval.tasks import read_json, read_jsonl, read_table
 
 VQAV2_TEST = "vqav2/llava_vqav2_mscoco_test2015.jsonl"
@@ -27,7 +28,7 @@ class Upload:
 
 
 def _texts(answers: list[dict]) -> dict:
-    return {answer["question_id"]: answer["text"] for answer in answers}
+    return {key: answer["text"] for key, answer in unique(answers).items()}
 
 
 def vqav2(data_dir, questions, answers, path):

@@ -11,12 +11,14 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 
-from llava.eval import budgets
+from llava.eval import budgets, paired
+from llava.eval.answer_lines import answers_among, read_lines
 from llava.eval.answer_loop import AnswerLoop
 from llava.eval.answering import Task, answer_questions
 from llava.eval.benchmarks import BENCHMARKS, Benchmark
+from llava.eval.bootstrap import Interval
 from llava.eval.errors import errors_as_messages
 from llava.eval.loading import (
     add_model_args,
@@ -27,11 +29,11 @@ from llava.eval.loading import (
 )
 from llava.eval.plotting import import_pyplot
 from llava.eval.suite_report import DENSE, not_run, plot, table
-from llava.eval.tasks import read_jsonl
 from llava.eval.workers import Workers
 from llava.mm_utils import get_model_name_from_path
 from llava.pruning import METHODS, Pruner, build_pruner
 from llava.pruning.cli import pruner_from_args
+from llava.weight_files import local_folder
 
 
 @dataclass
@@ -52,8 +54,11 @@ class Score:
     """One cell of the table.
 
     percent:       the score, as a share of its maximum, in percent
+    count:         questions that it is of; `failed`: those that failed, which it is not of
     same_as_dense: share of answers that equal those of the unpruned model, in percent
     visual_tokens: image tokens of a prompt on average over the decoder's layers
+    change:        percent minus that of the unpruned model, on the questions that both answered
+    draws, change_draws: percent and change on drawn images; None: nothing to draw
     """
 
     method: str
@@ -66,6 +71,26 @@ class Score:
     same_as_dense: float | None = None
     visual_tokens: float | None = None
     seconds: float | None = None
+    failed: int = 0
+    change: float = 0.0
+    draws: paired.Draws | None = field(default=None, repr=False, compare=False)
+    change_draws: paired.Draws | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def range(self) -> Interval | None:
+        """95 % interval of the score."""
+        return self.draws and self.draws.range
+
+    @property
+    def change_range(self) -> Interval | None:
+        """95 % interval of the change, both scores on the same images."""
+        return self.change_draws and self.change_draws.range
+
+    def as_dict(self) -> dict:
+        """What is written of it: intervals in place of draws."""
+        names = (f.name for f in fields(self) if not f.name.endswith("draws"))
+        ranges = {"range": self.range, "change_range": self.change_range}
+        return {name: getattr(self, name) for name in names} | ranges
 
 
 def plan(args, num_patches: int) -> list[Run]:
@@ -107,14 +132,23 @@ def answers_path(out: str, run: Run, benchmark: Benchmark) -> str:
 
 
 def run_task(
-    loop, run: Run, benchmark: Benchmark, args, dense_texts: dict, workers: Workers, label: str = ""
-) -> Score:
-    """Returns the score of one method at one budget on one benchmark.
+    loop,
+    run: Run,
+    benchmark: Benchmark,
+    args,
+    dense: dict[str, paired.Baseline],
+    workers: Workers,
+    label: str = "",
+) -> Score | None:
+    """Returns the score of one method at one budget on one benchmark; None in processes that only
+    help to answer.
 
+    dense: what the unpruned model, which runs first, answered to every benchmark
     label: what the progress bar says in front of the benchmark's name
     """
     question_file = os.path.join(args.data_dir, benchmark.questions)
-    questions = benchmark.load_questions(question_file, args.limit)
+    skip_bad = getattr(args, "skip_bad", False)
+    questions = benchmark.load_questions(question_file, args.limit, skip_bad)
     path = answers_path(args.out, run, benchmark)
     images = benchmark.image_folder(args.data_dir)
     settings = settings_of(args, run.pruner)
@@ -123,23 +157,33 @@ def run_task(
     done = answer_questions(
         task, lambda: loop, args.batch_size, args.reuse, args.overwrite, workers
     )
-    answers = read_jsonl(path)
-    texts = [record["text"] for record in answers]
-    dense = dense_texts.setdefault(benchmark.name, texts)  # the unpruned model runs first
-    result = benchmark.score(args.data_dir, question_file, answers, args.limit)
-    kept = budgets.summarize(answers)
+    if not workers.main:
+        return None
+    records = read_lines(path)
+    result = benchmark.score(args.data_dir, question_file, records, args.limit)
+    if benchmark.name not in dense:
+        draws = paired.draw(benchmark, args.data_dir, question_file, records)
+        dense[benchmark.name] = paired.Baseline(records, result["percent"], draws)
+    drawn = paired.compare(
+        benchmark, args.data_dir, question_file, records, result["percent"], dense[benchmark.name]
+    )
+    kept = budgets.summarize(answers_among(records))
     seen = kept["mean"] if kept else done.visual_tokens and done.visual_tokens[1]
     return Score(
         run.method,
         run.tokens,
         benchmark.name,
-        benchmark.metric,
+        result["metric"],
         result["score"],
         result["percent"],
         result["count"],
-        100 * sum(a == b for a, b in zip(texts, dense, strict=True)) / len(texts),
-        seconds=done.seconds,
-        visual_tokens=seen,
+        drawn.same,
+        seen,
+        done.seconds,
+        result["failed"],
+        drawn.change,
+        drawn.draws,
+        drawn.change_draws,
     )
 
 
@@ -152,10 +196,10 @@ def run_all(
 ) -> list[Score]:
     """Runs everything, printing one line per method and budget; scores.json grows with it.
 
-    workers: processes that share the answering; the first one writes and prints
+    workers: processes that share the answering; the first one scores, writes and prints
     """
     workers = workers or Workers()
-    scores, dense_texts = [], {}
+    scores, dense = [], {}
     settings = [run for run in runs if run.refused is None]
     if workers.main:
         print(extent(settings, benchmarks, args), flush=True)
@@ -168,31 +212,38 @@ def run_all(
         number = settings.index(run) + 1
         label = f"setting {number} of {len(settings)}: {run.method} {run.tokens}"
         for benchmark in benchmarks:
-            scores.append(run_task(loop, run, benchmark, args, dense_texts, workers, label))
+            score = run_task(loop, run, benchmark, args, dense, workers, label)
             if workers.main:
+                scores.append(score)
                 write_scores(scores, args)
-        own = scores[-len(benchmarks) :]
-        line = "  ".join(f"{score.task} {score.percent:.1f}" for score in own)
         if workers.main:
+            own = scores[-len(benchmarks) :]
+            line = "  ".join(f"{score.task} {score.percent:.1f}{failures(score)}" for score in own)
             print(f"{run.method} {run.tokens}: {line}", flush=True)
     return scores
 
 
 def extent(settings: list[Run], benchmarks: list[Benchmark], args) -> str:
     """Returns a line on how much there is to do."""
+    skip_bad = getattr(args, "skip_bad", False)
     paths = {b: os.path.join(args.data_dir, b.questions) for b in benchmarks}
-    questions = sum(len(b.load_questions(path, args.limit)) for b, path in paths.items())
+    questions = sum(len(b.load_questions(p, args.limit, skip_bad)) for b, p in paths.items())
     return (
         f"{len(settings)} settings x {questions} questions of {len(benchmarks)} tasks: "
         f"{len(settings) * questions} answers"
     )
 
 
+def failures(score: Score) -> str:
+    """What is said beside a score that some questions are missing in."""
+    return f" ({score.failed} failed)" if score.failed else ""
+
+
 def write_scores(scores: list[Score], args) -> None:
     names = ("model_path", "data_dir", "limit", "batch_size", "conv_mode")
     content = {
         "settings": {name: getattr(args, name) for name in names},
-        "scores": [asdict(score) for score in scores],
+        "scores": [score.as_dict() for score in scores],
     }
     path = os.path.join(args.out, "scores.json")
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
@@ -261,6 +312,7 @@ def prepare(args) -> tuple[AnswerLoop, list[Run], list[Benchmark], Workers]:
     import_pyplot()  # a missing extra should be known before hours of answering
     workers = Workers.from_environment()
     args.device = args.device or workers.device()
+    args.model_path = local_folder(args.model_path)
     loop = load_loop(args)
     crops = loop.model.crops_in_budget(build_pruner())
     runs = plan(args, crops * loop.model.get_vision_tower().num_patches)

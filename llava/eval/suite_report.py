@@ -1,10 +1,17 @@
-"""What a suite shows of its scores: a Markdown table and a plot."""
+"""What a suite shows of its scores: a Markdown table and a plot.
+
+Bold, and filled in the plot, is a score whose change against the unpruned model is significant: the
+95 % interval of the change, by bootstrap over images, leaves out 0.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING
 
+from llava.eval.bootstrap import Interval, is_significant
+from llava.eval.paired import range_of_mean
 from llava.eval.plotting import import_pyplot
 
 if TYPE_CHECKING:
@@ -17,7 +24,7 @@ AVERAGE = "average"
 def table(scores: list[Score]) -> str:
     """Returns one Markdown table per method: tasks down, budgets across, averages below.
 
-    The first column of numbers is the unpruned model.
+    The first column of numbers is the unpruned model; bold scores differ from it significantly.
     """
     dense = [score for score in scores if score.method == DENSE]
     methods = list(dict.fromkeys(s.method for s in scores if s.method != DENSE)) or [DENSE]
@@ -34,14 +41,22 @@ def _method_table(method: str, dense: list[Score], scores: list[Score]) -> str:
         for task in dense
     ]
     averages = [average(column) for column in columns]
-    rows.append([f"**{AVERAGE}**", "", *(f"**{value:.1f}**" for value in averages)])
-    rows.append(["95 % interval", "±", *(f"{half_width(column):.1f}" for column in columns)])
+    rows.append([f"**{AVERAGE}**", "", *map(_average_cell, columns)])
+    rows.append(["95 % interval", "", *(_range(average_range(c)) for c in columns)])
+    changes = [mean(score.change for score in column) for column in columns]
+    rows.append(["change", "", *(f"{value:+.1f}" for value in changes)])
+    rows.append(["95 % interval", "", *(_range(average_range(c, "change_draws")) for c in columns)])
     shares = [100 * value / averages[0] if averages[0] else 0.0 for value in averages]
     rows.append(["of the unpruned score", "%", *(f"{share:.1f}" for share in shares)])
+    if any(score.failed for column in columns for score in column):
+        rows.append(["questions that failed", "", *(_failed(column) for column in columns)])
     rows.append(["answers as unpruned", "%", *(_mean(c, "same_as_dense") for c in columns)])
     rows.append(["visual tokens per layer", "", *(_mean(c, "visual_tokens") for c in columns)])
     rows.append(["answers per second", "", *(_rate(column) for column in columns)])
-    lines = [f"**{method}** (scores in percent of the maximum)", "", _row(head)]
+    title = (
+        f"**{method}** (scores in percent of the maximum; bold: significantly other than unpruned)"
+    )
+    lines = [title, "", _row(head)]
     lines.append(_row(["---", "---", *("---:" for _ in columns)]))
     return "\n".join([*lines, *map(_row, rows)]) + "\n"
 
@@ -65,17 +80,33 @@ def average(column: list[Score]) -> float:
     return mean(score.percent for score in column) if column else 0.0
 
 
-def half_width(column: list[Score]) -> float:
-    """Returns half the 95 % interval of the average, from the number of questions asked.
-
-    Takes every task for a share of right answers, which is near enough for F1 and pair scores.
-    """
-    variances = [score.percent * (100 - score.percent) / score.count for score in column]
-    return 1.96 * sum(variances) ** 0.5 / len(column) if column else 0.0
+def average_range(column: list[Score], name: str = "draws") -> Interval | None:
+    """Returns the 95 % interval of the average of scores, or of changes ("change_draws")."""
+    return range_of_mean([getattr(score, name) for score in column])
 
 
 def _cell(column: list[Score], task: str) -> str:
-    return next((f"{score.percent:.1f}" for score in column if score.task == task), "")
+    score = next((score for score in column if score.task == task), None)
+    if score is None:
+        return ""
+    text = _bold(f"{score.percent:.1f}", score.change_range)
+    return f"{text} ({score.failed} failed)" if score.failed else text
+
+
+def _average_cell(column: list[Score]) -> str:
+    return _bold(f"{average(column):.1f}", average_range(column, "change_draws"))
+
+
+def _bold(text: str, change: Interval | None) -> str:
+    return f"**{text}**" if is_significant(change) else text
+
+
+def _range(bounds: Interval | None) -> str:
+    return "" if bounds is None else f"[{bounds[0]:.1f}, {bounds[1]:.1f}]"
+
+
+def _failed(column: list[Score]) -> str:
+    return str(sum(score.failed for score in column))
 
 
 def _mean(column: list[Score], name: str) -> str:
@@ -97,7 +128,8 @@ def _row(cells: list[str]) -> str:
 def plot(scores: list[Score], path: str) -> None:
     """Draws score over token budget: the average large, every task small; one line per method.
 
-    The band around an average is its 95 % interval.
+    The band around an average is its 95 % interval; a filled point differs significantly from the
+    unpruned score, an open one does not.
     """
     pyplot = import_pyplot()
     tasks = list(dict.fromkeys(score.task for score in scores))
@@ -123,16 +155,17 @@ def _panel(axes, scores: list[Score], title: str, band: bool = False) -> None:
     """One set of curves: the mean of `scores` at every budget, by method."""
     curves = _curves(scores)
     full = curves.pop(DENSE)[0]
-    axes.axhline(full[1], color="0.6", linestyle="--", linewidth=1, label="unpruned")
+    axes.axhline(full.percent, color="0.6", linestyle="--", linewidth=1, label="unpruned")
     for method, points in curves.items():
-        tokens, values, widths = (list(column) for column in zip(*points, full, strict=True))
-        (line,) = axes.plot(tokens, values, "o-", markersize=4, label=method)
-        if band:
-            low = [value - width for value, width in zip(values, widths, strict=True)]
-            high = [value + width for value, width in zip(values, widths, strict=True)]
+        points = [*points, full]
+        tokens, values = [p.tokens for p in points], [p.percent for p in points]
+        (line,) = axes.plot(tokens, values, "-", label=method)
+        mark_points(axes, [(p.tokens, p.percent, p.significant) for p in points], line.get_color())
+        if band and all(point.range for point in points):
+            low, high = zip(*(point.range for point in points), strict=True)
             axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+    ticks = sorted({point.tokens for points in curves.values() for point in (*points, full)})
     axes.set_xscale("log", base=2)
-    ticks = sorted({point[0] for points in curves.values() for point in (*points, full)})
     axes.set_xticks(ticks, labels=map(str, ticks))
     axes.minorticks_off()
     axes.set_title(title, fontsize=11 if band else 9)
@@ -140,15 +173,40 @@ def _panel(axes, scores: list[Score], title: str, band: bool = False) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _curves(scores: list[Score]) -> dict[str, list[tuple[int, float, float]]]:
-    """Points (tokens, average, half its interval) by method, small budgets first."""
+def mark_points(
+    axes, points: list[tuple[float, float, bool]], color, marker: str = "o", size: float = 4
+) -> None:
+    """Draws (x, y, significant): filled where the change is significant, open where not."""
+    for x, y, filled in points:
+        face = color if filled else "white"
+        axes.plot([x], [y], marker, markersize=size, color=color, markerfacecolor=face)
+
+
+@dataclass
+class Point:
+    """The average of a method's scores at one budget.
+
+    range:       95 % interval of it
+    significant: whether its change against the unpruned model is
+    """
+
+    tokens: int
+    percent: float
+    range: Interval | None
+    significant: bool
+
+
+def _curves(scores: list[Score]) -> dict[str, list[Point]]:
+    """Points by method, small budgets first."""
     groups: dict[str, dict[int, list[Score]]] = {}
     for score in scores:
         groups.setdefault(score.method, {}).setdefault(score.tokens, []).append(score)
     return {
-        method: [
-            (tokens, average(column), half_width(column))
-            for tokens, column in sorted(budgets.items())
-        ]
+        method: [_point(tokens, column) for tokens, column in sorted(budgets.items())]
         for method, budgets in groups.items()
     }
+
+
+def _point(tokens: int, column: list[Score]) -> Point:
+    change = average_range(column, "change_draws")
+    return Point(tokens, average(column), average_range(column), is_significant(change))

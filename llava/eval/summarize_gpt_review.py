@@ -7,6 +7,7 @@ The LLaVA-Bench number is the first value of `all`.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections import defaultdict
@@ -41,9 +42,12 @@ def judge_version(path: str) -> str:
 
 
 def summarize(reviews: list[dict], ignored: tuple = ()) -> tuple[dict, int]:
-    """Returns (reference, candidate) means by category and `all`, and how many had no scores."""
+    """Returns (reference, candidate) means by category and `all`, and how many had no scores.
+
+    A line that stands there twice counts once.
+    """
     groups, unreadable = defaultdict(list), 0
-    for record in reviews:
+    for record in {json.dumps(record): record for record in reviews}.values():
         if record["question_id"] in ignored:
             continue
         scores = record["tuple"] if "tuple" in record else record["score"]

@@ -1,29 +1,43 @@
-"""Question files in, answer lines out: one reader per file format of the benchmarks.
+"""Questions in, answer lines out: how the records of every benchmark become questions."""
 
-Every reader reports a broken record by file and line, because a file of 100,000 questions with one
-bad line is found out at 3 a.m. otherwise.
-"""
-
-import csv
-import json
 import math
 import os
-import string
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from PIL import Image
 
 from llava import image_io
+from llava.eval.options import option_letter
+from llava.eval.records import (
+    Records,
+    is_missing,
+    kind_of,
+    read_json,
+    read_json_list,
+    read_jsonl,
+    read_table,
+)
+
+#: the readers of files and of options, which programs take from here
+__all__ = [
+    "Records",
+    "is_missing",
+    "option_letter",
+    "read_json",
+    "read_json_list",
+    "read_jsonl",
+    "read_table",
+]
 
 SINGLE_PRED_PROMPT = {
     "en": "Answer with the option's letter from the given choices directly.",
     "cn": "请直接回答选项字母。",
 }
 OPTIONS = "ABCD"
-TABLE_COLUMNS = ("index", "question", "A", "B", "image")
-# What pandas, with which the published numbers were made, reads as a missing cell.
-MISSING_CELLS = {"", "NA", "N/A", "n/a", "<NA>", "#N/A", "#NA", "NULL", "null", "-nan", "-NaN"}
+# In MMBench's tables row `index + k * 10**6` is question `index` with its options rotated k times.
+MMBENCH_ROTATION = 10**6
 
 
 @dataclass
@@ -35,6 +49,8 @@ class Question:
     images: image files relative to the image folder; for tables the pictures themselves (base64)
     tail:   fields of the answer line that follow the answer
     metadata: what was seen while answering; filled by the answer loop
+    where:  file and line it comes from
+    error:  why it cannot be asked; None: it can
     """
 
     head: dict
@@ -43,91 +59,77 @@ class Question:
     tail: dict = field(default_factory=dict)
     base64: bool = False
     metadata: dict = field(default_factory=dict)
+    where: str = ""
+    error: str | None = None
 
     def answer_line(self, text: str, answer_id: str, model_id: str) -> dict:
         """Returns the record for the answers file, keys in the published order."""
         closing = {"answer_id": answer_id, "model_id": model_id, "metadata": self.metadata}
         return {**self.head, "text": text, **self.tail, **closing}
 
+    def failed_line(self, reason: str, answer_id: str, model_id: str) -> dict:
+        """Returns the record of a question that got no answer: it has no `text` that a reader
+        could take for one."""
+        closing = {"answer_id": answer_id, "model_id": model_id, "metadata": {}}
+        return {**self.head, "error": reason, **closing}
+
     def __str__(self):
-        return f"question {self.head['question_id']}"
+        place = f" ({self.where})" if self.where else ""
+        return f"question {self.head['question_id']}{place}"
 
 
-def read_jsonl(path: str, fields: tuple[str, ...] = ()) -> list[dict]:
-    """Returns the records of a JSON-lines file; `fields` must be present in each of them."""
-    records = []
-    with open(path, "rb") as file:  # bytes, so that a line in a wrong encoding is named as well
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                records.append(_parse_line(line, f"{path}, line {number}", fields))
-    return records
+def questions_of(
+    records: Iterable[dict],
+    to_questions: Callable[[dict], Iterable[Question]],
+    skip_bad: bool = False,
+) -> list[Question]:
+    """Returns the questions of records, each with the place it comes from.
 
-
-def _parse_line(line: bytes, where: str, fields: tuple[str, ...]) -> dict:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        reason = f"{error.msg} at column {error.colno}"
-        raise ValueError(f"{where}: not valid JSON ({reason})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not valid UTF-8 ({error.reason})") from error
-    return _checked(record, where, fields)
-
-
-def _checked(record, where: str, fields) -> dict:
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected an object, found {type(record).__name__}")
-    if missing := [name for name in fields if name not in record]:
-        raise ValueError(f"{where}: no field {', '.join(map(repr, missing))}")
-    return record
-
-
-def read_json_list(path: str, fields: tuple[str, ...] = ()) -> list[dict]:
-    """Returns the records of a JSON list; `fields` must be present in each of them."""
-    records = read_json(path)
-    if not isinstance(records, list):
-        raise ValueError(f"{path}: expected a list, found {type(records).__name__}")
-    return [_checked(r, f"{path}, item {i}", fields) for i, r in enumerate(records, start=1)]
-
-
-def read_json(path: str):
-    """Returns the content of a JSON file; a syntax error names file, line and column."""
-    with open(path, encoding="utf-8") as file:
+    skip_bad: a record that holds no question becomes one that cannot be asked (`Question.error`)
+    Raises ValueError that names such a record otherwise.
+    """
+    questions = []
+    for record in records:
+        where = getattr(record, "where", "")
         try:
-            return json.load(file)
-        except json.JSONDecodeError as error:
-            where = f"{path}, line {error.lineno}"
-            raise ValueError(f"{where}: not valid JSON ({error.msg})") from error
+            own = [_checked_question(question) for question in to_questions(record)]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
+            bad = Question({"question_id": _id_of(record)}, "", where=where)
+            bad.error = f"{bad}: no question can be read ({reason})"
+            if not skip_bad:
+                raise ValueError(bad.error) from error
+            own = [bad]
+        for question in own:
+            question.where = where
+        questions += own
+    return questions
 
 
-def read_table(path: str, columns: tuple[str, ...] = TABLE_COLUMNS) -> list[dict]:
-    """Returns the rows of a tab-separated table (cells are strings, missing ones None)."""
-    csv.field_size_limit(2**31 - 1)  # a cell holds a whole picture
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.reader(file, delimiter="\t")
-        header = next(reader, [])
-        if missing := [name for name in columns if name not in header]:
-            raise ValueError(f"{path}, line 1: no column {', '.join(missing)}")
-        return [_table_row(row, header, f"{path}, line {reader.line_num}") for row in reader if row]
+def _id_of(record: dict):
+    """What a record that cannot be read calls itself."""
+    names = ("question_id", "id", "index", "img_path")
+    return next((record[name] for name in names if record.get(name) is not None), None)
 
 
-def _table_row(row: list[str], header: list[str], where: str) -> dict:
-    if len(row) != len(header):
-        raise ValueError(f"{where}: {len(row)} cells where the header has {len(header)}")
-    return {
-        name: None if is_missing(cell) else cell for name, cell in zip(header, row, strict=True)
-    }
-
-
-def is_missing(cell: str) -> bool:
-    """True for an empty cell and for the ways in which tables spell "nothing"."""
-    return cell in MISSING_CELLS or cell.lower() in ("nan", "none")
+def _checked_question(question: Question) -> Question:
+    """The question, when it is one; ValueError says what is wrong with it."""
+    key = question.head["question_id"]
+    if isinstance(key, bool) or not isinstance(key, str | int | float):
+        raise ValueError(f"its id is {kind_of(key)}, not a text or a number")
+    if not isinstance(question.text, str):
+        raise ValueError(f"its text is {kind_of(question.text)}")
+    if not question.text.isascii():
+        question.text.encode()  # half a character (a lone surrogate) is no text
+    if wrong := [image for image in question.images if not isinstance(image, str)]:
+        raise ValueError(f"its image is {kind_of(wrong[0])}, not the name of a file")
+    return question
 
 
 def jsonl_questions(record: dict) -> Iterator[Question]:
     """The common format: `{question_id, image, text, category?}`; `image` may be a list."""
-    images = record.get("image") or []
-    images = [images] if isinstance(images, str) else list(images)
+    images = record.get("image")
+    images = [] if images in (None, "") else images if isinstance(images, list) else [images]
     head = {"question_id": record["question_id"], "prompt": record["text"]}
     yield Question(head, record["text"], images)
 
@@ -170,12 +172,29 @@ def _present_options(row: dict) -> Iterator[str]:
         yield letter
 
 
-def as_int(text: str) -> int | str:
+def as_int(text: str | int | float) -> int | str:
     """Returns an integer where the text is one, else the text: identifiers come in both kinds."""
-    try:
+    if isinstance(text, float) and text.is_integer():
         return int(text)
-    except ValueError:
-        return text
+    text = str(text).strip()
+    return int(text) if re.fullmatch(r"-?[0-9]+", text) else text
+
+
+def read_mmbench(path: str) -> Records:
+    """Returns the rows of an MMBench table; where a rotation names the row that has its picture
+    (`image` is an index), it gets that picture."""
+    rows = read_table(path)
+    pictures = {row["index"]: row["image"] for row in rows}
+    for row in rows:
+        if row["image"] in pictures:
+            row["image"] = pictures[row["image"]]
+    return rows
+
+
+def mmbench_question(row: dict) -> int | str:
+    """What a row of MMBench's table asks, whichever way its options are rotated."""
+    index = as_int(row["index"])
+    return index % MMBENCH_ROTATION if isinstance(index, int) else index
 
 
 def load_image(question: Question, image: str, folder: str) -> Image.Image:
@@ -196,26 +215,24 @@ def get_chunk(items: list, num_chunks: int, chunk_idx: int) -> list:
     return items[chunk_idx * size : (chunk_idx + 1) * size]
 
 
-def subset(items: list, limit: int | None) -> list:
+def subset(
+    items: list, limit: int | None, together: Callable[[dict], Hashable] | None = None
+) -> list:
     """Returns about `limit` items spread evenly, two neighbours at a time.
 
-    Neighbours stay together because MME scores its two questions on an image jointly.
+    Neighbours stay together because MME scores its two questions on an image jointly; items with
+    the same `together` do wherever they stand, and count as one.
     """
     if limit is None or limit >= len(items):
         return items
+    if together and limit > 0:
+        groups: dict[Hashable, list] = {}
+        for item in items:
+            groups.setdefault(together(item), []).append(item)
+        chosen = subset(list(groups.values()), math.ceil(limit * len(groups) / len(items)))
+        return [item for group in chosen for item in group]
     if limit < 1:
         raise ValueError(f"a limit of {limit} leaves no question")
     num_pairs = math.ceil(limit / 2)
     starts = [2 * (i * math.ceil(len(items) / 2) // num_pairs) for i in range(num_pairs)]
     return [item for start in starts for item in items[start : start + 2]]
-
-
-def option_letter(text: str, options: list[str]) -> str | None:
-    """Returns the letter chosen by an answer: `B`, `B.`, `(B) dog` or the option's own words."""
-    text = text.strip()
-    bare = text.lstrip("(")
-    letters = string.ascii_uppercase[: len(options)]
-    if bare[:1] in letters and bare and not bare[1:2].isalnum():
-        return bare[0]
-    wanted = text.rstrip(".").lower()
-    return next((k for k, v in zip(letters, options, strict=True) if v.lower() == wanted), None)

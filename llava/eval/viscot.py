@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 
+from llava.eval.records import Record, Records
 from llava.eval.tasks import Question, read_json_list
 
 FIELDS = ("question_id", "image", "conversations")
@@ -65,7 +66,16 @@ def read(path: str, folder: str | None = None) -> list[dict]:
     records = read_json_list(path, FIELDS)
     if folder is None:
         return records
-    return [{**r, "image": [_present(image_of(r), folder), *r["image"][1:]]} for r in records]
+    return Records(path, (_located(record, folder) for record in records))
+
+
+def _located(record: Record, folder: str) -> Record:
+    """The record with its picture where that is; a broken one as it is, its reader names it."""
+    try:
+        image = [_present(image_of(record), folder), *record["image"][1:]]
+    except (ValueError, TypeError, AttributeError, IndexError, KeyError):
+        return record
+    return Record({**record, "image": image}, record.where)
 
 
 def _present(image: str, folder: str) -> str:
