@@ -485,9 +485,6 @@ def test_of_the_replies_that_go_on_the_oldest_ends_when_there_are_too_many(monke
     ]
 
 
-# The server below it.
-
-
 def test_held_connections_keep_no_visitor_out_of_the_page(site):
     held = []
     try:
