@@ -35,6 +35,7 @@ class AnswerLoop:
     max_new_tokens: length at which an answer is cut
     temperature:    0 takes the likeliest token; larger values sample, seeded by question number
     reuse:          what the questions about one image share is computed once; same answers
+    upright_images: images are turned upright and put on white; published results did neither
     """
 
     tokenizer: object
@@ -47,6 +48,7 @@ class AnswerLoop:
     top_p: float | None = None
     num_beams: int = 1
     reuse: bool = True
+    upright_images: bool = False
 
     #: visual tokens per prompt: entering the decoder, and on average over its layers
     visual_tokens: tuple[float, float] | None = None
@@ -100,7 +102,7 @@ class AnswerLoop:
 
     def prepare(self, question: Question, image: str, image_folder: str) -> Picture:
         """Decodes one image and turns it into pixels as the checkpoint wants them."""
-        picture = load_image(question, image, image_folder)
+        picture = load_image(question, image, image_folder, not self.upright_images)
         try:
             pixels = process_images([picture], self.image_processor, self.model.config)[0]
         except ValueError as error:
