@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from ...pruning.drafter import Drafter
+from ..context import answer_room
 from ..generation import GenerationStrategies
 from ..kv_cache import KVCache
 from ..llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
@@ -178,7 +179,8 @@ class LlavaLlamaForCausalLM(GenerationStrategies, LlavaMetaForCausalLM, LlamaPre
         questions:   the question of every image, for methods that read it
         The rest is transformers' `generate`: `attention_mask` (needed when prompts are padded; any
         side), `do_sample`, `temperature`, `top_p`, `num_beams`, `max_new_tokens`, `streamer`,
-        `stopping_criteria`, ... and `generation_strategy`, see `llava.model.generation`: with
+        `stopping_criteria`, ... An answer ends where the model has no more positions, whatever
+        `max_new_tokens` says (`llava.model.context`). And `generation_strategy`, see `llava.model.generation`: with
         "self_speculative" also `num_speculations` and `draft_stop_prob`.
         """
         input_ids = kwargs.pop("input_ids", inputs)
@@ -206,6 +208,10 @@ class LlavaLlamaForCausalLM(GenerationStrategies, LlavaMetaForCausalLM, LlamaPre
 
         prefix: what is known of their first tokens, see `llava.model.reuse`
         """
+        config = kwargs.get("generation_config") or self.generation_config
+        wanted = kwargs.get("max_new_tokens") or config.max_new_tokens
+        if (room := answer_room(self, prompt.num_positions, wanted)) != wanted:
+            kwargs["max_new_tokens"] = room
         drafter = self.drafter_for(kwargs)
         if drafter is None and kwargs.get("use_cache", True) is not False:
             reserve = kwargs.get("max_new_tokens") or self.generation_config.max_new_tokens or 64
