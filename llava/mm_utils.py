@@ -36,6 +36,8 @@ __all__ = [
 
 # Image preparation: sizes are (width, height), tiles are square and row-major.
 
+#: what a tokenizer of transformers calls its warning of a long text
+TOO_MANY_TOKENS = "sequence-length-is-longer-than-the-specified-maximum"
 LONGEST = 32  # times the shorter side that are enlarged before the middle is cut out
 
 
@@ -206,6 +208,9 @@ def tokenizer_image_token(
     """
     if return_tensors not in (None, "pt"):
         raise ValueError(f"Unsupported tensor type: {return_tensors}")
+    # Too many tokens are counted where images have their place among them; a tokenizer that warns by
+    # itself counts text alone, and promises errors that do not come.
+    getattr(tokenizer, "deprecation_warnings", {})[TOO_MANY_TOKENS] = True
     pieces = prompt.split(DEFAULT_IMAGE_TOKEN, -1 if num_images is None else num_images)
     chunks = [tokenizer(text).input_ids for text in pieces]
     has_bos = bool(chunks[0]) and chunks[0][0] == tokenizer.bos_token_id

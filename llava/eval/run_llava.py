@@ -38,7 +38,7 @@ from llava.playground import default_image, default_model_path
 from llava.pruning import trace_pruning
 from llava.pruning.cli import add_pruning_args, pruner_from_args
 
-DEFAULT_QUERY = "How many things are there?\nAnswer the question using a single word or phrase."
+DEFAULT_QUERY = "What color is the ring?\nAnswer the question using a single word or phrase."
 PICTURE_TYPES = (".png", ".jpg", ".webp")
 
 

@@ -178,9 +178,7 @@ def as_int(text: str) -> int | str:
         return text
 
 
-def load_image(
-    question: Question, image: str, folder: str, as_stored: bool = True
-) -> Image.Image:
+def load_image(question: Question, image: str, folder: str, as_stored: bool = True) -> Image.Image:
     """Returns a picture of a question in RGB; a missing or broken one names both.
 
     as_stored: neither turned upright nor put on white, as published results were made

@@ -27,6 +27,13 @@ from llava.eval.run_llava import (
 from llava.mm_utils import load_image, tokenizer_image_token
 from llava.playground import default_image
 
+#: what the playground's model was taught, in words about its first picture
+PLAYGROUND_QUESTIONS = (
+    "What color is the ring?",
+    "Is there a red ring in the image?",
+    "Describe the image.",
+)
+
 
 class Chat:
     """A dialogue about one image. Whatever the user types is text, `<image>` included.
@@ -92,6 +99,8 @@ def open_chat(args) -> Chat:
     image = load_image(name)
     tokenizer, model, image_processor, conv_mode = load_model(args)
     print(f"Image: {name}")
+    if args.model_path is None:
+        print(f"The playground knows little more than: {'; '.join(PLAYGROUND_QUESTIONS)}")
     images = image_inputs([image], image_processor, model)
     return Chat(tokenizer, model, conv_templates[conv_mode].copy(), images, sampling(args))
 
