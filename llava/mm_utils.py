@@ -208,8 +208,8 @@ def tokenizer_image_token(
     """
     if return_tensors not in (None, "pt"):
         raise ValueError(f"Unsupported tensor type: {return_tensors}")
-    # Too many tokens are counted where images have their place among them; a tokenizer that warns by
-    # itself counts text alone, and promises errors that do not come.
+    # Too many tokens are counted where images have their place among them; a tokenizer that warns
+    # by itself counts text alone, and promises errors that do not come.
     getattr(tokenizer, "deprecation_warnings", {})[TOO_MANY_TOKENS] = True
     pieces = prompt.split(DEFAULT_IMAGE_TOKEN, -1 if num_images is None else num_images)
     chunks = [tokenizer(text).input_ids for text in pieces]

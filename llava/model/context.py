@@ -32,8 +32,8 @@ def count_positions(num_text: int, images: list[ImageTokens], policy: str) -> in
 
 
 def check_prompts(model, positions: list[int]) -> None:
-    """Raises PromptTooLong when a prompt of a batch has more positions than there are; says once per
-    model when one is longer than what it was trained on."""
+    """Raises PromptTooLong when a prompt of a batch has more positions than there are; says once
+    per model when one is longer than what it was trained on."""
     limit = position_limit(model.config)
     longest = max(positions, default=0)
     if limit is not None and longest > limit:
@@ -54,8 +54,8 @@ def check_prompts(model, positions: list[int]) -> None:
 
 
 def answer_room(model, prompt_positions: int | None, wanted: int | None) -> int | None:
-    """How many of `wanted` new tokens fit behind a prompt (None: not known); says once per model when
-    not all do.
+    """How many of `wanted` new tokens fit behind a prompt (None: not known); says once per model
+    when not all do.
 
     The last token of an answer takes no position: nothing is computed from it.
     """

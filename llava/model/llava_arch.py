@@ -101,8 +101,8 @@ class LlavaMetaForCausalLM:
 
     #: set by `trace_pruning` for the time of its block
     pruning_trace = None
-    #: whether the splice follows the rules of training: a long prompt is cut, a text-only one uses up
-    #: a dummy image. None: with labels, and in training mode
+    #: whether the splice follows the rules of training: a long prompt is cut, a text-only one uses
+    #: up a dummy image. None: with labels, and in training mode
     as_in_training: bool | None = None
     _pruner: Pruner = Pruner()
     #: config values of the checkpoint that the method in use replaces

@@ -179,9 +179,9 @@ class LlavaLlamaForCausalLM(GenerationStrategies, LlavaMetaForCausalLM, LlamaPre
         questions:   the question of every image, for methods that read it
         The rest is transformers' `generate`: `attention_mask` (needed when prompts are padded; any
         side), `do_sample`, `temperature`, `top_p`, `num_beams`, `max_new_tokens`, `streamer`,
-        `stopping_criteria`, ... An answer ends where the model has no more positions, whatever
-        `max_new_tokens` says (`llava.model.context`). And `generation_strategy`, see `llava.model.generation`: with
-        "self_speculative" also `num_speculations` and `draft_stop_prob`.
+        `stopping_criteria`, ... and `generation_strategy`, see `llava.model.generation`: with
+        "self_speculative" also `num_speculations` and `draft_stop_prob`. An answer ends where the
+        model has no more positions, whatever `max_new_tokens` says, see `llava.model.context`.
         """
         input_ids = kwargs.pop("input_ids", inputs)
         if "inputs_embeds" in kwargs:
