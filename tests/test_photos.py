@@ -130,6 +130,30 @@ def b64(path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
+@pytest.mark.parametrize("kind", ["transparent", "deep"])
+def test_the_page_gets_uploads_as_they_were_stored(tmp_path, kind):
+    gr = pytest.importorskip("gradio")
+    from llava.serve.web import asking
+    from llava.serve.web.controls import Controls
+    from llava.serve.web.pictures import data_uri
+
+    path = tmp_path / "a.png"
+    image = transparent("RGBA")
+    if kind == "deep":
+        image = Image.fromarray(np.full((20, 20), 30000, dtype=np.uint16))
+    image.save(path)
+    with gr.Blocks():
+        box = Controls([]).image
+    uploaded = box.preprocess(gr.data_classes.ImageData(path=str(path), orig_name="a.png"))
+    conversation = conv_templates["vicuna_v1"].copy()
+    asking.add_question(conversation, "?", uploaded)
+    (sent,) = conversation.get_images()
+    shown = load_image_from_base64(data_uri(uploaded))
+    for picture in (decode_images([sent])[0], shown):
+        level = 255 if kind == "transparent" else 30000 // 257
+        assert picture.getpixel((0, 0))[0] == pytest.approx(level, abs=2)
+
+
 def test_half_transparent_parts_are_blended(tmp_path):
     image = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
     assert abs(to_rgb(image).getpixel((0, 0))[0] - 127) <= 1
