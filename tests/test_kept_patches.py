@@ -56,6 +56,20 @@ def clearly_important() -> set[int]:
     return set(order[:half][clear].tolist())
 
 
+ASKED = {"What color is the ring?": "red", "Is there a red ring": "Yes", "Which is higher": "ring"}
+
+
+@pytest.mark.slow
+def test_the_questions_of_the_readme_are_answered_rightly():
+    page = (REPO / "README.md").read_text()
+    for beginning, right in ASKED.items():
+        (question,) = set(re.findall(rf"`({re.escape(beginning)}[^`]*)`", page))
+        query = f"{question}\nAnswer the question using a single word or phrase."
+        for budget in ([], ["--pruning-method", "vispruner", "--visual-token-num", "64"]):
+            arguments = ["--query", query, "--temperature", "0", *budget]
+            assert run_llava.answer(run_llava.build_parser().parse_args(arguments)) == right
+
+
 def test_the_command_answers_rightly(again):
     assert again[0] == "red"
 

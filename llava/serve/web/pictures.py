@@ -35,8 +35,7 @@ def stages(images: list[Image.Image], report: Report) -> list[tuple[str, list[Im
 
 def data_uri(image: Image.Image, side: int = PANEL_SIDE) -> str:
     """The image, at most `side` pixels long, as text for the `src` of an <img>."""
-    small = displayed(image)
-    small = small.copy() if small is image else small
+    small = displayed(image).copy()
     small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=QUALITY)
