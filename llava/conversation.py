@@ -9,7 +9,7 @@ from enum import Enum, auto
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.image_io import expand2square, to_rgb
+from llava.image_io import displayed, expand2square, resized_square
 
 # Mean colour of the images CLIP was trained on, 0 to 255; padding with it adds no contrast.
 PAD_COLOR = (122, 116, 104)
@@ -90,7 +90,7 @@ class Conversation:
         max_len: int = 1344,
         min_len: int = 672,
     ):
-        """Prepares an uploaded image for sending.
+        """Prepares an uploaded image for sending: upright, transparent parts on white.
 
         image_process_mode: "Pad" to a square, "Resize" to a small square, "Default" or "Crop"
                             leave the shape alone
@@ -99,8 +99,12 @@ class Conversation:
 
         Returns a PIL image, or base64 text of the file in `image_format`.
         """
-        image = to_rgb(image)
+        image = displayed(image)
         if image_process_mode == "Pad":
+            side = max(image.size)
+            if side > max_len:  # both steps in one, without the large square
+                side, _ = _reduced_size((side, side), max_len, min_len)
+                image = resized_square(image, PAD_COLOR, side)
             image = expand2square(image, PAD_COLOR)
         elif image_process_mode == "Resize":
             image = image.resize((RESIZED_SIDE, RESIZED_SIDE))

@@ -11,7 +11,13 @@ from transformers.image_utils import ChannelDimension
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conv_mode import choose_conv_mode
-from llava.image_io import expand2square, load_image, load_image_from_base64, to_rgb
+from llava.image_io import (
+    expand2square,
+    load_image,
+    load_image_from_base64,
+    resized_square,
+    to_rgb,
+)
 
 __all__ = [
     "KeywordsStoppingCriteria",
@@ -31,6 +37,10 @@ __all__ = [
 
 
 # Image preparation: sizes are (width, height), tiles are square and row-major.
+
+#: what a tokenizer of transformers calls its warning of a long text
+TOO_MANY_TOKENS = "sequence-length-is-longer-than-the-specified-maximum"
+LONGEST = 32  # times the shorter side that are enlarged before the middle is cut out
 
 
 def select_best_resolution(
@@ -117,20 +127,50 @@ def process_images(images: list[Image.Image], image_processor, model_cfg):
               when the images differ in their number of tiles; `model_cfg.anyres_selection` says
               how the resolution is chosen, see `select_best_resolution`
     else:     shorter side resized to S, centre crop, (n, 3, S, S)
+
+    Transparent parts become white. Images are prepared one after the other, in memory that does not
+    grow with the square of their longer side.
     """
-    images = [to_rgb(image) for image in images]
+    pixels = [_process_image(to_rgb(image), image_processor, model_cfg) for image in images]
+    if getattr(model_cfg, "image_aspect_ratio", None) != "anyres":
+        return torch.cat(pixels)
+    return torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
+
+
+def _process_image(image: Image.Image, processor, model_cfg) -> torch.Tensor:
+    """(1, 3, S, S), or with "anyres" (1 + T, 3, S, S), of an RGB image."""
+    if 0 in image.size:
+        raise ValueError(f"an image of {image.width} x {image.height} pixels shows nothing")
     mode = getattr(model_cfg, "image_aspect_ratio", None)
     if mode == "anyres":
         pinpoints = model_cfg.image_grid_pinpoints
         selection = getattr(model_cfg, "anyres_selection", None) or "area"
-        pixels = [
-            process_anyres_image(image, image_processor, pinpoints, selection) for image in images
-        ]
-        return torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
+        return process_anyres_image(image, processor, pinpoints, selection)
     if mode == "pad":
-        mean_color = tuple(int(255 * mean) for mean in image_processor.image_mean)
-        images = [expand2square(image, mean_color) for image in images]
-    return _pixel_values(images, image_processor)
+        mean_color = tuple(int(255 * mean) for mean in processor.image_mean)
+        side = processor.size.get("shortest_edge")
+        if side and processor.do_resize:
+            image = resized_square(image, mean_color, side, processor.resample)
+        else:
+            image = expand2square(image, mean_color)
+    else:
+        image = _middle(image)
+    return _pixel_values([image], processor)
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The image, or of one that is extremely long the part around its middle that is looked at.
+
+    What is cut off is a multiple of the shorter side, the same on both ends, so that the centre
+    crop stays where it was.
+    """
+    width, height = image.size
+    shorter, longer = sorted(image.size)
+    cut = (longer - LONGEST * shorter) // (2 * shorter) * shorter
+    if cut <= 0:
+        return image
+    left, top = (cut, 0) if width > height else (0, cut)
+    return image.crop((left, top, width - left, height - top))
 
 
 def _anyres_resolution(image_size, grid_pinpoints, selection: str) -> tuple[int, int]:
@@ -155,16 +195,26 @@ def _pixel_values(images: list[Image.Image], processor) -> torch.Tensor:
 
 
 def tokenizer_image_token(
-    prompt: str, tokenizer, image_token_index: int = IMAGE_TOKEN_INDEX, return_tensors=None
+    prompt: str,
+    tokenizer,
+    image_token_index: int = IMAGE_TOKEN_INDEX,
+    return_tensors=None,
+    num_images: int | None = None,
 ):
     """Token ids of `prompt` with one `image_token_index` for every "<image>" in it.
+
+    num_images: how many there are; an "<image>" after that many is text. None: all are marks
 
     The text between images is tokenised piece by piece, each as the start of a string. Returns a
     list, or a 1-D LongTensor for `return_tensors="pt"`.
     """
     if return_tensors not in (None, "pt"):
         raise ValueError(f"Unsupported tensor type: {return_tensors}")
-    chunks = [tokenizer(text).input_ids for text in prompt.split(DEFAULT_IMAGE_TOKEN)]
+    # Too many tokens are counted where images have their place among them; a tokenizer that warns
+    # by itself counts text alone, and promises errors that do not come.
+    getattr(tokenizer, "deprecation_warnings", {})[TOO_MANY_TOKENS] = True
+    pieces = prompt.split(DEFAULT_IMAGE_TOKEN, -1 if num_images is None else num_images)
+    chunks = [tokenizer(text).input_ids for text in pieces]
     has_bos = bool(chunks[0]) and chunks[0][0] == tokenizer.bos_token_id
     ids = chunks[0][:]
     for chunk in chunks[1:]:

@@ -23,8 +23,8 @@ from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# The kind of device that torch keeps for others. A name and hooks of its own would make torch take it
-# for the accelerator of this process, also in tests that have nothing to do with it.
+# The kind of device that torch keeps for others. A name and hooks of its own would make torch take
+# it for the accelerator of this process, also in tests that have nothing to do with it.
 if torch._C._get_privateuse1_backend_name() == "privateuseone":
     guard = backend_registration._DummyDeviceGuard()
     torch._C._acc.register_python_privateuseone_device_guard(guard)

@@ -1,6 +1,8 @@
 """Image preparation, tokenisation with images and stop words against the recorded cases."""
 
 import hashlib
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor
 
-from llava import mm_utils
+from llava import image_io, mm_utils
 from tests.golden_data import GOLDEN, golden_json
 
 PIXELS = golden_json("llava-base/preprocess.json")
@@ -228,3 +230,65 @@ def test_a_batch_stops_when_every_row_stops(tokenizer):
 def test_an_empty_keyword_is_an_error(tokenizer):
     with pytest.raises(ValueError, match="non-empty"):
         mm_utils.KeywordsStoppingCriteria([""], tokenizer, torch.tensor([[1]]))
+
+
+SQUARES = [(640, 360), (300, 480), (337, 336), (336, 335), (7, 1), (1, 9), (2000, 13), (13, 2000)]
+
+
+@pytest.mark.parametrize("size", SQUARES, ids=str)
+@pytest.mark.parametrize("band", [2**20, 1])
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
+def test_the_small_square_is_the_large_one_made_small(monkeypatch, size, band, resample):
+    monkeypatch.setattr(image_io, "BAND_PIXELS", band)
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image, color = Image.fromarray(noise), (122, 116, 104)
+    for side in (14, 336):
+        wanted = mm_utils.expand2square(image, color).resize((side, side), resample)
+        assert image_io.resized_square(image, color, side, resample).tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("size", [(4000, 40), (40, 4000), (4001, 40), (1300, 40)], ids=str)
+def test_only_the_middle_of_a_very_long_image_is_enlarged(processor, monkeypatch, size):
+    ramp = np.abs(np.linspace(-1, 1, size[0]))[None] * np.ones((size[1], 1))
+    image = Image.fromarray((np.dstack([ramp] * 3) * 255).astype(np.uint8))
+    ours = mm_utils.process_images([image], processor, config(None))
+    monkeypatch.setattr(mm_utils, "LONGEST", 10**6)
+    whole = mm_utils.process_images([image], processor, config(None))
+    assert (ours - whole).abs().max() < 0.05
+
+
+MEMORY = """
+import resource
+from types import SimpleNamespace
+from PIL import Image
+from transformers import CLIPImageProcessor
+from llava.conversation import conv_templates
+from llava.mm_utils import process_images
+
+size = {"height": 336, "width": 336}
+processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=size)
+grid = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+def prepare(images, long=()):
+    for image in images:
+        conv_templates["vicuna_v1"].process_image(image, "Pad", return_pil=True)
+    for mode in ("anyres", "pad", "crop"):
+        config = SimpleNamespace(image_aspect_ratio=mode, image_grid_pinpoints=grid)
+        process_images([*images, *(() if mode == "anyres" else long)], processor, config)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+
+prepare([Image.new("RGB", (400, 300))])
+images = [Image.new("RGB", side) for side in ((8192, 164), (164, 8192)) * 2]
+before = peak()
+prepare(images, [Image.new("RGB", (5000, 1))])
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
+def test_long_images_need_little_memory():
+    command = [sys.executable, "-c", MEMORY]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 120  # MiB; four padded squares took 3,000

@@ -209,6 +209,20 @@ def test_an_openai_server_gets_messages():
     assert again["content"] == [{"type": "text", "text": "Sure?"}]
 
 
+@pytest.mark.parametrize("api", ["sglang", "openai"])
+def test_a_server_gets_plain_base64_whatever_came(api):
+    image, seen = png(format="JPEG"), []
+    forwarder = Forwarder("http://s", "llava-v1.5-7b", api, transport=upstream(sse(), seen))
+    wrapped = "data:image/jpeg;base64," + image[:40] + "\r\n" + image[40:]
+    ask_forwarder(forwarder, images=[wrapped], prompt="USER: <image>\nWhat? ASSISTANT:")
+    ((_, sent),) = seen
+    if api == "sglang":
+        assert sent["image_data"] == [image]
+    else:
+        url = sent["messages"][0]["content"][0]["image_url"]["url"]
+        assert url == f"data:image/jpeg;base64,{image}"
+
+
 FAILURES = {
     "the server fails": (b"", 500, "internal"),
     "the server refuses": (b"", 400, "bad_request"),

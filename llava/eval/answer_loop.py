@@ -40,6 +40,7 @@ class AnswerLoop:
     temperature:    0 takes the likeliest token; larger values sample, seeded by question number
     reuse:          what the questions about one image share is computed once; same answers
     skip_bad:       a question that cannot be answered gets a `Failure` and stops nothing
+    upright_images: images are turned upright and put on white; published results did neither
     """
 
     tokenizer: object
@@ -53,6 +54,7 @@ class AnswerLoop:
     num_beams: int = 1
     reuse: bool = True
     skip_bad: bool = False
+    upright_images: bool = False
 
     #: visual tokens per prompt: entering the decoder, and on average over its layers
     visual_tokens: tuple[float, float] | None = None
@@ -149,7 +151,7 @@ class AnswerLoop:
 
         Raises ValueError that names question and image when that cannot be done.
         """
-        picture = load_image(question, image, image_folder)
+        picture = load_image(question, image, image_folder, not self.upright_images)
         try:
             pixels = process_images([picture], self.image_processor, self.model.config)[0]
         except (ValueError, ArithmeticError) as error:

@@ -10,6 +10,7 @@ from PIL import Image
 from llava.eval.answer_loop import AnswerLoop
 from llava.eval.loading import DTYPES, load_loop, resolve_conv_mode
 from llava.eval.tasks import Question
+from llava.image_io import to_rgb
 from llava.mm_utils import get_model_name_from_path, process_images
 from llava.model.reuse import Picture
 from llava.pruning import Pruner
@@ -78,7 +79,7 @@ def ask(
     loop.max_new_tokens = max_new_tokens
     batch = []
     for number, (text, images) in enumerate(prompts):
-        images = [image.convert("RGB") for image in images]
+        images = [to_rgb(image, background=None) for image in images]
         pixels = process_images(images, loop.image_processor, loop.model.config) if images else []
         pictures = [Picture(p, image.size) for p, image in zip(pixels, images, strict=True)]
         marks = [str(place) for place in range(len(images))]

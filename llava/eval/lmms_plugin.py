@@ -17,6 +17,7 @@ from llava.eval.answer_loop import AnswerLoop
 from llava.eval.answerer import ask, open_loop, read_pruner
 from llava.eval.tasks import Question
 from llava.eval.workers import own_gpu
+from llava.image_io import to_rgb
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.pruning import all_option_names
 
@@ -120,7 +121,8 @@ class LlavaPruning(lmms):
         loop, model = self.loop, self.loop.model
         if not isinstance(target, str):
             target = target(self.task_dict[task][split][doc_id])
-        images = [i.convert("RGB") for i in self._pictures(doc_to_visual, doc_id, task, split)]
+        pictures = self._pictures(doc_to_visual, doc_id, task, split)
+        images = [to_rgb(picture, background=None) for picture in pictures]
         prompt = loop.prompt(Question({"question_id": doc_id}, context, [""] * len(images)))
         ids = [
             tokenizer_image_token(text, loop.tokenizer, return_tensors="pt")

@@ -9,7 +9,7 @@ from llava.eval.model_args import DTYPES, add_model_args, load_from_args
 from llava.eval.run_settings import settings_of
 
 __all__ = ["DTYPES", "add_model_args", "add_speed_args", "load_loop", "resolve_conv_mode"]
-__all__ += ["settings_of"]
+__all__ += ["add_image_args", "settings_of"]
 
 
 def add_speed_args(parser, batch_size: int = 1) -> None:
@@ -27,6 +27,17 @@ def add_speed_args(parser, batch_size: int = 1) -> None:
         "--skip_bad",
         action="store_true",
         help="record a question that cannot be answered as failed, and go on",
+    )
+
+
+def add_image_args(parser) -> None:
+    """Adds the option that says how images are read."""
+    parser.add_argument(
+        "--upright-images",
+        "--upright_images",
+        action="store_true",
+        help="turn images upright as their EXIF data say and put transparent ones on white; "
+        "published results did neither",
     )
 
 

@@ -16,6 +16,7 @@ from llava.eval.answering import Task, answer_questions
 from llava.eval.errors import errors_as_messages
 from llava.eval.loading import (
     DTYPES,
+    add_image_args,
     add_model_args,
     add_speed_args,
     load_loop,
@@ -55,6 +56,7 @@ def build_parser(
     group.add_argument("--chunk-idx", "--chunk_idx", type=int, default=0)
     group.add_argument("--limit", type=int, help="about so many questions, evenly spread")
     add_speed_args(group)
+    add_image_args(group)
 
     group = parser.add_argument_group("generation")
     group.add_argument(

@@ -38,7 +38,7 @@ from llava.playground import default_image, default_model_path
 from llava.pruning import trace_pruning
 from llava.pruning.cli import add_pruning_args, pairs_in, pruner_from_args
 
-DEFAULT_QUERY = "How many things are there?\nAnswer the question using a single word or phrase."
+DEFAULT_QUERY = "What color is the ring?\nAnswer the question using a single word or phrase."
 PICTURE_TYPES = (".png", ".jpg", ".webp")
 
 
@@ -48,7 +48,7 @@ def image_parser(args) -> list[str]:
 
 
 def load_images(image_files: list[str]) -> list[Image.Image]:
-    """RGB images from files and URLs."""
+    """RGB images from files and URLs, upright and on white."""
     return [load_image(name) for name in image_files]
 
 
@@ -101,11 +101,16 @@ def pick_conv_mode(given: str | None, path: str, base: str | None, name: str) ->
     return given
 
 
+def image_mark(config) -> str:
+    """What stands for an image in a prompt."""
+    if getattr(config, "mm_use_im_start_end", False):
+        return DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+    return DEFAULT_IMAGE_TOKEN
+
+
 def mark_images(query: str, config) -> str:
     """The query with an image token for every placeholder, or one in front if it has none."""
-    mark = DEFAULT_IMAGE_TOKEN
-    if getattr(config, "mm_use_im_start_end", False):
-        mark = DEFAULT_IM_START_TOKEN + mark + DEFAULT_IM_END_TOKEN
+    mark = image_mark(config)
     if IMAGE_PLACEHOLDER in query:
         return query.replace(IMAGE_PLACEHOLDER, mark)
     return f"{mark}\n{query}"
@@ -131,9 +136,9 @@ def check_picture_name(path: str | None) -> None:
         raise ValueError(f"--show-pruning {path!r}: there is no folder {folder!r}")
 
 
-def image_inputs(images: list[Image.Image], image_processor, model) -> dict:
-    """The arguments of `generate` that carry the images."""
-    pixels = process_images(images, image_processor, model.config)
+def image_inputs(images: list[Image.Image], image_processor, model, config=None) -> dict:
+    """The arguments of `generate` that carry the images; config: in place of the model's own."""
+    pixels = process_images(images, image_processor, config or model.config)
     place = {"device": model.device, "dtype": model.dtype}
     pixels = [p.to(**place) for p in pixels] if isinstance(pixels, list) else pixels.to(**place)
     return {"images": pixels, "image_sizes": [image.size for image in images]}

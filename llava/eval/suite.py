@@ -21,6 +21,7 @@ from llava.eval.benchmarks import BENCHMARKS, Benchmark
 from llava.eval.bootstrap import Interval
 from llava.eval.errors import errors_as_messages
 from llava.eval.loading import (
+    add_image_args,
     add_model_args,
     add_speed_args,
     load_loop,
@@ -286,6 +287,7 @@ def add_suite_args(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--data-dir", help="default: the playground benchmark")
     parser.add_argument("--conv-mode", default="auto")
     add_speed_args(parser, batch_size=8)
+    add_image_args(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128)
 
 

@@ -197,12 +197,18 @@ def mmbench_question(row: dict) -> int | str:
     return index % MMBENCH_ROTATION if isinstance(index, int) else index
 
 
-def load_image(question: Question, image: str, folder: str) -> Image.Image:
-    """Returns a picture of a question in RGB; a missing or broken one names both."""
+def load_image(question: Question, image: str, folder: str, as_stored: bool = True) -> Image.Image:
+    """Returns a picture of a question in RGB; a missing or broken one names both.
+
+    as_stored: neither turned upright nor put on white, as published results were made
+    """
     try:
-        if question.base64:
-            return image_io.to_rgb(image_io.load_image_from_base64(image))
-        return image_io.load_image(os.path.join(folder, image))
+        if not question.base64:
+            return image_io.load_image(os.path.join(folder, image), as_stored=as_stored)
+        picture = image_io.image_from_base64(image)
+        if as_stored:
+            return image_io.to_rgb(picture, background=None)
+        return image_io.displayed(picture)
     except (OSError, ValueError) as error:
         raise ValueError(f"{question}: {error}") from error
 

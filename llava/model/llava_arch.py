@@ -24,6 +24,7 @@ from ..devices import device_of, moved
 from ..mm_utils import get_anyres_image_grid_shape
 from ..pruning.base import Pruner
 from ..pruning.tokens import ImageTokens, VisionTokens
+from .context import check_prompts, count_positions
 from .image_layout import (
     flat_layout,
     image_layout,
@@ -106,6 +107,9 @@ class LlavaMetaForCausalLM:
 
     #: set by `trace_pruning` for the time of its block
     pruning_trace = None
+    #: whether the splice follows the rules of training: a long prompt is cut, a text-only one uses
+    #: up a dummy image. None: with labels, and in training mode
+    as_in_training: bool | None = None
     _pruner: Pruner = Pruner()
     #: config values of the checkpoint that the method in use replaces
     _native_anyres: dict = {}
@@ -365,17 +369,23 @@ class LlavaMetaForCausalLM:
     ) -> Prompt:
         """Embeds prompts (B, L) and puts the images in place of their marks.
 
-        Images go to the marks in order of appearance, sample after sample. Their number must equal
-        the number of marks, or exceed it by one per text-only sample (which uses up a dummy).
-        They may also be what `image_tokens` made of them. Raises ValueError otherwise.
+        Images go to the marks in order of appearance, sample after sample, and their number must
+        equal the number of marks; they may also be what `image_tokens` made of them. Nothing is
+        cut: a prompt longer than `max_position_embeddings` is an error, see `llava.model.context`.
+        In training (see `as_in_training`) images may exceed the marks by one per text-only sample,
+        which uses up a dummy, and rows are cut to `tokenizer_model_max_length`. Raises ValueError.
         In training mode dummies are encoded as well when a batch holds nothing else, and every
         parameter that images use gets a gradient: processes that train together wait for each
         other at each of them.
         """
+        training = self.as_in_training
+        if training is None:
+            training = self.training or labels is not None
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = mask.bool().cpu()
         marked = (input_ids.cpu() == IMAGE_TOKEN_INDEX) & mask
-        slots = image_slots(marked.sum(dim=1).tolist(), 0 if images is None else len(images))
+        num_images = 0 if images is None else len(images)
+        slots = image_slots(marked.sum(dim=1).tolist(), num_images, training)
         tokens, only_dummies = [], self.training and images is not None and not any(slots)
         if any(slots) or only_dummies:
             encoded = isinstance(images[0], ImageTokens)
@@ -393,12 +403,14 @@ class LlavaMetaForCausalLM:
         if labels is None:
             labels = torch.full_like(input_ids, IGNORE_INDEX)
         labels = labels.to(embeds.device)
-        limit = getattr(self.config, "tokenizer_model_max_length", None)
+        limit = getattr(self.config, "tokenizer_model_max_length", None) if training else None
         widths = [image.context.shape[1] for image in tokens if image.context is not None]
-        rows = []
+        rows, policy, positions = [], self.pruner.position_policy, []
         for row, own in enumerate(slots):
             keep = mask[row].nonzero()[:, 0]
             marks = marked[row][keep].nonzero()[:, 0].tolist()
+            texts = len(keep) - len(marks)
+            positions.append(count_positions(texts, [tokens[i] for i in own], policy))
             keep = keep.to(embeds.device)
             rows.append(
                 build_row(
@@ -406,15 +418,19 @@ class LlavaMetaForCausalLM:
                     labels[row, keep],
                     marks,
                     [tokens[i] for i in own],
-                    self.pruner.position_policy,
+                    policy,
                     limit,
                     max(widths, default=0),
                 )
             )
         if only_dummies:  # none of their rows, yet a gradient of zeros
             rows[0]["x"] = torch.cat([rows[0]["x"], tokens[0].embeds[:0].to(embeds.dtype)])
+        if not training:
+            check_prompts(self, positions)
         side = padding_side or getattr(self.config, "tokenizer_padding_side", "right")
-        return pad_rows(rows, side, tagged=any(image.tags is not None for image in tokens))
+        prompt = pad_rows(rows, side, tagged=any(image.tags is not None for image in tokens))
+        prompt.num_positions = max(positions)
+        return prompt
 
     def prepare_inputs_labels_for_multimodal(
         self,
@@ -491,17 +507,20 @@ AS_IT_CAME = {name: getattr(LlavaMetaForCausalLM, name) for name in (SPLICE, "en
 AS_IT_CAME["forward"] = CLIPVisionTower.forward
 
 
-def image_slots(marks: list[int], num_images: int) -> list[list[int]]:
+def image_slots(marks: list[int], num_images: int, training: bool = True) -> list[list[int]]:
     """Which images each sample gets, from its number of marks.
 
-    Raises ValueError unless the images match the marks, or exceed them by one per text-only sample.
+    Raises ValueError unless the images match the marks, or, in training, exceed them by one per
+    text-only sample.
     """
     text_only = marks.count(0)
-    dummies = num_images == sum(marks) + text_only
+    dummies = training and num_images == sum(marks) + text_only
     if num_images != sum(marks) and not dummies:
+        rule = "write <image> into the prompts once for every image"
+        if training:
+            rule = f"they must match, or exceed by one for each of {text_only} text-only prompts"
         raise ValueError(
-            f"{num_images} images for {sum(marks)} <image> marks in {len(marks)} prompts: the "
-            f"numbers must match, or exceed by one for each of the {text_only} text-only prompts"
+            f"{num_images} images for {sum(marks)} <image> marks in {len(marks)} prompts: {rule}"
         )
     slots, used = [], 0
     for count in marks:

@@ -25,6 +25,7 @@ class Prompt:
     patch_index:    (B, S) crop * N + patch, -1 where there is none
     token_tags:     (B, S) marks of the pruning method, 0 where there is none; None: it left none
     token_context:  (B, S, E) values of the pruning method, likewise
+    num_positions:  positions of the longest prompt, see `llava.model.context`; None: not known
     """
 
     inputs_embeds: Tensor
@@ -35,11 +36,13 @@ class Prompt:
     patch_index: Tensor
     token_tags: Tensor | None = None
     token_context: Tensor | None = None
+    num_positions: int | None = None
 
     def part(self, row: int, columns: slice) -> Prompt:
         """The tokens at `columns` of one row, as a batch of one."""
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return Prompt(**{k: None if v is None else v[row : row + 1, columns] for k, v in values})
+        tensors = {k: v[row : row + 1, columns] for k, v in values if isinstance(v, Tensor)}
+        return Prompt(**{"labels": None, **tensors})
 
 
 def build_row(

@@ -8,6 +8,8 @@ An empty line or Ctrl-D ends the chat.
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 
 import torch
 from transformers import TextStreamer
@@ -18,16 +20,23 @@ from llava.eval.model_args import add_option
 from llava.eval.run_llava import (
     add_model_args,
     image_inputs,
+    image_mark,
     load_model,
-    mark_images,
     sampling,
 )
 from llava.mm_utils import load_image, tokenizer_image_token
 from llava.playground import default_image
 
+#: what the playground's model was taught, in words about its first picture
+PLAYGROUND_QUESTIONS = (
+    "What color is the ring?",
+    "Is there a red ring in the image?",
+    "Describe the image.",
+)
+
 
 class Chat:
-    """A dialogue about one image.
+    """A dialogue about one image. Whatever the user types is text, `<image>` included.
 
     images: the arguments of `generate` that carry the image
     """
@@ -38,14 +47,28 @@ class Chat:
 
     @torch.inference_mode()
     def ask(self, question: str, streamer=None) -> str:
-        """The answer to the next question, given all before it."""
+        """The answer to the next question, given all before it.
+
+        A question that cannot be answered raises, and is as if it had not been asked.
+        """
         roles, messages = self.conversation.roles, self.conversation.messages
         first = len(messages) == self.conversation.offset
-        text = mark_images(question, self.model.config) if first else question
+        text = f"{image_mark(self.model.config)}\n{question}" if first else question
+        before = len(messages)
         self.conversation.append_message(roles[0], text)
         self.conversation.append_message(roles[1], None)
+        try:
+            answer = self._answer(question, streamer)
+        except BaseException:
+            del messages[before:]
+            raise
+        messages[-1][1] = answer
+        return answer
+
+    def _answer(self, question: str, streamer) -> str:
         prompt = self.conversation.get_prompt()
-        ids = tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt")
+        # The mark of the image stands in front of everything typed.
+        ids = tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt", num_images=1)
         output = self.model.generate(
             ids[None].to(self.model.device),
             questions=[question],
@@ -55,9 +78,7 @@ class Chat:
             **self.options,
         )
         # End marks in the history would end every later answer, too.
-        answer = self.tokenizer.decode(output[0], skip_special_tokens=True).strip()
-        messages[-1][1] = answer
-        return answer
+        return self.tokenizer.decode(output[0], skip_special_tokens=True).strip()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,6 +99,8 @@ def open_chat(args) -> Chat:
     image = load_image(name)
     tokenizer, model, image_processor, conv_mode = load_model(args)
     print(f"Image: {name}")
+    if args.model_path is None:
+        print(f"The playground knows little more than: {'; '.join(PLAYGROUND_QUESTIONS)}")
     images = image_inputs([image], image_processor, model)
     return Chat(tokenizer, model, conv_templates[conv_mode].copy(), images, sampling(args))
 
@@ -94,11 +117,17 @@ def read_question(role: str) -> str:
 def main() -> None:
     args = build_parser().parse_args()
     chat = open_chat(args)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a broken character is no reason to stop
     user, assistant = chat.conversation.roles
-    streamer = TextStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
     while question := read_question(user):
         print(f"{assistant}: ", end="", flush=True)
-        answer = chat.ask(question, streamer)
+        streamer = TextStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        try:
+            answer = chat.ask(question, streamer)
+        except (ValueError, torch.cuda.OutOfMemoryError) as error:
+            print(f"[this question cannot be answered: {error}]")
+            continue
         if args.debug:
             print({"prompt": chat.conversation.get_prompt(), "outputs": answer})
     print("exit...")

@@ -10,6 +10,7 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,8 @@ from ..conv_mode import choose_conv_mode
 from ..conversation import conv_templates
 from ..eval.run_llava import image_inputs
 from ..mm_utils import tokenizer_image_token
+from ..model.context import PromptTooLong, position_limit
+from ..pruning import Pruner
 from .dialogue import last_question
 from .errors import ServeError, encode_chunk
 from .images import decode_images
@@ -99,7 +102,7 @@ class Engine:
         }
 
     def _context_length(self) -> int:
-        return getattr(self.model.config, "max_position_embeddings", 2048)
+        return position_limit(self.model.config) or 2048
 
     async def prepare(self, request: GenerateRequest, request_id: str) -> Job:
         """Checks everything that can be wrong with a request. Raises ServeError."""
@@ -131,31 +134,34 @@ class Engine:
             seat.__enter__()
         except (ValueError, OSError, ImportError) as error:
             raise unavailable(error) from None
+        config = copy(self.model.config)  # how images are cut depends on the method
+        seat.__exit__()
         try:
-            return self._inputs(request, request_id, seat, images)
+            return self._inputs(request, request_id, seat, images, config)
         except ValueError as error:
             logger.info("request %s: %s", request_id, type(error).__name__)
             raise ServeError("bad_image", "An image cannot be prepared for this model.") from None
-        finally:
-            seat.__exit__()
 
-    def _inputs(self, request: GenerateRequest, request_id: str, seat: Seat, images) -> Job:
+    def _inputs(self, request: GenerateRequest, request_id: str, seat: Seat, images, config) -> Job:
+        """config: of the model, as it is while the seat has the turn; it is not needed here"""
         inputs, geometry, crops = {}, [], 0
         if images:
-            inputs = image_inputs(images, self.image_processor, self.model)
+            inputs = image_inputs(images, self.image_processor, self.model, config)
             question = request.question
             if question is None:
                 question = last_question(request.prompt, self.template)
             inputs["questions"] = [question] * len(images)
-            geometry = [image_geometry(image.size, self.model) for image in images]
-            crops = sum(len(p) if p.ndim == 4 else 1 for p in inputs["images"])
+            tower = self.model.get_vision_tower()
+            geometry = [image_geometry(image.size, config, tower) for image in images]
+            if seat.pruner.name == Pruner.name:  # a method leaves fewer: `generate` counts them
+                crops = sum(len(p) if p.ndim == 4 else 1 for p in inputs["images"])
         ids = tokenizer_image_token(
             self._marked(request.prompt), self.tokenizer, return_tensors="pt"
         )
         room = self._context_length() - len(ids)
         room -= crops * self.model.get_vision_tower().num_patches
         most = min(request.max_new_tokens, self.limits.new_tokens, room)
-        place = placement(self.model.config)
+        place = placement(config)
         return Job(request, request_id, seat, ids, inputs, most, geometry, place)
 
     def _marked(self, prompt: str) -> str:
@@ -167,8 +173,7 @@ class Engine:
     async def stream(self, job: Job):
         """The chunks of the answer, encoded. Closing the stream ends the work."""
         if job.max_new_tokens < 1:
-            text = job.request.prompt + TOO_LONG
-            yield encode_chunk({"text": text, "error_code": 0, "cause": "prompt_too_long"})
+            yield encode_chunk(too_long(job))
             return
         outbox = Outbox(asyncio.get_running_loop(), self.limits.stall_seconds)
         future = self._answering.submit(self._run, job, outbox)
@@ -189,6 +194,8 @@ class Engine:
             try:
                 with torch.inference_mode(), job.seat:
                     self._generate(job, outbox)
+            except PromptTooLong:
+                outbox.put(too_long(job))
             except Exception as error:
                 if isinstance(error, Aborted):
                     raise
@@ -265,6 +272,12 @@ class Writer(TextStreamer):
             "total_seconds": time.perf_counter() - self.started,
             "new_tokens": self.new_tokens,
         }
+
+
+def too_long(job: Job) -> dict:
+    """The chunk that stands for an answer where the prompt leaves no room for one."""
+    text = job.request.prompt + TOO_LONG
+    return {"text": text, "error_code": 0, "cause": "prompt_too_long"}
 
 
 def failure(error: Exception, request_id: str) -> ServeError:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import warnings
 
 from PIL import Image
 
-from ..image_io import to_rgb
+from ..image_io import decode_base64, displayed
 from .errors import ServeError
 from .limits import LIMITS, Limits
 
@@ -17,7 +16,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
 def decode_images(texts: list[str], limits: Limits = LIMITS) -> list[Image.Image]:
-    """RGB images from base64 text. Raises ServeError, which counts images from 1."""
+    """RGB images, upright and on white, from base64 text or `data:` URLs.
+
+    Raises ServeError, which counts images from 1.
+    """
     images, left = [], limits.image_pixels
     for number, text in enumerate(texts, start=1):
         image = _open(text, number)
@@ -26,7 +28,7 @@ def decode_images(texts: list[str], limits: Limits = LIMITS) -> list[Image.Image
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # odd metadata is no reason to write to the log
-                images.append(to_rgb(image))
+                images.append(displayed(image))
         except Exception:  # a broken file can raise nearly anything, depending on its format
             raise _unreadable(number) from None
     return images
@@ -37,17 +39,23 @@ def image_type(text: str) -> str:
     return f"image/{_open(text, 1).format.lower()}"
 
 
+def plain_base64(text: str) -> str:
+    """Base64 text without line breaks and without the head of a `data:` URL."""
+    return base64.b64encode(decode_base64(text)).decode()
+
+
 def _open(text: str, number: int) -> Image.Image:
     """The image, its header read and nothing decoded."""
     try:
-        data = base64.b64decode(text, validate=True)
+        data = decode_base64(text)
+    except ValueError:
+        raise ServeError("bad_image", f"Image {number} is not valid base64 text.") from None
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ServeError("too_large", f"Image {number} has too many pixels.") from None
-    except binascii.Error:
-        raise ServeError("bad_image", f"Image {number} is not valid base64 text.") from None
     except Exception:
         raise _unreadable(number) from None
 

@@ -13,17 +13,17 @@ from .methods import settings
 PLACEMENT = ("image_aspect_ratio", "image_grid_pinpoints")
 
 
-def image_geometry(size: tuple[int, int], model) -> dict:
+def image_geometry(size: tuple[int, int], config, tower) -> dict:
     """Where the patches of an image of (width, height) come from, for a picture of them.
 
     grid:  (h, w) patches of a crop
     crops: per crop (left, top, right, bottom) as shares of the image's width and height; outside
            of 0..1 is padding
     """
-    side = model.get_vision_tower().num_patches_per_side
+    side = tower.num_patches_per_side
     width, height = size
     crops = []
-    for boxes in crop_boxes(size, model.config, model.get_vision_tower()):
+    for boxes in crop_boxes(size, config, tower):
         (left, top), (right, bottom) = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
         crops.append([left / width, top / height, right / width, bottom / height])
     return {"grid": [side, side], "crops": [[round(float(x), 5) for x in box] for box in crops]}

@@ -28,7 +28,7 @@ import httpx  # isort: skip
 
 from .dialogue import system_text, turns
 from .errors import ServeError, encode_chunk
-from .images import decode_images, image_type
+from .images import decode_images, image_type, plain_base64
 from .limits import CHUNK_BYTES, LIMITS, STATUS_BYTES, Limits
 from .model_worker import add_service_args, run_worker
 from .protocol import GenerateRequest
@@ -96,6 +96,8 @@ class Forwarder:
                 f"tokens in the prompt ({marks}).",
             )
         await asyncio.to_thread(decode_images, images, self.limits)
+        if images:
+            request.images = [plain_base64(image) for image in images]
         return Job(request, request_id, [image_type(image) for image in images])
 
     async def stream(self, job: Job):

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
@@ -20,7 +19,7 @@ from llava.constants import (
     IMAGE_TOKEN_INDEX,
 )
 from llava.conversation import Conversation, default_conversation
-from llava.mm_utils import process_images
+from llava.mm_utils import load_image, process_images
 
 from .labels import preprocess
 from .samples import Findings, check_conversations, missing_files, read_rows
@@ -185,8 +184,7 @@ class LazySupervisedDataset(Dataset):
 
     def _image(self, sample: dict) -> dict:
         args = self.data_args
-        with Image.open(os.path.join(args.image_folder or "", sample["image"])) as file:
-            image = file.convert("RGB")
+        image = load_image(os.path.join(args.image_folder or "", sample["image"]))
         pixels = process_images([image], args.image_processor, args)[0]
         anyres = args.image_aspect_ratio == "anyres"
         return {"image": pixels} | ({"image_size": image.size} if anyres else {})

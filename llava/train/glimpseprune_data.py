@@ -20,14 +20,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import yaml
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Conversation
-from llava.mm_utils import process_images
+from llava.mm_utils import load_image, process_images
 from llava.pruning.glimpseprune import boxes_to_cells
 
 from .labels import preprocess
@@ -240,8 +239,8 @@ class BoxDataset(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         sample = self.samples[i]
-        with Image.open(sample.path) as file:
-            image = file.convert("RGB")
+        # Boxes were drawn on the picture as it is stored.
+        image = load_image(sample.path, as_stored=True)
         messages = [
             {"from": "human", "value": f"{DEFAULT_IMAGE_TOKEN}\n{sample.question}"},
             {"from": "gpt", "value": sample.answer},

@@ -43,6 +43,7 @@ def load_checkpoint(name: str, folder: Path, changes: dict | None = None):
     """
     parts = _load(locate(name, folder), json.dumps(changes or {}, sort_keys=True))
     parts[1].pruner = build_pruner("none")
+    parts[1].as_in_training = None
     return parts
 
 

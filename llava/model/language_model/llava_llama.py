@@ -11,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ...constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from ...devices import device_of
 from ...pruning.drafter import Drafter
+from ..context import answer_room
 from ..generation import GenerationStrategies
 from ..kv_cache import KVCache, holds_tokens
 from ..llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
@@ -209,7 +210,8 @@ class LlavaLlamaForCausalLM(GenerationStrategies, LlavaMetaForCausalLM, LlamaPre
         The rest is transformers' `generate`: `attention_mask` (needed when prompts are padded; any
         side), `do_sample`, `temperature`, `top_p`, `num_beams`, `max_new_tokens`, `streamer`,
         `stopping_criteria`, ... and `generation_strategy`, see `llava.model.generation`: with
-        "self_speculative" also `num_speculations` and `draft_stop_prob`.
+        "self_speculative" also `num_speculations` and `draft_stop_prob`. An answer ends where the
+        model has no more positions, whatever `max_new_tokens` says, see `llava.model.context`.
 
         Raises ValueError for what is not supported: contrastive search, assisted decoding, and
         `past_key_values` or `position_ids` of the caller's own.
@@ -237,10 +239,13 @@ class LlavaLlamaForCausalLM(GenerationStrategies, LlavaMetaForCausalLM, LlamaPre
         prefix: what is known of their first tokens, see `llava.model.reuse`
         """
         ends = kwargs.get("eos_token_id", self.generation_config.eos_token_id)
+        config = kwargs.get("generation_config") or self.generation_config
+        wanted = kwargs.get("max_new_tokens") or config.max_new_tokens
+        if (room := answer_room(self, prompt.num_positions, wanted)) != wanted:
+            kwargs["max_new_tokens"] = room
         drafter = self.drafter_for(kwargs)
         if drafter is None and kwargs.get("use_cache", True) is not False:
-            settings = kwargs.get("generation_config") or self.generation_config
-            reserve = kwargs.get("max_new_tokens") or settings.max_new_tokens or 64
+            reserve = kwargs.get("max_new_tokens") or config.max_new_tokens or 64
             if prefix is not None:  # the rest of the prompt is appended, too
                 reserve += prompt.inputs_embeds.shape[1] - prefix.size
             kwargs["past_key_values"] = KVCache(self.config.num_hidden_layers, reserve)

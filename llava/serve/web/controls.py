@@ -25,6 +25,7 @@ class Controls:
         )
         self.image = gr.Image(
             type="pil",
+            image_mode=None,  # as it was stored: gradio's way to RGB loses transparency and depth
             format="png",
             label="Image",
             sources=["upload", "clipboard"],

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from llava.eval.show_pruning import PANEL_SIDE, draw_image, draw_importance
+from llava.image_io import displayed
 
 from .report import ImageReport, Report
 
@@ -34,7 +35,7 @@ def stages(images: list[Image.Image], report: Report) -> list[tuple[str, list[Im
 
 def data_uri(image: Image.Image, side: int = PANEL_SIDE) -> str:
     """The image, at most `side` pixels long, as text for the `src` of an <img>."""
-    small = image.convert("RGB")
+    small = displayed(image).copy()
     small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=QUALITY)
