@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 MAX_JSON_BYTES = 64 * 2**20
 #: longest piece of a foreign value that an error repeats
 SHOWN = 60
+#: longest line that an error repeats of a library's
+LONGEST = 300
 #: keys of transformers' own that no model here reads; some make it allocate or change what it does
 IGNORED_KEYS = ("num_labels", "id2label", "label2id", "pruned_heads", "problem_type", "auto_map")
 IGNORED_KEYS += ("quantization_config", "torchscript", "return_dict", "use_return_dict")
@@ -82,7 +84,7 @@ def stretch(value: Any) -> bool:
 
 
 FLAG = Rule("true or false", lambda value: isinstance(value, bool))
-TEXT = Rule("a text", lambda value: isinstance(value, str))
+TEXT = Rule("a short text", lambda value: isinstance(value, str) and len(value) <= 1000)
 SIZE = whole(1, 2**18)
 RULES = {
     # what the model is
@@ -144,7 +146,7 @@ RULES = {
     # what LLaVA adds
     "mm_vision_tower": TEXT,
     "vision_tower": TEXT,
-    "mm_hidden_size": whole(1, 2**18, or_none=True),
+    "mm_hidden_size": SIZE,
     "mm_projector_type": TEXT,
     "mm_vision_select_layer": whole(-512, 512, or_none=True),
     "mm_vision_select_feature": TEXT,
@@ -269,19 +271,15 @@ def check_config(values: Mapping, source: str, plain: bool = False) -> dict:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, in one line."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    """What an error of a library says, in one line of bounded length."""
+    line = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
 @contextmanager
-def one_sentence(what: str, keep: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turns what a library raises over a strange file into a ValueError that begins with `what`.
-
-    keep: errors that are sentences already
-    """
+def one_sentence(what: str) -> Iterator[None]:
+    """Turns whatever is raised over a strange file into a ValueError that begins with `what`."""
     try:
         yield
-    except keep:
-        raise
     except Exception as error:
         raise ValueError(f"{what}: {first_line(error)}") from error
