@@ -23,7 +23,14 @@ SHOWN = 60
 LONGEST = 300
 #: keys of transformers' own that no model here reads; some make it allocate or change what it does
 IGNORED_KEYS = ("num_labels", "id2label", "label2id", "pruned_heads", "problem_type", "auto_map")
-IGNORED_KEYS += ("quantization_config", "torchscript", "return_dict", "use_return_dict")
+IGNORED_KEYS += (
+    "text_config",
+    "vision_config",
+    "quantization_config",
+    "torchscript",
+    "return_dict",
+    "use_return_dict",
+)
 
 
 class Rule(NamedTuple):
