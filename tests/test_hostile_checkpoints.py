@@ -63,7 +63,7 @@ def write_config(folder, name="config.json", **values):
         ("intermediate_size", -48, "intermediate_size must be"),
         ("vocab_size", -7, "vocab_size must be a whole number"),
         ("vocab_size", [700], "vocab_size must be"),
-        ("pad_token_id", 10_000, "outside of the vocabulary"),
+        ("pad_token_id", -5, "pad_token_id must be a token id"),
         ("eos_token_id", "</s>", "eos_token_id must be"),
         ("max_position_embeddings", 0, "max_position_embeddings must be"),
         ("rms_norm_eps", float("nan"), "rms_norm_eps must be a number"),
