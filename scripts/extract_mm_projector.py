@@ -12,6 +12,7 @@ import os
 import torch
 from safetensors.torch import save_file
 
+from llava.eval.errors import errors_as_messages
 from llava.weight_files import tensors_in, weight_files
 
 PARTS = ("mm_projector", "image_newline")
@@ -33,6 +34,7 @@ def extract(model_path: str, output: str) -> None:
         torch.save(found, output)
 
 
+@errors_as_messages()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model-path", required=True, help="checkpoint folder")

@@ -10,6 +10,7 @@ import argparse
 
 import torch
 
+from llava.eval.errors import errors_as_messages
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import TOWER_PREFIX, write_checkpoint
@@ -33,6 +34,7 @@ def merge_lora(model_path: str, model_base: str, save_model_path: str) -> None:
     tokenizer.save_pretrained(save_model_path)
 
 
+@errors_as_messages()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model-path", required=True, help="folder of the adapter")

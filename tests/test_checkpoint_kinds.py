@@ -228,6 +228,18 @@ def test_a_base_of_another_family_or_no_need_for_one_is_said(tmp_path, weights):
         load(folder, base)
 
 
+def test_a_projector_to_start_training_from_is_checked(tmp_path, model):
+    start, path = model.get_model()._load_adapter, tmp_path / "mm_projector.bin"
+    for tensors, says in (
+        ({"model.mm_projector.0.weight": None}, "is a NoneType"),
+        ({"model.mm_projector.0.weight": torch.ones(3, 3)}, "mm_projector_type 'mlp2x_gelu' fit"),
+        ({"other": torch.ones(3)}, "none at all"),
+    ):
+        torch.save(tensors, path)
+        with pytest.raises(ValueError, match=says):
+            start(str(path))
+
+
 # Towers of copies.
 
 

@@ -63,7 +63,7 @@ def write_config(folder, name="config.json", **values):
         ("intermediate_size", -48, "intermediate_size must be"),
         ("vocab_size", -7, "vocab_size must be a whole number"),
         ("vocab_size", [700], "vocab_size must be"),
-        ("pad_token_id", 10_000, "outside of the vocabulary"),
+        ("pad_token_id", -5, "pad_token_id must be a token id"),
         ("eos_token_id", "</s>", "eos_token_id must be"),
         ("max_position_embeddings", 0, "max_position_embeddings must be"),
         ("rms_norm_eps", float("nan"), "rms_norm_eps must be a number"),
@@ -82,7 +82,9 @@ def write_config(folder, name="config.json", **values):
         ("model_type", {}, "model_type must be"),
         ("mm_vision_tower", ["a"], "mm_vision_tower must be"),
         ("mm_projector_type", "mlp999999999x_gelu", "1 to 16 layers"),
-        ("mm_projector_type", "mlp" + "9" * 5000 + "x_gelu", "1 to 16 layers"),
+        ("mm_projector_type", "mlp" + "9" * 900 + "x_gelu", "1 to 16 layers"),
+        ("hidden_act", "9" * 5000, "hidden_act must be a short text"),
+        ("early_stopping", 7, "early_stopping"),
         ("mm_projector_type", "magic", "Unknown projector type"),
         ("mm_projector_type", 2, "mm_projector_type must be"),
         ("mm_hidden_size", 10**9, "mm_hidden_size must be"),
@@ -145,6 +147,7 @@ def test_other_odd_files_in_place_of_a_config_are_refused(folder):
 
 def test_a_config_with_a_byte_order_mark_or_unknown_keys_is_read(folder):
     values = json.loads((folder / "config.json").read_text())
+    values |= {"to_dict": 7, "__class__": "int", "attribute_map": 3, "_attn_implementation": "x"}
     values |= {"num_labels": 10**12, "auto_map": {"AutoConfig": "x.Y"}, "pruned_heads": {"0": [1]}}
     (folder / "config.json").write_text("\ufeff" + json.dumps(values), encoding="utf-8")
     assert load(folder)[1].config.vocab_size == 700

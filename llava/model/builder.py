@@ -192,7 +192,9 @@ def config_path(folder: str, base: str | None) -> str:
 def llava_config(folder: str, values: dict, kind: Kind, backend: str = "sdpa"):
     """(config, model class) of a LLaVA folder with checked config values."""
     config_class, model_class = FAMILIES[kind.family]
-    values = {key: value for key, value in values.items() if key != "model_type"}
+    # No value may take the place of what the class itself has (`model_type`, methods).
+    foreign = {key for key in values if key.startswith("_") or hasattr(config_class, key)}
+    values = {key: value for key, value in values.items() if key not in foreign}
     values["architectures"] = [model_class.__name__]
     with one_sentence(f"{folder}/config.json describes no model"):
         config = config_class.from_dict({**values, "attn_implementation": backend})
@@ -217,7 +219,7 @@ def set_vision_tower(config, override: str | None, base: str | None) -> None:
 
 def build_empty(model_class, config, dtype: torch.dtype, device) -> tuple[nn.Module, Filler]:
     """A model without memory for its weights, and what fills it."""
-    with one_sentence(f"{config._name_or_path} describes no model", (ValueError, OSError)):
+    with one_sentence(config._name_or_path):
         with init_empty_weights(), no_init_weights():
             model = model_class(config)
     model.config.torch_dtype = dtype

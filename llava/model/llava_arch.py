@@ -24,6 +24,7 @@ from ..devices import device_of, moved
 from ..mm_utils import get_anyres_image_grid_shape
 from ..pruning.base import Pruner
 from ..pruning.tokens import ImageTokens, VisionTokens
+from .checkpoint import read_file
 from .context import check_prompts, count_positions
 from .image_layout import (
     flat_layout,
@@ -88,13 +89,20 @@ class LlavaMetaModel:
             self._load_adapter(model_args.pretrain_mm_mlp_adapter)
 
     def _load_adapter(self, path: str) -> None:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = read_file(path)
         projector = {
             key.split("mm_projector.", 1)[1]: value
             for key, value in weights.items()
             if "mm_projector." in key
         }
         with whole(self.mm_projector.parameters(), change=True):
+            wanted = {key: tuple(p.shape) for key, p in self.mm_projector.state_dict().items()}
+            given = {key: tuple(value.shape) for key, value in projector.items()}
+            if given != wanted:
+                raise ValueError(
+                    f"{path} holds a projector of shapes {given or 'none at all'}, the model has "
+                    f"{wanted}: does mm_projector_type {self.config.mm_projector_type!r} fit?"
+                )
             self.mm_projector.load_state_dict(projector)
         for key, value in weights.items():
             if key.endswith("image_newline") and hasattr(self, "image_newline"):
@@ -487,7 +495,9 @@ class LlavaMetaForCausalLM:
             self.get_output_embeddings().requires_grad_(False)
 
     def _load_marker_rows(self, path: str, added: int) -> None:
-        saved = torch.load(path, map_location="cpu", weights_only=True)["model.embed_tokens.weight"]
+        saved = read_file(path).get("model.embed_tokens.weight")
+        if saved is None:
+            raise ValueError(f"{path} holds no embeddings of the image marks (embed_tokens)")
         table = self.get_input_embeddings().weight
         with whole([table], change=True):
             self._copy_marker_rows(path, saved, table.data, added)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..weight_files import CACHE_DIR
+from ..weight_files import CACHE_DIR, local_folder, weight_files
 from .base import SelectPruner
 from .ops import normalize
 from .tokens import VisionTokens
@@ -120,6 +120,11 @@ class ClipText(nn.Module):
             CLIPVisionModelWithProjection,
         )
 
+        try:
+            folder = local_folder(folder)
+            weight_files(folder)  # all there, none outside of the folder
+        except OSError as error:
+            raise ValueError(f"{folder} holds no weights of a CLIP model: {error}") from error
         parts = []
         for kind in (CLIPTextModelWithProjection, CLIPVisionModelWithProjection):
             try:
