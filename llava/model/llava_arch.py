@@ -304,7 +304,7 @@ class LlavaMetaForCausalLM(PrunerSlot):
             # Gradients have to come in the same order whether the images of a batch use it or not:
             # before the projector's, behind those of the embeddings.
             first = tokens[0].embeds
-            tokens[0].embeds = torch.cat([first, newline[None, :][:0].to(first.dtype)])
+            tokens[0].embeds = torch.cat([first, newline[None, :][:0].to(first)])
         if self.pruning_trace is not None and not only_dummies:
             for image in tokens:
                 self.pruning_trace.add_image(image.patches, image.embeds, image.length)
@@ -333,7 +333,7 @@ class LlavaMetaForCausalLM(PrunerSlot):
                 )
             )
         if only_dummies:  # none of their rows, yet a gradient of zeros
-            rows[0]["x"] = torch.cat([rows[0]["x"], tokens[0].embeds[:0].to(embeds.dtype)])
+            rows[0]["x"] = torch.cat([rows[0]["x"], tokens[0].embeds[:0].to(rows[0]["x"])])
         if not training:
             check_prompts(self, positions)
         side = padding_side or getattr(self.config, "tokenizer_padding_side", "right")
