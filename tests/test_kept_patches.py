@@ -75,7 +75,7 @@ def test_the_command_answers_rightly(again):
 
 
 def test_the_picture_shows_what_the_command_keeps(again):
-    # The diverse half hangs on the last bits of the features: only its size can be compared.
+    # The diverse half depends on the last bits of the features: only its size can be compared.
     _, made = again
     important = clearly_important()
     with Image.open(REPO / "images/kept_patches.png") as stored:

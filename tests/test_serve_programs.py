@@ -15,6 +15,7 @@ import pytest
 
 from llava import playground
 from llava.conversation import conv_templates
+from llava.model import placement
 from llava.serve import (
     controller,
     demo,
@@ -80,6 +81,15 @@ def test_a_worker_must_say_how_others_can_call_it():
     assert address("--host 0.0.0.0 --worker http://me:7") == "http://me:7"
     with pytest.raises(ValueError, match="--worker-address"):
         address("--host 0.0.0.0")
+
+
+def test_what_loading_says_is_no_error_in_the_log_of_a_worker(capsys, caplog, monkeypatch):
+    monkeypatch.setattr(placement, "cpu_multiplies_bfloat16", lambda: False)
+    with caplog.at_level("INFO"):
+        model_worker.load_engine(model_worker.build_parser().parse_args(["--device", "cpu"]))
+    said = [record for record in caplog.records if "Running in float32" in record.message]
+    assert [record.levelname for record in said] == ["INFO"]
+    assert "Running in" not in capsys.readouterr().err
 
 
 def test_a_trained_part_belongs_to_a_method():

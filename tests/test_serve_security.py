@@ -402,6 +402,14 @@ WRONG_VALUES = {
 }
 
 
+@pytest.mark.parametrize("value", [1e300, 10**30, {"a": 1}, "x" * 1000, [10**30]])
+def test_an_option_out_of_bounds_is_told_what_options_may_be(value):
+    pruning = {"method": "none", "options": {"a": value}}
+    (reply,) = call(words_app(Words()), (STREAM, body(pruning=pruning)))
+    (chunk,) = chunks_of(reply.content)
+    assert chunk["text"].startswith("pruning.options.a: Input should be a number up to 1000000")
+
+
 @pytest.mark.parametrize("key", WRONG_VALUES)
 def test_values_out_of_bounds_are_refused_without_being_repeated(key):
     backend = Words()

@@ -422,6 +422,27 @@ def test_one_upload_holds_one_file():
         checked_upload("text/plain", b"")
 
 
+@pytest.mark.parametrize(
+    "kind, sentence",
+    [
+        ("Multipart/Form-Data; Boundary=xyz", None),
+        ('multipart/form-data; charset=utf-8; boundary="xyz"', None),
+        ("multipart/form-data;boundary=xyz; charset=utf-8", None),
+        ("multipart/form-data", "what separates its parts"),
+        ('multipart/form-data; boundary="xyz', "what separates its parts"),
+        ("multipart/form-data; boundary=xyz; boundary=abc", "what separates its parts"),
+        ("application/json; boundary=xyz", "must be a multipart form"),
+    ],
+)
+def test_the_header_of_a_form_may_have_every_lawful_spelling(kind, sentence):
+    body = form("view.png", png(9, 9))[1]
+    if sentence is None:
+        assert checked_upload(kind, body)[0] == ".png"
+    else:
+        with pytest.raises(Refused, match=sentence):
+            checked_upload(kind, body)
+
+
 def test_a_bomb_is_refused_by_its_header():
     bomb = bytearray(png(10, 10))
     bomb[16:24] = (60_000).to_bytes(4, "big") * 2

@@ -47,6 +47,14 @@ def test_the_cells_measure_what_is_saved(outputs):
     assert flops < dense_flops / 2 and cache < dense_cache / 2
 
 
+@pytest.mark.slow
+def test_the_stored_operations_are_those_of_the_question_asked_now(outputs):
+    stored = [cell["outputs"] for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+    row = r"^(\w+) +(?:\d* +)?\d+ +([\d.]+) +\d+$"  # times and the bytes of a number differ
+    measured, kept = (re.findall(row, printed(found), re.M) for found in (outputs, stored))
+    assert len(kept) == 3 and kept == measured
+
+
 def test_stored_outputs_are_small_and_no_error():
     stored = [part for cell in NOTEBOOK["cells"] for part in cell.get("outputs", [])]
     assert PATH.stat().st_size < 200_000

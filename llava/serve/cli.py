@@ -101,6 +101,7 @@ def open_chat(args) -> Chat:
     print(f"Image: {name}")
     if args.model_path is None:
         print(f"The playground knows little more than: {'; '.join(PLAYGROUND_QUESTIONS)}")
+        print("It often gets a second question wrong: end with an empty line and start anew.")
     images = image_inputs([image], image_processor, model)
     return Chat(tokenizer, model, conv_templates[conv_mode].copy(), images, sampling(args))
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from contextlib import redirect_stderr
 
 from ..eval.errors import errors_as_messages
 from ..eval.model_args import add_model_args, add_option, load_from_args
 from ..mm_utils import get_model_name_from_path
 from ..playground import default_model_path
 from ..pruning.cli import add_pruning_args, pruner_from_args
+from ..utils import StreamToLogger
 from .service import serve, set_up_logging
 
 from .auth import add_token_arg, check_exposure, read_token  # isort: skip
@@ -93,7 +95,8 @@ def load_engine(args):
 
     if args.use_flash_attn:
         args.attn_implementation = "flash_attention_2"
-    tokenizer, model, image_processor = load_from_args(args, path, name, pruner)
+    with redirect_stderr(StreamToLogger(logger, logging.INFO)):  # notes; errors are raised
+        tokenizer, model, image_processor = load_from_args(args, path, name, pruner)
     engine = Engine(
         tokenizer,
         model,

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from .errors import ServeError
 from .limits import (
@@ -32,12 +33,27 @@ Number = (
     | Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER, allow_inf_nan=False)]
 )
 OptionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,64}$")]
-OptionValue = (
+
+
+def _one_sentence(value, check):
+    """What may stand in an option, in place of the first of the kinds that it is not."""
+    try:
+        return check(value)
+    except ValidationError:
+        raise PydanticCustomError(
+            "option",
+            f"Input should be a number up to {LARGEST_NUMBER}, true, false, null, a text of at "
+            f"most {OPTION_CHARS} characters, or a list of at most {LIST_ITEMS} such numbers",
+        ) from None
+
+
+OptionValue = Annotated[
     Number
     | Annotated[str, Field(max_length=OPTION_CHARS)]
     | Annotated[list[Number], Field(max_length=LIST_ITEMS)]
-    | None
-)
+    | None,
+    WrapValidator(_one_sentence),
+]
 
 
 class Body(BaseModel):

@@ -42,12 +42,7 @@ def checked_upload(content_type: str, body: bytes, folder: str | None = None) ->
 
     folder: where uploads are stored; it may grow up to `STORED_BYTES`
     """
-    boundary = re.fullmatch(
-        r"multipart/form-data;\s*boundary=\"?([\w'()+,./:=?-]{1,70})\"?", content_type.strip()
-    )
-    if boundary is None:
-        raise Refused(400, "An upload must be a multipart form.")
-    parts = (b"\r\n" + body).split(b"\r\n--" + boundary[1].encode())
+    parts = (b"\r\n" + body).split(b"\r\n--" + _boundary(content_type).encode())
     if len(parts) != 3 or not parts[2].startswith(b"--"):
         raise Refused(400, "One image at a time, please.")
     head, blank, data = parts[1].partition(b"\r\n\r\n")
@@ -58,6 +53,18 @@ def checked_upload(content_type: str, body: bytes, folder: str | None = None) ->
     if folder is not None and stored_bytes(folder) + len(data) > STORED_BYTES:
         raise Refused(507, "The page has no room for more images right now; try again later.")
     return suffix, data
+
+
+def _boundary(content_type: str) -> str:
+    """What separates the parts of a form."""
+    kind, *parameters = (text.strip() for text in content_type.split(";"))
+    if kind.lower() != "multipart/form-data":
+        raise Refused(400, "An upload must be a multipart form.")
+    pattern = re.compile(r"boundary=(\"?)([\w'()+,./:=?-]{1,70})\1", re.IGNORECASE | re.ASCII)
+    found = [match[2] for text in parameters if (match := pattern.fullmatch(text))]
+    if len(found) != 1:
+        raise Refused(400, "The upload does not say what separates its parts.")
+    return found[0]
 
 
 def as_form(suffix: str, data: bytes) -> tuple[str, bytes]:
