@@ -1,6 +1,15 @@
-# Sourced by the recipes in scripts/v1_5: what all of them hand to the Trainer.
+# Sourced by the recipes in scripts/v1_5.
+#
+# BF16=True or False in the environment chooses the precision. Left out, it is bfloat16 where the device
+# at hand is fast at it: on GPUs, and on CPUs with instructions for it.
+BF16=${BF16:-$("${PYTHON:-python}" -c "
+import torch
+from llava.model.placement import choose_device, fast_dtype
+print(fast_dtype(choose_device(None)) == torch.bfloat16)")}
+
+# What all of them hand to the Trainer ...
 TRAINER_FLAGS=(
-    --bf16 True
+    --bf16 "$BF16"
     --num_train_epochs 1
     --evaluation_strategy no
     --save_strategy steps

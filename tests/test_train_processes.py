@@ -111,6 +111,7 @@ def recipe(name, place, output, **changes):
         "IMAGES": GOLDEN / "images",
         "OUTPUT": output,
         "REPORT_TO": "none",
+        "BF16": "False",
         **({"twig_K": 1, "twig_T": 1} if twig else {}),
     }
     if glimpse:

@@ -5,10 +5,15 @@ Names and defaults are those of the published recipes; what is added here is mar
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 import torch
 import transformers
+
+from llava.model.placement import cpu_multiplies_bfloat16
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -90,6 +95,15 @@ class TrainingArguments(transformers.TrainingArguments):
         default="same",
         metadata={"help": "added: muon = Muon for the matrices of the decoder layers"},
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        slow = self.bf16 and self.device.type == "cpu" and not cpu_multiplies_bfloat16()
+        if slow and self.process_index == 0:
+            logger.warning(
+                "--bf16 True: this CPU multiplies bfloat16 many times slower than float32, leave "
+                "it out to train faster"
+            )
 
     @property
     def compute_dtype(self) -> torch.dtype:

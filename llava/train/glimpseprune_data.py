@@ -114,7 +114,8 @@ def read_dataset(entry: dict, img_dir: str, seed: int) -> list[BoxSample]:
         raise ValueError(f"mapper {mapper!r} is unknown, choose from {', '.join(MAPPERS)}")
     if (entry.get("additional_mappers") or []) not in ([], ["norm_bboxes"]):
         raise ValueError(
-            f"additional_mappers {entry['additional_mappers']!r} are unknown, choose norm_bboxes, in a list"
+            f"additional_mappers {entry['additional_mappers']!r} are unknown, choose norm_bboxes, "
+            "in a list"
         )
     path = entry.get("json_path")
     if path is None:
