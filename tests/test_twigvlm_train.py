@@ -92,7 +92,7 @@ def test_pieces_that_are_not_trained_are_hidden_from_the_optimizer(model):
 def test_the_recipe_has_known_flags(data):
     classes = (TwigArguments, ModelArguments, DataArguments, TrainingArguments)
     known = {field.name for cls in classes for field in dataclasses.fields(cls)}
-    environment = {**os.environ, "LAUNCHER": "echo", "twig_T": "2"} | (
+    environment = {**os.environ, "LAUNCHER": "echo", "BF16": "True", "twig_T": "2"} | (
         {"DATA": data} if data else {}
     )
     script = [str(ROOT / "scripts/v1_5/train_twig.sh"), "--max_steps", "7"]

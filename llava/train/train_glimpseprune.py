@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 
 import torch
 import transformers
-import yaml
 
 from llava.conv_mode import announce, checkpoint_conv_mode
 from llava.conversation import conv_templates
@@ -32,7 +31,7 @@ from llava.pruning.learned import read_part, save_part
 from llava.train.processes import leave_group
 
 from .arguments import TrainingArguments
-from .glimpseprune_data import BoxCollator, BoxDataset, read_datasets
+from .glimpseprune_data import BoxCollator, BoxDataset, read_datasets, read_yaml
 from .glimpseprune_loss import GlimpseObjective, LossWeights
 from .llava_trainer import LLaVATrainer
 from .saving import gathered
@@ -196,8 +195,7 @@ def with_config(words: Sequence[str]) -> list[str]:
     if place + 1 == len(words):
         raise ValueError("--config needs the name of a yaml file")
     path = words[place + 1]
-    with open(path, encoding="utf-8") as file:
-        values = yaml.safe_load(file) or {}
+    values = read_yaml(path)
     for name, value in (values.pop("env", None) or {}).items():
         os.environ[name] = str(value)
     flags = []
