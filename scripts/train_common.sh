@@ -1,11 +1,18 @@
 # Sourced by the recipes in scripts/v1_5.
 #
-# BF16=True or False in the environment chooses the precision. Left out, it is bfloat16 where the device
-# at hand is fast at it: on GPUs, and on CPUs with instructions for it.
-BF16=${BF16:-$("${PYTHON:-python}" -c "
-import torch
+# BF16=True or False in the environment chooses the precision, PROGRAM=train_mem.py or train.py attention with
+# or without the package flash-attn. Left out, they follow the device at hand: bfloat16 where it is fast (GPUs,
+# and CPUs with instructions for it), flash-attn on a GPU if it is installed.
+if [ -z "${BF16:-}" ] || [ -z "${PROGRAM:-}" ]; then
+    read -r fast_bf16 fast_program < <("${PYTHON:-python}" -c "
+import importlib.util, torch
 from llava.model.placement import choose_device, fast_dtype
-print(fast_dtype(choose_device(None)) == torch.bfloat16)")}
+device = choose_device(None)
+flash = device.type == 'cuda' and importlib.util.find_spec('flash_attn')
+print(fast_dtype(device) == torch.bfloat16, 'train_mem.py' if flash else 'train.py')")
+    BF16=${BF16:-$fast_bf16}
+    PROGRAM=${PROGRAM:-$fast_program}
+fi
 
 # What all of them hand to the Trainer ...
 TRAINER_FLAGS=(

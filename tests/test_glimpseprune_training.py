@@ -324,7 +324,13 @@ def test_flags_come_from_a_yaml_file_and_the_command_line_wins(tmp_path, monkeyp
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_the_recipe_has_known_flags_and_the_values_of_the_paper(monkeypatch):
-    environment = {**os.environ, "LAUNCHER": "echo", "BF16": "True", "MODEL": "my/model"}
+    environment = {
+        **os.environ,
+        "LAUNCHER": "echo",
+        "BF16": "True",
+        "PROGRAM": "train.py",
+        "MODEL": "my/model",
+    }
     script = ["bash", str(ROOT / "scripts/v1_5/train_glimpse.sh"), "--max_steps", "7"]
     program, *words = subprocess.run(
         script, env=environment, capture_output=True, text=True, check=True

@@ -42,16 +42,18 @@ def words_of(name, *words, **environment):
 @needs_bash
 @pytest.mark.parametrize("name", [*RECIPES, "train_twig", "train_glimpse"])
 def test_a_recipe_computes_in_the_precision_that_is_asked_for(name):
-    words = words_of(name, BF16="False")
+    words = words_of(name, BF16="False", PROGRAM="train.py")
     assert words[words.index("--bf16") + 1] == "False" and words.count("--bf16") == 1
 
 
 @needs_bash
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU decides")
-def test_a_recipe_computes_in_bfloat16_where_the_cpu_is_fast_at_it():
-    words = words_of("pretrain", BF16="")
+def test_a_recipe_starts_with_what_the_cpu_is_fast_at_and_has():
+    words = words_of("pretrain", BF16="", PROGRAM="")
+    assert words[0] == "llava/train/train.py"  # the other one needs flash-attn
     assert words[words.index("--bf16") + 1] == str(cpu_multiplies_bfloat16())
-    slow = words_of("pretrain", BF16="", ONEDNN_MAX_CPU_ISA="AVX2")
+    slow = words_of("pretrain", BF16="", PROGRAM="train_mem.py", ONEDNN_MAX_CPU_ISA="AVX2")
+    assert slow[0] == "llava/train/train_mem.py"
     assert slow[slow.index("--bf16") + 1] == "False"
 
 
@@ -69,7 +71,9 @@ def test_a_cpu_that_is_slow_at_bfloat16_is_named(tmp_path, monkeypatch, caplog, 
 @needs_bash
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_the_trainer_with_known_flags(name):
-    program, *words = words_of(name, "--max_steps", "7", MODEL="my/model", BF16="True")
+    program, *words = words_of(
+        name, "--max_steps", "7", MODEL="my/model", BF16="True", PROGRAM="train.py"
+    )
     assert (ROOT / program).exists()
     values = {k.removeprefix("--"): v for k, v in zip(words[::2], words[1::2], strict=True)}
     assert set(values) <= FLAGS

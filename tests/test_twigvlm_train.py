@@ -92,9 +92,13 @@ def test_pieces_that_are_not_trained_are_hidden_from_the_optimizer(model):
 def test_the_recipe_has_known_flags(data):
     classes = (TwigArguments, ModelArguments, DataArguments, TrainingArguments)
     known = {field.name for cls in classes for field in dataclasses.fields(cls)}
-    environment = {**os.environ, "LAUNCHER": "echo", "BF16": "True", "twig_T": "2"} | (
-        {"DATA": data} if data else {}
-    )
+    environment = {
+        **os.environ,
+        "LAUNCHER": "echo",
+        "BF16": "True",
+        "PROGRAM": "train.py",
+        "twig_T": "2",
+    } | ({"DATA": data} if data else {})
     script = [str(ROOT / "scripts/v1_5/train_twig.sh"), "--max_steps", "7"]
     output = subprocess.run(["bash", *script], env=environment, capture_output=True, text=True)
     program, *words = output.stdout.split()

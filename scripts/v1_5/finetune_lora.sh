@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/train_common.sh
 
-${LAUNCHER:-deepspeed} llava/train/${PROGRAM:-train_mem.py} \
+${LAUNCHER:-deepspeed} llava/train/"$PROGRAM" \
     --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 \
     --deepspeed "${ZERO:-./scripts/zero3.json}" \
     "${LLAVA_FLAGS[@]}" \

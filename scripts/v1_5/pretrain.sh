@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/train_common.sh
 
-${LAUNCHER:-deepspeed} llava/train/${PROGRAM:-train_mem.py} \
+${LAUNCHER:-deepspeed} llava/train/"$PROGRAM" \
     --deepspeed "${ZERO:-./scripts/zero2.json}" \
     "${LLAVA_FLAGS[@]}" \
     --version plain \
