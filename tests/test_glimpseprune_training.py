@@ -244,6 +244,7 @@ def test_a_run_learns_resumes_exactly_and_can_be_used(workplace, tmp_path):
 
     config = json.loads((tmp_path / "whole/config.json").read_text())
     assert config["base_model"] == "llava" and config["pruning_method"] == "glimpseprune"
+    assert config["conv_mode"] == "vicuna_v1"
     llava = LlavaLlamaForCausalLM.from_pretrained(workplace / "llava")
     llava.get_vision_tower().load_model()
     llava.pruner = build_pruner("glimpseprune", new_modules=str(tmp_path / "whole"))

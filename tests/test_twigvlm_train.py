@@ -47,6 +47,7 @@ def test_only_the_twig_learns_and_it_is_written_as_published(workplace):  # noqa
         "twig_T": 1,
         "hidden_size": 32,
         "vocab_size": 700,
+        "conv_mode": "vicuna_v1",
     }
     model = LlavaLlamaForCausalLM.from_pretrained(workplace / "start").eval()
     model.pruner = build_pruner("twigvlm", twig=str(output), visual_token_num=20)
