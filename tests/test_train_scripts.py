@@ -68,6 +68,13 @@ def test_a_cpu_that_is_slow_at_bfloat16_is_named(tmp_path, monkeypatch, caplog, 
     assert native or "bfloat16 many times slower than float32" in caplog.text
 
 
+def test_one_process_needs_no_backend_to_talk_to_others(tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with own_precision():
+        args = TrainingArguments(str(tmp_path), use_cpu=True, ddp_backend="gloo")
+    assert args.world_size == 1
+
+
 @needs_bash
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_the_trainer_with_known_flags(name):

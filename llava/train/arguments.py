@@ -6,6 +6,7 @@ Names and defaults are those of the published recipes; what is added here is mar
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,9 @@ import transformers
 from llava.model.placement import cpu_multiplies_bfloat16
 
 logger = logging.getLogger(__name__)
+
+#: what launchers tell the processes they start: torchrun and deepspeed, and those of MPI
+LAUNCHED = ("RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass
@@ -97,6 +101,8 @@ class TrainingArguments(transformers.TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if not any(name in os.environ for name in LAUNCHED):
+            self.ddp_backend = None  # one process: accelerate would look for others
         super().__post_init__()
         slow = self.bf16 and self.device.type == "cpu" and not cpu_multiplies_bfloat16()
         if slow and self.process_index == 0:
