@@ -1,6 +1,22 @@
-# Sourced by the recipes in scripts/v1_5: what all of them hand to the Trainer.
+# Sourced by the recipes in scripts/v1_5.
+#
+# BF16=True or False in the environment chooses the precision, PROGRAM=train_mem.py or train.py attention with
+# or without the package flash-attn. Left out, they follow the device at hand: bfloat16 where it is fast (GPUs,
+# and CPUs with instructions for it), flash-attn on a GPU if it is installed.
+if [ -z "${BF16:-}" ] || [ -z "${PROGRAM:-}" ]; then
+    read -r fast_bf16 fast_program < <("${PYTHON:-python}" -c "
+import importlib.util, torch
+from llava.model.placement import choose_device, fast_dtype
+device = choose_device(None)
+flash = device.type == 'cuda' and importlib.util.find_spec('flash_attn')
+print(fast_dtype(device) == torch.bfloat16, 'train_mem.py' if flash else 'train.py')")
+    BF16=${BF16:-$fast_bf16}
+    PROGRAM=${PROGRAM:-$fast_program}
+fi
+
+# What all of them hand to the Trainer ...
 TRAINER_FLAGS=(
-    --bf16 True
+    --bf16 "$BF16"
     --num_train_epochs 1
     --evaluation_strategy no
     --save_strategy steps

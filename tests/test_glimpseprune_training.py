@@ -244,6 +244,7 @@ def test_a_run_learns_resumes_exactly_and_can_be_used(workplace, tmp_path):
 
     config = json.loads((tmp_path / "whole/config.json").read_text())
     assert config["base_model"] == "llava" and config["pruning_method"] == "glimpseprune"
+    assert config["conv_mode"] == "vicuna_v1"
     llava = LlavaLlamaForCausalLM.from_pretrained(workplace / "llava")
     llava.get_vision_tower().load_model()
     llava.pruner = build_pruner("glimpseprune", new_modules=str(tmp_path / "whole"))
@@ -324,7 +325,13 @@ def test_flags_come_from_a_yaml_file_and_the_command_line_wins(tmp_path, monkeyp
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_the_recipe_has_known_flags_and_the_values_of_the_paper(monkeypatch):
-    environment = {**os.environ, "LAUNCHER": "echo", "MODEL": "my/model"}
+    environment = {
+        **os.environ,
+        "LAUNCHER": "echo",
+        "BF16": "True",
+        "PROGRAM": "train.py",
+        "MODEL": "my/model",
+    }
     script = ["bash", str(ROOT / "scripts/v1_5/train_glimpse.sh"), "--max_steps", "7"]
     program, *words = subprocess.run(
         script, env=environment, capture_output=True, text=True, check=True

@@ -111,6 +111,8 @@ def recipe(name, place, output, **changes):
         "IMAGES": GOLDEN / "images",
         "OUTPUT": output,
         "REPORT_TO": "none",
+        "BF16": "False",
+        "PROGRAM": "train.py",
         **({"twig_K": 1, "twig_T": 1} if twig else {}),
     }
     if glimpse:
@@ -127,7 +129,7 @@ def recipe(name, place, output, **changes):
         check=True,
     )
     program, *words = output.stdout.splitlines()
-    program = program.removesuffix(".py").removesuffix("_mem").replace("/", ".")
+    program = program.removesuffix(".py").replace("/", ".")
     return program, words
 
 

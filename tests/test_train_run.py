@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from llava.model import LlavaLlamaForCausalLM
+from llava.model.builder import load_pretrained_model
 from llava.pruning import build_pruner
 from llava.train.saving import PROJECTOR_FILE
 from llava.train.train import train
@@ -179,23 +180,38 @@ def test_an_unfrozen_tower_learns_and_is_saved_with_the_model(workplace, tmp_pat
     assert torch.equal(again.get_vision_tower().vision_tower.state_dict()[name], trained)
 
 
-def test_a_plain_language_model_gets_vision_modules(workplace, tmp_path):
+def language_model(workplace, folder):
+    """Flags that give the language model of `workplace`, written to `folder`, an anyres tower."""
     config = json.loads((workplace / "start/config.json").read_text())
     plain = {k: v for k, v in config.items() if not k.startswith(("mm_", "image_", "unfreeze"))}
     plain |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    shutil.copytree(workplace / "start", tmp_path / "language")
-    (tmp_path / "language/config.json").write_text(json.dumps(plain))
-    trainer = run(
-        workplace, tmp_path / "out", "--model_name_or_path", tmp_path / "language",
-        "--vision_tower", workplace / "tower", "--mm_projector_type", "mlp2x_gelu",
-        "--mm_vision_select_layer", -2, "--mm_use_im_patch_token", False,
-        "--image_aspect_ratio", "anyres", "--mm_patch_merge_type", "spatial_unpad",
-        "--max_steps", 1,
-    )  # fmt: skip
+    shutil.copytree(workplace / "start", folder)
+    (folder / "config.json").write_text(json.dumps(plain))
+    return [
+        "--model_name_or_path", folder, "--vision_tower", workplace / "tower",
+        "--mm_projector_type", "mlp2x_gelu", "--mm_vision_select_layer", -2,
+        "--mm_use_im_patch_token", False, "--image_aspect_ratio", "anyres",
+        "--mm_patch_merge_type", "spatial_unpad", "--max_steps", 1,
+    ]  # fmt: skip
+
+
+def test_a_plain_language_model_gets_vision_modules(workplace, tmp_path):
+    trainer = run(workplace, tmp_path / "out", *language_model(workplace, tmp_path / "language"))
     config = trainer.model.config
     assert config.mm_hidden_size == TOWER["hidden_size"] and config.mm_vision_select_layer == -2
     assert config.image_grid_pinpoints[0] == [84, 168]
     assert "model.image_newline" in load_file(tmp_path / "out/model.safetensors")
+
+
+def test_a_projector_alone_loads_onto_the_language_model_it_was_trained_with(workplace, tmp_path):
+    flags = [*language_model(workplace, tmp_path / "language"), "--tune_mm_mlp_adapter", True]
+    trained = run(workplace, tmp_path / "out", *flags).model
+    model = load_pretrained_model(
+        str(tmp_path / "out"), str(tmp_path / "language"), "out",
+        device="cpu", torch_dtype=torch.float32,
+    )[1]  # fmt: skip
+    newline = trained.model.image_newline.half().float()  # the loader rounds what such files hold
+    assert torch.equal(model.model.image_newline, newline)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,19 @@ WRONG = {
         "message 2 is from 'system', which only the first may be",
     ),
     "not an object": ([1], "is a list, expected an object"),
+    "a mark in the answer": (
+        good(conversations=turns("What?", "<image> A cat.")),
+        "<image> stands in an answer",
+    ),
+    "a folder": (good(image="."), "there is no file"),
+    "half of a character": (
+        good(conversations=turns("<image>\nWhat?", "A \ud800 cat.")),
+        "message 1 holds half of a character",
+    ),
+    "an answer that is no number": (
+        good(conversations=turns("<image>\nWhat?", float("nan"))),
+        "message 1 has the value nan, expected text",
+    ),
     "no words": (good(image="absent", conversations=turns("", " ")), "holds no words"),
 }
 
@@ -146,12 +159,16 @@ def test_lists_lines_and_byte_order_marks_are_read(tmp_path, name, text, bom):
     [
         ("a.json", "", "a.json is empty"),
         ("a.json", "[1, 2", "a.json is not JSON"),
+        ("a.json", "[]", "a.json holds an empty list"),
+        ("a.json", "[" * 100_000, "a.json is not JSON"),
+        ("a.json", b'[{"id": "\xe9"}]', "a.json is not a text in UTF-8: .* at byte 9"),
+        ("a.jsonl", '{"id": 1}'.encode("utf-16"), "a.jsonl is not a text in UTF-8"),
         ("a.json", '{"id": 1}', "holds a dict, expected a list"),
         ("a.jsonl", '{"id": 1}\n{"id"\n', "a.jsonl, line 2 is not JSON"),
     ],
 )
 def test_a_file_of_another_kind_is_named(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         read_rows(str(tmp_path / name))
 
@@ -191,11 +208,14 @@ def test_an_answer_behind_the_tokens_of_its_image_is_cut_away(
         load(folder, [long], tokenizer, tokens_per_image=500)
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("version", ["v1", "llava_llama_2", "chatml_direct", "v0"])
-def test_a_system_turn_takes_the_place_of_the_systems_prompt(folder, tokenizer, caplog, version):
+def test_a_system_turn_takes_the_place_of_the_systems_prompt(
+    folder, tokenizer, caplog, version, beside
+):
     brief = {"from": "system", "value": "Be brief."}
     messages = [brief, *turns("<image>\nWhat?", "A cat.")]
-    samples = [good(), good(conversations=messages)]
+    samples = [good(), good(system="Be brief.") if beside else good(conversations=messages)]
     dataset = load(folder, samples, tokenizer, version=version)
     assert "begin with a system turn, used as the system prompt: 1 of 2" in caplog.text
     usual, other = (dataset._tokens(sample) for sample in dataset.samples)
@@ -217,6 +237,17 @@ def test_captions_need_two_messages(folder, tokenizer):
     samples = [good(), good(conversations=turns("<image>", "A cat.", "More?", "No."))]
     with pytest.raises(ValueError, match="sample 1 .*the plain template needs two messages"):
         load(folder, samples, tokenizer, version="plain")
+
+
+def test_captions_need_an_image(folder, tokenizer):
+    samples = [good(), good(image=None)]
+    with pytest.raises(ValueError, match="sample 1 .*has no image, which the plain template needs"):
+        load(folder, samples, tokenizer, version="plain")
+
+
+def test_a_model_without_eyes_is_given_no_images(folder, tokenizer):
+    with pytest.raises(ValueError, match="1 of 1 samples have an image, .*--vision_tower"):
+        load(folder, [good()], tokenizer, is_multimodal=False)
 
 
 def test_missing_files_are_those_that_do_not_exist(tmp_path):
@@ -268,7 +299,14 @@ def read_boxes(folder, rows, name="boxes.jsonl"):
         ({"bboxs": "absent"}, "has no 'bboxs'"),
         ({"bboxs": [[0, 0, 4]]}, r"the box \[0, 0, 4\] is not four numbers"),
         ({"answer": None}, "answer is None, expected text"),
-        ({"image": 3}, "must be str"),
+        ({"image": 3}, "image is 3, expected a path"),
+        ({"dataset": None}, "dataset is None, expected a path"),
+        ({"bboxs": None}, "bboxs is None, expected a list of boxes"),
+        ({"bboxs": [0, 0, 4, 4]}, "the box 0 is not four numbers"),
+        ({"bboxs": [[0, 0, float("nan"), 4]]}, "the box .* is not four numbers"),
+        ({"width": "8"}, r"width and height are \('8', 8\), expected numbers"),
+        ({"question": "Is <image> here?"}, "question holds <image> amid its text"),
+        ({"answer": "A \ud800"}, "answer holds half of a character"),
     ],
 )
 def test_a_mistake_in_boxes_is_named(tmp_path, changes, message):
@@ -276,8 +314,56 @@ def test_a_mistake_in_boxes_is_named(tmp_path, changes, message):
         read_boxes(tmp_path, [line(), line(**changes)])
 
 
-def test_numbers_are_answers_and_empty_answers_are_counted(tmp_path, caplog):
-    samples = read_boxes(tmp_path, [line(answer=3), line(answer=""), line(image="gone.png")])
-    assert [sample.answer for sample in samples] == ["3", ""]
-    assert "samples with an empty answer: 1 of 3, first sample 1" in caplog.text
-    assert "1 of 3 samples are left out: their picture is missing" in caplog.text
+@pytest.mark.parametrize("row", [7, None, "text", [1]])
+def test_a_line_that_is_no_object_is_named(tmp_path, row):
+    with pytest.raises(ValueError, match="sample 1: is .*, expected an object"):
+        read_boxes(tmp_path, [line(), row])
+
+
+@pytest.mark.parametrize(
+    ("image", "messages", "message"),
+    [
+        (["a", "b###5"], turns("Q", "A"), "the box 5 is not four numbers"),
+        (["a", "b###["], turns("Q", "A"), "does not end in a box"),
+        ([1, 2], turns("Q", "A"), r"image is \[1, 2\], expected"),
+        (["a", "b###[0, 0, 1, 1]"], [], r"conversations is \[\], expected a list of messages"),
+        (["a", "b###[0, 0, 1, 1]"], turns(None, "A"), "value is None, expected text"),
+    ],
+)
+def test_a_mistake_in_conversations_with_boxes_is_named(tmp_path, image, messages, message):
+    (tmp_path / "b.json").write_text(json.dumps([{"image": image, "conversations": messages}]))
+    data = f"datasets: [{{json_path: {tmp_path}/b.json, mapper: cot_bench}}]"
+    (tmp_path / "data.yaml").write_text(data)
+    with pytest.raises(ValueError, match=f"b.json: 1 of 1 .*\n  sample 0: .*{message}"):
+        read_datasets(str(tmp_path / "data.yaml"), str(tmp_path), 42)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a", "holds a list, expected keys with values"),
+        ("datasets: [a", "data.yaml is not yaml"),
+        ("datasets: a", "datasets is 'a', expected a list of data sets"),
+        ("datasets: [a]", r"datasets is \['a'\], expected a list of data sets"),
+        ("datasets: [{json_path: 5}]", "json_path is 5, expected text"),
+        ("datasets: [{json_path: BOXES, sampling_strategy: 5}]", "sampling_strategy 5 is unknown"),
+        ("datasets: [{json_path: BOXES, prompt: 'Look.'}]", "has no place for the question"),
+    ],
+)
+def test_a_mistake_in_the_list_of_data_sets_is_named(tmp_path, text, message):
+    read_boxes(tmp_path, [line()])
+    (tmp_path / "data.yaml").write_text(text.replace("BOXES", str(tmp_path / "boxes.jsonl")))
+    with pytest.raises(ValueError, match=message):
+        read_datasets(str(tmp_path / "data.yaml"), str(tmp_path), 42)
+
+
+def test_numbers_are_answers_and_what_is_odd_is_counted(tmp_path, caplog):
+    rows = [line(answer=3), line(answer=" "), line(image="gone.png")]
+    rows += [line(bboxs=[]), line(bboxs=[[4, 4, 0, 0]]), line(question="<image>\nWhat?")]
+    samples = read_boxes(tmp_path, rows)
+    assert [sample.answer for sample in samples] == ["3", *["A dog."] * 3]
+    assert {sample.question for sample in samples} == {"What?"}
+    assert "samples have an empty answer and are left out: 1 of 6, first sample 1" in caplog.text
+    assert "samples have no box: no patch is wanted: 1 of 6, first sample 3" in caplog.text
+    assert "samples have a box without area: 1 of 6, first sample 4" in caplog.text
+    assert "1 of 5 samples are left out: their picture is missing" in caplog.text

@@ -5,11 +5,16 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from llava.model.placement import cpu_multiplies_bfloat16
+from llava.train import arguments
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.train import own_precision
 
 ROOT = Path(__file__).parents[1]
 CLASSES = (ModelArguments, DataArguments, TrainingArguments)
@@ -21,13 +26,61 @@ RECIPES = {
 }
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+def words_of(name, *words, **environment):
+    """What a recipe would start: (program, word ...)."""
+    environment = {**os.environ, "LAUNCHER": "echo", "PYTHON": sys.executable, **environment}
+    script = [str(ROOT / f"scripts/v1_5/{name}.sh"), *words]
+    output = subprocess.run(
+        ["bash", *script], env=environment, capture_output=True, text=True, check=True
+    )
+    return output.stdout.split()
+
+
+@needs_bash
+@pytest.mark.parametrize("name", [*RECIPES, "train_twig", "train_glimpse"])
+def test_a_recipe_computes_in_the_precision_that_is_asked_for(name):
+    words = words_of(name, BF16="False", PROGRAM="train.py")
+    assert words[words.index("--bf16") + 1] == "False" and words.count("--bf16") == 1
+
+
+@needs_bash
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU decides")
+def test_a_recipe_starts_with_what_the_cpu_is_fast_at_and_has():
+    words = words_of("pretrain", BF16="", PROGRAM="")
+    assert words[0] == "llava/train/train.py"  # the other one needs flash-attn
+    assert words[words.index("--bf16") + 1] == str(cpu_multiplies_bfloat16())
+    slow = words_of("pretrain", BF16="", PROGRAM="train_mem.py", ONEDNN_MAX_CPU_ISA="AVX2")
+    assert slow[0] == "llava/train/train_mem.py"
+    assert slow[slow.index("--bf16") + 1] == "False"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_cpu_that_is_slow_at_bfloat16_is_named(tmp_path, monkeypatch, caplog, native):
+    monkeypatch.setattr(arguments, "cpu_multiplies_bfloat16", lambda: native)
+    with own_precision():
+        TrainingArguments(str(tmp_path), use_cpu=True)
+        assert not caplog.records
+        TrainingArguments(str(tmp_path), use_cpu=True, bf16=True)
+    assert len(caplog.records) == int(not native)
+    assert native or "bfloat16 many times slower than float32" in caplog.text
+
+
+def test_one_process_needs_no_backend_to_talk_to_others(tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with own_precision():
+        args = TrainingArguments(str(tmp_path), use_cpu=True, ddp_backend="gloo")
+    assert args.world_size == 1
+
+
+@needs_bash
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_the_trainer_with_known_flags(name):
-    environment = {**os.environ, "LAUNCHER": "echo", "MODEL": "my/model"}
-    script = [str(ROOT / f"scripts/v1_5/{name}.sh"), "--max_steps", "7"]
-    output = subprocess.run(["bash", *script], env=environment, capture_output=True, text=True)
-    program, *words = output.stdout.split()
+    program, *words = words_of(
+        name, "--max_steps", "7", MODEL="my/model", BF16="True", PROGRAM="train.py"
+    )
     assert (ROOT / program).exists()
     values = {k.removeprefix("--"): v for k, v in zip(words[::2], words[1::2], strict=True)}
     assert set(values) <= FLAGS

@@ -78,12 +78,15 @@ def test_a_text_gives_the_projector_gradients_of_zeros_in_the_order_of_an_image(
     assert mixed == wanted
 
 
-def test_dummies_are_not_encoded_at_inference(llava, monkeypatch):
+def test_dummies_are_not_encoded_where_nothing_is_learned(llava, monkeypatch):
     monkeypatch.setattr(llava, "image_tokens", lambda *_: pytest.fail("a dummy was encoded"))
     side = llava.get_vision_tower().image_size
+    text, dummy = torch.tensor([[1, 5, 9]]), torch.zeros(1, 3, side, side)
     llava.eval()
     try:
-        llava(torch.tensor([[1, 5, 9]]), images=torch.zeros(1, 3, side, side))
+        assert llava(text, labels=text, images=dummy).loss == llava(text, labels=text).loss
+        with pytest.raises(ValueError, match="1 images for 0 <image> marks"):
+            llava(text, images=dummy)  # without labels this is a question, and a mistake
     finally:
         llava.train()
 

@@ -47,6 +47,7 @@ def test_only_the_twig_learns_and_it_is_written_as_published(workplace):  # noqa
         "twig_T": 1,
         "hidden_size": 32,
         "vocab_size": 700,
+        "conv_mode": "vicuna_v1",
     }
     model = LlavaLlamaForCausalLM.from_pretrained(workplace / "start").eval()
     model.pruner = build_pruner("twigvlm", twig=str(output), visual_token_num=20)
@@ -92,9 +93,13 @@ def test_pieces_that_are_not_trained_are_hidden_from_the_optimizer(model):
 def test_the_recipe_has_known_flags(data):
     classes = (TwigArguments, ModelArguments, DataArguments, TrainingArguments)
     known = {field.name for cls in classes for field in dataclasses.fields(cls)}
-    environment = {**os.environ, "LAUNCHER": "echo", "twig_T": "2"} | (
-        {"DATA": data} if data else {}
-    )
+    environment = {
+        **os.environ,
+        "LAUNCHER": "echo",
+        "BF16": "True",
+        "PROGRAM": "train.py",
+        "twig_T": "2",
+    } | ({"DATA": data} if data else {})
     script = [str(ROOT / "scripts/v1_5/train_twig.sh"), "--max_steps", "7"]
     output = subprocess.run(["bash", *script], env=environment, capture_output=True, text=True)
     program, *words = output.stdout.split()

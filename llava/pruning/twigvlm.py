@@ -325,8 +325,11 @@ def grow_twig(model: nn.Module, shared_layers: int, count: int) -> Twig:
     return twig
 
 
-def save_twig(folder: str, weights: dict[str, Tensor], shared_layers: int, base_model: str) -> None:
-    """Writes a twig in the published layout, with our config.json; weights: its state dict."""
+def save_twig(
+    folder: str, weights: dict[str, Tensor], shared_layers: int, base_model: str, **others
+) -> None:
+    """Writes a twig in the published layout, with our config.json; weights: its state dict, others:
+    what else config.json is to say."""
     tensors = {published_name(name): tensor for name, tensor in weights.items()}
     numbers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
     save_part(
@@ -338,6 +341,7 @@ def save_twig(folder: str, weights: dict[str, Tensor], shared_layers: int, base_
         twig_T=len(numbers),
         hidden_size=weights["norm.weight"].shape[0],
         vocab_size=weights["head.weight"].shape[0],
+        **others,
     )
 
 

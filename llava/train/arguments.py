@@ -5,10 +5,19 @@ Names and defaults are those of the published recipes; what is added here is mar
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass, field
 
 import torch
 import transformers
+
+from llava.model.placement import cpu_multiplies_bfloat16
+
+logger = logging.getLogger(__name__)
+
+#: what launchers tell the processes they start: torchrun and deepspeed, and those of MPI
+LAUNCHED = ("RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass
@@ -90,6 +99,17 @@ class TrainingArguments(transformers.TrainingArguments):
         default="same",
         metadata={"help": "added: muon = Muon for the matrices of the decoder layers"},
     )
+
+    def __post_init__(self) -> None:
+        if not any(name in os.environ for name in LAUNCHED):
+            self.ddp_backend = None  # one process: accelerate would look for others
+        super().__post_init__()
+        slow = self.bf16 and self.device.type == "cpu" and not cpu_multiplies_bfloat16()
+        if slow and self.process_index == 0:
+            logger.warning(
+                "--bf16 True: this CPU multiplies bfloat16 many times slower than float32, leave "
+                "it out to train faster"
+            )
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -92,6 +92,11 @@ class LazySupervisedDataset(Dataset):
         bad = {number for number, _ in findings.mistakes}
         good, lost = [i for i, number in enumerate(self.numbers) if number not in bad], 0
         paths = {i: self._path(self.samples[i]) for i in good if "image" in self.samples[i]}
+        if paths and not self.data_args.is_multimodal:
+            raise ValueError(
+                f"{self.data_path}: {len(paths)} of {len(self.samples)} samples have an image, but "
+                "the model has no vision tower: name one with --vision_tower"
+            )
         missing = missing_files(paths.values())
         for i in good:
             number, sample = self.numbers[i], self.samples[i]

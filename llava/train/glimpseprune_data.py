@@ -30,7 +30,7 @@ from llava.mm_utils import load_image, process_images
 from llava.pruning.glimpseprune import boxes_to_cells
 
 from .labels import preprocess
-from .samples import Findings, missing_files, read_rows
+from .samples import Findings, is_number, is_unicode, missing_files, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,10 @@ def read_datasets(source: str, img_dir: str, seed: int) -> list[BoxSample]:
     ValueError, with file and number, for samples that lack something.
     """
     if source.endswith((".yaml", ".yml")):
-        with open(source, encoding="utf-8") as file:
-            entries = (yaml.safe_load(file) or {}).get("datasets")
+        values = read_yaml(source)
+        entries = values.get("datasets")
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"{source}: datasets is {entries!r}, expected a list of data sets")
         if not entries:
             raise ValueError(f"{source} names no datasets")
     else:
@@ -93,34 +95,60 @@ def read_datasets(source: str, img_dir: str, seed: int) -> list[BoxSample]:
     return there
 
 
+def read_yaml(path: str) -> dict:
+    """The values of a yaml file; ValueError when it holds anything else."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            values = yaml.safe_load(file) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not yaml: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, expected keys with values")
+    return values
+
+
 def read_dataset(entry: dict, img_dir: str, seed: int) -> list[BoxSample]:
     """The samples of one entry of `datasets`, sampled as it says."""
     mapper = entry.get("mapper", "cot_train")
     if mapper not in MAPPERS:
         raise ValueError(f"mapper {mapper!r} is unknown, choose from {', '.join(MAPPERS)}")
-    if unknown := set(entry.get("additional_mappers") or ()) - {"norm_bboxes"}:
-        raise ValueError(f"additional_mappers {sorted(unknown)} are unknown, choose norm_bboxes")
+    if (entry.get("additional_mappers") or []) not in ([], ["norm_bboxes"]):
+        raise ValueError(
+            f"additional_mappers {entry['additional_mappers']!r} are unknown, choose norm_bboxes, "
+            "in a list"
+        )
     path = entry.get("json_path")
     if path is None:
         raise ValueError(f"a data set names no json_path, only {', '.join(entry) or 'nothing'}")
+    for key in ("json_path", "img_dir", "prompt", "bbox_type"):
+        if not isinstance(value := entry.get(key) or "", str):
+            raise ValueError(f"{key} is {value!r}, expected text")
     rows = list(enumerate(read_rows(path)))
     total, rows = len(rows), sampled(rows, entry.get("sampling_strategy"), seed)
     folder, template = entry.get("img_dir") or img_dir, entry.get("prompt") or "{}"
+    if "{}" not in template:
+        raise ValueError(f"prompt {template!r} has no place for the question: write {{}} there")
     bbox_type = entry.get("bbox_type", "xyxy")
     read = read_conversation if mapper == "cot_bench" else read_line
     samples, findings = [], Findings(path)
     for number, row in rows:
         try:
-            samples.append(read(row, folder, bbox_type))
-        except (KeyError, TypeError, ValueError, IndexError, SyntaxError) as error:
+            sample = read(row, folder, bbox_type)
+        except (KeyError, ValueError) as error:
             what = f"has no {error}" if isinstance(error, KeyError) else str(error)
             findings.mistake(number, row, what)
             continue
-        if not samples[-1].answer.strip():
-            findings.note(number, row, "samples with an empty answer")
+        if any(left >= right or top >= bottom for left, top, right, bottom in sample.boxes):
+            findings.note(number, row, "samples have a box without area")
+        if not sample.boxes:
+            findings.note(number, row, "samples have no box: no patch is wanted")
+        if sample.answer.strip():
+            samples.append(sample)
+        else:
+            findings.note(number, row, "samples have an empty answer and are left out")
     findings.report(total)
     for sample in samples:
-        sample.question = template.format(sample.question)
+        sample.question = template.replace("{}", sample.question)
         if mapper == "cot_train_fullmask":
             sample.boxes = None
     return samples
@@ -130,7 +158,7 @@ def sampled(rows: list, strategy: str | None, seed: int) -> list:
     """Part of `rows`: "random:K" of a fixed shuffle, "first:K", "end:K"; None: all."""
     if strategy is None:
         return rows
-    kind, _, number = strategy.partition(":")
+    kind, _, number = str(strategy).partition(":")
     if kind not in ("random", "first", "end") or not number.isdigit():
         raise ValueError(
             f"sampling_strategy {strategy!r} is unknown, choose random:K, first:K or end:K"
@@ -143,36 +171,66 @@ def sampled(rows: list, strategy: str | None, seed: int) -> list:
 
 def read_line(row: dict, folder: str, bbox_type: str) -> BoxSample:
     """A line of mapper "cot_train"."""
-    path = os.path.join(folder, "cot", row["dataset"], row["image"])
+    path = os.path.join(folder, "cot", path_of(of(row), "dataset"), path_of(row, "image"))
     size = row["width"], row["height"]
+    if not all(map(is_number, size)):
+        raise ValueError(f"width and height are {size}, expected numbers")
+    if not isinstance(row["bboxs"], list):
+        raise ValueError(f"bboxs is {row['bboxs']!r}, expected a list of boxes")
     boxes = [pixel_box(box, bbox_type, size) for box in row["bboxs"]]
     return BoxSample(text_of(row, "question"), text_of(row, "answer"), path, boxes)
 
 
 def read_conversation(row: dict, folder: str, bbox_type: str) -> BoxSample:
     """An entry of mapper "cot_bench"; its box is always in pixels."""
-    if not isinstance(row["image"], list) or len(row["image"]) != 2 or "###" not in row["image"][1]:
-        raise ValueError(f"image is {row['image']!r}, expected [PATH, 'PATH###[x1, y1, x2, y2]']")
-    path, marked = row["image"]
-    box = pixel_box(ast.literal_eval(marked.split("###", 1)[1]), "xyxy", (0, 0))
-    messages = [text_of(message, "value") for message in row["conversations"]]
-    question = messages[0].replace(BOX_REQUEST, "").replace(f"{DEFAULT_IMAGE_TOKEN}\n", "")
-    return BoxSample(question.strip(), messages[-1], os.path.join(folder, path), [box])
+    image, messages = of(row)["image"], row["conversations"]
+    texts = isinstance(image, list) and all(isinstance(text, str) for text in image)
+    if not texts or len(image) != 2 or "###" not in image[1]:
+        raise ValueError(f"image is {image!r}, expected [PATH, 'PATH###[x1, y1, x2, y2]']")
+    try:
+        box = ast.literal_eval(image[1].split("###", 1)[1])
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise ValueError(f"{image[1][:80]!r} does not end in a box [x1, y1, x2, y2]") from None
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise ValueError(f"conversations is {messages!r}, expected a list of messages")
+    question = text_of(of(messages[0]), "value").replace(BOX_REQUEST, "").strip()
+    answer, path = text_of(of(messages[-1]), "value"), os.path.join(folder, image[0])
+    return BoxSample(question, answer, path, [pixel_box(box, "xyxy", (0, 0))])
+
+
+def of(row) -> dict:
+    """`row`, if it is an object."""
+    if not isinstance(row, dict):
+        raise ValueError(f"is {row!r}, expected an object")
+    return row
+
+
+def path_of(row: dict, key: str) -> str:
+    if not isinstance(row[key], str) or not row[key]:
+        raise ValueError(f"{key} is {row[key]!r}, expected a path")
+    return row[key]
 
 
 def text_of(row: dict, key: str) -> str:
-    """The text under `key`, a number in digits."""
+    """The text under `key`, a number in digits; a line with the mark `<image>` is dropped, as the
+    prompt brings its own."""
     value = row[key]
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    if not isinstance(value, str) and not is_number(value):
         raise ValueError(f"{key} is {value!r}, expected text")
-    return str(value)
+    text = str(value).replace(f"{DEFAULT_IMAGE_TOKEN}\n", "")
+    text = text.replace(f"\n{DEFAULT_IMAGE_TOKEN}", "")
+    if DEFAULT_IMAGE_TOKEN in text:
+        raise ValueError(f"{key} holds {DEFAULT_IMAGE_TOKEN} amid its text: {text[:60]!a}")
+    if not is_unicode(text):
+        raise ValueError(f"{key} holds half of a character (a lone surrogate): {text[:60]!a}")
+    return text
 
 
 def pixel_box(box: Sequence[float], bbox_type: str, size: tuple[int, int]) -> list[float]:
     """(left, top, right, bottom) in pixels of a picture of `size` (width, height)."""
     if bbox_type not in BOX_TYPES:
         raise ValueError(f"bbox_type {bbox_type!r} is unknown, choose from {', '.join(BOX_TYPES)}")
-    if len(box) != 4 or not all(isinstance(edge, (int, float)) for edge in box):
+    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(is_number, box)):
         raise ValueError(f"the box {box!r} is not four numbers")
     if bbox_type == "xywh":
         return [box[0], box[1], box[0] + box[2], box[1] + box[3]]

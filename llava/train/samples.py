@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable
@@ -32,8 +33,13 @@ def read_rows(path: str) -> list:
 
     Raises ValueError, with the line where there is one, for anything else.
     """
-    with open(path, encoding="utf-8-sig") as file:
-        text = file.read()
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not a text in UTF-8: {error.reason} at byte {error.start}"
+        ) from None
     if not text.strip():
         raise ValueError(f"{path} is empty: expected a JSON list of samples, or one per line")
     first, _, rest = text.strip().partition("\n")
@@ -45,10 +51,12 @@ def read_rows(path: str) -> list:
         if lines and not text.lstrip().startswith("["):
             return read_lines(text, path)
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds a {type(rows).__name__}, expected a list of samples")
+    if not rows:
+        raise ValueError(f"{path} holds an empty list: expected samples")
     return rows
 
 
@@ -58,8 +66,8 @@ def read_lines(text: str, path: str) -> list:
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error.msg}") from None
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
     return rows
 
 
@@ -117,7 +125,7 @@ def check_conversations(
     for number, sample in zip(numbers, samples, strict=True):
         problem = settle_image(sample) or settle_messages(sample)
         if problem is None:
-            problem = check_marks(sample, number, findings)
+            problem = check_marks(sample, number, findings, plain)
         if problem is None:
             messages = sample["conversations"]
             problem = check_turns(messages, alternate, plain)
@@ -156,12 +164,18 @@ def settle_image(sample) -> str | None:
 
 
 def settle_messages(sample: dict) -> str | None:
-    """Makes every message {"from": one of our roles, "value": text}; says what is wrong."""
+    """Makes every message {"from": one of our roles, "value": text}; says what is wrong.
+
+    A key `system` beside the conversation becomes a system turn in front of it.
+    """
     messages = sample.get("conversations")
     if messages is None:
         return f"has no conversations, only {', '.join(map(str, sample)) or 'nothing'}"
     if not isinstance(messages, list) or not messages:
         return f"conversations is {messages!r}, expected a list of messages"
+    if system := sample.get("system"):
+        messages.insert(0, {"from": "system", "value": system})
+        del sample["system"]
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             return f"message {i} is {message!r}, expected an object"
@@ -177,25 +191,44 @@ def settle_messages(sample: dict) -> str | None:
                 return f"message {i} is from {role!r}, expected human or gpt (user, assistant)"
             message["from"] = ROLES[role]
         if not isinstance(value, str):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if not is_number(value):
                 return f"message {i} has the value {value!r}, expected text"
             message["value"] = str(value)
+        elif not is_unicode(value):
+            return f"message {i} holds half of a character (a lone surrogate): {value[:60]!a}"
     return None
 
 
-def check_marks(sample: dict, number: int, findings: Findings) -> str | None:
+def is_number(value) -> bool:
+    """Whether this is a finite number."""
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: JSON may escape half of a pair of surrogates."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def check_marks(sample: dict, number: int, findings: Findings, plain: bool) -> str | None:
     """Whether image and `<image>` go together."""
-    marks = sum(DEFAULT_IMAGE_TOKEN in message["value"] for message in sample["conversations"])
+    marked = [m["from"] for m in sample["conversations"] if DEFAULT_IMAGE_TOKEN in m["value"]]
     if "image" not in sample:
-        if marks:
+        if plain:
+            return "has no image, which the plain template needs"
+        if marked:
             findings.note(
                 number, sample, f"samples without an image hold {DEFAULT_IMAGE_TOKEN}, read as text"
             )
         return None
-    if marks == 0:
+    if not marked:
         return f"has an image, but no message holds {DEFAULT_IMAGE_TOKEN}"
-    if marks > 1:
-        return f"{marks} messages hold {DEFAULT_IMAGE_TOKEN}, but a sample has one image"
+    if len(marked) > 1:
+        return f"{len(marked)} messages hold {DEFAULT_IMAGE_TOKEN}, but a sample has one image"
+    if marked == ["gpt"]:
+        return f"{DEFAULT_IMAGE_TOKEN} stands in an answer: it belongs into the question"
     return None
 
 
@@ -227,7 +260,7 @@ def check_turns(messages: list[dict], alternate: bool, plain: bool) -> str | Non
 
 
 def missing_files(paths: Iterable[str]) -> set[str]:
-    """Those of `paths` that do not exist. Folders with many of them are listed once."""
+    """Those of `paths` that are no files. Folders with many of them are listed once."""
     folders: dict[str, dict[str, str]] = defaultdict(dict)
     for path in paths:
         folder, file = os.path.split(path)
@@ -236,6 +269,8 @@ def missing_files(paths: Iterable[str]) -> set[str]:
     for folder, files in folders.items():
         names = files.keys()
         if len(files) >= LISTED and os.path.isdir(folder or "."):
-            names = names - set(os.listdir(folder or "."))
-        missing.update(files[name] for name in names if not os.path.exists(files[name]))
+            names = names - {
+                entry.name for entry in os.scandir(folder or ".") if not entry.is_dir()
+            }
+        missing.update(files[name] for name in names if not os.path.isfile(files[name]))
     return missing

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llava.model.split_parameters import whole
 
-ADAPTER_PARTS = ("mm_projector", "vision_resampler")
+ADAPTER_PARTS = ("mm_projector", "vision_resampler", "image_newline")
 PROJECTOR_FILE = "mm_projector.bin"
 NON_LORA_FILE = "non_lora_trainables.bin"
 PRUNER_FILE = "pruner.bin"
@@ -31,7 +31,8 @@ def select_state(model: nn.Module, wanted: Callable[[str, Tensor], bool]) -> dic
 
 
 def projector_state(model: nn.Module) -> dict[str, Tensor]:
-    """The projector (and the embeddings, where image markers are trained with it)."""
+    """The projector, the newline embedding it was trained beside, which a language model lacks, and
+    the embeddings, where image markers are trained with it."""
     parts = ADAPTER_PARTS
     if getattr(model.config, "mm_use_im_start_end", False):
         parts += ("embed_tokens", "embed_in")

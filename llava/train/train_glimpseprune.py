@@ -20,9 +20,8 @@ from dataclasses import dataclass, field
 
 import torch
 import transformers
-import yaml
 
-from llava.conv_mode import announce, checkpoint_conv_mode
+from llava.conv_mode import CONFIG_KEY, announce, checkpoint_conv_mode
 from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
@@ -32,7 +31,7 @@ from llava.pruning.learned import read_part, save_part
 from llava.train.processes import leave_group
 
 from .arguments import TrainingArguments
-from .glimpseprune_data import BoxCollator, BoxDataset, read_datasets
+from .glimpseprune_data import BoxCollator, BoxDataset, read_datasets, read_yaml
 from .glimpseprune_loss import GlimpseObjective, LossWeights
 from .llava_trainer import LLaVATrainer
 from .saving import gathered
@@ -172,6 +171,7 @@ def prepare(words: Sequence[str]) -> GlimpseTrainer:
     return GlimpseTrainer(
         model=GlimpseObjective(model, training_args.loss_weights),
         base_model=model_args.model_name_or_path,
+        conv_mode=version.name,
         tokenizer=tokenizer,
         args=training_args,
         train_dataset=BoxDataset(
@@ -196,8 +196,7 @@ def with_config(words: Sequence[str]) -> list[str]:
     if place + 1 == len(words):
         raise ValueError("--config needs the name of a yaml file")
     path = words[place + 1]
-    with open(path, encoding="utf-8") as file:
-        values = yaml.safe_load(file) or {}
+    values = read_yaml(path)
     for name, value in (values.pop("env", None) or {}).items():
         os.environ[name] = str(value)
     flags = []
@@ -234,12 +233,12 @@ def fresh_method(model, model_args: GlimpseArguments) -> GlimpsePrune:
 class GlimpseTrainer(LLaVATrainer):
     """Trains and saves the pruning method's part alone; logs its losses and what it finds of boxes.
 
-    model: a `GlimpseObjective`; base_model: what goes into config.json
+    model: a `GlimpseObjective`; base_model, conv_mode: what goes into config.json
     """
 
-    def __init__(self, *args, base_model: str, **kwargs):
+    def __init__(self, *args, base_model: str, conv_mode: str, **kwargs):
         super().__init__(*args, **kwargs)
-        self.base_model = base_model
+        self.base_model, self.conv_mode = base_model, conv_mode
         if self.is_deepspeed_enabled:
             register_parameter(self.model, self.part.learnable_embeddings)
         self._sums: dict[str, torch.Tensor] = {}
@@ -284,7 +283,8 @@ class GlimpseTrainer(LLaVATrainer):
         folder = output_dir or self.args.output_dir
         dtype = torch.float32 if _internal_call else self.args.compute_dtype
         weights = {name: value.to(dtype) for name, value in weights.items()}
-        values = DEFAULTS | {"anchor_positions": []} | self.part.config.values()
+        values = DEFAULTS | {"anchor_positions": [], CONFIG_KEY: self.conv_mode}
+        values |= self.part.config.values()
         save_part(folder, GlimpsePrune.name, weights, self.base_model, **values)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:

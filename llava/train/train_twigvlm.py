@@ -22,6 +22,7 @@ import transformers
 from torch import Tensor, nn
 
 from llava.constants import IGNORE_INDEX
+from llava.conv_mode import CONFIG_KEY
 from llava.pruning.learned import read_part
 from llava.pruning.twigvlm import Twig, grow_twig, published_name, save_twig
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -109,7 +110,8 @@ class TwigTrainer(LLaVATrainer):
         if self.args.should_save:
             weights = {name: w if dtype is None else w.to(dtype) for name, w in weights.items()}
             folder = output_dir or self.args.output_dir
-            save_twig(folder, weights, self.model.shared_layers, self.base_model)
+            template = {CONFIG_KEY: getattr(self.model.trunk.config, CONFIG_KEY)}
+            save_twig(folder, weights, self.model.shared_layers, self.base_model, **template)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         twig = (self.model if model is None else model).twig

@@ -1,13 +1,13 @@
 #!/bin/bash
 # Stage 2: language model and projector learn from instructions.
 # Made for 8 GPUs with 80 GB. Other settings: MODEL, DATA, IMAGES, VISION_TOWER, OUTPUT, ZERO, LAUNCHER,
-# REPORT_TO from the environment, any flag of llava.train.train behind the command.
+# REPORT_TO, BF16 from the environment, any flag of llava.train.train behind the command.
 # Fewer GPUs: raise --gradient_accumulation_steps so that the global batch stays 128.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/train_common.sh
 
-${LAUNCHER:-deepspeed} llava/train/${PROGRAM:-train_mem.py} \
+${LAUNCHER:-deepspeed} llava/train/"$PROGRAM" \
     --deepspeed "${ZERO:-./scripts/zero3.json}" \
     "${LLAVA_FLAGS[@]}" \
     --version v1 \

@@ -1,13 +1,13 @@
 #!/bin/bash
 # Stage 2 with LoRA: an adapter on the language model, and the projector.
 # Made for 8 GPUs with 80 GB. Other settings: MODEL, DATA, IMAGES, VISION_TOWER, OUTPUT, ZERO, LAUNCHER,
-# REPORT_TO from the environment, any flag of llava.train.train behind the command.
+# REPORT_TO, BF16 from the environment, any flag of llava.train.train behind the command.
 # Fewer GPUs: raise --gradient_accumulation_steps so that the global batch stays 128.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/train_common.sh
 
-${LAUNCHER:-deepspeed} llava/train/${PROGRAM:-train_mem.py} \
+${LAUNCHER:-deepspeed} llava/train/"$PROGRAM" \
     --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 \
     --deepspeed "${ZERO:-./scripts/zero3.json}" \
     "${LLAVA_FLAGS[@]}" \

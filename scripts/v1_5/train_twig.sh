@@ -1,7 +1,7 @@
 #!/bin/bash
 # A twig (TwigVLM) for a finished LLaVA-1.5 model: twig_K=2 twig_T=3 bash scripts/v1_5/train_twig.sh
 # Made for 8 GPUs with 40 GB or more (4 are enough); the model itself is not changed. Other settings: MODEL,
-# DATA, IMAGES, OUTPUT, ZERO, LAUNCHER, REPORT_TO from the environment, any flag of llava.train.train_twigvlm
+# DATA, IMAGES, OUTPUT, ZERO, LAUNCHER, REPORT_TO, BF16 from the environment, any flag of llava.train.train_twigvlm
 # behind the command. Fewer GPUs: raise --gradient_accumulation_steps so that the global batch stays 128.
 # The two samples of the 665k mixture that the published recipe leaves out are left out here, too.
 set -euo pipefail
