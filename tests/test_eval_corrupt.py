@@ -4,6 +4,7 @@ to what an undisturbed run writes; file systems without locks are no obstacle.""
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -13,11 +14,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llava.eval import answers, journal
-from llava.eval.answer_lines import read_answers
+from llava.eval.answer_lines import read_answers, read_lines
 from llava.eval.answers import AnswersFile
+from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.journal import Journal, folder, read_journals
 from llava.eval.records import parse_json, read_json, read_jsonl, read_table
 from llava.eval.score_table import read_score
+from tests import mini_benchmark
 
 HEADS = [{"question_id": i, "prompt": f"What is {i}?"} for i in range(6)]
 SETTINGS = {"model": "m", "config": {"rope_theta": 10000.0, "layers": [1, 2]}}
@@ -282,3 +285,55 @@ def test_a_program_on_a_broken_file_ends_with_one_line(junk, tmp_path):
     done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: {tmp_path}/a.jsonl, line 1: ")
+
+
+# --- files with the right answers, and fields of answers that only one benchmark has -------------
+
+
+def answered(folder, name):
+    """A benchmark of two questions: (benchmark, its JSON files, lines of an answers file)."""
+    benchmark = BENCHMARKS[name]
+    files = [folder / file for file in (benchmark.questions, *benchmark.truth)]
+    files = [file for place in files for file in (sorted(place.glob("*.json")) or [place])]
+    questions = benchmark.load_questions(str(files[0]))
+    lines = [question.answer_line("A", "id", "m") for question in questions]
+    return benchmark, [file for file in files if file.suffix.startswith(".json")], lines
+
+
+def score_of(benchmark, folder, lines):
+    path = folder / "answers.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return benchmark.score(
+        str(folder), str(folder / benchmark.questions), read_lines(str(path)), None
+    )
+
+
+@pytest.mark.parametrize("name", mini_benchmark.NAMED)
+def test_a_file_of_another_form_is_named(name, tmp_path):
+    folder = mini_benchmark.build(tmp_path / "data")
+    benchmark, files, lines = answered(folder, name)
+    assert score_of(benchmark, folder, lines)["count"] == 2
+    for file in files[name != "mmbench" :] or files:
+        whole = file.read_bytes()
+        for junk in (
+            "null",
+            "5",
+            "[]",
+            "[[]]",
+            '{"data": 5}',
+            '{"annotations": [{}]}',
+            '{"7": {}}',
+        ):
+            file.write_text(junk)
+            with pytest.raises(ValueError, match=rf"{re.escape(file.name)}|answers.jsonl"):
+                score_of(benchmark, folder, lines)
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("junk", [None, 5, {}, [[]], [None], {"a": 1}, True, "x", ["A"]])
+@pytest.mark.parametrize("field", ["options", "option_char", "round_id"])
+def test_a_broken_field_of_an_answer_is_named(field, junk, tmp_path):
+    folder = mini_benchmark.build(tmp_path / "data")
+    benchmark, _, lines = answered(folder, "mmbench")
+    with pytest.raises(ValueError, match=r"answers.jsonl"):
+        score_of(benchmark, folder, [lines[0], {**lines[1], field: junk}])

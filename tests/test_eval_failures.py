@@ -142,6 +142,8 @@ def test_a_prompt_that_the_model_refuses_is_named_and_the_rest_of_its_batch_answ
 BROKEN = [
     ({"question_id": 7, "text": None}, "its text is null"),
     ({"question_id": 7, "text": 5}, "its text is a number"),
+    ({"question_id": 7}, "no field 'text'"),
+    ({"text": "?"}, "no field 'question_id'"),
     ({"question_id": None, "text": "?"}, "its id is null"),
     ({"question_id": [7], "text": "?"}, "its id is a list"),
     ({"question_id": 7, "text": "?", "image": 5}, "its image is a number"),
@@ -156,12 +158,16 @@ def test_a_record_without_a_question_is_named_or_recorded(record, reason, tmp_pa
     good = {"question_id": 1, "text": "?", "image": ""}
     path = tmp_path / "q.jsonl"
     path.write_text(f"{json.dumps(good)}\n\n{json.dumps(record)}\n")
-    records = read_jsonl(str(path), ("question_id", "text"))
+    records = read_jsonl(str(path))
     with pytest.raises(ValueError, match=rf"question .* \(.*q.jsonl, line 3\).*{reason}"):
         questions_of(records, jsonl_questions)
     first, bad = questions_of(records, jsonl_questions, skip_bad=True)
     assert first.error is None and reason in bad.error
-    assert bad.head == {"question_id": record["question_id"]}
+    assert bad.head == {"question_id": 7 if record.get("question_id") == 7 else "line 3"}
+    with AnswersFile(str(tmp_path / "a.jsonl"), [first.head, bad.head], {}) as answers:
+        answers.write([first.answer_line("yes", "", ""), bad.failed_line("none", "", "")])
+    with AnswersFile(str(tmp_path / "a.jsonl"), [first.head, bad.head], {}) as answers:
+        assert answers.num_done == 1  # the file with a question without an id is read again
 
 
 VISCOT = {"question_id": 7, "image": ["cot/gqa/1.jpg"], "conversations": [{"value": "?"}]}

@@ -66,9 +66,42 @@ def test_an_article_behind_an_announcement_is_one_too():
     assert option_letter("The answer is a cat.", ["dog", "cat"]) == "B"
 
 
-@pytest.mark.parametrize("text", ["A, B", "A or B", "A and B.", "It is A or B", "A dog and a cat"])
+@pytest.mark.parametrize(
+    "text",
+    ["A, B", "A or B", "A and B.", "It is A or B", "A dog and a cat", "A;B", "A. B."]
+    + ["A. dog\nB. A cat", "(A) dog (B) A cat", "A, B or C"],
+)
 def test_two_options_are_no_choice(text):
     assert option_letter(text, DOG_OR_CAT) is None
+
+
+@pytest.mark.parametrize("text", ["Not B", "It is not A.", "It is not a cat", "It can't be B."])
+def test_what_an_answer_denies_is_not_its_choice(text):
+    assert option_letter(text, DOG_OR_CAT) is None
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("It isn't red, it's blue.", "B"),
+        ("The car is red, not blue.", "A"),
+        ("C is correct", "C"),
+        ("A is the right answer.", "A"),
+        ("It must be C, because the sky is grey", "C"),
+        ("I'd choose (B) here.", "B"),
+        ("A. red\nB. blue\nThe answer is B.", "B"),
+        ("“A”", "A"),
+        ("【B】", "B"),
+    ],
+)
+def test_an_answer_is_read_as_a_careful_person_would(text, letter):
+    assert option_letter(text, ["red", "blue", "green"]) == letter
+
+
+def test_options_that_are_about_other_options_or_deny_something_can_be_chosen():
+    assert option_letter("C. A and B", ["x", "y", "A and B"]) == "C"
+    assert option_letter("There is no dog", ["no dog", "a dog"]) == "A"
+    assert option_letter("It is not sure", ["sure", "not sure"]) == "B"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from llava.eval import budgets
 from llava.eval.matching import unique
-from llava.eval.records import Records, kind_of, parse_json, read_jsonl
+from llava.eval.records import Records, is_id, kind_of, parse_json, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,26 @@ def parse_line(line: bytes, fields: tuple[str, ...] = ("text",)) -> dict:
     return record
 
 
-def check_line(record: dict, fields: tuple[str, ...] = ("text",)) -> None:
+def check_line(record: dict, fields: tuple[str, ...] = ("text",), with_id: bool = True) -> None:
     """Raises ValueError when a record cannot be a line of an answers file."""
-    needed = ("question_id", *(("error",) if is_failed(record) else fields))
+    needed = ("question_id",) if with_id else ()
+    needed += ("error",) if is_failed(record) else fields
     if missing := [name for name in needed if name not in record]:
         raise ValueError(f"no field {', '.join(map(repr, missing))}")
-    key = record["question_id"]
-    if isinstance(key, bool) or not isinstance(key, str | int | float):
+    key = record.get("question_id", "")
+    if not is_id(key):
         raise ValueError(f"question_id is {kind_of(key)}")
-    for name in ("text", "prompt", "error"):
+    for name in ("text", "prompt", "error", "question", "img_path"):
         if not isinstance(record.get(name, ""), str):
             raise ValueError(f"{name!r} is {kind_of(record[name])}, not a text")
+    for name in ("options", "option_char", "candidates"):
+        value = record.get(name, [])
+        if name == "option_char" and isinstance(value, str):
+            continue  # as good as a list of its letters
+        if not (isinstance(value, list) and all(map(is_id, value))):
+            raise ValueError(f"{name!r} is {kind_of(value)}, not a list of texts")
+    if not is_id(record.get("round_id", 0)):
+        raise ValueError(f"'round_id' is {kind_of(record['round_id'])}, not a number")
     _check_metadata(record.get("metadata") or {})
 
 
@@ -74,7 +83,7 @@ def read_lines(path: str, fields: tuple[str, ...] = ("question_id", "text")) -> 
     wanted = tuple(name for name in fields if name != "question_id")
     for record in records:
         try:
-            check_line(record, wanted)
+            check_line(record, wanted, "question_id" in fields)
         except ValueError as error:
             raise ValueError(f"{record.where}: {error}") from error
     return records

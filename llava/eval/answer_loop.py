@@ -207,7 +207,7 @@ class AnswerLoop:
         if getattr(self.model.config, "mm_use_im_start_end", False):
             mark = DEFAULT_IM_START_TOKEN + mark + DEFAULT_IM_END_TOKEN
         text = question.text
-        if not question.images or text.count(DEFAULT_IMAGE_TOKEN) != len(question.images):
+        if DEFAULT_IMAGE_TOKEN not in text:
             text = (mark + "\n") * len(question.images) + text
         conversation = conv_templates[self.conv_mode].copy()
         conversation.append_message(conversation.roles[0], text)

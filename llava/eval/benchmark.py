@@ -3,16 +3,15 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from llava.eval.answer_lines import answers_among, is_failed
+from llava.eval.errors import broken_files_named
 from llava.eval.judged_scores import Judged
-from llava.eval.matching import check_asked
+from llava.eval.matching import check_asked, source
 from llava.eval.records import Records
 from llava.eval.server_files import Upload
 from llava.eval.tasks import Question, jsonl_questions, questions_of, read_jsonl, subset
 
-JSONL_FIELDS = ("question_id", "text")
 SHARED_IMAGES = "images"
 
 
@@ -43,7 +42,7 @@ class Benchmark:
     evaluate: Callable[[str, str, list[dict]], dict] | None = None
     report: Callable[[dict], str] | None = None
     truth: tuple[str, ...] = ()
-    read: Callable[[str], list[dict]] = partial(read_jsonl, fields=JSONL_FIELDS)
+    read: Callable[[str], list[dict]] = read_jsonl
     to_questions: Callable = jsonl_questions
     judge: Judged | None = None
     upload: Upload | None = None
@@ -99,8 +98,15 @@ class Benchmark:
             raise ValueError(f"{self.name}: right answers are needed to score here ({names})")
         self.check_complete(path, records, limit)
         counted = self.counted(records)
-        result = self.labelled(self.evaluate(data_dir, path, counted))
+        result = self.evaluated(data_dir, path, counted)
         return result | self.failures(records, counted)
+
+    def evaluated(self, data_dir: str, path: str, answers: list[dict]) -> dict:
+        """Returns the scores of answers to the questions of file `path`; ValueError that names the
+        files when those with the right answers cannot be read."""
+        truth = (os.path.join(data_dir, name) for name in self.truth)
+        with broken_files_named((path, *truth), source(answers)):
+            return self.labelled(self.evaluate(data_dir, path, answers))
 
     def counted(self, records: list[dict]) -> list[dict]:
         """The answers among the records of an answers file that a score can be made of."""

@@ -70,7 +70,7 @@ def _qbench(name: str, questions: str, lang: str, public: bool) -> Benchmark:
         "accuracy",
         local_scores.qbench if public else None,
         eval_qbench.report,
-        read=partial(read_json_list, fields=eval_qbench.FIELDS),
+        read=read_json_list,
         to_questions=partial(qbench_questions, lang=lang),
     )
 
@@ -181,7 +181,7 @@ _TABLE = (
         local_scores.science_qa,
         eval_science_qa.report,
         ("scienceqa/problems.json", "scienceqa/pid_splits.json"),
-        read=partial(read_json_list, fields=("id", "conversations")),
+        read=read_json_list,
         to_questions=partial(science_questions, single_pred_prompt=True),
     ),
     _qbench("qbench", "llvisionqa_dev.json", "en", public=True),

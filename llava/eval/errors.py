@@ -1,6 +1,8 @@
 """Mistakes of the user end a program with one line, not with a traceback."""
 
+import os
 import sys
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 
@@ -14,3 +16,27 @@ def errors_as_messages():
         yield
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+
+
+@contextmanager
+def broken_files_named(truth: Sequence[str], answers: str):
+    """Makes one sentence of what a file of another form does to a scorer.
+
+    truth:   files that the right answers are read from, at least one
+    answers: the answers file, whose lines have been checked
+    Raises ValueError that names the files of the truth, unless its message names a file itself.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError) as error:
+        reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{_either(truth)}: not of the form expected here ({reason})") from error
+    except ValueError as error:
+        names = [os.path.basename(os.path.normpath(path)) for path in (*truth, answers)]
+        if any(name in str(error) for name in names):
+            raise
+        raise ValueError(f"{_either(truth)}: {error}") from error
+
+
+def _either(paths: Sequence[str]) -> str:
+    return " or ".join(dict.fromkeys(paths))

@@ -12,7 +12,7 @@ import os
 import sys
 from collections import Counter, defaultdict
 
-from llava.eval.errors import errors_as_messages
+from llava.eval.errors import broken_files_named, errors_as_messages
 from llava.eval.matching import check_known, keyed, source, unique
 from llava.eval.tasks import Records, read_json, read_json_list
 
@@ -138,14 +138,15 @@ def main():
     parser.add_argument("--choices", help="valid and plausible answers per question (optional)")
     args = parser.parse_args()
 
-    def read(name):
-        return read_json(os.path.join(args.path, name.format(tier=args.tier)))
+    def place(name):
+        return os.path.join(args.path, name.format(tier=args.tier))
 
-    choices = read(args.choices) if args.choices else None
-    questions = read(args.questions)
-    path = os.path.join(args.path, args.predictions.format(tier=args.tier))
+    path, truth = place(args.predictions), [place(args.questions)]
+    truth += [place(args.choices)] if args.choices else []
+    questions, *choices = map(read_json, truth)
     predictions = read_json_list(path, ("questionId", "prediction"))
-    result = evaluate(questions, predictions, choices)
+    with broken_files_named(truth, path):
+        result = evaluate(questions, predictions, *choices)
     if strays := given_answers(predictions).keys() - keyed(questions).keys():
         print(
             f"note: {path}: {len(strays)} predictions to no question are left out, such as "

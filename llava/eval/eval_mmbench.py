@@ -61,6 +61,11 @@ def circles(rows: list[dict], answers: list[dict]) -> dict[int | str, Circle]:
     num_rows = Counter(mmbench_question(row) for row in rows)
     found: dict[int | str, Circle] = {}
     for (index, _), answer in unique(answers, _rotation).items():
+        if len(answer["options"]) != len(answer["option_char"]):
+            raise ValueError(
+                f"{source(answers)}: question {answer['question_id']!r} was shown "
+                f"{len(answer['options'])} options with {len(answer['option_char'])} letters"
+            )
         if index not in rows_by_index:
             raise ValueError(
                 f"{source(answers)}: question {answer['question_id']!r} is not in {source(rows)}"
@@ -76,11 +81,6 @@ def circles(rows: list[dict], answers: list[dict]) -> dict[int | str, Circle]:
 
 def _rotation(answer: dict) -> tuple:
     """The row that an answer belongs to, and in which order it saw the options of that row."""
-    if len(answer["options"]) != len(answer["option_char"]):
-        raise ValueError(
-            f"question {answer['question_id']!r} was shown {len(answer['options'])} options with "
-            f"{len(answer['option_char'])} letters"
-        )
     return question_id(answer), tuple(answer["option_char"])
 
 

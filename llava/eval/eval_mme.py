@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from llava.eval.answer_lines import read_answers
 from llava.eval.errors import errors_as_messages
 from llava.eval.matching import source, unique
+from llava.eval.records import read_text
 
 TASKS = {
     "Perception": (
@@ -45,8 +46,8 @@ def read_ground_truth(data_dir: str) -> dict[tuple[str, str, str], str]:
 
 
 def _read_pairs(path: str) -> list[tuple[str, str]]:
-    with open(path, encoding="utf-8-sig") as file:
-        rows = [line.strip().split("\t") for line in file if line.strip()]
+    lines = read_text(path).splitlines()
+    rows = [line.strip().split("\t") for line in lines if line.strip()]
     if any(len(row) != 2 for row in rows):
         raise ValueError(f"{path}: every line must be a question, a tab and an answer")
     return [(question, answer.strip()) for question, answer in rows]
@@ -81,7 +82,7 @@ def _question_key(answer: dict) -> tuple[str, str, str]:
     question = answer["prompt"].replace(WORD_PROMPT, "").strip()
     if YES_NO_PROMPT not in question:
         question = f"{question} {YES_NO_PROMPT}"
-    return category, image.split(".")[0] + ".txt", _one_line(question)
+    return category, os.path.splitext(image)[0] + ".txt", _one_line(question)
 
 
 def _one_line(text: str) -> str:
@@ -187,8 +188,7 @@ def read_results(folder: str) -> dict[str, list[str]]:
     for task in sum(TASKS.values(), []):
         path = os.path.join(folder, f"{task}.txt")
         if os.path.exists(path):
-            with open(path, encoding="utf-8-sig") as file:
-                lines[task] = _records(file, path)
+            lines[task] = _records(read_text(path).split("\n"), path)
     return lines
 
 

@@ -12,7 +12,7 @@ from collections.abc import Container
 from typing import NamedTuple
 
 from llava.eval.answer_lines import read_answers
-from llava.eval.errors import errors_as_messages
+from llava.eval.errors import broken_files_named, errors_as_messages
 from llava.eval.matching import by_id, check_known, question_id, say_missing, source, unique
 from llava.eval.tasks import read_jsonl
 
@@ -112,6 +112,8 @@ def read_labels(path: str) -> dict[tuple[str, str], bool]:
         label = str(record["label"]).strip().lower()
         if label not in ("yes", "no"):
             raise ValueError(f"{path}, label {number}: {record['label']!r} is neither yes nor no")
+        if not (isinstance(record["image"], str) and isinstance(record["text"], str)):
+            raise ValueError(f"{path}, label {number}: image and text must be texts")
         if labels.setdefault(image_and_text(record), label == "yes") != (label == "yes"):
             raise ValueError(f"{path}, label {number}: the same question is labelled yes and no")
     return labels
@@ -175,7 +177,8 @@ def main():
     args = parser.parse_args()
     questions = read_jsonl(args.question_file, FIELDS)
     answers = read_answers(args.result_file)
-    result = evaluate(args.annotation_dir, questions, answers)
+    with broken_files_named((args.question_file, args.annotation_dir), args.result_file):
+        result = evaluate(args.annotation_dir, questions, answers)
     scored = [q for q in questions if q["category"] in result["categories"]]
     if lost := result["unlabelled"]:
         print(

@@ -12,10 +12,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from llava.eval.errors import errors_as_messages
+from llava.eval.answer_lines import read_answers
+from llava.eval.errors import broken_files_named, errors_as_messages
 from llava.eval.matching import source, unique
 from llava.eval.options import option_letter
-from llava.eval.tasks import Question, read_json_list, read_jsonl
+from llava.eval.tasks import Question, read_json_list
 
 FIELDS = ("question", "img_path", "candidates")
 INSTRUCTION = {
@@ -108,8 +109,9 @@ def main():
     parser.add_argument("--result-file", required=True)
     args = parser.parse_args()
     records = read_json_list(args.question_file, (*FIELDS, "correct_ans"))
-    answers = read_jsonl(args.result_file, (*FIELDS, "text"))
-    result = evaluate(records, answers)
+    answers = read_answers(args.result_file, (*FIELDS, "text"))
+    with broken_files_named((args.question_file,), args.result_file):
+        result = evaluate(records, answers)
     given = set(map(question_key, answers))
     if missing := [record for record in records if question_key(record) not in given]:
         print(

@@ -10,7 +10,7 @@ import os
 import re
 
 from llava.eval.answer_lines import read_answers
-from llava.eval.errors import errors_as_messages
+from llava.eval.errors import broken_files_named, errors_as_messages
 from llava.eval.matching import and_others, keyed, say_missing, source, unique
 from llava.eval.tasks import as_int, read_json
 
@@ -112,9 +112,13 @@ def main():
     parser.add_argument("--split", default="test")
     parser.add_argument("--options", default=LETTERS, help="letters of the options, in order")
     args = parser.parse_args()
-    problems, ids = read_problems(args.base_dir, args.split)
     answers = read_answers(args.result_file, ("question_id", "prompt", "text"))
-    result = evaluate(problems, ids, answers, args.options)
+    truth = tuple(
+        os.path.join(args.base_dir, name) for name in ("problems.json", "pid_splits.json")
+    )
+    with broken_files_named(truth, args.result_file):
+        problems, ids = read_problems(args.base_dir, args.split)
+        result = evaluate(problems, ids, answers, args.options)
     say_missing(answers, list(map(as_int, ids)), "they count as wrong")
     print(report(result), end="")
     with open(args.output_file, "w", encoding="utf-8") as file:

@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 
 from llava.eval.answer_lines import read_answers
-from llava.eval.errors import errors_as_messages
+from llava.eval.errors import broken_files_named, errors_as_messages
 from llava.eval.m4c_evaluator import TextVQAAccuracyEvaluator
 from llava.eval.matching import question_id, source, unique
 from llava.eval.tasks import as_int, read_json
@@ -96,14 +96,16 @@ def main():
         files += [
             os.path.join(args.result_dir, name) for name in sorted(os.listdir(args.result_dir))
         ]
-    annotations = read_annotations(args.annotation_file)
+    with broken_files_named((args.annotation_file,), args.annotation_file):
+        annotations = read_annotations(args.annotation_file)
     for path in files:
         if not path.endswith(".jsonl"):
             print(f"Skipping {os.path.basename(path)}")
             continue
         print(os.path.splitext(os.path.basename(path))[0])
         answers = read_answers(path, ("question_id", "prompt", "text"))
-        result = evaluate(annotations, answers)
+        with broken_files_named((args.annotation_file,), path):
+            result = evaluate(annotations, answers)
         if rest := len(annotations) - result["count"]:
             print(
                 f"note: {path}: {rest} of {len(annotations)} questions have no answer, such as "

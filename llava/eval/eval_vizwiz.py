@@ -9,7 +9,7 @@ The answers to the test split are known to its server only, and that is closed.
 import argparse
 
 from llava.eval.answer_lines import read_answers
-from llava.eval.errors import errors_as_messages
+from llava.eval.errors import broken_files_named, errors_as_messages
 from llava.eval.m4c_evaluator import TextVQAAccuracyEvaluator
 from llava.eval.matching import by_id, question_id, say_missing, source, unique
 from llava.eval.tasks import read_json_list, read_jsonl
@@ -68,7 +68,8 @@ def main():
     args = parser.parse_args()
     questions = read_jsonl(args.question_file, ("question_id", "image"))
     answers = read_answers(args.result_file)
-    result = evaluate(read_annotations(args.annotation_file), questions, answers)
+    with broken_files_named((args.annotation_file, args.question_file), args.result_file):
+        result = evaluate(read_annotations(args.annotation_file), questions, answers)
     say_missing(answers, list(map(question_id, questions)), "the score is that of the others")
     print(report(result), end="")
 

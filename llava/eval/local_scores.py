@@ -19,12 +19,14 @@ from llava.eval import (
     eval_vqav2,
     uploads,
 )
+from llava.eval.records import complete
 from llava.eval.tasks import mmbench_question, read_json, read_json_list, read_jsonl
 
 
 def pope(data_dir, path, answers):
     folder = os.path.join(data_dir, "pope", "coco")
-    result = eval_pope.evaluate(folder, read_jsonl(path, eval_pope.FIELDS), answers)
+    questions = complete(read_jsonl(path), eval_pope.FIELDS)
+    result = eval_pope.evaluate(folder, questions, answers)
     if result["unlabelled"]:
         raise ValueError(f"{folder} has no labels of {', '.join(result['unlabelled'])}")
     return result
@@ -47,7 +49,9 @@ def vqav2(data_dir, path, answers):
 
 def vizwiz(data_dir, path, answers):
     humans = eval_vizwiz.read_annotations(os.path.join(data_dir, "vizwiz", "val.json"))
-    return eval_vizwiz.evaluate(humans, read_jsonl(path, ("question_id", "image")), answers)
+    return eval_vizwiz.evaluate(
+        humans, complete(read_jsonl(path), ("question_id", "image")), answers
+    )
 
 
 def base_index(line):
@@ -76,7 +80,7 @@ def seed_report(result):
 
 
 def qbench(data_dir, path, answers):
-    return eval_qbench.evaluate(read_json_list(path, eval_qbench.FIELDS), answers)
+    return eval_qbench.evaluate(complete(read_json_list(path), eval_qbench.FIELDS), answers)
 
 
 def refcoco(data_dir, path, answers):

@@ -80,7 +80,7 @@ def check_asked(heads: list[dict], answers: list[dict], where: str) -> None:
     heads: fields that identify the line of an answer, per question, `question_id` first
     where: the file of the questions
     """
-    names = list(heads[0]) if heads else []
+    names = list(heads[0]) if heads else ["question_id"]
     asked, given = {_head(h, names) for h in heads}, {_head(a, names) for a in answers}
     missing = sorted(asked - given, key=str)
     ids = {key[0] for key in asked}

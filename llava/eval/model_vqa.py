@@ -16,7 +16,7 @@ def main():
     parser = build_parser(__doc__.splitlines()[0])
     args = parse_args(parser)
     use_playground_questions(parser, args, "textvqa/llava_textvqa_val_v051_ocr.jsonl", "images")
-    run(args, read_jsonl(args.question_file, ("question_id", "text")), jsonl_questions)
+    run(args, read_jsonl(args.question_file), jsonl_questions)
 
 
 if __name__ == "__main__":

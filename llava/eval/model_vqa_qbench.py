@@ -9,7 +9,7 @@ Lines hold the fields of the question, the answer as `response`.
 from functools import partial
 
 from llava.eval.errors import errors_as_messages
-from llava.eval.eval_qbench import FIELDS, INSTRUCTION, qbench_questions
+from llava.eval.eval_qbench import INSTRUCTION, qbench_questions
 from llava.eval.model_vqa_loader import build_parser, parse_args, run
 from llava.eval.tasks import read_json_list
 
@@ -19,7 +19,7 @@ def main():
     parser = build_parser(__doc__.splitlines()[0], "llvisionqa_dev.json")
     parser.add_argument("--lang", default="en", choices=sorted(INSTRUCTION))
     args = parse_args(parser)
-    records = read_json_list(args.question_file, FIELDS)
+    records = read_json_list(args.question_file)
     run(args, records, partial(qbench_questions, lang=args.lang))
 
 

@@ -19,7 +19,7 @@ def main():
         "--answer-prompter", "--answer_prompter", action="store_true", help="accepted, no effect"
     )
     args = parse_args(parser)
-    records = read_json_list(args.question_file, ("id", "conversations"))
+    records = read_json_list(args.question_file)
     run(args, records, partial(science_questions, single_pred_prompt=args.single_pred_prompt))
 
 

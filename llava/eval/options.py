@@ -11,9 +11,9 @@ import string
 import unicodedata
 
 ARTICLE = re.compile(r"^(?:a|an|the) (?=.)")
-OPENING, CLOSING = "([{\"'`*", ")]}\"'`*.,:;!?、。"
+OPENING, CLOSING = "([{<\"'`*“‘「【", ")]}>\"'`*”’」】.,:;!?、。"
 #: behind a letter that counts: punctuation or the end, but no period of an abbreviation (B.C.)
-STOP = r"(?:[)\]}:,;!?*、。]|\.(?![A-Za-z]\.)|[ \t]*[\r\n]|$)"
+STOP = r"(?:[)\]}>:,;!?*”’」】、。]|\.(?![A-Za-z]\.)|[ \t]*[\r\n]|$)"
 LEADING = re.compile(rf"^[{re.escape(OPENING)}\s]*([A-Za-z]) ?{STOP}")
 #: `the answer is B`, `Answer: b`, `option (B)`; A may be an article here, the others may not
 ANNOUNCED = re.compile(
@@ -21,9 +21,21 @@ ANNOUNCED = re.compile(
     rf"[{re.escape(OPENING)}]*(?:([a-z]) ?{STOP}|((?-i:[B-Z]))\b)",
     re.IGNORECASE,
 )
-#: no choice: `A, B`, `A or B`
-SEVERAL = re.compile(r"^\W*[A-Z]\W*(?:,|/|&|\band\b|\bor\b)\W*[A-Z]\W*$")
-LAST = re.compile(rf"(?<![A-Za-z0-9'])([A-Z])[{re.escape(CLOSING)}]*$")
+#: `B is correct`, `C is the right answer`
+CALLED_RIGHT = re.compile(
+    r"(?<![A-Za-z0-9'])([A-Z])[^\w\s]* is (?:the )?(?:correct|right|best|answer|option|choice)\b"
+)
+#: no choice: `A, B`, `A or B`, `A, B and C`, `A. B.`
+SEVERAL = re.compile(
+    r"^\W*[A-Z](?:(?:\W*(?:[,;/&\n]|\band\b|\bor\b)\W*[A-Z]\b)+|(?:[.)]\s+[A-Z]\b)+)\W*$"
+)
+#: what stands in front of something that is not the case
+NEGATION = re.compile(
+    r"(?:\b(?:not|no|never|neither|nor|without|cannot)|n['’]t)(?: (?:an?|the|be|option))* "
+    rf"?[{re.escape(OPENING)}]*$|(?:不是|没有|并非)$",
+    re.IGNORECASE,
+)
+STOPPED = re.compile(rf"(?<![A-Za-z0-9'])([A-Z]) ?{STOP}")
 CAPITAL = re.compile(r"(?<![A-Za-z0-9'])[A-Z](?![A-Za-z0-9'])")
 
 
@@ -32,8 +44,9 @@ def option_letter(text: str, options: list[str]) -> str | None:
 
     The first of these counts: the letter alone (`B`, `b`, `(B).`); the words of an option alone; a
     letter in front of punctuation (`B. dog`, `(B) dog`, `B: dog`); an announced one (`The answer is
-    B.`); the words of exactly one option inside the answer (`A dog is shown` names the dog, not
-    option A); a letter at the end (`I think it is B.`).
+    B.`, `B is correct`); the words of exactly one option inside the answer (`A dog is shown` names
+    the dog, not option A); a letter in front of punctuation or the end (`I think it is B.`). An
+    answer that lists options, or says that it is not one of them, does not name it.
     """
     text = unicodedata.normalize("NFKC", text).strip()
     letters = string.ascii_uppercase[: len(options)]
@@ -44,12 +57,24 @@ def option_letter(text: str, options: list[str]) -> str | None:
         return same
     if SEVERAL.match(text):
         return None
+    leading = [] if _lists_options(text, options, letters) else LEADING.findall(text)
+    announced = [one or other for one, other in ANNOUNCED.findall(text)]
     return (
-        _only(LEADING.findall(text), letters)
-        or _only([one or other for one, other in ANNOUNCED.findall(text)], letters)
+        _only(leading, letters)
+        or _only(announced + CALLED_RIGHT.findall(text), letters)
         or _words_inside(text, options, letters)
-        or _last(text, letters)
+        or _standing(text, letters)
     )
+
+
+def _lists_options(text: str, options: list[str], letters: str) -> bool:
+    """Whether several options stand in the answer, each behind its own letter."""
+    places = (
+        rf"(?<![A-Za-z0-9']){letter}\W{{1,3}}{re.escape(_plain(option))}"
+        for letter, option in zip(letters, options, strict=True)
+    )
+    text = " ".join(text.split())
+    return sum(bool(re.search(place, text, re.IGNORECASE)) for place in places) > 1
 
 
 def _only(found: list[str], letters: str) -> str | None:
@@ -58,11 +83,11 @@ def _only(found: list[str], letters: str) -> str | None:
     return different.pop() if len(different) == 1 and different <= set(letters) else None
 
 
-def _last(text: str, letters: str) -> str | None:
-    """A capital at the end, if that of no other option stands alone."""
-    found = LAST.search(text)
+def _standing(text: str, letters: str) -> str | None:
+    """A capital in front of punctuation or the end, if that of no other option stands alone."""
+    found = [m[1] for m in STOPPED.finditer(text) if not NEGATION.search(text[: m.start()])]
     standing = {letter for letter in CAPITAL.findall(text) if letter in letters}
-    return found[1] if found and standing == {found[1]} else None
+    return _only(found, letters) if len(standing) == 1 else None
 
 
 def _exact(text: str) -> str:
@@ -105,12 +130,12 @@ def _words_inside(text: str, options: list[str], letters: str) -> str | None:
 
 
 def _place(words: str, text: str) -> tuple[int, int] | None:
-    """Start and end of whole words in a text.
+    """Start and end of whole words in a text that does not deny them.
 
     Scripts without spaces have no word boundaries, and a single sign may be part of its opposite.
     """
     if not words or (len(words) == 1 and not words.isascii()):
         return None
     before, behind = r"(?<![a-z0-9])(?<![0-9][.,])", r"(?![a-z0-9])(?![.,][0-9])"
-    found = re.search(f"{before}{re.escape(words)}{behind}", text)
-    return found.span() if found else None
+    found = re.finditer(f"{before}{re.escape(words)}{behind}", text)
+    return next((m.span() for m in found if not NEGATION.search(text[: m.start()])), None)

@@ -112,5 +112,4 @@ def compare(
 
 
 def _percent(benchmark: Benchmark, data_dir: str, path: str, records: list[dict]) -> float:
-    result = benchmark.evaluate(data_dir, path, benchmark.counted(records))
-    return benchmark.labelled(result)["percent"]
+    return benchmark.evaluated(data_dir, path, benchmark.counted(records))["percent"]

@@ -81,6 +81,11 @@ def kind_of(value) -> str:
     return next((name for kind, name in names.items() if isinstance(value, kind)), "no value")
 
 
+def is_id(value) -> bool:
+    """Whether a JSON value can identify a question."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
 def read_jsonl(path: str, fields: tuple[str, ...] = ()) -> Records:
     """Returns the records of a JSON-lines file; `fields` must be present in each of them."""
     records = Records(path)
@@ -114,6 +119,21 @@ def read_json_list(path: str, fields: tuple[str, ...] = ()) -> Records:
         raise ValueError(f"{path}: expected a list, found {type(records).__name__}")
     places = enumerate(records, start=1)
     return Records(path, (_checked(r, f"{path}, item {i}", fields) for i, r in places))
+
+
+def read_text(path: str) -> str:
+    """Returns the content of a text file; ValueError names one that is none."""
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            return file.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not valid UTF-8 ({error.reason})") from error
+
+
+def complete(records: list[dict], fields: tuple[str, ...]) -> Records:
+    """The records that have all the fields: one without them is no question, and was not asked."""
+    whole = (record for record in records if all(name in record for name in fields))
+    return Records(getattr(records, "path", "the questions"), whole)
 
 
 def read_json(path: str):

@@ -26,6 +26,7 @@ from llava.eval import (
     uploads,
 )
 from llava.eval.bootstrap import Units, by_image, interval, mean_of, mean_where, ratio
+from llava.eval.records import complete
 from llava.eval.tasks import as_int, read_json, read_json_list, read_jsonl, read_mmbench
 
 __all__ = ["UNITS", "Units", "interval", "mean_of"]
@@ -49,7 +50,8 @@ class Images:
 def pope(data_dir: str, path: str, answers: list[dict]) -> Units:
     """F1 of every category, then their mean."""
     folder = os.path.join(data_dir, "pope", "coco")
-    categories = eval_pope.outcomes(folder, read_jsonl(path, eval_pope.FIELDS), answers)
+    questions = complete(read_jsonl(path), eval_pope.FIELDS)
+    categories = eval_pope.outcomes(folder, questions, answers)
     rows, images = [], []
     for number, found in enumerate(categories.values()):
         for image, said, label in found:
@@ -72,7 +74,8 @@ def mme(data_dir: str, path: str, answers: list[dict]) -> Units:
     lines = eval_mme.convert(truth, together)
     groups = ([t for t in tasks if lines.get(t)] for tasks in eval_mme.TASKS.values())
     tasks = next(group for group in groups if group)
-    pictures = {_mme_name(r["question_id"]): r.get("image") for r in read_jsonl(path)}
+    questions = complete(read_jsonl(path), ("question_id",))
+    pictures = {_mme_name(r["question_id"]): r.get("image") for r in questions}
     rows, images = [], []
     for number, task in enumerate(tasks):
         names = [line.split("\t")[0] for line in lines[task]][::2]
@@ -92,7 +95,7 @@ def mme(data_dir: str, path: str, answers: list[dict]) -> Units:
 def _mme_name(question_id: str) -> tuple[str, str]:
     """The task of a question, and how its result lines call the image."""
     task, *_, image = str(question_id).split("/")
-    return task, f"{image.split('.')[0]}.txt"
+    return task, f"{os.path.splitext(image)[0]}.txt"
 
 
 def textvqa(data_dir: str, path: str, answers: list[dict]) -> Units:
@@ -108,7 +111,10 @@ def vqav2(data_dir: str, path: str, answers: list[dict]) -> Units:
 
 def vizwiz(data_dir: str, path: str, answers: list[dict]) -> Units:
     humans = eval_vizwiz.read_annotations(os.path.join(data_dir, "vizwiz", "val.json"))
-    return _mean_by_id(eval_vizwiz.points(humans, read_jsonl(path), answers), path)
+    return _mean_by_id(
+        eval_vizwiz.points(humans, complete(read_jsonl(path), ("question_id", "image")), answers),
+        path,
+    )
 
 
 def gqa(data_dir: str, path: str, answers: list[dict]) -> Units:
@@ -160,7 +166,7 @@ def mmbench(data_dir: str, path: str, answers: list[dict]) -> Units:
 
 
 def qbench(data_dir: str, path: str, answers: list[dict]) -> Units:
-    found = eval_qbench.points(read_json_list(path, eval_qbench.FIELDS), answers)
+    found = eval_qbench.points(complete(read_json_list(path), eval_qbench.FIELDS), answers)
     return mean_of([right for _, right in found], [record["img_path"] for record, _ in found])
 
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Collection
 
 from llava.eval.answer_lines import read_answers
-from llava.eval.errors import errors_as_messages
+from llava.eval.errors import broken_files_named, errors_as_messages
 from llava.eval.matching import say_missing
 from llava.eval.tasks import as_int
 
@@ -31,8 +31,9 @@ def run_scorer(
     parser.add_argument("--result-file", required=True, help="answers file")
     args = parser.parse_args()
     answers = read_answers(args.result_file, fields)
-    truth = read_truth(args.annotation_file)
-    result = evaluate(truth, answers)
-    if ids:
-        say_missing(answers, [as_int(key) for key in ids(truth)], "the score is that of the others")
+    with broken_files_named((args.annotation_file,), args.result_file):
+        truth = read_truth(args.annotation_file)
+        result = evaluate(truth, answers)
+        asked = [as_int(key) for key in ids(truth)] if ids else []
+    say_missing(answers, asked, "the score is that of the others")
     print(report(result), end="")

@@ -12,6 +12,7 @@ from llava import image_io
 from llava.eval.options import option_letter
 from llava.eval.records import (
     Records,
+    is_id,
     is_missing,
     kind_of,
     read_json,
@@ -106,16 +107,16 @@ def questions_of(
     return questions
 
 
-def _id_of(record: dict):
-    """What a record that cannot be read calls itself."""
-    names = ("question_id", "id", "index", "img_path")
-    return next((record[name] for name in names if record.get(name) is not None), None)
+def _id_of(record: dict) -> str | int | float:
+    """What a record that cannot be read calls itself, or else its place in the file."""
+    names = (record.get(name) for name in ("question_id", "id", "index", "img_path"))
+    return next(filter(is_id, names), getattr(record, "where", "").rpartition(", ")[2])
 
 
 def _checked_question(question: Question) -> Question:
     """The question, when it is one; ValueError says what is wrong with it."""
     key = question.head["question_id"]
-    if isinstance(key, bool) or not isinstance(key, str | int | float):
+    if not is_id(key):
         raise ValueError(f"its id is {kind_of(key)}, not a text or a number")
     if not isinstance(question.text, str):
         raise ValueError(f"its text is {kind_of(question.text)}")

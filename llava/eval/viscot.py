@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from llava.eval.records import Record, Records
 from llava.eval.tasks import Question, read_json_list
 
-FIELDS = ("question_id", "image", "conversations")
 ASKS_FOR_BOX = (
     "Please provide the bounding box coordinate of the region that can help you answer the "
     "question better."
@@ -63,7 +62,7 @@ def read(path: str, folder: str | None = None) -> list[dict]:
     folder: where the pictures are; a picture that is not there but in `val/` below its set's
             folder (`cot/SET/val/...`, as in some downloads) is taken from there
     """
-    records = read_json_list(path, FIELDS)
+    records = read_json_list(path)
     if folder is None:
         return records
     return Records(path, (_located(record, folder) for record in records))
