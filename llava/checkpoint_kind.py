@@ -223,6 +223,9 @@ def needs_base(folder: str, delta: str) -> str:
 def instead_of_config(folder: str) -> str:
     """What a folder without config.json seems to be, and what to name instead."""
     names = sorted(os.listdir(folder))
+    if "snapshots" in names:  # a repository in the hub's cache: one folder for each version
+        kept = sorted(os.listdir(os.path.join(folder, "snapshots")))
+        names += [os.path.join("snapshots", version) for version in kept]
     inner = [n for n in names if os.path.isfile(os.path.join(folder, n, "config.json"))]
     if inner:
         return f"but its folders do: name one of {', '.join(inner[:8])}"

@@ -84,6 +84,11 @@ def stretch(value: Any) -> bool:
     return number(1e-6, 1e6).holds(value.get("factor"))
 
 
+#: rules about single tokens that `generate` knows; no supported checkpoint brings any
+TOKEN_RULES = ("bad_words_ids", "force_words_ids", "sequence_bias", "forced_decoder_ids")
+TOKEN_RULES += ("suppress_tokens", "begin_suppress_tokens", "constraints")
+TOKEN_RULES += ("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty")
+
 FLAG = Rule("true or false", lambda value: isinstance(value, bool))
 TEXT = Rule("a short text", lambda value: isinstance(value, str) and len(value) <= 1000)
 SIZE = whole(1, 2**18)
@@ -120,7 +125,7 @@ RULES = {
     "rms_norm_eps": number(0, 1),
     "layer_norm_eps": number(0, 1),
     "initializer_range": number(0),
-    "rope_theta": number(1),
+    "rope_theta": number(1, 1e15),
     "rope_scaling": Rule(
         'null or {"type": "linear", "factor": NUMBER}, the only kind that is supported', stretch
     ),
@@ -140,10 +145,23 @@ RULES = {
     "num_beams": whole(1, 1024, or_none=True),
     "num_return_sequences": whole(1, 1024, or_none=True),
     "do_sample": FLAG,
-    "temperature": number(0),
+    "temperature": number(0, 1e9),
     "top_p": number(0, 1),
     "top_k": whole(0, 2**31, or_none=True),
-    "repetition_penalty": number(1e-3),
+    "typical_p": number(0, 1),
+    "epsilon_cutoff": number(0, 1),
+    "eta_cutoff": number(0, 1),
+    "repetition_penalty": number(1e-3, 1e9),
+    "encoder_repetition_penalty": number(1e-3, 1e9),
+    "length_penalty": number(-1e9, 1e9),
+    "diversity_penalty": number(0, 1e9),
+    "min_length": whole(0, 2**31, or_none=True),
+    "min_new_tokens": whole(0, 2**31, or_none=True),
+    "num_beam_groups": whole(1, 1024, or_none=True),
+    "no_repeat_ngram_size": whole(0, 1024, or_none=True),
+    "encoder_no_repeat_ngram_size": whole(0, 0, or_none=True),
+    "is_encoder_decoder": Rule("false: this is no decoder", lambda value: value is False),
+    **dict.fromkeys(TOKEN_RULES, Rule("null in a file: pass it to generate", lambda _: False)),
     # what LLaVA adds
     "mm_vision_tower": TEXT,
     "vision_tower": TEXT,
@@ -187,6 +205,13 @@ def _projector(values: Mapping) -> str | None:
     return None
 
 
+def _tower(values: Mapping) -> str | None:
+    lacking = [k for k in ("mm_hidden_size", "mm_vision_select_layer") if values.get(k) is None]
+    if values.get("mm_vision_tower") and lacking:
+        return f"a model with an mm_vision_tower must say its {' and '.join(lacking)}"
+    return None
+
+
 def _patches(values: Mapping) -> str | None:
     size, patch = values.get("image_size"), values.get("patch_size")
     if size and patch and patch > size:
@@ -204,8 +229,10 @@ def _pinpoints(values: Mapping) -> str | None:
 
 #: keys that only concern our own decoder; plain models are those of transformers
 OWN_KEYS = ("rope_scaling", "head_dim", "mlp_bias", "sliding_window")
+#: keys of which null says something: there is none. Null anywhere else is as good as no value
+NONE_COUNTS = ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window")
 #: what values must be together: each returns a sentence, or None
-CHECKS = (_heads, _projector, _patches, _pinpoints)
+CHECKS = (_heads, _projector, _tower, _patches, _pinpoints)
 
 
 def shown(value: Any) -> str:
@@ -260,7 +287,7 @@ def check_config(values: Mapping, source: str, plain: bool = False) -> dict:
     wrong = () if plain else filter(None, (check(values) for check in CHECKS))
     for sentence in wrong:
         raise ValueError(f"{source}: {sentence}")
-    unset = {key for key in ("torch_dtype", "num_key_value_heads") if values.get(key) is None}
+    unset = {key for key in RULES if key not in NONE_COUNTS and values.get(key) is None}
     return {key: v for key, v in values.items() if key not in unset and key not in IGNORED_KEYS}
 
 

@@ -83,10 +83,10 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] | None = WHITE) 
         return image
     if image.mode.startswith(("I", "F")):
         return _eight_bits(image, background)
+    if image.mode == "La":  # the only mode that Pillow turns into no other directly
+        image = image.convert("LA")
     if background is None or not image.has_transparency_data:
         return image.convert("RGB")
-    if image.mode == "La":
-        image = image.convert("LA")
     return _on(background, image.convert("RGBA"))
 
 

@@ -144,12 +144,13 @@ def test_other_configs_say_what_they_are(tmp_path, values, says):
         (["zero_to_fp32.py", "latest"], "zero_to_fp32.py"),
         (["tokenizer.model"], "no checkpoint folder"),
         (["checkpoint-1/config.json", "checkpoint-2/config.json"], "checkpoint-1, checkpoint-2"),
+        (["blobs/x", "snapshots/0f1e/config.json"], "name one of snapshots/0f1e"),
     ],
     ids=str,
 )
 def test_a_folder_without_a_config_says_what_it_seems_to_be(tmp_path, files, says):
     for name in files:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text("{}")
     for refuse in (lambda: load(tmp_path), lambda: checkpoint_kind(str(tmp_path))):
         with pytest.raises(FileNotFoundError, match=says):

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoTokenizer
 
 from llava.mm_utils import tokenizer_image_token
@@ -135,3 +136,31 @@ def test_an_image_without_a_mark_is_an_error(model, sample):
         model.generate(text_of(9), images=prompt.images, max_new_tokens=1)
     with pytest.raises(ValueError, match="write <image>"):
         model(input_ids=text_of(9), images=prompt.images)
+
+
+@pytest.mark.parametrize(
+    "ids, mask, says",
+    [
+        ([1, 5], None, r"input_ids must be \(prompts, tokens\), .* not \(2,\)"),
+        ([[]], None, r"not \(1, 0\)"),
+        ([[1, -5]], None, "input_ids hold -5, which is neither a token"),
+        ([[1, 10**6]], None, "input_ids hold 1000000"),
+        ([[1, 5, 6]], [[1, 1]], r"attention_mask \(1, 2\) must have the shape of input_ids"),
+    ],
+)
+def test_ids_that_are_no_prompt_are_refused(model, ids, mask, says):
+    mask = None if mask is None else torch.tensor(mask)
+    with pytest.raises(ValueError, match=says):
+        model.generate(torch.tensor(ids).long(), attention_mask=mask, max_new_tokens=1)
+
+
+def test_ids_below_the_padding_mean_nothing(model):
+    ids, mask = torch.tensor([[10**6, -7, 5, 6]]), torch.tensor([[0, 0, 1, 1]])
+    options = dict(max_new_tokens=2, do_sample=False)
+    plain = model.generate(ids[:, 2:], **options)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **options), plain)
+
+
+def test_a_picture_in_place_of_its_pixels_is_an_error(model, sample):
+    with pytest.raises(ValueError, match="images must be tensors, as process_images .* not Image"):
+        model.generate(sample(2, "image", 4).ids, images=[Image.new("RGB", (8, 8))])

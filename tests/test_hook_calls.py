@@ -217,6 +217,11 @@ def test_values_that_do_not_fit_one_another_are_refused(model, prompt, name):
         logits(model, prompt, Hook(replaced(**values)))
 
 
+def test_a_hook_that_returns_nothing_is_named(model, prompt):
+    with pytest.raises(ValueError, match="hook gave NoneType back before layer .*the Prefill"):
+        logits(model, prompt, Hook(lambda prefill: None))
+
+
 @pytest.mark.parametrize("field", ["position_ids", "valid"])
 def test_behind_the_last_layer_it_is_too_late(model, prompt, field):
     class Late(Pruner):

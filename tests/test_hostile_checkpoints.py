@@ -70,6 +70,7 @@ def write_config(folder, name="config.json", **values):
         ("rms_norm_eps", "1e-5", "rms_norm_eps must be a number"),
         ("rope_theta", float("inf"), "rope_theta must be"),
         ("rope_theta", 0, "rope_theta must be"),
+        ("rope_theta", 10**30, "rope_theta must be"),
         ("rope_scaling", {"type": "yarn", "factor": 4}, "only kind that is supported"),
         ("rope_scaling", {"type": "linear", "factor": 0}, "only kind that is supported"),
         ("rope_scaling", "linear", "only kind that is supported"),
@@ -89,6 +90,11 @@ def write_config(folder, name="config.json", **values):
         ("mm_projector_type", 2, "mm_projector_type must be"),
         ("mm_hidden_size", 10**9, "mm_hidden_size must be"),
         ("mm_vision_select_layer", "last", "mm_vision_select_layer must be"),
+        ("mm_vision_select_layer", None, "must say its mm_vision_select_layer"),
+        ("is_encoder_decoder", True, "is_encoder_decoder must be false"),
+        ("encoder_no_repeat_ngram_size", 10**30, "from 0 to 0"),
+        ("diversity_penalty", "x", "diversity_penalty must be a number"),
+        ("suppress_tokens", [10**9], "null in a file: pass it to generate"),
         ("mm_vision_select_feature", "all", "select feature"),
         ("mm_patch_merge_type", "round", "mm_patch_merge_type must be flat or"),
         ("image_aspect_ratio", "anyres_max_9", "image_aspect_ratio must be square or pad"),
@@ -151,6 +157,23 @@ def test_a_config_with_a_byte_order_mark_or_unknown_keys_is_read(folder):
     values |= {"num_labels": 10**12, "auto_map": {"AutoConfig": "x.Y"}, "pruned_heads": {"0": [1]}}
     (folder / "config.json").write_text("\ufeff" + json.dumps(values), encoding="utf-8")
     assert load(folder)[1].config.vocab_size == 700
+
+
+def test_a_tower_of_another_width_than_the_projectors_is_refused(folder):
+    write_config(folder, s2=True)  # features of three scales in place of one
+    assert "gives features of width 96" in refusal(folder)
+
+
+def test_null_is_as_good_as_no_value(folder):
+    unset = ("rope_theta", "rms_norm_eps", "mm_projector_type", "max_sequence_length", "use_cache")
+    write_config(folder, **dict.fromkeys(unset))
+    # The tiny checkpoint has another kind of projector than the default.
+    assert "mm_projector" in refusal(folder)
+    write_config(folder, mm_projector_type="mlp2x_gelu")
+    model, context_len = load(folder)[1::2]
+    config = model.config
+    assert (config.rope_theta, config.rms_norm_eps, config.use_cache) == (10000.0, 1e-6, True)
+    assert context_len == 2048
 
 
 @pytest.mark.parametrize(

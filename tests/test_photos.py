@@ -154,6 +154,13 @@ def test_the_page_gets_uploads_as_they_were_stored(tmp_path, kind):
         assert picture.getpixel((0, 0))[0] == pytest.approx(level, abs=2)
 
 
+@pytest.mark.parametrize("mode", ["La", "RGBa"])
+def test_colours_multiplied_by_their_transparency_are_read(mode):
+    image = transparent("LA" if mode == "La" else "RGBA").convert(mode)
+    assert to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
+    assert to_rgb(image, background=None).getpixel((0, 0)) == (0, 0, 0)
+
+
 def test_half_transparent_parts_are_blended(tmp_path):
     image = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
     assert abs(to_rgb(image).getpixel((0, 0))[0] - 127) <= 1

@@ -160,6 +160,7 @@ def load_pretrained_model(
         tokenizer = load_tokenizer(base or folder, config, fast=kind.family == "mistral")
         model, filler = build_empty(model_class, config, dtype, fill_device)
         filler.use_safetensors = use_safetensors
+        check_tower_width(model)
         fill_llava(filler, folder, base, kind)
         load_tower(model, filler, vision_tower_dtype or dtype, fill_device)
         add_image_tokens(model, tokenizer)
@@ -224,6 +225,17 @@ def build_empty(model_class, config, dtype: torch.dtype, device) -> tuple[nn.Mod
             model = model_class(config)
     model.config.torch_dtype = dtype
     return model, Filler(model, dtype, device)
+
+
+def check_tower_width(model: nn.Module) -> None:
+    """Raises ValueError when the projector was made for features of another tower."""
+    tower, config = model.get_vision_tower(), model.config
+    if tower.hidden_size != config.mm_hidden_size:
+        raise ValueError(
+            f"the vision tower {tower.vision_tower_name} gives features of width "
+            f"{tower.hidden_size}, {config._name_or_path} needs {config.mm_hidden_size} "
+            "(mm_hidden_size): it was trained with another tower"
+        )
 
 
 def fill_llava(filler: Filler, folder: str, base: str | None, kind: Kind) -> None:

@@ -173,6 +173,11 @@ class LlavaMetaForCausalLM(PrunerSlot):
         """Tokens of every image, laid out for the prompt; arguments as in `generate`."""
         if replacement(self, "encode_images", AS_IT_CAME["encode_images"]) is not None:
             refuse("encode_images")
+        given = (images,) if isinstance(images, Tensor) else images
+        if odd := [type(image).__name__ for image in given if not isinstance(image, Tensor)]:
+            raise ValueError(
+                f"images must be tensors, as process_images makes of pictures, not {odd[0]}"
+            )
         tiled = isinstance(images, list) or images.ndim == 5
         parts = [image if image.ndim == 4 else image[None] for image in images]
         counts = [len(part) for part in parts]
@@ -291,8 +296,9 @@ class LlavaMetaForCausalLM(PrunerSlot):
         if training is None:
             training = self.training or labels is not None
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        mask = mask.bool().cpu()
-        marked = (input_ids.cpu() == IMAGE_TOKEN_INDEX) & mask
+        mask, ids = mask.bool().cpu(), input_ids.cpu()
+        check_ids(ids, mask, self.config.vocab_size)
+        marked = (ids == IMAGE_TOKEN_INDEX) & mask
         num_images = 0 if images is None else len(images)
         slots = image_slots(marked.sum(dim=1).tolist(), num_images, training)
         tokens, only_dummies = [], self.training and images is not None and not any(slots)
@@ -308,7 +314,7 @@ class LlavaMetaForCausalLM(PrunerSlot):
         if self.pruning_trace is not None and not only_dummies:
             for image in tokens:
                 self.pruning_trace.add_image(image.patches, image.embeds, image.length)
-        embeds = self.get_model().embed_tokens(input_ids.clamp(min=0))
+        embeds = self.get_model().embed_tokens(input_ids.clamp(0, self.config.vocab_size - 1))
         if labels is None:
             labels = torch.full_like(input_ids, IGNORE_INDEX)
         labels = labels.to(embeds.device)
@@ -416,6 +422,27 @@ class LlavaMetaForCausalLM(PrunerSlot):
 #: what other packages replace, as it came
 AS_IT_CAME = {name: getattr(LlavaMetaForCausalLM, name) for name in (SPLICE, "encode_images")}
 AS_IT_CAME["forward"] = CLIPVisionTower.forward
+
+
+def check_ids(ids: Tensor, mask: Tensor, vocabulary: int) -> None:
+    """Raises ValueError unless `ids` are prompts (B, L) of tokens and image marks where `mask`, of
+    the same shape, is True. Both are on the host: on a GPU an id that is no token ends everything.
+    """
+    if ids.ndim != 2 or not ids.shape[1]:
+        raise ValueError(
+            f"input_ids must be (prompts, tokens), one token at least, not {tuple(ids.shape)}"
+        )
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask {tuple(mask.shape)} must have the shape of input_ids, "
+            f"{tuple(ids.shape)}"
+        )
+    known = (ids == IMAGE_TOKEN_INDEX) | (ids >= 0) & (ids < vocabulary)
+    if odd := ids[mask & ~known].tolist():
+        raise ValueError(
+            f"input_ids hold {odd[0]}, which is neither a token (0 to {vocabulary - 1}) nor an "
+            f"image mark ({IMAGE_TOKEN_INDEX})"
+        )
 
 
 def image_slots(marks: list[int], num_images: int, training: bool = True) -> list[list[int]]:

@@ -48,7 +48,12 @@ def call(hook: Callable[[Prefill], Prefill], prefill: Prefill, name: str) -> Cal
             setattr(prefill, field, value)
         before[field] = value, version(value)
     states = prefill.hidden_states
-    prefill = hook(prefill)
+    layer, prefill = prefill.layer, hook(prefill)
+    if not isinstance(prefill, Prefill):
+        raise ValueError(
+            f"{name} gave {type(prefill).__name__} back before layer {layer}: a hook returns the "
+            "Prefill, changed or not"
+        )
     for field, (value, number) in before.items():
         if version(value) != number:
             raise ValueError(
