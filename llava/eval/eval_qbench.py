@@ -16,6 +16,7 @@ from llava.eval.answer_lines import read_answers
 from llava.eval.errors import broken_files_named, errors_as_messages
 from llava.eval.matching import source, unique
 from llava.eval.options import option_letter
+from llava.eval.records import complete
 from llava.eval.tasks import Question, read_json_list
 
 FIELDS = ("question", "img_path", "candidates")
@@ -108,7 +109,7 @@ def main():
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--result-file", required=True)
     args = parser.parse_args()
-    records = read_json_list(args.question_file, (*FIELDS, "correct_ans"))
+    records = complete(read_json_list(args.question_file), FIELDS)
     answers = read_answers(args.result_file, (*FIELDS, "text"))
     with broken_files_named((args.question_file,), args.result_file):
         result = evaluate(records, answers)
