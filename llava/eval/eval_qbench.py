@@ -54,12 +54,6 @@ def qbench_questions(record: dict, lang: str = "en") -> Iterator[Question]:
     yield QBenchQuestion(head, text, [record["img_path"]], record=record)
 
 
-def has_answers(path: str) -> bool:
-    """True when the right answers are in the question file."""
-    records = read_json_list(path, FIELDS)
-    return bool(records) and all(record.get("correct_ans") for record in records)
-
-
 def question_key(record: dict) -> tuple:
     """What identifies a question, in the question file and in the answers, which repeat it."""
     return record["img_path"], record["question"], tuple(record["candidates"])
