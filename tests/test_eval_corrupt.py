@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llava.eval import answers, journal
+from llava.eval import answers, journal, summarize_gpt_review
 from llava.eval.answer_lines import read_answers, read_lines
 from llava.eval.answers import AnswersFile
 from llava.eval.benchmarks import BENCHMARKS
@@ -337,3 +337,18 @@ def test_a_broken_field_of_an_answer_is_named(field, junk, tmp_path):
     benchmark, _, lines = answered(folder, "mmbench")
     with pytest.raises(ValueError, match=r"answers.jsonl"):
         score_of(benchmark, folder, [lines[0], {**lines[1], field: junk}])
+
+
+def test_a_file_without_answers_has_no_score(tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(ValueError, match="a.jsonl: there are no answers in it"):
+        read_answers(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "junk", [{}, {"tuple": None}, {"tuple": ["a", {}]}, {"score": [1, 2, 3]}, {"tuple": [1, True]}]
+)
+def test_a_review_without_two_scores_is_named(junk, tmp_path):
+    (tmp_path / "r.jsonl").write_text(json.dumps({"question_id": 1} | junk))
+    with pytest.raises(ValueError, match="r.jsonl, line 1: no review with two scores"):
+        summarize_gpt_review.summarize(read_jsonl(str(tmp_path / "r.jsonl")))

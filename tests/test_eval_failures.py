@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval import compare_report, eval_viscot, score, score_table, suite, suite_report, viscot
+from llava.eval import (
+    compare_report,
+    eval_qbench,
+    eval_viscot,
+    score,
+    score_table,
+    suite,
+    suite_report,
+    viscot,
+)
 from llava.eval.answer_lines import Failure, read_answers
 from llava.eval.answer_loop import AnswerLoop
 from llava.eval.answering import Task, answer_questions
@@ -21,6 +30,7 @@ from llava.eval.journal import Journal, folder
 from llava.eval.tasks import Question, jsonl_questions, questions_of, read_jsonl
 from llava.pruning import build_pruner
 from tests import eval_cases, mini_benchmark
+from tests.eval_files import run_scorer, write_lines
 from tests.test_eval_suite import FakeLoop
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -197,6 +207,20 @@ def test_a_row_without_a_picture_is_named_with_its_line(tmp_path):
     path.write_text("index\tquestion\tA\tB\timage\n7\t?\tx\ty\t\n")
     with pytest.raises(ValueError, match=r"question 7 \(.*q.tsv, line 2\).*its image is null"):
         ALL["mmbench"].load_questions(str(path))
+
+
+def test_a_record_that_was_no_question_does_not_hinder_the_score(tmp_path, monkeypatch, capsys):
+    whole = {"img_path": "1.png", "question": "?", "candidates": ["x", "y"], "correct_ans": "y"}
+    path = tmp_path / "q.json"
+    path.write_text(json.dumps([whole, {"img_path": "2.png", "question": "?"}]))
+    good, bad = ALL["qbench"].load_questions(str(path), skip_bad=True)
+    lines = [good.answer_line("B", "", ""), bad.failed_line("none", "", "")]
+    write_lines(tmp_path / "a.jsonl", lines)
+    assert ALL["qbench"].score(str(tmp_path), str(path), lines, None)["score"] == 100
+    files = ("--question-file", path, "--result-file", tmp_path / "a.jsonl")
+    run_scorer(monkeypatch, eval_qbench, *files)
+    out, err = capsys.readouterr()
+    assert "Accuracy: 100.00%" in out and "1 of 2 questions failed" in err
 
 
 # --- what becomes of the record -----------------------------------------------------------------

@@ -43,6 +43,14 @@ def test_b4_mme_scores_do_not_depend_on_order_repetition_and_white_space(mme, mo
         assert capsys.readouterr().out.count("existence  score: 200.0") == 2
 
 
+def test_mme_names_of_images_may_have_dots(mme):
+    folder, answers = mme
+    place = folder / "MME_Benchmark_release_version/existence"
+    (place / "0002.txt").rename(place / "b.0002.v1.txt")
+    renamed = [a | {"question_id": a["question_id"].replace("0002", "b.0002.v1")} for a in answers]
+    assert mme_score(folder, renamed) == 200
+
+
 TEXTS = ("Yes\tit is", "No\n\nthere is none", " yes\r\n", "\tNo\u2028not here")
 
 

@@ -142,3 +142,13 @@ def test_one_image_has_no_interval():
 def test_no_answers_have_no_interval():
     with pytest.raises(ValueError, match="no answers to draw"):
         mean_of([])
+
+
+def test_a_picture_may_be_its_own_name():
+    """MMBench's tables hold the pictures themselves."""
+    pictures = [f"{number:03}" + 200_000 * "x" for number in range(100)]
+    tracemalloc.start()
+    units = mean_of([1.0] * 200, 2 * pictures)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(units.images) == 100 and peak < 5e6

@@ -92,9 +92,11 @@ def read_lines(path: str, fields: tuple[str, ...] = ("question_id", "text")) -> 
 def read_answers(path: str, fields: tuple[str, ...] = ("question_id", "text")) -> Records:
     """The answers of a file; says on stderr how many of its questions failed and are left out.
 
-    Raises ValueError when there are failed questions only, and as `read_lines` does.
+    Raises ValueError when there is nothing, or failed questions only, and as `read_lines` does.
     """
     records = read_lines(path, fields)
+    if not records:
+        raise ValueError(f"{path}: there are no answers in it")
     answers = answers_among(records)
     if len(answers) < len(records):
         failed = [record for record in records if is_failed(record)]

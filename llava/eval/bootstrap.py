@@ -72,12 +72,14 @@ def by_image(
         raise ValueError("there are no answers to draw an interval from")
     alone = counter()
     names = [f"question {next(alone)}" if image is None else str(image) for image in images]
-    found, place = np.unique(np.array(names), return_inverse=True)
+    found = sorted(set(names))  # no array: a picture that is its own name takes 100 kB
+    number = {name: place for place, name in enumerate(found)}
+    place = np.fromiter((number[name] for name in names), dtype=np.intp, count=len(names))
     # Sums of the same numbers in another order may differ in the last digit.
     order = np.lexsort((*values.T, place))
     place, values = place[order], values[order]
     columns = (np.bincount(place, weights=column, minlength=len(found)) for column in values.T)
-    return Units(np.stack(list(columns), axis=1), score, tuple(found.tolist()))
+    return Units(np.stack(list(columns), axis=1), score, tuple(found))
 
 
 def mean_of(points: Sequence[float], images: Iterable[str | None] | None = None) -> Units:

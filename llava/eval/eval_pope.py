@@ -14,6 +14,7 @@ from typing import NamedTuple
 from llava.eval.answer_lines import read_answers
 from llava.eval.errors import broken_files_named, errors_as_messages
 from llava.eval.matching import by_id, check_known, question_id, say_missing, source, unique
+from llava.eval.records import complete
 from llava.eval.tasks import read_jsonl
 
 FIELDS = ("question_id", "image", "text", "category")
@@ -175,7 +176,7 @@ def main():
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--result-file", required=True)
     args = parser.parse_args()
-    questions = read_jsonl(args.question_file, FIELDS)
+    questions = complete(read_jsonl(args.question_file), FIELDS)
     answers = read_answers(args.result_file)
     with broken_files_named((args.question_file, args.annotation_dir), args.result_file):
         result = evaluate(args.annotation_dir, questions, answers)

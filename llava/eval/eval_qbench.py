@@ -16,6 +16,7 @@ from llava.eval.answer_lines import read_answers
 from llava.eval.errors import broken_files_named, errors_as_messages
 from llava.eval.matching import source, unique
 from llava.eval.options import option_letter
+from llava.eval.records import complete
 from llava.eval.tasks import Question, read_json_list
 
 FIELDS = ("question", "img_path", "candidates")
@@ -51,12 +52,6 @@ def qbench_questions(record: dict, lang: str = "en") -> Iterator[Question]:
     text = f"{record['question']}\n{INSTRUCTION[lang]}\n{options}"
     head = {"question_id": record["img_path"], "prompt": text}
     yield QBenchQuestion(head, text, [record["img_path"]], record=record)
-
-
-def has_answers(path: str) -> bool:
-    """True when the right answers are in the question file."""
-    records = read_json_list(path, FIELDS)
-    return bool(records) and all(record.get("correct_ans") for record in records)
 
 
 def question_key(record: dict) -> tuple:
@@ -108,7 +103,7 @@ def main():
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--result-file", required=True)
     args = parser.parse_args()
-    records = read_json_list(args.question_file, (*FIELDS, "correct_ans"))
+    records = complete(read_json_list(args.question_file), FIELDS)
     answers = read_answers(args.result_file, (*FIELDS, "text"))
     with broken_files_named((args.question_file,), args.result_file):
         result = evaluate(records, answers)

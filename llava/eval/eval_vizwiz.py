@@ -12,6 +12,7 @@ from llava.eval.answer_lines import read_answers
 from llava.eval.errors import broken_files_named, errors_as_messages
 from llava.eval.m4c_evaluator import TextVQAAccuracyEvaluator
 from llava.eval.matching import by_id, question_id, say_missing, source, unique
+from llava.eval.records import complete
 from llava.eval.tasks import read_json_list, read_jsonl
 
 
@@ -66,7 +67,7 @@ def main():
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--result-file", required=True)
     args = parser.parse_args()
-    questions = read_jsonl(args.question_file, ("question_id", "image"))
+    questions = complete(read_jsonl(args.question_file), ("question_id", "image"))
     answers = read_answers(args.result_file)
     with broken_files_named((args.annotation_file, args.question_file), args.result_file):
         result = evaluate(read_annotations(args.annotation_file), questions, answers)

@@ -8,6 +8,7 @@ from llava.eval import eval_mmvet, eval_viscot, gpt_review, summarize_gpt_review
 from llava.eval.answer_lines import read_answers
 from llava.eval.judge import Judge
 from llava.eval.matching import question_id, source, unique
+from llava.eval.records import complete
 from llava.eval.tasks import read_json, read_jsonl
 
 
@@ -48,7 +49,8 @@ def llava_bench(judge: Judge, run: JudgedRun) -> dict:
     folder = os.path.join(run.data_dir, "llava-bench-in-the-wild")
     contexts = read_jsonl(os.path.join(folder, "context.jsonl"), ("image", "caption"))
     reference = read_jsonl(os.path.join(folder, "answers_gpt4.jsonl"), ("question_id", "text"))
-    questions = read_jsonl(run.question_file, ("question_id", "text", "image", "category"))
+    asked = ("question_id", "text", "image", "category")
+    questions = complete(read_jsonl(run.question_file), asked)
     answers = read_answers(run.answers_file)
     given, known = unique(answers), unique(reference)
     questions = [question for question in questions if question_id(question) in given]

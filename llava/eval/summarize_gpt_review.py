@@ -50,7 +50,7 @@ def summarize(reviews: list[dict], ignored: tuple = ()) -> tuple[dict, int]:
     for record in {json.dumps(record): record for record in reviews}.values():
         if record["question_id"] in ignored:
             continue
-        scores = record["tuple"] if "tuple" in record else record["score"]
+        scores = _scores(record)
         if -1 in scores:
             unreadable += 1
             continue
@@ -59,6 +59,17 @@ def summarize(reviews: list[dict], ignored: tuple = ()) -> tuple[dict, int]:
             groups[record["category"]].append(scores)
     means = {name: np.asarray(rows, float).mean(axis=0).round(3) for name, rows in groups.items()}
     return {name: tuple(means[name].tolist()) for name in sorted(means)}, unreadable
+
+
+def _scores(record: dict) -> list[float]:
+    """The two scores of a review; ValueError says where there is something else."""
+    scores = record.get("tuple", record.get("score"))
+    pair = scores if isinstance(scores, list | tuple) else ()
+    numbers = [n for n in pair if isinstance(n, int | float) and not isinstance(n, bool)]
+    if len(pair) != 2 or len(numbers) != 2 or not isinstance(record.get("category", ""), str):
+        where = getattr(record, "where", "") or f"question {record['question_id']!r}"
+        raise ValueError(f"{where}: no review with two scores")
+    return numbers
 
 
 def relative(reference: float, candidate: float) -> float:
