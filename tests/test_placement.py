@@ -34,6 +34,13 @@ def test_a_cpu_takes_bfloat16_only_where_it_multiplies_it(native):
     assert fast_dtype("cpu") == (torch.bfloat16 if native else torch.float32)
 
 
+@pytest.mark.parametrize("capability, dtype", [((9, 0), "bfloat16"), ((7, 5), "float16")])
+def test_a_gpu_without_bfloat16_products_is_fast_at_float16(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert fast_dtype("cuda") == getattr(torch, dtype)
+    assert fast_dtype("mps") == torch.float16
+
+
 def test_what_is_asked_for_is_taken(native):
     assert choose_dtype("auto", BF16, CPU) == torch.bfloat16
     assert choose_dtype("auto", FP16, CPU) == torch.float16

@@ -177,6 +177,34 @@ def test_of_those_that_wait_the_longest_wait_ends_first():
     assert [one.gone for one in several] == [True, False, False, False]
 
 
+def test_who_had_an_answer_gives_way_to_who_had_none():
+    class Waiting:
+        gone = False
+
+        def hang_up(self):
+            self.gone = True
+
+    lobby, several = Lobby(places=2), [Waiting() for _ in range(4)]
+    lobby.enter(several[0])
+    for one in several[1:]:
+        lobby.enter(one, answered=True)
+    assert [one.gone for one in several] == [False, True, True, False]
+
+
+def test_a_burst_of_refused_requests_does_not_cut_off_one_that_just_arrived():
+    held = b"POST /worker_get_status HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{"
+    friend = held.replace(b"Host: x", f"Host: x\r\nAuthorization: Bearer {TOKEN}".encode())
+    friend = friend.replace(b"50\r\n\r\n{", b"0\r\n\r\n")
+    with live(words_app(token=TOKEN)) as worker, ExitStack() as several:
+        mine = several.enter_context(connected(worker))
+        for _ in range(WAITING + 20):  # all behind `mine`, which waits longest
+            other = several.enter_context(connected(worker))
+            other.sendall(held)
+            assert other.recv(100).startswith(b"HTTP/1.1 401")
+        mine.sendall(friend)
+        assert mine.recv(100).startswith(b"HTTP/1.1 200")
+
+
 #: what a stranger without the token sends, and then keeps the connection
 HELD = {
     "nothing": b"",

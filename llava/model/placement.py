@@ -100,12 +100,13 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """The dtype for weights that were saved in none, such as random ones: bfloat16, float32 where
-    a CPU is slow at that, float16 on mps."""
-    kind = torch.device(device).type
-    if kind == "cpu":
+    """The dtype for weights that were saved in none, such as random ones: bfloat16 where the device
+    multiplies it natively, else float32 on a CPU and float16 on a GPU."""
+    device = torch.device(device)
+    if device.type == "cpu":
         return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
-    return torch.float16 if kind == "mps" else torch.bfloat16
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if native else torch.float16
 
 
 def place(model: nn.Module, device_map, device: torch.device) -> nn.Module:

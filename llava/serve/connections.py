@@ -2,7 +2,8 @@
 
 A connection on which nothing is being answered waits: for the head of its first request, for the
 next one, or for the rest of a body that nobody wants any more. Those that wait are few, each for a
-short time; when there are too many, the one that waits longest goes. Used by all three services.
+short time; when there are too many, one that had an answer before goes, or else the one that waits
+longest. Used by all three services.
 """
 
 from __future__ import annotations
@@ -23,18 +24,23 @@ KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, so that no
 
 
 class Lobby:
-    """The connections of one server that wait, the longest wait first."""
+    """The connections of one server that wait, the longest wait first.
+
+    Those that had an answer give way to those that had none: in a burst of refused requests, one
+    that has just arrived, and was not read yet, would be the one that waits longest.
+    """
 
     def __init__(self, places: int = WAITING):
         self.places = places
-        self._waiting: dict[ImpatientProtocol, None] = {}
+        self._waiting: dict[ImpatientProtocol, bool] = {}  # -> whether it had an answer
 
-    def enter(self, connection: ImpatientProtocol) -> None:
-        self._waiting[connection] = None
+    def enter(self, connection: ImpatientProtocol, answered: bool = False) -> None:
+        self._waiting[connection] = answered
         while len(self._waiting) > self.places:
-            oldest = next(iter(self._waiting))
-            self.leave(oldest)
-            oldest.hang_up()
+            had_answers = (one for one, had_one in self._waiting.items() if had_one)
+            first = next(had_answers, None) or next(iter(self._waiting))
+            self.leave(first)
+            first.hang_up()
 
     def leave(self, connection: ImpatientProtocol) -> None:
         self._waiting.pop(connection, None)
@@ -76,12 +82,15 @@ class ImpatientProtocol(H11Protocol):
             elif self.timeout_keep_alive_task is None or self.conn.trailing_data[0]:
                 self._wait(self.head_seconds)
             else:
-                self._lobby.enter(self)  # between two requests, for as long as uvicorn says
+                self._enter_lobby()  # between two requests, for as long as uvicorn says
 
     def _wait(self, seconds: float) -> None:
         if self._deadline is None:
             self._deadline = self.loop.call_later(seconds, self.hang_up)
-        self._lobby.enter(self)
+        self._enter_lobby()
+
+    def _enter_lobby(self) -> None:
+        self._lobby.enter(self, answered=self.cycle is not None)
 
     def hang_up(self) -> None:
         """Closes; what the other side has not read by now is lost."""
