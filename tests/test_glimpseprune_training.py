@@ -268,6 +268,7 @@ def test_nothing_but_the_part_is_trained(workplace, tmp_path):
         assert torch.equal(value, again.part.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(workplace, tmp_path):
     # Two of four samples on each of two processes are the batch of one process.
     flags = ["--max_steps", 3, "--le_dropout_prob", 0, "--le_weight", 0, "--learning_rate", 1e-3]

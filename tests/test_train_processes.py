@@ -207,26 +207,36 @@ def test_a_recipe_runs_in_its_own_precision(farm, place, tmp_path, zero):
     assert {"lm_head.weight", "model.mm_projector.0.weight"} <= changed
 
 
-@needs_deepspeed
-@pytest.mark.parametrize("zero", ["zero2", "zero3"])
-def test_a_process_without_images_keeps_no_other_waiting(farm, place, tmp_path, zero):
-    # The last batch is made of leftovers: two pictures for one process, two texts for the other.
+@pytest.fixture(scope="module")
+def leftovers(farm, place, tmp_path_factory):
+    """(flags, what one process learns with them): the last batch is made of leftovers, two pictures
+    for one process and two texts for the other."""
+    folder = tmp_path_factory.mktemp("leftovers")
     write_start(
-        tmp_path, "next", num_hidden_layers=2, image_aspect_ratio="anyres",
+        folder, "next", num_hidden_layers=2, image_aspect_ratio="anyres",
         mm_patch_merge_type="spatial_unpad", image_grid_pinpoints=[[84, 168], [168, 84]],
     )  # fmt: skip
     changes = {
-        "model_name_or_path": tmp_path / "next",
-        "vision_tower": tmp_path / "tower",
+        "model_name_or_path": folder / "next",
+        "vision_tower": folder / "tower",
         "data_path": place / "ordered.json",
         "image_aspect_ratio": "anyres",
         "max_steps": 3,
     }
-    wanted = of_one_process(farm, "finetune", place, tmp_path / "one", **changes)
-    changes |= {"deepspeed": f"scripts/{zero}.json"}
-    farm.run(*recipe("finetune", place, tmp_path / "two", **changes))
+    return changes, of_one_process(farm, "finetune", place, folder / "one", **changes)
+
+
+@pytest.mark.parametrize(
+    "zero",
+    ["", *(pytest.param(zero, marks=needs_deepspeed) for zero in ("zero2", "zero3"))],
+    ids=["ddp", "zero2", "zero3"],
+)
+def test_a_process_without_images_keeps_no_other_waiting(farm, place, leftovers, tmp_path, zero):
+    changes, wanted = leftovers
+    changes = {**changes, "deepspeed": zero and f"scripts/{zero}.json"}
+    farm.run(*recipe("finetune", place, tmp_path, **changes))
     assert "model.image_newline" in wanted
-    assert_same(weights(tmp_path / "two"), wanted)
+    assert_same(weights(tmp_path), wanted)
 
 
 @needs_deepspeed

@@ -46,6 +46,7 @@ def test_a_recipe_computes_in_the_precision_that_is_asked_for(name):
     assert words[words.index("--bf16") + 1] == "False" and words.count("--bf16") == 1
 
 
+@pytest.mark.slow
 @needs_bash
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU decides")
 def test_a_recipe_starts_with_what_the_cpu_is_fast_at_and_has():
