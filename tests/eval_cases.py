@@ -137,6 +137,8 @@ def inference_argv(case: dict, folder: Path, locate) -> list[str]:
     for mark, place in places.items():
         argv = [word.replace(mark, str(place)) for word in argv]
     cap = ["--max_new_tokens", str(case["generation_cap"])]
+    if "default conv mode llava_v0" in case.get("notes", ""):
+        argv += ["--conv-mode", "llava_v0"]  # ours asks the checkpoint which template it has
     return [*argv, *cap, "--device", "cpu", "--dtype", "float32"]
 
 
