@@ -151,7 +151,7 @@ def test_the_efficiency_program_hands_over(monkeypatch):
     words = ["--decode", "--method", "twigvlm,fastv", "--dtype", "fp32", "--visual-token-num", "96"]
     assert efficiency.main(words) == {"rows": []}
     args = decode_speed.parse_args(seen[0])
-    assert args.methods == ["twigvlm", "fastv"] and args.dtype == "float32"
+    assert args.methods == ["twigvlm", "fastv"] and args.dtype == "fp32"
     assert args.visual_token_num == 96 and args.config is None
     efficiency.main([*words, "--config", "7b"])
     assert decode_speed.parse_args(seen[1]).config == "7b"
