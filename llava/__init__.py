@@ -1,6 +1,6 @@
 """LLaVA with every visual-token-pruning method behind one interface."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["LlavaLlamaForCausalLM"]
 
 
