@@ -12,6 +12,7 @@ flash = device.type == 'cuda' and importlib.util.find_spec('flash_attn')
 print(fast_dtype(device) == torch.bfloat16, 'train_mem.py' if flash else 'train.py')")
     BF16=${BF16:-$fast_bf16}
     PROGRAM=${PROGRAM:-$fast_program}
+    echo "This device: bf16 $BF16, $PROGRAM (BF16 and PROGRAM in the environment choose otherwise)" >&2
 fi
 
 # What all of them hand to the Trainer ...

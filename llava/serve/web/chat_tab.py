@@ -13,6 +13,7 @@ from PIL import Image
 
 from llava.conversation import Conversation
 from llava.log_output import error_places
+from llava.pruning import DEFAULT_METHOD
 from llava.utils import moderation_msg, violates_moderation
 
 from ..errors import new_request_id
@@ -62,7 +63,7 @@ class ChatTab:
             with gr.Column(scale=6, min_width=320):
                 self._add_window()
             with gr.Column(scale=5, min_width=320):
-                self.picker = MethodPicker("chat", default="vispruner")
+                self.picker = MethodPicker("chat", default=DEFAULT_METHOD)
                 self.insight = gr.HTML(EMPTY, elem_id="insight", padding=False)
 
     def _add_window(self) -> None:

@@ -9,6 +9,7 @@ import logging
 import gradio as gr
 
 from llava.log_output import error_places
+from llava.pruning import DEFAULT_METHOD, Pruner
 
 from ..errors import new_request_id
 from . import asking
@@ -48,7 +49,7 @@ class CompareTab:
             self.stop = gr.Button(
                 "Stop", variant="stop", scale=1, min_width=90, visible=False, elem_id="compare-stop"
             )
-        sides = (("left", "none"), ("right", "vispruner"))
+        sides = (("left", Pruner.name), ("right", DEFAULT_METHOD))
         with gr.Row(equal_height=False):
             self.pickers = [self._picker(side, default) for side, default in sides]
         with gr.Row(equal_height=False):
