@@ -6,14 +6,13 @@ the same answers.
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from llava.checkpoint_kind import checkpoint_config, family_in, is_multimodal
 from llava.conversation import conv_templates
+from llava.log_output import say
 
 #: key of config.json that names the template; training writes it
 CONFIG_KEY = "conv_mode"
@@ -87,9 +86,9 @@ def checkpoint_conv_mode(
 
 
 def announce(choice: ConvMode) -> None:
-    """One line on stderr, unless the name or the user decided; of several processes one speaks."""
-    if choice.source not in ("given", "name") and os.environ.get("RANK", "0") == "0":
-        print(choice, file=sys.stderr)
+    """Says what was chosen, unless the name or the user decided."""
+    if choice.source not in ("given", "name"):
+        say(choice)
 
 
 def is_plain(values: Mapping, model_name: str) -> bool:

@@ -255,3 +255,9 @@ def _descriptor(stream) -> int:
         return stream.fileno()
     except (AttributeError, OSError, ValueError):
         return 2
+
+
+def say(text: object) -> None:
+    """A line on stderr about a decision that was taken; of several processes the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)

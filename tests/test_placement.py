@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from llava.log_output import say
 from llava.model import placement
 from llava.model.builder import load_pretrained_model
 from llava.model.placement import choose_dtype, cpu_multiplies_bfloat16, dtype_note, fast_dtype
@@ -59,6 +60,13 @@ def test_loading_says_once_which_dtype_this_cpu_gets(native, capsys):
     assert said.count(words) == 1
     load_pretrained_model(path, None, "llava-v1.5", device="cpu", torch_dtype=torch.float32)
     assert "Running in" not in capsys.readouterr().err
+
+
+def test_of_several_processes_the_first_says_what_was_decided(monkeypatch, capsys):
+    for rank in ("0", "1", "2"):
+        monkeypatch.setenv("RANK", rank)
+        say("a decision")
+    assert capsys.readouterr().err == "a decision\n"
 
 
 def test_nothing_is_said_where_the_cpu_decides_nothing():

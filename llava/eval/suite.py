@@ -231,7 +231,7 @@ def extent(settings: list[Run], benchmarks: list[Benchmark], args) -> str:
     questions = sum(len(b.load_questions(p, args.limit, skip_bad)) for b, p in paths.items())
     return (
         f"{len(settings)} settings x {questions} questions of {len(benchmarks)} tasks: "
-        f"{len(settings) * questions} answers"
+        f"{len(settings) * questions} answers, less those already there"
     )
 
 

@@ -8,7 +8,6 @@ base model, unmerged LoRA adapters, and plain language models. Everything is rea
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 
 import torch
@@ -36,6 +35,7 @@ from ..constants import (
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_PATCH_TOKEN,
 )
+from ..log_output import say
 from ..pruning import Pruner, pruner_from_keywords
 from ..pruning.drafter import STRATEGIES
 from ..weight_files import local_folder, uses_cache_dir
@@ -149,7 +149,7 @@ def load_pretrained_model(
     values = check_config(values, config_path(folder, base), plain=not kind.multimodal)
     dtype = choose_dtype(torch_dtype, values, device, quantized)
     if torch_dtype is None and (note := dtype_note(dtype, values, device)):
-        print(note, file=sys.stderr)
+        say(note)
     fill_device = "cpu" if quantized or may_share(device_map, device) else device
 
     # All small files first: what is wrong with them should not cost the reading of the weights.
