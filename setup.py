@@ -53,5 +53,5 @@ setup(
         "tqdm",
     ],
     extras_require=EXTRAS,
-    entry_points={"lmms_eval.models": ["llava_pruning = llava.eval.lmms_plugin:manifest"]},
+    entry_points={"lmms_eval.models": ["llava_pruning = llava.eval.plugins.lmms:manifest"]},
 )

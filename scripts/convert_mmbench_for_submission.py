@@ -3,10 +3,10 @@
 import argparse
 import os
 
-from llava.eval import uploads
-from llava.eval.answer_lines import read_answers
-from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_table
+from llava.errors import errors_as_messages
+from llava.eval.answering.questions import read_table
+from llava.eval.benchmarks import uploads
+from llava.eval.files.answer_lines import read_answers
 
 
 @errors_as_messages()

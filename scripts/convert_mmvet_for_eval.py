@@ -2,9 +2,9 @@
 
 import argparse
 
-from llava.eval import uploads
-from llava.eval.answer_lines import read_answers
-from llava.eval.errors import errors_as_messages
+from llava.errors import errors_as_messages
+from llava.eval.benchmarks import uploads
+from llava.eval.files.answer_lines import read_answers
 
 
 @errors_as_messages()

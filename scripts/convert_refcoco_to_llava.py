@@ -12,9 +12,9 @@ import argparse
 import os
 import pickle
 
-from llava.eval import uploads
-from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_json
+from llava.errors import errors_as_messages
+from llava.eval.answering.questions import read_json
+from llava.eval.benchmarks import uploads
 
 TEXT = (
     "Please provide the bounding box coordinate of the region this sentence describes: {sentence}."

@@ -2,10 +2,11 @@
 
 import argparse
 
-from llava.eval import eval_seed, uploads
-from llava.eval.answer_lines import read_answers
-from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_json
+from llava.errors import errors_as_messages
+from llava.eval.answering.questions import read_json
+from llava.eval.benchmarks import seed as eval_seed
+from llava.eval.benchmarks import uploads
+from llava.eval.files.answer_lines import read_answers
 
 
 @errors_as_messages()

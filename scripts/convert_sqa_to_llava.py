@@ -11,8 +11,8 @@ import argparse
 import json
 import os
 
-from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_json
+from llava.errors import errors_as_messages
+from llava.eval.answering.questions import read_json
 
 LETTERS = "ABCDE"
 # Parts of the input by format; "because" stands for the explanation given as a hint.

@@ -2,10 +2,10 @@
 
 import argparse
 
-from llava.eval import uploads
-from llava.eval.answer_lines import read_answers_tolerantly
-from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_jsonl
+from llava.errors import errors_as_messages
+from llava.eval.answering.questions import read_jsonl
+from llava.eval.benchmarks import uploads
+from llava.eval.files.answer_lines import read_answers_tolerantly
 
 
 @errors_as_messages()

@@ -9,9 +9,9 @@ the test split is reported closed.
 
 import argparse
 
-from llava.eval import uploads
-from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_json_list
+from llava.errors import errors_as_messages
+from llava.eval.answering.questions import read_json_list
+from llava.eval.benchmarks import uploads
 
 SUFFIX = (
     "\nWhen the provided information is insufficient, respond with 'Unanswerable'."

@@ -8,10 +8,10 @@ an empty one. Reads `DIR/answers/SPLIT/CKPT/merge.jsonl` and writes
 import argparse
 import os
 
-from llava.eval import uploads
-from llava.eval.answer_lines import read_answers_tolerantly
-from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_jsonl
+from llava.errors import errors_as_messages
+from llava.eval.answering.questions import read_jsonl
+from llava.eval.benchmarks import uploads
+from llava.eval.files.answer_lines import read_answers_tolerantly
 
 FULL_TEST_SET = "llava_vqav2_mscoco_test2015.jsonl"
 

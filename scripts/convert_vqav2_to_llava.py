@@ -9,9 +9,9 @@ the test split are known to its server only.
 
 import argparse
 
-from llava.eval import uploads
-from llava.eval.errors import errors_as_messages
-from llava.eval.tasks import read_json
+from llava.errors import errors_as_messages
+from llava.eval.answering.questions import read_json
+from llava.eval.benchmarks import uploads
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 

@@ -56,7 +56,7 @@ PAIRS=()
 REST=()
 if [ $# -gt 0 ] || [ -n "$METHOD" ]; then
     # all.sh has read the words for the scripts it starts
-    words=${WORDS_READ:-$("$PYTHON" -m llava.eval.script_args "$METHOD" "$@")}
+    words=${WORDS_READ:-$("$PYTHON" -m llava.eval.answering.script_args "$METHOD" "$@")}
     eval "$words"
 fi
 METHOD=${METHOD:-none}
@@ -91,7 +91,7 @@ fi
 MODEL_NAME=$(basename "$MODEL")
 
 # evaluate BENCHMARK PROGRAM [options]: answers the questions and scores the answers. The benchmark is
-# one in llava/eval/benchmarks.py; SPLIT from the environment chooses another split of it.
+# one in llava/eval/benchmarks/table.py; SPLIT from the environment chooses another split of it.
 evaluate() {
     local name=$1${SPLIT:+_$SPLIT}
     shift
@@ -102,7 +102,7 @@ evaluate() {
 # answer BENCHMARK PROGRAM [options]: sets SOURCE, QUESTIONS, IMAGES and ANSWERS.
 answer() {
     local found path split program=$2
-    found=$("$PYTHON" -m llava.eval.data_files "$1" ${DATA_DIR:+--data-dir "$DATA_DIR"})
+    found=$("$PYTHON" -m llava.eval.benchmarks.data_files "$1" ${DATA_DIR:+--data-dir "$DATA_DIR"})
     eval "$found"
     path=${QUESTIONS#"$SOURCE/"}
     split=$(basename "${path%.*}")
@@ -144,7 +144,7 @@ score() {
 
 # list_benchmarks [options]: names there is data for.
 list_benchmarks() {
-    "$PYTHON" -m llava.eval.data_files list ${DATA_DIR:+--data-dir "$DATA_DIR"} "$@"
+    "$PYTHON" -m llava.eval.benchmarks.data_files list ${DATA_DIR:+--data-dir "$DATA_DIR"} "$@"
 }
 
 # run_all ARGUMENTS: runs the script of every benchmark there is data for; a table of all scores.

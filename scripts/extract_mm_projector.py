@@ -12,7 +12,7 @@ import os
 import torch
 from safetensors.torch import save_file
 
-from llava.eval.errors import errors_as_messages
+from llava.errors import errors_as_messages
 from llava.weight_files import tensors_in, weight_files
 
 PARTS = ("mm_projector", "image_newline")

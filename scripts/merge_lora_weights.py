@@ -10,7 +10,7 @@ import argparse
 
 import torch
 
-from llava.eval.errors import errors_as_messages
+from llava.errors import errors_as_messages
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import TOWER_PREFIX, write_checkpoint

@@ -18,7 +18,7 @@ OUT=${OUT:-runs/quickstart/limit_$LIMIT}
 mkdir -p "$OUT"
 
 echo "Evaluating the playground, about $LIMIT questions per task:"
-"$PYTHON" -m llava.eval.suite --tokens 576 192 128 64 --methods vispruner random \
+"$PYTHON" -m llava.eval.compare.suite --tokens 576 192 128 64 --methods vispruner random \
     --limit "$LIMIT" --out "$OUT"
 
 echo

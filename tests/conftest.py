@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +19,7 @@ from llava.model import (
 )
 from llava.pruning import build_pruner
 from llava.pruning.base import option_names
+from tests.paths import GOLDEN
 
 SIDE, PATCH = 84, 14
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
@@ -78,7 +78,7 @@ def tower_dir(tmp_path_factory):
     CLIPModel(config).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(Path(__file__).parent / "golden" / "tiny-clip-vit-l14-336" / name, folder)
+        shutil.copy(GOLDEN / "tiny-clip-vit-l14-336" / name, folder)
     return str(folder)
 
 

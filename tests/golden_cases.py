@@ -22,8 +22,8 @@ import torch
 
 from llava.pruning import Pruner
 from tests.golden_checks.compare import Report
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "tests" / "golden"
 SHARED = ROOT.parent / "shared" / "golden"
 

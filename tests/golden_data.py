@@ -1,10 +1,11 @@
 """Where the recorded reference cases are: beside the repository in full, or the part shipped."""
 
 import json
-from pathlib import Path
 
-SHIPPED = Path(__file__).parent / "golden"
-FULL = Path(__file__).parents[2] / "shared" / "golden"
+from tests.paths import GOLDEN as SHIPPED
+from tests.paths import ROOT
+
+FULL = ROOT.parent / "shared" / "golden"
 GOLDEN = FULL if FULL.is_dir() else SHIPPED
 
 

@@ -12,7 +12,7 @@ from llava.model import LlavaLlamaForCausalLM
 from llava.model.utils import auto_upgrade
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.model_setup import checkpoint_kind, load_model
-from tests.checkpoint_tools import CHECKPOINT, NEXT, TOWER, copy_of, load, same, write_adapter
+from tests.model.checkpoint_tools import CHECKPOINT, NEXT, TOWER, copy_of, load, same, write_adapter
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
 
 from llava import playground
 from llava.eval import run_llava
-from llava.eval.show_pruning import crop_boxes, surviving_patches
 from llava.pruning import DecoderPruner, build_pruner, trace_pruning
 from llava.pruning.cli import pruner_from_args
+from llava.pruning.picture import crop_boxes, surviving_patches
 from llava.serve import cli
+from tests.paths import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
 MODEL = str(GOLDEN / "tiny-llava-v1.5")
 ANYRES = str(GOLDEN / "tiny-llava-v1.6")
 IMAGE = str(GOLDEN / "images/img1_640x360.png")

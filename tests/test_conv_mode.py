@@ -15,13 +15,15 @@ from transformers import LlamaConfig
 from llava import playground
 from llava.conv_mode import checkpoint_conv_mode, choose_conv_mode
 from llava.conversation import conv_templates
-from llava.eval import decode_speed, model_vqa_loader, model_vqa_science, run_llava, suite
-from llava.eval.loading import resolve_conv_mode
+from llava.eval import model_vqa_loader, model_vqa_science, run_llava
+from llava.eval.answering.loading import resolve_conv_mode
+from llava.eval.compare import suite
+from llava.eval.efficiency import decode_speed
 from llava.mm_utils import get_model_name_from_path, infer_conv_mode
 from llava.model import LlavaConfig, LlavaMistralConfig
 from llava.serve.engine import Engine
 from llava.train.train import choose_template
-from tests.checkpoint_tools import CHECKPOINT, NEXT, copy_of
+from tests.model.checkpoint_tools import CHECKPOINT, NEXT, copy_of
 
 LLAMA = {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava"}
 LLAVA_15 = {**LLAMA, "mm_projector_type": "mlp2x_gelu", "vocab_size": 32000}

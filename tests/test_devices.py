@@ -11,8 +11,8 @@ from llava.model.reuse import Picture, PrefixCache
 from llava.pruning import METHODS, build_pruner, trace_pruning
 from llava.pruning.base import DecoderPruner, Pruner
 from tests.conftest import PINPOINTS, SIDE, make_pruner, pad_batch
+from tests.pruning.test_twigvlm import grown
 from tests.second_device import SECOND, THIRD, devices, place
-from tests.test_twigvlm import grown
 
 CHAINS = ["vispruner+fastv", "pool+pyramiddrop"]
 GREEDY = dict(do_sample=False, max_new_tokens=3, eos_token_id=-1, pad_token_id=0)

@@ -12,9 +12,10 @@ from PIL import ExifTags, Image
 from transformers import CLIPImageProcessor
 
 from llava.conversation import conv_templates
-from llava.eval import answerer, run_llava
-from llava.eval.answer_loop import AnswerLoop
-from llava.eval.tasks import Question
+from llava.eval import run_llava
+from llava.eval.answering import answerer
+from llava.eval.answering.loop import AnswerLoop
+from llava.eval.answering.questions import Question
 from llava.image_io import TURNS, load_image, load_image_from_base64, to_rgb
 from llava.mm_utils import process_images
 from llava.serve.images import decode_images

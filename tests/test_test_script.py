@@ -2,11 +2,12 @@
 
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "test.sh"
+from tests.paths import ROOT
+
+SCRIPT = ROOT / "scripts" / "test.sh"
 PARALLEL = "-n 2 --dist loadfile"
 INTERPRETER = """#!/usr/bin/env bash
 case "$1" in

@@ -7,8 +7,8 @@ The judge is any OpenAI-compatible endpoint (`--help`); a run that was stopped g
 `python -m llava.eval.summarize_gpt_review -f REVIEW.jsonl` prints the scores.
 """
 
-from llava.eval import gpt_review
-from llava.eval.errors import errors_as_messages
+from llava.errors import errors_as_messages
+from llava.eval.benchmarks import gpt_review
 
 
 @errors_as_messages()

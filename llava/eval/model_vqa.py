@@ -6,9 +6,9 @@ python -m llava.eval.model_vqa --model-path llava-v1.5-7b --question-file Q.json
 The same loop as `model_vqa_loader`, with another limit.
 """
 
-from llava.eval.errors import errors_as_messages
-from llava.eval.model_vqa_loader import build_parser, parse_args, run, use_playground_questions
-from llava.eval.tasks import jsonl_questions, read_jsonl
+from llava.errors import errors_as_messages
+from llava.eval.answering.program import build_parser, parse_args, run, use_playground_questions
+from llava.eval.answering.questions import jsonl_questions, read_jsonl
 
 
 @errors_as_messages()

@@ -6,9 +6,14 @@ python -m llava.eval.model_vqa_mmbench --model-path llava-v1.5-7b --question-fil
 
 from functools import partial
 
-from llava.eval.errors import errors_as_messages
-from llava.eval.model_vqa_loader import build_parser, parse_args, run, use_playground_questions
-from llava.eval.tasks import SINGLE_PRED_PROMPT, mmbench_question, mmbench_questions, read_mmbench
+from llava.errors import errors_as_messages
+from llava.eval.answering.program import build_parser, parse_args, run, use_playground_questions
+from llava.eval.answering.questions import (
+    SINGLE_PRED_PROMPT,
+    mmbench_question,
+    mmbench_questions,
+    read_mmbench,
+)
 
 
 @errors_as_messages()

@@ -8,10 +8,10 @@ Lines hold the fields of the question, the answer as `response`.
 
 from functools import partial
 
-from llava.eval.errors import errors_as_messages
-from llava.eval.eval_qbench import INSTRUCTION, qbench_questions
-from llava.eval.model_vqa_loader import build_parser, parse_args, run
-from llava.eval.tasks import read_json_list
+from llava.errors import errors_as_messages
+from llava.eval.answering.program import build_parser, parse_args, run
+from llava.eval.answering.questions import read_json_list
+from llava.eval.benchmarks.qbench import INSTRUCTION, qbench_questions
 
 
 @errors_as_messages()

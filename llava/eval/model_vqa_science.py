@@ -6,9 +6,9 @@ python -m llava.eval.model_vqa_science --model-path llava-v1.5-7b --image-folder
 
 from functools import partial
 
-from llava.eval.errors import errors_as_messages
-from llava.eval.model_vqa_loader import build_parser, parse_args, run
-from llava.eval.tasks import read_json_list, science_questions
+from llava.errors import errors_as_messages
+from llava.eval.answering.program import build_parser, parse_args, run
+from llava.eval.answering.questions import read_json_list, science_questions
 
 
 @errors_as_messages()

@@ -3,15 +3,15 @@
 python -m llava.eval.model_vqa_viscot --model-path llava-v1.5-7b --image-folder DIR \
     --question-file benchmark/gqa.json --answers-file A.jsonl [--brief]
 
-A judge scores the answers: `python -m llava.eval.eval_viscot`.
+A judge scores the answers: `python -m llava.eval.benchmarks.viscot`.
 """
 
 import os
 from functools import partial
 
-from llava.eval import viscot
-from llava.eval.errors import errors_as_messages
-from llava.eval.model_vqa_loader import build_parser, parse_args, run
+from llava.errors import errors_as_messages
+from llava.eval.answering.program import build_parser, parse_args, run
+from llava.eval.benchmarks import viscot_questions as viscot
 
 
 @errors_as_messages()

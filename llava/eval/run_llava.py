@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 
+from llava import model_args
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
@@ -24,19 +25,18 @@ from llava.constants import (
 )
 from llava.conv_mode import AUTO, announce, checkpoint_conv_mode
 from llava.conversation import conv_templates
-from llava.eval import model_args
-from llava.eval.errors import errors_as_messages
-from llava.eval.model_args import add_option
-from llava.eval.show_pruning import show_pruning
+from llava.errors import errors_as_messages
 from llava.mm_utils import (
     get_model_name_from_path,
     load_image,
     process_images,
     tokenizer_image_token,
 )
+from llava.model_args import add_option
 from llava.playground import default_image, default_model_path
 from llava.pruning import trace_pruning
 from llava.pruning.cli import add_pruning_args, pairs_in, pruner_from_args
+from llava.pruning.picture import show_pruning
 
 DEFAULT_QUERY = "What color is the ring?\nAnswer the question using a single word or phrase."
 PICTURE_TYPES = (".png", ".jpg", ".webp")

@@ -11,12 +11,13 @@ import argparse
 import json
 import os
 
-from llava.eval import budgets, paired
-from llava.eval.answer_lines import answers_among, failed_sentence, is_failed, read_lines
-from llava.eval.benchmarks import Benchmark, find_benchmark
-from llava.eval.errors import errors_as_messages
-from llava.eval.judge import add_judge_args, has_endpoint, judge_from_args
-from llava.eval.judged_scores import JudgedRun
+from llava.errors import errors_as_messages
+from llava.eval.benchmarks.judged_scores import JudgedRun
+from llava.eval.benchmarks.table import Benchmark, find_benchmark
+from llava.eval.files import budgets
+from llava.eval.files.answer_lines import answers_among, failed_sentence, is_failed, read_lines
+from llava.eval.scoring import paired
+from llava.eval.scoring.judge import add_judge_args, has_endpoint, judge_from_args
 
 SUMMARY = ("benchmark", "metric", "score", "percent", "count")
 
@@ -128,7 +129,7 @@ def score(benchmark: Benchmark, args, questions: str, records: list[dict]) -> di
 @errors_as_messages()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmark", help="name in llava/eval/benchmarks.py")
+    parser.add_argument("benchmark", help="name in llava/eval/benchmarks/table.py")
     parser.add_argument("--data-dir", default="playground/data/eval")
     parser.add_argument("--question-file", help="default: the benchmark's, in the data folder")
     parser.add_argument("--answers-file", required=True)

@@ -6,8 +6,8 @@ python -m llava.eval.score_table A.score.json B.score.json ...
 import argparse
 import json
 
-from llava.eval.errors import errors_as_messages
-from llava.eval.records import kind_of, read_json
+from llava.errors import errors_as_messages
+from llava.eval.files.records import kind_of, read_json
 
 
 def table(results: list[dict]) -> str:

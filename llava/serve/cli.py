@@ -15,8 +15,7 @@ import torch
 from transformers import TextStreamer
 
 from llava.conversation import Conversation, conv_templates
-from llava.eval.errors import errors_as_messages
-from llava.eval.model_args import add_option
+from llava.errors import errors_as_messages
 from llava.eval.run_llava import (
     add_model_args,
     image_inputs,
@@ -25,6 +24,7 @@ from llava.eval.run_llava import (
     sampling,
 )
 from llava.mm_utils import load_image, tokenizer_image_token
+from llava.model_args import add_option
 from llava.playground import default_image
 
 #: what the playground's model was taught, in words about its first picture

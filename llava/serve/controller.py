@@ -13,7 +13,7 @@ import asyncio
 import logging
 from contextlib import aclosing, asynccontextmanager, suppress
 
-from ..eval.errors import errors_as_messages
+from ..errors import errors_as_messages
 from .service import (
     ChunkStream,
     FastAPI,

@@ -22,7 +22,7 @@ import time
 
 import requests
 
-from ..eval.errors import errors_as_messages
+from ..errors import errors_as_messages
 from ..log_output import protect_standard_streams
 from .auth import TOKEN_VARIABLE, add_token_arg, check_exposure, read_token, token_headers
 

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import warnings
 
-from llava.eval.errors import errors_as_messages
+from llava.errors import errors_as_messages
 
 from .auth import add_token_arg, is_loopback, read_token
 from .service import set_up_logging

@@ -14,9 +14,9 @@ import logging
 import os
 from contextlib import redirect_stderr
 
-from ..eval.errors import errors_as_messages
-from ..eval.model_args import add_model_args, add_option, load_from_args
+from ..errors import errors_as_messages
 from ..mm_utils import get_model_name_from_path
+from ..model_args import add_model_args, add_option, load_from_args
 from ..playground import default_model_path
 from ..pruning.cli import add_pruning_args, pruner_from_args
 from ..utils import StreamToLogger

@@ -11,7 +11,7 @@ import json
 
 import requests
 
-from ..eval.errors import errors_as_messages
+from ..errors import errors_as_messages
 from .auth import add_token_arg, read_token, token_headers
 
 SECONDS = 30

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..constants import IMAGE_TOKEN_INDEX
-from ..eval.show_pruning import crop_boxes, importance_of_patches
 from ..pruning import Pruner, PruningTrace
 from ..pruning.cost import kv_cache_bytes
+from ..pruning.picture import crop_boxes, importance_of_patches
 from .methods import settings
 
 PLACEMENT = ("image_aspect_ratio", "image_grid_pinpoints")

@@ -20,7 +20,7 @@ from pathlib import Path
 from ..constants import DEFAULT_IMAGE_TOKEN
 from ..conv_mode import announce, checkpoint_conv_mode
 from ..conversation import conv_templates
-from ..eval.errors import errors_as_messages
+from ..errors import errors_as_messages
 from ..mm_utils import get_model_name_from_path, infer_conv_mode
 from .service import log_failure  # first of the service's modules: it names the missing extra
 

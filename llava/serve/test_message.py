@@ -11,7 +11,7 @@ import json
 import sys
 
 from ..conversation import SeparatorStyle, conv_templates
-from ..eval.errors import errors_as_messages
+from ..errors import errors_as_messages
 from ..mm_utils import infer_conv_mode
 from .auth import add_token_arg, read_token
 from .register_worker import post

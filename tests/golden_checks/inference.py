@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from tests import eval_cases
+from tests.eval import eval_cases
 from tests.golden_cases import load_json, locate
 
 

@@ -3,13 +3,13 @@
 import tempfile
 from pathlib import Path
 
-from llava.eval.m4c_evaluator import (
+from llava.eval.scoring.m4c import (
     EvalAIAnswerProcessor,
     STVQAAccuracyEvaluator,
     STVQAANLSEvaluator,
     TextVQAAccuracyEvaluator,
 )
-from tests import eval_cases
+from tests.eval import eval_cases
 from tests.golden_cases import load_json
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from llava.eval.show_pruning import PANEL_SIDE, draw_image, draw_importance
 from llava.image_io import displayed
+from llava.pruning.picture import PANEL_SIDE, draw_image, draw_importance
 
 from .report import ImageReport, Report
 

@@ -1,0 +1,136 @@
+"""Questions in, answers file out, by one process or several; continued after any interruption."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+
+import shortuuid
+from tqdm import tqdm
+
+from llava.eval.answering.answers_file import AnswersFile
+from llava.eval.answering.journal import Journal
+from llava.eval.answering.loop import AnswerLoop
+from llava.eval.answering.plan import Share, plan_shares
+from llava.eval.answering.questions import Question
+from llava.eval.answering.workers import Workers
+from llava.eval.files.answer_lines import Failure
+
+FILE_SYSTEM_SECONDS = 90.0
+
+
+@dataclass
+class Answered:
+    """What a run did.
+
+    num_before:    answers that were there
+    seconds:       time this process took to answer, without loading; None when answers were there
+                   before: it would be that of a part
+    visual_tokens: of a prompt, entering the decoder and on average over its layers; None: none seen
+    num_failed:    questions in the file that failed, as the main process knows it
+    """
+
+    num_before: int
+    seconds: float | None
+    visual_tokens: tuple[float, float] | None
+    num_failed: int = 0
+
+
+@dataclass
+class Task:
+    """A set of questions and where the answers go.
+
+    images:   folder of the images
+    path:     answers file
+    model:    name of the model in the answer lines
+    settings: what must be equal for two runs to continue each other (JSON values)
+    label:    what the progress bar says; by default the name of the answers file
+    """
+
+    questions: list[Question]
+    images: str
+    path: str
+    model: str
+    settings: dict
+    label: str = ""
+
+    def line(self, number: int, text: str | Failure) -> dict:
+        """The record for the answers file; its id follows from question and settings, so that a
+        run that was interrupted ends with the same file as one that was not."""
+        question = self.questions[number]
+        name = json.dumps([self.digest, question.head, number], sort_keys=True)
+        if isinstance(text, Failure):
+            return question.failed_line(text.reason, shortuuid.uuid(name), self.model)
+        return question.answer_line(text, shortuuid.uuid(name), self.model)
+
+    @cached_property
+    def digest(self) -> str:
+        """Stands for the settings in the names of the answers."""
+        return shortuuid.uuid(json.dumps(self.settings, sort_keys=True))
+
+
+def answer_questions(
+    task: Task,
+    make_loop: Callable[[], AnswerLoop],
+    batch_size: int = 1,
+    by_image: bool = True,
+    overwrite: bool = False,
+    workers: Workers | None = None,
+) -> Answered:
+    """Answers what the answers file does not hold yet; when it returns, the file is complete.
+
+    make_loop: called where there is something to answer; may load the model
+    by_image:  questions about one image come together, see `plan_shares`
+    workers:   the processes that call this alike, with a file system in common
+    Questions that failed in an earlier run are asked again. Raises ValueError when the file belongs
+    to other questions or settings.
+    """
+    workers = workers or Workers()
+    key = workers.next_key()
+    if not workers.main:
+        num_before, todo = workers.tell(key)
+        journal = Journal(task.path, workers.rank)
+        outcome = _answer(task, todo, make_loop, workers, key, journal.write, num_before)
+        journal.close()
+        workers.wait(f"{key}/answered")
+        workers.wait(f"{key}/merged")
+        return outcome
+    heads = [question.head for question in task.questions]
+    with AnswersFile(task.path, heads, task.settings, overwrite) as answers:
+        num_before, known = len(answers.known), answers.known
+        shares = plan_shares(task.questions, batch_size, by_image)
+        open_shares = ([b for b in share if not known.issuperset(b)] for share in shares)
+        todo = [share for share in open_shares if share]
+        workers.tell(key, [num_before, todo])
+        outcome = _answer(task, todo, make_loop, workers, key, answers.put, num_before)
+        workers.wait(f"{key}/answered")
+        answers.finish(FILE_SYSTEM_SECONDS if workers.size > 1 else 0.0)
+        outcome.num_failed = len(answers.failed)
+    workers.wait(f"{key}/merged")
+    return outcome
+
+
+def _answer(task, todo: list[Share], make_loop, workers, key: str, put, num_before) -> Answered:
+    """This process's part: answers shares as long as there are some, and hands them to `put`."""
+    batches = (batch for number in workers.claim(key, len(todo)) for batch in todo[number])
+    first = next(batches, None)
+    if first is None:
+        return Answered(num_before, None, None)
+    loop = make_loop()
+    loop.visual_tokens, start = None, time.perf_counter()
+    asked = ((b, [task.questions[n] for n in b]) for b in chain([first], batches))
+    label = task.label or os.path.basename(task.path)
+    bar = {"desc": label, "unit": " answers", "disable": not workers.main}
+    with tqdm(total=len(task.questions), initial=num_before, **bar) as progress:
+        for numbers, texts in loop.run(asked, task.images):
+            put(numbers, [task.line(n, text) for n, text in zip(numbers, texts, strict=True)])
+            if workers.main and loop.visual_tokens and not progress.postfix:
+                entering, mean = loop.visual_tokens
+                progress.set_postfix_str(f"visual tokens {entering:g}, mean {mean:.1f}")
+            done = workers.count(key, len(numbers))
+            progress.update(max(0, min(num_before + done, len(task.questions)) - progress.n))
+    seconds = time.perf_counter() - start if not num_before else None
+    return Answered(num_before, seconds, loop.visual_tokens)

@@ -1,0 +1,91 @@
+"""Reads the words behind `bash scripts/v1_5/eval/BENCHMARK.sh` for scripts/eval_common.sh.
+
+python -m llava.eval.answering.script_args METHOD [TOKENS [NUMBER ...]] [KEY=VALUE ...] [options]
+
+Prints assignments for the shell: METHOD, TOKENS ("" for the method's own budget), PAIRS (options of
+the method as KEY=VALUE) and REST (what belongs to the answering program). An empty METHOD is the
+one that the options belong to. Numbers in front are the options that the method's published scripts
+take by place, and its published environment variables count where the words say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+
+from llava.errors import errors_as_messages
+from llava.pruning import METHODS, Pruner, guess_method
+from llava.pruning.choice import translate
+from llava.pruning.cli import add_pruning_args, parse_pair
+
+NUMBER = re.compile(r"\d+(\.\d+)?|\.\d+")
+PAIR = re.compile(r"[a-zA-Z_]\w*=.+", re.DOTALL)
+BUDGET = "visual_token_num"
+
+
+def read(words: list[str], method: str, environment: Mapping[str, str]) -> tuple:
+    """(method, budget or None, KEY=VALUE pairs, other words) of the words behind a script's name.
+
+    method: "" where none was named
+    Raises ValueError on numbers that the method has no option for, on an option given by place and
+    by name, and where `guess_method` does.
+    """
+    words, numbers = list(words), []
+    while words and NUMBER.fullmatch(words[0]):
+        numbers.append(words.pop(0))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_pruning_args(parser)
+    parser.set_defaults(generation_strategy=None)
+    args, rest = parser.parse_known_args(words)
+    if args.generation_strategy:
+        rest += ["--generation-strategy", args.generation_strategy]
+    pairs = args.pruning_arg + [word for word in rest if PAIR.fullmatch(word)]
+    options = dict(map(parse_pair, pairs))
+    if args.visual_token_num is not None:
+        options[BUDGET] = args.visual_token_num
+    by_place(options, (BUDGET,), numbers[:1])
+    name = args.pruning_method or method
+    if not name:
+        name, options = guess_method(options)
+    places = METHODS[name].positional if name in METHODS else (BUDGET,)
+    if len(numbers) > len(places):
+        raise ValueError(f"{' '.join(numbers)}: {name} takes {' '.join(places)} by place, no more")
+    by_place(options, places[1:], numbers[1:])
+    if name in METHODS:
+        options = translate(METHODS[name], options)
+        options = {**from_environment(METHODS[name], environment), **options}
+    budget = options.pop(BUDGET, None)
+    rest = [word for word in rest if not PAIR.fullmatch(word)]
+    return name, budget, [f"{key}={value}" for key, value in options.items()], rest
+
+
+def by_place(options: dict, names: Sequence[str], numbers: Sequence[str]) -> None:
+    """Puts numbers that were given without a name into `options`."""
+    for name, number in zip(names, numbers, strict=False):
+        if name in options:
+            raise ValueError(f"{name} is given twice: {number} in front, and {options[name]}")
+        options[name] = parse_pair(f"{name}={number}")[1]
+
+
+def from_environment(method: type[Pruner], environment: Mapping[str, str]) -> dict:
+    """The options that the method's published environment variables set."""
+    variables = method.published_environment.items()
+    pairs = [f"{option}={environment[name]}" for name, option in variables if environment.get(name)]
+    return dict(map(parse_pair, pairs))
+
+
+@errors_as_messages()
+def main(arguments: list[str] | None = None) -> None:
+    method, *words = sys.argv[1:] if arguments is None else arguments
+    method, budget, pairs, rest = read(words, method, os.environ)
+    tokens = "" if budget is None else str(budget)
+    print(f"METHOD={shlex.quote(method)} TOKENS={shlex.quote(tokens)}")
+    print(f"PAIRS=({shlex.join(pairs)}) REST=({shlex.join(rest)})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""One benchmark: its files, how its questions are read, and who scores the answers."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llava.errors import broken_files_named
+from llava.eval.answering.questions import (
+    Question,
+    jsonl_questions,
+    questions_of,
+    read_jsonl,
+    subset,
+)
+from llava.eval.benchmarks.judged_scores import Judged
+from llava.eval.benchmarks.server_files import Upload
+from llava.eval.files.answer_lines import answers_among, is_failed
+from llava.eval.files.matching import check_asked, source
+from llava.eval.files.records import Records
+
+SHARED_IMAGES = "images"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark.
+
+    questions: question file, relative to the data folder
+    images:    image folder in the published layout; None where images are inside the questions
+    metric:    what `score` is
+    evaluate:  (data folder, question file, answers) -> dict with `score`, `count` and details;
+               `percent` where `score` is not one; None: the right answers are not public
+    report:    that dict -> the text the reference scorer prints
+    truth:     files with the right answers, besides the questions
+    read, to_questions: reader of the question file, and of one record
+    judge:     how a judge scores the answers, where that is the metric
+    upload:    file that a server scores
+    server_if: with this file in the data folder the questions are those of the hidden split
+    together:  record -> what it shares with those it must not be parted from by a limit
+    joint:     line of an answers file -> what it shares with those it is scored together with;
+               None: every question is scored alone
+    """
+
+    name: str
+    questions: str
+    images: str | None
+    metric: str
+    evaluate: Callable[[str, str, list[dict]], dict] | None = None
+    report: Callable[[dict], str] | None = None
+    truth: tuple[str, ...] = ()
+    read: Callable[[str], list[dict]] = read_jsonl
+    to_questions: Callable = jsonl_questions
+    judge: Judged | None = None
+    upload: Upload | None = None
+    server_if: str | None = None
+    together: Callable[[dict], object] | None = None
+    joint: Callable[[dict], object] | None = None
+
+    def load_questions(
+        self, path: str, limit: int | None = None, skip_bad: bool = False
+    ) -> list[Question]:
+        """Returns the questions of a file, or about `limit` of them; see `questions_of`."""
+        records = subset(self.read(path), limit, self.together)
+        return questions_of(records, self.to_questions, skip_bad)
+
+    def image_folder(self, data_dir: str) -> str:
+        """Returns the folder all benchmarks share, where there is one, else the published one."""
+        shared = os.path.join(data_dir, SHARED_IMAGES)
+        return shared if os.path.isdir(shared) else os.path.join(data_dir, self.images or "")
+
+    def scorable(self, data_dir: str) -> bool:
+        """True when the right answers to the questions in the data folder are there."""
+        if self.evaluate is None or self.server_scored(data_dir):
+            return False
+        return all(os.path.exists(os.path.join(data_dir, name)) for name in self.truth)
+
+    def has_upload(self, data_dir: str) -> bool:
+        """True when a server takes answers to the questions in the data folder."""
+        needed = self.server_if
+        return bool(self.upload) and (
+            needed is None or os.path.exists(os.path.join(data_dir, needed))
+        )
+
+    def server_scored(self, data_dir: str) -> bool:
+        """True when only a server knows the right answers to the questions in the data folder."""
+        hidden = self.evaluate is None or self.server_if is not None
+        return hidden and self.judge is None and self.has_upload(data_dir)
+
+    def check_complete(self, path: str, records: list[dict], limit: int | None) -> None:
+        """Raises ValueError unless `records` are those to all questions of the file: answers, or
+        records of questions that failed."""
+        asked = self.load_questions(path, limit, skip_bad=True)
+        check_asked([question.head for question in asked], records, path)
+
+    def score(self, data_dir: str, path: str, records: list[dict], limit: int | None) -> dict:
+        """Returns the scores of a complete set of answers to the questions of file `path`.
+
+        Questions that failed do not count, nor do those that are scored jointly with one of them;
+        the result says how many there are (`failed`, `left_out`). Raises ValueError when nothing
+        is left.
+        """
+        if not self.scorable(data_dir):
+            names = ", ".join(os.path.join(data_dir, name) for name in self.truth) or "none exist"
+            raise ValueError(f"{self.name}: right answers are needed to score here ({names})")
+        self.check_complete(path, records, limit)
+        counted = self.counted(records)
+        result = self.evaluated(data_dir, path, counted)
+        return result | self.failures(records, counted)
+
+    def evaluated(self, data_dir: str, path: str, answers: list[dict]) -> dict:
+        """Returns the scores of answers to the questions of file `path`; ValueError that names the
+        files when those with the right answers cannot be read."""
+        truth = (os.path.join(data_dir, name) for name in self.truth)
+        with broken_files_named((path, *truth), source(answers)):
+            return self.labelled(self.evaluate(data_dir, path, answers))
+
+    def counted(self, records: list[dict]) -> list[dict]:
+        """The answers among the records of an answers file that a score can be made of."""
+        answers = answers_among(records)
+        if len(answers) == len(records):
+            return answers
+        broken = {self.joint(r) for r in records if is_failed(r)} if self.joint else ()
+        counted = (a for a in answers if not self.joint or self.joint(a) not in broken)
+        counted = Records(answers.path, counted)
+        if not counted:
+            raise ValueError(
+                f"{self.name}: no question is left to score, because all were failed or are scored "
+                f"jointly with one that failed ({len(records) - len(answers)} of {len(records)})"
+            )
+        return counted
+
+    @staticmethod
+    def failures(records: list[dict], counted: list[dict]) -> dict:
+        """What a result says of questions that failed, and of those left out for their sake."""
+        failed = [record for record in records if is_failed(record)]
+        if not failed:
+            return {"failed": 0}
+        left_out = len(records) - len(failed) - len(counted)
+        return {
+            "failed": len(failed),
+            "left_out": left_out,
+            "failed_questions": [[r["question_id"], r["error"]] for r in failed],
+        }
+
+    def labelled(self, result: dict) -> dict:
+        """Returns a result with the benchmark's name, its metric and the score in percent."""
+        return {"benchmark": self.name, "metric": self.metric, "percent": result["score"]} | result

@@ -1,0 +1,246 @@
+"""MME: yes/no questions in pairs per image; perception (max 2000) and cognition (max 800).
+
+python -m llava.eval.benchmarks.mme --data-dir MME --result-file A.jsonl \
+    --output-dir eval_tool/answers/X
+python -m llava.eval.benchmarks.mme --results-dir eval_tool/answers/X
+"""
+
+import argparse
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+
+from llava.errors import errors_as_messages
+from llava.eval.files.answer_lines import read_answers
+from llava.eval.files.matching import source, unique
+from llava.eval.files.records import read_text
+
+TASKS = {
+    "Perception": (
+        "existence count position color posters celebrity scene landmark artwork OCR"
+    ).split(),
+    "Cognition": (
+        "commonsense_reasoning numerical_calculation text_translation code_reasoning"
+    ).split(),
+}
+GROUND_TRUTH_DIR = "MME_Benchmark_release_version"
+WORD_PROMPT = "Answer the question using a single word or phrase."
+YES_NO_PROMPT = "Please answer yes or no."
+MAX_TASK_SCORE = 200
+
+
+def read_ground_truth(data_dir: str) -> dict[tuple[str, str, str], str]:
+    """Returns the answer (Yes or No) by category, file name and question."""
+    truth = {}
+    root = os.path.join(data_dir, GROUND_TRUTH_DIR)
+    for category in sorted(os.listdir(root)):
+        folder = os.path.join(root, category)
+        nested = os.path.join(folder, "questions_answers_YN")
+        folder = nested if os.path.isdir(nested) else folder
+        if os.path.isdir(folder):
+            for name in sorted(os.listdir(folder)):
+                if name.endswith(".txt"):
+                    for question, answer in _read_pairs(os.path.join(folder, name)):
+                        truth[category, name, question] = answer
+    return truth
+
+
+def _read_pairs(path: str) -> list[tuple[str, str]]:
+    lines = read_text(path).splitlines()
+    rows = [line.strip().split("\t") for line in lines if line.strip()]
+    if any(len(row) != 2 for row in rows):
+        raise ValueError(f"{path}: every line must be a question, a tab and an answer")
+    return [(question, answer.strip()) for question, answer in rows]
+
+
+def convert(truth: dict, answers: list[dict]) -> dict[str, list[str]]:
+    """Returns the official result lines per category, the answers about an image together.
+
+    Raises ValueError when an answer belongs to no question, two to one question differ, or only one
+    of the questions about an image was answered.
+    """
+    questions = {(*key[:2], _one_line(key[2])): key for key in truth}
+    found: dict[tuple[str, str], list[tuple]] = {}
+    for key, answer in unique(answers, _question_key).items():
+        if key not in questions:
+            raise ValueError(
+                f"{source(answers)}: no ground truth for {answer['question_id']}: {key[2]!r}"
+            )
+        found.setdefault(key[:2], []).append((questions[key], _one_line(answer["text"])))
+    _check_pairs(truth, found, source(answers))
+    lines = defaultdict(list)
+    for (category, name), pairs in found.items():
+        rows = ((name, key[2], truth[key], text) for key, text in pairs)
+        lines[category] += ["\t".join(row) for row in rows]
+    return dict(lines)
+
+
+def _question_key(answer: dict) -> tuple[str, str, str]:
+    """Category, file name and question, its spaces made single, as in the index of `convert`."""
+    category, _, image = str(answer["question_id"]).rpartition("/")
+    category = category.split("/")[0]
+    question = answer["prompt"].replace(WORD_PROMPT, "").strip()
+    if YES_NO_PROMPT not in question:
+        question = f"{question} {YES_NO_PROMPT}"
+    return category, os.path.splitext(image)[0] + ".txt", _one_line(question)
+
+
+def _one_line(text: str) -> str:
+    """A text with single spaces only: result files keep a line per answer, with tabs in between."""
+    return " ".join(text.split())
+
+
+def _check_pairs(truth: dict, found: dict, where: str) -> None:
+    for key in truth:
+        if key[:2] in found and key not in {asked for asked, _ in found[key[:2]]}:
+            raise ValueError(
+                f"{where}: no answer to {key[2]!r} about {key[0]}/{key[1]}, whose other question "
+                "was answered: MME scores both together"
+            )
+
+
+def parse_yes_no(text: str) -> str:
+    """Returns `yes`, `no` or `other`, reading the first four characters."""
+    text = text.strip().lower()
+    if text in ("yes", "no"):
+        return text
+    return next((word for word in ("yes", "no") if word in text[:4]), "other")
+
+
+def right_pairs(lines: list[str]) -> list[tuple[bool, bool]]:
+    """Whether the two answers about each image are right, images in the order of the lines.
+
+    Raises ValueError when an image has one answer only, or two that differ to one question.
+    """
+    said: dict[str, dict[tuple[str, str], str]] = {}
+    for line in lines:
+        name, question, truth, answer = line.split("\t", 3)
+        first = said.setdefault(name, {}).setdefault((question, truth), answer)
+        if first != answer:
+            raise ValueError(f"{question!r} about {name} has two answers, {first!r} and {answer!r}")
+    for name, answers in said.items():
+        if len(answers) != 2:
+            raise ValueError(f"{name} has {len(answers)} of its 2 answers")
+    return [
+        tuple(parse_yes_no(answer) == truth.lower() for (_, truth), answer in answers.items())
+        for answers in said.values()
+    ]
+
+
+def task_score(lines: list[str]) -> float:
+    """Returns accuracy plus the share of images with both answers right, in percent each."""
+    pairs = right_pairs(lines)
+    right = [answer for pair in pairs for answer in pair]
+    accuracy = sum(right) / len(right)
+    accuracy_plus = sum(first and second for first, second in pairs) / len(pairs)
+    return accuracy * 100 + accuracy_plus * 100
+
+
+def evaluate(lines: dict[str, list[str]]) -> dict:
+    """Returns the scores of all categories present, their totals, and the share of the maximum.
+
+    Where there are tasks of cognition only, their total is the score and `metric` says so.
+    """
+    known = sum(TASKS.values(), [])
+    if strange := [task for task in lines if task not in known]:
+        raise ValueError(f"MME has no task {strange[0]!r}, only {', '.join(known)}")
+    groups = {
+        group: {task: _score_of(task, lines[task]) for task in tasks if lines.get(task)}
+        for group, tasks in TASKS.items()
+    }
+    group = "Perception" if groups["Perception"] else "Cognition"
+    total = sum(groups[group].values())
+    return {
+        "score": total,
+        "metric": group.lower(),
+        "percent": 100 * total / (MAX_TASK_SCORE * max(len(groups[group]), 1)),
+        "count": sum(len(rows) for rows in lines.values()),
+        "groups": groups,
+    }
+
+
+def _score_of(task: str, lines: list[str]) -> float:
+    try:
+        return task_score(lines)
+    except ValueError as error:
+        raise ValueError(f"{task}: {error}") from error
+
+
+def report(result: dict) -> str:
+    text = ""
+    for group, scores in result["groups"].items():
+        text += f"=========== {group} ===========\ntotal score: {sum(scores.values())} \n\n"
+        text += "".join(f"\t {task}  score: {score}\n" for task, score in scores.items()) + "\n\n"
+    return text
+
+
+def write_results(lines: dict[str, list[str]], folder: str) -> None:
+    """Writes one `<category>.txt` per category, the input of the official calculation."""
+    os.makedirs(folder, exist_ok=True)
+    for category, rows in lines.items():
+        with open(os.path.join(folder, f"{category}.txt"), "w", encoding="utf-8") as file:
+            file.writelines(f"{row}\n" for row in rows)
+
+
+def read_results(folder: str) -> dict[str, list[str]]:
+    """Returns the result lines of every category that has a file in `folder`."""
+    lines = {}
+    for task in sum(TASKS.values(), []):
+        path = os.path.join(folder, f"{task}.txt")
+        if os.path.exists(path):
+            lines[task] = _records(read_text(path).split("\n"), path)
+    return lines
+
+
+def _records(lines: Iterable[str], path: str) -> list[str]:
+    """Result lines; one that is no `file, question, truth, answer` goes on with the last answer."""
+    records = []
+    for number, line in enumerate(lines, start=1):
+        cells = line.rstrip("\n").split("\t")
+        if len(cells) > 3 and cells[2].strip().lower() in ("yes", "no"):
+            records.append(line.rstrip("\n"))
+        elif records:
+            records[-1] += " " + line.rstrip("\n")
+        elif line.strip():
+            raise ValueError(f"{path}, line {number}: no file, question, Yes or No, and answer")
+    return records
+
+
+def _say_missing(truth: dict, lines: dict[str, list[str]], path: str) -> None:
+    answered = {(task, row.split("\t")[0]) for task, rows in lines.items() for row in rows}
+    images = {key[:2] for key in truth}
+    if missing := sorted(images - answered):
+        print(
+            f"note: {path}: {len(missing)} of {len(images)} images have no answer, such as "
+            f"{'/'.join(missing[0])}: the scores are those of the others",
+            file=sys.stderr,
+        )
+
+
+@errors_as_messages()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", default=".", help=f"holds {GROUND_TRUTH_DIR}/")
+    parser.add_argument("--result-file", help="answers of the model")
+    parser.add_argument("--output-dir", help="where the official result files go")
+    parser.add_argument("--results-dir", help="score official result files instead of answers")
+    args = parser.parse_args()
+    if bool(args.results_dir) == bool(args.result_file):
+        parser.error("give either --result-file or --results-dir")
+    if args.results_dir:
+        lines = read_results(args.results_dir)
+    else:
+        answers = read_answers(args.result_file, ("question_id", "prompt", "text"))
+        truth = read_ground_truth(args.data_dir)
+        lines = convert(truth, answers)
+        _say_missing(truth, lines, args.result_file)
+    if missing := [task for task in sum(TASKS.values(), []) if not lines.get(task)]:
+        print(f"note: the totals are without {', '.join(missing)}: no answers", file=sys.stderr)
+    if args.output_dir:
+        write_results(lines, args.output_dir)
+    print(report(evaluate(lines)), end="")
+
+
+if __name__ == "__main__":
+    main()

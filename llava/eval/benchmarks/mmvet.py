@@ -1,0 +1,140 @@
+"""MM-Vet: a judge grades open answers between 0 and 1; mean per capability, in percent.
+
+python -m llava.eval.benchmarks.mmvet --mm-vet mm-vet/mm-vet.json --result-file A.jsonl \
+    -o GRADES.jsonl
+
+The judge is any OpenAI-compatible endpoint (`--help`). The published numbers come from the
+benchmark's own few-shot prompt and gpt-4-0613: its text is given with `--prompt-file`; without it
+our own wording is used, whose numbers compare with each other only.
+"""
+
+import argparse
+import json
+import re
+from collections import defaultdict
+
+from llava.errors import errors_as_messages
+from llava.eval.answering.answers_file import AnswersFile
+from llava.eval.answering.questions import as_int, read_json, read_jsonl
+from llava.eval.benchmarks.uploads import mmvet_name
+from llava.eval.files.answer_lines import read_answers
+from llava.eval.files.matching import say_missing, source, unique
+from llava.eval.scoring.judge import Judge, Prompt, add_judge_args, judge_from_args
+
+MODEL = "gpt-4-0613"
+OWN_PROMPT = (
+    "You grade answers to questions about images. Compare the answer with the ground truth, which "
+    "may combine parts: <AND> between parts means that all of them must be there for the full "
+    "grade, <OR> that any one of them will do. The grade is the share of the ground truth that the "
+    "answer gets right, from 0.0 (nothing, or a contradiction) to 1.0 (all of it), in steps of "
+    "0.1. Wording and additional true details do not matter. Reply with the number only."
+)
+NOT_ASKED = "the grade is that of the others"
+ROW = "Question | Ground truth | Prediction | Correctness"
+NUMBER = re.compile(r"(?<![\d.])(?:0(?:\.\d+)?|1(?:\.0+)?|\.\d+)(?![\d]|\.\d)")
+
+
+def judge_prompt(entry: dict, prediction: str, instruction: str | None) -> Prompt:
+    """What the judge is asked; with a text of the benchmark as `instruction`, a row below it."""
+    truth = entry["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    cells = [entry["question"], truth, prediction]
+    if instruction is not None:
+        return "", instruction.rstrip("\n") + "\n" + " | ".join(c.replace("\n", " ") for c in cells)
+    names = ("Question", "Ground truth", "Answer")
+    return OWN_PROMPT, "\n\n".join(f"{n}: {c}" for n, c in zip(names, cells, strict=True))
+
+
+def parse_grade(reply: str) -> float | None:
+    """Returns the first number from 0 to 1 in a reply, or None."""
+    found = NUMBER.search(reply)
+    return float(found[0]) if found else None
+
+
+def grade(
+    judge: Judge,
+    entries: dict[str, dict],
+    answers: list[dict],
+    path: str,
+    instruction: str | None = None,
+    overwrite: bool = False,
+) -> dict:
+    """Writes one graded line per answer to `path`, going on where it ended; returns the scores.
+
+    entries: content of mm-vet.json
+    Raises ValueError when an answer belongs to no entry, or two to one question differ.
+    """
+    given = unique(answers, lambda answer: mmvet_name(answer["question_id"]))
+    if unknown := [key for key in given if key not in entries]:
+        raise ValueError(f"{source(answers)}: mm-vet.json has no {unknown[0]!r}")
+    keys = list(given)
+    heads = [{"question_id": a["question_id"], "text": a["text"]} for a in given.values()]
+    settings = judge.settings | {"instruction": instruction}
+    with AnswersFile(path, heads, settings, overwrite, ("content", "grade")) as file:
+        rest = list(zip(keys, heads, strict=True))[file.num_done :]
+        prompts = [judge_prompt(entries[key], head["text"], instruction) for key, head in rest]
+        for (key, head), reply in zip(rest, judge.ask_all(prompts), strict=True):
+            capabilities = entries[key]["capability"]
+            line = {"capability": capabilities, "content": reply, "grade": parse_grade(reply)}
+            file.write([{**head, **line}])
+    return summarize(read_jsonl(path, ("capability", "grade")))
+
+
+def summarize(graded: list[dict]) -> dict:
+    """Returns the mean grades in percent, total and per capability; unreadable ones are left out
+    and counted."""
+    groups = defaultdict(list)
+    readable = [record for record in graded if record["grade"] is not None]
+    for record in readable:
+        for name in ("total", *record["capability"]):
+            groups[name].append(record["grade"])
+    means = {name: 100 * sum(grades) / len(grades) for name, grades in sorted(groups.items())}
+    return {
+        "score": means.pop("total", 0.0),
+        "count": len(graded),
+        "unreadable": len(graded) - len(readable),
+        "capabilities": means,
+    }
+
+
+def report(result: dict) -> str:
+    lines = [f"  {name}: {score:.1f}\n" for name, score in result["capabilities"].items()]
+    head = f"Samples: {result['count']}, verdicts without a grade: {result['unreadable']}\n"
+    return f"{head}Total: {result['score']:.1f}\n" + "".join(lines)
+
+
+def read_instruction(path: str | None) -> str | None:
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+@errors_as_messages()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mm-vet", required=True, help="mm-vet.json of the benchmark")
+    parser.add_argument("--result-file", required=True, help="answers file")
+    parser.add_argument("-o", "--output", required=True, help="graded lines")
+    parser.add_argument(
+        "--prompt-file", help=f"the benchmark's few-shot prompt, which ends in rows `{ROW}`"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="discard grades already there")
+    add_judge_args(parser, MODEL, max_tokens=16, temperature=0.0)
+    args = parser.parse_args()
+    answers = read_answers(args.result_file)
+    entries = read_json(args.mm_vet)
+    say_missing(answers, [as_int(key.removeprefix("v1_")) for key in entries], NOT_ASKED)
+    result = grade(
+        judge_from_args(args, args.output),
+        entries,
+        answers,
+        args.output,
+        read_instruction(args.prompt_file),
+        args.overwrite,
+    )
+    print(report(result), end="")
+    print(json.dumps({key: result[key] for key in ("score", "count")}))
+
+
+if __name__ == "__main__":
+    main()

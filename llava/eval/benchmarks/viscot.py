@@ -1,0 +1,122 @@
+"""Visual-CoT: a judge compares free-form answers with the right ones; mean score from 0 to 1.
+
+python -m llava.eval.benchmarks.viscot --result-file A.jsonl [--score-func judge|precise_match]
+
+The judge is any OpenAI-compatible endpoint (`--help`). Scored lines grow in
+`A_judge-tmp.jsonl`, where a stopped run goes on; when all are there, the file is renamed to
+`A_judge-0.7613.jsonl`, with the mean in its name.
+"""
+
+import argparse
+import glob
+import json
+import os
+import re
+
+from llava.errors import errors_as_messages
+from llava.eval.answering.answers_file import AnswersFile
+from llava.eval.answering.questions import read_jsonl
+from llava.eval.benchmarks.viscot_questions import BRIEF
+from llava.eval.files.answer_lines import read_answers
+from llava.eval.files.matching import question_id, unique
+from llava.eval.scoring.judge import Judge, Prompt, add_judge_args, judge_from_args
+
+SYSTEM = (
+    "\nYou are responsible for proofreading the answers, you need to give a score to the model's "
+    "answer by referring to the standard answer, based on the given question. The full score is 1 "
+    "point and the minimum score is 0 points. Please output the score in the form "
+    '"score: <score>". The evaluation criteria require that the closer the model\'s answer is to '
+    "the standard answer, the higher the score.\n"
+)
+USER = "\nquestion: {question}\nstandard answer: {answer}\nmodel's answer: {text}\n"
+SCORE = re.compile(r"score: ([\d\.]+)")
+FIELDS = ("question_id", "prompt", "text", "answer")
+MODEL = "Qwen/Qwen2.5-32B-Instruct-GPTQ-Int8"
+
+
+def judge_prompt(record: dict) -> Prompt:
+    """What the judge is asked about one answer line."""
+    question = record["prompt"].removesuffix(BRIEF)
+    user = USER.format(question=question, answer=record["answer"], text=record["text"])
+    return SYSTEM, user
+
+
+def parse_score(reply: str) -> float:
+    """Returns the score in a reply, within 0 and 1; 0 when it does not name exactly one."""
+    found = SCORE.findall(reply.lower())
+    try:
+        return min(max(float(found[0]), 0.0), 1.0) if len(found) == 1 else 0.0
+    except ValueError:  # such as "1.0."
+        return 0.0
+
+
+def precise_match(record: dict) -> float:
+    """1 when the answer is the right one up to case, surrounding space and a final period."""
+    ours, wanted = (record[key].strip().rstrip(".").lower() for key in ("text", "answer"))
+    return float(ours == wanted)
+
+
+def score_file(result_file: str, judge: Judge | None, overwrite: bool = False) -> dict:
+    """Scores an answers file; returns `{"score": percent, "count", "unreadable", "file"}`.
+
+    judge: None compares the texts (`precise_match`) instead
+    """
+    records = list(unique(read_answers(result_file, FIELDS), _question_key).values())
+    stem = f"{os.path.splitext(result_file)[0]}_{'judge' if judge else 'precise_match'}"
+    path = f"{stem}-tmp.jsonl"
+    settings = judge.settings if judge else {"judge": None}
+    heads = [{key: record[key] for key in ("question_id", "text")} for record in records]
+    with AnswersFile(path, heads, settings, overwrite, ("text", "score")) as file:
+        rest = records[file.num_done :]
+        if judge:
+            replies = judge.ask_all([judge_prompt(record) for record in rest])
+            lines = ({"score": parse_score(r), "verdict": r} for r in replies)
+        else:
+            lines = ({"score": precise_match(record)} for record in rest)
+        for record, line in zip(rest, lines, strict=True):
+            file.write([{**record, **line}])
+    return _finish(path, stem)
+
+
+def _question_key(record: dict) -> tuple:
+    return question_id(record), record["prompt"], record["answer"]
+
+
+def _finish(path: str, stem: str) -> dict:
+    """Renames the complete file after its mean, in place of an earlier one."""
+    scored = read_jsonl(path, ("score",))
+    mean = sum(record["score"] for record in scored) / max(len(scored), 1)
+    for earlier in glob.glob(f"{glob.escape(stem)}-[01].*.jsonl"):
+        os.remove(earlier)
+    final = f"{stem}-{mean:.4f}.jsonl"
+    os.replace(path, final)
+    os.remove(f"{stem}-tmp.settings.json")
+    unreadable = sum(
+        "verdict" in r and len(SCORE.findall(r["verdict"].lower())) != 1 for r in scored
+    )
+    return {"score": 100 * mean, "count": len(scored), "unreadable": unreadable, "file": final}
+
+
+def report(result: dict) -> str:
+    return (
+        f"Samples: {result['count']}, verdicts without a score: {result['unreadable']}\n"
+        f"Mean score: {result['score'] / 100:.4f}\n"
+    )
+
+
+@errors_as_messages()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--result-file", required=True, help="answers of model_vqa_viscot")
+    parser.add_argument("--score-func", default="judge", choices=("judge", "precise_match"))
+    parser.add_argument("--overwrite", action="store_true", help="discard unfinished scoring")
+    add_judge_args(parser, MODEL, max_tokens=512, temperature=0.0)
+    args = parser.parse_args()
+    judge = judge_from_args(args, args.result_file) if args.score_func == "judge" else None
+    result = score_file(args.result_file, judge, args.overwrite)
+    print(report(result), end="")
+    print(json.dumps({key: result[key] for key in ("score", "count", "file")}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What each run of a comparison costs on real prompts: tokens, operations, cache bytes, time."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from itertools import islice
+from statistics import mean, median
+
+import torch
+
+from llava.eval.answering.loop import AnswerLoop
+from llava.eval.benchmarks.table import Benchmark
+from llava.eval.compare.suite import Run
+from llava.eval.efficiency.measure import Workload, llava_facts, time_llava
+from llava.mm_utils import tokenizer_image_token
+from llava.pruning import Pruner
+
+
+@dataclass
+class Cost:
+    """Averages over the prompts, one prompt at a time.
+
+    tokens_in, tokens_mean: visual tokens that enter the decoder, and on average over its layers
+    kv_bytes: of the cache after the prefill, measured on its tensors
+    flops:    of the decoder's prefill (`llava.pruning.cost`, "exact")
+    seconds:  median time from pixels and token ids to the logits of the first token
+    """
+
+    tokens_in: float
+    tokens_mean: float
+    kv_bytes: float
+    flops: float
+    seconds: float
+
+
+def sample_prompts(
+    loop: AnswerLoop, benchmarks: list[Benchmark], data_dir: str, count: int
+) -> list[Workload]:
+    """`count` prompts, taken from the benchmarks in turns; each is asked for its first token.
+
+    Where the loop passes over questions that fail (`skip_bad`), so does this. Raises ValueError
+    when no question has an image.
+    """
+    per_task, skip_bad = -(-count // len(benchmarks)), getattr(loop, "skip_bad", False)
+    chosen = []
+    for benchmark in benchmarks:
+        path = os.path.join(data_dir, benchmark.questions)
+        questions = benchmark.load_questions(path, 4 * per_task, skip_bad)
+        folder = benchmark.image_folder(data_dir)
+        able = (
+            q for q in questions if q.images and (not skip_bad or _can_be_asked(loop, q, folder))
+        )
+        chosen.append([(question, folder) for question in islice(able, per_task)])
+    turns = [pair for number in range(per_task) for own in chosen for pair in own[number:][:1]]
+    if not turns:
+        raise ValueError("there is no question with an image to measure costs on")
+    return [_workload(loop, question, folder) for question, folder in turns[:count]]
+
+
+def _can_be_asked(loop: AnswerLoop, question, folder: str) -> bool:
+    try:
+        _workload(loop, question, folder)
+    except ValueError:
+        return False
+    return True
+
+
+def _workload(loop: AnswerLoop, question, folder: str) -> Workload:
+    pictures = [loop.prepare(question, image, folder) for image in question.images]
+    ids = tokenizer_image_token(loop.prompt(question), loop.tokenizer, return_tensors="pt")
+    place = {"device": loop.model.device, "dtype": loop.model.dtype}
+    pixels = [picture.pixels.to(**place) for picture in pictures]
+    sizes = [picture.size for picture in pictures]
+    images = torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
+    return Workload(ids[None].to(loop.model.device), images, sizes, num_tokens=1)
+
+
+@torch.inference_mode()
+def measure_costs(model, runs: list[Run], prompts: list[Workload]) -> dict[tuple, Cost]:
+    """Costs by (method, tokens) of every run that can run.
+
+    Prompt by prompt, all runs in turns, so that a busy machine slows them alike; the first prompt
+    is measured twice and counts once.
+    """
+    runs = [run for run in runs if run.refused is None]
+    facts: dict[tuple, list[dict]] = {}
+    seconds: dict[tuple, list[float]] = {}
+    for number, prompt in enumerate([prompts[0], *prompts]):
+        for run in runs:
+            key = run.method, run.tokens
+            if number:
+                facts.setdefault(key, []).append(llava_facts(model, run.pruner, prompt)["facts"])
+            spent = time_llava(model, run.pruner, prompt)["first_token"]
+            if number:
+                seconds.setdefault(key, []).append(spent)
+    model.pruner = Pruner()
+    return {
+        key: Cost(
+            *(mean(fact[name] for fact in own) for name in FACTS),
+            seconds=median(seconds[key]),
+        )
+        for key, own in facts.items()
+    }
+
+
+FACTS = ("visual_tokens_first_layer", "visual_tokens_mean", "kv_bytes", "flops_exact")

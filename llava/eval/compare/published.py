@@ -1,0 +1,136 @@
+"""The literature's numbers, as `docs/published_numbers.csv` has them, beside our own."""
+
+from __future__ import annotations
+
+import csv
+import os
+from dataclasses import dataclass
+
+from llava.eval.compare.comparison import Comparison
+from llava.eval.compare.suite_report import DENSE
+
+FILE = os.path.join(os.path.dirname(__file__), *[os.pardir] * 2, "docs", "published_numbers.csv")
+#: measured by the authors of the method, taken over from another paper, run anew by others; not
+#: said
+STATUSES = ("own", "copied", "rerun", "unstated")
+CONVENTIONS = ("average", "input", "unpruned", "unstated")
+#: our benchmark -> the one of the file that asks the same questions, and the metric of both. The
+#: literature's MMBench numbers are those of its server, which are circular.
+SAME_RULE = {
+    "gqa": ("gqa", "accuracy"),
+    "pope": ("pope", "F1"),
+    "textvqa": ("textvqa", "accuracy"),
+    "vqav2": ("vqav2", "accuracy"),
+    "mmbench": ("mmbench", "circular accuracy"),
+    "mmbench_cn": ("mmbench_cn", "circular accuracy"),
+    "sqa": ("sqa", "accuracy on images"),
+    "refcoco": ("refcoco_val", "accuracy at IoU 0.5"),
+    "mme": ("mme", "perception"),
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """One number of one paper; fields as in the file, see docs/Comparing.md."""
+
+    model: str
+    method: str
+    variant: str
+    budget: float
+    unit: str
+    convention: str
+    benchmark: str
+    metric: str
+    value: float
+    protocol: str
+    source: str
+    status: str
+
+
+def read_published(path: str = FILE) -> list[Published]:
+    """The rows of the file; ValueError names a row that is not of its form."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [_published(row, f"{path}, line {line}") for line, row in enumerate(rows, start=2)]
+
+
+def _published(row: dict, where: str) -> Published:
+    try:
+        found = Published(**{**row, "budget": float(row["budget"]), "value": float(row["value"])})
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    if found.status not in STATUSES or found.convention not in CONVENTIONS:
+        raise ValueError(
+            f"{where}: status {found.status!r} must be one of {', '.join(STATUSES)}, convention "
+            f"{found.convention!r} one of {', '.join(CONVENTIONS)}"
+        )
+    return found
+
+
+def published_table(comparison: Comparison, rows: list[Published], model: str) -> str:
+    """Markdown: for every run and benchmark that the literature has, our share of the unpruned
+    score beside theirs. Raises ValueError when the file has nothing on `model`."""
+    known = sorted({row.model for row in rows})
+    if model not in known:
+        raise ValueError(f"no published numbers of {model!r}, choose from {', '.join(known)}")
+    rows = [row for row in rows if row.model == model]
+    lines = [
+        f"**Beside the literature** ({model}; scores in percent of the unpruned score of the same "
+        "source and protocol, the score itself in brackets)",
+        "",
+        "| method | tokens | benchmark | here | published | source | status |",
+        "|---|---:|---|---:|---:|---|---|",
+    ]
+    for row in comparison.rows:
+        for task in comparison.tasks:
+            for entry in _matching(rows, row.method, row.tokens, task, row.cells[task].metric):
+                whole = _unpruned(rows, entry)
+                share = "" if whole is None else f"{100 * entry.value / whole:.1f} "
+                own, dense = row.cells[task].percent, comparison.dense.cells[task].percent
+                here = f"{100 * own / dense:.1f} ({own:.1f})" if dense else f"({own:.1f})"
+                name = f"`{row.method}` {entry.variant}".strip()
+                cells = [name, str(row.tokens), task, here]
+                cells += [f"{share}({entry.value:g})", entry.source, entry.status]
+                lines.append("| " + " | ".join(cells) + " |")
+    if len(lines) == 4:
+        lines = [f"The literature on {model} has no number for these runs."]
+    return "\n".join([*lines, *_not_compared(comparison)]) + "\n"
+
+
+def _not_compared(comparison: Comparison) -> list[str]:
+    """Says which benchmarks were scored by another rule than the literature's."""
+    cells = comparison.dense.cells
+    other = [t for t in comparison.tasks if t in SAME_RULE and SAME_RULE[t][1] != cells[t].metric]
+    return [
+        f"\n{task} is not compared: ours is {cells[task].metric}, the literature's is "
+        f"{SAME_RULE[task][1]}."
+        for task in other
+    ]
+
+
+def _matching(
+    rows: list[Published], method: str, tokens: int, task: str, metric: str
+) -> list[Published]:
+    """The rows on a method, budget and benchmark that were scored by our rule."""
+    rule = SAME_RULE.get(task)
+    if rule is None or rule[1] != metric:
+        return []
+    return [
+        row
+        for row in rows
+        if (row.method, row.budget, row.unit) == (method, tokens, "tokens")
+        and (row.benchmark, row.metric) == rule
+        and method != DENSE
+    ]
+
+
+def _unpruned(rows: list[Published], entry: Published) -> float | None:
+    """The unpruned score under the protocol of `entry`."""
+    same = (
+        row.value
+        for row in rows
+        if row.method == DENSE
+        and (row.benchmark, row.metric) == (entry.benchmark, entry.metric)
+        and row.protocol == entry.protocol
+    )
+    return next(same, None)

@@ -1,0 +1,187 @@
+"""A comparison as text: Markdown for people, CSV for programs, a page for docs/."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+
+from llava.eval.compare.comparison import AVERAGE, Cell, Comparison, Row
+from llava.eval.compare.suite_report import DENSE
+from llava.eval.scoring.bootstrap import is_significant
+
+#: a page keeps what stands from this line on when it is written again
+BY_HAND = "<!-- written by hand -->"
+COLUMNS = (
+    "method,tokens,task,metric,score,percent,low,high,change,change_low,change_high,loyalty,count,"
+    "failed,visual_tokens,tokens_in,kv_bytes,flops,seconds_first_token,answers_per_second"
+).split(",")
+
+
+def csv_text(comparison: Comparison) -> str:
+    """One line per run and benchmark, and one for the average of each run."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in comparison.rows:
+        for task, cell in row.cells.items():
+            writer.writerow(_plain(value) for value in _values(row, task, cell))
+    return out.getvalue()
+
+
+def _values(row: Row, task: str, cell: Cell) -> list:
+    none = (None, None)
+    return [
+        *(row.method, row.tokens, task, cell.metric, cell.score, cell.percent),
+        *(cell.range or none),
+        cell.change,
+        *(cell.change_range or none),
+        *(cell.loyalty, cell.count, cell.failed, row.visual_tokens, row.cost.tokens_in),
+        *(row.cost.kv_bytes, row.cost.flops, row.cost.seconds, row.answers_per_second),
+    ]
+
+
+def _plain(value) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def markdown(comparison: Comparison) -> str:
+    """Averages and costs per budget, then every benchmark, then what was not run."""
+    dense = comparison.dense
+    cell = dense.cells[AVERAGE]
+    settings = comparison.settings
+    lines = [
+        f"Model `{settings['model_name']}`, {cell.count} questions of {len(comparison.tasks)} "
+        f"benchmarks ({', '.join(comparison.tasks)}). Scores are percent of the maximum; the "
+        "average weighs benchmarks alike. Brackets: 95 % intervals, bootstrap over images with all "
+        "their questions; the change is paired with the unpruned answers to the same questions. "
+        "Bold: the change is significant, its interval leaves out 0. Same: answers that are those "
+        "of the unpruned model. Kept: visual tokens per decoder layer, on average over layers and "
+        "questions.",
+        "",
+        f"Unpruned: {cell.percent:.1f} {_range(cell.range)}, {dense.visual_tokens:.0f} visual "
+        f"tokens, KV cache {dense.cost.kv_bytes / 1e6:.2f} MB, {dense.cost.flops / 1e9:.2f} GFLOP, "
+        f"first token after {1e3 * dense.cost.seconds:.0f} ms.",
+    ]
+    if any(row.cells[AVERAGE].failed for row in comparison.rows):
+        lines += ["", *_failed_table(comparison)]
+    for budget in _budgets(comparison):
+        rows = _ranked(comparison, budget)
+        lines += ["", f"**{budget} tokens**", "", *_average_table(rows, dense)]
+    for budget in _budgets(comparison):
+        rows = _ranked(comparison, budget)
+        lines += ["", f"**{budget} tokens, by benchmark**", "", *_task_table(rows, comparison)]
+    if comparison.missing:
+        lines += ["", "**Not run**", "", *comparison.missing]
+    return "\n".join(lines) + "\n"
+
+
+def _budgets(comparison: Comparison) -> list[int]:
+    return sorted({row.tokens for row in comparison.rows if row.method != DENSE}, reverse=True)
+
+
+def _ranked(comparison: Comparison, budget: int) -> list[Row]:
+    rows = [r for r in comparison.rows if r.tokens == budget and r.method != DENSE]
+    return sorted(rows, key=lambda row: -row.cells[AVERAGE].percent)
+
+
+def _average_table(rows: list[Row], dense: Row) -> list[str]:
+    head = ["method", "average", "change", "same, %", "kept", "KV, MB", "GFLOP", "/ unpruned"]
+    head += ["first token, ms", "/ unpruned", "answers/s"]
+    lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+    for row in rows:
+        cell, cost = row.cells[AVERAGE], row.cost
+        rate = row.answers_per_second
+        lines.append(
+            _line(
+                [
+                    f"`{row.method}`",
+                    f"{cell.percent:.1f} {_range(cell.range)}",
+                    _change(cell),
+                    f"{cell.loyalty:.1f}",
+                    f"{row.visual_tokens:.1f}",
+                    f"{cost.kv_bytes / 1e6:.2f}",
+                    f"{cost.flops / 1e9:.2f}",
+                    f"{cost.flops / dense.cost.flops:.2f}",
+                    f"{1e3 * cost.seconds:.0f}",
+                    f"{cost.seconds / dense.cost.seconds:.2f}",
+                    "" if rate is None else f"{rate:.1f}",
+                ]
+            )
+        )
+    return lines
+
+
+def _task_table(rows: list[Row], comparison: Comparison) -> list[str]:
+    tasks = comparison.tasks
+    lines = [_line(["method", *tasks]), _line(["---", *["---:"] * len(tasks)])]
+    for row in [comparison.dense, *rows]:
+        name = "unpruned" if row.method == DENSE else f"`{row.method}`"
+        lines.append(_line([name, *(_task_cell(row.cells[task]) for task in tasks)]))
+    return lines
+
+
+def _failed_table(comparison: Comparison) -> list[str]:
+    """Which scores are not of all questions."""
+    lines = ["**Questions that failed** (no score counts them)", ""]
+    lines += [_line(["method", "tokens", "benchmark", "failed", "counted"])]
+    lines += [_line(["---", "---:", "---", "---:", "---:"])]
+    for row in comparison.rows:
+        for task in comparison.tasks:
+            cell, name = row.cells[task], "unpruned" if row.method == DENSE else f"`{row.method}`"
+            if cell.failed:
+                cells = [name, str(row.tokens), task, str(cell.failed), str(cell.count)]
+                lines.append(_line(cells))
+    return lines
+
+
+def _task_cell(cell: Cell) -> str:
+    text = _bold(f"{cell.percent:.1f}", cell)
+    return f"{text} ({cell.failed} failed)" if cell.failed else text
+
+
+def _change(cell: Cell) -> str:
+    return _bold(f"{cell.change:+.1f} {_range(cell.change_range, '+')}".strip(), cell)
+
+
+def _bold(text: str, cell: Cell) -> str:
+    return f"**{text}**" if is_significant(cell.change_range) else text
+
+
+def _range(bounds: tuple[float, float] | None, sign: str = "") -> str:
+    if bounds is None:
+        return ""
+    return "[" + ", ".join(f"{bound:{sign}.1f}" for bound in bounds) + "]"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def by_hand(path: str) -> str:
+    """What the page in a file has from the line `BY_HAND` on; "" without that line, or a file."""
+    if not os.path.exists(path):
+        return ""
+    with open(path, encoding="utf-8") as file:
+        _, mark, rest = file.read().partition(f"{BY_HAND}\n")
+    return f"\n{mark}{rest}" if mark else ""
+
+
+def page(text: str, pictures: dict[str, str], command: str) -> str:
+    """The page docs/Results.md; pictures: axis -> file in images/."""
+    titles = {"tokens": "visual tokens", "flops": "operations", "time": "measured time"}
+    shown = "\n\n".join(
+        f"![Score over {titles[axis]}](../images/{name})" for axis, name in pictures.items()
+    )
+    return (
+        "# Results on the playground\n\n"
+        "Written by\n\n"
+        f"```bash\n{command}\n```\n\n"
+        "(a second call continues with the answers of the first). The playground's model is "
+        "small: `playground/README.md` says what it can and cannot do. This is what methods do to "
+        "*it*; the literature's numbers on full-size models are in "
+        "`docs/published_numbers.csv`.\n\n"
+        f"{shown}\n\n{text}"
+    )

@@ -1,0 +1,346 @@
+"""Benchmarks x pruning methods x token budgets with one loaded model: table and plot.
+
+python -m llava.eval.compare.suite --tokens 576 192 128 64 --methods vispruner random \
+    --limit 100 --out DIR
+
+Writes DIR/scores.json, DIR/table.md and DIR/plot.png; answers lie below DIR/answers, and a suite
+that was interrupted continues with the answers it has. A budget of all patches or more is the
+unpruned model. Without a model or data, the playground's are used.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass, field, fields
+
+from llava.errors import errors_as_messages
+from llava.eval.answering.loading import (
+    add_image_args,
+    add_model_args,
+    add_speed_args,
+    load_loop,
+    resolve_conv_mode,
+    settings_of,
+)
+from llava.eval.answering.loop import AnswerLoop
+from llava.eval.answering.run import Task, answer_questions
+from llava.eval.answering.workers import Workers
+from llava.eval.benchmarks.table import BENCHMARKS, Benchmark
+from llava.eval.compare.suite_report import DENSE, not_run, plot, table
+from llava.eval.files import budgets
+from llava.eval.files.answer_lines import answers_among, read_lines
+from llava.eval.plotting import import_pyplot
+from llava.eval.scoring import paired
+from llava.eval.scoring.bootstrap import Interval
+from llava.mm_utils import get_model_name_from_path
+from llava.pruning import METHODS, Pruner, build_pruner
+from llava.pruning.cli import pruner_from_args
+from llava.weight_files import local_folder
+
+
+@dataclass
+class Run:
+    """One method at one budget.
+
+    refused: why it cannot run; None: it can
+    """
+
+    method: str
+    tokens: int
+    pruner: Pruner | None
+    refused: str | None = None
+
+
+@dataclass
+class Score:
+    """One cell of the table.
+
+    percent:       the score, as a share of its maximum, in percent
+    count:         questions that it is of; `failed`: those that failed, which it is not of
+    same_as_dense: share of answers that equal those of the unpruned model, in percent
+    visual_tokens: image tokens of a prompt on average over the decoder's layers
+    change:        percent minus that of the unpruned model, on the questions that both answered
+    draws, change_draws: percent and change on drawn images; None: nothing to draw
+    """
+
+    method: str
+    tokens: int
+    task: str
+    metric: str
+    score: float
+    percent: float
+    count: int
+    same_as_dense: float | None = None
+    visual_tokens: float | None = None
+    seconds: float | None = None
+    failed: int = 0
+    change: float = 0.0
+    draws: paired.Draws | None = field(default=None, repr=False, compare=False)
+    change_draws: paired.Draws | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def range(self) -> Interval | None:
+        """95 % interval of the score."""
+        return self.draws and self.draws.range
+
+    @property
+    def change_range(self) -> Interval | None:
+        """95 % interval of the change, both scores on the same images."""
+        return self.change_draws and self.change_draws.range
+
+    def as_dict(self) -> dict:
+        """What is written of it: intervals in place of draws."""
+        names = (f.name for f in fields(self) if not f.name.endswith("draws"))
+        ranges = {"range": self.range, "change_range": self.change_range}
+        return {name: getattr(self, name) for name in names} | ranges
+
+
+def plan(args, num_patches: int) -> list[Run]:
+    """Returns the runs in the order of the table: the unpruned model once, then every method.
+
+    num_patches: visual tokens of an image without pruning; budgets from there on are that run.
+    A budget that a method does not know is a run that says so. Raises ValueError on an unknown
+    option before anything has run.
+    """
+    runs = [Run(DENSE, num_patches, build_pruner())]
+    for method in args.methods:
+        prefix = f"{method}."
+        own = [arg.removeprefix(prefix) for arg in args.pruning_arg if arg.startswith(prefix)]
+        named = argparse.Namespace(pruning_method=method, visual_token_num=None, pruning_arg=own)
+        pruner_from_args(named)  # without a budget: what is wrong now is an option
+        for tokens in sorted({n for n in args.tokens if n < num_patches}, reverse=True):
+            named.visual_token_num = tokens
+            try:
+                runs.append(Run(method, tokens, pruner_from_args(named)))
+            except ValueError as error:
+                runs.append(Run(method, tokens, None, str(error)))
+    return runs
+
+
+def try_out(model, runs: list[Run], model_path: str) -> None:
+    """Assigns every method to the model once and marks those that refuse it, so that this is known
+    before anything runs. model_path: folder that is called by its name alone in the reasons."""
+    for run in runs:
+        if run.refused is None:
+            try:
+                model.pruner = run.pruner
+            except (OSError, ValueError) as error:
+                run.refused = str(error).replace(model_path, os.path.basename(model_path))
+
+
+def answers_path(out: str, run: Run, benchmark: Benchmark) -> str:
+    """Where the answers of one run to one benchmark lie."""
+    return os.path.join(out, "answers", run.method, f"n_{run.tokens}", f"{benchmark.name}.jsonl")
+
+
+def run_task(
+    loop,
+    run: Run,
+    benchmark: Benchmark,
+    args,
+    dense: dict[str, paired.Baseline],
+    workers: Workers,
+    label: str = "",
+) -> Score | None:
+    """Returns the score of one method at one budget on one benchmark; None in processes that only
+    help to answer.
+
+    dense: what the unpruned model, which runs first, answered to every benchmark
+    label: what the progress bar says in front of the benchmark's name
+    """
+    question_file = os.path.join(args.data_dir, benchmark.questions)
+    skip_bad = getattr(args, "skip_bad", False)
+    questions = benchmark.load_questions(question_file, args.limit, skip_bad)
+    path = answers_path(args.out, run, benchmark)
+    images = benchmark.image_folder(args.data_dir)
+    settings = settings_of(args, run.pruner)
+    bar = f"{label}, {benchmark.name}" if label else ""
+    task = Task(questions, images, path, args.model_name, settings, bar)
+    done = answer_questions(
+        task, lambda: loop, args.batch_size, args.reuse, args.overwrite, workers
+    )
+    if not workers.main:
+        return None
+    records = read_lines(path)
+    result = benchmark.score(args.data_dir, question_file, records, args.limit)
+    if benchmark.name not in dense:
+        draws = paired.draw(benchmark, args.data_dir, question_file, records)
+        dense[benchmark.name] = paired.Baseline(records, result["percent"], draws)
+    drawn = paired.compare(
+        benchmark, args.data_dir, question_file, records, result["percent"], dense[benchmark.name]
+    )
+    kept = budgets.summarize(answers_among(records))
+    seen = kept["mean"] if kept else done.visual_tokens and done.visual_tokens[1]
+    return Score(
+        run.method,
+        run.tokens,
+        benchmark.name,
+        result["metric"],
+        result["score"],
+        result["percent"],
+        result["count"],
+        drawn.same,
+        seen,
+        done.seconds,
+        result["failed"],
+        drawn.change,
+        drawn.draws,
+        drawn.change_draws,
+    )
+
+
+def run_all(
+    loop: AnswerLoop,
+    runs: list[Run],
+    benchmarks: list[Benchmark],
+    args,
+    workers: Workers | None = None,
+) -> list[Score]:
+    """Runs everything, printing one line per method and budget; scores.json grows with it.
+
+    workers: processes that share the answering; the first one scores, writes and prints
+    """
+    workers = workers or Workers()
+    scores, dense = [], {}
+    settings = [run for run in runs if run.refused is None]
+    if workers.main:
+        print(extent(settings, benchmarks, args), flush=True)
+    for run in runs:
+        if run.refused is not None:
+            if workers.main:
+                print(f"{run.method} {run.tokens}: not run: {run.refused}", flush=True)
+            continue
+        loop.model.pruner = run.pruner
+        number = settings.index(run) + 1
+        label = f"setting {number} of {len(settings)}: {run.method} {run.tokens}"
+        for benchmark in benchmarks:
+            score = run_task(loop, run, benchmark, args, dense, workers, label)
+            if workers.main:
+                scores.append(score)
+                write_scores(scores, args)
+        if workers.main:
+            own = scores[-len(benchmarks) :]
+            line = "  ".join(f"{score.task} {score.percent:.1f}{failures(score)}" for score in own)
+            print(f"{run.method} {run.tokens}: {line}", flush=True)
+    return scores
+
+
+def extent(settings: list[Run], benchmarks: list[Benchmark], args) -> str:
+    """Returns a line on how much there is to do."""
+    skip_bad = getattr(args, "skip_bad", False)
+    paths = {b: os.path.join(args.data_dir, b.questions) for b in benchmarks}
+    questions = sum(len(b.load_questions(p, args.limit, skip_bad)) for b, p in paths.items())
+    return (
+        f"{len(settings)} settings x {questions} questions of {len(benchmarks)} tasks: "
+        f"{len(settings) * questions} answers, less those already there"
+    )
+
+
+def failures(score: Score) -> str:
+    """What is said beside a score that some questions are missing in."""
+    return f" ({score.failed} failed)" if score.failed else ""
+
+
+def write_scores(scores: list[Score], args) -> None:
+    names = ("model_path", "data_dir", "limit", "batch_size", "conv_mode")
+    content = {
+        "settings": {name: getattr(args, name) for name in names},
+        "scores": [score.as_dict() for score in scores],
+    }
+    path = os.path.join(args.out, "scores.json")
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+    os.replace(f"{path}.tmp", path)
+
+
+def available(names: list[str] | None, data_dir: str) -> list[Benchmark]:
+    """Returns the benchmarks asked for, or all that can be scored with the data folder."""
+    found = [
+        benchmark
+        for benchmark in BENCHMARKS.values()
+        if os.path.exists(os.path.join(data_dir, benchmark.questions))
+        and benchmark.scorable(data_dir)
+    ]
+    if names:
+        present = {benchmark.name for benchmark in found}
+        if missing := [name for name in names if name not in present]:
+            names = ", ".join(missing)
+            raise ValueError(f"{data_dir} has no questions of {names} with their right answers")
+        return [BENCHMARKS[name] for name in names]
+    if not found:
+        raise ValueError(f"{data_dir} has the question file of no benchmark")
+    return found
+
+
+def add_suite_args(parser: argparse.ArgumentParser, out: str) -> None:
+    """Adds the options that say what is run; out: folder of the results by default."""
+    parser.add_argument("--tokens", type=int, nargs="+", default=[192, 128, 64])
+    methods = sorted(METHODS.keys() - {DENSE})
+    parser.add_argument(
+        "--methods", nargs="+", default=methods, choices=methods, help="default: all"
+    )
+    parser.add_argument("--pruning-arg", action="append", default=[], metavar="METHOD.KEY=VALUE")
+    parser.add_argument("--tasks", nargs="+", choices=sorted(BENCHMARKS), help="default: all")
+    parser.add_argument("--limit", type=int, help="about so many questions per task")
+    parser.add_argument("--out", default=out, help=f"folder of all results (default: {out})")
+    parser.add_argument("--overwrite", action="store_true", help="discard answers already there")
+    add_model_args(parser)
+    parser.add_argument("--data-dir", help="default: the playground benchmark")
+    parser.add_argument("--conv-mode", default="auto")
+    add_speed_args(parser, batch_size=8)
+    add_image_args(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+
+
+def parse_suite_args(parser: argparse.ArgumentParser, argv: list[str] | None = None):
+    """Returns the options of `add_suite_args`, those left open filled in."""
+    args = parser.parse_args(argv)
+    if args.model_path is None or args.data_dir is None:
+        from llava.playground import benchmark_dir, default_model_path
+
+        args.model_path = args.model_path or default_model_path()
+        args.data_dir = args.data_dir or benchmark_dir()
+    if stray := [a for a in args.pruning_arg if a.partition(".")[0] not in args.methods]:
+        parser.error(f"--pruning-arg {stray[0]} must start with one of the methods and a dot")
+    args.model_name = get_model_name_from_path(args.model_path)
+    args.conv_mode = resolve_conv_mode(
+        args.conv_mode, args.model_name, args.model_path, args.model_base
+    )
+    return args
+
+
+def prepare(args) -> tuple[AnswerLoop, list[Run], list[Benchmark], Workers]:
+    """Everything a suite needs, loaded and checked."""
+    benchmarks = available(args.tasks, args.data_dir)
+    import_pyplot()  # a missing extra should be known before hours of answering
+    workers = Workers.from_environment()
+    args.device = args.device or workers.device()
+    args.model_path = local_folder(args.model_path)
+    loop = load_loop(args)
+    crops = loop.model.crops_in_budget(build_pruner())
+    runs = plan(args, crops * loop.model.get_vision_tower().num_patches)
+    try_out(loop.model, runs, args.model_path)
+    os.makedirs(args.out, exist_ok=True)
+    return loop, runs, benchmarks, workers
+
+
+@errors_as_messages()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_suite_args(parser, out="runs/suite")
+    args = parse_suite_args(parser)
+    loop, runs, benchmarks, workers = prepare(args)
+    scores = run_all(loop, runs, benchmarks, args, workers)
+    if not workers.main:
+        return
+    text = "\n".join([table(scores), *not_run(runs)])
+    with open(os.path.join(args.out, "table.md"), "w", encoding="utf-8") as file:
+        file.write(text)
+    plot(scores, os.path.join(args.out, "plot.png"))
+    print(text)
+    print(f"written: {args.out}/scores.json table.md plot.png", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What is reported about the speed of decoding: rates, the cost model of guessing, the table."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass
+
+from llava.eval.efficiency.decode_run import DENSE, Variant
+from llava.pruning.drafter import Drafter
+
+
+@dataclass
+class Row:
+    """One line of the report.
+
+    first_ms:        until the first token or, when guesses come with it, tokens
+    decode_rate:     tokens per second after that
+    total_rate:      tokens per second of the whole call
+    speed_up:        of `decode_rate` over the dense model on the same questions
+    step_speed_up:   of `decode_rate` over the same loop without guesses
+    predicted:       what the cost model says `step_speed_up` should be
+    accepted, drafted: guesses per step
+    acceptance:      accepted guesses per guess
+    same_answers:    share of answers equal to those of the method one token at a time, in percent
+    """
+
+    name: str
+    first_ms: float
+    decode_rate: float
+    total_rate: float
+    speed_up: float
+    step_speed_up: float | None = None
+    predicted: float | None = None
+    accepted: float | None = None
+    drafted: float | None = None
+    acceptance: float | None = None
+    same_answers: float | None = None
+
+
+def cost_model(drafter: Drafter, model, accepted: float, drafted: float) -> float:
+    """Speed-up over one token at a time, in decoder layers run on one row.
+
+    A token costs L + h, with L layers and a head that costs h of them; a step with g guesses
+    g (K + T + h) + L + h and gives 1 + accepted tokens (arXiv 2503.14075, with the drafter's layers
+    on the last guess of a step put off). Assumes that a layer costs on a few rows what it costs on
+    one, as on GPUs, and for all tokens of the image, which the drafter reads, what it costs for
+    those that are kept; on a CPU both make a step dearer than this.
+    """
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    head, depth = model.lm_head.weight.numel() / layer, len(model.model.layers)
+    draft = drafter.shared_layers + len(drafter.layers) + head
+    return (depth + head) * (1 + accepted) / (drafted * draft + depth + head)
+
+
+def rows_of(variants: list[Variant], model, same_answers: bool = True) -> list[Row]:
+    """The report, the dense model first.
+
+    same_answers: compares answers; False where chance decides about guesses
+    """
+    rates = {v.name: [clock.decode_rate for clock in v.clocks] for v in variants}
+    by_name, rows = {v.name: v for v in variants}, []
+    for variant in variants:
+        row = Row(
+            variant.name,
+            1000 * statistics.median(clock.first_seconds for clock in variant.clocks),
+            _median(rates[variant.name]),
+            statistics.median(c.tokens / c.arrivals[-1][0] for c in variant.clocks),
+            _ratio(rates[variant.name], rates[DENSE]),
+        )
+        method = variant.name.partition(",")[0]
+        if method in by_name and method != variant.name and same_answers:
+            plain = by_name[method].answers
+            same = sum(a == b for a, b in zip(variant.answers, plain, strict=True))
+            row.same_answers = 100 * same / len(plain)
+        if variant.logs and variant.guesses:
+            steps = [len(d) for log in variant.logs for d in log.drafts]
+            accepted = [a for log in variant.logs for a in log.accepted]
+            row.accepted, row.drafted = statistics.mean(accepted), statistics.mean(steps)
+            row.acceptance = sum(accepted) / max(1, sum(steps))
+            row.step_speed_up = _ratio(rates[variant.name], rates[f"{method}, no guesses"])
+            drafter = variant.pruner.drafter(len(model.model.layers))
+            row.predicted = cost_model(drafter, model, row.accepted, row.drafted)
+        rows.append(row)
+    return rows
+
+
+def _median(rates: list[float | None]) -> float:
+    return statistics.median(rate for rate in rates if rate is not None)
+
+
+def _ratio(ours: list, theirs: list) -> float:
+    """Median over the questions of how many times as fast."""
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    return statistics.median(a / b for a, b in pairs)
+
+
+def table(rows: list[Row]) -> str:
+    """The report as a Markdown table."""
+    names = list(asdict(rows[0]))
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for row in rows:
+        cells = [
+            "–" if value is None else value if isinstance(value, str) else f"{value:.2f}"
+            for value in asdict(row).values()
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,126 @@
+"""Timing long answers, token by token, one way of answering after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from llava.eval.answering.questions import Question
+from llava.eval.efficiency.measure import DENSE, Workload
+from llava.mm_utils import tokenizer_image_token
+from llava.model.self_speculative import SpeculationLog
+from llava.pruning import Pruner, build_pruner
+from llava.pruning.drafter import STRATEGIES
+
+
+class Clock:
+    """A streamer that notes when how many tokens arrive."""
+
+    def __init__(self):
+        self.start, self.arrivals, self.prompt = time.perf_counter(), [], True
+
+    def put(self, value) -> None:
+        if not self.prompt:  # the first call shows the prompt
+            self.arrivals.append((time.perf_counter() - self.start, value.numel()))
+        self.prompt = False
+
+    def end(self) -> None:
+        """Nothing is left to show."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(count for _, count in self.arrivals)
+
+    @property
+    def first_seconds(self) -> float:
+        return self.arrivals[0][0]
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens per second after the first arrival; None when nothing came after it."""
+        later = self.tokens - self.arrivals[0][1]
+        span = self.arrivals[-1][0] - self.arrivals[0][0]
+        return later / span if later else None
+
+
+@dataclass
+class Variant:
+    """One way of answering, and what was seen of it.
+
+    options: further arguments of `generate`
+    """
+
+    name: str
+    pruner: Pruner
+    strategy: str
+    options: dict = field(default_factory=dict)
+    clocks: list[Clock] = field(default_factory=list)
+    answers: list[list[int]] = field(default_factory=list)
+    logs: list[SpeculationLog] = field(default_factory=list)
+
+    @property
+    def guesses(self) -> bool:
+        return self.strategy == STRATEGIES[1] and self.options.get("num_speculations") != 0
+
+    def run(self, model, inputs: dict) -> None:
+        clock = Clock()
+        output = model.generate(
+            **inputs,
+            **self.options,
+            do_sample=False,
+            generation_strategy=self.strategy,
+            streamer=clock,
+            return_dict_in_generate=True,
+        )
+        self.clocks.append(clock)
+        self.answers.append(output.sequences[0].tolist())
+        self.logs += getattr(output, "logs", None) or []
+
+
+def variants_of(pruners: dict[str, Pruner], num_speculations: int | None = None) -> list[Variant]:
+    """The dense model, and each method with and, where it can guess, also without guesses.
+
+    num_speculations: most guesses in a row; None: what the method says
+    """
+    options = {} if num_speculations is None else {"num_speculations": num_speculations}
+    found = [Variant(DENSE, build_pruner(), STRATEGIES[0])]
+    for name, pruner in pruners.items():
+        found.append(Variant(name, pruner, STRATEGIES[0]))
+        if type(pruner).drafter is not Pruner.drafter:
+            still = {"num_speculations": 0}
+            found.append(Variant(f"{name}, no guesses", pruner, STRATEGIES[1], still))
+            found.append(Variant(f"{name}, guessing", pruner, STRATEGIES[1], dict(options)))
+    return found
+
+
+def measure(model, variants: list[Variant], prompts: list[Callable[[], dict]], limit: int) -> None:
+    """Runs every variant on every prompt, after one prompt to warm up.
+
+    prompts: make the arguments of `generate`, but for the length of the answer
+    """
+    for number, prompt in enumerate([prompts[0], *prompts]):
+        for variant in variants:
+            model.pruner = variant.pruner  # first: how images are prepared may depend on it
+            variant.run(model, prompt() | {"max_new_tokens": limit})
+            if number == 0:
+                variant.clocks, variant.answers, variant.logs = [], [], []
+
+
+def asked(loop, question: Question, folder: str) -> dict:
+    """The arguments of `generate` for a question about pictures in `folder`."""
+    model = loop.model
+    pictures = [loop.prepare(question, image, folder) for image in question.images]
+    ids = tokenizer_image_token(loop.prompt(question), loop.tokenizer, return_tensors="pt")
+    return {
+        "inputs": ids[None].to(model.device),
+        "images": [picture.pixels.to(model.device, model.dtype) for picture in pictures],
+        "image_sizes": [picture.size for picture in pictures],
+        "pad_token_id": loop.tokenizer.eos_token_id,
+    }
+
+
+def made_up(model, prompt_length: int) -> dict:
+    """The arguments of `generate` for an image and `prompt_length` text tokens, all random."""
+    work = Workload.random(model, 1, prompt_length, 1)
+    return {"inputs": work.input_ids, "images": work.images, "image_sizes": work.image_sizes}

@@ -1,0 +1,174 @@
+"""How fast answers grow, token by token: the unpruned model, a method, and its self-speculation.
+
+    python -m llava.eval.efficiency --decode --method twigvlm --visual-token-num 64
+    python -m llava.eval.efficiency.decode_speed --methods twigvlm --limit 20 \
+        --json runs/decode.json
+    python -m llava.eval.efficiency.decode_speed --config 7b --acceptance 0.8 \
+        --num-speculations 3 --limit 3
+
+Asks a trained model for long answers (the playground's descriptions of pictures, unless another
+question file is given), or, with --config, a model of that size with random weights for answers of
+a given length, chance deciding which guesses are right. One answer at a time, all variants in
+turns on every question, so that a busy machine slows all of them alike. A streamer notes when
+tokens arrive; time runs from the call of `generate`, pixels prepared. Rates are medians over the
+questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from dataclasses import asdict
+from functools import partial
+
+import torch
+
+from llava.errors import errors_as_messages
+from llava.eval.answering.loading import DTYPES, add_model_args, load_loop, resolve_conv_mode
+from llava.eval.answering.questions import Question, read_jsonl
+from llava.eval.efficiency.chance import ChanceChoice
+from llava.eval.efficiency.decode_report import rows_of, table
+from llava.eval.efficiency.decode_run import asked, made_up, measure, variants_of
+from llava.eval.efficiency.measure import make_pruner
+from llava.eval.efficiency.random_model import CONFIGS, build_random_model, shapes
+from llava.mm_utils import get_model_name_from_path
+from llava.model.placement import fast_dtype
+from llava.pruning import METHODS, Pruner, build_pruner
+
+QUESTIONS, IMAGES = "describe/questions.jsonl", "images"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    able = [name for name, cls in METHODS.items() if cls.drafter is not Pruner.drafter]
+    parser.add_argument("--methods", nargs="+", default=able, choices=sorted(METHODS))
+    parser.add_argument("--visual-token-num", "--visual_token_num", type=int, default=64)
+    parser.add_argument("--num-speculations", type=int, help="most guesses in a row")
+    parser.add_argument("--pruning-arg", action="append", default=[], metavar="METHOD.KEY=VALUE")
+    parser.add_argument("--limit", type=int, default=20, help="so many questions (default: 20)")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--json", metavar="FILE", help="write the result there, too")
+    trained = parser.add_argument_group("a trained model")
+    trained.add_argument("--question-file", help=f"default: the playground's {QUESTIONS}")
+    trained.add_argument("--image-folder", help="default: the playground's pictures")
+    trained.add_argument("--conv-mode", default="auto")
+    random = parser.add_argument_group("or random weights")
+    random.add_argument("--config", choices=CONFIGS, help="sizes of the model")
+    random.add_argument(
+        "--acceptance", type=float, default=0.8, help="share of right guesses (default: 0.8)"
+    )
+    random.add_argument("--prompt-length", type=int, default=64, help="text tokens (default: 64)")
+    add_model_args(parser)
+    args = parser.parse_args(argv)
+    if args.limit < 1 or args.max_new_tokens < 2 or args.prompt_length < 1:
+        parser.error("--limit and --prompt-length must be at least 1, --max-new-tokens 2")
+    if not 0 <= args.acceptance <= 1:
+        parser.error(f"--acceptance ({args.acceptance}) must lie between 0 and 1")
+    if args.config is None:
+        fill_in_playground(args)
+    elif given := [name for name in ("model_path", "question_file") if getattr(args, name)]:
+        parser.error(
+            f"--config makes a model up: --{given[0].replace('_', '-')} has no place there"
+        )
+    return args
+
+
+def fill_in_playground(args) -> None:
+    """Names the playground's checkpoint and questions where no others were given."""
+    from llava.playground import benchmark_dir, default_model_path
+
+    args.model_path = args.model_path or default_model_path()
+    if args.question_file is None:
+        args.question_file = os.path.join(benchmark_dir(), QUESTIONS)
+        args.image_folder = args.image_folder or os.path.join(benchmark_dir(), IMAGES)
+    args.image_folder = args.image_folder or os.path.dirname(args.question_file)
+    args.model_name = get_model_name_from_path(args.model_path)
+    args.conv_mode = resolve_conv_mode(
+        args.conv_mode, args.model_name, args.model_path, args.model_base
+    )
+
+
+def options_by_method(pairs: list[str]) -> dict[str, dict]:
+    """METHOD.KEY=VALUE pairs, sorted by method. Raises ValueError for another form."""
+    from llava.pruning.cli import parse_pair
+
+    options: dict[str, dict] = {}
+    for pair in pairs:
+        method, dot, rest = pair.partition(".")
+        if not dot or method not in METHODS:
+            raise ValueError(f"--pruning-arg {pair!r} must have the form METHOD.KEY=VALUE")
+        key, value = parse_pair(rest)
+        options.setdefault(method, {})[key] = value
+    return options
+
+
+def trained_model(args) -> tuple:
+    """(model, pruners by name, prompts) of a checkpoint and a question file."""
+    options, budget = options_by_method(args.pruning_arg), args.visual_token_num
+    pruners = {
+        name: build_pruner(name, visual_token_num=budget, **options.get(name, {}))
+        for name in args.methods
+    }
+    loop = load_loop(args)
+    prompts = [
+        partial(asked, loop, Question({}, r["text"], [r["image"]]), args.image_folder)
+        for r in read_jsonl(args.question_file)[: args.limit]
+    ]
+    return loop.model, pruners, prompts
+
+
+def random_model(args) -> tuple:
+    """The same with random weights of the sizes `args.config`."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[args.dtype] if args.dtype else fast_dtype(device)
+    options = options_by_method(args.pruning_arg)
+    model = build_random_model(*shapes(args.config), dtype=dtype, device=device)
+    model.token_choice = partial(ChanceChoice, acceptance=args.acceptance)
+    pruners = {
+        name: make_pruner(name, args.visual_token_num, model, **options.get(name, {}))
+        for name in args.methods
+    }
+    return model, pruners, [partial(made_up, model, args.prompt_length)] * args.limit
+
+
+def about(args, model, tokens: float) -> dict:
+    """What the numbers depend on besides the code."""
+    chance = {} if args.config is None else {"acceptance": args.acceptance}
+    return {
+        "model": args.config or args.model_name,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "questions": args.limit,
+        "tokens_per_answer": tokens,
+        "visual_token_num": args.visual_token_num,
+    } | chance
+
+
+@errors_as_messages()
+@torch.inference_mode()
+def main(argv: list[str] | None = None) -> dict:
+    """Measures, prints the table and, as the last line, the whole result as JSON."""
+    args = parse_args(argv)
+    torch.manual_seed(0)
+    model, pruners, prompts = (trained_model if args.config is None else random_model)(args)
+    args.limit = len(prompts)
+    variants = variants_of(pruners, args.num_speculations)
+    measure(model, variants, prompts, args.max_new_tokens)
+    rows = rows_of(variants, model, same_answers=args.config is None)
+    facts = about(args, model, statistics.mean(clock.tokens for clock in variants[0].clocks))
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    print(table(rows))
+    result = {"about": facts, "rows": [asdict(row) for row in rows]}
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1)
+    print(json.dumps(result))
+    return result
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,240 @@
+"""Measuring variants of one model in turns: stages, tokens, cache bytes, peak memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.eval.efficiency.memory import peak_bytes
+from llava.eval.efficiency.oracle import Oracle, watch_schedule
+from llava.eval.efficiency.stock import stock_decoder, time_stock
+from llava.eval.efficiency.stopwatch import Stopwatch
+from llava.model import LlavaLlamaForCausalLM
+from llava.pruning import METHODS, Pruner, build_pruner, trace_pruning
+from llava.pruning.base import option_names
+from llava.pruning.cost import prefill_flops
+
+HOOKS = (
+    "before_tower",
+    "before_tower_layer",
+    "after_encoder",
+    "after_projector",
+    "after_layout",
+    "before_layer",
+)
+STAGES = {
+    "vision": "vision tower, with the extras a method asks for",
+    "select": "the method's own work, wherever it acts",
+    "prefill": "decoder and head on the prompt, without what the method does in between",
+    "decode": "decoder and head on one further token",
+    "first_token": "from pixels and token ids to the logits of the first token",
+    "end_to_end": "from pixels and token ids to the last token",
+}
+DENSE, ORACLE, STOCK = "dense", "oracle", "stock"
+
+
+@dataclass
+class Workload:
+    """What the model is asked to do.
+
+    input_ids:   (B, L) prompts with one image each
+    images:      (B, 3, S, S) pixels, (B, crops, 3, S, S), or one (crops, 3, S, S) per image
+    image_sizes: (width, height) of every image
+    num_tokens:  tokens that every prompt is answered with
+    """
+
+    input_ids: Tensor
+    images: Tensor | list[Tensor]
+    image_sizes: list[tuple[int, int]]
+    num_tokens: int
+    asked: int = 0
+
+    @classmethod
+    def random(cls, model, batch_size: int, prompt_length: int, num_tokens: int) -> Workload:
+        """`prompt_length` text tokens around each image, half of them before it."""
+        generator = torch.Generator().manual_seed(0)
+        side, crops = model.get_vision_tower().image_size, model.crops_in_budget(Pruner())
+        shape = (3, side, side) if crops == 1 else (crops, 3, side, side)
+        images = torch.randn(batch_size, *shape, generator=generator)
+        high = model.config.vocab_size
+        ids = torch.randint(3, high, (batch_size, prompt_length + 1), generator=generator)
+        ids[:, prompt_length // 2] = IMAGE_TOKEN_INDEX
+        size = (side, side) if crops == 1 else (2 * side, 2 * side)
+        return cls(
+            ids.to(model.device),
+            images.to(model.device, model.dtype),
+            [size] * batch_size,
+            num_tokens,
+        )
+
+    def questions(self) -> list[str]:
+        """One per image; nobody has asked them before, so that nothing can be remembered."""
+        self.asked += 1
+        return [f"What is {self.asked}-{row}?" for row in range(len(self.image_sizes))]
+
+    def run(self, model: LlavaLlamaForCausalLM, num_tokens: int | None = None) -> None:
+        model.generate(
+            self.input_ids,
+            images=self.images,
+            image_sizes=self.image_sizes,
+            questions=self.questions(),
+            do_sample=False,
+            max_new_tokens=num_tokens or self.num_tokens,
+        )
+
+
+@dataclass
+class Variant:
+    """One thing to measure: `run` does the work once and returns seconds per stage.
+
+    oracle: name of the variant that has the same token counts and chooses nothing
+    """
+
+    name: str
+    run: Callable[[], dict[str, float]]
+    oracle: str | None = None
+    facts: dict = field(default_factory=dict)
+    rounds: list[dict[str, float]] = field(default_factory=list)
+
+
+def time_llava(
+    model: LlavaLlamaForCausalLM, pruner: Pruner, workload: Workload
+) -> dict[str, float]:
+    """Seconds of every stage of `STAGES` for one call of `generate`."""
+    model.pruner = pruner
+    watch = Stopwatch(model.device)
+    methods = [(pruner, hook, "select") for hook in own_hooks(pruner)]
+    methods.append((model.get_vision_tower(), "tokens", "vision"))
+    methods.append((model, "forward", lambda: "decode" if watch.count("prefill") else "prefill"))
+    with watch.watch(methods), watch.span("rest") as whole:
+        workload.run(model)
+    stages = watch.read()
+    prefill = next(span for span in watch.spans if span.stage == "prefill")
+    seconds = {name: sum(stages.get(name, ())) for name in ("vision", "select", "prefill")}
+    if "decode" in stages:
+        seconds["decode"] = sum(stages["decode"]) / len(stages["decode"])
+    seconds["first_token"] = watch.elapsed(whole.start, prefill.stop)
+    seconds["end_to_end"] = watch.elapsed(whole.start, whole.stop)
+    return seconds
+
+
+def own_hooks(pruner: Pruner) -> list[str]:
+    """The hooks that the method fills."""
+    return [name for name in HOOKS if getattr(type(pruner), name) is not getattr(Pruner, name)]
+
+
+def llava_facts(model: LlavaLlamaForCausalLM, pruner: Pruner, workload: Workload) -> dict:
+    """`facts`: tokens, cache bytes (measured on its tensors) and operations of one batch;
+    `schedule`: the token counts to imitate."""
+    model.pruner = pruner
+    with trace_pruning(model) as trace, watch_schedule(pruner) as schedule:
+        workload.run(model, num_tokens=1)
+    rows = list(zip(*(tokens.tolist() for tokens in trace.prompt_tokens), strict=True))
+    visual = torch.stack(trace.visual_tokens).double().mean(dim=1)  # per layer
+    facts = {
+        "setting": repr(pruner),
+        "visual_tokens_first_layer": visual[0].item(),
+        "visual_tokens_mean": visual.mean().item(),
+        "visual_tokens_per_layer": visual.tolist(),
+        "prompt_tokens_first_layer": rows[0][0],
+        "kv_bytes": trace.kv_bytes,
+        "flops_exact": sum(prefill_flops(trace.shape, row, "exact") for row in rows),
+        "flops_fastv": sum(prefill_flops(trace.shape, row, "fastv") for row in rows),
+    }
+    return {"facts": facts, "schedule": schedule}
+
+
+def make_pruner(name: str, visual_token_num: int, model, **options) -> Pruner:
+    """The method with this budget, where it has one, and random weights in place of trained parts.
+
+    options: further ones of the method
+
+    Raises ValueError where the method does not know the budget, or the model.
+    """
+    known = option_names(METHODS[name]) if name in METHODS else ["visual_token_num"]
+    budget = {"visual_token_num": visual_token_num} if "visual_token_num" in known else {}
+    pruner = build_pruner(name, **budget, **options)
+    pruner.use_random_parts(model)
+    model.pruner = pruner
+    return pruner
+
+
+@torch.no_grad()
+def build_variants(
+    model: LlavaLlamaForCausalLM,
+    workload: Workload,
+    pruners: dict[str, Pruner],
+    visual_token_num: int,
+    stock: bool = False,
+) -> list[Variant]:
+    """dense, the oracle of the budget, then each method behind the oracle of its own token counts;
+    with `stock` also transformers' decoder on the dense prompt.
+
+    Methods with the same counts share an oracle.
+    """
+    crops = model.crops_in_budget(Pruner())
+    variants: list[Variant] = []
+
+    def add(name: str, pruner: Pruner, found: dict, oracle: str | None = None) -> None:
+        model.pruner = pruner
+        peak = peak_bytes(partial(workload.run, model), model.device)
+        facts = {**found["facts"], "peak_bytes_over_weights": peak}
+        run = partial(time_llava, model, pruner, workload)
+        variants.append(Variant(name, run, oracle, facts))
+
+    add(DENSE, Pruner(), llava_facts(model, Pruner(), workload))
+    plain = Oracle.constant(max(1, visual_token_num // crops), crops * len(workload.input_ids))
+    oracles = {ORACLE: plain}
+    add(ORACLE, plain, llava_facts(model, plain, workload))
+    groups: dict[str, list] = {ORACLE: []}
+    for name, pruner in pruners.items():
+        found = llava_facts(model, pruner, workload)
+        own = Oracle(found["schedule"], like=pruner)
+        known = (key for key, oracle in oracles.items() if oracle.does_the_same_as(own, crops > 1))
+        key = next(known, f"{ORACLE} of {name}")
+        oracles.setdefault(key, own)
+        groups.setdefault(key, []).append((name, pruner, found))
+    for key, group in groups.items():
+        if key != ORACLE:
+            add(key, oracles[key], llava_facts(model, oracles[key], workload))
+        for name, pruner, found in group:
+            add(name, pruner, found, oracle=key)
+    if stock:
+        model.pruner = Pruner()
+        prompt = model.build_prompt(
+            workload.input_ids, images=workload.images, image_sizes=workload.image_sizes
+        )
+        decoder = stock_decoder(model)
+        run = partial(time_stock, decoder, prompt.inputs_embeds, workload.num_tokens)
+        variants.append(Variant(STOCK, run))
+    return variants
+
+
+def measure(variants: list[Variant], repeats: int, warmup: int = 2) -> None:
+    """Runs the variants in turns, each round starting with another one, and stores the rounds.
+
+    Noise of a shared machine hits neighbours alike, so that ratios within a round stay meaningful.
+    """
+    for number in range(-warmup, repeats):
+        shift = number % len(variants)
+        for variant in variants[shift:] + variants[:shift]:
+            gc.collect()
+            seconds = variant.run()
+            if number >= 0:
+                variant.rounds.append(seconds)
+
+
+def check_same_tokens(variant: Variant, oracle: Variant) -> None:
+    """Raises ValueError where an oracle's layers have other token counts than its method."""
+    name = "visual_tokens_per_layer"
+    if variant.facts[name] != oracle.facts[name]:
+        raise ValueError(
+            f"{variant.name} and its oracle differ in tokens per layer: {variant.facts[name]} and "
+            f"{oracle.facts[name]}"
+        )

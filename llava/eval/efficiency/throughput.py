@@ -1,0 +1,223 @@
+"""Questions per second: one by one, in batches, and in batches that share what their image needs.
+
+python -m llava.eval.efficiency.throughput --methods none vispruner fastv --visual-token-num 64
+python -m llava.eval.efficiency.throughput --config 7b --device cuda --batch-size 30
+
+Without a checkpoint the model has random weights; without questions, those of the playground's GQA
+are asked, as many about an image as in GQA. The ways take turns on every image, so that a machine
+that is busy with other things slows all of them down alike. Loading is not counted; decoding and
+preparing images is.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from itertools import count
+
+import torch
+
+from llava.errors import errors_as_messages
+from llava.eval.answering.loading import (
+    DTYPES,
+    add_model_args,
+    load_loop,
+    resolve_conv_mode,
+)
+from llava.eval.answering.loop import AnswerLoop
+from llava.eval.answering.plan import plan_shares
+from llava.eval.answering.questions import Question, jsonl_questions, read_jsonl
+from llava.eval.efficiency.random_model import build_random_model, shapes
+from llava.mm_utils import get_model_name_from_path
+from llava.model.placement import choose_device, fast_dtype
+from llava.pruning import METHODS, build_pruner
+from llava.pruning.base import option_names
+
+#: sizes for a busy CPU, behind the tower of the playground: width, inner width, layers, heads
+MODERATE = (384, 1056, 6, 6)
+PLAIN, BATCHED, REUSED = "one by one", "batched", "batched + reuse"
+
+
+@dataclass
+class Speed:
+    """One way of answering with one method.
+
+    per_second:    questions per second, median over the images
+    times_plain:   how many times faster than one by one, median over the images
+    cpu_times:     the same by the processor time of this program, which other programs that run
+                   meanwhile hardly change; says nothing about work on a GPU
+    same_as_plain: share of answers equal to those one by one, in percent
+    """
+
+    method: str
+    way: str
+    per_second: float
+    times_plain: float
+    cpu_times: float
+    same_as_plain: float
+
+
+def measure(
+    loop: AnswerLoop, groups: list[list[Question]], images: str, method: str, batch_size: int
+) -> list[Speed]:
+    """Returns the speed of every way on `groups`, each the questions about one image."""
+    ways = {PLAIN: (1, False), BATCHED: (batch_size, False), REUSED: (batch_size, True)}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    cpu: dict[str, list[float]] = {way: [] for way in ways}
+    same = dict.fromkeys(ways, 0)
+    for size, reuse in ways.values():  # whatever happens once only
+        answer(loop, groups[0][: 2 * size], images, size, reuse)
+    for group in groups:
+        texts = {}
+        for way, (size, reuse) in ways.items():
+            start, cpu_start = time.perf_counter(), time.process_time()
+            texts[way] = answer(loop, group, images, size, reuse)
+            seconds[way].append(time.perf_counter() - start)
+            cpu[way].append(time.process_time() - cpu_start)
+            same[way] += sum(a == b for a, b in zip(texts[way], texts[PLAIN], strict=True))
+    total = sum(len(group) for group in groups)
+    return [
+        Speed(
+            method,
+            way,
+            statistics.median(len(g) / s for g, s in zip(groups, seconds[way], strict=True)),
+            median_ratio(seconds[PLAIN], seconds[way]),
+            median_ratio(cpu[PLAIN], cpu[way]),
+            100 * same[way] / total,
+        )
+        for way in ways
+    ]
+
+
+def median_ratio(times: list[float], others: list[float]) -> float:
+    """Returns the median of how many times longer `times` are than `others`, pair by pair."""
+    return statistics.median(a / max(b, 1e-9) for a, b in zip(times, others, strict=True))
+
+
+def answer(loop: AnswerLoop, questions, images: str, batch_size: int, reuse: bool) -> list[str]:
+    """Returns the answers in question order."""
+    loop.reuse = reuse
+    shares = plan_shares(questions, batch_size, by_image=reuse)
+    batches = [batch for share in shares for batch in share]
+    texts = {}
+    for numbers, found in loop.run(((b, [questions[n] for n in b]) for b in batches), images):
+        texts.update(zip(numbers, found, strict=True))
+    return [texts[number] for number in range(len(questions))]
+
+
+def arranged(questions: list[Question], num_images: int, per_image: int) -> list[list[Question]]:
+    """Returns `per_image` questions about each of the first images, taken in order."""
+    images = list(dict.fromkeys(image for question in questions for image in question.images))
+    if num_images > len(images):
+        raise ValueError(f"there are {len(images)} images, not {num_images}")
+    texts = [questions[n % len(questions)].text for n in range(num_images * per_image)]
+    return [
+        [
+            Question({"question_id": n}, text, [image])
+            for n, text in zip(count(), texts[i * per_image : (i + 1) * per_image], strict=False)
+        ]
+        for i, image in enumerate(images[:num_images])
+    ]
+
+
+def random_loop(args) -> AnswerLoop:
+    """Returns a loop around a model of random weights that reads the playground's prompts."""
+    from llava.playground import default_model_path
+
+    given = argparse.Namespace(**vars(args) | {"model_path": default_model_path()})
+    playground = load_loop(given)
+    config, tower = shapes(default_model_path() if args.config == "moderate" else args.config)
+    if args.config == "moderate":
+        config.hidden_size, config.intermediate_size = MODERATE[:2]
+        config.num_hidden_layers, config.num_attention_heads = MODERATE[2:]
+        config.num_key_value_heads = config.num_attention_heads
+    config.vocab_size = playground.model.config.vocab_size
+    device = choose_device(args.device)
+    dtype = DTYPES[args.dtype] if args.dtype else fast_dtype(device)
+    model = build_random_model(config, tower, dtype, device)
+    options = {"workers": args.workers, "max_new_tokens": args.max_new_tokens}
+    processor = model.get_vision_tower().image_processor
+    return AnswerLoop(playground.tokenizer, model, processor, args.conv_mode, **options)
+
+
+def table(speeds: list[Speed]) -> str:
+    """Returns the speeds as a Markdown table."""
+    lines = [
+        "| method | way | questions/s | times one by one | by processor time | same answers, % |",
+        "|---|---|---|---|---|---|",
+    ]
+    for s in speeds:
+        lines.append(
+            f"| {s.method} | {s.way} | {s.per_second:.2f} | {s.times_plain:.1f} "
+            f"| {s.cpu_times:.1f} | {s.same_as_plain:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_model_args(parser)
+    parser.add_argument(
+        "--config",
+        default="moderate",
+        help="sizes of random weights when there is no --model-path: moderate, 1b, 7b, 13b or the "
+        "folder of a checkpoint",
+    )
+    parser.add_argument("--methods", nargs="+", default=["none"], choices=sorted(METHODS))
+    parser.add_argument("--visual-token-num", type=int, help="default: each method's own")
+    parser.add_argument("--question-file", help="default: GQA of the playground")
+    parser.add_argument("--image-folder", help="default: the playground's")
+    parser.add_argument("--images", type=int, default=5, help="number of images")
+    parser.add_argument("--per-image", type=int, default=30, help="questions about each")
+    parser.add_argument("--batch-size", type=int, default=15)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=3, help="random weights always write as many"
+    )
+    parser.add_argument("--conv-mode", default="auto")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
+    args = parser.parse_args()
+    if args.question_file is None:
+        from llava.playground import benchmark_dir
+
+        args.question_file = os.path.join(
+            benchmark_dir(), "gqa", "llava_gqa_testdev_balanced.jsonl"
+        )
+        args.image_folder = args.image_folder or os.path.join(benchmark_dir(), "images")
+    from llava.playground import default_model_path
+
+    path = args.model_path or default_model_path()  # random weights read the playground's prompts
+    args.model_name = get_model_name_from_path(path)
+    args.conv_mode = resolve_conv_mode(args.conv_mode, args.model_name, path, args.model_base)
+    return args
+
+
+@errors_as_messages()
+def main():
+    args = parse_args()
+    records = read_jsonl(args.question_file, ("question_id", "text"))
+    questions = [question for record in records for question in jsonl_questions(record)]
+    groups = arranged(questions, args.images, args.per_image)
+    loop = load_loop(args) if args.model_path else random_loop(args)
+    speeds = []
+    for method in args.methods:
+        budget = {"visual_token_num": args.visual_token_num}
+        takes_budget = args.visual_token_num and "visual_token_num" in option_names(METHODS[method])
+        loop.model.pruner = build_pruner(method, **budget if takes_budget else {})
+        speeds += measure(loop, groups, args.image_folder or "", method, args.batch_size)
+        print(f"{method}: {speeds[-1].times_plain:.1f} times", file=sys.stderr, flush=True)
+    print(
+        f"{len(groups)} images, {args.per_image} questions each, batches of {args.batch_size}, "
+        f"{loop.model.device}, {loop.model.dtype}, torch {torch.__version__}\n"
+    )
+    print(table(speeds))
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump({"settings": vars(args), "speeds": [asdict(s) for s in speeds]}, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""The model `llava_pruning` of lmms-eval: LLaVA with any pruning method.
+
+    python -m lmms_eval --model llava_pruning --tasks pope --batch_size 8 \\
+        --model_args pretrained=liuhaotian/llava-v1.5-7b,method=vispruner,visual_token_num=64
+
+lmms-eval finds it through the entry point `lmms_eval.models` of this package. Its own model `llava`
+works with this package, too (unpruned). See docs/Comparing.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from llava.eval.answering.answerer import ask, open_loop, read_pruner
+from llava.eval.answering.loop import AnswerLoop
+from llava.eval.answering.questions import Question
+from llava.eval.answering.workers import own_gpu
+from llava.image_io import to_rgb
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.pruning import all_option_names
+
+try:
+    from lmms_eval.api.model import lmms
+    from lmms_eval.models.registry_v2 import ModelManifest
+except ImportError as error:
+    raise ImportError(
+        "llava.eval.plugins.lmms is a plug-in of lmms-eval (0.7 or newer), which is not installed "
+        "here; docs/Comparing.md says how to install the two side by side"
+    ) from error
+
+DEFAULT_LENGTH = 1024  # of lmms-eval's own LLaVA, where a task names none
+
+
+def manifest() -> ModelManifest:
+    """What the entry point tells lmms-eval."""
+    return ModelManifest("llava_pruning", simple_class_path=f"{__name__}.LlavaPruning")
+
+
+class LlavaPruning(lmms):
+    """
+    pretrained:       checkpoint; none: the playground's
+    method:           pruning method, or two as METHOD+METHOD; none: what the options belong to
+    visual_token_num: its budget; none: the method's own
+    pruning_args:     its other options, KEY=VALUE with semicolons between them
+    options:          the same, one by one: important_ratio=0.5
+    conv_template:    prompt template; "auto" is what the checkpoint says of itself
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        method: str | None = None,
+        visual_token_num: int | str | None = None,
+        pruning_args: str = "",
+        conv_template: str = "auto",
+        model_base: str | None = None,
+        vision_tower: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | str | None = None,
+        **options,
+    ):
+        super().__init__()
+        known = all_option_names()
+        if unknown := [key for key in options if key not in known]:
+            raise TypeError(f"unknown model_args of llava_pruning: {', '.join(unknown)}")
+        pruner = read_pruner(method, visual_token_num, pruning_args, options)
+        self.batch_size = int(batch_size)
+        self.loop: AnswerLoop = open_loop(
+            pretrained,
+            model_base,
+            conv_template,
+            pruner,
+            device or own_gpu(),  # lmms-eval shares the requests among the processes itself
+            dtype,
+            vision_tower,
+        )
+
+    def generate_until(self, requests: list) -> list[str]:
+        """Answers, in the order of the requests; prompts with equal settings share a batch."""
+        answers: list[str | None] = [None] * len(requests)
+        for numbers in self._batches(requests):
+            own = [requests[number].args for number in numbers]
+            settings = own[0][1]
+            self.loop.temperature = float(settings.get("temperature") or 0)
+            self.loop.top_p = settings.get("top_p")
+            self.loop.num_beams = int(settings.get("num_beams") or 1)
+            length = int(settings.get("max_new_tokens") or DEFAULT_LENGTH)
+            texts = ask(self.loop, [(args[0], self._pictures(*args[2:])) for args in own], length)
+            for number, text in zip(numbers, texts, strict=True):
+                answers[number] = cut(text, settings.get("until") or [])
+        return answers
+
+    def _batches(self, requests: list) -> Iterator[list[int]]:
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(number)
+        for numbers in groups.values():
+            numbers.sort(key=lambda number: -len(requests[number].args[0]))
+            for start in range(0, len(numbers), self.batch_size):
+                yield numbers[start : start + self.batch_size]
+
+    def _pictures(self, doc_to_visual, doc_id, task: str, split: str) -> list:
+        return list(doc_to_visual(self.task_dict[task][split][doc_id]) or [])
+
+    @torch.inference_mode()
+    def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
+        """(loss, whether greedy decoding gives the continuation), one by one.
+
+        The loss is the mean negative log-probability of the continuation's tokens: lmms-eval takes
+        the choice with the *smallest* number, as its own models return their loss.
+        """
+        return [self._loglikelihood(*request.args) for request in requests]
+
+    def _loglikelihood(self, context, target, doc_to_visual, doc_id, task, split):
+        loop, model = self.loop, self.loop.model
+        if not isinstance(target, str):
+            target = target(self.task_dict[task][split][doc_id])
+        pictures = self._pictures(doc_to_visual, doc_id, task, split)
+        images = [to_rgb(picture, background=None) for picture in pictures]
+        prompt = loop.prompt(Question({"question_id": doc_id}, context, [""] * len(images)))
+        ids = [
+            tokenizer_image_token(text, loop.tokenizer, return_tensors="pt")
+            for text in (prompt, f"{prompt} {target.strip()}")
+        ]
+        count = len(ids[1]) - len(ids[0])
+        pixels = None
+        if images:
+            pixels = process_images(images, loop.image_processor, model.config)
+            pixels = [p.to(model.device, model.dtype) for p in pixels]
+            pixels = torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
+        input_ids = ids[1][None].to(model.device)
+        out = model(input_ids, images=pixels, image_sizes=[i.size for i in images], use_cache=False)
+        # Methods drop visual tokens only: counted from behind, the text is where it was.
+        logits = out.logits[0, -count - 1 : -1].float().log_softmax(dim=-1)
+        wanted = input_ids[0, -count:]
+        loss = -logits.gather(1, wanted[:, None]).mean()
+        return loss.item(), bool((logits.argmax(dim=-1) == wanted).all())
+
+    def generate_until_multi_round(self, requests: list) -> list[str]:
+        raise NotImplementedError("llava_pruning answers one round: choose a task of one round")
+
+
+def cut(text: str, until: str | list[str]) -> str:
+    """The text up to the first of the stop words."""
+    for stop in [until] if isinstance(until, str) else until:
+        if stop:
+            text = text.split(stop)[0]
+    return text.strip()

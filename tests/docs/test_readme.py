@@ -1,0 +1,100 @@
+"""The README and the docs: their commands run, their tables and paths are true."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from llava.pruning import METHODS
+from tests.paths import ROOT
+
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
+
+
+def commands(text: str) -> list[str]:
+    """The commands of all shell blocks, continuation lines joined, comments cut off."""
+    joined = "\n".join(blocks(text, "bash")).replace("\\\n", " ")
+    lines = (re.sub(r"\s+#.*", "", line).strip() for line in joined.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def run(command: str, **env) -> str:
+    done = subprocess.run(
+        ["bash", "-c", command.replace("python ", f"{sys.executable} ", 1)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, **env},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_table_of_methods_is_the_table_in_the_code():
+    rows = re.findall(r"^\| `(\w+)` \|.*\| `(llava/\S+)` \|$", README, re.M)
+    assert sorted(name for name, _ in rows) == sorted(METHODS)
+    for name, path in rows:
+        assert METHODS[name].__module__.replace(".", "/") + ".py" == path
+
+
+def test_every_path_the_pages_name_exists():
+    # Left out: what a run writes, data of the reader's own, and names with a part to fill in.
+    made = ("playground/data/", "llava/pruning/largest", "llava/pruning/last_attention")
+    pattern = r"(?<![\w/])(?:llava|scripts|docs|playground|tests)/[\w./{},-]*[\w/](?![\w<*])"
+    for page in PAGES:
+        for path in re.findall(pattern, page.read_text()):
+            blank = re.search(r"[{}]|TOKENS|BENCHMARK|METHOD|NAME|_$", path)
+            if not blank and not path.startswith(made):
+                assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_the_file_tree_names_what_is_there():
+    tree = re.search(r"^llava/\n.*?^docs/", README, re.S | re.M)[0]
+    listed = re.findall(r"^  (\S+)  ", tree, re.M)
+    there = {p.name + "/" * p.is_dir() for p in (ROOT / "llava").iterdir()}
+    there -= {"__init__.py", "__pycache__/"}
+    assert set(listed) == there
+
+
+def test_the_python_example_answers(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (code,) = blocks(README, "python")
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == "red"
+
+
+def test_every_module_the_pages_run_exists():
+    for page in PAGES:
+        for module in re.findall(r"python -m (llava[\w.]*|playground[\w.]*)", page.read_text()):
+            path = ROOT / module.replace(".", "/")
+            main = path / "__main__.py"
+            assert path.with_suffix(".py").exists() or main.exists(), f"{page.name}: {module}"
+
+
+@pytest.mark.slow
+def test_the_evaluation_command_prints_a_score():
+    (command,) = [c for c in commands(README) if "scripts/v1_5/eval/textvqa.sh" in c]
+    assert "score" in run(command, LIMIT="8")
+
+
+@pytest.mark.slow
+def test_the_single_image_command_answers(tmp_path):
+    (command,) = [c for c in commands(README) if "run_llava" in c and "photo.jpg" in c]
+    command = re.sub(r"--(model-path|conv-mode|image-file) \S+", "", command)
+    answer = run(f"{command} --temperature 0")
+    assert "ladder" in answer and "star" in answer
+
+
+@pytest.mark.slow
+def test_quickstart_ends_with_a_table_and_two_pictures(tmp_path):
+    out = run("bash scripts/quickstart.sh", LIMIT="6", OUT=str(tmp_path))
+    assert "| 64" in out or "64 |" in out
+    for name in ("table.md", "plot.png", "kept_patches.png"):
+        assert (tmp_path / name).stat().st_size > 0

@@ -1,0 +1,262 @@
+"""Several processes share the questions; whatever is killed, the answers file ends the same."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from tqdm import tqdm
+
+from llava.eval.answering.journal import Journal, folder, read_journals
+from llava.eval.answering.plan import plan_shares
+from llava.eval.answering.questions import Question
+from llava.eval.answering.run import Task, answer_questions
+from llava.eval.answering.workers import Workers
+from tests.paths import ROOT
+from tests.ports import free_port
+
+FORK = multiprocessing.get_context("fork")  # what is imported here is there at once
+SETTINGS = {"model": "m", "pruner": "Pruner()"}
+tqdm.set_lock(threading.RLock())  # the usual one is shared with forks, even with killed ones
+
+
+def questions(count=60, per_image=7):
+    """Questions about images in no order, of different lengths."""
+    draw = random.Random(0)
+    order = [f"{n // per_image}.png" for n in range(count)]
+    draw.shuffle(order)
+    return [
+        Question({"question_id": n, "prompt": "?"}, "why " * draw.randint(1, 9), [image])
+        for n, image in enumerate(order)
+    ]
+
+
+class FakeLoop:
+    """Answers with the number of the question, after a while."""
+
+    def __init__(self, seconds=0.0, log=None):
+        self.seconds, self.log = seconds, log
+        self.visual_tokens = None
+
+    def run(self, batches, images):
+        for numbers, batch in batches:
+            time.sleep(self.seconds)
+            if self.log is not None:
+                self.log.append(numbers)
+            yield numbers, [f"answer {q.head['question_id']}" for q in batch]
+
+
+def run(path, asked, seconds=0.0, log=None, **options):
+    task = Task(asked, "", str(path), "m", SETTINGS)
+    return answer_questions(task, lambda: FakeLoop(seconds, log), 4, **options)
+
+
+@pytest.fixture
+def undisturbed(tmp_path):
+    run(tmp_path / "whole.jsonl", questions())
+    return (tmp_path / "whole.jsonl").read_bytes()
+
+
+# --- the plan -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_image", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_the_plan_has_every_question_once_and_fills_its_batches(batch_size, by_image):
+    shares = plan_shares(questions(), batch_size, by_image)
+    batches = [batch for share in shares for batch in share]
+    assert sorted(n for batch in batches for n in batch) == list(range(60))
+    assert max(map(len, batches)) <= batch_size
+    if not by_image:
+        assert len(batches) == -(-60 // batch_size)
+
+
+def test_questions_about_one_image_make_one_share():
+    asked = questions()
+    shares = plan_shares(asked, 4)
+    images = [{asked[n].images[0] for batch in share for n in batch} for share in shares]
+    assert all(len(own) == 1 for own in images)
+    assert len({own.pop() for own in images}) == len(shares)
+    assert {tuple(map(len, share)) for share in shares} == {(3, 4), (4,)}  # of 7, and the rest
+    asked = questions(per_image=3)
+    together = [{asked[n].images[0] for n in share[0]} for share in plan_shares(asked, 8)]
+    assert all(len(images) == 2 for images in together)  # whole groups: 3 and 3 of 8
+
+
+def test_batches_hold_prompts_of_like_length_and_the_longest_come_first():
+    asked = questions()
+    shares = plan_shares(asked, 10, by_image=False)
+    lengths = [[len(asked[n].text) for n in share[0]] for share in shares]
+    assert lengths == sorted(lengths, reverse=True)
+    assert sum(max(batch) - min(batch) for batch in lengths) <= 36  # all lengths together span 32
+
+
+# --- one process --------------------------------------------------------------------------------
+
+
+def test_the_file_is_in_question_order_whatever_the_order_of_answering(tmp_path, undisturbed):
+    records = [json.loads(line) for line in undisturbed.splitlines()]
+    assert [record["question_id"] for record in records] == list(range(60))
+    assert all(record["text"] == f"answer {record['question_id']}" for record in records)
+    assert len({record["answer_id"] for record in records}) == 60
+    assert not os.path.exists(folder(str(tmp_path / "whole.jsonl")))
+
+
+def test_a_run_killed_at_random_times_ends_with_the_file_of_an_undisturbed_one(
+    tmp_path, undisturbed
+):
+    path, draw, killed = tmp_path / "a.jsonl", random.Random(1), 0
+    while killed < 20:
+        process = FORK.Process(target=run, args=(path, questions(), 0.01))
+        process.start()
+        process.join(draw.uniform(0.005, 0.1))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            killed += 1
+            if draw.random() < 0.5:  # as if the machine had stopped in the middle of a write
+                for name in (path, *tmp_path.glob("a.parts/*")):
+                    if name.exists() and name.stat().st_size > 9:
+                        os.truncate(name, name.stat().st_size - draw.randint(1, 9))
+        elif path.read_bytes() == undisturbed:
+            path.unlink()  # too fast: again
+    run(path, questions())
+    assert path.read_bytes() == undisturbed
+    assert not os.path.exists(folder(str(path)))
+
+
+def test_a_continued_run_answers_in_the_same_batches_and_nothing_twice(tmp_path):
+    path, whole, first, second = tmp_path / "a.jsonl", [], [], []
+    run(tmp_path / "whole.jsonl", questions(), log=whole)
+
+    class Stopped(FakeLoop):
+        def run(self, batches, images):
+            for count, item in enumerate(super().run(batches, images)):
+                if count == 5:
+                    raise KeyboardInterrupt
+                yield item
+
+    task = Task(questions(), "", str(path), "m", SETTINGS)
+    with pytest.raises(KeyboardInterrupt):
+        answer_questions(task, lambda: Stopped(log=first), 4)
+    assert run(path, questions(), log=second).num_before == sum(map(len, whole[:5]))
+    assert first[:5] + second == whole
+    assert run(path, questions(), log=second).num_before == 60
+    assert first[:5] + second == whole
+
+
+def test_answers_ahead_of_other_settings_or_questions_are_not_continued(tmp_path):
+    path = tmp_path / "a.jsonl"
+    run(path, questions()[:1])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    os.truncate(path, 0)
+    journal = Journal(str(path), 3)
+    journal.write([0], lines)
+    journal.close()
+    with pytest.raises(ValueError, match="made with other settings"):
+        answer_questions(Task(questions(), "", str(path), "m", {"model": "x"}), FakeLoop)
+    with pytest.raises(ValueError, match="belongs to other questions"):
+        run(path, questions()[1:])
+    log = []
+    assert run(path, questions()[:1], log=log).num_before == 1 and not log
+    run(path, questions()[1:3], overwrite=True)
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_half_a_line_of_a_journal_is_cut_off(tmp_path):
+    path = str(tmp_path / "a.jsonl")
+    journal = Journal(path, 0)
+    journal.write([4, 2], [{"question_id": "d"}, {"question_id": "b"}])
+    journal.close()
+    with open(os.path.join(folder(path), "0.jsonl"), "ab") as file:
+        file.write(b'{"number": 7, "li')
+    assert list(read_journals(path)) == [4, 2]
+    Journal(path, 0).write([5], [{"question_id": "e"}])
+    assert list(read_journals(path)) == [4, 2, 5]
+
+
+# --- several processes --------------------------------------------------------------------------
+
+
+def worker(path, rank, size, port, seconds, log):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    found = []
+    run(path, questions(), seconds, found, workers=Workers.from_environment())
+    log.put((rank, found))
+
+
+def start(path, size, seconds=0.0):
+    port, log = free_port(), FORK.Queue()
+    args = [(path, rank, size, port, seconds, log) for rank in range(size)]
+    processes = [FORK.Process(target=worker, args=own) for own in args]
+    for process in processes:
+        process.start()
+    return processes, log
+
+
+def test_processes_share_the_questions_as_they_ask_for_them(tmp_path, undisturbed):
+    path = tmp_path / "a.jsonl"
+    processes, log = start(path, 3, seconds=0.02)
+    done = dict(log.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert path.read_bytes() == undisturbed
+    assert not os.path.exists(folder(str(path)))
+    answered = [n for batches in done.values() for batch in batches for n in batch]
+    assert sorted(answered) == list(range(60))  # each by one process
+    assert all(done.values())  # and none was idle
+
+
+def test_what_a_killed_process_had_is_answered_when_the_run_is_continued(tmp_path, undisturbed):
+    path = tmp_path / "a.jsonl"
+    for size, victim in ((2, 1), (3, 0), (2, 1)):
+        processes, _ = start(path, size, seconds=0.03)
+        deadline = time.monotonic() + 60
+        while len(read_journals(str(path))) < 8 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.kill(processes[victim].pid, signal.SIGKILL)
+        time.sleep(0.05)
+        for process in processes:  # as a launcher does
+            process.kill()
+            process.join()
+        before = path.read_bytes() if path.exists() else b""
+        assert undisturbed.startswith(before)
+    assert run(path, questions()).num_before >= 8
+    assert path.read_bytes() == undisturbed
+
+
+def test_waiting_for_a_lost_process_ends_with_what_to_do(monkeypatch):
+    class Store:
+        def add(self, key, number):
+            return 1
+
+    monkeypatch.setattr("llava.eval.answering.workers.PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr("llava.eval.answering.workers.POLL_SECONDS", 0.01)
+    with pytest.raises(TimeoutError, match="2 of 3 processes did not finish: start the same"):
+        Workers(0, 3, Store()).wait("end")
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_script_write_what_one_writes(tmp_path):
+    data = ROOT / "playground" / "benchmark"
+    files = []
+    for count in ("1", "2"):
+        target = tmp_path / count
+        (target / "pope").mkdir(parents=True)
+        for name in ("llava_pope_test.jsonl", "coco"):
+            (target / "pope" / name).symlink_to(data / "pope" / name)
+        (target / "pope" / "val2014").symlink_to(data / "images")
+        env = {**os.environ, "PYTHON": sys.executable, "DATA_DIR": str(target)}
+        env |= {"LIMIT": "24", "NPROC": count, "BATCH_SIZE": "4", "OMP_NUM_THREADS": "1"}
+        script = str(ROOT / "scripts" / "v1_5" / "eval" / "pope.sh")
+        subprocess.run(["bash", script, "64"], env=env, check=True, capture_output=True)
+        files.append(next(target.rglob("n_64_limit24.jsonl")).read_bytes())
+    assert files[0] == files[1] and len(files[0].splitlines()) == 24

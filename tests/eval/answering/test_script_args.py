@@ -1,0 +1,69 @@
+"""The words behind a benchmark's script, in our form and in those of published scripts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from llava.eval.answering import script_args
+from llava.eval.answering.script_args import read
+
+MEANT = {
+    "64": ("vispruner", 64, []),
+    "64 0.5": ("vispruner", 64, ["important_ratio=0.5"]),
+    "64 important_ratio=0.5": ("vispruner", 64, ["important_ratio=0.5"]),
+    "64 --important_ratio 0.5": ("vispruner", 64, ["important_ratio=0.5"]),
+    "64 .5 drop_per_round=4": ("vispruner", 64, ["drop_per_round=4", "important_ratio=0.5"]),
+    "--twig a/b --retained_tokens 96": ("twigvlm", 96, ["twig=a/b"]),
+    "96 --twig a/b": ("twigvlm", 96, ["twig=a/b"]),
+    "--visual-token-num 96 --pruning-method pool": ("pool", 96, []),
+    "": ("none", None, []),
+}
+
+
+@pytest.mark.parametrize("line", MEANT)
+def test_the_words_of_published_scripts_are_read(line):
+    assert read(line.split(), "", {}) == (*MEANT[line], [])
+
+
+def test_what_belongs_to_the_program_is_left_to_it():
+    words = "64 --limit 3 important_ratio=0.5 --generation-strategy autoregressive".split()
+    rest = ["--limit", "3", "--generation-strategy", "autoregressive"]
+    assert read(words, "", {}) == ("vispruner", 64, ["important_ratio=0.5"], rest)
+
+
+def test_a_named_method_keeps_its_name_and_what_it_does_not_know_is_left_to_the_program():
+    assert read(["64"], "fastv", {}) == ("fastv", 64, [], [])
+    assert read(["-R", "64"], "twigvlm", {}) == ("twigvlm", 64, [], [])
+    assert read(["speed=3"], "fastv", {}) == ("fastv", None, ["speed=3"], [])
+    assert read(["64"], "magic", {}) == ("magic", 64, [], [])
+
+
+def test_environment_variables_of_published_scripts_belong_to_their_method():
+    environment = {"NT": "128", "DIST": "148", "MAX_REMAIN_RATIO": "0.2"}
+    assert read([], "nuwa", environment) == ("nuwa", 128, ["distance=148"], [])
+    assert read(["96", "distance=18"], "nuwa", environment)[1:3] == (96, ["distance=18"])
+    assert read([], "glimpseprune", environment)[2] == ["max_remain_ratio=0.2"]
+    assert read(["64"], "fastv", environment) == ("fastv", 64, [], [])
+
+
+def test_numbers_nobody_has_an_option_for_are_refused():
+    with pytest.raises(ValueError, match="64 0.5: fastv takes visual_token_num by place, no more"):
+        read(["64", "0.5"], "fastv", {})
+    with pytest.raises(ValueError, match="visual_token_num is given twice: 64 in front, and 32"):
+        read(["64", "visual_token_num=32"], "", {})
+    with pytest.raises(ValueError, match="'layer' belongs to fastv, adaptprune, nuwa"):
+        read(["64", "layer=3"], "", {})
+
+
+def test_the_shell_gets_every_word_whole(capsys):
+    script_args.main(["", "64", "--twig", "a b;$(c)/d", "--query", "it's"])
+    printed = capsys.readouterr().out
+    script = printed + 'printf "%s|" "$METHOD" "$TOKENS" "${PAIRS[@]}" "${REST[@]}"'
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout
+    assert said == "twigvlm|64|twig=a b;$(c)/d|--query|it's|"
+    with pytest.raises(SystemExit, match="error: 1 2 3: vispruner takes"):
+        script_args.main(["", "1", "2", "3"])
+    assert sys.argv  # not read: the arguments were given

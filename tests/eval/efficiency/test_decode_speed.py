@@ -1,0 +1,159 @@
+"""What is reported about decoding: rates from arrivals, the cost model, whole runs."""
+
+import json
+
+import pytest
+import torch
+
+from llava.eval.efficiency import decode_speed
+from llava.eval.efficiency.chance import ChanceChoice
+from llava.eval.efficiency.decode_report import cost_model, rows_of, table
+from llava.eval.efficiency.decode_run import Clock, Variant, variants_of
+from llava.eval.efficiency.decode_speed import options_by_method
+from llava.model.self_speculative import SpeculationLog
+from llava.pruning import build_pruner
+from llava.pruning.drafter import Drafter
+from tests.pruning.test_twigvlm import grown
+
+
+def clock(*arrivals):
+    made = Clock()
+    made.arrivals = list(arrivals)
+    return made
+
+
+def test_rates_count_what_comes_after_the_first_arrival():
+    seen = clock((0.5, 2), (1.0, 3), (1.5, 1))
+    assert (seen.tokens, seen.first_seconds, seen.decode_rate) == (6, 0.5, 4.0)
+    assert clock((0.5, 4)).decode_rate is None
+    seen = Clock()
+    for value in (torch.ones(1, 1), torch.ones(3)):  # the first shows the prompt
+        seen.put(value)
+    assert seen.tokens == 3
+
+
+def test_the_cost_model_is_that_of_the_paper(make_model):
+    model = make_model(num_hidden_layers=32)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    head = model.lm_head.weight.numel() / layer
+    drafter = Drafter(2, model.model.layers[:3], None, None)
+    expected = (32 + head) * (1 + 1.2) / (2 * (5 + head) + 32 + head)
+    assert cost_model(drafter, model, 1.2, 2.0) == pytest.approx(expected)
+    assert cost_model(drafter, model, 0.0, 0.0) == 1
+
+
+def test_every_line_is_compared_with_the_dense_model_and_with_not_guessing(model):
+    pruner = grown(model)
+    variants = [
+        Variant("dense", build_pruner(), "autoregressive"),
+        Variant("twigvlm", pruner, "autoregressive"),
+        Variant("twigvlm, no guesses", pruner, "self_speculative", {"num_speculations": 0}),
+        Variant("twigvlm, guessing", pruner, "self_speculative"),
+    ]
+    for variant, gap in zip(variants, (1.0, 0.8, 0.5, 0.25), strict=True):
+        variant.clocks = [clock((0.1, 1), (0.1 + 4 * gap, 4))]
+        variant.answers = [[1, 2, 3, 4, 5]]
+    variants[3].logs = [SpeculationLog(drafts=[[1, 2], [3, 9]], accepted=[2, 1])]
+    dense, plain, still, fast = rows_of(variants, model)
+    assert (dense.speed_up, plain.speed_up, fast.speed_up) == pytest.approx((1, 1.25, 4))
+    assert fast.step_speed_up == pytest.approx(2) and still.predicted is None
+    assert (fast.accepted, fast.drafted, fast.acceptance) == (1.5, 2, 0.75)
+    assert fast.same_answers == 100 and plain.same_answers is None
+    lines = table([dense, fast])
+    assert lines.count("\n") == 3 and "| dense |" in lines and "| – |" in lines
+
+
+def test_the_number_of_guesses_is_that_of_the_guessing_way_alone(model):
+    ways = variants_of({"twigvlm": grown(model)}, 3)
+    assert [way.guesses for way in ways] == [False, False, False, True]
+    assert [way.options.get("num_speculations") for way in ways] == [None, None, 0, 3]
+
+
+def test_chance_agrees_as_often_as_asked():
+    torch.manual_seed(0)
+    scores, guessed = torch.eye(4), torch.tensor([3, 3, 3])
+    choice = ChanceChoice([], None, guessed[None], [], acceptance=0.5)
+    runs = []
+    for _ in range(4000):
+        tokens, agreed = choice._best(scores, guessed, None)
+        runs.append(int(agreed))
+        assert tokens.tolist() == [3] * runs[-1] + [0, 1, 2, 3][runs[-1] :]
+    share = torch.bincount(torch.tensor(runs)) / len(runs)
+    assert share.tolist() == pytest.approx([0.5, 0.25, 0.125, 0.125], abs=0.03)
+    assert not choice.stops(guessed[None, :1], torch.tensor([0.01]), 0.6)
+
+
+def test_random_weights_guess_as_many_as_asked_and_are_right_as_often_as_asked(capsys):
+    words = ["--config", "small", "--visual-token-num", "96", "--num-speculations", "2"]
+    words += ["--acceptance", "1", "--limit", "1", "--max-new-tokens", "13", "--device", "cpu"]
+    result = decode_speed.main(words)
+    assert result["about"]["acceptance"] == 1 and result["about"]["model"] == "small"
+    row = result["rows"][3]
+    # 13 tokens: three a step, and one in the last step, where no guess has a place
+    assert (row["accepted"], row["drafted"]) == (1.6, 1.6) and row["same_answers"] is None
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+
+
+def test_made_up_and_trained_models_are_not_mixed(capsys):
+    for words, message in (
+        (["--config", "7b", "--model-path", "a"], "--model-path has no place there"),
+        (["--config", "7b", "--acceptance", "1.5"], "must lie between 0 and 1"),
+    ):
+        with pytest.raises(SystemExit):
+            decode_speed.parse_args(words)
+        assert message in capsys.readouterr().err
+
+
+def test_options_belong_to_a_method():
+    assert options_by_method(["twigvlm.twig=a/b", "fastv.layer=3"]) == {
+        "twigvlm": {"twig": "a/b"},
+        "fastv": {"layer": 3},
+    }
+    with pytest.raises(ValueError, match="must have the form METHOD.KEY=VALUE"):
+        options_by_method(["layer=3"])
+
+
+def test_a_whole_run_reports_every_way(monkeypatch, tmp_path, model, capsys):
+    """The real loop on the playground's questions, with a small random model behind it."""
+    from llava.eval.answering.loading import load_loop
+    from llava.playground import default_model_path
+    from llava.pruning.twigvlm import grow_twig, save_twig
+
+    if not _has_playground():
+        pytest.skip("the playground is not here")
+    args = decode_speed.parse_args(["--device", "cpu"])
+    base = load_loop(args).model
+    save_twig(str(tmp_path / "twig"), grow_twig(base, 0, 2).state_dict(), 0, default_model_path())
+    words = ["--limit", "1", "--max-new-tokens", "8", "--device", "cpu", "--dtype", "float32"]
+    words += ["--pruning-arg", f"twigvlm.twig={tmp_path / 'twig'}", "--json", str(tmp_path / "out")]
+    result = decode_speed.main(words)
+    names = ["dense", "twigvlm", "twigvlm, no guesses", "twigvlm, guessing"]
+    assert [row["name"] for row in result["rows"]] == names
+    assert result["rows"][3]["same_answers"] == 100
+    assert json.loads((tmp_path / "out").read_text()) == result
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+
+
+def _has_playground():
+    from llava.playground import default_model_path
+
+    try:
+        return bool(default_model_path())
+    except FileNotFoundError:
+        return False
+
+
+def test_the_efficiency_program_hands_over(monkeypatch):
+    from llava.eval.efficiency import __main__ as efficiency
+
+    seen = []
+    monkeypatch.setattr(decode_speed, "main", lambda words: seen.append(words) or {"rows": []})
+    words = ["--decode", "--method", "twigvlm,fastv", "--dtype", "fp32", "--visual-token-num", "96"]
+    assert efficiency.main(words) == {"rows": []}
+    args = decode_speed.parse_args(seen[0])
+    assert args.methods == ["twigvlm", "fastv"] and args.dtype == "fp32"
+    assert args.visual_token_num == 96 and args.config is None
+    efficiency.main([*words, "--config", "7b"])
+    assert decode_speed.parse_args(seen[1]).config == "7b"
+    efficiency.main([*words, "--config", "some/folder"])
+    assert "--model-path some/folder" in " ".join(seen[2])

@@ -1,0 +1,258 @@
+"""The efficiency benchmark: right counts, right stages, fair baselines."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig
+
+from llava.eval.efficiency import __main__ as efficiency
+from llava.eval.efficiency.measure import (
+    STAGES,
+    Workload,
+    build_variants,
+    llava_facts,
+    make_pruner,
+    measure,
+)
+from llava.eval.efficiency.memory import peak_bytes
+from llava.eval.efficiency.oracle import Oracle
+from llava.eval.efficiency.random_model import CONFIGS, DECODERS, build_random_model, shapes
+from llava.eval.efficiency.report import spread, summarize, write_between_marks
+from llava.eval.efficiency.stock import stock_decoder
+from llava.eval.efficiency.stopwatch import Stopwatch
+from llava.model import LlavaConfig
+from llava.pruning import METHODS, Pruner, build_pruner
+from tests.conftest import PATCH, SIDE, TINY, TOWER
+from tests.paths import GOLDEN
+
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size")
+LAYERS, WIDTH, INNER = (TINY[name] for name in SIZES)
+PATCHES, TEXT = (SIDE // PATCH) ** 2, 8
+BUDGETS = {"pyramiddrop": 20}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_random_model(LlavaConfig(**TINY), CLIPVisionConfig(**TOWER))
+
+
+@pytest.fixture(scope="module")
+def workload(model):
+    return Workload.random(model, batch_size=2, prompt_length=TEXT, num_tokens=3)
+
+
+@pytest.fixture(scope="module")
+def rows(model, workload):
+    names = ("vispruner", "random", "fastv", "pyramiddrop")
+    pruners = {name: make_pruner(name, BUDGETS.get(name, 9), model) for name in names}
+    variants = build_variants(model, workload, pruners, 9, stock=True)
+    measure(variants, repeats=2, warmup=1)
+    return {row["variant"]: row for row in summarize(variants)}
+
+
+def test_every_variant_has_a_row_with_its_stages(rows):
+    methods = ["vispruner", "random", "oracle of fastv", "fastv"]
+    methods += ["oracle of pyramiddrop", "pyramiddrop"]
+    assert list(rows) == ["dense", "oracle", *methods, "stock"]
+    assert set(rows["vispruner"]["ms"]) == set(STAGES)
+    assert set(rows["stock"]["ms"]) == {"prefill", "decode"}
+
+
+def test_ratios_are_1_for_the_baselines_themselves(rows):
+    assert set(rows["oracle"]["times_oracle"].values()) == {1.0}
+    assert set(rows["dense"]["times_dense"].values()) == {1.0}
+
+
+def test_stages_fill_the_whole_run(rows):
+    for name in ("dense", "vispruner"):
+        ms = {stage: row["median"] for stage, row in rows[name]["ms"].items()}
+        parts = ms["vision"] + ms["select"] + ms["prefill"]
+        assert parts <= ms["first_token"] * 1.5 and ms["first_token"] < ms["end_to_end"]
+    assert rows["vispruner"]["ms"]["select"]["median"] > 0
+    assert rows["dense"]["ms"]["select"]["median"] == 0
+
+
+@pytest.mark.parametrize("name, tokens", [("dense", PATCHES), ("oracle", 9), ("vispruner", 9)])
+def test_operations_and_bytes_are_those_of_the_formulas(rows, name, tokens):
+    n, d, m = tokens + TEXT, WIDTH, INNER
+    row = rows[name]
+    exact = 2 * n * (4 * d * d + 3 * d * m) + 4 * n * n * d
+    fastv = 4 * n * d * d + 2 * n * n * d + 2 * n * d * m
+    assert row["visual_tokens_mean"] == tokens
+    assert row["flops_exact"] == 2 * LAYERS * exact  # two prompts
+    assert row["flops_fastv"] == 2 * LAYERS * fastv
+    assert row["kv_bytes"] == 2 * LAYERS * n * 2 * d * 4  # keys and values of 4 bytes
+
+
+def test_the_oracle_keeps_the_first_patches(model, workload):
+    vision = model.get_vision_tower().tokens(workload.images)
+    kept = Oracle.constant(5, crops=2).after_encoder(vision)
+    assert torch.equal(kept.features, vision.features[:, :5])
+    assert kept.positions.tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_methods_share_an_oracle_exactly_where_their_token_counts_are_equal(rows):
+    own = {name: row["oracle"] for name, row in rows.items() if row["oracle"]}
+    assert own["vispruner"] == own["random"] == "oracle"
+    assert own["fastv"] == "oracle of fastv" and own["pyramiddrop"] == "oracle of pyramiddrop"
+    for name, oracle in own.items():
+        tokens = "visual_tokens_per_layer"
+        assert rows[name][tokens] == rows[oracle][tokens]
+        assert rows[name]["kv_bytes"] == rows[oracle]["kv_bytes"]
+        assert rows[name]["times_own_oracle"]["prefill"] > 0
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "none"])
+@pytest.mark.parametrize("kind", ["model", "anyres_model"])
+def test_every_method_has_an_oracle_with_its_token_counts(kind, name, request):
+    """In every layer and cache, on one crop per image and on several, and with the same
+    positions."""
+    model = request.getfixturevalue(kind)
+    workload = Workload.random(model, batch_size=2, prompt_length=TEXT, num_tokens=2)
+    crops = model.crops_in_budget(Pruner())
+    try:
+        pruner = make_pruner(name, 64 if name == "mustdrop" else 10 * crops, model)
+    except ValueError as error:
+        if "one crop per image" in str(error) or "out of reach" in str(error):
+            pytest.skip(str(error))
+        raise
+    found = llava_facts(model, pruner, workload)
+    oracle = llava_facts(model, Oracle(found["schedule"], like=pruner), workload)
+    for fact in ("visual_tokens_per_layer", "kv_bytes"):
+        assert oracle["facts"][fact] == found["facts"][fact]
+    assert oracle["schedule"].layers == found["schedule"].layers
+    assert oracle["schedule"].renumber == found["schedule"].renumber
+    model.pruner = build_pruner("none")
+
+
+def test_the_oracle_watches_the_run_and_not_the_name(model, workload):
+    one, other = (
+        build_pruner("fastv", visual_token_num=9, layer=1),
+        build_pruner("fastv", visual_token_num=9, layer=3),
+    )
+    schedules = [llava_facts(model, pruner, workload)["schedule"] for pruner in (one, other)]
+    assert [schedule.layers for schedule in schedules] == [{1: (9, 9)}, {3: (9, 9)}]
+    assert not Oracle(schedules[0]).does_the_same_as(Oracle(schedules[1]), tiled=False)
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    def work():
+        for _ in range(3):
+            torch.zeros(16, 2**20).add_(1)
+
+    found = peak_bytes(work, torch.device("cpu"))
+    if found is None:
+        pytest.skip("no /proc here")
+    assert 60e6 < found < 150e6
+
+
+def test_a_table_replaces_what_stands_between_the_marks_of_a_page(tmp_path):
+    page = tmp_path / "page.md"
+    write_between_marks(page, "first")
+    page.write_text("before\n" + page.read_text() + "after\n")
+    write_between_marks(page, "second")
+    text = page.read_text()
+    assert "second" in text and "first" not in text
+    assert text.startswith("before\n") and text.endswith("after\n")
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="must have one line"):
+        write_between_marks(page, "third")
+
+
+def test_a_random_model_answers_with_as_many_tokens_as_asked_for(model, workload):
+    model.pruner = build_pruner("none")
+    output = model.generate(
+        workload.input_ids, images=workload.images, max_new_tokens=7, do_sample=False
+    )
+    assert output.shape == (2, 7)
+
+
+def test_the_stock_decoder_computes_what_ours_does(model, workload):
+    model.pruner = build_pruner("none")
+    embeds = model.build_prompt(workload.input_ids, images=workload.images).inputs_embeds
+    stock = stock_decoder(model)
+    ours = model.model(embeds).hidden_states
+    assert torch.allclose(stock.model(inputs_embeds=embeds).last_hidden_state, ours, atol=1e-5)
+    assert stock.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+
+
+def test_nested_stages_are_not_counted_twice():
+    watch = Stopwatch(torch.device("cpu"))
+    with watch.span("outer") as outer, watch.span("inner") as inner:
+        pass
+    outer.start, inner.start, inner.stop, outer.stop = 0.0, 1.0, 4.0, 10.0
+    assert watch.read() == {"outer": [7.0], "inner": [3.0]}
+
+
+def test_watched_methods_are_restored(model):
+    watch, plain = Stopwatch(torch.device("cpu")), model.forward
+    with watch.watch([(model, "forward", "prefill")]):
+        assert model.forward != plain
+    assert model.forward == plain
+
+
+def test_percentiles_of_a_single_value_are_that_value():
+    assert spread([2.0]) == {"median": 2.0, "p10": 2.0, "p90": 2.0}
+    assert spread([float(n) for n in range(11)]) == {"median": 5.0, "p10": 1.0, "p90": 9.0}
+
+
+@pytest.mark.parametrize("name, billions", [("1b", 1.24), ("7b", 6.74), ("13b", 13.0)])
+def test_named_sizes_have_the_parameters_they_promise(name, billions):
+    width, inner, layers, *_ = DECODERS[name]
+    numbers = layers * (4 * width**2 + 3 * width * inner) + 2 * 32000 * width
+    assert round(numbers / 1e9, 2) == pytest.approx(billions, abs=0.02)
+    config, tower = shapes(name)
+    assert (config.hidden_size, (tower.image_size // tower.patch_size) ** 2) == (width, 576)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("next-")])
+def test_next_shapes_cut_an_image_into_five_crops(name):
+    config, _ = shapes(name)
+    assert config.image_aspect_ratio == "anyres" and [672, 672] in config.image_grid_pinpoints
+    assert config.num_attention_heads % config.num_key_value_heads == 0
+
+
+def test_the_last_line_is_the_result_as_json(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    argv = f"--config {GOLDEN / 'tiny-llava-v1.5'} --method random,fastv --visual_token_num 64"
+    argv += " --dtype fp32 --repeats 1 --warmup 0 --output-tokens 1,2 --batch-size 2"
+    argv += f" --json {tmp_path / 'r.json'} --markdown {tmp_path / 'r.md'}"
+    efficiency.main([*argv.split(), "--plot", str(tmp_path / "r.png")])
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert [(run["batch_size"], run["output_tokens"]) for run in result["runs"]] == [(2, 1), (2, 2)]
+    names = ["dense", "oracle", "random", "oracle of fastv", "fastv"]
+    assert [row["variant"] for row in result["runs"][0]["variants"]] == names
+    assert json.loads((tmp_path / "r.json").read_text()) == result
+    assert sum(line.split()[:2] == ["random", "64"] for line in lines) == 2
+    assert (tmp_path / "r.md").read_text().count("| `fastv` | 576 / ") == 2
+    assert (tmp_path / "r.png").stat().st_size > 5000
+
+
+def test_all_methods_are_measured_or_named_with_the_reason(model):
+    pruners, refused = efficiency.methods_to_measure("all", 9, model)
+    assert pruners.keys() | refused.keys() | {"none"} == METHODS.keys()
+    assert not pruners.keys() & refused.keys()
+    assert "published settings" in refused["mustdrop"]
+    with pytest.raises(ValueError, match="published settings"):
+        efficiency.methods_to_measure("random,mustdrop", 9, model)
+
+
+def test_without_a_named_method_all_are_measured():
+    assert efficiency.parse_args([]).method == efficiency.ALL
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--config", "70b"], "unknown --config '70b'"),
+        (["--config", str(GOLDEN / "tiny-llava-v1.5"), "--method", "magic"], "unknown pruning"),
+        (["--repeats", "0"], "--repeats must be at least 1"),
+    ],
+)
+def test_bad_settings_end_with_a_message(argv, message):
+    with pytest.raises(SystemExit, match=message):
+        efficiency.main(argv)

@@ -1,0 +1,229 @@
+"""Shell scripts of the benchmarks: each runs, scores, writes what its server takes, asks its judge.
+
+Answers come from tests/eval/fake_answers.py, so that no model is loaded; that the programs take the
+options they are given is tested at the end, with a model.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.eval import eval_cases
+from tests.eval.stub_judge import stub_judge
+from tests.paths import ROOT
+
+UPLOADS = {
+    "vizwiz/answers_upload/llava_test": ".json",
+    "mmbench_cn/answers_upload/mmbench_dev_cn_20231003": ".xlsx",
+    "seed_bench/answers_upload/llava-seed-bench": ".jsonl",
+    "mm-vet/results/llava-mm-vet": ".json",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data folder with questions for every script."""
+    folder = tmp_path_factory.mktemp("data")
+    for source in ("samples", "benchmark"):
+        own = ROOT / "playground" / source
+        shutil.copytree(own, folder, dirs_exist_ok=True)
+    # Its annotations have the name of those of the other split, which came last.
+    (folder / "vqav2/llava_vqav2_mscoco_val2014.jsonl").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fake_python(tmp_path_factory):
+    """An interpreter that runs tests/eval/fake_answers.py in place of the answering programs."""
+    path = tmp_path_factory.mktemp("bin") / "python"
+    path.write_text(
+        "#!/usr/bin/env bash\n"
+        f'if [[ "$*" == *"-m llava.eval.model_vqa"* ]]; then\n'
+        f'    exec "{sys.executable}" -m tests.fake_answers "$@"\n'
+        "fi\n"
+        f'exec "{sys.executable}" "$@"\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def run(data, fake_python):
+    def run(script, *argv, **environment):
+        environment = {
+            "DATA_DIR": str(data),
+            "PYTHON": str(fake_python),
+            "CUDA_VISIBLE_DEVICES": "",
+            "JUDGE_WORKERS": "1",
+            **environment,
+        }
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI")}
+        return subprocess.run(
+            ["bash", ROOT / "scripts" / script, *argv],
+            env={**inherited, **environment},
+            capture_output=True,
+            encoding="utf-8",
+        )
+
+    return run
+
+
+def last_line(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def verdict(number, body):
+    """What a judge says to each of the three kinds of request."""
+    text = json.dumps(body["messages"])
+    if "proofreading" in text:
+        return "score: 0.5"
+    return "8 6\nbecause" if "[Assistant 1]" in text else "0.3"
+
+
+@pytest.mark.slow
+def test_all_benchmarks_run_and_end_in_one_table(run, data):
+    with stub_judge(verdict) as server:
+        done = run("v1_5/eval/all.sh", "64", LIMIT="2", OPENAI_BASE_URL=server.url)
+    scores = last_line(done)
+    names = "pope gqa vqav2 vizwiz vizwiz_val mmbench_cn seed sqa qbench qbench_test qbench_zh"
+    names += " refcoco refcoco_testB refcoco+_testA refcocog_test llavabench mmvet viscot_textvqa"
+    assert set(names.split()) <= scores.keys()
+    judged = {name: scores[name] for name in ("llavabench", "mmvet", "viscot_gqa")}
+    assert judged == pytest.approx({"llavabench": 75, "mmvet": 30, "viscot_gqa": 50})
+    assert [name for name, score in scores.items() if score is None] == ["vizwiz", "qbench_test"]
+    table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(table) == len(scores) + 2  # the header, and the mean of Visual-CoT
+    assert "| viscot, mean | judge's score | 50.00 | 4 |  |" in table
+    assert all("| 32.0 |" in line for line in table[1:] if "mean" not in line)
+    path = "pope/answers/llava_pope_test/llava-v1.5-playground/vispruner/n_64_limit2.argv.json"
+    argv = json.loads((data / path).read_text())
+    assert "--pruning-method vispruner --visual-token-num 64 --limit 2" in " ".join(argv)
+
+
+@pytest.mark.parametrize("folder", UPLOADS)
+def test_the_file_for_a_server_lies_in_place_of_the_answers(run, data, folder):
+    if UPLOADS[folder] == ".xlsx":
+        pytest.importorskip("openpyxl")
+    script = {"seed_bench": "seed", "mm-vet": "mmvet"}.get(folder.split("/")[0])
+    script = script or folder.split("/")[0]
+    done = run(f"v1_6/eval/{script}.sh", "320", CKPT="some/model-7b")
+    summary = last_line(done)
+    path = data / folder / "model-7b/vispruner" / f"n_320{UPLOADS[folder]}"
+    assert path.exists() and f"for the server: {path}" in done.stdout
+    assert (summary["score"] is None) == (script in ("vizwiz", "mmvet"))
+
+
+def test_without_tokens_a_method_has_its_own_budget_and_the_summary_says_what_it_kept(run, data):
+    done = run("v1_5/eval/refcocog.sh", "threshold=0.4", METHOD="fastervlm", SPLIT="test")
+    summary = last_line(done)
+    assert summary["answers_file"].endswith("/fastervlm/n_default_threshold=0.4.jsonl")
+    assert summary["visual_tokens"] == 32.0
+    assert "Visual tokens per layer: 32.0 on average (5.6 % of all)" in done.stdout
+    argv = json.loads(Path(summary["answers_file"]).with_suffix(".argv.json").read_text())
+    assert "--visual-token-num" not in argv and "threshold=0.4" in argv
+    details = json.loads(Path(summary["answers_file"]).with_suffix(".score.json").read_text())
+    assert details["visual_tokens"]["histogram"] == [24] + 9 * [0]
+
+
+PUBLISHED = {
+    "VisPruner's": (["64", "0.5"], {}, "vispruner/n_64_important_ratio=0.5"),
+    "VisPruner's flags": (
+        ["--visual_token_num", "64", "--important_ratio", "0.5"],
+        {},
+        "vispruner/n_64_important_ratio=0.5",
+    ),
+    "TwigVLM's": (["-R", "64", "--twig", "a/b"], {}, "twigvlm/n_64_twig=a-b"),
+    "GlimpsePrune's": (
+        [],
+        {"METHOD": "glimpseprune", "MAX_REMAIN_RATIO": "0.2"},
+        "glimpseprune/n_default_max_remain_ratio=0.2",
+    ),
+}
+
+
+@pytest.mark.parametrize("words, environment, label", PUBLISHED.values(), ids=PUBLISHED)
+def test_words_of_published_scripts_reach_the_program(run, words, environment, label):
+    path = last_line(run("v1_5/eval/pope.sh", *words, LIMIT="2", **environment))["answers_file"]
+    assert path.endswith(f"/{label}_limit2.jsonl")
+    argv = json.loads(Path(path).with_suffix(".argv.json").read_text())
+    method, option = label.split("/")[0], label.split("_", 2)[2].replace("-", "/")
+    given = ["--visual-token-num", "64"] if "n_64" in label else []
+    start = argv.index("--pruning-method")
+    assert argv[start:] == [
+        *("--pruning-method", method, *given, "--pruning-arg", option, "--limit", "2"),
+        *("--answers-file", path),
+    ]
+
+
+def test_words_that_could_mean_several_methods_stop_the_script(run):
+    done = run("v1_5/eval/pope.sh", "64", "layer=3")
+    assert done.returncode == 1 and not done.stdout
+    assert "error: 'layer' belongs to fastv, adaptprune, nuwa: name one method" in done.stderr
+
+
+def test_a_benchmark_that_fails_does_not_stop_the_others(run, data, tmp_path):
+    for name in ("pope", "qbench", "refcoco/refcoco+_testA", "viscot/benchmark/gqa"):
+        for path in data.glob(f"{name}/*" if "/" not in name else f"{name}*"):
+            copy_into(tmp_path, path, data)
+    copy_into(tmp_path, data / "refcoco/llava_refcoco+_testA.jsonl", data)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "pope/coco/coco_pope_random.json").write_text("{broken\n")
+    with stub_judge(verdict) as server:
+        done = run(
+            "v1_5/eval/all.sh", "8", DATA_DIR=str(tmp_path), OPENAI_BASE_URL=server.url, LIMIT="2"
+        )
+    assert done.returncode == 1 and "error: pope failed" in done.stderr
+    scores = json.loads(done.stdout.splitlines()[-1])
+    assert list(scores) == ["qbench", "qbench_test", "qbench_zh", "refcoco+_testA", "viscot_gqa"]
+    assert scores["viscot_gqa"] == 50.0
+    answers = "qbench/answers/llvisionqa_dev/llava-v1.5-playground/vispruner/n_8_limit2.jsonl"
+    assert (tmp_path / answers).exists()
+
+
+def copy_into(folder, path, root):
+    target = folder / path.relative_to(root)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        shutil.copytree(path, target, dirs_exist_ok=True)
+    elif "answers" not in path.parts:
+        shutil.copy(path, target)
+
+
+def test_a_judged_benchmark_without_a_judge_says_how_to_get_one_and_keeps_the_answers(run):
+    done = run("v1_5/eval/llavabench.sh", "16")
+    summary = last_line(done)
+    assert summary["score"] is None and Path(summary["answers_file"]).exists()
+    assert "set OPENAI_API_KEY, or OPENAI_BASE_URL to another endpoint" in done.stdout
+
+
+PROGRAMS = [
+    ("model_vqa_qbench", "qbench/llvisionqa_dev.json", ["--lang", "en"]),
+    ("model_vqa_viscot", "viscot/benchmark/gqa.json", ["--brief"]),
+]
+
+
+@pytest.mark.parametrize("program, questions, options", PROGRAMS, ids=lambda case: str(case)[:16])
+def test_the_new_programs_answer_with_a_model(program, questions, options, tmp_path):
+    path = tmp_path / "a.jsonl"
+    argv = ["--model-path", ROOT / "tests/golden/tiny-llava-v1.5", "--limit", 2, "--device", "cpu"]
+    argv += ["--question-file", ROOT / "playground/samples" / questions, "--temperature", 0]
+    argv += ["--image-folder", ROOT / "playground/benchmark/images", "--answers-file", path]
+    argv += ["--max_new_tokens", 3, *options]
+    eval_cases.run_program(f"llava.eval.{program}", list(map(str, argv)))
+    first, second = eval_cases.read_answers(path)
+    if "qbench" in program:
+        assert list(first)[:3] == ["type", "concern", "question"]
+        assert first["response"] == first["text"] != ""
+        assert (
+            first["prompt"].endswith(f"D. {first['candidates'][-1]}\n")
+            or len(first["candidates"]) < 4
+        )
+    else:
+        assert first["prompt"].endswith("\n\nAnswer the question using a single word or phrase.")
+        assert "bounding box" not in first["prompt"] and first["answer"]

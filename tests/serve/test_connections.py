@@ -1,0 +1,272 @@
+"""Strangers who hold connections, send without an end, or do not read: others are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from contextlib import ExitStack, contextmanager
+
+import httpx
+import pytest
+from starlette.responses import StreamingResponse
+
+from llava.serve.connections import CONNECTIONS, WAITING, ImpatientProtocol, Lobby
+from llava.serve.limits import Limits
+from llava.serve.service import Request, build_app, read_bytes
+from tests.serve.serve_tools import Words, body, chunks_of, live, wait_for, words_app
+
+TOKEN = "0123456789abcdef-the-secret"
+STREAM = "/worker_generate_stream"
+STATUS = "/worker_get_status"
+
+
+@contextmanager
+def connected(address: str, seconds: float = 60):
+    """A connection to the server at `address`."""
+    host, port = address.removeprefix("http://").rstrip("/").split(":")
+    with socket.create_connection((host, int(port)), timeout=seconds) as one:
+        yield one
+
+
+class Hasty(ImpatientProtocol):
+    head_seconds = linger_seconds = stall_seconds = 0.3
+
+
+# --- Bodies
+
+
+def test_a_body_is_refused_once_it_is_too_large():
+    limits = Limits(body_bytes=2**20)
+    app = build_app(None, limits=limits)
+
+    @app.post(STREAM)
+    async def endpoint(request: Request):
+        await read_bytes(request, limits)
+
+    sent = 0
+
+    def pieces():
+        nonlocal sent
+        for _ in range(64):
+            sent += 2**20
+            yield b" " * 2**20
+
+    headers = {"Content-Type": "application/json"}
+    with live(app) as worker:
+        announced = httpx.post(worker + STREAM, content=b" " * (2**20 + 1), headers=headers)
+        assert announced.status_code == 413
+        try:
+            assert httpx.post(worker + STREAM, content=pieces(), headers=headers).status_code == 413
+        except httpx.WriteError:
+            pass  # the server hung up before all was sent
+        assert chunks_of(announced.content)[0]["cause"] == "too_large"
+
+
+def test_a_body_that_never_ends_is_given_up():
+    limits = Limits(body_seconds=0.3)
+    app = build_app(None, limits=limits)
+
+    @app.post("/slow")
+    async def endpoint(request: Request):
+        await read_bytes(request, limits)
+
+    with live(app) as worker:
+        with connected(worker) as one:
+            one.sendall(
+                b"POST /slow HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 100\r\n\r\n{"
+            )
+            assert b" 408 " in one.recv(1000).split(b"\r\n")[0]
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /", b"POST / HTTP/1.1\r\nHost: x\r\n"])
+def test_connections_that_send_no_request_are_closed(sent):
+    with live(words_app(Words(pause=0.2)), http=Hasty) as worker:
+        with connected(worker) as one:
+            one.sendall(sent)
+            assert one.recv(100) == b"", "closed"
+        with httpx.Client() as client:  # others are not, however long they wait in between
+            for _ in range(2):
+                assert client.post(worker + STREAM, json=body()).status_code == 200
+                time.sleep(0.5)
+            stream = client.stream("POST", worker + STREAM, json=body())
+            with stream as reply:
+                assert b"three" in reply.read()
+
+
+def test_a_form_with_an_endless_file_name_is_refused_at_its_first_line():
+    form = b'--x\r\nContent-Disposition: form-data; name="f"; filename="' + b"-" * 2**20
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    with live(words_app()) as worker:
+        reply = httpx.post(worker + STREAM, content=form, headers=headers)
+        assert reply.status_code == 415
+        long_header = {"X-Long": "a" * 2**20}
+        with pytest.raises((httpx.HTTPStatusError, httpx.HTTPError)):
+            httpx.post(worker + STREAM, json=body(), headers=long_header).raise_for_status()
+        assert httpx.post(worker + STREAM, json=body()).status_code == 200
+
+
+def test_other_bodies_than_json_are_refused():
+    with live(words_app()) as worker:
+        content = json.dumps(body()).encode()
+        for headers in (
+            {"Content-Type": "text/plain"},
+            {"Content-Type": "application/x-www-form-urlencoded"},
+            {"Content-Type": "application/json", "Content-Encoding": "gzip"},
+            {},
+        ):
+            reply = httpx.post(worker + STREAM, content=content, headers=headers)
+            assert reply.status_code == 415
+
+
+# --- Heads
+
+
+LINES = b"".join(b"x-%d: y\r\n" % number for number in range(50_000))
+
+
+@pytest.mark.parametrize("head", [LINES, LINES[:20_000], b"X-Long: " + b"a" * 10**6])
+@pytest.mark.parametrize("piece", [2**20, 4000])
+def test_a_head_of_many_or_long_lines_is_refused(head, piece):
+    data = b"POST /worker_get_status HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n"
+    with live(words_app()) as worker:
+        with connected(worker) as one:
+            try:
+                for start in range(0, len(data), piece):
+                    one.sendall(data[start : start + piece])
+                assert b" 400 " in one.recv(1000).split(b"\r\n")[0]
+            except ConnectionError:
+                pass  # the server hung up before all was sent
+        assert httpx.post(worker + STATUS).status_code == 200
+
+
+def test_a_web_socket_is_a_request_like_any_other(caplog):
+    head = "Host: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    with live(words_app()) as worker, connected(worker) as one:
+        one.sendall(f"GET {STREAM} HTTP/1.1\r\n{head}Sec-WebSocket-Key: eA==\r\n\r\n".encode())
+        assert b" 405 " in one.recv(1000).split(b"\r\n")[0]
+    assert "websocket" not in caplog.text.lower()
+
+
+@pytest.mark.parametrize("path", ["/worker_get_status/", "//evil.example/x/", "/%2e%2e/etc/"])
+def test_nothing_redirects(path):
+    with live(words_app()) as worker:
+        reply = httpx.post(worker + path, headers={"Host": "evil.example"})
+        assert reply.status_code == 404 and "location" not in reply.headers
+
+
+# --- Many connections
+
+
+def test_of_those_that_wait_the_longest_wait_ends_first():
+    class Waiting:
+        gone = False
+
+        def hang_up(self):
+            self.gone = True
+
+    lobby, several = Lobby(places=2), [Waiting() for _ in range(4)]
+    for one in several[:2]:
+        lobby.enter(one)
+    lobby.enter(several[0])  # says it again: no later place
+    lobby.enter(several[2])
+    lobby.leave(several[1])
+    lobby.enter(several[3])
+    assert [one.gone for one in several] == [True, False, False, False]
+
+
+def test_who_had_an_answer_gives_way_to_who_had_none():
+    class Waiting:
+        gone = False
+
+        def hang_up(self):
+            self.gone = True
+
+    lobby, several = Lobby(places=2), [Waiting() for _ in range(4)]
+    lobby.enter(several[0])
+    for one in several[1:]:
+        lobby.enter(one, answered=True)
+    assert [one.gone for one in several] == [False, True, True, False]
+
+
+def test_a_burst_of_refused_requests_does_not_cut_off_one_that_just_arrived():
+    held = b"POST /worker_get_status HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{"
+    friend = held.replace(b"Host: x", f"Host: x\r\nAuthorization: Bearer {TOKEN}".encode())
+    friend = friend.replace(b"50\r\n\r\n{", b"0\r\n\r\n")
+    with live(words_app(token=TOKEN)) as worker, ExitStack() as several:
+        mine = several.enter_context(connected(worker))
+        for _ in range(WAITING + 20):  # all behind `mine`, which waits longest
+            other = several.enter_context(connected(worker))
+            other.sendall(held)
+            assert other.recv(100).startswith(b"HTTP/1.1 401")
+        mine.sendall(friend)
+        assert mine.recv(100).startswith(b"HTTP/1.1 200")
+
+
+#: what a stranger without the token sends, and then keeps the connection
+HELD = {
+    "nothing": b"",
+    "half of a head": b"POST / HTTP/1.1\r\nHost: x\r\nX-",
+    "a refused request": b"POST /worker_get_status HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a refused request whose body never ends": b"POST /worker_get_status HTTP/1.1\r\nHost: x\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n5\r\nab",
+}
+
+
+@pytest.mark.parametrize("sent", HELD.values(), ids=HELD)
+def test_held_connections_of_strangers_keep_nobody_out(sent):
+    """More of them than the server has room for, and more than this process has by default."""
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with live(words_app(token=TOKEN)) as worker, ExitStack() as held:
+        for number in range(CONNECTIONS + 20):
+            held.enter_context(connected(worker)).sendall(sent)
+            if number > WAITING and number % 50 == 0:
+                reply = httpx.post(worker + STATUS, headers=headers, timeout=60)
+                assert reply.status_code == 200
+        for _ in range(10):  # friends keep their connections, too
+            friend = held.enter_context(httpx.Client(headers=headers, timeout=60))
+            reply = friend.post(worker + STREAM, json=body())
+            assert reply.status_code == 200 and b"three" in reply.content
+
+
+def test_a_refused_body_that_never_ends_is_not_read_for_ever():
+    head = b"POST /worker_get_status HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with live(words_app(token=TOKEN), http=Hasty) as worker, connected(worker) as one:
+        one.sendall(head)
+        assert b" 401 " in one.recv(1000).split(b"\r\n")[0]
+        end = time.monotonic() + 60
+        with pytest.raises(ConnectionError):
+            while time.monotonic() < end:
+                one.sendall(b"1\r\na\r\n")
+                time.sleep(0.05)
+
+
+def test_a_head_that_comes_in_drops_is_given_up():
+    with live(words_app(), http=Hasty) as worker, connected(worker) as one:
+        end = time.monotonic() + 60
+        with pytest.raises(ConnectionError):
+            while time.monotonic() < end:
+                one.sendall(b"P")
+                time.sleep(0.05)
+
+
+def test_an_answer_that_nobody_reads_is_given_up():
+    ended = []
+
+    async def endless():
+        try:
+            while True:
+                yield bytes(2**20)
+                await asyncio.sleep(0)
+        finally:
+            ended.append(True)
+
+    async def app(scope, receive, send):
+        if scope["type"] == "http":
+            await StreamingResponse(endless())(scope, receive, send)
+
+    with live(app, http=Hasty) as server, connected(server) as one:
+        one.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_for(lambda: ended, seconds=60)

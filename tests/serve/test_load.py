@@ -1,0 +1,224 @@
+"""Many clients at once, workers that die and come back: nothing is lost, and errors are clear."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from llava import playground
+from tests.paths import ROOT
+from tests.serve.serve_tools import (
+    PROMPT,
+    Words,
+    body,
+    chunks_of,
+    free_port,
+    live,
+    live_controller,
+    png,
+    wait_for,
+    words_app,
+)
+
+STREAM = "/worker_generate_stream"
+CLIENTS = 32
+SECONDS = 60
+METHODS = [
+    {"method": "none"},
+    {"method": "vispruner", "visual_token_num": 64},
+    {"method": "fastv", "visual_token_num": 32},
+]
+needs_playground = pytest.mark.skipif(
+    not (playground.ROOT / playground.CHECKPOINT / "config.json").is_file(),
+    reason="the playground checkpoint is not there",
+)
+
+
+async def ask(client: httpx.AsyncClient, url: str, **changes) -> str:
+    """What became of one request: "answered", "refused CAUSE" or "lost WHY"."""
+    try:
+        reply = await client.post(url + STREAM, json=body(**changes))
+        chunks = chunks_of(reply.content)
+    except (httpx.HTTPError, AssertionError, ValueError) as error:
+        return f"lost {type(error).__name__}"
+    last = chunks[-1]
+    if reply.status_code == 200 and last["error_code"] == 0:
+        return "answered"
+    return f"refused {last['cause']}" if last.get("cause") else "lost without a cause"
+
+
+async def many_clients(url: str, until, **changes) -> Counter:
+    """Outcomes of `CLIENTS` clients that ask again and again while `until()` is false."""
+    outcomes: Counter = Counter()
+
+    async def client(number: int):
+        async with httpx.AsyncClient(timeout=120) as http:
+            while not until(outcomes):
+                pruning = METHODS[(number + outcomes.total()) % len(METHODS)]
+                more = {"pruning": pruning} if "images" in changes else {}
+                outcome = await ask(http, url, **changes, **more)
+                outcomes[outcome] += 1
+                if outcome != "answered":
+                    await asyncio.sleep(0.5)
+
+    await asyncio.gather(*(client(number) for number in range(CLIENTS)))
+    return outcomes
+
+
+def test_of_many_clients_each_is_answered_or_refused_with_a_cause():
+    backend = Words(words="abcd", pause=0.01)
+    with live(words_app(backend, places=12)) as worker:
+        outcomes = asyncio.run(many_clients(worker, lambda found: found.total() > 100))
+    assert set(outcomes) == {"answered", "refused busy"}
+    assert outcomes["answered"] == backend.answered > 20
+    assert backend.running == 0
+
+
+def test_when_a_worker_dies_the_next_request_goes_to_another_and_back_when_it_returns():
+    port = free_port()
+    with live_controller() as (address, controller), live(words_app()) as second:
+
+        def register(worker):
+            content = {"worker_name": worker, "check_heart_beat": True, "worker_status": None}
+            httpx.post(f"{address}/register_worker", json=content)
+
+        def post():
+            return chunks_of(httpx.post(address + STREAM, json=body(model="echo")).content)[-1]
+
+        with live(words_app(Words(words=["first"])), port) as first:
+            register(first)
+            assert post()["text"].endswith("first")
+            register(second)
+        assert [post()["text"].split()[-1] for _ in range(3)] == ["three"] * 3
+        assert list(controller.table.workers) == [second]
+        with live(words_app(Words(words=["first"])), port) as first:
+            register(first)
+            wait_for(lambda: post()["text"].endswith("first"))
+
+
+# --- Real processes on the playground
+
+
+@contextmanager
+def process(module: str, *arguments):
+    """`python -m llava.serve.MODULE`, killed at the end."""
+    command = [sys.executable, "-m", f"llava.serve.{module}", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(command, cwd=ROOT, env=environment)
+    try:
+        yield running
+    finally:
+        running.kill()
+        running.wait()
+
+
+def models(controller: str) -> list[str]:
+    try:
+        return httpx.post(f"{controller}/list_models").json()["models"]
+    except httpx.HTTPError:
+        return []
+
+
+def queue_length(address: str) -> int:
+    """Of a worker, or of all that a controller knows."""
+    return httpx.post(f"{address}/worker_get_status", timeout=30).json()["queue_length"]
+
+
+def resident_bytes(running: subprocess.Popen) -> int:
+    pages = int(Path(f"/proc/{running.pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def worker_process(controller: str, port: int, *more):
+    address = f"http://127.0.0.1:{port}"
+    arguments = ["--host", "127.0.0.1", "--port", port, "--device", "cpu", *more]
+    with process("model_worker", *arguments, "--controller", controller) as running:
+        yield running, address
+
+
+def is_up(address: str) -> bool:
+    try:
+        return httpx.post(f"{address}/worker_get_status", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture
+def controller():
+    port = free_port()
+    with process("controller", "--host", "127.0.0.1", "--port", port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.mark.slow
+@needs_playground
+def test_a_minute_of_32_clients_loses_nothing_and_memory_stays_flat(controller):
+    with worker_process(controller, free_port(), "--max-queue", 12) as (running, worker):
+        (model,) = wait_for(lambda: models(controller), seconds=120)
+        image = png(320, 240)
+        request = {"model": model, "images": [image], "prompt": PROMPT}
+
+        def load(seconds):
+            end = time.monotonic() + seconds
+            return asyncio.run(many_clients(worker, lambda _: time.monotonic() > end, **request))
+
+        load(SECONDS / 4)  # buffers reach their size
+        before = resident_bytes(running)
+        outcomes = load(SECONDS)
+        grown = resident_bytes(running) - before
+        print(f"{dict(outcomes)}, memory {before >> 20} MiB, grown by {grown / 2**20:.1f} MiB")
+        assert set(outcomes) <= {"answered", "refused busy"} and outcomes["answered"]
+        assert grown < 64 * 2**20
+        wait_for(lambda: queue_length(controller) == 0)
+
+
+@pytest.mark.slow
+@needs_playground
+def test_a_worker_killed_in_between_is_replaced_and_used_again_when_it_is_back(controller):
+    ports = free_port(), free_port()
+    with worker_process(controller, ports[1]) as (second_process, second):
+        wait_for(lambda: is_up(second), seconds=120)
+        with worker_process(controller, ports[0]) as (first_process, first):
+            (model,) = wait_for(lambda: models(controller), seconds=120)
+            wait_for(lambda: is_up(first), seconds=120)
+            processes = {first: first_process, second: second_process}
+
+            def get_address():
+                reply = httpx.post(f"{controller}/get_worker_address", json={"model": model})
+                return reply.json()["address"]
+
+            wait_for(lambda: {get_address() for _ in range(4)} == {first, second}, seconds=60)
+            # At this temperature any of the 490 tokens comes next, so an answer takes seconds.
+            request = body(model=model, max_new_tokens=900, temperature=5.0, stop=None)
+            busy = []
+            while not busy:  # an answer may be over too soon
+                with httpx.stream("POST", controller + STREAM, json=request, timeout=60) as reply:
+                    pieces = reply.iter_raw()
+                    received = next(pieces)
+                    busy = [worker for worker in processes if queue_length(worker)]
+                    for worker in busy:
+                        os.kill(processes[worker].pid, signal.SIGKILL)
+                    received += b"".join(pieces)
+            (victim,) = busy
+            (other,) = {first, second} - {victim}
+            last = json.loads(received.split(b"\0")[-2])
+            assert (last["error_code"], last["cause"]) == (3, "worker_died")
+            for _ in range(4):
+                short = body(model=model)
+                reply = httpx.post(controller + STREAM, json=short, timeout=60)
+                assert chunks_of(reply.content)[-1]["error_code"] == 0
+            assert {get_address() for _ in range(4)} == {other}
+            with worker_process(controller, int(victim.rsplit(":", 1)[1])):
+                wait_for(lambda: victim in {get_address() for _ in range(4)}, seconds=120)

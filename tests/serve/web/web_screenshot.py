@@ -1,0 +1,56 @@
+"""Takes the picture of the README from a running demo.
+
+    python -m llava.serve.demo --port 7860                      # in another terminal
+    python -m tests.serve.web.web_screenshot http://127.0.0.1:7860 images/demo.png
+
+Needs chromium, chromedriver and selenium, as the browser test does.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import sys
+
+from PIL import Image
+from selenium.webdriver.common.by import By
+
+from tests.serve.web.test_browser import Browser
+
+WIDTH, HEIGHT = 1366, 768
+
+
+def compare(browser: Browser, address: str) -> None:
+    """Lets the two methods chosen by default answer the first example."""
+    browser.open(address)
+    browser.load_example()
+    browser.driver.find_element(By.XPATH, "//button[@role='tab'][contains(., 'Compare')]").click()
+    browser.find("#compare-question textarea")
+    browser.click("#compare")
+    browser.until(lambda: "dense" in browser.text("#right-panel"), "the right panel")
+    browser.until(lambda: "not measured" not in browser.text("#right-panel"), "the dense time")
+
+
+def whole_page(browser: Browser) -> Image.Image:
+    size = browser.driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
+    clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+    options = {"captureBeyondViewport": True, "clip": clip}
+    shot = browser.driver.execute_cdp_cmd("Page.captureScreenshot", options)
+    return Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
+
+
+def main(address: str, path: str) -> None:
+    browser = Browser(WIDTH, HEIGHT)
+    try:
+        compare(browser, address)
+        terms = browser.find("#terms").rect["y"]
+        picture = whole_page(browser).crop((55, 0, WIDTH - 55, int(terms) - 10))
+    finally:
+        browser.driver.quit()
+    # Few enough colours to be small; the search for them keeps rare ones, such as the red ring.
+    few = picture.quantize(256, Image.Quantize.MEDIANCUT, kmeans=4, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
