@@ -7,26 +7,22 @@ import argparse
 import json
 
 from llava.errors import errors_as_messages
+from llava.eval import markdown
 from llava.eval.files.records import kind_of, read_json
+
+HEAD = ("benchmark", "metric", "score", "questions", "visual tokens")
 
 
 def table(results: list[dict]) -> str:
     """Returns the table; benchmarks of a family that is published as one number get their mean."""
-    lines = [
-        "| benchmark | metric | score | questions | visual tokens |",
-        "|---|---|---:|---:|---:|",
-    ]
-    for result in [*results, *_family_mean(results, "viscot_", "viscot, mean")]:
-        tokens = (result.get("visual_tokens") or {}).get("mean")
-        cells = [
-            result["benchmark"],
-            result["metric"],
-            _score(result),
-            _count(result),
-            "" if tokens is None else f"{tokens:.1f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    results = [*results, *_family_mean(results, "viscot_", "viscot, mean")]
+    rows = [(r["benchmark"], r["metric"], _score(r), _count(r), _tokens(r)) for r in results]
+    return markdown.table(HEAD, rows, "llr")
+
+
+def _tokens(result: dict) -> str:
+    tokens = (result.get("visual_tokens") or {}).get("mean")
+    return "" if tokens is None else f"{tokens:.1f}"
 
 
 def _score(result: dict) -> str:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 from llava.eval.compare.comparison import Comparison
 from llava.eval.compare.suite_report import DENSE
+from llava.eval.markdown import table
 
-FILE = os.path.join(os.path.dirname(__file__), *[os.pardir] * 2, "docs", "published_numbers.csv")
+FILE = os.path.join(os.path.dirname(__file__), *[os.pardir] * 3, "docs", "published_numbers.csv")
 #: measured by the authors of the method, taken over from another paper, run anew by others; not
 #: said
 STATUSES = ("own", "copied", "rerun", "unstated")
 CONVENTIONS = ("average", "input", "unpruned", "unstated")
+HEAD = ("method", "tokens", "benchmark", "here", "published", "source", "status")
 #: our benchmark -> the one of the file that asks the same questions, and the metric of both. The
 #: literature's MMBench numbers are those of its server, which are circular.
 SAME_RULE = {
@@ -74,13 +76,7 @@ def published_table(comparison: Comparison, rows: list[Published], model: str) -
     if model not in known:
         raise ValueError(f"no published numbers of {model!r}, choose from {', '.join(known)}")
     rows = [row for row in rows if row.model == model]
-    lines = [
-        f"**Beside the literature** ({model}; scores in percent of the unpruned score of the same "
-        "source and protocol, the score itself in brackets)",
-        "",
-        "| method | tokens | benchmark | here | published | source | status |",
-        "|---|---:|---|---:|---:|---|---|",
-    ]
+    found = []
     for row in comparison.rows:
         for task in comparison.tasks:
             for entry in _matching(rows, row.method, row.tokens, task, row.cells[task].metric):
@@ -89,12 +85,17 @@ def published_table(comparison: Comparison, rows: list[Published], model: str) -
                 own, dense = row.cells[task].percent, comparison.dense.cells[task].percent
                 here = f"{100 * own / dense:.1f} ({own:.1f})" if dense else f"({own:.1f})"
                 name = f"`{row.method}` {entry.variant}".strip()
-                cells = [name, str(row.tokens), task, here]
-                cells += [f"{share}({entry.value:g})", entry.source, entry.status]
-                lines.append("| " + " | ".join(cells) + " |")
-    if len(lines) == 4:
-        lines = [f"The literature on {model} has no number for these runs."]
-    return "\n".join([*lines, *_not_compared(comparison)]) + "\n"
+                theirs = f"{share}({entry.value:g})"
+                found.append((name, row.tokens, task, here, theirs, entry.source, entry.status))
+    if found:
+        text = (
+            f"**Beside the literature** ({model}; scores in percent of the unpruned score of the "
+            "same source and protocol, the score itself in brackets)\n\n"
+            f"{table(HEAD, found, 'lrlrrl')}"
+        )
+    else:
+        text = f"The literature on {model} has no number for these runs."
+    return "\n".join([text, *_not_compared(comparison)]) + "\n"
 
 
 def _not_compared(comparison: Comparison) -> list[str]:

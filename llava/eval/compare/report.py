@@ -8,6 +8,7 @@ import os
 
 from llava.eval.compare.comparison import AVERAGE, Cell, Comparison, Row
 from llava.eval.compare.suite_report import DENSE
+from llava.eval.markdown import table
 from llava.eval.scoring.bootstrap import is_significant
 
 #: a page keeps what stands from this line on when it is written again
@@ -69,10 +70,10 @@ def markdown(comparison: Comparison) -> str:
         lines += ["", *_failed_table(comparison)]
     for budget in _budgets(comparison):
         rows = _ranked(comparison, budget)
-        lines += ["", f"**{budget} tokens**", "", *_average_table(rows, dense)]
+        lines += ["", f"**{budget} tokens**", "", _average_table(rows, dense)]
     for budget in _budgets(comparison):
         rows = _ranked(comparison, budget)
-        lines += ["", f"**{budget} tokens, by benchmark**", "", *_task_table(rows, comparison)]
+        lines += ["", f"**{budget} tokens, by benchmark**", "", _task_table(rows, comparison)]
     if comparison.missing:
         lines += ["", "**Not run**", "", *comparison.missing]
     return "\n".join(lines) + "\n"
@@ -87,54 +88,53 @@ def _ranked(comparison: Comparison, budget: int) -> list[Row]:
     return sorted(rows, key=lambda row: -row.cells[AVERAGE].percent)
 
 
-def _average_table(rows: list[Row], dense: Row) -> list[str]:
+def _average_table(rows: list[Row], dense: Row) -> str:
     head = ["method", "average", "change", "same, %", "kept", "KV, MB", "GFLOP", "/ unpruned"]
     head += ["first token, ms", "/ unpruned", "answers/s"]
-    lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
-    for row in rows:
-        cell, cost = row.cells[AVERAGE], row.cost
-        rate = row.answers_per_second
-        lines.append(
-            _line(
-                [
-                    f"`{row.method}`",
-                    f"{cell.percent:.1f} {_range(cell.range)}",
-                    _change(cell),
-                    f"{cell.loyalty:.1f}",
-                    f"{row.visual_tokens:.1f}",
-                    f"{cost.kv_bytes / 1e6:.2f}",
-                    f"{cost.flops / 1e9:.2f}",
-                    f"{cost.flops / dense.cost.flops:.2f}",
-                    f"{1e3 * cost.seconds:.0f}",
-                    f"{cost.seconds / dense.cost.seconds:.2f}",
-                    "" if rate is None else f"{rate:.1f}",
-                ]
-            )
-        )
-    return lines
+    return table(head, [_average_cells(row, dense) for row in rows], "lr")
 
 
-def _task_table(rows: list[Row], comparison: Comparison) -> list[str]:
+def _average_cells(row: Row, dense: Row) -> list[str]:
+    cell, cost, rate = row.cells[AVERAGE], row.cost, row.answers_per_second
+    return [
+        _name(row),
+        f"{cell.percent:.1f} {_range(cell.range)}",
+        _change(cell),
+        f"{cell.loyalty:.1f}",
+        f"{row.visual_tokens:.1f}",
+        f"{cost.kv_bytes / 1e6:.2f}",
+        f"{cost.flops / 1e9:.2f}",
+        f"{cost.flops / dense.cost.flops:.2f}",
+        f"{1e3 * cost.seconds:.0f}",
+        f"{cost.seconds / dense.cost.seconds:.2f}",
+        "" if rate is None else f"{rate:.1f}",
+    ]
+
+
+def _task_table(rows: list[Row], comparison: Comparison) -> str:
     tasks = comparison.tasks
-    lines = [_line(["method", *tasks]), _line(["---", *["---:"] * len(tasks)])]
-    for row in [comparison.dense, *rows]:
-        name = "unpruned" if row.method == DENSE else f"`{row.method}`"
-        lines.append(_line([name, *(_task_cell(row.cells[task]) for task in tasks)]))
-    return lines
+    lines = [
+        [_name(row), *(_task_cell(row.cells[task]) for task in tasks)]
+        for row in [comparison.dense, *rows]
+    ]
+    return table(["method", *tasks], lines, "lr")
 
 
 def _failed_table(comparison: Comparison) -> list[str]:
     """Which scores are not of all questions."""
-    lines = ["**Questions that failed** (no score counts them)", ""]
-    lines += [_line(["method", "tokens", "benchmark", "failed", "counted"])]
-    lines += [_line(["---", "---:", "---", "---:", "---:"])]
-    for row in comparison.rows:
-        for task in comparison.tasks:
-            cell, name = row.cells[task], "unpruned" if row.method == DENSE else f"`{row.method}`"
-            if cell.failed:
-                cells = [name, str(row.tokens), task, str(cell.failed), str(cell.count)]
-                lines.append(_line(cells))
-    return lines
+    cells = [(row, task, row.cells[task]) for row in comparison.rows for task in comparison.tasks]
+    lines = [
+        (_name(row), row.tokens, task, cell.failed, cell.count)
+        for row, task, cell in cells
+        if cell.failed
+    ]
+    head = ["method", "tokens", "benchmark", "failed", "counted"]
+    title = "**Questions that failed** (no score counts them)"
+    return [title, "", table(head, lines, "lrlr")]
+
+
+def _name(row: Row) -> str:
+    return "unpruned" if row.method == DENSE else f"`{row.method}`"
 
 
 def _task_cell(cell: Cell) -> str:
@@ -154,10 +154,6 @@ def _range(bounds: tuple[float, float] | None, sign: str = "") -> str:
     if bounds is None:
         return ""
     return "[" + ", ".join(f"{bound:{sign}.1f}" for bound in bounds) + "]"
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def by_hand(path: str) -> str:

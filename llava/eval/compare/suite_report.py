@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING
 
+from llava.eval import markdown
 from llava.eval.plotting import import_pyplot
 from llava.eval.scoring.bootstrap import Interval, is_significant
 from llava.eval.scoring.paired import range_of_mean
@@ -56,9 +57,7 @@ def _method_table(method: str, dense: list[Score], scores: list[Score]) -> str:
     title = (
         f"**{method}** (scores in percent of the maximum; bold: significantly other than unpruned)"
     )
-    lines = [title, "", _row(head)]
-    lines.append(_row(["---", "---", *("---:" for _ in columns)]))
-    return "\n".join([*lines, *map(_row, rows)]) + "\n"
+    return f"{title}\n\n{markdown.table(head, rows, 'llr')}\n"
 
 
 def not_run(runs: list[Run]) -> list[str]:
@@ -119,10 +118,6 @@ def _rate(column: list[Score]) -> str:
     if any(score.seconds is None for score in column):
         return ""
     return f"{sum(s.count for s in column) / sum(s.seconds for s in column):.1f}"
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def plot(scores: list[Score], path: str) -> None:

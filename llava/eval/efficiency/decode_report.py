@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import asdict, dataclass
 
+from llava.eval import markdown
 from llava.eval.efficiency.decode_run import DENSE, Variant
 from llava.pruning.drafter import Drafter
 
@@ -96,12 +97,9 @@ def _ratio(ours: list, theirs: list) -> float:
 
 def table(rows: list[Row]) -> str:
     """The report as a Markdown table."""
-    names = list(asdict(rows[0]))
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for row in rows:
-        cells = [
-            "–" if value is None else value if isinstance(value, str) else f"{value:.2f}"
-            for value in asdict(row).values()
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines = [list(map(_cell, asdict(row).values())) for row in rows]
+    return markdown.table(list(asdict(rows[0])), lines)
+
+
+def _cell(value: str | float | None) -> str:
+    return "–" if value is None else value if isinstance(value, str) else f"{value:.2f}"

@@ -6,6 +6,7 @@ import re
 from statistics import median, quantiles
 
 from llava.eval.efficiency.measure import DENSE, ORACLE, STAGES, Variant
+from llava.eval.markdown import table
 from llava.eval.plotting import import_pyplot
 
 #: stages that follow one another in a bar of the plot
@@ -91,18 +92,18 @@ def markdown(result: dict) -> str:
     ]
     for run in result["runs"]:
         lines += ["", f"**Batch {run['batch_size']}, {run['output_tokens']} tokens out.**", ""]
-        lines += _markdown_table(run["variants"])
+        lines.append(_markdown_table(run["variants"]))
     if result["refused"]:
         lines += ["", f"Not measured with a budget of {about['visual_token_num']}:", ""]
         lines += [f"- `{name}`: {reason}" for name, reason in result["refused"].items()]
     return "\n".join(lines) + "\n"
 
 
-def _markdown_table(rows: list[dict]) -> list[str]:
+def _markdown_table(rows: list[dict]) -> str:
     head = ["method", "visual tokens in / mean", "own work, ms", "first token, ms"]
     head += ["/ own oracle: first token", "end to end", "/ dense: first token", "end to end"]
     head += ["KV cache, MB", "peak memory, MB", "TFLOP"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines = []
     for row in rows:
         if row["oracle"] is None and row["variant"] not in (DENSE, ORACLE):
             continue  # the oracles of single methods are in the ratios
@@ -117,7 +118,7 @@ def _markdown_table(rows: list[dict]) -> list[str]:
         cells += [_number(row["peak_bytes_over_weights"], "{:.0f}", 1e-6)]
         cells += [f"{row['flops_exact'] / 1e12:.3f}"]
         lines.append(cells)
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    return table(head, lines, "lr")
 
 
 def write_between_marks(path: str, text: str) -> None:

@@ -21,6 +21,7 @@ from itertools import count
 import torch
 
 from llava.errors import errors_as_messages
+from llava.eval import markdown
 from llava.eval.answering.loading import (
     DTYPES,
     add_model_args,
@@ -145,16 +146,12 @@ def random_loop(args) -> AnswerLoop:
 
 def table(speeds: list[Speed]) -> str:
     """Returns the speeds as a Markdown table."""
-    lines = [
-        "| method | way | questions/s | times one by one | by processor time | same answers, % |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ["method", "way", "questions/s", "times one by one", "by processor time"]
+    rows = []
     for s in speeds:
-        lines.append(
-            f"| {s.method} | {s.way} | {s.per_second:.2f} | {s.times_plain:.1f} "
-            f"| {s.cpu_times:.1f} | {s.same_as_plain:.0f} |"
-        )
-    return "\n".join(lines)
+        numbers = f"{s.per_second:.2f} {s.times_plain:.1f} {s.cpu_times:.1f} {s.same_as_plain:.0f}"
+        rows.append([s.method, s.way, *numbers.split()])
+    return markdown.table([*head, "same answers, %"], rows)
 
 
 def parse_args() -> argparse.Namespace:
