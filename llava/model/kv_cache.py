@@ -15,25 +15,31 @@ class RowState:
     next_position: (B,) position of the next token
     valid:         (B, n) False on the padding of the prompt, its first n places; later tokens are
                    always real. None: no padding
+    bias:          (B, m) fp32 what is added to attention to the first m places, 0 for later ones;
+                   None: nothing
     """
 
     next_position: Tensor
     valid: Tensor | None = None
+    bias: Tensor | None = None
 
     def mask(self, length: int) -> Tensor | None:
         """(B, length) True where a token is; None: everywhere."""
-        if self.valid is None or length <= self.valid.shape[1]:
-            return None if self.valid is None else self.valid[:, :length]
-        # Doubling keeps the number of copies logarithmic in the length of the answer.
-        more = self.valid.new_ones(self.valid.shape[0], length)
-        self.valid = torch.cat([self.valid, more], dim=1)
-        return self.valid[:, :length]
+        self.valid = _reaching(self.valid, length, True)
+        return None if self.valid is None else self.valid[:, :length]
+
+    def key_bias(self, length: int) -> Tensor | None:
+        """(B, length) what is added to attention to each place; None: nothing."""
+        self.bias = _reaching(self.bias, length, 0.0)
+        return None if self.bias is None else self.bias[:, :length]
 
     def select(self, rows: Tensor) -> None:
         """Reorders the batch."""
         self.next_position = self.next_position.index_select(0, rows)
         if self.valid is not None:
             self.valid = self.valid.index_select(0, rows)
+        if self.bias is not None:
+            self.bias = self.bias.index_select(0, rows)
 
 
 class KVCache:
@@ -55,15 +61,17 @@ class KVCache:
         self._keys: list[Tensor | None] = [None] * num_layers  # (B, H, capacity, d)
         self._values: list[Tensor | None] = [None] * num_layers
         self._owned = [False] * num_layers  # whether a layer has a buffer to write to
-        self.shared: list[tuple[Tensor, Tensor] | None] = [None] * num_layers  # (H, P, d) each
+        #: per layer keys and values (H, P, d) each, and the keys' bias (P,) or None
+        self.shared: list[tuple[Tensor, Tensor, Tensor | None] | None] = [None] * num_layers
 
     def __len__(self) -> int:
         """Places used in layer 0, holes included."""
         return self.lengths[0]
 
-    def share(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Keys and values (H, P, d) that every row of an empty layer begins with."""
-        self.shared[layer] = keys, values
+    def share(self, layer: int, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> None:
+        """Keys and values (H, P, d) that every row of an empty layer begins with, and what is added
+        to attention to those keys, (P,) or nothing."""
+        self.shared[layer] = keys, values, bias
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Adds (B, H, q, d) keys and values; returns all of the layer's, (B, H, length, d)."""
@@ -151,6 +159,14 @@ def holds_tokens(cache) -> bool:
             f"earlier call has, not a {type(cache).__name__}"
         )
     return cache is not None and len(cache) > 0
+
+
+def _reaching(values: Tensor | None, length: int, later: bool | float) -> Tensor | None:
+    """`values` (B, n) with at least `length` places, those of new ones being `later`."""
+    if values is None or length <= values.shape[1]:
+        return values
+    # Doubling keeps the number of copies logarithmic in the length of the answer.
+    return torch.cat([values, values.new_full((values.shape[0], length), later)], dim=1)
 
 
 def _allocate(like: Tensor, capacity: int) -> Tensor:

@@ -25,6 +25,9 @@ class TowerTokens:
     image_index:   (B,) which image of the call a crop belongs to
     valid:         (B, N) False on padding where crops have different counts; None: all are tokens
     merged:        (B, N) True on blended tokens; None: there are none
+    key_bias:      (B, 1 + N) fp32 what is added to the products of all queries with a token's key,
+                   before the softmax: the logarithm of how many patches it stands for, say; 0 on
+                   others. None: nothing
     """
 
     hidden_states: Tensor
@@ -32,6 +35,7 @@ class TowerTokens:
     image_index: Tensor
     valid: Tensor | None = None
     merged: Tensor | None = None
+    key_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from llava.constants import IGNORE_INDEX
 from llava.conversation import Conversation, SeparatorStyle
 from llava.mm_utils import tokenizer_image_token
 
-from .labels import caption_text, named_turns, render
+from .rendering import caption_text, named_turns, render
 
 logger = logging.getLogger(__name__)
 

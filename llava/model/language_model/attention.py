@@ -49,8 +49,9 @@ def attend(
 ) -> Tensor:
     """Causal attention; q (B, H, Q, d), k and v (B, G, K, d) with G dividing H -> (B, H, Q, d).
 
-    mask: (B or 1, 1, Q, K) True where a query sees a key. None: the plain causal mask, the last
-    query seeing every key.
+    mask: (B or 1, 1, Q, K) True where a query sees a key, or what is added to the products (-inf:
+    it does not see the key), see `attention_mask`. None: the plain causal mask, the last query
+    seeing every key.
     packed: says what the mask would, where Q = K, to a backend that `packs_rows`; the output is
     zero on padding.
     """
@@ -103,15 +104,24 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         mask = causal_mask(q.shape[2], k.shape[2], q.device)
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     scores = (q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5
-    scores = scores.float().masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1).to(q.dtype) @ v
+    return masked(scores.float(), mask).softmax(dim=-1).to(q.dtype) @ v
+
+
+def masked(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scaled products as the softmax takes them; `mask` as in `attend`, of the same rank."""
+    return scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, float("-inf"))
 
 
 def attend_behind(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, shared: tuple[Tensor, Tensor]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    shared: tuple[Tensor, Tensor, Tensor | None],
 ) -> Tensor:
-    """As `attend`, where all rows begin with the same keys and values, (G, P, d) each in `shared`:
-    all queries look at those in one product, and nothing is copied for the rows.
+    """As `attend`, where all rows begin with the same keys and values, (G, P, d) each, and maybe a
+    bias of those keys (P,): all queries look at them in one product, and nothing is copied for the
+    rows.
 
     k, v and mask are of what follows that beginning, which every query sees.
     """
@@ -125,7 +135,7 @@ def attend_behind(
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def _attend_behind(q, k, v, mask, keys, values) -> Tensor:
+def _attend_behind(q, k, v, mask, keys, values, bias=None) -> Tensor:
     batch, heads, count, width = q.shape
     groups, known = keys.shape[:2]
     repeats = heads // groups
@@ -133,7 +143,9 @@ def _attend_behind(q, k, v, mask, keys, values) -> Tensor:
     q = (q * width**-0.5).view(batch, groups, repeats, count, width).transpose(0, 1)
     before = (q.reshape(groups, -1, width) @ keys.transpose(1, 2)).view(*q.shape[:4], known)
     after = q.flatten(2, 3) @ k.transpose(0, 1).transpose(2, 3)
-    after = after.view(*q.shape[:4], -1).masked_fill(~mask[:, :1], float("-inf"))
+    after = masked(after.view(*q.shape[:4], -1), mask[:, :1])
+    if bias is not None:
+        before = before + bias.to(before.dtype)
     weights = torch.cat([before, after], dim=-1).softmax(dim=-1, dtype=torch.float32).to(v.dtype)
     out = (weights.flatten(1, 3)[..., :known] @ values).view(q.shape)
     out = out + (weights.flatten(2, 3)[..., known:] @ v.transpose(0, 1)).view(q.shape)
@@ -204,25 +216,58 @@ def padded_causal_mask(valid: Tensor, num_queries: int) -> Tensor:
     return mask | ~mask.any(dim=-1, keepdim=True)
 
 
+def attention_mask(
+    visible: Tensor | None, bias: Tensor | None, size: tuple[int, int], dtype: torch.dtype
+) -> Tensor | None:
+    """The mask that `attend` takes for Q queries and K keys, `size`.
+
+    visible: (B or 1, 1, Q, K) True where a query sees a key; None: the plain causal mask
+    bias:    (B, K) fp32, what is added to the products of all queries with a key; None: nothing,
+             and no mask is made where none was
+
+    With a bias the mask is one of numbers, (B, 1, Q, K) in `dtype`, that of the queries, as the
+    kernels want it.
+    """
+    if bias is None:
+        return visible
+    added = bias[:, None, None].to(dtype)
+    if visible is None and size[0] == 1:
+        return added
+    if visible is None:
+        visible = causal_mask(*size, bias.device)
+    return added.masked_fill(~visible, float("-inf"))
+
+
 ROW_FORMS = {"weights": torch.softmax, "log_weights": torch.log_softmax}
 
 
 def attention_rows(
-    q: Tensor, k: Tensor, rows: Tensor, valid: Tensor | None, form: str = "weights"
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    valid: Tensor | None,
+    form: str = "weights",
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Rows of the causal attention map in fp32, without the map.
 
     q (B, H, Q, d) and k (B, G, S, d) after RoPE, the queries being those of the last Q tokens; rows
-    (B, R) places among the queries; valid (B, S) as in `Prefill`. Returns (B, H, R, S) over all
-    keys: softmax weights, their logarithm ("log_weights"), or the scaled products before the
-    softmax ("scores"); hidden keys have 0 or -inf.
+    (B, R) places among the queries; valid (B, S) as in `Prefill`; bias (B, S) of the keys as in
+    `attention_mask`. Returns (B, H, R, S) over all keys: softmax weights, their logarithm
+    ("log_weights"), or the scaled products before the softmax, bias included ("scores"); hidden
+    keys have 0 or -inf.
     """
     index = rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
-    return rows_of(q.gather(2, index), k, rows + k.shape[2] - q.shape[2], valid, form)
+    return rows_of(q.gather(2, index), k, rows + k.shape[2] - q.shape[2], valid, form, bias)
 
 
 def rows_of(
-    picked: Tensor, k: Tensor, places: Tensor, valid: Tensor | None, form: str = "weights"
+    picked: Tensor,
+    k: Tensor,
+    places: Tensor,
+    valid: Tensor | None,
+    form: str = "weights",
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`attention_rows` from the queries (B, H, R, d) themselves, at `places` (B, R) of the keys."""
     picked = picked.float() * picked.shape[-1] ** -0.5
@@ -231,6 +276,8 @@ def rows_of(
     groups = k.shape[1]
     picked = picked.reshape(batch, groups, heads // groups * count, width)
     scores = (picked @ k.float().transpose(2, 3)).reshape(batch, heads, count, -1)
+    if bias is not None:
+        scores = scores + bias[:, None, None]
     visible = torch.arange(k.shape[2], device=k.device) <= places[:, None, :, None]
     if valid is not None:
         visible = visible & valid[:, None, None, :]

@@ -48,7 +48,7 @@ class Step:
 
     rope:   cos and sin of the tokens' positions
     mask, packed: as in `attend`
-    valid:  (B, S) as in `Prefill`
+    valid, bias: (B, S) as in `Prefill`
     rows:   (B, R) queries whose attention the layer records; None: it records nothing
     form:   what it records of them, see `attention_rows`
     state:  what the cache of these layers has to know about the rows
@@ -61,6 +61,7 @@ class Step:
     form: str = "weights"
     state: RowState | None = None
     packed: Packing | None = None
+    bias: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -106,7 +107,7 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer_idx, k, v)
         row = None
         if step.rows is not None:
-            row = attention_rows(q, k, step.rows, step.valid, step.form)
+            row = attention_rows(q, k, step.rows, step.valid, step.form, step.bias)
         shared = None if cache is None else cache.shared[self.layer_idx]
         if shared is None:
             out = attend(q, k, v, step.mask, self.backend, step.packed)
@@ -166,7 +167,7 @@ class DecoderLayer(nn.Module):
             cache.append(attention.layer_idx, k, v)
         rope = tuple(gather_tokens(part[:, 0], rows)[:, None] for part in step.rope)
         q = attention.queries(gather_tokens(normed, rows), rope)
-        weights = rows_of(q, k, rows, step.valid)
+        weights = rows_of(q, k, rows, step.valid, bias=step.bias)
         out = weights.to(v.dtype) @ repeat_heads(v, attention.num_heads)
         out = attention.o_proj(out.transpose(1, 2).flatten(2))
         x = gather_tokens(x, rows) + out

@@ -154,7 +154,7 @@ class CLIPVisionTower(nn.Module):
             needs_output = number < last or number < self.num_run_layers or "output" in names
             attention = layer.self_attn
             q, k = attention.q_proj(normed), attention.k_proj(normed)
-            mask = None if tokens.valid is None else F.pad(tokens.valid, (1, 0), value=True)
+            mask = key_mask(tokens)
             found[number] = attention_extras(attention, q, k, names, mask)
             if not needs_output:  # only the projections of this layer were wanted
                 break
@@ -232,6 +232,21 @@ class CLIPVisionTower(nn.Module):
         return self.num_patches_per_side**2
 
 
+def key_mask(tokens: TowerTokens) -> Tensor | None:
+    """(B, 1 + N) False on padding, which nobody looks at; where a method adds a bias to keys, that
+    bias, and -inf on padding; None where there is neither."""
+    mask = None if tokens.valid is None else F.pad(tokens.valid, (1, 0), value=True)
+    bias = tokens.key_bias
+    if bias is None:
+        return mask
+    if bias.shape != tokens.hidden_states.shape[:2] or bias.dtype != torch.float32:
+        raise ValueError(
+            f"key_bias {tuple(bias.shape)} of {bias.dtype} must be torch.float32 with one value "
+            f"for each of the {tuple(tokens.hidden_states.shape[:2])} tokens, class token included"
+        )
+    return bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+
+
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, T, C) -> (B, H, T, C / H)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -240,11 +255,12 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def self_attention(attention, x: Tensor, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     """Full attention of a CLIP layer, before its output projection; x, q, k are (B, T, C).
 
-    mask: (B, T) False on padding, which nobody looks at; None: there is none
+    mask: (B, T) as `key_mask` gives it
     """
     heads = attention.num_heads
     q, k, v = (split_heads(t, heads) for t in (q, k, attention.v_proj(x)))
-    mask = None if mask is None else mask[:, None, None]
+    if mask is not None:
+        mask = mask[:, None, None].to(torch.bool if mask.dtype == torch.bool else q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
@@ -252,7 +268,7 @@ def attention_extras(
     attention, q: Tensor, k: Tensor, names: frozenset[str], mask: Tensor | None = None
 ) -> dict[str, Tensor]:
     """The extras of one layer that its queries and keys (B, 1 + N, C) give, in fp32; `mask`
-    (B, 1 + N) is False on padding.
+    (B, 1 + N) as `key_mask` gives it.
 
     cls_attention (B, H, N) is a softmax over all keys of which the class token's own share is cut
     off; attention_mean (B, N) is the column mean of the map over heads and all queries.
@@ -268,13 +284,23 @@ def attention_extras(
     if names & {"cls_attention", "attention_mean"}:
         queries, keys = (split_heads(t, heads).float() for t in (q, k))
         keys = keys.transpose(2, 3) * attention.scale
-    if "cls_attention" in names:
-        scores = queries[:, :, :1] @ keys
+        real = None
         if mask is not None:
-            scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
-        found["cls_attention"] = scores.softmax(dim=-1)[:, :, 0, 1:]
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, float("-inf"))
+            mask, real = mask[:, None, None], mask > float("-inf")
+
+    def weights(scores: Tensor) -> Tensor:
+        return (scores if mask is None else scores + mask).softmax(dim=-1)
+
+    if "cls_attention" in names:
+        found["cls_attention"] = weights(queries[:, :, :1] @ keys)[:, :, 0, 1:]
     if "attention_mean" in names:  # head by head: one map at a time is enough memory
-        total = sum((queries[:, h] @ keys[:, h]).softmax(dim=-1).mean(dim=1) for h in range(heads))
+        share = None if real is None else (real / real.sum(dim=1, keepdim=True))[:, None]
+        total = 0
+        for head in range(heads):
+            rows = weights(queries[:, head, None] @ keys[:, head, None])[:, 0]  # (B, 1 + N, 1 + N)
+            total = total + (rows.mean(dim=1) if share is None else (share @ rows)[:, 0])
         found["attention_mean"] = (total / heads)[:, 1:]
     return found
 
