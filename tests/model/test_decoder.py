@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from llava.model.kv_cache import KVCache
 from llava.model.language_model.attention import attend, attention_rows, padded_causal_mask
-from llava.model.language_model.modeling_llama import Rotary
+from llava.model.language_model.modeling_llama import Rotary, next_position
 from llava.pruning.base import DecoderPruner, Pruner
 from tests.conftest import TINY
 
@@ -61,6 +61,32 @@ def test_linear_rope_scaling_stretches_positions():
     config.rope_scaling = {"type": "dynamic", "factor": 2.0}
     with pytest.raises(ValueError, match="linear"):
         Rotary(config)
+
+
+def test_every_axis_of_a_position_turns_its_own_frequencies():
+    config = LlamaConfig(**{k: TINY[k] for k in ("hidden_size", "num_attention_heads")})
+    plain = Rotary(config)
+    config.rope_scaling = {"type": "mrope", "mrope_section": [1, 2, 1]}
+    rotary = Rotary(config)
+    three = torch.tensor([[[7, 2, 5], [1, 0, 9]]])
+    turned = rotary(three, torch.float32)
+    for axis, frequencies in enumerate(([0, 4], [1, 2, 5, 6], [3, 7])):
+        own = plain(three[..., axis], torch.float32)
+        for ours, theirs in zip(turned, own, strict=True):
+            assert torch.equal(ours[..., frequencies], theirs[..., frequencies])
+    alike = torch.tensor([[3, 8]])  # text: the same place on every axis
+    assert all(map(torch.equal, rotary(alike, torch.float32), plain(alike, torch.float32)))
+
+
+def test_an_answer_follows_the_furthest_position_on_any_axis(model):
+    prefill = model.model.start(
+        torch.zeros(2, 3, TINY["hidden_size"]),
+        attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]),
+        position_ids=torch.tensor(
+            [[[99, 99, 99], [0, 0, 0], [0, 1, 4]], [[0, 0, 0], [0, 6, 0], [2, 2, 2]]]
+        ),
+    )
+    assert next_position(prefill).tolist() == [5, 7]
 
 
 def test_recorded_rows_are_rows_of_the_attention_map():

@@ -16,21 +16,32 @@ from .attention import Packing, attend, attend_behind, attention_rows, repeat_he
 
 
 class Rotary:
-    """Cosines and sines of RoPE at any positions; holds no tensors, so it survives any loading."""
+    """Cosines and sines of RoPE at any positions; holds no tensors, so it survives any loading.
+
+    `rope_scaling` of type "linear" stretches positions by its factor. That of type "mrope" gives
+    every token a position on several axes; each axis turns as many frequencies as `mrope_section`
+    says, the first axis the fastest.
+    """
 
     def __init__(self, config):
         self.width = config.hidden_size // config.num_attention_heads
         self.theta = getattr(config, "rope_theta", 10000.0)
         scaling = getattr(config, "rope_scaling", None) or {"type": "linear", "factor": 1.0}
-        if scaling.get("type") != "linear":
-            raise ValueError(f"rope_scaling {scaling!r} is not supported, choose type 'linear'")
-        self.stretch = float(scaling["factor"])
+        kind = scaling.get("type")
+        if kind not in ("linear", "mrope"):
+            raise ValueError(
+                f"rope_scaling {scaling!r} is not supported, choose type 'linear' or 'mrope'"
+            )
+        self.stretch = float(scaling["factor"]) if kind == "linear" else 1.0
+        sections = scaling["mrope_section"] if kind == "mrope" else ()
+        self.axes = [axis for axis, count in enumerate(sections) for _ in range(count)]
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions (B, S) -> cos, sin, each (B, 1, S, d)."""
+        """positions (B, S), or (B, S, A) on several axes -> cos, sin, each (B, 1, S, d)."""
         even = torch.arange(0, self.width, 2, device=positions.device).float()
         frequency = 1.0 / self.theta ** (even / self.width)
-        angle = (positions[..., None].float() / self.stretch) * frequency
+        positions = positions[..., None] if positions.ndim == 2 else positions[..., self.axes]
+        angle = (positions.float() / self.stretch) * frequency
         angle = torch.cat([angle, angle], dim=-1)[:, None]
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -75,9 +86,10 @@ class Attention(nn.Module):
         self.layer_idx = layer_idx
         self.backend = config._attn_implementation
         bias = getattr(config, "attention_bias", False)
-        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
+        own = bias or getattr(config, "qkv_bias", False)
+        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=own)
+        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=own)
+        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=own)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
 
     def queries_and_keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

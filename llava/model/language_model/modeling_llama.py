@@ -145,7 +145,7 @@ class LlamaModel(LlamaPreTrainedModel):
             decoder=self,
             layer=0,
             hidden_states=x,
-            position_ids=position_ids.to(x.device).expand(batch, -1),
+            position_ids=position_ids.to(x.device).expand(batch, *position_ids.shape[1:]),
             visual_index=text,
             patch_index=text,
             index=index,
@@ -323,7 +323,8 @@ class LlamaModel(LlamaPreTrainedModel):
         norm, attention = self.layers[layer].input_layernorm, self.layers[layer].self_attn
         x = norm(x)
         k = attention.keys(x, self.rotary(position_ids, x.dtype))
-        rope = self.rotary(position_ids.gather(1, rows), x.dtype)
+        prompts = torch.arange(len(rows), device=rows.device)[:, None]
+        rope = self.rotary(position_ids[prompts, rows], x.dtype)
         return rows_of(attention.queries(gather_tokens(x, rows), rope), k, rows, valid).to(home)
 
     def _continue(self, x: Tensor, cache: KVCache, collect) -> Tensor:
@@ -399,6 +400,8 @@ def next_position(prefill: Prefill) -> Tensor:
     if prefill.next_position is not None:
         return prefill.next_position
     positions = prefill.position_ids
+    if positions.ndim == 3:
+        positions = positions.amax(dim=2)
     if prefill.valid is not None:
         positions = positions.masked_fill(~prefill.valid, -1)
     return positions.amax(dim=1) + 1
