@@ -4,9 +4,9 @@ import argparse
 import os
 
 from llava.errors import errors_as_messages
-from llava.eval.answering.questions import read_table
 from llava.eval.benchmarks import uploads
 from llava.eval.files.answer_lines import read_answers
+from llava.eval.files.records import read_table
 
 
 @errors_as_messages()

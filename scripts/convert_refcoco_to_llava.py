@@ -13,8 +13,8 @@ import os
 import pickle
 
 from llava.errors import errors_as_messages
-from llava.eval.answering.questions import read_json
 from llava.eval.benchmarks import uploads
+from llava.eval.files.records import read_json
 
 TEXT = (
     "Please provide the bounding box coordinate of the region this sentence describes: {sentence}."

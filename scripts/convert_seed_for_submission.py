@@ -3,10 +3,10 @@
 import argparse
 
 from llava.errors import errors_as_messages
-from llava.eval.answering.questions import read_json
 from llava.eval.benchmarks import seed as eval_seed
 from llava.eval.benchmarks import uploads
 from llava.eval.files.answer_lines import read_answers
+from llava.eval.files.records import read_json
 
 
 @errors_as_messages()

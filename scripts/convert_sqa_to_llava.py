@@ -12,7 +12,7 @@ import json
 import os
 
 from llava.errors import errors_as_messages
-from llava.eval.answering.questions import read_json
+from llava.eval.files.records import read_json
 
 LETTERS = "ABCDE"
 # Parts of the input by format; "because" stands for the explanation given as a hint.

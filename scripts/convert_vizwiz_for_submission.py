@@ -3,9 +3,9 @@
 import argparse
 
 from llava.errors import errors_as_messages
-from llava.eval.answering.questions import read_jsonl
 from llava.eval.benchmarks import uploads
 from llava.eval.files.answer_lines import read_answers_tolerantly
+from llava.eval.files.records import read_jsonl
 
 
 @errors_as_messages()

@@ -10,8 +10,8 @@ the test split is reported closed.
 import argparse
 
 from llava.errors import errors_as_messages
-from llava.eval.answering.questions import read_json_list
 from llava.eval.benchmarks import uploads
+from llava.eval.files.records import read_json_list
 
 SUFFIX = (
     "\nWhen the provided information is insufficient, respond with 'Unanswerable'."

@@ -9,9 +9,9 @@ import argparse
 import os
 
 from llava.errors import errors_as_messages
-from llava.eval.answering.questions import read_jsonl
 from llava.eval.benchmarks import uploads
 from llava.eval.files.answer_lines import read_answers_tolerantly
+from llava.eval.files.records import read_jsonl
 
 FULL_TEST_SET = "llava_vqav2_mscoco_test2015.jsonl"
 

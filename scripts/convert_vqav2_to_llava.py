@@ -10,8 +10,8 @@ the test split are known to its server only.
 import argparse
 
 from llava.errors import errors_as_messages
-from llava.eval.answering.questions import read_json
 from llava.eval.benchmarks import uploads
+from llava.eval.files.records import read_json
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 

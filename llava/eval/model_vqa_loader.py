@@ -8,7 +8,8 @@ Without a model and a question file, the playground's are used.
 
 from llava.errors import errors_as_messages
 from llava.eval.answering.program import build_parser, parse_args, run, use_playground_questions
-from llava.eval.answering.questions import jsonl_questions, read_jsonl
+from llava.eval.answering.questions import jsonl_questions
+from llava.eval.files.records import read_jsonl
 
 
 @errors_as_messages()

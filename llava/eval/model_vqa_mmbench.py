@@ -8,8 +8,8 @@ from functools import partial
 
 from llava.errors import errors_as_messages
 from llava.eval.answering.program import build_parser, parse_args, run, use_playground_questions
-from llava.eval.answering.questions import (
-    SINGLE_PRED_PROMPT,
+from llava.eval.benchmarks.mmbench import (
+    LETTER_PROMPT,
     mmbench_question,
     mmbench_questions,
     read_mmbench,
@@ -23,7 +23,7 @@ def main():
         "--all-rounds", "--all_rounds", action="store_true", help="ask with every rotation"
     )
     parser.add_argument("--single-pred-prompt", "--single_pred_prompt", action="store_true")
-    parser.add_argument("--lang", default="en", choices=sorted(SINGLE_PRED_PROMPT))
+    parser.add_argument("--lang", default="en", choices=sorted(LETTER_PROMPT))
     args = parse_args(parser)
     use_playground_questions(parser, args, "mmbench/mmbench_dev_20230712.tsv", "images")
     to_questions = partial(

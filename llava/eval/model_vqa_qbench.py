@@ -10,8 +10,8 @@ from functools import partial
 
 from llava.errors import errors_as_messages
 from llava.eval.answering.program import build_parser, parse_args, run
-from llava.eval.answering.questions import read_json_list
 from llava.eval.benchmarks.qbench import INSTRUCTION, qbench_questions
+from llava.eval.files.records import read_json_list
 
 
 @errors_as_messages()

@@ -8,7 +8,8 @@ from functools import partial
 
 from llava.errors import errors_as_messages
 from llava.eval.answering.program import build_parser, parse_args, run
-from llava.eval.answering.questions import read_json_list, science_questions
+from llava.eval.benchmarks.sqa import science_questions
+from llava.eval.files.records import read_json_list
 
 
 @errors_as_messages()

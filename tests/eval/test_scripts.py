@@ -44,7 +44,7 @@ def fake_python(tmp_path_factory):
     path.write_text(
         "#!/usr/bin/env bash\n"
         f'if [[ "$*" == *"-m llava.eval.model_vqa"* ]]; then\n'
-        f'    exec "{sys.executable}" -m tests.fake_answers "$@"\n'
+        f'    exec "{sys.executable}" -m tests.eval.fake_answers "$@"\n'
         "fi\n"
         f'exec "{sys.executable}" "$@"\n'
     )

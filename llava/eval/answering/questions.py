@@ -2,43 +2,13 @@
 
 import math
 import os
-import re
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from PIL import Image
 
 from llava import image_io
-from llava.eval.files.records import (
-    Records,
-    is_id,
-    is_missing,
-    kind_of,
-    read_json,
-    read_json_list,
-    read_jsonl,
-    read_table,
-)
-from llava.eval.scoring.options import option_letter
-
-#: the readers of files and of options, which programs take from here
-__all__ = [
-    "Records",
-    "is_missing",
-    "option_letter",
-    "read_json",
-    "read_json_list",
-    "read_jsonl",
-    "read_table",
-]
-
-SINGLE_PRED_PROMPT = {
-    "en": "Answer with the option's letter from the given choices directly.",
-    "cn": "请直接回答选项字母。",
-}
-OPTIONS = "ABCD"
-# In MMBench's tables row `index + k * 10**6` is question `index` with its options rotated k times.
-MMBENCH_ROTATION = 10**6
+from llava.eval.files.records import is_id, kind_of
 
 
 @dataclass
@@ -133,69 +103,6 @@ def jsonl_questions(record: dict) -> Iterator[Question]:
     images = [] if images in (None, "") else images if isinstance(images, list) else [images]
     head = {"question_id": record["question_id"], "prompt": record["text"]}
     yield Question(head, record["text"], images)
-
-
-def science_questions(record: dict, single_pred_prompt: bool = False) -> Iterator[Question]:
-    """ScienceQA: `{id, image?, conversations}`; the recorded prompt shows if it has an image."""
-    text = record["conversations"][0]["value"].replace("<image>", "").strip()
-    if single_pred_prompt:
-        text += "\n" + SINGLE_PRED_PROMPT["en"]
-    images = [record["image"]] if record.get("image") else []
-    prompt = "<image>\n" + text if images else text
-    yield Question({"question_id": record["id"], "prompt": prompt}, text, images)
-
-
-def mmbench_questions(
-    row: dict, all_rounds: bool = False, single_pred_prompt: bool = False, lang: str = "en"
-) -> Iterator[Question]:
-    """MMBench: one question per row, or one per rotation of its options (circular evaluation)."""
-    letters = list(_present_options(row))
-    options = [row[letter] for letter in letters]
-    question = "\n".join(part for part in (row.get("hint"), row["question"] or "") if part)
-    suffix = "\n" + SINGLE_PRED_PROMPT[lang] if single_pred_prompt else ""
-    for round_id in range(len(options) if all_rounds else 1):
-        shown = _rotated(options, round_id)
-        lines = [f"{letter}. {text}" for letter, text in zip(letters, shown, strict=True)]
-        prompt = "\n".join([question, *lines])
-        head = {"question_id": as_int(row["index"]), "round_id": round_id, "prompt": prompt}
-        tail = {"options": shown, "option_char": _rotated(letters, round_id)}
-        yield Question(head, prompt + suffix, [row["image"]], tail, base64=True)
-
-
-def _rotated(items: list, by: int) -> list:
-    return items[by:] + items[:by]
-
-
-def _present_options(row: dict) -> Iterator[str]:
-    for letter in OPTIONS:
-        if row.get(letter) is None:
-            return
-        yield letter
-
-
-def as_int(text: str | int | float) -> int | str:
-    """Returns an integer where the text is one, else the text: identifiers come in both kinds."""
-    if isinstance(text, float) and text.is_integer():
-        return int(text)
-    text = str(text).strip()
-    return int(text) if re.fullmatch(r"-?[0-9]+", text) else text
-
-
-def read_mmbench(path: str) -> Records:
-    """Returns the rows of an MMBench table; where a rotation names the row that has its picture
-    (`image` is an index), it gets that picture."""
-    rows = read_table(path)
-    pictures = {row["index"]: row["image"] for row in rows}
-    for row in rows:
-        if row["image"] in pictures:
-            row["image"] = pictures[row["image"]]
-    return rows
-
-
-def mmbench_question(row: dict) -> int | str:
-    """What a row of MMBench's table asks, whichever way its options are rotated."""
-    index = as_int(row["index"])
-    return index % MMBENCH_ROTATION if isinstance(index, int) else index
 
 
 def load_image(question: Question, image: str, folder: str, as_stored: bool = True) -> Image.Image:

@@ -5,18 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llava.errors import broken_files_named
-from llava.eval.answering.questions import (
-    Question,
-    jsonl_questions,
-    questions_of,
-    read_jsonl,
-    subset,
-)
+from llava.eval.answering.questions import Question, jsonl_questions, questions_of, subset
 from llava.eval.benchmarks.judged_scores import Judged
 from llava.eval.benchmarks.server_files import Upload
 from llava.eval.files.answer_lines import answers_among, is_failed
 from llava.eval.files.matching import check_asked, source
-from llava.eval.files.records import Records
+from llava.eval.files.records import Records, read_jsonl
 
 SHARED_IMAGES = "images"
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.eval.answering.answers_file import AnswersFile
-from llava.eval.answering.questions import read_json, read_jsonl
 from llava.eval.files.matching import question_id, source
+from llava.eval.files.records import read_json, read_jsonl
 from llava.eval.scoring.judge import Judge, Prompt, add_judge_args, judge_from_args
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."

@@ -13,8 +13,8 @@ import sys
 from collections import Counter, defaultdict
 
 from llava.errors import broken_files_named, errors_as_messages
-from llava.eval.answering.questions import Records, read_json, read_json_list
 from llava.eval.files.matching import check_known, keyed, source, unique
+from llava.eval.files.records import Records, read_json, read_json_list
 
 # Operations that only turn a found object into an answer are no reasoning step of their own.
 FREE_OPERATIONS = ("exist", "query: name", "choose name")

@@ -4,14 +4,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llava.eval.answering.questions import read_json, read_jsonl
 from llava.eval.benchmarks import gpt_review
 from llava.eval.benchmarks import mmvet as eval_mmvet
 from llava.eval.benchmarks import review_summary as summarize_gpt_review
 from llava.eval.benchmarks import viscot as eval_viscot
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import question_id, source, unique
-from llava.eval.files.records import complete
+from llava.eval.files.records import complete, read_json, read_jsonl
 from llava.eval.scoring.judge import Judge
 
 

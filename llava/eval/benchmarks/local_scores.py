@@ -5,7 +5,6 @@ Every function takes (data folder, question file, answers) and returns `{"score"
 
 import os
 
-from llava.eval.answering.questions import mmbench_question, read_json, read_json_list, read_jsonl
 from llava.eval.benchmarks import gqa as eval_gqa
 from llava.eval.benchmarks import mmbench as eval_mmbench
 from llava.eval.benchmarks import mme as eval_mme
@@ -18,7 +17,8 @@ from llava.eval.benchmarks import textvqa as eval_textvqa
 from llava.eval.benchmarks import uploads
 from llava.eval.benchmarks import vizwiz as eval_vizwiz
 from llava.eval.benchmarks import vqav2 as eval_vqav2
-from llava.eval.files.records import complete
+from llava.eval.benchmarks.mmbench import mmbench_question
+from llava.eval.files.records import complete, read_json, read_json_list, read_jsonl
 
 
 def pope(data_dir, path, answers):

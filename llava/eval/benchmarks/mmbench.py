@@ -10,14 +10,68 @@ server reads long answers with a language model; here an answer must name a lett
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from llava.eval.answering.questions import as_int, mmbench_question, read_table
+from llava.eval.answering.questions import Question
 from llava.eval.files.matching import and_others, question_id, source, unique
+from llava.eval.files.records import Records, as_int, read_table
 from llava.eval.scoring.cli import run_scorer
-from llava.eval.scoring.options import option_letter
+from llava.eval.scoring.options import LETTER_ONLY, option_letter
 
 CIRCULAR, PLAIN = "circular accuracy", "plain accuracy"
+OPTIONS = "ABCD"
+# Row `index + k * 10**6` asks question `index` with its options rotated k times.
+ROTATION = 10**6
+LETTER_PROMPT = {
+    "en": LETTER_ONLY,
+    "cn": "请直接回答选项字母。",
+}
+
+
+def read_mmbench(path: str) -> Records:
+    """Returns the rows of an MMBench table; where a rotation names the row that has its picture
+    (`image` is an index), it gets that picture."""
+    rows = read_table(path)
+    pictures = {row["index"]: row["image"] for row in rows}
+    for row in rows:
+        if row["image"] in pictures:
+            row["image"] = pictures[row["image"]]
+    return rows
+
+
+def mmbench_questions(
+    row: dict, all_rounds: bool = False, single_pred_prompt: bool = False, lang: str = "en"
+) -> Iterator[Question]:
+    """MMBench: one question per row, or one per rotation of its options (circular evaluation)."""
+    letters = list(_present_options(row))
+    options = [row[letter] for letter in letters]
+    question = "\n".join(part for part in (row.get("hint"), row["question"] or "") if part)
+    suffix = "\n" + LETTER_PROMPT[lang] if single_pred_prompt else ""
+    for round_id in range(len(options) if all_rounds else 1):
+        shown = _rotated(options, round_id)
+        lines = [f"{letter}. {text}" for letter, text in zip(letters, shown, strict=True)]
+        prompt = "\n".join([question, *lines])
+        head = {"question_id": as_int(row["index"]), "round_id": round_id, "prompt": prompt}
+        tail = {"options": shown, "option_char": _rotated(letters, round_id)}
+        yield Question(head, prompt + suffix, [row["image"]], tail, base64=True)
+
+
+def _rotated(items: list, by: int) -> list:
+    return items[by:] + items[:by]
+
+
+def _present_options(row: dict) -> Iterator[str]:
+    for letter in OPTIONS:
+        if row.get(letter) is None:
+            return
+        yield letter
+
+
+def mmbench_question(row: dict) -> int | str:
+    """What a row of MMBench's table asks, whichever way its options are rotated."""
+    index = as_int(row["index"])
+    return index % ROTATION if isinstance(index, int) else index
 
 
 @dataclass

@@ -15,10 +15,10 @@ from collections import defaultdict
 
 from llava.errors import errors_as_messages
 from llava.eval.answering.answers_file import AnswersFile
-from llava.eval.answering.questions import as_int, read_json, read_jsonl
 from llava.eval.benchmarks.uploads import mmvet_name
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import say_missing, source, unique
+from llava.eval.files.records import as_int, read_json, read_jsonl
 from llava.eval.scoring.judge import Judge, Prompt, add_judge_args, judge_from_args
 
 MODEL = "gpt-4-0613"

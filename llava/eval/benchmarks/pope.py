@@ -12,10 +12,9 @@ from collections.abc import Container
 from typing import NamedTuple
 
 from llava.errors import broken_files_named, errors_as_messages
-from llava.eval.answering.questions import read_jsonl
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import by_id, check_known, question_id, say_missing, source, unique
-from llava.eval.files.records import complete
+from llava.eval.files.records import complete, read_jsonl
 
 FIELDS = ("question_id", "image", "text", "category")
 ANNOTATION_NAME = re.compile(r"coco_pope_(.+)\.json")

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from llava.errors import broken_files_named, errors_as_messages
-from llava.eval.answering.questions import Question, read_json_list
+from llava.eval.answering.questions import Question
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import source, unique
-from llava.eval.files.records import complete
+from llava.eval.files.records import complete, read_json_list
 from llava.eval.scoring.options import option_letter
 
 FIELDS = ("question", "img_path", "candidates")

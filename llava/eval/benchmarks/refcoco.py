@@ -9,8 +9,8 @@ padding and is divided by the longer side before the two are compared.
 
 import re
 
-from llava.eval.answering.questions import read_jsonl
 from llava.eval.files.matching import by_id, check_known, source, unique
+from llava.eval.files.records import read_jsonl
 from llava.eval.scoring.cli import run_scorer
 
 THRESHOLD = 0.5

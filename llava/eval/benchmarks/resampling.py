@@ -11,13 +11,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from llava.eval.answering.questions import (
-    as_int,
-    read_json,
-    read_json_list,
-    read_jsonl,
-    read_mmbench,
-)
 from llava.eval.benchmarks import gqa as eval_gqa
 from llava.eval.benchmarks import mmbench as eval_mmbench
 from llava.eval.benchmarks import mme as eval_mme
@@ -30,7 +23,8 @@ from llava.eval.benchmarks import textvqa as eval_textvqa
 from llava.eval.benchmarks import uploads
 from llava.eval.benchmarks import vizwiz as eval_vizwiz
 from llava.eval.benchmarks import vqav2 as eval_vqav2
-from llava.eval.files.records import complete
+from llava.eval.benchmarks.mmbench import read_mmbench
+from llava.eval.files.records import as_int, complete, read_json, read_json_list, read_jsonl
 from llava.eval.scoring.bootstrap import Units, by_image, interval, mean_of, mean_where, ratio
 
 __all__ = ["UNITS", "Units", "interval", "mean_of"]

@@ -15,7 +15,7 @@ from collections import defaultdict
 import numpy as np
 
 from llava.errors import errors_as_messages
-from llava.eval.answering.questions import read_jsonl
+from llava.eval.files.records import read_jsonl
 
 PREFIX = "gpt4_text_"
 RULE = "=" * 33

@@ -5,8 +5,8 @@ python -m llava.eval.benchmarks.seed --annotation-file SEED-Bench.json --result-
 `scripts/convert_seed_for_submission.py` prints the same and writes the leaderboard's file, too.
 """
 
-from llava.eval.answering.questions import read_json
 from llava.eval.files.matching import by_id, check_known, keyed, say_missing, unique
+from llava.eval.files.records import read_json
 from llava.eval.scoring.cli import run_scorer
 
 TOTAL = "Total accuracy"

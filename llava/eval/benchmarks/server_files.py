@@ -4,10 +4,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llava.eval.answering.questions import read_json, read_jsonl, read_table
 from llava.eval.benchmarks import seed as eval_seed
 from llava.eval.benchmarks import uploads
 from llava.eval.files.matching import unique
+from llava.eval.files.records import read_json, read_jsonl, read_table
 
 VQAV2_TEST = "vqav2/llava_vqav2_mscoco_test2015.jsonl"
 

@@ -8,15 +8,28 @@ import argparse
 import json
 import os
 import re
+from collections.abc import Iterator
 
 from llava.errors import broken_files_named, errors_as_messages
-from llava.eval.answering.questions import as_int, read_json
+from llava.eval.answering.questions import Question
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import and_others, keyed, say_missing, source, unique
+from llava.eval.files.records import as_int, read_json
+from llava.eval.scoring.options import LETTER_ONLY
 
 FAILED = "FAILED"
 SENTENCE = re.compile(r"The answer is ([A-Z]).")
 LETTERS = "ABCDE"
+
+
+def science_questions(record: dict, single_pred_prompt: bool = False) -> Iterator[Question]:
+    """ScienceQA: `{id, image?, conversations}`; the recorded prompt shows if it has an image."""
+    text = record["conversations"][0]["value"].replace("<image>", "").strip()
+    if single_pred_prompt:
+        text += "\n" + LETTER_ONLY
+    images = [record["image"]] if record.get("image") else []
+    prompt = "<image>\n" + text if images else text
+    yield Question({"question_id": record["id"], "prompt": prompt}, text, images)
 
 
 def parse_letter(text: str, letters: str = LETTERS) -> str:

@@ -6,13 +6,6 @@ the playground's own, which have the same layout but one folder of images.
 
 from functools import partial
 
-from llava.eval.answering.questions import (
-    mmbench_question,
-    mmbench_questions,
-    read_json_list,
-    read_mmbench,
-    science_questions,
-)
 from llava.eval.benchmarks import gqa as eval_gqa
 from llava.eval.benchmarks import judged_scores, local_scores, server_files
 from llava.eval.benchmarks import mmbench as eval_mmbench
@@ -26,7 +19,10 @@ from llava.eval.benchmarks import viscot_questions as viscot
 from llava.eval.benchmarks import vizwiz as eval_vizwiz
 from llava.eval.benchmarks import vqav2 as eval_vqav2
 from llava.eval.benchmarks.benchmark import Benchmark
+from llava.eval.benchmarks.mmbench import mmbench_question, mmbench_questions, read_mmbench
 from llava.eval.benchmarks.qbench import qbench_questions
+from llava.eval.benchmarks.sqa import science_questions
+from llava.eval.files.records import read_json_list
 
 
 def _refcoco(dataset: str, split: str) -> Benchmark:

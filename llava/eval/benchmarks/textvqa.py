@@ -10,9 +10,9 @@ import sys
 from collections import Counter
 
 from llava.errors import broken_files_named, errors_as_messages
-from llava.eval.answering.questions import as_int, read_json
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import question_id, source, unique
+from llava.eval.files.records import as_int, read_json
 from llava.eval.scoring.m4c import TextVQAAccuracyEvaluator
 
 OCR_PROMPT = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)

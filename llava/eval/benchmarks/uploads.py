@@ -4,8 +4,8 @@ import json
 import os
 from collections.abc import Iterable
 
-from llava.eval.answering.questions import Records, as_int
 from llava.eval.files.matching import check_known, keyed, question_id, source, unique
+from llava.eval.files.records import Records, as_int
 from llava.eval.scoring.m4c import EvalAIAnswerProcessor
 
 MMBENCH_COLUMNS = ("index", "question", "A", "B", "C", "D", "answer", "split")

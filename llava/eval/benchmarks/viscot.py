@@ -15,10 +15,10 @@ import re
 
 from llava.errors import errors_as_messages
 from llava.eval.answering.answers_file import AnswersFile
-from llava.eval.answering.questions import read_jsonl
 from llava.eval.benchmarks.viscot_questions import BRIEF
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import question_id, unique
+from llava.eval.files.records import read_jsonl
 from llava.eval.scoring.judge import Judge, Prompt, add_judge_args, judge_from_args
 
 SYSTEM = (

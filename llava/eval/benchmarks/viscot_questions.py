@@ -8,8 +8,8 @@ import json
 import os
 from collections.abc import Iterator
 
-from llava.eval.answering.questions import Question, read_json_list
-from llava.eval.files.records import Record, Records
+from llava.eval.answering.questions import Question
+from llava.eval.files.records import Record, Records, read_json_list
 
 ASKS_FOR_BOX = (
     "Please provide the bounding box coordinate of the region that can help you answer the "

@@ -9,10 +9,9 @@ The answers to the test split are known to its server only, and that is closed.
 import argparse
 
 from llava.errors import broken_files_named, errors_as_messages
-from llava.eval.answering.questions import read_json_list, read_jsonl
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import by_id, question_id, say_missing, source, unique
-from llava.eval.files.records import complete
+from llava.eval.files.records import complete, read_json_list, read_jsonl
 from llava.eval.scoring.m4c import TextVQAAccuracyEvaluator
 
 

@@ -4,8 +4,8 @@ python -m llava.eval.benchmarks.vqav2 --annotation-file v2_mscoco_val2014_annota
     --result-file A.jsonl
 """
 
-from llava.eval.answering.questions import read_json
 from llava.eval.files.matching import check_known, keyed, unique
+from llava.eval.files.records import read_json
 from llava.eval.scoring.cli import run_scorer
 from llava.eval.scoring.m4c import TextVQAAccuracyEvaluator
 

@@ -28,12 +28,13 @@ import torch
 
 from llava.errors import errors_as_messages
 from llava.eval.answering.loading import DTYPES, add_model_args, load_loop, resolve_conv_mode
-from llava.eval.answering.questions import Question, read_jsonl
+from llava.eval.answering.questions import Question
 from llava.eval.efficiency.chance import ChanceChoice
 from llava.eval.efficiency.decode_report import rows_of, table
 from llava.eval.efficiency.decode_run import asked, made_up, measure, variants_of
 from llava.eval.efficiency.measure import make_pruner
 from llava.eval.efficiency.random_model import CONFIGS, build_random_model, shapes
+from llava.eval.files.records import read_jsonl
 from llava.mm_utils import get_model_name_from_path
 from llava.model.placement import fast_dtype
 from llava.pruning import METHODS, Pruner, build_pruner

@@ -30,8 +30,9 @@ from llava.eval.answering.loading import (
 )
 from llava.eval.answering.loop import AnswerLoop
 from llava.eval.answering.plan import plan_shares
-from llava.eval.answering.questions import Question, jsonl_questions, read_jsonl
+from llava.eval.answering.questions import Question, jsonl_questions
 from llava.eval.efficiency.random_model import build_random_model, shapes
+from llava.eval.files.records import read_jsonl
 from llava.mm_utils import get_model_name_from_path
 from llava.model.placement import choose_device, fast_dtype
 from llava.pruning import METHODS, build_pruner

@@ -6,7 +6,7 @@ Positions in files say nothing: files are sorted, shuffled, cut and concatenated
 import sys
 from collections.abc import Callable, Collection, Hashable, Mapping
 
-from llava.eval.answering.questions import as_int
+from llava.eval.files.records import as_int
 
 
 def question_id(record: dict) -> int | str:

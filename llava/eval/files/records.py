@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 
 TABLE_COLUMNS = ("index", "question", "A", "B", "image")
 # What pandas, with which the published numbers were made, reads as a missing cell.
@@ -84,6 +85,14 @@ def kind_of(value) -> str:
 def is_id(value) -> bool:
     """Whether a JSON value can identify a question."""
     return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
+def as_int(text: str | int | float) -> int | str:
+    """Returns an integer where the text is one, else the text: identifiers come in both kinds."""
+    if isinstance(text, float) and text.is_integer():
+        return int(text)
+    text = str(text).strip()
+    return int(text) if re.fullmatch(r"-?[0-9]+", text) else text
 
 
 def read_jsonl(path: str, fields: tuple[str, ...] = ()) -> Records:

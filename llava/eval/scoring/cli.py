@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Callable, Collection
 
 from llava.errors import broken_files_named, errors_as_messages
-from llava.eval.answering.questions import as_int
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import say_missing
+from llava.eval.files.records import as_int
 
 
 @errors_as_messages()

@@ -10,6 +10,9 @@ import re
 import string
 import unicodedata
 
+#: what asks for a letter
+LETTER_ONLY = "Answer with the option's letter from the given choices directly."
+
 ARTICLE = re.compile(r"^(?:a|an|the) (?=.)")
 OPENING, CLOSING = "([{<\"'`*“‘「【", ")]}>\"'`*”’」】.,:;!?、。"
 #: behind a letter that counts: punctuation or the end, but no period of an abbreviation (B.C.)

@@ -5,8 +5,10 @@ import os
 
 import pytest
 
-from llava.eval.answering import questions as tasks
 from llava.eval.answering.answers_file import AnswersFile, fingerprint
+from llava.eval.answering.questions import get_chunk
+from llava.eval.benchmarks.mmbench import mmbench_questions
+from llava.eval.files import records
 
 HEADS = [{"question_id": i, "prompt": f"What is {i}?"} for i in range(6)]
 SETTINGS = {"model": "m", "pruner": "Pruner()"}
@@ -118,27 +120,27 @@ def test_a_broken_question_line_is_named(tmp_path, broken, reason):
     good = json.dumps({"question_id": 1, "text": "?"})
     path.write_bytes(f"{good}\n\n{broken}\n{good}\n".encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=f"q.jsonl, line 3: {reason}"):
-        tasks.read_jsonl(path, ("question_id", "text"))
+        records.read_jsonl(path, ("question_id", "text"))
 
 
 def test_a_broken_table_row_and_a_missing_column_are_named(tmp_path):
     path = tmp_path / "q.tsv"
     path.write_text("index\tquestion\tA\tB\timage\n1\tq\ta\tb\tx\n2\tq\ta\n")
     with pytest.raises(ValueError, match="line 3: 3 cells where the header has 5"):
-        tasks.read_table(path)
+        records.read_table(path)
     path.write_text("index\tquestion\tA\timage\n")
     with pytest.raises(ValueError, match="line 1: no column B"):
-        tasks.read_table(path)
+        records.read_table(path)
 
 
 def test_a_broken_item_of_a_list_is_named(tmp_path):
     path = tmp_path / "q.json"
     path.write_text('[{"id": "1"}, {}]')
     with pytest.raises(ValueError, match="item 2: no field 'id'"):
-        tasks.read_json_list(path, ("id",))
+        records.read_json_list(path, ("id",))
     path.write_text('[{"id": "1"},\n {"id"]')
     with pytest.raises(ValueError, match="line 2: not valid JSON"):
-        tasks.read_json_list(path, ("id",))
+        records.read_json_list(path, ("id",))
 
 
 def test_options_stop_at_the_first_missing_cell(tmp_path):
@@ -147,15 +149,15 @@ def test_options_stop_at_the_first_missing_cell(tmp_path):
         "index\tquestion\thint\tA\tB\tC\tD\timage\n"
         '7\t"two\nlines"\tnan\tred\tNone\tblue\t\tx\n8\tq\th\t1\t2\t3\t\tx\n'
     )
-    rows = tasks.read_table(path)
-    first, second = (next(tasks.mmbench_questions(row)) for row in rows)
+    rows = records.read_table(path)
+    first, second = (next(mmbench_questions(row)) for row in rows)
     assert first.text == "two\nlines\nA. red"
     assert second.text == "h\nq\nA. 1\nB. 2\nC. 3"
     assert second.head["question_id"] == 8
 
 
 def test_chunks_cover_everything_once_and_late_ones_are_empty():
-    chunks = [tasks.get_chunk(list(range(5)), 4, k) for k in range(4)]
+    chunks = [get_chunk(list(range(5)), 4, k) for k in range(4)]
     assert chunks == [[0, 1], [2, 3], [4], []]
     with pytest.raises(ValueError, match="chunk 4 of 4"):
-        tasks.get_chunk([1], 4, 4)
+        get_chunk([1], 4, 4)

@@ -13,7 +13,7 @@ from llava.eval import score, score_table
 from llava.eval.answering.answers_file import AnswersFile
 from llava.eval.answering.journal import Journal, folder
 from llava.eval.answering.loop import AnswerLoop
-from llava.eval.answering.questions import Question, jsonl_questions, questions_of, read_jsonl
+from llava.eval.answering.questions import Question, jsonl_questions, questions_of
 from llava.eval.answering.run import Task, answer_questions
 from llava.eval.benchmarks import qbench as eval_qbench
 from llava.eval.benchmarks import viscot as eval_viscot
@@ -24,6 +24,7 @@ from llava.eval.compare import suite, suite_report
 from llava.eval.compare.comparison import AVERAGE, compare_runs
 from llava.eval.compare.costs import Cost, sample_prompts
 from llava.eval.files.answer_lines import Failure, read_answers
+from llava.eval.files.records import read_jsonl
 from llava.pruning import build_pruner
 from tests.eval import eval_cases, mini_benchmark
 from tests.eval.compare.test_suite import FakeLoop

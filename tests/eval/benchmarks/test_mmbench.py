@@ -4,9 +4,10 @@ import random
 
 import pytest
 
-from llava.eval.answering.questions import mmbench_question, mmbench_questions, read_mmbench, subset
+from llava.eval.answering.questions import subset
 from llava.eval.benchmarks import mmbench as eval_mmbench
 from llava.eval.benchmarks import uploads
+from llava.eval.benchmarks.mmbench import mmbench_question, mmbench_questions, read_mmbench
 from llava.eval.benchmarks.table import BENCHMARKS
 from tests.eval import mini_benchmark
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from llava.eval.answering.questions import read_jsonl
 from llava.eval.benchmarks import pope as eval_pope
 from llava.eval.benchmarks.resampling import UNITS
 from llava.eval.benchmarks.table import BENCHMARKS
+from llava.eval.files.records import read_jsonl
 from tests.eval.eval_files import SHORT, run_scorer, write_lines
 
 THINGS = {"a.jpg": "dog", "b.jpg": "cat"}

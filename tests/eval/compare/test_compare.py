@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from llava.eval.answering.questions import read_jsonl
 from llava.eval.benchmarks import resampling
 from llava.eval.compare import report as compare_report
 from llava.eval.compare import suite
@@ -21,6 +20,7 @@ from llava.eval.compare.costs import Cost, measure_costs
 from llava.eval.compare.plot import plot
 from llava.eval.compare.published import published_table, read_published
 from llava.eval.efficiency.measure import Workload
+from llava.eval.files.records import read_jsonl
 from llava.pruning import METHODS, build_pruner
 from tests.eval import mini_benchmark
 from tests.paths import ROOT

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from llava.eval.answering.questions import read_jsonl
 from llava.eval.benchmarks import gpt_review, uploads
 from llava.eval.benchmarks import gqa as eval_gqa
 from llava.eval.benchmarks import mmbench as eval_mmbench
@@ -20,6 +19,7 @@ from llava.eval.benchmarks import vqav2 as eval_vqav2
 from llava.eval.benchmarks.resampling import UNITS
 from llava.eval.benchmarks.table import BENCHMARKS
 from llava.eval.files.answer_lines import read_answers_tolerantly
+from llava.eval.files.records import read_jsonl
 from tests.eval import mini_benchmark
 from tests.eval.eval_files import SHORT, run_scorer, write_lines
 
