@@ -19,6 +19,7 @@ from .pool import Pool
 from .prumerge import PruMerge
 from .pyramiddrop import PyramidDrop
 from .random import Random
+from .registry import Methods
 from .sparsevlm import SparseVLM
 from .tokens import ImageTokens, Prefill, TowerTokens, VisionTokens
 from .trace import PruningTrace, trace_pruning
@@ -27,35 +28,33 @@ from .visionzip import VisionZip
 from .vispruner import VisPruner
 from .vscan import VScan
 
-METHODS: dict[str, type[Pruner]] = {
-    cls.name: cls
-    for cls in (
-        Pruner,
-        Random,
-        VisPruner,
-        DivPrune,
-        FastV,
-        VisionZip,
-        AdaptPrune,
-        PyramidDrop,
-        Nuwa,
-        VScan,
-        CDPruner,
-        SparseVLM,
-        FasterVLM,
-        HiPrune,
-        PruMerge,
-        Pool,
-        Downsample,
-        MustDrop,
-        TwigVLM,
-        GlimpsePrune,
-    )
-}
+#: name -> class, ours and those of installed packages
+METHODS = Methods(
+    Pruner,
+    Random,
+    VisPruner,
+    DivPrune,
+    FastV,
+    VisionZip,
+    AdaptPrune,
+    PyramidDrop,
+    Nuwa,
+    VScan,
+    CDPruner,
+    SparseVLM,
+    FasterVLM,
+    HiPrune,
+    PruMerge,
+    Pool,
+    Downsample,
+    MustDrop,
+    TwigVLM,
+    GlimpsePrune,
+)
 
 #: entry of a published dict of options that belongs to the model
 STRATEGY = "generation_strategy"
-#: the method that a budget alone means, as in scripts/eval_common.sh
+#: the method that a budget alone means, in every program
 DEFAULT_METHOD = VisPruner.name
 
 
@@ -64,19 +63,19 @@ def build_pruner(name: str = "none", **options) -> Pruner:
 
     "a+b" is method a before the decoder and method b inside it; the names are prefixes of their
     options: build_pruner("vispruner+fastv", vispruner_visual_token_num=192, fastv_layer=3).
-    Raises ValueError, listing the choices, on an unknown name or option.
+    Raises ValueError, listing the choices, on an unknown name or option, and with the cause where
+    the package that brings a method cannot be used.
     """
     if "+" in name:
         return Chain(*(build_pruner(part, **own) for part, own in split_options(name, options)))
-    if name not in METHODS:
-        raise ValueError(f"unknown pruning method {name!r}, choose from {', '.join(METHODS)}")
-    options, known = translate(METHODS[name], options), option_names(METHODS[name])
+    method = METHODS.usable(name)
+    options, known = translate(method, options), option_names(method)
     if unknown := [key for key in options if key not in known]:
         raise ValueError(
             f"unknown option {', '.join(map(repr, unknown))} for pruning method {name!r}, "
             f"choose from {', '.join(known) or 'none (it has no options)'}"
         )
-    return METHODS[name](**options)
+    return method(**options)
 
 
 def no_drafter(strategy: str, pruner: Pruner) -> str:
@@ -98,25 +97,30 @@ def guess_method(options: dict) -> tuple[str, dict]:
     programs, which know one method each.
 
     A budget alone means `DEFAULT_METHOD`, an option that one method alone has that method, no
-    options "none". Raises ValueError when several methods have all of them, or none has.
+    options "none". Other packages are asked only where ours lack an option, so that installing one
+    changes no command. Raises ValueError when several methods have all of them, or none has.
     """
     if not options:
         return Pruner.name, {}
-    name = choose(METHODS, options, DEFAULT_METHOD)
+    ours = set(options) <= set(all_names(METHODS.own))
+    name = choose(METHODS.own if ours else METHODS, options, DEFAULT_METHOD)
     return name, as_published(METHODS[name], options)
 
 
-def take_options(keywords: dict, prefixes: tuple[str, ...] = ()) -> tuple[str | None, dict]:
+def take_options(keywords: dict, parts: tuple[str, ...] = ()) -> tuple[str | None, dict]:
     """(method whose published dict of options is among them or None, options), all taken out of
     `keywords`. Options that are None count as not given.
 
-    prefixes: of further options. The `generation_strategy` in a published dict goes back into
-    `keywords`.
+    parts: the methods that were named. What installed packages call their options may mean
+    something else to a loader, so theirs count where the method was named. The
+    `generation_strategy` in a published dict goes back into `keywords`.
     """
-    known = all_option_names()
+    methods = {**METHODS.own, **{part: METHODS[part] for part in parts if part in METHODS}}
+    prefixes = tuple(f"{part}_" for part in parts) if len(parts) > 1 else ()
+    known = all_names(methods)
     names = [key for key in keywords if key in known or key.startswith(prefixes)]
     owner, options = None, {key: keywords.pop(key) for key in names}
-    for name, method in METHODS.items():
+    for name, method in methods.items():
         if method.published_group not in keywords:
             continue
         if (entries := keywords.pop(method.published_group)) is None:
@@ -135,8 +139,8 @@ def pruner_from_keywords(pruner: Pruner | str | None, keywords: dict) -> Pruner:
     `pruner` they say which method is meant (`guess_method`). None is as good as not given. With a
     published dict of options, `generate` returns what the release does.
     """
-    parts = pruner.split("+") if isinstance(pruner, str) and "+" in pruner else ()
-    owner, options = take_options(keywords, tuple(f"{part}_" for part in parts))
+    parts = pruner.split("+") if isinstance(pruner, str) else ()
+    owner, options = take_options(keywords, tuple(parts))
     if isinstance(pruner, Pruner):
         if owner or options:
             given = ", ".join(options) or METHODS[owner].published_group
@@ -155,6 +159,7 @@ def pruner_from_keywords(pruner: Pruner | str | None, keywords: dict) -> Pruner:
 
 
 __all__ = [
+    "DEFAULT_METHOD",
     "METHODS",
     "Chain",
     "DecoderPruner",

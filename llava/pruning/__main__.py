@@ -1,5 +1,6 @@
 """What a setting means: tokens per decoder layer, operations and cache, on published model sizes.
 
+python -m llava.pruning                                      the methods there are
 python -m llava.pruning vispruner --visual-token-num 192
 python -m llava.pruning vispruner+fastv --pruning-arg fastv_layer=3 --text-tokens 60
 """
@@ -15,6 +16,7 @@ from itertools import groupby
 from . import METHODS, Pruner
 from .cli import add_option_args, pruner_from_args
 from .cost import DecoderShape, kv_cache_bytes, prefill_flops
+from .registry import Unusable
 
 SIZES = {
     "7B": DecoderShape(4096, 11008, num_layers=32, num_heads=32, num_kv_heads=32),
@@ -93,7 +95,11 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m llava.pruning", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
-        "pruning_method", metavar="METHOD", help=f"{', '.join(sorted(METHODS))}, or METHOD+METHOD"
+        "pruning_method",
+        metavar="METHOD",
+        nargs="?",
+        help=f"{', '.join(sorted(METHODS))}, or METHOD+METHOD (default: the one that the options "
+        "belong to, without any a list of all methods)",
     )
     add_option_args(parser)
     parser.add_argument(
@@ -114,8 +120,19 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def listing() -> Iterator[str]:
+    """A line about every method: its name and class, or why it cannot be used."""
+    for name, method in METHODS.items():
+        broken = issubclass(method, Unusable)
+        place = method.reason if broken else f"{method.__module__}.{method.__qualname__}"
+        yield f"{name:<14} {place}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
+    if not (args.pruning_method or args.pruning_arg or args.visual_token_num):
+        print("\n".join(listing()))
+        return
     try:
         pruner = pruner_from_args(args)
     except ValueError as error:

@@ -7,8 +7,11 @@ import logging
 import re
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, abc
 from dataclasses import MISSING
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Union, get_args, get_origin, get_type_hints
 
 from ..pruning import METHODS, Pruner, build_pruner
 from ..pruning.base import option_names, overrides
@@ -16,6 +19,7 @@ from ..pruning.chain import BEFORE_DECODER
 from .errors import ServeError
 from .protocol import PruningRequest
 
+SEQUENCES = (abc.Sequence, list, tuple)
 PLAIN = (bool, int, float, str, list, tuple, type(None))
 KEPT = 32  # settings that stay built; a method with trained parts keeps one
 TRAINED = 4  # settings of one method with trained parts that are alive at a time
@@ -130,23 +134,27 @@ def check_values(name: str, options: dict) -> None:
                 )
 
 
-def _fits(value, kind: str) -> bool:
-    """Whether a value from JSON is of a type, given as the text of an annotation."""
-    if value is None:
-        return "None" in kind
-    if isinstance(value, tuple):
-        inner = kind.replace("Sequence", "", 1)
-        return inner != kind and all(one is not None and _fits(one, inner) for one in value)
-    if "Sequence" in kind:
-        return False
-    accepted = {bool: ("bool",), int: ("int", "float"), float: ("float",), str: ("str",)}
-    return any(name in kind for name in accepted[type(value)])
+def _fits(value, kind) -> bool:
+    """Whether a value from JSON, its lists as tuples, is of a type."""
+    if (origin := get_origin(kind)) in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if origin in SEQUENCES:
+        (inner, *_) = get_args(kind)
+        return isinstance(value, tuple) and all(_fits(one, inner) for one in value)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
-def _wanted(kind: str) -> str:
-    words = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
-    found = next(text for name, text in words.items() if name in kind)
-    return f"a list, each {found}" if "Sequence" in kind else found
+def _wanted(kind) -> str:
+    """The first of the types that an option takes, in words."""
+    kinds = [one for one in _alternatives(kind) if one is not NoneType] or [NoneType]
+    if get_origin(kinds[0]) in SEQUENCES:
+        return f"a list, each {_wanted(get_args(kinds[0])[0])}"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return words.get(kinds[0], "no value from a request")
+
+
+def _alternatives(kind) -> tuple:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def all_defaults(name: str) -> dict:
@@ -157,23 +165,33 @@ def all_defaults(name: str) -> dict:
 
 
 def defaults(name: str) -> dict:
-    """The options that a request may set, as plain values: those that take texts where the default
-    is none, such as folders, are left out."""
+    """The options that a request may set, as plain values."""
+    files = file_options(name)
     return {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in all_defaults(name).items()
-        if isinstance(value, PLAIN) and not (value is None and "str" in _type(name, key))
+        if isinstance(value, PLAIN) and key not in files
     }
 
 
 def file_options(name: str) -> list[str]:
-    """The options by which a method is told of files: texts that are missing by default."""
-    found = all_defaults(name).items()
-    return [key for key, value in found if value is None and _type(name, key).startswith("str")]
+    """The options by which a method is told of files: paths, and texts that are missing by
+    default."""
+    kinds = {key: _alternatives(_type(name, key)) for key in all_defaults(name)}
+    return [
+        key
+        for key, value in all_defaults(name).items()
+        if Path in kinds[key] or (value is None and str in kinds[key])
+    ]
 
 
-def _type(name: str, key: str) -> str:
-    return str(METHODS[name].__dataclass_fields__[key].type)
+def _type(name: str, key: str):
+    """The type of an option; `object`, which no value from a request is of, where its annotation
+    means nothing outside of its file."""
+    try:
+        return get_type_hints(METHODS[name])[key]
+    except NameError:
+        return object
 
 
 def folder_option(name: str) -> str:
@@ -222,10 +240,11 @@ def unavailable(error: Exception) -> ServeError:
 def offer(model, shelf: MethodShelf) -> list[dict]:
     """What the status says about every method; tries each on the model, which must be idle."""
     before, listing = model.pruner, []
-    for name, method in METHODS.items():
-        reason = None
+    for name in METHODS:
+        reason = where = None
         try:
             model.pruner = shelf.build(name)
+            where = place(model.pruner)
         except Exception as error:
             logger.info("%s is not available: %s", name, error)
             reason = unavailable(error).message
@@ -237,7 +256,7 @@ def offer(model, shelf: MethodShelf) -> list[dict]:
                 "options": defaults(name),
                 "available": reason is None,
                 "reason": reason,
-                "place": place(method()),
+                "place": where,
             }
         )
     return listing

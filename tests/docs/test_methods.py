@@ -36,10 +36,10 @@ def overrides(method: type[Pruner], hook: str) -> bool:
 
 
 def test_the_table_has_every_method_once_and_in_order():
-    assert list(table()) == list(METHODS)
+    assert list(table()) == list(METHODS.own)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", METHODS.own)
 def test_every_cell_is_filled_and_the_file_is_the_method_s_own(name):
     row = table()[name]
     assert all(row.values())
@@ -49,7 +49,7 @@ def test_every_cell_is_filled_and_the_file_is_the_method_s_own(name):
     assert all((ROOT / "llava" / "pruning" / file).exists() for file in files)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", METHODS.own)
 def test_text_and_training_are_what_the_class_says(name):
     method, row = METHODS[name], table()[name]
     reads = method.reads_text or method.reads_question
@@ -58,7 +58,7 @@ def test_text_and_training_are_what_the_class_says(name):
     assert row["trained?"].startswith("yes" if learned else "no"), "trained?"
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", METHODS.own)
 def test_where_a_method_acts_is_where_it_has_hooks(name):
     method, where = METHODS[name], table()[name]["where it acts"]
     in_decoder = overrides(method, "before_layer")
@@ -69,7 +69,7 @@ def test_where_a_method_acts_is_where_it_has_hooks(name):
         assert "before the vision tower" in where
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", METHODS.own)
 def test_a_method_s_section_names_all_its_options(name):
     text, method = section(name), METHODS[name]
     options = [f.name for f in fields(method) if f.init] if is_dataclass(method) else []
@@ -77,7 +77,7 @@ def test_a_method_s_section_names_all_its_options(name):
     assert not [o for o in missing if o != "visual_token_num"], "options without a word on them"
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", METHODS.own)
 def test_defaults_in_the_option_tables_are_those_of_the_code(name):
     method = METHODS[name]
     if not is_dataclass(method):
