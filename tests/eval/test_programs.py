@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from llava.eval import model_vqa_loader, run_llava
+from llava.eval.answering.loading import resolve_conv_mode
 from llava.eval.compare import suite
 
 
@@ -50,7 +51,7 @@ def test_a_mistake_is_named_in_one_line(monkeypatch, questions, tmp_path, option
     ],
 )
 def test_the_template_follows_the_option_and_the_name(conv_mode, model_name, resolved):
-    assert model_vqa_loader.resolve_conv_mode(conv_mode, model_name) == resolved
+    assert resolve_conv_mode(conv_mode, model_name) == resolved
 
 
 def test_flags_are_accepted_with_underscores_too():

@@ -242,9 +242,9 @@ def test_an_error_is_logged_with_its_place_and_without_its_text(handler, caplog)
         logger.exception("failed\nfuture: <Task exception=%r>", error)
         log_failure(error, "r1")
     (line,) = written(lines, disk)
-    assert line.startswith("failed: ValueError at test_serve_logs.py:") and line.endswith(" fail")
+    assert line.startswith("failed: ValueError at test_logs.py:") and line.endswith(" fail")
     (record,) = [record for record in caplog.records if record.name == "llava.serve.service"]
-    assert record.getMessage().startswith("request r1: ValueError at test_serve_logs.py:")
+    assert record.getMessage().startswith("request r1: ValueError at test_logs.py:")
     assert "swordfish" not in line + record.getMessage() and "\n" not in record.getMessage()
 
 
@@ -258,7 +258,7 @@ def test_a_traceback_that_was_made_a_text_loses_its_values(handler):
     except ValueError:
         logger.error(traceback.format_exc())  # as uvicorn does for its start and end
     (line,) = written(lines, disk)
-    assert line.startswith("ValueError at test_serve_logs.py:") and "swordfish" not in line
+    assert line.startswith("ValueError at test_logs.py:") and "swordfish" not in line
 
 
 def test_arguments_that_do_not_fit_cost_a_line_and_not_the_program(handler):

@@ -42,11 +42,11 @@ FLAGS = {
 
 
 class Farm:
-    """A program that starts groups of processes, see `tests.rank_farm`."""
+    """A program that starts groups of processes, see `tests.train.rank_farm`."""
 
     def __init__(self):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.rank_farm"],
+            [sys.executable, "-m", "tests.train.rank_farm"],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
             stdin=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """Runs a function in several processes that form a group, without paying for the imports each time.
 
-    python -m tests.eval.rank_farm     reads one JSON object per line, answers with one line each
+    python -m tests.train.rank_farm     reads one JSON object per line, answers with one line each
 
 A request is {"program": "llava.train.train", "words": [...], "ranks": 2, "port": N, "timeout": S}:
 the processes are forked from this one, which has imported everything, and run
