@@ -1,0 +1,328 @@
+"""A decoder that sees images, as transformers sees it: forward and generate, for every family."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ...constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from ...devices import device_of
+from ...pruning.drafter import Drafter
+from ..context import answer_room
+from ..generation import GenerationStrategies
+from ..kv_cache import KVCache, holds_tokens
+from ..patches import check_decoder
+from ..prompt import Prompt
+from ..reuse import Prefix
+from .modeling_llama import LlamaModel, LlamaPreTrainedModel
+
+NO_ATTENTIONS = (
+    "output_attentions is not supported, no attention map is ever built; rows of it are recorded "
+    "with `trace_pruning(model, attention=[layers])` and found in `trace.attention`"
+)
+
+
+class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
+    """Base of the whole models. A family adds how its images get into the prompt (`splice`), its
+    vision tower (`get_vision_tower`) and `pruner`, the pruning method in use."""
+
+    #: decoder of the family
+    model_class: type[LlamaModel] = LlamaModel
+    _tied_weights_keys = ["lm_head.weight"]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_model(self) -> LlamaModel:
+        return self.model
+
+    def get_decoder(self) -> LlamaModel:
+        return self.model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        images: Tensor | list[Tensor] | None = None,
+        image_sizes: list | None = None,
+        return_dict: bool | None = None,
+        questions: list[str] | None = None,
+        visual_index: Tensor | None = None,
+        patch_index: Tensor | None = None,
+        token_tags: Tensor | None = None,
+        token_context: Tensor | None = None,
+        last_logits_only: bool = False,
+        prefix: Prefix | None = None,
+    ):
+        """Logits (B, S, vocabulary), or (B, 1, vocabulary) with `last_logits_only`, and the loss.
+
+        images, image_sizes, questions: as in `generate`. labels: (B, L), -100 is ignored; the loss
+        is the mean cross-entropy of the next token. In training mode with labels, logits are
+        computed for supervised tokens only and `logits` is None. When a method drops tokens inside
+        the decoder, S counts the survivors. prefix: as in `generate_from`.
+        """
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError(NO_ATTENTIONS)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if holds_tokens(past_key_values):
+            self._check_continuation(tokens, attention_mask)
+        else:
+            check_decoder()
+            if inputs_embeds is None:
+                seen = images is not None and self.get_vision_tower() is not None
+                if seen and tokens.shape[1] > 1:
+                    prompt = self.splice(
+                        input_ids, attention_mask, labels, images, image_sizes, questions
+                    )
+                    inputs_embeds, attention_mask = prompt.inputs_embeds, prompt.attention_mask
+                    position_ids = prompt.position_ids
+                    labels = None if labels is None else prompt.labels
+                    visual_index, patch_index = prompt.visual_index, prompt.patch_index
+                    token_tags, token_context = prompt.token_tags, prompt.token_context
+                elif (input_ids == IMAGE_TOKEN_INDEX).any():
+                    raise ValueError("the prompt holds <image> marks, but no images were given")
+        if inputs_embeds is None:
+            inputs_embeds = self.model.embed_tokens(input_ids)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        cache = past_key_values
+        if cache is None and use_cache and not self.training:
+            cache = KVCache(self.config.num_hidden_layers)
+        out = self.model(
+            inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            visual_index=visual_index,
+            patch_index=patch_index,
+            token_tags=token_tags,
+            token_context=token_context,
+            cache=cache,
+            pruner=self.pruner,
+            grid=self.patch_grid,
+            trace=self.pruning_trace,
+            output_hidden_states=output_hidden_states,
+            prefix=prefix,
+        )
+        hidden, loss, logits = out.hidden_states, None, None
+        if labels is not None:
+            labels = labels.to(hidden.device)
+        if labels is not None and out.index is not None:
+            labels = labels.gather(1, out.index.clamp(min=0))
+            labels = labels.masked_fill(out.index < 0, IGNORE_INDEX)
+            if out.valid is not None:
+                labels = labels.masked_fill(~out.valid, IGNORE_INDEX)
+        if labels is not None and self.training:
+            loss = self._loss(hidden, labels)
+        else:
+            # A slice with gaps would make the product copy the whole head first.
+            logits = self.logits_of(hidden[:, -1:].contiguous() if last_logits_only else hidden)
+            if labels is not None:
+                targets = labels[:, 1:].flatten().to(logits.device)
+                loss = F.cross_entropy(
+                    logits[:, :-1].flatten(0, 1), targets, ignore_index=IGNORE_INDEX
+                )
+            if last_logits_only:  # the rules that choose a token compute where the prompt is
+                logits = logits.to(inputs_embeds.device)
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=cache, hidden_states=out.all_hidden_states
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _check_continuation(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
+        """tokens (B, q) or (B, q, D) behind those of a cache are text, without padding."""
+        count = tokens.shape[1]
+        if count == 1:  # a step of decoding does not wait for the device
+            return
+        if tokens.ndim == 2 and (tokens == IMAGE_TOKEN_INDEX).any():
+            raise ValueError(
+                "<image> marks behind a filled past_key_values: all images belong to the prompt "
+                "that fills it"
+            )
+        if attention_mask is not None and not attention_mask[:, -count:].all():
+            raise ValueError("tokens that continue a filled past_key_values cannot be padded")
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """fp32 logits (..., V) from hidden states (..., D) behind the final norm, on the device of
+        the head."""
+        return self.lm_head(hidden.to(device_of(self.lm_head))).float()
+
+    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy over supervised tokens (0 without any), logits for those alone."""
+        targets = labels[:, 1:]
+        supervised = targets != IGNORE_INDEX
+        logits = self.logits_of(hidden[:, :-1][supervised])
+        total = F.cross_entropy(logits, targets[supervised].to(logits.device), reduction="sum")
+        return total / supervised.sum().clamp(min=1).to(total.device)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        images: Tensor | list[Tensor] | None = None,
+        image_sizes: list | None = None,
+        questions: list[str] | None = None,
+        **kwargs,
+    ):
+        """Generates text; returns the new tokens only, (B, up to max_new_tokens).
+
+        inputs:      (B, L) prompt ids with -200 where an image goes (also as `input_ids=`)
+        images:      (n, 3, S, S), (n, crops, 3, S, S) or a list of crops per image, for all prompts
+                     in order; see `llava.mm_utils.process_images`
+        image_sizes: (width, height) of every image; needed where images are cut into crops
+        questions:   the question of every image, for methods that read it
+        The rest is transformers' `generate`: `attention_mask` (needed when prompts are padded; any
+        side), `do_sample`, `temperature`, `top_p`, `num_beams`, `max_new_tokens`, `streamer`,
+        `stopping_criteria`, ... and `generation_strategy`, see `llava.model.generation`: with
+        "self_speculative" also `num_speculations` and `draft_stop_prob`. An answer ends where the
+        model has no more positions, whatever `max_new_tokens` says, see `llava.model.context`.
+
+        Raises ValueError for what is not supported: contrastive search, assisted decoding, and
+        `past_key_values` or `position_ids` of the caller's own.
+        """
+        input_ids = kwargs.pop("input_ids", inputs)
+        self.check_keywords(kwargs)
+        if input_ids is None:
+            raise ValueError("generate needs input_ids, the ids of the prompts")
+        pruner, kwargs = self.pruner.for_call(kwargs)
+        with self.using(pruner):
+            prompt = self.splice(
+                input_ids,
+                kwargs.pop("attention_mask", None),
+                images=images,
+                image_sizes=image_sizes,
+                questions=questions,
+                padding_side="left",
+            )
+            return self.generate_from(prompt, **kwargs)
+
+    @torch.no_grad()
+    def generate_from(self, prompt: Prompt, prefix: Prefix | None = None, **kwargs):
+        """`generate` for prompts that are embedded already, padded on the left.
+
+        prefix: what is known of their first tokens, see `llava.model.reuse`
+        """
+        ends = kwargs.get("eos_token_id", self.generation_config.eos_token_id)
+        config = kwargs.get("generation_config") or self.generation_config
+        wanted = kwargs.get("max_new_tokens") or config.max_new_tokens
+        if (room := answer_room(self, prompt.num_positions, wanted)) != wanted:
+            kwargs["max_new_tokens"] = room
+        drafter = self.drafter_for(kwargs)
+        if drafter is None and kwargs.get("use_cache", True) is not False:
+            reserve = kwargs.get("max_new_tokens") or config.max_new_tokens or 64
+            if prefix is not None:  # the rest of the prompt is appended, too
+                reserve += prompt.inputs_embeds.shape[1] - prefix.size
+            kwargs["past_key_values"] = KVCache(self.config.num_hidden_layers, reserve)
+        if bool((prompt.visual_index >= 0).any()):
+            kwargs |= {
+                "visual_index": prompt.visual_index,
+                "patch_index": prompt.patch_index,
+                "token_tags": prompt.token_tags,
+                "token_context": prompt.token_context,
+            }
+        output = super().generate(
+            inputs_embeds=prompt.inputs_embeds,
+            attention_mask=prompt.attention_mask,
+            position_ids=prompt.position_ids,
+            prefix=prefix,
+            drafter=drafter,
+            **kwargs,
+        )
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        return self.pruner.present(drop_first_token(output), ends)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        visual_index: Tensor | None = None,
+        patch_index: Tensor | None = None,
+        token_tags: Tensor | None = None,
+        token_context: Tensor | None = None,
+        use_cache: bool | None = None,
+        prefix: Prefix | None = None,
+        drafter: Drafter | None = None,
+        **kwargs,
+    ) -> dict:
+        """The prompt's embeddings in the first step, the newest token afterwards."""
+        if drafter is not None:  # greedy search and sampling never get here with one
+            raise ValueError(
+                "generation_strategy 'self_speculative' works with greedy search and sampling "
+                "(num_beams=1) only"
+            )
+        if past_key_values is not None and len(past_key_values):
+            return {
+                "input_ids": input_ids[:, -1:],
+                "past_key_values": past_key_values,
+                "use_cache": True,
+                "last_logits_only": True,
+            }
+        if input_ids.shape[1] > 1 and inputs_embeds is not None:
+            # Without a cache every step runs the prompt again, with the answer so far behind it.
+            answer = input_ids[:, 1:]
+            grow = torch.ones_like(answer)
+            last = position_ids.amax(dim=1, keepdim=True)
+            inputs_embeds = torch.cat([inputs_embeds, self.model.embed_tokens(answer)], dim=1)
+            attention_mask = torch.cat([attention_mask, grow.bool()], dim=1)
+            position_ids = torch.cat([position_ids, last + grow.cumsum(dim=1)], dim=1)
+            if visual_index is not None:
+                visual_index = torch.cat([visual_index, -grow], dim=1)
+                patch_index = torch.cat([patch_index, -grow], dim=1)
+            if token_tags is not None:
+                token_tags = torch.cat([token_tags, torch.zeros_like(grow)], dim=1)
+            if token_context is not None:
+                token_context = F.pad(token_context, (0, 0, 0, grow.shape[1]))
+        return {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "visual_index": visual_index,
+            "patch_index": patch_index,
+            "token_tags": token_tags,
+            "token_context": token_context,
+            "past_key_values": past_key_values,
+            "use_cache": past_key_values is not None,
+            "last_logits_only": True,
+            "prefix": prefix,
+        }
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs) -> dict:
+        """Only the cache changes from step to step; it knows masks and positions itself."""
+        model_kwargs["past_key_values"] = outputs.past_key_values
+        return model_kwargs
+
+
+def drop_first_token(output):
+    """Without the BOS that transformers puts before a generation that started from embeddings."""
+    if isinstance(output, Tensor):
+        return output[:, 1:]
+    output.sequences = output.sequences[:, 1:]
+    return output
