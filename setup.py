@@ -51,6 +51,7 @@ setup(
         "requests",
         "shortuuid",
         "tqdm",
+        "urllib3>=2",  # part of requests: how often a judge is asked again
     ],
     extras_require=EXTRAS,
     entry_points={"lmms_eval.models": ["llava_pruning = llava.eval.plugins.lmms:manifest"]},

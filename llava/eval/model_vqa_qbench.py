@@ -6,6 +6,7 @@ python -m llava.eval.model_vqa_qbench --model-path llava-v1.5-7b --image-folder 
 Lines hold the fields of the question, the answer as `response`.
 """
 
+import argparse
 from functools import partial
 
 from llava.errors import errors_as_messages
@@ -17,6 +18,13 @@ from llava.eval.files.records import read_json_list
 @errors_as_messages()
 def main():
     parser = build_parser(__doc__.splitlines()[0], "llvisionqa_dev.json")
+    parser.add_argument(
+        "--questions-file",
+        "--questions_file",
+        dest="question_file",
+        default=argparse.SUPPRESS,
+        help="LLaVA's word for --question-file in this program",
+    )
     parser.add_argument("--lang", default="en", choices=sorted(INSTRUCTION))
     args = parse_args(parser)
     records = read_json_list(args.question_file)

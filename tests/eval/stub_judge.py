@@ -8,7 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class StubJudge(ThreadingHTTPServer):
-    """Answers with `reply(number of the request, body)`: a text, or (status, text) to fail.
+    """Answers with `reply(number of the request, body)`: a text, or (status, text) to fail, with a
+    third entry for headers of its own.
 
     requests: bodies in the order they came; paths, headers: of the latest
     """
@@ -33,13 +34,15 @@ class Handler(BaseHTTPRequestHandler):
             self.server.requests.append(body)
             self.server.path, self.server.headers = self.path, dict(self.headers)
         reply = self.server.reply(number, body)
-        status, text = (200, reply) if isinstance(reply, str) else reply
+        status, text, *headers = (200, reply) if isinstance(reply, str) else reply
         if status == 200:
             text = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
         data = text.encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        for name, value in (headers[0] if headers else {}).items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
 

@@ -212,7 +212,8 @@ PROGRAMS = [
 def test_the_new_programs_answer_with_a_model(program, questions, options, tmp_path):
     path = tmp_path / "a.jsonl"
     argv = ["--model-path", ROOT / "tests/golden/tiny-llava-v1.5", "--limit", 2, "--device", "cpu"]
-    argv += ["--question-file", ROOT / "playground/samples" / questions, "--temperature", 0]
+    word = "--questions-file" if "qbench" in program else "--question-file"  # as LLaVA names it
+    argv += [word, ROOT / "playground/samples" / questions, "--temperature", 0]
     argv += ["--image-folder", ROOT / "playground/benchmark/images", "--answers-file", path]
     argv += ["--max_new_tokens", 3, *options]
     eval_cases.run_program(f"llava.eval.{program}", list(map(str, argv)))

@@ -186,7 +186,11 @@ def main(kind: Kind, description: str) -> None:
     if kind.shown:
         parser.add_argument("-c", "--context", required=True, help="what the images show")
     parser.add_argument(
-        "-a", "--answer-list", nargs=2, required=True, help="reference and candidate answers"
+        *("-a", "--answer-list", "--answer"),
+        nargs=2,
+        required=True,
+        metavar=("REFERENCE", "CANDIDATE"),
+        help="two files of answers",
     )
     parser.add_argument("-r", "--rule", default=OWN_RULES, help="what the judge is told, by kind")
     parser.add_argument("-o", "--output", required=True, help="review file")

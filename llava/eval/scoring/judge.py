@@ -9,20 +9,22 @@ import hashlib
 import json
 import os
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3.exceptions import InvalidHeader
+from urllib3.util import Retry
 
 import llava
 from llava.eval.files.records import parse_json
 
 OPENAI_URL = "https://api.openai.com/v1"
-FIRST_PAUSE = 0.5  # seconds, doubled after every failed attempt
-LONGEST_PAUSE = 30.0
-BUSY = (408, 409, 425, 429)  # and every 5xx: worth another attempt
+FIRST_PAUSE = 0.5  # seconds, doubled after every failed attempt but the first
+LONGEST_PAUSE, LONGEST_WISH = 30.0, 60.0  # seconds: of our own, and that an endpoint asks for
+BUSY = frozenset((408, 409, 425, 429, *range(500, 600)))  # worth another attempt
 
 Prompt = tuple[str, str]  # system text, user text
 
@@ -136,50 +138,53 @@ class Judge:
             pool.shutdown(cancel_futures=True)
 
     def _request(self, body: dict) -> str:
-        pause, reason = FIRST_PAUSE, ""
-        for attempt in range(self.attempts):
-            if attempt:
-                time.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
-            try:
-                response = self._post(body)
-            except requests.RequestException as error:
-                reason = f"{type(error).__name__}: {error}"
-                continue
-            if response.status_code not in BUSY and response.status_code < 500:
-                return self._reply(response)
-            reason = f"status {response.status_code}: {response.text[:300]}"
-            pause = max(pause, _wanted_pause(response))
-        raise JudgeError(
-            f"no verdict from {self.url} in {self.attempts} attempts ({reason}); the verdicts so "
-            "far are kept, start again to go on"
+        retries = PatientRetry(
+            self.attempts - 1,
+            allowed_methods=None,  # all of them: a question may be asked twice
+            status_forcelist=BUSY,
+            backoff_factor=FIRST_PAUSE,
+            backoff_max=LONGEST_PAUSE,
+            raise_on_status=False,
         )
-
-    def _post(self, body: dict) -> requests.Response:
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         address = self.url.rstrip("/") + "/chat/completions"
-        return requests.post(address, json=body, headers=headers, timeout=self.timeout)
+        with requests.Session() as session:
+            session.mount(self.url, HTTPAdapter(max_retries=retries))
+            try:
+                response = session.post(address, json=body, headers=headers, timeout=self.timeout)
+            except requests.RequestException as error:
+                raise self._no_verdict(f"{type(error).__name__}: {error}") from error
+        return self._reply(response)
 
     def _reply(self, response: requests.Response) -> str:
-        """The text of a response. Raises JudgeError on a refusal: asking again would not help."""
-        if response.status_code != 200:
-            raise JudgeError(
-                f"{self.url} refuses with status {response.status_code}: {response.text[:300]}"
-            )
+        """The text of a response. Raises JudgeError where there is none."""
+        status, text = response.status_code, response.text[:300]
+        if status in BUSY:
+            raise self._no_verdict(f"status {status}: {text}")
+        if status != 200:  # asking again would not help
+            raise JudgeError(f"{self.url} refuses with status {status}: {text}")
         try:
             return response.json()["choices"][0]["message"]["content"] or ""
         except (ValueError, LookupError, TypeError) as error:
-            raise JudgeError(
-                f"{self.url} does not answer as a chat endpoint: {response.text[:300]}"
-            ) from error
+            raise JudgeError(f"{self.url} does not answer as a chat endpoint: {text}") from error
+
+    def _no_verdict(self, reason: str) -> JudgeError:
+        return JudgeError(
+            f"no verdict from {self.url} in up to {self.attempts} attempts ({reason}); the "
+            "verdicts so far are kept, start again to go on"
+        )
 
 
-def _wanted_pause(response: requests.Response) -> float:
-    """Seconds the endpoint asks to wait, at most a minute."""
-    try:
-        return min(float(response.headers.get("Retry-After", 0)), 60.0)
-    except ValueError:
-        return 0.0
+class PatientRetry(Retry):
+    """Waits as long as the endpoint asks, at most a minute, and never less than after an attempt
+    at which it asked for nothing."""
+
+    def get_retry_after(self, response) -> float:
+        try:
+            asked = super().get_retry_after(response) or 0.0
+        except InvalidHeader:
+            asked = 0.0
+        return max(min(asked, LONGEST_WISH), self.get_backoff_time())
 
 
 def add_judge_args(

@@ -2,8 +2,10 @@
 
 import json
 import sys
+import threading
 
 import pytest
+from urllib3.util import retry
 
 from llava.eval import eval_gpt_review_bench
 from llava.eval.scoring import judge
@@ -14,7 +16,7 @@ from tests.eval.stub_judge import stub_judge
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
     pauses = []
-    monkeypatch.setattr(judge.time, "sleep", pauses.append)
+    monkeypatch.setattr(retry.time, "sleep", pauses.append)
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "JUDGE_MODEL", "JUDGE_WORKERS"):
         monkeypatch.delenv(name, raising=False)
     return pauses
@@ -23,7 +25,34 @@ def no_pauses(monkeypatch):
 def test_a_busy_endpoint_is_asked_again_after_longer_and_longer_pauses(no_pauses):
     with stub_judge([(429, "slow down"), (500, "oops"), (503, ""), "8 9"]) as server:
         assert Judge("m", server.url).ask(("s", "u")) == "8 9"
-    assert no_pauses == [0.5, 1.0, 2.0]
+    assert no_pauses == [1.0, 2.0]  # the first time it is asked again at once
+
+
+@pytest.mark.parametrize(
+    "wish, pauses", [("7", [7, 7]), ("86400", [60, 60]), ("0", [1]), ("soon", [1])]
+)
+def test_an_endpoint_is_given_the_time_it_asks_for_up_to_a_minute(no_pauses, wish, pauses):
+    busy = (429, "slow down", {"Retry-After": wish})
+    with stub_judge([busy, busy, "8 9"]) as server:
+        assert Judge("m", server.url).ask(("s", "u")) == "8 9"
+    assert no_pauses == pauses
+
+
+def test_an_endpoint_that_does_not_answer_in_time_is_asked_again():
+    late = threading.Event()
+
+    def reply(number, body):
+        return "8 9" if number or late.wait(10) else "too late"
+
+    with stub_judge(reply) as server:
+        assert Judge("m", server.url, timeout=0.2, attempts=2).ask(("s", "u")) == "8 9"
+        late.set()
+    assert len(server.requests) == 2
+
+
+def test_an_address_that_is_none_is_told():
+    with pytest.raises(JudgeError, match="no verdict from localhost:1/v1 .*InvalidURL"):
+        Judge("m", "localhost:1/v1").ask(("s", "u"))
 
 
 def test_an_endpoint_that_stays_busy_is_given_up_with_its_reason():
@@ -134,6 +163,16 @@ def test_a_review_that_broke_off_continues_and_equals_an_undisturbed_one(bench):
         bench(server.url)
     assert [record["tuple"] for record in lines(bench)] == [[7, 5 + n] for n in range(6)]
     assert [record["question_id"] for record in lines(bench)] == list(range(6))
+
+
+def test_the_answers_may_be_called_by_the_short_word(bench, monkeypatch):
+    with stub_judge(["7 8"]) as server:
+        bench(server.url)
+        words = ["--answer" if word == "-a" else word for word in sys.argv]
+        monkeypatch.setattr(sys, "argv", [*words, "--overwrite"])
+        (bench.folder / "out.jsonl").unlink()
+        eval_gpt_review_bench.main()
+    assert len(lines(bench)) == 6
 
 
 def test_reviews_of_another_judge_are_not_continued(bench):
