@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,22 @@ from pathlib import Path
 import pytest
 
 from tests.paths import ROOT
+
+PROGRAMS = """
+run_llava model_vqa model_vqa_loader model_vqa_science model_vqa_mmbench model_vqa_qbench
+model_qa eval_pope eval_textvqa eval_science_qa eval_science_qa_gpt4
+eval_science_qa_gpt4_requery eval_gpt_review eval_gpt_review_bench eval_gpt_review_visual
+summarize_gpt_review generate_webpage_data_from_table
+""".split()
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_of_llava_is_there_and_on_the_page(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(f"llava.eval.{name}", run_name="__main__")
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("usage:")
+    assert f"`{name}`" in (ROOT / "docs/Evaluation.md").read_text(encoding="utf-8")
 
 
 def write(path: Path, content) -> str:
