@@ -18,7 +18,7 @@ from llava.conversation import conv_templates
 from llava.eval import model_vqa_loader, model_vqa_science, run_llava
 from llava.eval.answering.loading import resolve_conv_mode
 from llava.eval.compare import suite
-from llava.eval.efficiency import decode_speed
+from llava.eval.efficiency.arguments import fill_in_questions
 from llava.mm_utils import get_model_name_from_path, infer_conv_mode
 from llava.model import LlavaConfig, LlavaMistralConfig
 from llava.serve.engine import Engine
@@ -140,8 +140,8 @@ def test_other_programs_ask_the_checkpoint(tmp_path, monkeypatch):
     assert suite.parse_suite_args(parser).conv_mode == "mpt"
     args = SimpleNamespace(model_path=str(folder), model_base=None, conv_mode="auto")
     args.question_file = args.image_folder = "here"
-    decode_speed.fill_in_playground(args)
-    assert args.conv_mode == "mpt"
+    fill_in_questions(args, "questions.jsonl")
+    assert args.conv_mode == "mpt" and args.question_file == "here"
 
 
 def test_the_worker_answers_in_the_template_of_its_model_and_says_which(model):

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from dataclasses import asdict
@@ -27,19 +26,25 @@ from functools import partial
 import torch
 
 from llava.errors import errors_as_messages
-from llava.eval.answering.loading import DTYPES, add_model_args, load_loop, resolve_conv_mode
+from llava.eval.answering.loading import add_model_args, load_loop
 from llava.eval.answering.questions import Question
+from llava.eval.efficiency.arguments import (
+    add_question_args,
+    fill_in_questions,
+    placed,
+    write_json,
+)
 from llava.eval.efficiency.chance import ChanceChoice
 from llava.eval.efficiency.decode_report import rows_of, table
 from llava.eval.efficiency.decode_run import asked, made_up, measure, variants_of
-from llava.eval.efficiency.measure import make_pruner
+from llava.eval.efficiency.measure import make_pruner, with_budget
 from llava.eval.efficiency.random_model import CONFIGS, build_random_model, shapes
 from llava.eval.files.records import read_jsonl
-from llava.mm_utils import get_model_name_from_path
-from llava.model.placement import fast_dtype
-from llava.pruning import METHODS, Pruner, build_pruner
+from llava.playground import default_model_path
+from llava.pruning import METHODS, Pruner
+from llava.pruning.cli import parse_pair
 
-QUESTIONS, IMAGES = "describe/questions.jsonl", "images"
+QUESTIONS = "describe/questions.jsonl"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,9 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--json", metavar="FILE", help="write the result there, too")
     trained = parser.add_argument_group("a trained model")
-    trained.add_argument("--question-file", help=f"default: the playground's {QUESTIONS}")
-    trained.add_argument("--image-folder", help="default: the playground's pictures")
-    trained.add_argument("--conv-mode", default="auto")
+    add_question_args(trained, QUESTIONS)
     random = parser.add_argument_group("or random weights")
     random.add_argument("--config", choices=CONFIGS, help="sizes of the model")
     random.add_argument(
@@ -69,7 +72,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not 0 <= args.acceptance <= 1:
         parser.error(f"--acceptance ({args.acceptance}) must lie between 0 and 1")
     if args.config is None:
-        fill_in_playground(args)
+        args.model_path = args.model_path or default_model_path()
+        fill_in_questions(args, QUESTIONS)
     elif given := [name for name in ("model_path", "question_file") if getattr(args, name)]:
         parser.error(
             f"--config makes a model up: --{given[0].replace('_', '-')} has no place there"
@@ -77,25 +81,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def fill_in_playground(args) -> None:
-    """Names the playground's checkpoint and questions where no others were given."""
-    from llava.playground import benchmark_dir, default_model_path
-
-    args.model_path = args.model_path or default_model_path()
-    if args.question_file is None:
-        args.question_file = os.path.join(benchmark_dir(), QUESTIONS)
-        args.image_folder = args.image_folder or os.path.join(benchmark_dir(), IMAGES)
-    args.image_folder = args.image_folder or os.path.dirname(args.question_file)
-    args.model_name = get_model_name_from_path(args.model_path)
-    args.conv_mode = resolve_conv_mode(
-        args.conv_mode, args.model_name, args.model_path, args.model_base
-    )
-
-
 def options_by_method(pairs: list[str]) -> dict[str, dict]:
     """METHOD.KEY=VALUE pairs, sorted by method. Raises ValueError for another form."""
-    from llava.pruning.cli import parse_pair
-
     options: dict[str, dict] = {}
     for pair in pairs:
         method, dot, rest = pair.partition(".")
@@ -109,10 +96,7 @@ def options_by_method(pairs: list[str]) -> dict[str, dict]:
 def trained_model(args) -> tuple:
     """(model, pruners by name, prompts) of a checkpoint and a question file."""
     options, budget = options_by_method(args.pruning_arg), args.visual_token_num
-    pruners = {
-        name: build_pruner(name, visual_token_num=budget, **options.get(name, {}))
-        for name in args.methods
-    }
+    pruners = {name: with_budget(name, budget, **options.get(name, {})) for name in args.methods}
     loop = load_loop(args)
     prompts = [
         partial(asked, loop, Question({}, r["text"], [r["image"]]), args.image_folder)
@@ -123,10 +107,8 @@ def trained_model(args) -> tuple:
 
 def random_model(args) -> tuple:
     """The same with random weights of the sizes `args.config`."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = DTYPES[args.dtype] if args.dtype else fast_dtype(device)
     options = options_by_method(args.pruning_arg)
-    model = build_random_model(*shapes(args.config), dtype=dtype, device=device)
+    model = build_random_model(*shapes(args.config), **placed(args))
     model.token_choice = partial(ChanceChoice, acceptance=args.acceptance)
     pruners = {
         name: make_pruner(name, args.visual_token_num, model, **options.get(name, {}))
@@ -164,9 +146,7 @@ def main(argv: list[str] | None = None) -> dict:
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     print(table(rows))
     result = {"about": facts, "rows": [asdict(row) for row in rows]}
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
+    write_json(result, args.json)
     print(json.dumps(result))
     return result
 

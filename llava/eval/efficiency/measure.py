@@ -150,16 +150,20 @@ def llava_facts(model: LlavaLlamaForCausalLM, pruner: Pruner, workload: Workload
     return {"facts": facts, "schedule": schedule}
 
 
-def make_pruner(name: str, visual_token_num: int, model, **options) -> Pruner:
-    """The method with this budget, where it has one, and random weights in place of trained parts.
+def with_budget(name: str, visual_token_num: int | None, **options) -> Pruner:
+    """The method with this budget, where it takes one and one is given, and further options."""
+    known = option_names(METHODS[name]) if name in METHODS else ["visual_token_num"]
+    if visual_token_num is not None and "visual_token_num" in known:
+        options["visual_token_num"] = visual_token_num
+    return build_pruner(name, **options)
 
-    options: further ones of the method
+
+def make_pruner(name: str, visual_token_num: int, model, **options) -> Pruner:
+    """As `with_budget`, in use on `model` with random weights in place of trained parts.
 
     Raises ValueError where the method does not know the budget, or the model.
     """
-    known = option_names(METHODS[name]) if name in METHODS else ["visual_token_num"]
-    budget = {"visual_token_num": visual_token_num} if "visual_token_num" in known else {}
-    pruner = build_pruner(name, **budget, **options)
+    pruner = with_budget(name, visual_token_num, **options)
     pruner.use_random_parts(model)
     model.pruner = pruner
     return pruner

@@ -24,11 +24,12 @@ class Span:
 class Stopwatch:
     """Records when a model enters and leaves its stages.
 
-    On a GPU the moments are events in its stream, so nothing waits for it before `read`.
+    On a GPU the moments are events in its stream, so nothing waits for it before `read`; on MPS
+    every moment waits for the device.
     """
 
     def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
+        self.cuda, self.mps = device.type == "cuda", device.type == "mps"
         self.spans: list[Span] = []
         self._open: Span | None = None
 
@@ -87,8 +88,10 @@ class Stopwatch:
         return start.elapsed_time(stop) / 1000 if self.cuda else stop - start
 
     def _now(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        if self.mps:
+            torch.mps.synchronize()
+        return time.perf_counter()

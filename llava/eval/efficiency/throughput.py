@@ -10,8 +10,6 @@ preparing images is.
 """
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import time
@@ -22,22 +20,23 @@ import torch
 
 from llava.errors import errors_as_messages
 from llava.eval import markdown
-from llava.eval.answering.loading import (
-    DTYPES,
-    add_model_args,
-    load_loop,
-    resolve_conv_mode,
-)
+from llava.eval.answering.loading import add_model_args, load_loop
 from llava.eval.answering.loop import AnswerLoop
 from llava.eval.answering.plan import plan_shares
 from llava.eval.answering.questions import Question, jsonl_questions
+from llava.eval.efficiency.arguments import (
+    add_question_args,
+    fill_in_questions,
+    placed,
+    write_json,
+)
+from llava.eval.efficiency.measure import with_budget
 from llava.eval.efficiency.random_model import build_random_model, shapes
 from llava.eval.files.records import read_jsonl
-from llava.mm_utils import get_model_name_from_path
-from llava.model.placement import choose_device, fast_dtype
-from llava.pruning import METHODS, build_pruner
-from llava.pruning.base import option_names
+from llava.playground import default_model_path
+from llava.pruning import METHODS
 
+QUESTIONS = "gqa/llava_gqa_testdev_balanced.jsonl"
 #: sizes for a busy CPU, behind the tower of the playground: width, inner width, layers, heads
 MODERATE = (384, 1056, 6, 6)
 PLAIN, BATCHED, REUSED = "one by one", "batched", "batched + reuse"
@@ -127,8 +126,6 @@ def arranged(questions: list[Question], num_images: int, per_image: int) -> list
 
 def random_loop(args) -> AnswerLoop:
     """Returns a loop around a model of random weights that reads the playground's prompts."""
-    from llava.playground import default_model_path
-
     given = argparse.Namespace(**vars(args) | {"model_path": default_model_path()})
     playground = load_loop(given)
     config, tower = shapes(default_model_path() if args.config == "moderate" else args.config)
@@ -137,9 +134,7 @@ def random_loop(args) -> AnswerLoop:
         config.num_hidden_layers, config.num_attention_heads = MODERATE[2:]
         config.num_key_value_heads = config.num_attention_heads
     config.vocab_size = playground.model.config.vocab_size
-    device = choose_device(args.device)
-    dtype = DTYPES[args.dtype] if args.dtype else fast_dtype(device)
-    model = build_random_model(config, tower, dtype, device)
+    model = build_random_model(config, tower, **placed(args))
     options = {"workers": args.workers, "max_new_tokens": args.max_new_tokens}
     processor = model.get_vision_tower().image_processor
     return AnswerLoop(playground.tokenizer, model, processor, args.conv_mode, **options)
@@ -166,8 +161,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--methods", nargs="+", default=["none"], choices=sorted(METHODS))
     parser.add_argument("--visual-token-num", type=int, help="default: each method's own")
-    parser.add_argument("--question-file", help="default: GQA of the playground")
-    parser.add_argument("--image-folder", help="default: the playground's")
+    add_question_args(parser, QUESTIONS)
     parser.add_argument("--images", type=int, default=5, help="number of images")
     parser.add_argument("--per-image", type=int, default=30, help="questions about each")
     parser.add_argument("--batch-size", type=int, default=15)
@@ -175,21 +169,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--max-new-tokens", type=int, default=3, help="random weights always write as many"
     )
-    parser.add_argument("--conv-mode", default="auto")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
-    if args.question_file is None:
-        from llava.playground import benchmark_dir
-
-        args.question_file = os.path.join(
-            benchmark_dir(), "gqa", "llava_gqa_testdev_balanced.jsonl"
-        )
-        args.image_folder = args.image_folder or os.path.join(benchmark_dir(), "images")
-    from llava.playground import default_model_path
-
-    path = args.model_path or default_model_path()  # random weights read the playground's prompts
-    args.model_name = get_model_name_from_path(path)
-    args.conv_mode = resolve_conv_mode(args.conv_mode, args.model_name, path, args.model_base)
+    fill_in_questions(args, QUESTIONS)  # random weights read the playground's prompts
     return args
 
 
@@ -202,19 +184,15 @@ def main():
     loop = load_loop(args) if args.model_path else random_loop(args)
     speeds = []
     for method in args.methods:
-        budget = {"visual_token_num": args.visual_token_num}
-        takes_budget = args.visual_token_num and "visual_token_num" in option_names(METHODS[method])
-        loop.model.pruner = build_pruner(method, **budget if takes_budget else {})
-        speeds += measure(loop, groups, args.image_folder or "", method, args.batch_size)
+        loop.model.pruner = with_budget(method, args.visual_token_num)
+        speeds += measure(loop, groups, args.image_folder, method, args.batch_size)
         print(f"{method}: {speeds[-1].times_plain:.1f} times", file=sys.stderr, flush=True)
     print(
         f"{len(groups)} images, {args.per_image} questions each, batches of {args.batch_size}, "
         f"{loop.model.device}, {loop.model.dtype}, torch {torch.__version__}\n"
     )
     print(table(speeds))
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"settings": vars(args), "speeds": [asdict(s) for s in speeds]}, file)
+    write_json({"settings": vars(args), "speeds": [asdict(s) for s in speeds]}, args.json)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def _has_playground():
 
 
 def test_the_efficiency_program_hands_over(monkeypatch):
-    from llava.eval.efficiency import __main__ as efficiency
+    from llava.eval.efficiency import program as efficiency
 
     seen = []
     monkeypatch.setattr(decode_speed, "main", lambda words: seen.append(words) or {"rows": []})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig
 
-from llava.eval.efficiency import __main__ as efficiency
+from llava.eval.efficiency import program as efficiency
 from llava.eval.efficiency.measure import (
     STAGES,
     Workload,

@@ -1,0 +1,96 @@
+"""Methods x budgets x benchmarks, as a comparison people can trust: scores with 95 % intervals,
+agreement with the unpruned answers, and what every setting costs.
+
+    python -m llava.eval.compare --tokens 192 128 64 32 --limit 100
+    python -m llava.eval.compare --methods nuwa vispruner --tasks refcoco --published
+    python -m llava.eval.compare --page docs/Results.md      (and pictures into images/)
+
+Answers come from `llava.eval.compare.suite` (same options, resumable, several processes). On top of
+its scores.json the folder gets compare.json, compare.csv, compare.md and three plots: score over
+visual tokens, over operations and over measured time. See docs/Comparing.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+
+from llava.errors import errors_as_messages
+from llava.eval.compare import suite
+from llava.eval.compare.comparison import Comparison, compare_runs
+from llava.eval.compare.costs import measure_costs, sample_prompts
+from llava.eval.compare.plot import plot
+from llava.eval.compare.published import published_table, read_published
+from llava.eval.compare.report import by_hand, csv_text, markdown, page
+
+#: what is drawn over what
+AXES = ("tokens", "flops", "time")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    suite.add_suite_args(parser, out="runs/compare")
+    parser.set_defaults(tokens=[192, 128, 64, 32])
+    group = parser.add_argument_group("comparison")
+    group.add_argument(
+        "--timed-prompts", type=int, default=8, help="prompts that costs are measured on"
+    )
+    group.add_argument(
+        "--published",
+        nargs="?",
+        const="llava-1.5-7b",
+        metavar="MODEL",
+        help="put the literature's numbers for this model beside ours (default: llava-1.5-7b)",
+    )
+    group.add_argument("--page", metavar="FILE", help="also write the results as a page of docs/")
+    args = suite.parse_suite_args(parser, argv)
+    if args.timed_prompts < 1:
+        parser.error("--timed-prompts must be at least 1")
+    return args
+
+
+def write(comparison: Comparison, args: argparse.Namespace, command: str) -> None:
+    """Writes all files of a comparison."""
+
+    def save(name: str, text: str) -> None:
+        with open(os.path.join(args.out, name), "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+
+    save("compare.json", json.dumps(comparison.as_dict(), indent=1))
+    save("compare.csv", csv_text(comparison))
+    text = markdown(comparison)
+    if args.published:
+        text += "\n" + published_table(comparison, read_published(), args.published)
+    save("compare.md", text)
+    for axis in AXES:
+        plot(comparison, axis, os.path.join(args.out, f"{axis}.png"))
+    if args.page:
+        pictures = os.path.join(os.path.dirname(args.page) or ".", os.pardir, "images")
+        os.makedirs(pictures, exist_ok=True)
+        names = {axis: f"results_{axis}.png" for axis in AXES}
+        for axis, name in names.items():
+            plot(comparison, axis, os.path.join(pictures, name))
+        whole = page(text, names, command) + by_hand(args.page)
+        with open(args.page, "w", encoding="utf-8") as file:
+            file.write(whole)
+
+
+@errors_as_messages()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    loop, runs, benchmarks, workers = suite.prepare(args)
+    scores = suite.run_all(loop, runs, benchmarks, args, workers)
+    if not workers.main:
+        return
+    prompts = sample_prompts(loop, benchmarks, args.data_dir, args.timed_prompts)
+    costs = measure_costs(loop.model, runs, prompts)
+    comparison = compare_runs(runs, scores, costs, benchmarks, args)
+    given = shlex.join(sys.argv[1:] if argv is None else argv)
+    write(comparison, args, f"python -m llava.eval.compare {given}".strip())
+    print(markdown(comparison))
+    print(f"written: {args.out}/compare.md .csv .json, {', '.join(AXES)}.png", file=sys.stderr)

@@ -1,0 +1,46 @@
+"""What the command lines of this room have in common."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+from llava.eval.answering.loading import DTYPES, resolve_conv_mode
+from llava.mm_utils import get_model_name_from_path
+from llava.model.placement import choose_device, fast_dtype
+from llava.playground import benchmark_dir, default_model_path
+
+IMAGES = "images"
+
+
+def add_question_args(parser, questions: str) -> None:
+    """Which questions are asked; questions: the file of the playground that is read by default."""
+    parser.add_argument("--question-file", help=f"default: the playground's {questions}")
+    parser.add_argument("--image-folder", help="default: the playground's pictures")
+    parser.add_argument("--conv-mode", default="auto")
+
+
+def fill_in_questions(args: argparse.Namespace, questions: str) -> None:
+    """Names the playground's questions and pictures where no others were given, and the template of
+    the model, which is the playground's where none is named."""
+    if args.question_file is None:
+        args.question_file = os.path.join(benchmark_dir(), questions)
+        args.image_folder = args.image_folder or os.path.join(benchmark_dir(), IMAGES)
+    args.image_folder = args.image_folder or os.path.dirname(args.question_file)
+    path = args.model_path or default_model_path()
+    args.model_name = get_model_name_from_path(path)
+    args.conv_mode = resolve_conv_mode(args.conv_mode, args.model_name, path, args.model_base)
+
+
+def placed(args: argparse.Namespace) -> dict:
+    """`dtype` and `device` of a model of random weights: those asked for, else what is fast."""
+    device = choose_device(args.device)
+    return {"dtype": DTYPES[args.dtype] if args.dtype else fast_dtype(device), "device": device}
+
+
+def write_json(result: dict, path: str | None) -> None:
+    """Writes the result where a program was told to."""
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1)
