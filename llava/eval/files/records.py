@@ -11,8 +11,10 @@ import math
 import re
 
 TABLE_COLUMNS = ("index", "question", "A", "B", "image")
-# What pandas, with which the published numbers were made, reads as a missing cell.
-MISSING_CELLS = {"", "NA", "N/A", "n/a", "<NA>", "#N/A", "#NA", "NULL", "null", "-nan", "-NaN"}
+#: a missing cell, as pandas reads it, with which the published numbers were made; to LLaVA, "nan"
+#: and "none" are one in any case
+MISSING_CELLS = {"", "NA", "N/A", "n/a", "<NA>", "#N/A", "#N/A N/A", "#NA", "NULL", "null", "-nan"}
+MISSING_CELLS |= {"-NaN", "1.#IND", "1.#QNAN", "-1.#IND", "-1.#QNAN"}
 
 
 class Record(dict):
@@ -180,10 +182,6 @@ def read_table(path: str, columns: tuple[str, ...] = TABLE_COLUMNS) -> Records:
 def _table_row(row: list[str], header: list[str], where: str) -> Record:
     if len(row) != len(header):
         raise ValueError(f"{where}: {len(row)} cells where the header has {len(header)}")
-    cells = zip(header, row, strict=True)
-    return Record({name: None if is_missing(cell) else cell for name, cell in cells}, where)
-
-
-def is_missing(cell: str) -> bool:
-    """True for an empty cell and for the ways in which tables spell "nothing"."""
-    return cell in MISSING_CELLS or cell.lower() in ("nan", "none")
+    missing = (cell in MISSING_CELLS or cell.lower() in ("nan", "none") for cell in row)
+    cells = zip(header, row, missing, strict=True)
+    return Record({name: None if gone else cell for name, cell, gone in cells}, where)
