@@ -18,6 +18,7 @@ from llava.image_io import (
     resized_square,
     to_rgb,
 )
+from llava.image_settings import ImageSettings
 
 __all__ = [
     "KeywordsStoppingCriteria",
@@ -120,33 +121,32 @@ def process_anyres_image(
 
 
 def process_images(images: list[Image.Image], image_processor, model_cfg):
-    """Pixels for the vision tower, prepared as `model_cfg.image_aspect_ratio` says.
+    """Pixels for the vision tower, prepared as `model_cfg` says: `model.image_settings`, the config
+    of the model, or anything with the values of one, see `ImageSettings`. Its `image_aspect_ratio`:
 
     "pad":    padded to a square with the mean colour, (n, 3, S, S)
     "anyres": overview and tiles, (n, 1 + T, 3, S, S), or a list of n tensors (1 + T, 3, S, S)
-              when the images differ in their number of tiles; `model_cfg.anyres_selection` says
-              how the resolution is chosen, see `select_best_resolution`
+              when the images differ in their number of tiles
     else:     shorter side resized to S, centre crop, (n, 3, S, S)
 
     Transparent parts become white. Images are prepared one after the other, in memory that does not
     grow with the square of their longer side.
     """
-    pixels = [_process_image(to_rgb(image), image_processor, model_cfg) for image in images]
-    if getattr(model_cfg, "image_aspect_ratio", None) != "anyres":
+    settings = ImageSettings.of(model_cfg)
+    pixels = [_process_image(to_rgb(image), image_processor, settings) for image in images]
+    if settings.image_aspect_ratio != "anyres":
         return torch.cat(pixels)
     return torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
 
 
-def _process_image(image: Image.Image, processor, model_cfg) -> torch.Tensor:
+def _process_image(image: Image.Image, processor, settings: ImageSettings) -> torch.Tensor:
     """(1, 3, S, S), or with "anyres" (1 + T, 3, S, S), of an RGB image."""
     if 0 in image.size:
         raise ValueError(f"an image of {image.width} x {image.height} pixels shows nothing")
-    mode = getattr(model_cfg, "image_aspect_ratio", None)
-    if mode == "anyres":
-        pinpoints = model_cfg.image_grid_pinpoints
-        selection = getattr(model_cfg, "anyres_selection", None) or "area"
+    if settings.image_aspect_ratio == "anyres":
+        pinpoints, selection = settings.image_grid_pinpoints, settings.anyres_selection
         return process_anyres_image(image, processor, pinpoints, selection)
-    if mode == "pad":
+    if settings.image_aspect_ratio == "pad":
         mean_color = tuple(int(255 * mean) for mean in processor.image_mean)
         side = processor.size.get("shortest_edge")
         if side and processor.do_resize:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava import playground
 from llava.eval import run_llava
+from llava.image_settings import ImageSettings
 from llava.pruning import DecoderPruner, build_pruner, trace_pruning
 from llava.pruning.cli import pruner_from_args
 from llava.pruning.picture import crop_boxes, surviving_patches
@@ -190,17 +191,25 @@ class Tower:
     ids=["padded to a square", "cut to a square"],
 )
 def test_patches_lie_where_the_preprocessing_put_them(mode, first):
-    (boxes,) = crop_boxes((80, 40), CLIPVisionConfig(image_aspect_ratio=mode), Tower)
+    (boxes,) = crop_boxes((80, 40), ImageSettings(mode), Tower)
     assert boxes.shape == (16, 4)
     assert boxes[0].tolist() == first
 
 
 def test_tiles_lie_side_by_side_on_the_image():
-    config = CLIPVisionConfig(image_aspect_ratio="anyres", image_grid_pinpoints=[[80, 40]])
-    overview, left, right = crop_boxes((160, 60), config, Tower)
+    settings = ImageSettings("anyres", image_grid_pinpoints=((80, 40),))
+    overview, left, right = crop_boxes((160, 60), settings, Tower)
     assert overview[0].tolist() == [0, 0, 40, 15]
     assert left[0].tolist() == [0, -10, 20, 10]  # 160 x 60 stands in the middle of 160 x 80
     assert right[-1].tolist() == [140, 50, 160, 70]
+
+
+def test_tiles_are_those_of_the_canvas_that_was_chosen():
+    canvases = ((40, 80), (80, 40))  # either shows all of a small image; the wide one is filled
+    size, narrow = (20, 10), ImageSettings("anyres", canvases)
+    wide = ImageSettings("anyres", canvases, anyres_selection="fill")
+    assert crop_boxes(size, narrow, Tower)[1][0].tolist() == [0, -15, 5, -10]
+    assert crop_boxes(size, wide, Tower)[1][0].tolist() == [0, 0, 2.5, 2.5]
 
 
 def test_the_chat_remembers_and_keeps_end_marks_out_of_its_history(run, monkeypatch):

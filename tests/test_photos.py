@@ -17,6 +17,7 @@ from llava.eval.answering import answerer
 from llava.eval.answering.loop import AnswerLoop
 from llava.eval.answering.questions import Question
 from llava.image_io import TURNS, load_image, load_image_from_base64, to_rgb
+from llava.image_settings import ImageSettings
 from llava.mm_utils import process_images
 from llava.serve.images import decode_images
 from llava.train.data import LazySupervisedDataset
@@ -101,7 +102,7 @@ def test_damaged_metadata_leaves_the_image_as_it_is(tmp_path):
 def test_benchmarks_read_images_as_published_unless_asked(tmp_path, processor):
     (tmp_path / "photo.jpg").write_bytes(photo(6))
     transparent("RGBA").save(tmp_path / "logo.png")
-    model = SimpleNamespace(config=SimpleNamespace(image_aspect_ratio="pad"), pruner=None)
+    model = SimpleNamespace(image_settings=ImageSettings("pad"), pruner=None)
     for switch, size, corner in ((False, SIZE, -2), (True, SIZE[::-1], 1)):
         loop = AnswerLoop(None, model, processor, "vicuna_v1", upright_images=switch)
         question = Question({"question_id": 1}, "?", [])
@@ -230,7 +231,7 @@ def test_deep_images_look_alike_in_training_and_inference(tmp_path, processor, n
 def test_harnesses_of_others_get_deep_images_scaled(processor):
     deep = Image.fromarray((RAMP * 65535).astype(np.uint16))
     seen = []
-    model = SimpleNamespace(config=SimpleNamespace(image_aspect_ratio="pad"))
+    model = SimpleNamespace(image_settings=ImageSettings("pad"))
     loop = SimpleNamespace(image_processor=processor, model=model)
     loop.generate = lambda batch: seen.extend(batch[0][1]) or [""]
     answerer.ask(loop, [("?", [deep])], 1)

@@ -136,9 +136,9 @@ def check_picture_name(path: str | None) -> None:
         raise ValueError(f"--show-pruning {path!r}: there is no folder {folder!r}")
 
 
-def image_inputs(images: list[Image.Image], image_processor, model, config=None) -> dict:
-    """The arguments of `generate` that carry the images; config: in place of the model's own."""
-    pixels = process_images(images, image_processor, config or model.config)
+def image_inputs(images: list[Image.Image], image_processor, model, settings=None) -> dict:
+    """The arguments of `generate` that carry the images; settings: in place of those in use."""
+    pixels = process_images(images, image_processor, settings or model.image_settings)
     place = {"device": model.device, "dtype": model.dtype}
     pixels = [p.to(**place) for p in pixels] if isinstance(pixels, list) else pixels.to(**place)
     return {"images": pixels, "image_sizes": [image.size for image in images]}

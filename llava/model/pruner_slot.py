@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..mm_utils import get_anyres_image_grid_shape
+from ..image_settings import ImageSettings
 from ..pruning.base import Pruner
 
 
@@ -15,8 +14,6 @@ class PrunerSlot:
     """Mixin of models with `config` and `get_vision_tower()`: holds the pruning method."""
 
     _pruner: Pruner = Pruner()
-    #: config values of the checkpoint that the method in use replaces
-    _native_anyres: dict = {}
 
     @property
     def pruner(self) -> Pruner:
@@ -44,7 +41,9 @@ class PrunerSlot:
                     f"{tower.select_feature!r}"
                 )
         pruner.attach(tower)
-        self._prepare_config(pruner)
+        side = 0 if tower is None else tower.image_size
+        own = ImageSettings.of_checkpoint(self.config)
+        self.config.image_changes = own.changes_of(pruner, side)
         self._pruner = pruner
         self.pruner_module = pruner.module
 
@@ -65,29 +64,14 @@ class PrunerSlot:
         finally:
             self._pruner = before
 
-    def _prepare_config(self, pruner: Pruner) -> None:
-        """Makes the config say how images are cut now: `process_images` reads it there."""
-        config = self.config
-        for key, value in self._native_anyres.items():  # undo what the previous method asked for
-            if value is None:
-                delattr(config, key)
-            else:
-                setattr(config, key, value)
-        self._native_anyres = {}
-        tower = self.get_vision_tower()
-        if getattr(config, "image_aspect_ratio", None) != "anyres" or tower is None:
-            return
-        wanted = dict(pruner.anyres_config)
-        if pruner.anyres_tiles is not None:
-            merge = getattr(config, "mm_patch_merge_type", "flat")
-            wanted["mm_patch_merge_type"] = merge.replace("_unpad", "")
-            wanted["image_grid_pinpoints"] = [[tower.image_size * n for n in pruner.anyres_tiles]]
-        self._native_anyres = {key: getattr(config, key, None) for key in wanted}
-        for key, value in wanted.items():
-            setattr(config, key, value)
+    @property
+    def image_settings(self) -> ImageSettings:
+        """How images are cut for the method in use and how their tokens are laid out:
+        `process_images(images, image_processor, model.image_settings)`."""
+        return ImageSettings.of(self.config)
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        """Saves the plain model, whatever pruning method is in use."""
+        """Saves the model without the parts of the method in use."""
         pruner, self.pruner = self.pruner, Pruner()
         try:
             super().save_pretrained(*args, **kwargs)
@@ -96,15 +80,10 @@ class PrunerSlot:
 
     def crops_in_budget(self, pruner: Pruner) -> int:
         """Crops of one image that share `visual_token_num`."""
-        if getattr(self.config, "image_aspect_ratio", None) != "anyres":
+        settings = ImageSettings.of_checkpoint(self.config)
+        if settings.image_aspect_ratio != "anyres":
             return 1
         if pruner.anyres_tiles is not None:
             return 1 + math.prod(pruner.anyres_tiles)
-        pinpoints = self._native_anyres.get(
-            "image_grid_pinpoints", self.config.image_grid_pinpoints
-        )
-        if isinstance(pinpoints, str):
-            pinpoints = ast.literal_eval(pinpoints)
         side = self.get_vision_tower().image_size
-        tiles = (get_anyres_image_grid_shape((w, h), [(w, h)], side) for w, h in pinpoints)
-        return 1 + max(math.prod(shape) for shape in tiles)
+        return 1 + max((w // side) * (h // side) for w, h in settings.image_grid_pinpoints)

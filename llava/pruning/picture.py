@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.image_settings import ImageSettings
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.pruning import PruningTrace
 
@@ -42,7 +43,7 @@ def surviving_patches(trace: PruningTrace, input_ids: Tensor) -> list[Tensor]:
     return survivors
 
 
-def crop_boxes(size: tuple[int, int], config, tower) -> list[np.ndarray]:
+def crop_boxes(size: tuple[int, int], settings: ImageSettings, tower) -> list[np.ndarray]:
     """Where the patches of every crop lie on an image of (width, height) pixels.
 
     One array (N, 4) of left, top, right, bottom per crop, in the order of `process_images`; boxes
@@ -50,9 +51,10 @@ def crop_boxes(size: tuple[int, int], config, tower) -> list[np.ndarray]:
     """
     width, height = size
     cells, side = tower.num_patches_per_side, tower.image_size
-    mode = getattr(config, "image_aspect_ratio", None)
+    mode = settings.image_aspect_ratio
     if mode == "anyres":
-        across, down = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side)
+        pinpoints, selection = settings.image_grid_pinpoints, settings.anyres_selection
+        across, down = get_anyres_image_grid_shape(size, pinpoints, side, selection)
         scale = max(width / (across * side), height / (down * side))  # image pixels per tile pixel
         tile = side * scale
         left, top = (width - across * tile) / 2, (height - down * tile) / 2
@@ -185,7 +187,7 @@ def show_pruning(
     tower = model.get_vision_tower()
     panels, total, maps = [], 0, trace.importance
     for number, (image, patches) in enumerate(zip(images, survivors, strict=True)):
-        boxes = crop_boxes(image.size, model.config, tower)
+        boxes = crop_boxes(image.size, model.image_settings, tower)
         count = sum(len(crop) for crop in boxes)
         total += count
         panels += draw_image(image, patches, boxes)

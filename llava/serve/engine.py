@@ -10,7 +10,6 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -134,25 +133,27 @@ class Engine:
             seat.__enter__()
         except (ValueError, OSError, ImportError) as error:
             raise unavailable(error) from None
-        config = copy(self.model.config)  # how images are cut depends on the method
+        image_settings = self.model.image_settings  # they depend on the method
         seat.__exit__()
         try:
-            return self._inputs(request, request_id, seat, images, config)
+            return self._inputs(request, request_id, seat, images, image_settings)
         except ValueError as error:
             logger.info("request %s: %s", request_id, type(error).__name__)
             raise ServeError("bad_image", "An image cannot be prepared for this model.") from None
 
-    def _inputs(self, request: GenerateRequest, request_id: str, seat: Seat, images, config) -> Job:
-        """config: of the model, as it is while the seat has the turn; it is not needed here"""
+    def _inputs(
+        self, request: GenerateRequest, request_id: str, seat: Seat, images, image_settings
+    ) -> Job:
+        """image_settings: of the model while the seat has the turn, which is not needed here"""
         inputs, geometry, crops = {}, [], 0
         if images:
-            inputs = image_inputs(images, self.image_processor, self.model, config)
+            inputs = image_inputs(images, self.image_processor, self.model, image_settings)
             question = request.question
             if question is None:
                 question = last_question(request.prompt, self.template)
             inputs["questions"] = [question] * len(images)
             tower = self.model.get_vision_tower()
-            geometry = [image_geometry(image.size, config, tower) for image in images]
+            geometry = [image_geometry(image.size, image_settings, tower) for image in images]
             if seat.pruner.name == Pruner.name:  # a method leaves fewer: `generate` counts them
                 crops = sum(len(p) if p.ndim == 4 else 1 for p in inputs["images"])
         ids = tokenizer_image_token(
@@ -161,7 +162,7 @@ class Engine:
         room = self._context_length() - len(ids)
         room -= crops * self.model.get_vision_tower().num_patches
         most = min(request.max_new_tokens, self.limits.new_tokens, room)
-        place = placement(config)
+        place = placement(image_settings)
         return Job(request, request_id, seat, ids, inputs, most, geometry, place)
 
     def _marked(self, prompt: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..constants import IMAGE_TOKEN_INDEX
+from ..image_settings import ImageSettings
 from ..pruning import Pruner, PruningTrace
 from ..pruning.cost import kv_cache_bytes
 from ..pruning.picture import crop_boxes, importance_of_patches
@@ -13,7 +14,7 @@ from .methods import settings
 PLACEMENT = ("image_aspect_ratio", "image_grid_pinpoints")
 
 
-def image_geometry(size: tuple[int, int], config, tower) -> dict:
+def image_geometry(size: tuple[int, int], image_settings: ImageSettings, tower) -> dict:
     """Where the patches of an image of (width, height) come from, for a picture of them.
 
     grid:  (h, w) patches of a crop
@@ -23,15 +24,15 @@ def image_geometry(size: tuple[int, int], config, tower) -> dict:
     side = tower.num_patches_per_side
     width, height = size
     crops = []
-    for boxes in crop_boxes(size, config, tower):
+    for boxes in crop_boxes(size, image_settings, tower):
         (left, top), (right, bottom) = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
         crops.append([left / width, top / height, right / width, bottom / height])
     return {"grid": [side, side], "crops": [[round(float(x), 5) for x in box] for box in crops]}
 
 
-def placement(config) -> dict:
-    """The values of the config that say how images are cut."""
-    return {key: getattr(config, key, None) for key in PLACEMENT}
+def placement(image_settings: ImageSettings) -> dict:
+    """How images are cut."""
+    return {key: getattr(image_settings, key) for key in PLACEMENT}
 
 
 def pruning_report(

@@ -273,7 +273,8 @@ def add_pruner(llava: nn.Module, model_args, data_args, pruner=None) -> None:
         logger.info("training with %r", llava.pruner)
         data_args.tokens_per_image = 1  # or more, which depends on the method
     # The dataset prepares images the way the method wants them.
-    data_args.image_grid_pinpoints = getattr(llava.config, "image_grid_pinpoints", None)
+    data_args.image_grid_pinpoints = llava.image_settings.image_grid_pinpoints
+    data_args.anyres_selection = llava.image_settings.anyres_selection
 
 
 def settle_dtypes(model: nn.Module, training_args) -> None:

@@ -128,8 +128,7 @@ def check_written(model: nn.Module, folder: str, wanted: Callable[[str], bool]) 
 def portable_config(model: nn.Module, folder: str):
     """A copy of the model's config as it belongs into `folder`.
 
-    A vision tower given by a relative path is named relative to `folder`. Settings that a pruning
-    method changed for its own run are put back.
+    A vision tower given by a relative path is named relative to `folder`.
     """
     config = copy.deepcopy(model.config)
     llava = unwrapped(model)
@@ -138,9 +137,6 @@ def portable_config(model: nn.Module, folder: str):
     if tower is not None and name and not os.path.isabs(name):
         if os.path.isdir(tower.vision_tower_name):
             config.mm_vision_tower = os.path.relpath(tower.vision_tower_name, folder)
-    for key, value in (getattr(llava, "_native_anyres", None) or {}).items():
-        if hasattr(config, key) and value is not None:
-            setattr(config, key, value)
     if os.path.isdir(config._name_or_path):  # no trace of the machine it was trained on
         config._name_or_path = os.path.basename(os.path.normpath(config._name_or_path))
     config.use_cache = True

@@ -5,8 +5,8 @@ import torch
 
 from llava.constants import IGNORE_INDEX
 from llava.model.image_layout import unpad_image, unpad_window
-from llava.model.llava_arch import image_slots
-from tests.conftest import PINPOINTS, SIDE, pad_batch
+from llava.model.splice import image_slots
+from tests.conftest import SIDE, pad_batch
 
 
 def test_images_stand_where_their_marks_were(model, sample):
@@ -110,17 +110,6 @@ def test_crops_that_do_not_fit_the_image_size_are_an_error(anyres_model, sample)
         )
     with pytest.raises(ValueError, match="image_sizes"):
         anyres_model.build_prompt(prompt.ids, images=[torch.randn(3, 3, SIDE, SIDE)])
-
-
-def test_choosing_a_method_with_its_own_tiling_is_undone_by_none(anyres_model):
-    from llava.pruning import build_pruner
-
-    anyres_model.pruner = build_pruner("random", visual_token_num=50)
-    assert anyres_model.config.image_grid_pinpoints == [[2 * SIDE, 2 * SIDE]]
-    assert anyres_model.config.mm_patch_merge_type == "spatial"
-    anyres_model.pruner = build_pruner("none")
-    assert anyres_model.config.image_grid_pinpoints == PINPOINTS
-    assert anyres_model.config.mm_patch_merge_type == "spatial_unpad"
 
 
 def test_unpadding_removes_the_border_the_resize_added():

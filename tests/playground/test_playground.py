@@ -283,7 +283,7 @@ def test_the_shipped_llava_answers_questions_about_held_out_pictures():
         scene = make_data.held_out(index)
         question = questions.existence(scene, np.random.default_rng(index))
         image = Image.fromarray(scenes.render(scene))
-        pixels = process_images([image], processor, model.config).to(model.dtype)
+        pixels = process_images([image], processor, model.image_settings).to(model.dtype)
         text = f"{decoder_text.SYSTEM}<image>\n{question.text} ASSISTANT:"
         ids = tokenizer_image_token(text, slow, return_tensors="pt")[None]
         with torch.inference_mode():

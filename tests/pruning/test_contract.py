@@ -183,7 +183,7 @@ def test_anyres_images_follow_the_schedule(anyres_model, pruner, sample):
         return
     model.pruner = pruner = make_pruner(name, 50)
     prompt = sample(4, "image", 5)
-    tiles = model.config.image_grid_pinpoints
+    tiles = model.image_settings.image_grid_pinpoints
     size = (42, 84) if pruner.anyres_tiles is None else (2 * SIDE, 2 * SIDE)
     count = 5 if len(tiles) == 1 else 3  # 84 x 168 for the portrait image
     images = [torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(5))]

@@ -6,7 +6,7 @@ from PIL import Image
 from llava.mm_utils import process_images
 from llava.pruning import VisionTokens, build_pruner, trace_pruning
 from llava.pruning.fastervlm import FasterVLM
-from tests.conftest import PINPOINTS, SIDE
+from tests.conftest import SIDE
 
 
 def vision(attention, **options):
@@ -43,21 +43,12 @@ def test_the_canvas_is_the_one_the_image_fills_best(anyres_model, sample):
 
     side = {"height": SIDE, "width": SIDE}
     processor = CLIPImageProcessor(crop_size=side, size={"shortest_edge": SIDE})
-    assert process_images([image], processor, model.config).shape[1] == 3
+    assert process_images([image], processor, model.image_settings).shape[1] == 3
     model.pruner = build_pruner("fastervlm", visual_token_num=50)
-    pixels = process_images([image], processor, model.config)
+    pixels = process_images([image], processor, model.image_settings)
     assert pixels.shape[1] == 5  # 2 x 2 tiles, filled without a margin
     prompt = sample(4, "image", 5)
     with trace_pruning(model) as trace:
         model(prompt.ids, images=list(pixels), image_sizes=[image.size])
     assert len(trace.visual_positions[0]) == 50
     assert (trace.visual_positions[0] >= 0).all()  # no newlines
-
-
-def test_switching_off_leaves_no_trace_in_the_config(anyres_model):
-    model = anyres_model
-    model.pruner = build_pruner("fastervlm", visual_token_num=50)
-    model.pruner = build_pruner("none")
-    assert not hasattr(model.config, "anyres_selection")
-    assert model.config.mm_patch_merge_type == "spatial_unpad"
-    assert model.config.image_grid_pinpoints == PINPOINTS

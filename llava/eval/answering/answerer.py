@@ -80,7 +80,8 @@ def ask(
     batch = []
     for number, (text, images) in enumerate(prompts):
         images = [to_rgb(image, background=None) for image in images]
-        pixels = process_images(images, loop.image_processor, loop.model.config) if images else []
+        settings = loop.model.image_settings
+        pixels = process_images(images, loop.image_processor, settings) if images else []
         pictures = [Picture(p, image.size) for p, image in zip(pixels, images, strict=True)]
         marks = [str(place) for place in range(len(images))]
         batch.append((Question({"question_id": number}, text, marks), pictures))

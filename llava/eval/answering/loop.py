@@ -153,7 +153,7 @@ class AnswerLoop:
         """
         picture = load_image(question, image, image_folder, not self.upright_images)
         try:
-            pixels = process_images([picture], self.image_processor, self.model.config)[0]
+            pixels = process_images([picture], self.image_processor, self.model.image_settings)[0]
         except (ValueError, ArithmeticError) as error:
             name = "in the table" if question.base64 else image
             raise ValueError(f"{question}: image {name}: {error}") from error

@@ -131,7 +131,7 @@ class LlavaPruning(lmms):
         count = len(ids[1]) - len(ids[0])
         pixels = None
         if images:
-            pixels = process_images(images, loop.image_processor, model.config)
+            pixels = process_images(images, loop.image_processor, model.image_settings)
             pixels = [p.to(model.device, model.dtype) for p in pixels]
             pixels = torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
         input_ids = ids[1][None].to(model.device)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from ...image_settings import KnowsMethod
 from ..llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 from .causal_lm import VisionLanguageForCausalLM
 from .modeling_llama import LlamaModel
 
 
-class LlavaConfig(LlamaConfig):
+class LlavaConfig(KnowsMethod, LlamaConfig):
     model_type = "llava_llama"
 
 

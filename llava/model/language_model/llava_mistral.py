@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
+from ...image_settings import KnowsMethod
 from .llava_llama import LlavaLlamaForCausalLM, LlavaLlamaModel
 
 
-class LlavaMistralConfig(MistralConfig):
+class LlavaMistralConfig(KnowsMethod, MistralConfig):
     model_type = "llava_mistral"
 
 

@@ -8,9 +8,7 @@ every layer of a prefill that holds an image.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +23,8 @@ from ...rms_norm import RMSNorm
 from ..kv_cache import KVCache, RowState
 from ..reuse import Prefix
 from .attention import Packing, check_backend, packs_rows, padded_causal_mask, rows_of
-from .hook_calls import call
 from .layers import DecoderLayer, Rotary, Step, bring, run_layers
+from .prefill_loop import PrefillLoop, next_position
 
 
 @dataclass
@@ -121,10 +119,14 @@ class LlamaModel(LlamaPreTrainedModel):
             prefill.grid, prefill.tags, prefill.context = grid, token_tags, token_context
             if visual_index is not None:
                 prefill.visual_index, prefill.patch_index = visual_index, patch_index
-            hooks = pruner if visual_index is not None else None
             if trace is not None:
-                trace.start_prefill(self._shape(inputs_embeds), prefill.position_ids)
-            x, index, valid = self._prefill(prefill, cache, hooks, trace, collect, prefix)
+                shape = DecoderShape.from_config(self.config, inputs_embeds.element_size())
+                trace.start_prefill(shape, prefill.position_ids)
+            hooks = None if visual_index is None else pruner
+            loop = PrefillLoop(self, hooks, cache, trace, collect)
+            prefill = loop.run(prefill, prefix)
+            x, valid = prefill.hidden_states, prefill.valid
+            index = prefill.index if loop.dropped else None
         x = self.norm(x.to(device_of(self.norm)))
         index, valid = moved((index, valid), x.device)
         if collect is not None:
@@ -153,105 +155,6 @@ class LlamaModel(LlamaPreTrainedModel):
             grid=None,
         )
 
-    def _prefill(self, prefill: Prefill, cache, pruner, trace, collect, prefix=None):
-        """All layers on the prompt; returns hidden states, surviving index (or None) and valid."""
-        depth = len(self.layers)
-        probes = set() if pruner is None else set(pruner.probe_layers(depth))
-        drops = pruner is not None and pruner.drops_from_caches(depth)
-        places = held_places if drops else lambda _: None
-        visual, own, step = prefill.visual_index, places(prefill), None
-        done, dropped, held = 0, False, []  # held: per layer, what its cache holds
-        if prefix is not None:
-            done, held = prefix.depth, [own] * prefix.depth
-            prefill = self._resume(prefill, cache, pruner, trace, prefix)
-        for number, layer in enumerate(self.layers[done:], start=done):
-            if layer.device != prefill.hidden_states.device:
-                prefill, step, own = moved((prefill, step, own), layer.device)
-            prefill.layer = number
-            if pruner is not None:
-                hook = call(partial(pruner.before_layer, number), prefill, pruner.name)
-                prefill = hook.prefill
-                if hook.changed:
-                    step, own = None, places(prefill)
-                    if hook.dropped:
-                        dropped = True
-                        self._dropped(number, prefill, pruner, held, cache, trace)
-                    elif trace is not None and number == 0:
-                        trace.position_ids = prefill.position_ids.detach().cpu()
-            step = self._prefill_step(prefill) if step is None else step
-            if trace is not None:
-                self._trace_layer(prefill, trace)
-            if collect is not None:
-                collect.append(prefill.hidden_states)
-            probing = number in probes
-            prefill.hidden_states, prefill.attention = self._run(
-                layer,
-                prefill.hidden_states,
-                replace(step, rows=pruner.probe_rows(prefill), form=pruner.probe_form)
-                if probing
-                else step,
-                cache,
-            )
-            if cache is not None:
-                cache.rows[number] = step.state
-                held.append(own)
-        if pruner is not None:
-            prefill, gone = self._finish(prefill, pruner, held, cache, trace)
-            dropped = dropped or gone
-        if trace is not None:
-            trace.finish_prefill(cache, visual, prefill.scratch.get("importance"))
-        return prefill.hidden_states, prefill.index if dropped else None, prefill.valid
-
-    def _finish(self, prefill: Prefill, pruner, held, cache, trace) -> tuple[Prefill, bool]:
-        """The hook behind the last layer; returns the prompt, and whether tokens were dropped."""
-        hook = call(pruner.after_layers, prefill, pruner.name)
-        prefill = hook.prefill
-        if "index" in hook.changed:
-            self._dropped(len(self.layers), prefill, pruner, held, cache, trace)
-        elif late := hook.changed - {"next_position"}:
-            raise ValueError(
-                f"{pruner.name} changes {' and '.join(sorted(late))} in after_layers, when all "
-                "layers have run: change them in before_layer"
-            )
-        if "next_position" in hook.changed and cache is not None:
-            for state in {id(state): state for state in cache.rows}.values():
-                state.next_position = next_position(prefill).to(state.next_position.device)
-        return prefill, "index" in hook.changed
-
-    def _trace_layer(self, prefill: Prefill, trace) -> None:
-        """Records the tokens as they enter layer `prefill.layer`."""
-        number = prefill.layer
-        trace.add_layer(prefill.visual_index, prefill.valid, prefill.index)
-        if number in trace.attention_layers:
-            row = prefill.attention_rows(number, prefill.last[:, None])[:, :, 0]
-            trace.add_attention(number, row, prefill.index)
-
-    def _resume(self, prefill: Prefill, cache, pruner, trace, prefix) -> Prefill:
-        """The layers that `prefix` went through, on what follows it; returns the prompt as it
-        enters the next layer (what follows alone where there is none)."""
-        before = prefill.hidden_states
-        hook = call(partial(pruner.before_layer, 0), prefill, pruner.name)
-        prefill = hook.prefill
-        if hook.changed or prefill.hidden_states is not before:
-            raise ValueError(
-                f"{pruner.name} changes tokens before layer 0, but its reusable_layers says that "
-                f"it leaves {prefix.depth} layers alone"
-            )
-        tail = self.first_layers(prefill, prefix.depth, cache, prefix)
-        state = RowState(next_position(prefill), prefix.valid_in_cache(prefill.valid))
-        for number in range(prefix.depth):
-            device = self.layers[number].device
-            if device != state.next_position.device:
-                state = moved(state, device)
-            cache.rows[number] = state
-            if trace is not None:
-                trace.add_layer(prefill.visual_index, prefill.valid, prefill.index)
-        whole = prefix.depth < len(self.layers)
-        prefill.hidden_states = prefix.followed_by(tail) if whole else tail
-        if prefill.index.device != tail.device:
-            prefill = moved(prefill, tail.device)
-        return prefill
-
     def first_layers(
         self, prefill: Prefill, depth: int, cache: KVCache, prefix: Prefix | None = None
     ) -> Tensor:
@@ -267,18 +170,11 @@ class LlamaModel(LlamaPreTrainedModel):
             if known:
                 prefix.put(number, cache, x.shape[0])
             x, step = bring(self.layers[number], x, step)
-            x, _ = self._run(self.layers[number], x, step, cache)
+            x, _ = self.run_layer(self.layers[number], x, step, cache)
         return x
 
-    def _dropped(self, number: int, prefill: Prefill, pruner, held, cache, trace) -> None:
-        """Makes caches and trace follow a change of the tokens before layer `number`."""
-        if cache is not None:
-            layers = pruner.pruned_caches(number, len(self.layers))
-            drop_from_caches(cache, layers, held, prefill)
-        if trace is not None:
-            trace.add_change(number, prefill.index, prefill.valid)
-
-    def _prefill_step(self, prefill: Prefill) -> Step:
+    def prefill_step(self, prefill: Prefill) -> Step:
+        """What the layers share on the tokens as they are now."""
         valid, x = prefill.valid, prefill.hidden_states
         mask = packed = None
         if hides_tokens(valid):
@@ -296,7 +192,7 @@ class LlamaModel(LlamaPreTrainedModel):
 
     def through(self, prefill: Prefill, layers: nn.ModuleList) -> Tensor:
         """(B, S, D) what further layers give on the tokens as they are now, on their device."""
-        return run_layers(layers, prefill.hidden_states, self._prefill_step(prefill), None)
+        return run_layers(layers, prefill.hidden_states, self.prefill_step(prefill), None)
 
     def branch(
         self, prefill: Prefill, layers: nn.ModuleList, cache: KVCache | None = None
@@ -307,7 +203,7 @@ class LlamaModel(LlamaPreTrainedModel):
         and on its device, and what that token attends to there, (B, H, 1, S) in fp32. With a cache,
         which must hold nothing of these layers yet, their keys and values are kept.
         """
-        x, step = prefill.hidden_states, self._prefill_step(prefill)
+        x, step = prefill.hidden_states, self.prefill_step(prefill)
         x = run_layers(layers[:-1], x, step, cache)
         x, step = bring(layers[-1], x, step)
         hidden, row = layers[-1].at_rows(x, step, prefill.last[:, None].to(x.device), cache)
@@ -347,61 +243,15 @@ class LlamaModel(LlamaPreTrainedModel):
             step.state.next_position = step.state.next_position + count
         return x
 
-    def _run(self, layer, x, step, cache):
+    def run_layer(
+        self, layer: DecoderLayer, x: Tensor, step: Step, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `layer(x, step, cache)`, with checkpoints for the gradients where training asks."""
         if self.gradient_checkpointing and self.training:
             return self._gradient_checkpointing_func(layer.__call__, x, step, cache)
         return layer(x, step, cache)
-
-    def _shape(self, x: Tensor) -> DecoderShape:
-        return DecoderShape.from_config(self.config, x.element_size())
-
-
-def held_places(prefill: Prefill) -> Tensor:
-    """(B, S) place of each token in the prompt that entered layer 0, ascending in every row:
-    padding and tokens that were not in the prompt repeat the last token before them."""
-    index = prefill.index
-    if prefill.valid is not None:
-        index = index.masked_fill(~prefill.valid, -1)
-    return index.cummax(dim=1).values
-
-
-def drop_from_caches(
-    cache: KVCache, layers: Iterable[int], held: list[Tensor], after: Prefill
-) -> None:
-    """Takes from layers that already ran what a method dropped later; positions stay.
-
-    held: per layer `held_places` of what its cache holds; layers with the same tokens share it
-    """
-    orders: dict[int, Tensor] = {}
-    states: dict[int, RowState] = {}  # layers that shared a state still do
-    for layer in layers:
-        before = cache.rows[layer]
-        own, there = held[layer], before.next_position.device
-        if id(own) not in orders:
-            # Both lists ascend in every row, so a search finds where the survivors were.
-            index = after.index.to(there).contiguous()
-            order = torch.searchsorted(own.to(there).contiguous(), index)
-            orders[id(own)] = order.clamp(max=own.shape[1] - 1)
-        if id(before) not in states:
-            follows = after.next_position
-            follows = before.next_position if follows is None else follows
-            states[id(before)] = moved(RowState(follows, after.valid), there)
-        cache.keep(layer, orders[id(own)], states[id(before)])
 
 
 def hides_tokens(valid: Tensor | None) -> bool:
     """Whether padding stands before a token; behind all tokens the causal mask hides it anyway."""
     return valid is not None and bool((valid[:, 1:] & ~valid[:, :-1]).any())
-
-
-def next_position(prefill: Prefill) -> Tensor:
-    """(B,) position of the first generated token: one after the last position of the prompt,
-    unless the method says otherwise."""
-    if prefill.next_position is not None:
-        return prefill.next_position
-    positions = prefill.position_ids
-    if positions.ndim == 3:
-        positions = positions.amax(dim=2)
-    if prefill.valid is not None:
-        positions = positions.masked_fill(~prefill.valid, -1)
-    return positions.amax(dim=1) + 1

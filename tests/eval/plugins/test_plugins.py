@@ -135,7 +135,7 @@ def test_what_lmms_evals_own_llava_model_asks_for_works():
     tokenizer, model, processor, _ = load_pretrained_model(CHECKPOINT, None, "llava", **options)
     model.tie_weights()
     images = [Image.open(path).convert("RGB") for path in IMAGES]
-    pixels = process_images(images, processor, model.config).half()
+    pixels = process_images(images, processor, model.image_settings).half()
     prompts = [
         tokenizer_image_token(f"USER: <image>\n{text} ASSISTANT:", tokenizer, return_tensors="pt")
         for text in ("What is this?", "And what is that on the table?")
@@ -207,7 +207,7 @@ def test_a_choice_is_rated_by_its_loss(lmms):
     )
     labels = ids.clone()
     labels[:, : context.shape[1]] = -100
-    pixels = process_images([image.convert("RGB")], loop.image_processor, loop.model.config)
+    pixels = process_images([image.convert("RGB")], loop.image_processor, loop.model.image_settings)
     expected = loop.model(ids, images=pixels, labels=labels, image_sizes=[image.size]).loss
     assert loss == pytest.approx(expected.item(), rel=1e-4)
     assert spaced == (loss, greedy) and greedy is False

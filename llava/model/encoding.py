@@ -1,0 +1,143 @@
+"""From pixels to the tokens of an image: vision tower, projector, layout.
+
+A pruning method is called behind the encoder, behind the projector and behind the layout.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..devices import device_of, moved
+from ..image_settings import ImageSettings
+from ..mm_utils import get_anyres_image_grid_shape
+from ..pruning.tokens import ImageTokens, VisionTokens
+from .image_layout import flat_layout, image_layout, spatial_layout, with_newline
+from .multimodal_encoder.clip_encoder import CLIPVisionTower
+from .patches import check_tower, refuse, replacement
+
+
+class ImageEncoding:
+    """Mixin of models with `get_model()`, `get_vision_tower()`, and a pruning method in use."""
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Projected, pruned features (B, T, D) of crops (B, 3, S, S)."""
+        return self.encode_vision(images).features
+
+    def encode_vision(
+        self,
+        crops: Tensor,
+        image_index: Tensor | None = None,
+        questions: list[str] | None = None,
+        arrangements: list[tuple] | None = None,
+    ) -> VisionTokens:
+        """Tokens of crops (B, 3, S, S) as they enter the language model.
+
+        image_index:  (B,) image each crop belongs to (default: one crop per image)
+        arrangements: per image (crops, tiles, size), see `image_layout`
+        """
+        pruner, tower = self.pruner, self.get_vision_tower()
+        if isinstance(tower, CLIPVisionTower):
+            check_tower(tower, TOWER_AS_IT_CAME)
+        budget = self.crops_in_budget(pruner)
+        if image_index is None:
+            image_index = torch.arange(crops.shape[0], device=crops.device)
+        vision = tower.tokens(crops, pruner.needs, pruner, budget, image_index)
+        vision.image_index = image_index.to(vision.features.device)
+        vision.questions = questions if pruner.reads_question else None
+        if arrangements is not None:
+            vision.layouts = [
+                image_layout(crops, tiles, vision.grid, size) for crops, tiles, size in arrangements
+            ]
+        vision = pruner.after_encoder(vision)
+        projector = self.get_model().mm_projector
+        weight = next(projector.parameters(), None)
+        if weight is not None and (device := device_of(projector)) != vision.features.device:
+            vision = moved(vision, device)
+        features = vision.features if weight is None else vision.features.to(weight.dtype)
+        vision.features = projector(features)
+        vision, home = pruner.after_projector(vision), device_of(self.get_input_embeddings())
+        return vision if vision.features.device == home else moved(vision, home)
+
+    def image_tokens(self, images, image_sizes=None, questions=None) -> list[ImageTokens]:
+        """Tokens of every image, laid out for the prompt; arguments as in `generate`."""
+        if replacement(self, "encode_images", AS_IT_CAME) is not None:
+            refuse("encode_images")
+        given = (images,) if isinstance(images, Tensor) else images
+        if odd := [type(image).__name__ for image in given if not isinstance(image, Tensor)]:
+            raise ValueError(
+                f"images must be tensors, as process_images makes of pictures, not {odd[0]}"
+            )
+        tiled = isinstance(images, list) or images.ndim == 5
+        parts = [image if image.ndim == 4 else image[None] for image in images]
+        counts = [len(part) for part in parts]
+        if questions is not None and len(questions) != len(counts):
+            raise ValueError(f"{len(questions)} questions for {len(counts)} images: give one each")
+        crops = torch.cat(parts) if tiled else images
+        owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        settings, plans, start = self.image_settings, [], 0
+        for number, count in enumerate(counts):
+            size = None if image_sizes is None else image_sizes[number]
+            plans.append(self._arrange(settings, slice(start, start + count), tiled, size, number))
+            start += count
+        vision = self.encode_vision(crops, owner.to(crops.device), questions, plans)
+        unpads = tiled and "unpad" in settings.mm_patch_merge_type
+        newline = self.get_model().image_newline if unpads else None
+        return [
+            self.pruner.after_layout(self._layout(vision, layout, newline))
+            for layout in vision.layouts
+        ]
+
+    def _arrange(
+        self, settings: ImageSettings, crops: slice, tiled: bool, image_size, number: int
+    ) -> tuple:
+        """(crops, tiles, size) of image `number` as `image_layout` takes them."""
+        merge = settings.mm_patch_merge_type
+        if merge == "flat" or not tiled:
+            return crops, None, None
+        if not merge.startswith("spatial"):
+            raise ValueError(
+                f"Unexpected mm_patch_merge_type: {merge!r}, choose flat or spatial..."
+            )
+        count, tower = crops.stop - crops.start, self.get_vision_tower()
+        if count == 1:
+            return crops, None, None
+        if tower.select_feature != "patch":
+            raise ValueError(
+                f"mm_patch_merge_type {merge!r} needs mm_vision_select_feature 'patch'"
+            )
+        if settings.image_aspect_ratio != "anyres":
+            raise ValueError(
+                f"mm_patch_merge_type {merge!r} with several crops needs "
+                "image_aspect_ratio 'anyres'"
+            )
+        if image_size is None:
+            raise ValueError(
+                f"image {number} has {count} crops: pass its (width, height) in image_sizes"
+            )
+        pinpoints, selection = settings.image_grid_pinpoints, settings.anyres_selection
+        tiles = get_anyres_image_grid_shape(image_size, pinpoints, tower.image_size, selection)
+        if count != 1 + math.prod(tiles):
+            raise ValueError(
+                f"image {number} has {count} crops, but {pinpoints} cuts size {tuple(image_size)} "
+                f"into 1 + {tiles[0]} x {tiles[1]}: after choosing the pruning method, prepare "
+                "images with process_images(images, image_processor, model.image_settings)"
+            )
+        return crops, tiles, image_size if "unpad" in merge else None
+
+    def _layout(self, vision: VisionTokens, layout, newline: Tensor | None) -> ImageTokens:
+        """Tokens of one image in their order, with `newline` (D,) where rows end."""
+        class_token = self.get_vision_tower().select_feature == "cls_patch"
+        num_patches = math.prod(vision.grid) + class_token
+        newline = None if newline is None else newline.to(vision.features.device)
+        if layout.tiles is not None:
+            return spatial_layout(vision, layout, num_patches, newline)
+        flat = flat_layout(vision, layout.crops, num_patches)
+        return flat if newline is None else with_newline(flat, newline)
+
+
+#: functions that other packages replace, as they came
+AS_IT_CAME = ImageEncoding.encode_images
+TOWER_AS_IT_CAME = CLIPVisionTower.forward

@@ -1,0 +1,195 @@
+"""All decoder layers on the prompts of a batch, with a pruning method called between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from ...devices import moved
+from ...pruning.base import Pruner
+from ...pruning.tokens import Prefill
+from ...pruning.trace import PruningTrace
+from ..kv_cache import KVCache, RowState
+from ..reuse import Prefix
+from .hook_calls import Call, call
+
+
+@dataclass
+class PrefillLoop:
+    """One prefill; caches and trace follow what the method does to the tokens.
+
+    decoder: a `LlamaModel`
+    pruner:  None where there is no image, so that no hook is called
+    collect: takes the input of every layer; None: nobody wants them
+    dropped: whether tokens were dropped, known when the loop has run
+    """
+
+    decoder: torch.nn.Module
+    pruner: Pruner | None
+    cache: KVCache | None = None
+    trace: PruningTrace | None = None
+    collect: list[Tensor] | None = None
+    dropped: bool = False
+    #: per layer that ran, `held_places` of what its cache holds; None where nobody will ask
+    held: list[Tensor | None] = field(default_factory=list)
+
+    def run(self, prefill: Prefill, prefix: Prefix | None = None) -> Prefill:
+        """The prompts behind the last layer; what `prefix` knows of them is not computed again."""
+        layers, pruner, first = self.decoder.layers, self.pruner, 0
+        probes = set() if pruner is None else set(pruner.probe_layers(len(layers)))
+        visual, places, step = prefill.visual_index, self._places(prefill), None
+        if prefix is not None:
+            first, self.held = prefix.depth, [places] * prefix.depth
+            prefill = self._resume(prefill, prefix)
+        for number, layer in enumerate(layers[first:], start=first):
+            if layer.device != prefill.hidden_states.device:
+                prefill, step, places = moved((prefill, step, places), layer.device)
+            prefill.layer = number
+            if pruner is not None:
+                hook = call(partial(pruner.before_layer, number), prefill, pruner.name)
+                prefill = hook.prefill
+                if hook.changed:
+                    step, places = None, self._places(prefill)
+                    self._follow(hook)
+            step = self.decoder.prefill_step(prefill) if step is None else step
+            self._record(prefill)
+            own = step
+            if number in probes:
+                own = replace(step, rows=pruner.probe_rows(prefill), form=pruner.probe_form)
+            prefill.hidden_states, prefill.attention = self.decoder.run_layer(
+                layer, prefill.hidden_states, own, self.cache
+            )
+            if self.cache is not None:
+                self.cache.rows[number] = step.state
+                self.held.append(places)
+        prefill = prefill if pruner is None else self._finish(prefill)
+        if self.trace is not None:
+            self.trace.finish_prefill(self.cache, visual, prefill.scratch.get("importance"))
+        return prefill
+
+    def _places(self, prefill: Prefill) -> Tensor | None:
+        return held_places(prefill) if self._drops_from_caches else None
+
+    @cached_property
+    def _drops_from_caches(self) -> bool:
+        return self.pruner is not None and self.pruner.drops_from_caches(len(self.decoder.layers))
+
+    def _follow(self, hook: Call) -> None:
+        """Makes caches and trace follow what a hook between layers changed."""
+        prefill = hook.prefill
+        if hook.dropped:
+            self._drop(prefill, prefill.layer)
+        elif self.trace is not None and prefill.layer == 0:
+            self.trace.position_ids = prefill.position_ids.detach().cpu()
+
+    def _drop(self, prefill: Prefill, number: int) -> None:
+        """Makes caches and trace follow a change of the tokens before layer `number`."""
+        self.dropped = True
+        if self.cache is not None:
+            layers = self.pruner.pruned_caches(number, len(self.decoder.layers))
+            drop_from_caches(self.cache, layers, self.held, prefill)
+        if self.trace is not None:
+            self.trace.add_change(number, prefill.index, prefill.valid)
+
+    def _record(self, prefill: Prefill) -> None:
+        """Notes for trace and caller the tokens as they enter layer `prefill.layer`."""
+        number, trace = prefill.layer, self.trace
+        if trace is not None:
+            trace.add_layer(prefill.visual_index, prefill.valid, prefill.index)
+            if number in trace.attention_layers:
+                row = prefill.attention_rows(number, prefill.last[:, None])[:, :, 0]
+                trace.add_attention(number, row, prefill.index)
+        if self.collect is not None:
+            self.collect.append(prefill.hidden_states)
+
+    def _resume(self, prefill: Prefill, prefix: Prefix) -> Prefill:
+        """The layers that `prefix` went through, on what follows it; returns the prompt as it
+        enters the next layer (what follows alone where there is none)."""
+        decoder, before, name = self.decoder, prefill.hidden_states, self.pruner.name
+        hook = call(partial(self.pruner.before_layer, 0), prefill, name)
+        prefill = hook.prefill
+        if hook.changed or prefill.hidden_states is not before:
+            raise ValueError(
+                f"{name} changes tokens before layer 0, but its reusable_layers says that it "
+                f"leaves {prefix.depth} layers alone"
+            )
+        tail = decoder.first_layers(prefill, prefix.depth, self.cache, prefix)
+        state = RowState(next_position(prefill), prefix.valid_in_cache(prefill.valid))
+        for number in range(prefix.depth):
+            device = decoder.layers[number].device
+            if device != state.next_position.device:
+                state = moved(state, device)
+            self.cache.rows[number] = state
+            if self.trace is not None:
+                self.trace.add_layer(prefill.visual_index, prefill.valid, prefill.index)
+        whole = prefix.depth < len(decoder.layers)
+        prefill.hidden_states = prefix.followed_by(tail) if whole else tail
+        if prefill.index.device != tail.device:
+            prefill = moved(prefill, tail.device)
+        return prefill
+
+    def _finish(self, prefill: Prefill) -> Prefill:
+        """The hook behind the last layer."""
+        hook = call(self.pruner.after_layers, prefill, self.pruner.name)
+        prefill = hook.prefill
+        if "index" in hook.changed:
+            self._drop(prefill, len(self.decoder.layers))
+        elif late := hook.changed - {"next_position"}:
+            raise ValueError(
+                f"{self.pruner.name} changes {' and '.join(sorted(late))} in after_layers, when "
+                "all layers have run: change them in before_layer"
+            )
+        if "next_position" in hook.changed and self.cache is not None:
+            for state in {id(state): state for state in self.cache.rows}.values():
+                state.next_position = next_position(prefill).to(state.next_position.device)
+        return prefill
+
+
+def held_places(prefill: Prefill) -> Tensor:
+    """(B, S) place of each token in the prompt that entered layer 0, ascending in every row:
+    padding and tokens that were not in the prompt repeat the last token before them."""
+    index = prefill.index
+    if prefill.valid is not None:
+        index = index.masked_fill(~prefill.valid, -1)
+    return index.cummax(dim=1).values
+
+
+def drop_from_caches(
+    cache: KVCache, layers: Iterable[int], held: list[Tensor], after: Prefill
+) -> None:
+    """Takes from layers that already ran what a method dropped later; positions stay.
+
+    held: per layer `held_places` of what its cache holds; layers with the same tokens share it
+    """
+    orders: dict[int, Tensor] = {}
+    states: dict[int, RowState] = {}  # layers that shared a state still do
+    for layer in layers:
+        before = cache.rows[layer]
+        own, there = held[layer], before.next_position.device
+        if id(own) not in orders:
+            # Both lists ascend in every row, so a search finds where the survivors were.
+            index = after.index.to(there).contiguous()
+            order = torch.searchsorted(own.to(there).contiguous(), index)
+            orders[id(own)] = order.clamp(max=own.shape[1] - 1)
+        if id(before) not in states:
+            follows = after.next_position
+            follows = before.next_position if follows is None else follows
+            states[id(before)] = moved(RowState(follows, after.valid), there)
+        cache.keep(layer, orders[id(own)], states[id(before)])
+
+
+def next_position(prefill: Prefill) -> Tensor:
+    """(B,) position of the first generated token: one after the last position of the prompt,
+    unless the method says otherwise."""
+    if prefill.next_position is not None:
+        return prefill.next_position
+    positions = prefill.position_ids
+    if positions.ndim == 3:
+        positions = positions.amax(dim=2)
+    if prefill.valid is not None:
+        positions = positions.masked_fill(~prefill.valid, -1)
+    return positions.amax(dim=1) + 1

@@ -1,0 +1,193 @@
+"""The splice: prompts as embeddings, with the tokens of images in place of their marks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from ..pruning.tokens import ImageTokens
+from .context import check_prompts, count_positions
+from .patches import SPLICE, replacement, spliced_outside
+from .prompt import Prompt, build_row, pad_rows
+
+
+class Splice:
+    """Mixin of models with `get_model()` and `image_tokens()`."""
+
+    @property
+    def outside_splice(self):
+        """What another package assigned to `prepare_inputs_labels_for_multimodal`, or None."""
+        return replacement(self, SPLICE, AS_IT_CAME)
+
+    def splice(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        images=None,
+        image_sizes=None,
+        questions: list[str] | None = None,
+        padding_side: str | None = None,
+    ) -> Prompt:
+        """`build_prompt`, or what another package put in its place."""
+        outside = None if images is None else self.outside_splice
+        if outside is not None:
+            return spliced_outside(
+                outside, self.pruner, input_ids, attention_mask, labels, images, image_sizes
+            )
+        return self.build_prompt(
+            input_ids, attention_mask, labels, images, image_sizes, questions, padding_side
+        )
+
+    def build_prompt(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        images: Tensor | list[Tensor] | list[ImageTokens] | None = None,
+        image_sizes=None,
+        questions: list[str] | None = None,
+        padding_side: str | None = None,
+    ) -> Prompt:
+        """Embeds prompts (B, L) and puts the images in place of their marks.
+
+        Images go to the marks in order of appearance, sample after sample, and their number must
+        equal the number of marks; they may also be what `image_tokens` made of them. Nothing is
+        cut: a prompt longer than `max_position_embeddings` is an error, see `llava.model.context`.
+        In training (see `as_in_training`) images may exceed the marks by one per text-only sample,
+        which uses up a dummy, and rows are cut to `tokenizer_model_max_length`. Raises ValueError.
+        In training mode dummies are encoded as well when a batch holds nothing else, and every
+        parameter that images use gets a gradient: processes that train together wait for each
+        other at each of them.
+        """
+        training = self.as_in_training
+        if training is None:
+            training = self.training or labels is not None
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask, ids = mask.bool().cpu(), input_ids.cpu()
+        check_ids(ids, mask, self.config.vocab_size)
+        marked = (ids == IMAGE_TOKEN_INDEX) & mask
+        num_images = 0 if images is None else len(images)
+        slots = image_slots(marked.sum(dim=1).tolist(), num_images, training)
+        tokens, only_dummies = [], self.training and images is not None and not any(slots)
+        if any(slots) or only_dummies:
+            encoded = isinstance(images[0], ImageTokens)
+            tokens = images if encoded else self.image_tokens(images, image_sizes, questions)
+        newline = getattr(self.get_model(), "image_newline", None)
+        if self.training and tokens and newline is not None:
+            # Gradients have to come in the same order whether the images of a batch use it or not:
+            # before the projector's, behind those of the embeddings.
+            first = tokens[0].embeds
+            tokens[0].embeds = torch.cat([first, newline[None, :][:0].to(first)])
+        if self.pruning_trace is not None and not only_dummies:
+            for image in tokens:
+                self.pruning_trace.add_image(image.patches, image.embeds, image.length)
+        embeds = self.get_model().embed_tokens(input_ids.clamp(0, self.config.vocab_size - 1))
+        if labels is None:
+            labels = torch.full_like(input_ids, IGNORE_INDEX)
+        labels = labels.to(embeds.device)
+        limit = getattr(self.config, "tokenizer_model_max_length", None) if training else None
+        widths = [image.context.shape[1] for image in tokens if image.context is not None]
+        rows, policy, positions = [], self.pruner.position_policy, []
+        for row, own in enumerate(slots):
+            keep = mask[row].nonzero()[:, 0]
+            marks = marked[row][keep].nonzero()[:, 0].tolist()
+            texts = len(keep) - len(marks)
+            positions.append(count_positions(texts, [tokens[i] for i in own], policy))
+            keep = keep.to(embeds.device)
+            rows.append(
+                build_row(
+                    embeds[row, keep],
+                    labels[row, keep],
+                    marks,
+                    [tokens[i] for i in own],
+                    policy,
+                    limit,
+                    max(widths, default=0),
+                )
+            )
+        if only_dummies:  # none of their rows, yet a gradient of zeros
+            rows[0]["x"] = torch.cat([rows[0]["x"], tokens[0].embeds[:0].to(rows[0]["x"])])
+        if not training:
+            check_prompts(self, positions)
+        side = padding_side or getattr(self.config, "tokenizer_padding_side", "right")
+        prompt = pad_rows(rows, side, tagged=any(image.tags is not None for image in tokens))
+        prompt.num_positions = max(positions)
+        return prompt
+
+    def prepare_inputs_labels_for_multimodal(
+        self,
+        input_ids,
+        position_ids,
+        attention_mask,
+        past_key_values,
+        labels,
+        images,
+        image_sizes=None,
+    ):
+        """The splice in the form of LLaVA: (input_ids, position_ids, attention_mask,
+        past_key_values, inputs_embeds, labels). What was None stays None, except that the mask is
+        kept when rows were padded."""
+        if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        prompt = self.build_prompt(input_ids, attention_mask, labels, images, image_sizes)
+        if attention_mask is not None:
+            attention_mask = prompt.attention_mask.to(attention_mask.dtype)
+        elif not bool(prompt.attention_mask.all()):
+            attention_mask = prompt.attention_mask
+        return (
+            None,
+            None if position_ids is None else prompt.position_ids,
+            attention_mask,
+            past_key_values,
+            prompt.inputs_embeds,
+            None if labels is None else prompt.labels,
+        )
+
+
+#: the function that other packages replace, as it came
+AS_IT_CAME = Splice.prepare_inputs_labels_for_multimodal
+
+
+def check_ids(ids: Tensor, mask: Tensor, vocabulary: int) -> None:
+    """Raises ValueError unless `ids` are prompts (B, L) of tokens and image marks where `mask`, of
+    the same shape, is True. Both are on the host: on a GPU an id that is no token ends everything.
+    """
+    if ids.ndim != 2 or not ids.shape[1]:
+        raise ValueError(
+            f"input_ids must be (prompts, tokens), one token at least, not {tuple(ids.shape)}"
+        )
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask {tuple(mask.shape)} must have the shape of input_ids, "
+            f"{tuple(ids.shape)}"
+        )
+    known = (ids == IMAGE_TOKEN_INDEX) | (ids >= 0) & (ids < vocabulary)
+    if odd := ids[mask & ~known].tolist():
+        raise ValueError(
+            f"input_ids hold {odd[0]}, which is neither a token (0 to {vocabulary - 1}) nor an "
+            f"image mark ({IMAGE_TOKEN_INDEX})"
+        )
+
+
+def image_slots(marks: list[int], num_images: int, training: bool = True) -> list[list[int]]:
+    """Which images each sample gets, from its number of marks.
+
+    Raises ValueError unless the images match the marks, or, in training, exceed them by one per
+    text-only sample.
+    """
+    text_only = marks.count(0)
+    dummies = training and num_images == sum(marks) + text_only
+    if num_images != sum(marks) and not dummies:
+        rule = "write <image> into the prompts once for every image"
+        if training:
+            rule = f"they must match, or exceed by one for each of {text_only} text-only prompts"
+        raise ValueError(
+            f"{num_images} images for {sum(marks)} <image> marks in {len(marks)} prompts: {rule}"
+        )
+    slots, used = [], 0
+    for count in marks:
+        slots.append(list(range(used, used + count)))
+        used += count or int(dummies)
+    return slots
