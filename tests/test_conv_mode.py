@@ -16,7 +16,7 @@ from llava import playground
 from llava.conv_mode import checkpoint_conv_mode, choose_conv_mode
 from llava.conversation import conv_templates
 from llava.eval import model_vqa_loader, model_vqa_science, run_llava
-from llava.eval.answering.loading import resolve_conv_mode
+from llava.eval.answering.program import resolve_conv_mode
 from llava.eval.compare import suite
 from llava.eval.efficiency.arguments import fill_in_questions
 from llava.mm_utils import get_model_name_from_path, infer_conv_mode

@@ -13,9 +13,9 @@ from transformers import CLIPImageProcessor
 
 from llava.conversation import conv_templates
 from llava.eval import run_llava
-from llava.eval.answering import answerer
 from llava.eval.answering.loop import AnswerLoop
 from llava.eval.answering.questions import Question
+from llava.eval.plugins.model import ask
 from llava.image_io import TURNS, load_image, load_image_from_base64, to_rgb
 from llava.image_settings import ImageSettings
 from llava.mm_utils import process_images
@@ -234,7 +234,7 @@ def test_harnesses_of_others_get_deep_images_scaled(processor):
     model = SimpleNamespace(image_settings=ImageSettings("pad"))
     loop = SimpleNamespace(image_processor=processor, model=model)
     loop.generate = lambda batch: seen.extend(batch[0][1]) or [""]
-    answerer.ask(loop, [("?", [deep])], 1)
+    ask(loop, [("?", [deep])], 1)
     mean, deviation = processor.image_mean[0], processor.image_std[0]
     assert (seen[0].pixels[0].mean() * deviation + mean).item() == pytest.approx(0.5, abs=0.02)
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from llava.eval import model_vqa_loader, run_llava
-from llava.eval.answering.loading import resolve_conv_mode
+from llava.eval.answering.program import resolve_conv_mode
 from llava.eval.compare import suite
 
 

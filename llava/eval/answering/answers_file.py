@@ -1,62 +1,45 @@
-"""The answers file: complete lines only, in question order, continued after any interruption.
+"""Answers on their way into a file: nothing that was answered is lost, and the file appears whole.
 
-Beside `X.jsonl` lies `X.settings.json` with the settings that produced it, so that a run with
-other settings cannot continue the file by mistake. Answers found before their turn wait in
-journals (`llava.eval.answering.journal`).
+While a run lasts, every process appends its answers to a journal of its own, `X.parts/RANK.jsonl`,
+whose lines are `{"number": of the question, "line": of the answers file}`. At the end `X.jsonl` is
+written in question order, in one step, and the journals go. `X.settings.json` stays beside it: what
+decided the answers, so that a run with other settings does not continue them.
 """
 
-import errno
-import functools
+from __future__ import annotations
+
 import json
 import os
+import re
 import time
-import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from functools import partial
 
-try:
-    import fcntl
-except ImportError:  # not on Windows; two writers are then not told apart
-    fcntl = None
+from llava.eval.answering.settings import differences
+from llava.eval.files.answer_lines import check_line, is_failed, parse_line
+from llava.eval.files.records import kind_of, parse_json, read_json
+from llava.eval.files.safe_writing import Lock, replace_file, sync
 
-from llava.eval.answering.journal import (
-    SECONDS_BETWEEN_SYNCS,
-    Journal,
-    read_journals,
-    remove_journals,
-    rewrite_journals,
-    sync,
-    write_all,
-)
-from llava.eval.answering.journal import folder as journal_folder
-from llava.eval.files.answer_lines import is_failed, parse_line, read_answers_tolerantly
-from llava.eval.files.fingerprints import fingerprint
-from llava.eval.files.records import kind_of, read_json
-
-__all__ = ["AnswersFile", "fingerprint", "read_answers_tolerantly"]
-
+SECONDS_BETWEEN_SYNCS = 1.0
+JOURNAL = re.compile(r"\d+\.jsonl")
 HOW_TO_GO_ON = "write to another place, or start it again with --overwrite"
-#: what a file system says that has no locks, such as some network file systems
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+REMOVE_LINE = "remove the line, and its question is asked again, or start with --overwrite"
 
 
 class AnswersFile:
-    """Appends answer lines to a file; opened on an existing one, it continues where that ends.
+    """The answers to a list of questions, those of earlier runs and those of this one.
 
-    path:      the file, created with its folder when needed
+    path:      the file, made with its folder when needed
     heads:     per question, in order, the fields that identify its line
     settings:  what must be equal for two runs to belong together (JSON values)
     overwrite: start again even if there are answers
     fields:    what a line must have besides its head
     foreign:   continue a file that has no settings beside it, as other programs write
 
-    `num_done` lines were there already. Half a line at the end is removed; questions that failed
-    are open again, and answers behind the first of them wait in a journal. Raises ValueError when
-    the lines answer other questions, or were made with other settings, and one that names file and
-    line when something else is broken.
-
-    Answers come in question order (`write`), or in any order with their numbers (`put`, and
-    `finish` at the end); journals of other processes may help with the latter. `failed` holds the
-    numbers of the questions that failed in this run.
+    `known` holds lines by number of their question. A question that failed in an earlier run is
+    open again, and half a line at the end of a file is passed over. Without `finish`, the answers
+    wait for the next run. Raises ValueError when they belong to other questions or settings, when
+    another process writes to the file, and one that names file and line when something is broken.
     """
 
     def __init__(
@@ -68,65 +51,43 @@ class AnswersFile:
         fields: tuple[str, ...] = ("text",),
         foreign: bool = False,
     ):
-        self.path, self.fields, self.foreign, self.failed = path, fields, foreign, []
-        self.settings_path = os.path.splitext(path)[0] + ".settings.json"
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        # Unbuffered and in append mode: whatever happens, only the last line can be incomplete.
-        self.file = open(path, "ab+", buffering=0)  # noqa: SIM115 closed by __exit__
-        self.synced = time.monotonic()
+        self.path, self.heads, self.fields, self.foreign = path, heads, fields, foreign
+        self.settings_path = f"{os.path.splitext(path)[0]}.settings.json"
+        self.lock, self.journal = Lock(path, folder(path)), Journal(path, 0)
         try:
-            self._lock()
-            self.heads, self.journal, self.ahead = heads, None, {}
             if overwrite:
-                remove_journals(path)
-            self.num_done = self.length = 0 if overwrite else self._continue(settings)
-            if not self.num_done:
-                self.file.truncate(0)
+                for name in [*journals(path), *filter(os.path.exists, [path])]:
+                    os.remove(name)
+            self.known = self._continue(settings)
             if not self.known:
-                self._write_settings(settings)
+                self._replace(self.settings_path, json.dumps(settings, indent=2))
         except BaseException:
-            self.file.close()
+            self.lock.release()
             raise
 
-    def _lock(self) -> None:
-        try:
-            if fcntl:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process is writing to {self.path}") from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise ValueError(f"cannot lock {self.path}: {error.strerror}") from error
-            warn_of_no_locks()
+    def _continue(self, settings: dict) -> dict[int, dict]:
+        """The answers of earlier runs; what journals hold of them is put into one."""
+        parse = partial(parse_line, fields=self.fields)
+        there = os.path.exists(self.path)
+        lines = enumerate(complete_lines(self.path, parse, HOW_TO_GO_ON)) if there else ()
+        written, ahead = dict(lines), read_journals(self.path, self.fields)
+        known = {n: line for n, line in written.items() if not is_failed(line)}
+        self.written = there and len(known) == len(self.heads)
+        if written or ahead:
+            self._compare_settings(settings)
+        self._compare_questions(written, self.path, "line")
+        self._compare_questions(ahead, folder(self.path), "answer")
+        ahead = {n: line for n, line in ahead.items() if n not in known and not is_failed(line)}
+        if others := journals(self.path):
+            self._replace(self.journal.name, "".join(map(journal_line, ahead, ahead.values())))
+        for name in others:
+            if name != self.journal.name:
+                os.remove(name)
+        return known | ahead
 
-    @property
-    def known(self) -> set[int]:
-        """Numbers of the questions that are answered, in the file or ahead of it."""
-        return self.ahead.keys() | set(range(self.length))
-
-    def _continue(self, settings: dict) -> int:
-        """Cuts half a line and what follows a failed question off the end; returns how many lines
-        are left."""
-        self.file.seek(0)
-        lines = _complete_lines(self.file.read(), self.path, self.fields)
-        ahead = read_journals(self.path, self.fields)
-        failed = [n for n, (_, record) in enumerate(lines) if is_failed(record)]
-        if lines or ahead:
-            finished = len(lines) == len(self.heads) and not failed
-            self._compare_settings(settings, finished)
-            self._compare_questions({n: record for n, (_, record) in enumerate(lines)}, self.path)
-            self._compare_questions(ahead, journal_folder(self.path))
-        num_left = failed[0] if failed else len(lines)
-        found = ahead | {n: record for n, (_, record) in enumerate(lines) if n >= num_left}
-        self.ahead = {n: r for n, r in found.items() if n >= num_left and not is_failed(r)}
-        if len(self.ahead) < len(found):  # before the file is cut, so that a crash loses nothing
-            rewrite_journals(self.path, self.ahead)
-        self.file.truncate(sum(len(line) + 1 for line, _ in lines[:num_left]))
-        return num_left
-
-    def _compare_settings(self, settings: dict, finished: bool) -> None:
+    def _compare_settings(self, settings: dict) -> None:
         if not os.path.exists(self.settings_path):
-            if finished or self.foreign:
+            if self.written or self.foreign:
                 return
             raise ValueError(
                 f"{self.path} has answers, but {self.settings_path}, which says how they were "
@@ -142,129 +103,149 @@ class AnswersFile:
                 f"{self.path} was made with other settings ({'; '.join(changed)}): {HOW_TO_GO_ON}"
             )
 
-    def _compare_questions(self, records: dict[int, dict], place: str) -> None:
-        if records and max(records) >= len(self.heads):
+    def _compare_questions(self, lines: dict[int, dict], place: str, what: str) -> None:
+        if lines and max(lines) >= len(self.heads):
             raise ValueError(
-                f"{place} has {max(records) + 1} answers to {len(self.heads)} questions: "
+                f"{place} has {max(lines) + 1} answers to {len(self.heads)} questions: "
                 f"{HOW_TO_GO_ON}"
             )
-        for number, record in records.items():
+        for number, line in lines.items():
             head = self.heads[number]
-            if any(record.get(key) != value for key, value in head.items()):
-                line = "line" if place == self.path else "answer"
+            if any(line.get(key) != value for key, value in head.items()):
                 raise ValueError(
-                    f"{place}, {line} {number + 1} answers question "
-                    f"{record.get('question_id')!r}, but question {head['question_id']!r} comes "
-                    "there (or its text differs): the file belongs to other questions; "
-                    f"{HOW_TO_GO_ON}"
+                    f"{place}, {what} {number + 1} answers question {line.get('question_id')!r}, "
+                    f"but question {head['question_id']!r} comes there (or its text differs): the "
+                    f"file belongs to other questions; {HOW_TO_GO_ON}"
                 )
 
-    def _write_settings(self, settings: dict) -> None:
-        temporary = f"{self.settings_path}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(settings, file, indent=2)
-        os.replace(temporary, self.settings_path)
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the questions without an answer, in order."""
+        return [number for number in range(len(self.heads)) if number not in self.known]
 
-    def write(self, records: list[dict]) -> None:
-        """Appends lines; they survive a crash of the program at once, of the machine soon."""
-        write_all(self.file, "".join(json.dumps(r) + "\n" for r in records))
-        self.failed += [self.length + n for n, r in enumerate(records) if is_failed(r)]
-        self.length += len(records)
-        if time.monotonic() - self.synced > SECONDS_BETWEEN_SYNCS:
-            self._sync()
+    @property
+    def num_failed(self) -> int:
+        """Questions that failed in this run."""
+        return sum(map(is_failed, self.known.values()))
 
-    def put(self, numbers: list[int], records: list[dict]) -> None:
-        """Keeps the answers to the questions with these numbers; those known are not replaced."""
-        if numbers != list(range(self.length, self.length + len(numbers))):
-            self.journal = self.journal or Journal(self.path, 0)
-            self.journal.write(numbers, records)
-        self._take(zip(numbers, records, strict=True))
-
-    def _take(self, answers: Iterable[tuple[int, dict]]) -> None:
-        """Keeps numbered answers in mind, and writes those whose turn it is."""
-        for number, record in answers:
-            if number >= self.length:
-                self.ahead.setdefault(number, record)
-        following = []
-        while self.length + len(following) in self.ahead:
-            following.append(self.ahead.pop(self.length + len(following)))
-        if following:
-            self.write(following)
+    def put(self, number: int, line: dict) -> None:
+        """Keeps the answer to the question with this number; one that is known is not replaced."""
+        if number not in self.known:
+            self.journal.put(number, line)
+            self.known[number] = line
 
     def finish(self, patience: float = 0.0) -> None:
-        """Takes in the journals of all processes.
+        """Writes the file, with what the journals of other processes hold.
 
         patience: seconds that a network file system may need to show what others have written
         Raises ValueError when answers are missing.
         """
         end = time.monotonic() + patience
-        self._take_journals()
-        while self.length < len(self.heads) and time.monotonic() < end:
-            time.sleep(1.0)
-            self._take_journals()
-        if self.length < len(self.heads):
-            raise ValueError(
-                f"{self.path} has {len(self.known)} of {len(self.heads)} answers: start the same "
-                "command again to go on"
-            )
-        self._sync()
-        remove_journals(self.path)
+        while self.missing:
+            # What another process is still writing may look broken for a moment.
+            self.known = read_journals(self.path, self.fields, tolerant=True) | self.known
+            if self.missing and time.monotonic() >= end:
+                raise ValueError(
+                    f"{self.path} has {len(self.known)} of {len(self.heads)} answers: start the "
+                    "same command again to go on"
+                )
+            time.sleep(1.0 if self.missing else 0.0)
+        if not self.written:
+            lines = (json.dumps(self.known[number]) for number in range(len(self.heads)))
+            self._replace(self.path, "".join(f"{line}\n" for line in lines))
+        self.journal.close()
+        for name in journals(self.path):
+            os.remove(name)
 
-    def _take_journals(self) -> None:
-        # What another process is still writing may look broken for a moment.
-        self._take(read_journals(self.path, self.fields, tolerant=True).items())
-
-    def _sync(self) -> None:
-        sync(self.file)
-        self.synced = time.monotonic()
+    def _replace(self, path: str, text: str) -> None:
+        replace_file(path, text, os.path.join(folder(self.path), "new"))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        if self.journal:
-            self.journal.close()
-        self._sync()
-        self.file.close()
+        self.journal.close()
+        self.lock.release()
 
 
-@functools.cache  # said once, however many files there are
-def warn_of_no_locks() -> None:
-    warnings.warn(
-        "the file system of the answers has no locks: two runs that write to the same file would "
-        "not notice each other",
-        stacklevel=4,
-    )
+class Journal:
+    """One process's answers in the order they were found; of `path`, the answers file."""
+
+    def __init__(self, path: str, rank: int):
+        self.name, self.file = os.path.join(folder(path), f"{rank}.jsonl"), None
+
+    def put(self, number: int, line: dict) -> None:
+        """Appends an answer; it survives a crash of the program at once, of the machine soon."""
+        if self.file is None:
+            os.makedirs(os.path.dirname(self.name), exist_ok=True)
+            self.file, self.synced = open(self.name, "a", encoding="utf-8"), time.monotonic()
+        self.file.write(journal_line(number, line))
+        self.file.flush()
+        if time.monotonic() - self.synced > SECONDS_BETWEEN_SYNCS:
+            sync(self.file)
+            self.synced = time.monotonic()
+
+    def close(self) -> None:
+        if self.file is not None:
+            sync(self.file)
+            self.file = self.file.close()
 
 
-def differences(before: dict, now: dict, name: str = "") -> list[str]:
-    """What differs between two sets of settings, in words; those inside others by `outer.inner`."""
-    found = []
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{name}{key}.")
-        elif old != new or isinstance(old, bool) != isinstance(new, bool):
-            found.append(f"{name}{key} was {_short(old)} and is now {_short(new)}")
+def folder(path: str) -> str:
+    """Where the journals of an answers file lie."""
+    return f"{os.path.splitext(path)[0]}.parts"
+
+
+def journals(path: str) -> list[str]:
+    """The journals of an answers file."""
+    names = sorted(filter(JOURNAL.fullmatch, os.listdir(folder(path))))
+    return [os.path.join(folder(path), name) for name in names]
+
+
+def read_journals(path: str, fields: tuple[str, ...], tolerant: bool = False) -> dict[int, dict]:
+    """The lines that journals hold by number; an answer goes before the record of a failure.
+
+    fields:   what the line of an answer must have
+    tolerant: pass over whatever is broken, because it may still be written
+    """
+    found: dict[int, dict] = {}
+    parse = partial(parse_entry, fields=fields)
+    for name in journals(path):
+        for number, line in complete_lines(name, parse, REMOVE_LINE, tolerant):
+            if number not in found or is_failed(found[number]):
+                found[number] = line
     return found
 
 
-def _short(value, most: int = 200) -> str:
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def _complete_lines(content: bytes, path: str, fields: tuple[str, ...]) -> list[tuple[bytes, dict]]:
-    """Returns (bytes, record) of every complete line; only the last one may be no line of ours,
-    which is what a crash leaves."""
-    *whole, _ = content.split(b"\n")
-    lines = []
-    for number, line in enumerate(whole, start=1):
+def complete_lines(
+    path: str, parse: Callable[[bytes], object], advice: str, tolerant: bool = False
+) -> Iterator:
+    """Yields every complete line of a file, parsed. The last one may be no line of ours, which is
+    what a crash leaves; ValueError names file and line when another one is broken."""
+    with open(path, "rb") as file:
+        *whole, _ = file.read().split(b"\n")
+    for place, line in enumerate(whole, start=1):
         try:
-            lines.append((line, parse_line(line, fields)))
+            yield parse(line)
         except ValueError as error:
-            if number < len(whole):
-                raise ValueError(
-                    f"{path}, line {number} is not an answer ({error}): {HOW_TO_GO_ON}"
-                ) from error
-    return lines
+            if not tolerant and place < len(whole):
+                sentence = f"{path}, line {place} is not an answer ({error}): {advice}"
+                raise ValueError(sentence) from error
+
+
+def parse_entry(entry: bytes, fields: tuple[str, ...]) -> tuple[int, dict]:
+    """(number, line) of a line of a journal; ValueError with the reason when it is none."""
+    value = parse_json(entry)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, found {kind_of(value)}")
+    number, line = value.get("number"), value.get("line")
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise ValueError(f"its number is {number!r:.40}")
+    if not isinstance(line, dict):
+        raise ValueError(f"its line is {kind_of(line)}, not an object")
+    check_line(line, fields)
+    return number, line
+
+
+def journal_line(number: int, line: dict) -> str:
+    return json.dumps({"number": number, "line": line}) + "\n"

@@ -1,33 +1,23 @@
-"""What the answering programs share: their options, and a run from options to answers."""
+"""What the answering programs share: their options, the model they load, a run from questions to
+answers."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 
-from llava.eval.answering.loading import (
-    DTYPES,
-    add_image_args,
-    add_model_args,
-    add_speed_args,
-    load_loop,
-    resolve_conv_mode,
-    settings_of,
-)
-from llava.eval.answering.questions import (
-    Question,
-    get_chunk,
-    questions_of,
-    subset,
-)
+from llava.conv_mode import announce, checkpoint_conv_mode
+from llava.eval.answering.loop import AnswerLoop
+from llava.eval.answering.questions import Question, get_chunk, questions_of, subset
 from llava.eval.answering.run import Task, answer_questions
+from llava.eval.answering.settings import settings_of
 from llava.eval.answering.workers import Workers
 from llava.mm_utils import get_model_name_from_path
+from llava.model_args import add_model_args, load_from_args
 from llava.pruning.cli import add_pruning_args, pruner_from_args
 from llava.weight_files import local_folder
-
-__all__ = ["DTYPES", "build_parser", "parse_args", "resolve_conv_mode", "run"]
 
 
 def build_parser(
@@ -45,6 +35,7 @@ def build_parser(
     group.add_argument("--overwrite", action="store_true", help="discard answers already there")
     group.add_argument("--num-chunks", "--num_chunks", type=int, default=1)
     group.add_argument("--chunk-idx", "--chunk_idx", type=int, default=0)
+    group.add_argument("--follow", action="store_true", help="print answers as they come")
     group.add_argument("--limit", type=int, help="about so many questions, evenly spread")
     add_speed_args(group)
     add_image_args(group)
@@ -64,42 +55,60 @@ def build_parser(
     return parser
 
 
-def run(
-    args,
-    records: list[dict],
-    to_questions: Callable[[dict], Iterator[Question]],
-    together: Callable[[dict], object] | None = None,
-) -> None:
-    """Answers the questions of this process's chunk of `records` into `args.answers_file`.
+def add_speed_args(parser, batch_size: int = 1) -> None:
+    """Adds the options that change how fast answers come, and not what they are."""
+    parser.add_argument("--batch-size", "--batch_size", type=int, default=batch_size)
+    parser.add_argument("--workers", type=int, default=4, help="threads that prepare images")
+    parser.add_argument(
+        "--reuse",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute what the questions about one image share once",
+    )
+    parser.add_argument(
+        "--skip-bad",
+        "--skip_bad",
+        action="store_true",
+        help="record a question that cannot be answered as failed, and go on",
+    )
 
-    together: record -> what it shares with those it must not be parted from by a limit
 
-    Processes that were started together (`accelerate launch`) share the chunk.
+def add_image_args(parser) -> None:
+    """Adds the option that says how images are read."""
+    parser.add_argument(
+        "--upright-images",
+        "--upright_images",
+        action="store_true",
+        help="turn images upright as their EXIF data say and put transparent ones on white; "
+        "published results did neither",
+    )
+
+
+def load_loop(args) -> AnswerLoop:
+    """Returns the answer loop around the model that the options name.
+
+    args.pruner, when there is one, is the method in use; options of `AnswerLoop` that args lacks
+    have their defaults.
     """
-    records = get_chunk(subset(records, args.limit, together), args.num_chunks, args.chunk_idx)
-    questions = questions_of(records, to_questions, args.skip_bad)
-    args.model_path = local_folder(args.model_path)
-    path = os.path.expanduser(args.answers_file)
-    task = Task(
-        questions,
-        os.path.expanduser(args.image_folder),
-        path,
-        args.model_name,
-        settings_of(args, args.pruner),
-    )
-    workers = Workers.from_environment()
-    args.device = args.device or workers.device()
-    done = answer_questions(
-        task, partial(load_loop, args), args.batch_size, args.reuse, args.overwrite, workers
-    )
-    if done.num_before and workers.main:
-        print(f"{path}: {done.num_before} of {len(task.questions)} answers were there already")
-    if done.num_failed and workers.main:
-        print(
-            f"{path}: {done.num_failed} of {len(task.questions)} questions failed; the same "
-            "command asks them again",
-            file=sys.stderr,
-        )
+    pruner = getattr(args, "pruner", None)
+    loaded = load_from_args(args, args.model_path, args.model_name, pruner)
+    given = {field.name for field in fields(AnswerLoop)} & vars(args).keys()
+    options = {name: getattr(args, name) for name in given}
+    return AnswerLoop(*loaded, **options)
+
+
+def resolve_conv_mode(
+    conv_mode: str, model_name: str, model_path: str | None = None, model_base: str | None = None
+) -> str:
+    """Returns the template name; raises ValueError on an unknown one.
+
+    "auto" is what the checkpoint at `model_path` says of itself, with the reason in one line. A
+    projector without a tuned language model behind it, called "plain", was trained with the
+    `_mmtag` variant of its template.
+    """
+    choice = checkpoint_conv_mode(model_path, model_base, model_name, conv_mode)
+    announce(choice)
+    return choice.name
 
 
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -129,3 +138,42 @@ def use_playground_questions(parser, args, questions: str, images: str) -> None:
     args.question_file = os.path.join(benchmark_dir(), questions)
     args.image_folder = args.image_folder or os.path.join(benchmark_dir(), images)
     print(f"no question file given: using {args.question_file}", file=sys.stderr)
+
+
+def run(
+    args,
+    records: list[dict],
+    to_questions: Callable[[dict], Iterator[Question]],
+    together: Callable[[dict], object] | None = None,
+) -> None:
+    """Answers the questions of this process's chunk of `records` into `args.answers_file`.
+
+    together: record -> what it shares with those it must not be parted from by a limit
+
+    Processes that were started together (`accelerate launch`) share the chunk.
+    """
+    records = get_chunk(subset(records, args.limit, together), args.num_chunks, args.chunk_idx)
+    questions = questions_of(records, to_questions, args.skip_bad)
+    args.model_path = local_folder(args.model_path)
+    path = os.path.expanduser(args.answers_file)
+    task = Task(
+        questions,
+        os.path.expanduser(args.image_folder),
+        path,
+        args.model_name,
+        settings_of(args, args.pruner),
+        follow=args.follow,
+    )
+    workers = Workers.from_environment()
+    args.device = args.device or workers.device()
+    done = answer_questions(
+        task, partial(load_loop, args), args.batch_size, args.reuse, args.overwrite, workers
+    )
+    if done.num_before and workers.main:
+        print(f"{path}: {done.num_before} of {len(task.questions)} answers were there already")
+    if done.num_failed and workers.main:
+        print(
+            f"{path}: {done.num_failed} of {len(task.questions)} questions failed; the same "
+            "command asks them again",
+            file=sys.stderr,
+        )

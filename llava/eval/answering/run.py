@@ -1,9 +1,12 @@
 """Questions in, answers file out, by one process or several; continued after any interruption."""
 
+from __future__ import annotations
+
 import json
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -11,15 +14,16 @@ from itertools import chain
 import shortuuid
 from tqdm import tqdm
 
-from llava.eval.answering.answers_file import AnswersFile
-from llava.eval.answering.journal import Journal
+from llava.eval.answering.answers_file import AnswersFile, Journal
 from llava.eval.answering.loop import AnswerLoop
-from llava.eval.answering.plan import Share, plan_shares
 from llava.eval.answering.questions import Question
 from llava.eval.answering.workers import Workers
 from llava.eval.files.answer_lines import Failure
 
 FILE_SYSTEM_SECONDS = 90.0
+
+Batch = list[int]  # numbers of questions
+Share = list[Batch]  # what one process takes at a time
 
 
 @dataclass
@@ -48,6 +52,7 @@ class Task:
     model:    name of the model in the answer lines
     settings: what must be equal for two runs to continue each other (JSON values)
     label:    what the progress bar says; by default the name of the answers file
+    follow:   print the lines of the answers file as they come
     """
 
     questions: list[Question]
@@ -56,6 +61,7 @@ class Task:
     model: str
     settings: dict
     label: str = ""
+    follow: bool = False
 
     def line(self, number: int, text: str | Failure) -> dict:
         """The record for the answers file; its id follows from question and settings, so that a
@@ -93,22 +99,22 @@ def answer_questions(
     if not workers.main:
         num_before, todo = workers.tell(key)
         journal = Journal(task.path, workers.rank)
-        outcome = _answer(task, todo, make_loop, workers, key, journal.write, num_before)
+        outcome = _answer(task, todo, make_loop, workers, key, journal.put, num_before)
         journal.close()
         workers.wait(f"{key}/answered")
         workers.wait(f"{key}/merged")
         return outcome
     heads = [question.head for question in task.questions]
     with AnswersFile(task.path, heads, task.settings, overwrite) as answers:
-        num_before, known = len(answers.known), answers.known
+        known = frozenset(answers.known)
         shares = plan_shares(task.questions, batch_size, by_image)
         open_shares = ([b for b in share if not known.issuperset(b)] for share in shares)
         todo = [share for share in open_shares if share]
-        workers.tell(key, [num_before, todo])
-        outcome = _answer(task, todo, make_loop, workers, key, answers.put, num_before)
+        workers.tell(key, [len(known), todo])
+        outcome = _answer(task, todo, make_loop, workers, key, answers.put, len(known))
         workers.wait(f"{key}/answered")
         answers.finish(FILE_SYSTEM_SECONDS if workers.size > 1 else 0.0)
-        outcome.num_failed = len(answers.failed)
+        outcome.num_failed = answers.num_failed
     workers.wait(f"{key}/merged")
     return outcome
 
@@ -126,7 +132,11 @@ def _answer(task, todo: list[Share], make_loop, workers, key: str, put, num_befo
     bar = {"desc": label, "unit": " answers", "disable": not workers.main}
     with tqdm(total=len(task.questions), initial=num_before, **bar) as progress:
         for numbers, texts in loop.run(asked, task.images):
-            put(numbers, [task.line(n, text) for n, text in zip(numbers, texts, strict=True)])
+            for number, text in zip(numbers, texts, strict=True):
+                line = task.line(number, text)
+                put(number, line)
+                if task.follow:
+                    progress.write(json.dumps(line), file=sys.stdout)
             if workers.main and loop.visual_tokens and not progress.postfix:
                 entering, mean = loop.visual_tokens
                 progress.set_postfix_str(f"visual tokens {entering:g}, mean {mean:.1f}")
@@ -134,3 +144,48 @@ def _answer(task, todo: list[Share], make_loop, workers, key: str, put, num_befo
             progress.update(max(0, min(num_before + done, len(task.questions)) - progress.n))
     seconds = time.perf_counter() - start if not num_before else None
     return Answered(num_before, seconds, loop.visual_tokens)
+
+
+# Which questions are answered together: one image's side by side, prompts of like length.
+
+
+def plan_shares(questions: list[Question], batch_size: int, by_image: bool = True) -> list[Share]:
+    """Returns every question's number once, in batches of at most `batch_size`.
+
+    by_image: batches about one image make one share, so that what belongs to the image is computed
+              once; images with few questions are put together, each in one batch
+    The longest prompts come first: what does not fit into memory fails at once. The plan follows
+    from the questions alone, so a run that is continued answers in the same batches.
+    """
+    if batch_size == 1 and not by_image:
+        return [[[number]] for number in range(len(questions))]
+    length = [(len(question.images), len(question.text)) for question in questions]
+    groups: dict[object, Batch] = {}
+    for number, question in enumerate(questions):
+        key = tuple(question.images) if by_image and question.images else number
+        groups.setdefault(key, []).append(number)
+    ordered = [sorted(group, key=length.__getitem__, reverse=True) for group in groups.values()]
+    ordered.sort(key=lambda group: length[group[0]], reverse=True)
+    large = [split(group, batch_size) for group in ordered if len(group) >= batch_size]
+    small = packed((group for group in ordered if len(group) < batch_size), batch_size)
+    shares = [*large, *([batch] for batch in small)]
+    return sorted(shares, key=lambda share: length[share[0][0]], reverse=True)
+
+
+def split(group: Batch, batch_size: int) -> list[Batch]:
+    """Returns a group in as few batches as it takes, of sizes that differ by one at most."""
+    count = -(-len(group) // batch_size)
+    ends = [len(group) * part // count for part in range(count + 1)]
+    return [group[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def packed(groups: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
+    """Yields batches of whole groups."""
+    batch: Batch = []
+    for group in groups:
+        if len(batch) + len(group) > batch_size:
+            yield batch
+            batch = []
+        batch = batch + group
+    if batch:
+        yield batch

@@ -156,13 +156,15 @@ def review(
     """
     settings = judge.settings | {"rules": _digest(prompts)}
     with AnswersFile(path, heads, settings, overwrite, ("content", "tuple"), True) as file:
-        for number in range(file.num_done):
+        for number in sorted(file.known):
             print(f"Skipping {number} as we already have it.")
             print(done(number + 1))
-        rest = zip(heads[file.num_done :], judge.ask_all(prompts[file.num_done :]), strict=True)
-        for head, reply in rest:
-            file.write([{**head, "content": reply, "tuple": _scores_or_notice(reply)}])
+        rest = file.missing
+        for number, reply in zip(rest, judge.ask_all([prompts[n] for n in rest]), strict=True):
+            head = heads[number]
+            file.put(number, {**head, "content": reply, "tuple": _scores_or_notice(reply)})
             print(done(head["id"]), flush=True)
+        file.finish()
 
 
 def _digest(prompts: list[Prompt]) -> str:

@@ -70,12 +70,13 @@ def grade(
     heads = [{"question_id": a["question_id"], "text": a["text"]} for a in given.values()]
     settings = judge.settings | {"instruction": instruction}
     with AnswersFile(path, heads, settings, overwrite, ("content", "grade")) as file:
-        rest = list(zip(keys, heads, strict=True))[file.num_done :]
-        prompts = [judge_prompt(entries[key], head["text"], instruction) for key, head in rest]
-        for (key, head), reply in zip(rest, judge.ask_all(prompts), strict=True):
-            capabilities = entries[key]["capability"]
+        rest = file.missing
+        prompts = [judge_prompt(entries[keys[n]], heads[n]["text"], instruction) for n in rest]
+        for number, reply in zip(rest, judge.ask_all(prompts), strict=True):
+            capabilities = entries[keys[number]]["capability"]
             line = {"capability": capabilities, "content": reply, "grade": parse_grade(reply)}
-            file.write([{**head, **line}])
+            file.put(number, {**heads[number], **line})
+        file.finish()
     return summarize(read_jsonl(path, ("capability", "grade")))
 
 

@@ -67,14 +67,15 @@ def score_file(result_file: str, judge: Judge | None, overwrite: bool = False) -
     settings = judge.settings if judge else {"judge": None}
     heads = [{key: record[key] for key in ("question_id", "text")} for record in records]
     with AnswersFile(path, heads, settings, overwrite, ("text", "score")) as file:
-        rest = records[file.num_done :]
+        rest = file.missing
         if judge:
-            replies = judge.ask_all([judge_prompt(record) for record in rest])
+            replies = judge.ask_all([judge_prompt(records[n]) for n in rest])
             lines = ({"score": parse_score(r), "verdict": r} for r in replies)
         else:
-            lines = ({"score": precise_match(record)} for record in rest)
-        for record, line in zip(rest, lines, strict=True):
-            file.write([{**record, **line}])
+            lines = ({"score": precise_match(records[n])} for n in rest)
+        for number, line in zip(rest, lines, strict=True):
+            file.put(number, {**records[number], **line})
+        file.finish()
     return _finish(path, stem)
 
 

@@ -7,7 +7,7 @@ from statistics import mean
 
 from llava.eval.benchmarks.table import Benchmark
 from llava.eval.compare.costs import Cost
-from llava.eval.compare.suite import Run, Score
+from llava.eval.compare.scores import Run, Score
 from llava.eval.compare.suite_report import average_range, not_run
 from llava.eval.scoring.bootstrap import Interval
 

@@ -11,7 +11,7 @@ import torch
 
 from llava.eval.answering.loop import AnswerLoop
 from llava.eval.benchmarks.table import Benchmark
-from llava.eval.compare.suite import Run
+from llava.eval.compare.scores import Run
 from llava.eval.efficiency.measure import Workload, llava_facts, time_llava
 from llava.mm_utils import tokenizer_image_token
 from llava.pruning import Pruner

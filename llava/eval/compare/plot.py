@@ -8,7 +8,8 @@ from __future__ import annotations
 from itertools import cycle
 
 from llava.eval.compare.comparison import AVERAGE, Comparison, Row
-from llava.eval.compare.suite_report import DENSE, mark_points
+from llava.eval.compare.scores import DENSE
+from llava.eval.compare.suite_report import mark_points
 from llava.eval.plotting import import_pyplot
 from llava.eval.scoring.bootstrap import is_significant
 

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 
 from llava.eval.compare.comparison import Comparison
-from llava.eval.compare.suite_report import DENSE
+from llava.eval.compare.scores import DENSE
 from llava.eval.markdown import table
 
 FILE = os.path.join(os.path.dirname(__file__), *[os.pardir] * 3, "docs", "published_numbers.csv")

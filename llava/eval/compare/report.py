@@ -7,7 +7,7 @@ import io
 import os
 
 from llava.eval.compare.comparison import AVERAGE, Cell, Comparison, Row
-from llava.eval.compare.suite_report import DENSE
+from llava.eval.compare.scores import DENSE
 from llava.eval.markdown import table
 from llava.eval.scoring.bootstrap import is_significant
 

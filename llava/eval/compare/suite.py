@@ -12,88 +12,30 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass, field, fields
 
 from llava.errors import errors_as_messages
-from llava.eval.answering.loading import (
+from llava.eval.answering.loop import AnswerLoop
+from llava.eval.answering.program import (
     add_image_args,
-    add_model_args,
     add_speed_args,
     load_loop,
     resolve_conv_mode,
-    settings_of,
 )
-from llava.eval.answering.loop import AnswerLoop
 from llava.eval.answering.run import Task, answer_questions
+from llava.eval.answering.settings import settings_of
 from llava.eval.answering.workers import Workers
 from llava.eval.benchmarks.table import BENCHMARKS, Benchmark
-from llava.eval.compare.suite_report import DENSE, not_run, plot, table
+from llava.eval.compare.scores import DENSE, Run, Score
+from llava.eval.compare.suite_report import not_run, plot, table
 from llava.eval.files import budgets
 from llava.eval.files.answer_lines import answers_among, read_lines
 from llava.eval.plotting import import_pyplot
 from llava.eval.scoring import paired
-from llava.eval.scoring.bootstrap import Interval
 from llava.mm_utils import get_model_name_from_path
-from llava.pruning import METHODS, Pruner, build_pruner
+from llava.model_args import add_model_args
+from llava.pruning import METHODS, build_pruner
 from llava.pruning.cli import pruner_from_args
 from llava.weight_files import local_folder
-
-
-@dataclass
-class Run:
-    """One method at one budget.
-
-    refused: why it cannot run; None: it can
-    """
-
-    method: str
-    tokens: int
-    pruner: Pruner | None
-    refused: str | None = None
-
-
-@dataclass
-class Score:
-    """One cell of the table.
-
-    percent:       the score, as a share of its maximum, in percent
-    count:         questions that it is of; `failed`: those that failed, which it is not of
-    same_as_dense: share of answers that equal those of the unpruned model, in percent
-    visual_tokens: image tokens of a prompt on average over the decoder's layers
-    change:        percent minus that of the unpruned model, on the questions that both answered
-    draws, change_draws: percent and change on drawn images; None: nothing to draw
-    """
-
-    method: str
-    tokens: int
-    task: str
-    metric: str
-    score: float
-    percent: float
-    count: int
-    same_as_dense: float | None = None
-    visual_tokens: float | None = None
-    seconds: float | None = None
-    failed: int = 0
-    change: float = 0.0
-    draws: paired.Draws | None = field(default=None, repr=False, compare=False)
-    change_draws: paired.Draws | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def range(self) -> Interval | None:
-        """95 % interval of the score."""
-        return self.draws and self.draws.range
-
-    @property
-    def change_range(self) -> Interval | None:
-        """95 % interval of the change, both scores on the same images."""
-        return self.change_draws and self.change_draws.range
-
-    def as_dict(self) -> dict:
-        """What is written of it: intervals in place of draws."""
-        names = (f.name for f in fields(self) if not f.name.endswith("draws"))
-        ranges = {"range": self.range, "change_range": self.change_range}
-        return {name: getattr(self, name) for name in names} | ranges
 
 
 def plan(args, num_patches: int) -> list[Run]:

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import mean
-from typing import TYPE_CHECKING
 
 from llava.eval import markdown
+from llava.eval.compare.scores import DENSE, Run, Score
 from llava.eval.plotting import import_pyplot
 from llava.eval.scoring.bootstrap import Interval, is_significant
 from llava.eval.scoring.paired import range_of_mean
 
-if TYPE_CHECKING:
-    from llava.eval.compare.suite import Run, Score
-
-DENSE = "none"
 AVERAGE = "average"
 
 

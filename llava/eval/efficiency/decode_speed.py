@@ -26,7 +26,7 @@ from functools import partial
 import torch
 
 from llava.errors import errors_as_messages
-from llava.eval.answering.loading import add_model_args, load_loop
+from llava.eval.answering.program import load_loop
 from llava.eval.answering.questions import Question
 from llava.eval.efficiency.arguments import (
     add_question_args,
@@ -40,6 +40,7 @@ from llava.eval.efficiency.decode_run import asked, made_up, measure, variants_o
 from llava.eval.efficiency.measure import make_pruner, with_budget
 from llava.eval.efficiency.random_model import CONFIGS, build_random_model, shapes
 from llava.eval.files.records import read_jsonl
+from llava.model_args import add_model_args
 from llava.playground import default_model_path
 from llava.pruning import METHODS, Pruner
 from llava.pruning.cli import parse_pair

@@ -20,10 +20,10 @@ import torch
 
 from llava.errors import errors_as_messages
 from llava.eval import markdown
-from llava.eval.answering.loading import add_model_args, load_loop
 from llava.eval.answering.loop import AnswerLoop
-from llava.eval.answering.plan import plan_shares
+from llava.eval.answering.program import load_loop
 from llava.eval.answering.questions import Question, jsonl_questions
+from llava.eval.answering.run import plan_shares
 from llava.eval.efficiency.arguments import (
     add_question_args,
     fill_in_questions,
@@ -33,6 +33,7 @@ from llava.eval.efficiency.arguments import (
 from llava.eval.efficiency.measure import with_budget
 from llava.eval.efficiency.random_model import build_random_model, shapes
 from llava.eval.files.records import read_jsonl
+from llava.model_args import add_model_args
 from llava.playground import default_model_path
 from llava.pruning import METHODS
 

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 
 import torch
 
-from llava.eval.answering.answerer import ask, open_loop, read_pruner
 from llava.eval.answering.loop import AnswerLoop
 from llava.eval.answering.questions import Question
 from llava.eval.answering.workers import own_gpu
+from llava.eval.plugins.model import ask, open_loop, read_pruner
 from llava.image_io import to_rgb
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.pruning import all_option_names

@@ -17,7 +17,7 @@ from functools import partial
 
 from PIL import Image
 
-from llava.eval.answering.answerer import ask, open_loop, read_pruner
+from llava.eval.plugins.model import ask, open_loop, read_pruner
 
 try:
     from vlmeval.config import supported_VLM

@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
-from llava.eval.answering.answers_file import AnswersFile, fingerprint
+from llava.eval.answering.answers_file import AnswersFile, Journal, folder
 from llava.eval.answering.questions import get_chunk
 from llava.eval.benchmarks.mmbench import mmbench_questions
 from llava.eval.files import records
+from llava.eval.files.fingerprints import fingerprint
 
 HEADS = [{"question_id": i, "prompt": f"What is {i}?"} for i in range(6)]
 SETTINGS = {"model": "m", "pruner": "Pruner()"}
@@ -21,15 +23,69 @@ def line(head):
 def answer_all(path, heads=HEADS, settings=SETTINGS, stop_after=None, **options):
     """Answers question after question; returns how many answers were there before."""
     with AnswersFile(str(path), heads, settings, **options) as answers:
-        for head in heads[answers.num_done : stop_after]:
-            answers.write([line(head)])
-        return answers.num_done
+        done = len(answers.known)
+        for number in answers.missing[:stop_after]:
+            answers.put(number, line(heads[number]))
+        if not answers.missing:
+            answers.finish()
+        return done
 
 
 @pytest.fixture
 def undisturbed(tmp_path):
     answer_all(tmp_path / "whole.jsonl")
     return (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_finished_run_leaves_the_answers_and_their_settings_only(tmp_path):
+    for _ in range(2):
+        answer_all(tmp_path / "a.jsonl")
+        assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "a.settings.json"}
+
+
+def test_the_file_appears_whole(tmp_path, undisturbed):
+    path = tmp_path / "a.jsonl"
+    with AnswersFile(str(path), HEADS, SETTINGS) as answers:
+        for number in (5, 2, 0, 1, 4, 3):
+            answers.put(number, line(HEADS[number]))
+            assert not path.exists()
+        answers.finish()
+    assert path.read_bytes() == undisturbed
+
+
+def test_answers_already_there_are_not_written_again(tmp_path, undisturbed):
+    path = tmp_path / "a.jsonl"
+    answer_all(path)
+    before = path.stat()
+    answer_all(path)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_partial_file_and_journals_of_an_earlier_version_are_continued(tmp_path, undisturbed):
+    """They wrote the answers file as it grew, and into journals only what was ahead of its turn."""
+    path = tmp_path / "a.jsonl"
+    answer_all(path, stop_after=1)
+    shutil.rmtree(folder(str(path)))
+    path.write_bytes(b"".join(undisturbed.splitlines(True)[:2]) + b'{"question_id": 2, "pro')
+    ahead = Journal(str(path), 1)
+    ahead.put(4, line(HEADS[4]))
+    ahead.close()
+    with AnswersFile(str(path), HEADS, SETTINGS) as answers:
+        assert answers.missing == [2, 3, 5]
+        answers.put(3, line(HEADS[3]))
+    assert answer_all(path) == 4
+    assert path.read_bytes() == undisturbed
+    assert not os.path.exists(folder(str(path)))
+
+
+def test_answers_of_plain_llava_are_continued_where_that_is_asked_for(tmp_path, undisturbed):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join(undisturbed.splitlines(True)[:2]))
+    with pytest.raises(ValueError, match="which says how they were made, is not there"):
+        answer_all(path)
+    assert answer_all(path, foreign=True) == 2
+    assert path.read_bytes() == undisturbed
+    assert answer_all(path) == 6  # complete ones are left alone
 
 
 def test_a_run_cut_anywhere_continues_to_the_same_file(tmp_path, undisturbed):
@@ -51,13 +107,15 @@ def test_a_stopped_run_is_continued_and_a_finished_one_left_alone(tmp_path, undi
     assert path.read_bytes() == undisturbed
 
 
-def test_a_garbled_last_line_is_repaired_and_one_in_the_middle_is_named(tmp_path, undisturbed):
+def test_a_garbled_last_line_is_passed_over_and_one_in_the_middle_is_named(tmp_path, undisturbed):
     path = tmp_path / "a.jsonl"
-    answer_all(path, stop_after=3)
-    with open(path, "ab") as file:
-        file.write(b"\0\0\0\n")
-    assert answer_all(path) == 3
-    assert path.read_bytes() == undisturbed
+    for garbled in (path, tmp_path / "a.parts" / "0.jsonl"):
+        answer_all(path, overwrite=True, stop_after=3)
+        with open(garbled, "ab") as file:
+            file.write(b"\0\0\0\n")
+        assert answer_all(path, stop_after=1) == 3
+        assert answer_all(path) == 4
+        assert path.read_bytes() == undisturbed
     path.write_bytes(undisturbed.replace(b'"answer 1"', b'"answ'))
     with pytest.raises(ValueError, match="a.jsonl, line 2 is not an answer"):
         answer_all(path)
@@ -99,6 +157,8 @@ def test_two_processes_cannot_write_one_file(tmp_path):
     with AnswersFile(path, HEADS, SETTINGS):
         with pytest.raises(ValueError, match="another process is writing"):
             AnswersFile(path, HEADS, SETTINGS)
+        with pytest.raises(ValueError, match="another process is writing"):
+            AnswersFile(path, HEADS, SETTINGS, overwrite=True)
 
 
 def test_a_bare_file_name_needs_no_folder(tmp_path, monkeypatch):

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava.eval import score, score_table
-from llava.eval.answering.answers_file import AnswersFile
-from llava.eval.answering.journal import Journal, folder
+from llava.eval.answering.answers_file import AnswersFile, Journal, folder
 from llava.eval.answering.loop import AnswerLoop
 from llava.eval.answering.questions import Question, jsonl_questions, questions_of
 from llava.eval.answering.run import Task, answer_questions
@@ -172,9 +171,11 @@ def test_a_record_without_a_question_is_named_or_recorded(record, reason, tmp_pa
     assert first.error is None and reason in bad.error
     assert bad.head == {"question_id": 7 if record.get("question_id") == 7 else "line 3"}
     with AnswersFile(str(tmp_path / "a.jsonl"), [first.head, bad.head], {}) as answers:
-        answers.write([first.answer_line("yes", "", ""), bad.failed_line("none", "", "")])
+        answers.put(0, first.answer_line("yes", "", ""))
+        answers.put(1, bad.failed_line("none", "", ""))
+        answers.finish()
     with AnswersFile(str(tmp_path / "a.jsonl"), [first.head, bad.head], {}) as answers:
-        assert answers.num_done == 1  # the file with a question without an id is read again
+        assert answers.missing == [1]  # the file with a question without an id is read again
 
 
 VISCOT = {"question_id": 7, "image": ["cot/gqa/1.jpg"], "conversations": [{"value": "?"}]}
@@ -250,21 +251,35 @@ def test_failures_of_other_processes_are_taken_in_and_asked_again(tmp_path):
     lines = [{"question_id": n, "text": str(n)} for n in range(4)]
     with AnswersFile(path, heads, {}) as file:
         other = Journal(path, 1)
-        other.write([1, 2], [failed, lines[2]])
+        other.put(1, failed)
+        other.put(2, lines[2])
         other.close()
-        file.put([3], [lines[3]])
-        file.put([0], [lines[0]])
+        file.put(3, lines[3])
+        file.put(0, lines[0])
         file.finish()
-        assert file.failed == [1]
+        assert file.num_failed == 1
     assert read_jsonl(path) == [lines[0], failed, lines[2], lines[3]]
     for _ in range(2):  # also when it is stopped at once, and started again
         with AnswersFile(path, heads, {}) as file:
-            assert file.known == {0, 2, 3} and file.num_done == 1
+            assert file.missing == [1]
     with AnswersFile(path, heads, {}) as file:
-        file.put([1], [lines[1]])
+        file.put(1, lines[1])
         file.finish()
-        assert not file.failed
+        assert not file.num_failed
     assert read_jsonl(path) == lines
+
+
+def test_a_failure_of_an_earlier_run_never_stands_for_the_answer_of_this_one(tmp_path):
+    """Its journal is there at once, that of another machine only after a while."""
+    path, heads = str(tmp_path / "a.jsonl"), [{"question_id": 0}, {"question_id": 1}]
+    with AnswersFile(path, heads, {}) as file:
+        file.put(0, {"question_id": 0, "text": "yes"})
+        earlier = Journal(path, 2)
+        earlier.put(1, {"question_id": 1, "error": "bad picture"})
+        earlier.close()
+    with AnswersFile(path, heads, {}) as file:
+        with pytest.raises(ValueError, match="has 1 of 2 answers: start the same command again"):
+            file.finish()
 
 
 @pytest.fixture

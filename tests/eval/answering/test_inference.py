@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from llava.eval.answering.answers_file import read_journals
 from llava.eval.answering.loop import AnswerLoop
 from tests.eval import eval_cases
 from tests.paths import GOLDEN
@@ -73,8 +74,8 @@ def test_a_stopped_run_is_continued_to_the_same_answers(tmp_path, monkeypatch):
     monkeypatch.setattr(AnswerLoop, "generate", stop_at_the_second_batch)
     with pytest.raises(KeyboardInterrupt):
         eval_cases.run_program(case["module"], argv)
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(path.read_bytes() + b'{"question_id": 1, "pro')
+    path, journal = tmp_path / "a.jsonl", tmp_path / "a.parts" / "0.jsonl"
+    journal.write_bytes(journal.read_bytes() + b'{"number": 1, "line": {"que')
     eval_cases.run_program(case["module"], argv)
     texts = [record["text"] for record in eval_cases.read_answers(path)]
     assert texts == [record["text"] for record in case["answers"]]
@@ -94,7 +95,7 @@ def test_a_bad_image_is_named_and_answers_before_it_are_kept(content, tmp_path):
     with pytest.raises(SystemExit) as stop:  # a text as exit code: printed, and the status is 1
         eval_cases.run_program(case["module"], [*argv, "--batch-size", "3"])
     assert "question q9" in stop.value.code and str(bad) in stop.value.code
-    assert len(eval_cases.read_answers(tmp_path / "a.jsonl")) == 2
+    assert len(read_journals(str(tmp_path / "a.jsonl"), ("text",))) == 3  # the batch before
 
 
 @pytest.mark.parametrize("reuse", ["--reuse", "--no-reuse"])

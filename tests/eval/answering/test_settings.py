@@ -10,7 +10,7 @@ import pytest
 
 import llava
 from llava.eval.answering.answers_file import AnswersFile
-from llava.eval.answering.run_settings import settings_of
+from llava.eval.answering.settings import settings_of
 from llava.eval.files import fingerprints
 from llava.eval.files.fingerprints import fingerprint
 from llava.pruning import build_pruner
@@ -47,7 +47,7 @@ def resumed(args, tmp_path, change, pruner=None):
     """What a run says that continues another one after `change`; None: it goes on."""
     path = str(tmp_path / "out" / "a.jsonl")
     with AnswersFile(path, HEADS, settings_of(args, pruner or build_pruner()), True) as file:
-        file.write([{"question_id": 0, "text": "x"}])
+        file.put(0, {"question_id": 0, "text": "x"})
     change(args)
     try:
         with AnswersFile(path, HEADS, settings_of(args, build_pruner())):

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from llava.eval.answering.answers_file import read_journals
 from llava.eval.benchmarks import mmvet as eval_mmvet
 from llava.eval.benchmarks import viscot as eval_viscot
 from llava.eval.benchmarks import viscot_questions as viscot
@@ -65,8 +66,7 @@ def test_scoring_that_broke_off_goes_on_and_the_file_is_named_after_the_mean(tmp
         monkeypatch.setattr(sys, "argv", ["eval_viscot", *argv])
         with pytest.raises(SystemExit, match="refuses with status 400: out of credit"):
             eval_viscot.main()
-        unfinished = (tmp_path / "a_judge-tmp.jsonl").read_text().splitlines()
-        assert len(unfinished) == 6
+        assert len(read_journals(str(tmp_path / "a_judge-tmp.jsonl"), ("score",))) == 6
         fail["from"], before = 99, len(server.requests)
         eval_viscot.main()
         assert len(server.requests) - before == 4

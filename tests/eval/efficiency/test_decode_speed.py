@@ -115,7 +115,7 @@ def test_options_belong_to_a_method():
 
 def test_a_whole_run_reports_every_way(monkeypatch, tmp_path, model, capsys):
     """The real loop on the playground's questions, with a small random model behind it."""
-    from llava.eval.answering.loading import load_loop
+    from llava.eval.answering.program import load_loop
     from llava.playground import default_model_path
     from llava.pruning.twigvlm import grow_twig, save_twig
 

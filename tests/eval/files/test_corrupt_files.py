@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,12 +14,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llava.eval.answering import answers_file as answers
-from llava.eval.answering import journal
-from llava.eval.answering.answers_file import AnswersFile
-from llava.eval.answering.journal import Journal, folder, read_journals
+from llava.eval.answering.answers_file import AnswersFile, Journal, folder, read_journals
 from llava.eval.benchmarks import review_summary as summarize_gpt_review
 from llava.eval.benchmarks.table import BENCHMARKS
+from llava.eval.files import safe_writing
 from llava.eval.files.answer_lines import read_answers, read_lines
 from llava.eval.files.records import parse_json, read_json, read_jsonl, read_table
 from llava.eval.score_table import read_score
@@ -61,19 +60,28 @@ def line(head):
 
 def answer_all(path, stop_after=None, settings=SETTINGS):
     with AnswersFile(str(path), HEADS, settings) as file:
-        for head in HEADS[file.num_done : stop_after]:
-            file.write([line(head)])
+        for number in file.missing[:stop_after]:
+            file.put(number, line(HEADS[number]))
+        if not file.missing:
+            file.finish()
 
 
 def answer_in_any_order(path):
     with AnswersFile(str(path), HEADS, SETTINGS) as file:
         for number in (3, 1, 0, 5, 4, 2):
             if number not in file.known:
-                file.put([number], [line(HEADS[number])])
+                file.put(number, line(HEADS[number]))
         file.finish()
 
 
 WHOLE = "".join(json.dumps(line(head)) + "\n" for head in HEADS).encode()
+
+
+def write_lines_in_order(path, count):
+    """Leaves the first lines of an answers file, as other programs and earlier versions do."""
+    answer_all(path, stop_after=1)
+    shutil.rmtree(folder(str(path)))
+    path.write_bytes(b"".join(WHOLE.splitlines(True)[:count]))
 
 
 @pytest.mark.parametrize("junk", JUNK, ids=lambda junk: repr(junk[:40]))
@@ -94,7 +102,8 @@ def test_a_broken_line_of_a_journal_is_named_with_file_and_line(junk, tmp_path):
     path = str(tmp_path / "a.jsonl")
     answer_all(path, stop_after=1)
     own = Journal(path, 3)
-    own.write([3, 2], [line(HEADS[3]), line(HEADS[2])])
+    own.put(3, line(HEADS[3]))
+    own.put(2, line(HEADS[2]))
     own.close()
     name = os.path.join(folder(path), "3.jsonl")
     first, second = open(name, "rb").read().splitlines()
@@ -109,13 +118,12 @@ def test_a_broken_line_of_a_journal_is_named_with_file_and_line(junk, tmp_path):
 def test_a_journal_does_not_take_strange_numbers_for_questions(number, tmp_path):
     path = str(tmp_path / "a.jsonl")
     answer_all(path, stop_after=1)
-    os.makedirs(folder(path))
     entry = f'{{"number": {number}, "line": {json.dumps(line(HEADS[5]))}}}\n'
     with open(os.path.join(folder(path), "0.jsonl"), "w") as file:
         file.write(2 * entry)
     with pytest.raises(ValueError, match="0.jsonl, line 1 is not an answer"):
         answer_in_any_order(path)
-    assert not read_journals(path, tolerant=True)
+    assert not read_journals(path, (), tolerant=True)
 
 
 def test_other_files_in_the_folder_of_journals_are_left_alone(tmp_path):
@@ -132,11 +140,16 @@ def test_other_files_in_the_folder_of_journals_are_left_alone(tmp_path):
 )
 def test_broken_settings_are_named(content, tmp_path):
     path = tmp_path / "a.jsonl"
-    answer_all(path, stop_after=3)
+    answer_all(path, stop_after=2)
     (tmp_path / "a.settings.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.settings\.json"):
         answer_all(path)
-    assert path.read_bytes() == b"".join(WHOLE.splitlines(True)[:3])
+    assert len(read_journals(str(path), ())) == 2  # nothing is lost
+    write_lines_in_order(tmp_path / "b.jsonl", 3)
+    (tmp_path / "b.settings.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"b\.settings\.json"):
+        answer_all(tmp_path / "b.jsonl")
+    assert (tmp_path / "b.jsonl").read_bytes() == b"".join(WHOLE.splitlines(True)[:3])
 
 
 def test_answers_of_unknown_settings_are_not_continued_and_complete_ones_left_alone(tmp_path):
@@ -181,9 +194,10 @@ SPOIL = {
 @example(which="answers", place=1.0, junk=b"\0\0\0", drop=0)
 def test_a_run_on_spoiled_files_ends_right_or_in_a_sentence(tmp_path_factory, which, **spoil):
     path = tmp_path_factory.mktemp("fuzz") / "a.jsonl"
-    answer_all(path, stop_after=2)
+    write_lines_in_order(path, 2)
     own = Journal(str(path), 1)
-    own.write([4, 3], [line(HEADS[4]), line(HEADS[3])])
+    own.put(4, line(HEADS[4]))
+    own.put(3, line(HEADS[3]))
     own.close()
     names = {
         "answers": path,
@@ -225,10 +239,10 @@ def test_a_mark_at_the_beginning_of_a_file_is_no_text(tmp_path):
     assert read_jsonl(str(tmp_path / "q.jsonl")) == [{"a": 1}]
     assert read_table(str(tmp_path / "q.tsv"), ("index",)) == [{"index": "1", "A": "x"}]
     path = tmp_path / "a.jsonl"
-    answer_all(path, stop_after=2)
+    write_lines_in_order(path, 2)
     path.write_bytes(mark + path.read_bytes())
     answer_all(path)
-    assert path.read_bytes() == mark + WHOLE
+    assert path.read_bytes() == WHOLE
 
 
 def test_numbers_must_be_finite():
@@ -247,8 +261,8 @@ def test_a_file_system_without_locks_is_warned_of_once(code, tmp_path, monkeypat
         def flock(*_):
             raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(answers, "fcntl", NoLocks)
-    answers.warn_of_no_locks.cache_clear()
+    monkeypatch.setattr(safe_writing, "fcntl", NoLocks)
+    safe_writing.warn_of_no_locks.cache_clear()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for name in ("a", "b", "c"):
@@ -265,7 +279,7 @@ def test_another_failure_of_a_lock_is_one_sentence(tmp_path, monkeypatch):
         def flock(*_):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(answers, "fcntl", Broken)
+    monkeypatch.setattr(safe_writing, "fcntl", Broken)
     with pytest.raises(ValueError, match="cannot lock .*a.jsonl: Input/output error"):
         answer_all(tmp_path / "a.jsonl")
 
@@ -274,7 +288,7 @@ def test_a_file_that_cannot_be_synced_is_written_all_the_same(tmp_path, monkeypa
     def fsync(_):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    monkeypatch.setattr(journal.os, "fsync", fsync)
+    monkeypatch.setattr(safe_writing.os, "fsync", fsync)
     answer_in_any_order(tmp_path / "a.jsonl")
     assert (tmp_path / "a.jsonl").read_bytes() == WHOLE
 

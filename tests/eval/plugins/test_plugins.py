@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.eval.answering.answerer import ask, open_loop, read_pruner
 from llava.eval.answering.questions import Question
+from llava.eval.plugins.model import ask, open_loop, read_pruner
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.pruning import build_pruner

@@ -13,7 +13,7 @@ from llava.model_args import DTYPES
 #: one may change an answer, also one that is added to a program tomorrow
 HARMLESS = frozenset(
     "model_path model_name question_file image_folder answers_file data_dir out overwrite "
-    "num_chunks chunk_idx limit batch_size workers reuse device skip_bad answer_prompter "
+    "num_chunks chunk_idx limit batch_size workers reuse device skip_bad follow answer_prompter "
     "methods tokens tasks pruning_method visual_token_num pruning_arg pruner "
     "timed_prompts published page".split()
 )
@@ -106,3 +106,20 @@ def _dtype(args) -> str | None:
         return None  # not known before the checkpoint is here
     device = choose_device(getattr(args, "device", None))
     return str(choose_dtype(DTYPES.get(asked), values, device, quantized)).removeprefix("torch.")
+
+
+def differences(before: dict, now: dict, name: str = "") -> list[str]:
+    """What differs between two sets of settings, in words; those inside others by `outer.inner`."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{name}{key}.")
+        elif old != new or isinstance(old, bool) != isinstance(new, bool):
+            found.append(f"{name}{key} was {_short(old)} and is now {_short(new)}")
+    return found
+
+
+def _short(value, most: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 
 from PIL import Image
 
-from llava.eval.answering.loading import DTYPES, load_loop, resolve_conv_mode
 from llava.eval.answering.loop import AnswerLoop
+from llava.eval.answering.program import load_loop, resolve_conv_mode
 from llava.eval.answering.questions import Question
 from llava.image_io import to_rgb
 from llava.mm_utils import get_model_name_from_path, process_images
 from llava.model.reuse import Picture
+from llava.model_args import DTYPES
 from llava.pruning import Pruner
 from llava.pruning.cli import pruner_from_args
 

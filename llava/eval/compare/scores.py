@@ -1,0 +1,69 @@
+"""What a suite runs and what comes of it: a method at a budget, and its score on a benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from llava.eval.scoring.bootstrap import Interval
+from llava.eval.scoring.paired import Draws
+from llava.pruning import Pruner
+
+#: the method of the unpruned model
+DENSE = "none"
+
+
+@dataclass
+class Run:
+    """One method at one budget.
+
+    refused: why it cannot run; None: it can
+    """
+
+    method: str
+    tokens: int
+    pruner: Pruner | None
+    refused: str | None = None
+
+
+@dataclass
+class Score:
+    """One cell of the table.
+
+    percent:       the score, as a share of its maximum, in percent
+    count:         questions that it is of; `failed`: those that failed, which it is not of
+    same_as_dense: share of answers that equal those of the unpruned model, in percent
+    visual_tokens: image tokens of a prompt on average over the decoder's layers
+    change:        percent minus that of the unpruned model, on the questions that both answered
+    draws, change_draws: percent and change on drawn images; None: nothing to draw
+    """
+
+    method: str
+    tokens: int
+    task: str
+    metric: str
+    score: float
+    percent: float
+    count: int
+    same_as_dense: float | None = None
+    visual_tokens: float | None = None
+    seconds: float | None = None
+    failed: int = 0
+    change: float = 0.0
+    draws: Draws | None = field(default=None, repr=False, compare=False)
+    change_draws: Draws | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def range(self) -> Interval | None:
+        """95 % interval of the score."""
+        return self.draws and self.draws.range
+
+    @property
+    def change_range(self) -> Interval | None:
+        """95 % interval of the change, both scores on the same images."""
+        return self.change_draws and self.change_draws.range
+
+    def as_dict(self) -> dict:
+        """What is written of it: intervals in place of draws."""
+        names = (f.name for f in fields(self) if not f.name.endswith("draws"))
+        ranges = {"range": self.range, "change_range": self.change_range}
+        return {name: getattr(self, name) for name in names} | ranges
