@@ -1,6 +1,7 @@
 """A model shared out over several devices gives what it gives on one, with every method."""
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -184,15 +185,21 @@ def test_newlines_and_losses_are_those_of_one_device(make_model, sample):
     assert losses[0][0] == pytest.approx(losses[0][1], rel=1e-5)
 
 
+@dataclass
+class Kept:
+    note: torch.Tensor
+    others: dict
+
+
 class Notes(Pruner):
     """Leaves tensors of many kinds for later layers."""
 
     def before_layer(self, index, prefill):
         if index == 0:
             note = prefill.index.float()
-            prefill.scratch["notes"] = {"a": [note, (note, 3)], "text": "b"}
-        notes = prefill.scratch["notes"]
-        for note in (notes["a"][0], notes["a"][1][0]):
+            prefill.state = Kept(note, {"a": [note, (note, 3)], "text": "b"})
+        kept = prefill.state
+        for note in (kept.note, kept.others["a"][0], kept.others["a"][1][0]):
             assert note.device == prefill.hidden_states.device == prefill.position_ids.device
         assert prefill.decoder.layers[index].device == prefill.hidden_states.device
         return prefill

@@ -85,10 +85,10 @@ class ImageEncoding:
         vision = self.encode_vision(crops, owner.to(crops.device), questions, plans)
         unpads = tiled and "unpad" in settings.mm_patch_merge_type
         newline = self.get_model().image_newline if unpads else None
-        return [
-            self.pruner.after_layout(self._layout(vision, layout, newline))
-            for layout in vision.layouts
-        ]
+        laid_out = [self._layout(vision, layout, newline) for layout in vision.layouts]
+        for number, image in enumerate(laid_out):
+            image.image_extras = {k: own[number] for k, own in vision.image_extras.items()}
+        return [self.pruner.after_layout(image) for image in laid_out]
 
     def _arrange(
         self, settings: ImageSettings, crops: slice, tiled: bool, image_size, number: int

@@ -14,10 +14,11 @@ from transformers.generation.logits_process import (
     PrefixConstrainedLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
 from ..pruning import PruningTrace, no_drafter
 from ..pruning.drafter import STRATEGIES, Drafter
+from ..pruning.per_token import each
 from .patches import replacement
 from .self_speculative import Speculation, SpeculationLog
 from .token_choice import TokenChoice
@@ -25,14 +26,7 @@ from .token_choice import TokenChoice
 #: keywords of `generate` that replace options of the drafter
 DRAFTER_OPTIONS = ("num_speculations", "draft_stop_prob")
 #: arguments of the decoder that `generate` passes on
-PROMPT_TENSORS = (
-    "inputs_embeds",
-    "position_ids",
-    "visual_index",
-    "patch_index",
-    "token_tags",
-    "token_context",
-)
+PROMPT_TENSORS = ("inputs_embeds", "position_ids", "visual_index", "patch_index")
 #: keywords of `generate` that cannot be followed, and why
 NOT_TAKEN = {
     "inputs_embeds": "pass input_ids and images, or give embedded prompts to generate_from",
@@ -107,6 +101,25 @@ class GenerationStrategies:
         return super()._maybe_initialize_input_ids_for_generation(
             inputs, bos_token_id, model_kwargs
         )
+
+    @staticmethod
+    def _expand_inputs_for_generation(expand_size: int = 1, *args, **keywords):
+        """Every row `expand_size` times (beams), in the extras of the pruning method as well, which
+        transformers, looking at tensors alone, leaves as they are."""
+        extras, numbers = keywords.get("extras"), keywords.get("image_extras")
+        ids, expanded = GenerationMixin._expand_inputs_for_generation(
+            expand_size, *args, **keywords
+        )
+        if expand_size > 1:
+            if extras:
+                repeated = each(extras, lambda x, _: x.repeat_interleave(expand_size, dim=0))
+                expanded["extras"] = repeated
+            if numbers:
+                expanded["image_extras"] = {
+                    name: [row for row in rows for _ in range(expand_size)]
+                    for name, rows in numbers.items()
+                }
+        return ids, expanded
 
     def contrastive_search(self, *args, **keywords):
         raise ValueError(no_search("contrastive search (penalty_alpha with top_k)"))
@@ -260,9 +273,14 @@ def traced_rows(model, count: int) -> Iterator[int]:
 
 def one_row(prompt: dict, row: int) -> dict:
     """The decoder's arguments for one row of a batch, its padding removed."""
+    real = prompt["attention_mask"][row].bool().nonzero()[:, 0]
     tensors = {key: prompt[key] for key in PROMPT_TENSORS if prompt.get(key) is not None}
-    real = prompt["attention_mask"][row].bool()
-    return {key: tensor[row][real][None] for key, tensor in tensors.items()}
+    extras, numbers = prompt.get("extras") or {}, prompt.get("image_extras") or {}
+    return {
+        **{key: tensor[row][real][None] for key, tensor in tensors.items()},
+        "extras": {name: tensor[row][real][None] for name, tensor in extras.items()},
+        "image_extras": {name: values[row : row + 1] for name, values in numbers.items()},
+    }
 
 
 def padded(rows: list[Tensor], pad_token_id: int | None) -> Tensor:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..pruning.tokens import ImageLayout, ImageTokens, VisionTokens
+from ..pruning.per_token import each, with_zeros
+from ..pruning.tokens import MERGED, ImageLayout, ImageTokens, VisionTokens
 
 
 def unpad_window(height: int, width: int, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -62,8 +62,7 @@ def flat_layout(vision: VisionTokens, crops: slice, num_patches: int) -> ImageTo
         patches=_patch_numbers(vision, crops, shift, num_patches),
         offsets=(positions + shift).flatten(),
         length=count * num_patches,
-        tags=None if vision.tags is None else vision.tags[crops].flatten(),
-        context=None if vision.context is None else vision.context[crops].flatten(0, 1),
+        extras=_extras(vision, crops),
         blocks=(grid if math.prod(grid) == num_patches else (1, num_patches),) * count,
         crops=count,
     )
@@ -103,22 +102,18 @@ def spatial_layout(
         patches=_patch_numbers(vision, grid, (tile + 1) * num_patches, num_patches),
         offsets=offsets,
         length=length,
-        tags=None if vision.tags is None else vision.tags[grid].flatten(),
-        context=None if vision.context is None else vision.context[grid].flatten(0, 1),
+        extras=_extras(vision, grid),
     ).keep(chosen)
     if newline is not None:
         ends = torch.arange(bottom - top, device=offsets.device) * stride + stride - 1
         tokens = _append(tokens, newline, ends)
     tokens = tokens.keep(tokens.offsets.argsort(stable=True))
-    tags = None if tokens.tags is None else torch.cat([base.tags, tokens.tags])
-    context = None if tokens.context is None else torch.cat([base.context, tokens.context])
     return ImageTokens(
         embeds=torch.cat([base.embeds, tokens.embeds]),
         patches=torch.cat([base.patches, tokens.patches]),
         offsets=torch.cat([base.offsets, tokens.offsets + num_patches]),
         length=num_patches + length,
-        tags=tags,
-        context=context,
+        extras={k: torch.cat([base.extras[k], own]) for k, own in tokens.extras.items()},
         blocks=(*base.blocks, (bottom - top, stride)),
         crops=crops.stop - crops.start,
     )
@@ -135,15 +130,19 @@ def with_newline(tokens: ImageTokens, newline: Tensor) -> ImageTokens:
 def _append(tokens: ImageTokens, newline: Tensor, offsets: Tensor) -> ImageTokens:
     """Newline embeddings at `offsets` (m,), behind the tokens."""
     count = len(offsets)
-    tags, context = tokens.tags, tokens.context
     return ImageTokens(
         embeds=torch.cat([tokens.embeds, newline.to(tokens.embeds.dtype).expand(count, -1)]),
         patches=torch.cat([tokens.patches, torch.full_like(offsets, -1)]),
         offsets=torch.cat([tokens.offsets, offsets]),
         length=tokens.length,
-        tags=None if tags is None else torch.cat([tags, tags.new_zeros(count)]),
-        context=None if context is None else F.pad(context, (0, 0, 0, count)),
+        extras=each(tokens.extras, with_zeros(count), axis=0),
     )
+
+
+def _extras(vision: VisionTokens, crops: slice) -> dict[str, Tensor]:
+    """The extras of the crops' tokens (n, ...), crop after crop, that travel on."""
+    own = {name: values for name, values in vision.extras.items() if name != MERGED}
+    return {name: values[crops].flatten(0, 1) for name, values in own.items()}
 
 
 def _real(vision: VisionTokens, crops: slice) -> Tensor:
@@ -155,6 +154,6 @@ def _patch_numbers(vision, crops: slice, shift: Tensor, num_patches: int) -> Ten
     """crop * N + patch of every token; -1 on tokens that are no patch."""
     positions = vision.positions[crops]
     no_patch = (positions < 0) | (positions >= num_patches)
-    if vision.merged is not None:
-        no_patch = no_patch | vision.merged[crops]
+    if MERGED in vision.extras:
+        no_patch = no_patch | vision.extras[MERGED][crops]
     return (positions + shift).masked_fill(no_patch, -1).flatten()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..constants import IGNORE_INDEX
 from ..pruning.tokens import ImageTokens
 
-PIECES = ("x", "labels", "place", "visual", "patch", "tags", "context")
+PIECES = ("x", "labels", "place", "visual", "patch")
 
 
 @dataclass
@@ -23,8 +23,8 @@ class Prompt:
     labels:         (B, S) or None
     visual_index:   (B, S) which image of the row a token belongs to, -1 on text and padding
     patch_index:    (B, S) crop * N + patch, -1 where there is none
-    token_tags:     (B, S) marks of the pruning method, 0 where there is none; None: it left none
-    token_context:  (B, S, E) values of the pruning method, likewise
+    extras:         name -> (B, S, ...) values of the pruning method, see `Prefill`
+    image_extras:   name -> its numbers for the images of every row, likewise
     num_positions:  positions of the longest prompt, see `llava.model.context`; None: not known
     """
 
@@ -34,15 +34,17 @@ class Prompt:
     labels: Tensor | None
     visual_index: Tensor
     patch_index: Tensor
-    token_tags: Tensor | None = None
-    token_context: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    image_extras: dict[str, list[list[int | float]]] = field(default_factory=dict)
     num_positions: int | None = None
 
     def part(self, row: int, columns: slice) -> Prompt:
         """The tokens at `columns` of one row, as a batch of one."""
-        values = ((f.name, getattr(self, f.name)) for f in fields(self))
-        tensors = {k: v[row : row + 1, columns] for k, v in values if isinstance(v, Tensor)}
-        return Prompt(**{"labels": None, **tensors})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {k: v[row : row + 1, columns] for k, v in values.items() if isinstance(v, Tensor)}
+        extras = {k: v[row : row + 1, columns] for k, v in self.extras.items()}
+        numbers = {k: v[row : row + 1] for k, v in self.image_extras.items()}
+        return Prompt(**{"labels": None, **tensors, "extras": extras, "image_extras": numbers})
 
 
 def build_row(
@@ -52,15 +54,16 @@ def build_row(
     images: list[ImageTokens],
     policy: str,
     max_length: int | None,
-    context_width: int = 0,
-) -> dict[str, Tensor]:
+    blanks: dict[str, Tensor],
+) -> dict[str, Tensor | dict[str, Tensor]]:
     """One sample: text `embeds` (L, D) with images in place of the tokens at `marks`.
 
     policy: "sequence" counts positions through; "grid" gives visual tokens the place they have in
     the unpruned image, and the text after it the place it had. The result is cut to `max_length`.
-    context_width: E of `ImageTokens.context`, 0 where the images of the batch have none.
+    blanks: extras of the images of the batch, of no tokens, see `blank_extras`.
     """
     pieces: dict[str, list[Tensor]] = {key: [] for key in PIECES}
+    extras: dict[str, list[Tensor]] = {name: [] for name in blanks}
     start = place = 0
     stops = [*marks, embeds.shape[0]]
     for number, stop in enumerate(stops):
@@ -71,8 +74,8 @@ def build_row(
         pieces["place"].append(torch.arange(place, place + count, device=labels.device))
         pieces["visual"].append(nothing)
         pieces["patch"].append(nothing)
-        pieces["tags"].append(torch.zeros_like(nothing))
-        pieces["context"].append(embeds.new_zeros(count, context_width))
+        for name, blank in blanks.items():
+            extras[name].append(zeros(blank, count))
         start, place = stop + 1, place + count
         if number == len(marks):
             break
@@ -83,39 +86,58 @@ def build_row(
         pieces["place"].append(image.offsets + place)
         pieces["visual"].append(labels.new_full((tokens,), number))
         pieces["patch"].append(image.patches)
-        tags = torch.zeros_like(image.patches) if image.tags is None else image.tags
-        pieces["tags"].append(tags)
-        blank = embeds.new_zeros(tokens, context_width)
-        pieces["context"].append(blank if image.context is None else image.context.to(embeds.dtype))
+        for name, blank in blanks.items():
+            own = image.extras.get(name)
+            extras[name].append(zeros(blank, tokens) if own is None else own)
         place += image.length
     row = {key: torch.cat(parts)[:max_length] for key, parts in pieces.items()}
     if policy == "sequence":
         row["place"] = torch.arange(len(row["labels"]), device=labels.device)
+    row["extras"] = {name: torch.cat(parts)[:max_length] for name, parts in extras.items()}
     return row
 
 
-def pad_rows(rows: list[dict[str, Tensor]], side: str, tagged: bool = False) -> Prompt:
-    """A batch of rows of `build_row`, padded on `side` ("left" or "right"); with `tagged` the
-    marks of the pruning method come along."""
+def blank_extras(images: list[ImageTokens]) -> dict[str, Tensor]:
+    """Name -> (0, ...): what kinds of extras the images have."""
+    return {name: own[:0] for image in images for name, own in image.extras.items()}
+
+
+def image_numbers(rows: list[list[ImageTokens]]) -> dict[str, list[list[int | float]]]:
+    """Name -> the `image_extras` of the images of every row; 0 where an image lacks what another
+    has."""
+    names = dict.fromkeys(name for row in rows for image in row for name in image.image_extras)
+    return {
+        name: [[image.image_extras.get(name, 0) for image in row] for row in rows] for name in names
+    }
+
+
+def zeros(like: Tensor, count: int) -> Tensor:
+    """(count, ...) zeros of the kind of `like` (n, ...)."""
+    return like.new_zeros(count, *like.shape[1:])
+
+
+def pad_rows(rows: list[dict], side: str) -> Prompt:
+    """A batch of rows of `build_row`, padded on `side` ("left" or "right")."""
     longest = max(len(row["labels"]) for row in rows)
 
-    def pad(key: str, fill: int) -> Tensor:
+    def pad(values: list[Tensor], fill: int = 0) -> Tensor:
         parts = []
-        for row in rows:
-            missing = longest - len(row[key])
-            filler = row[key].new_full((missing, *row[key].shape[1:]), fill)
-            parts.append(torch.cat([filler, row[key]] if side == "left" else [row[key], filler]))
+        for own in values:
+            filler = own.new_full((longest - len(own), *own.shape[1:]), fill)
+            parts.append(torch.cat([filler, own] if side == "left" else [own, filler]))
         return torch.stack(parts)
+
+    def padded(key: str, fill: int = 0) -> Tensor:
+        return pad([row[key] for row in rows], fill)
 
     for row in rows:
         row["mask"] = torch.ones_like(row["labels"], dtype=torch.bool)
     return Prompt(
-        inputs_embeds=pad("x", 0),
-        attention_mask=pad("mask", 0),
-        position_ids=pad("place", 0),
-        labels=pad("labels", IGNORE_INDEX),
-        visual_index=pad("visual", -1),
-        patch_index=pad("patch", -1),
-        token_tags=pad("tags", 0) if tagged else None,
-        token_context=pad("context", 0) if rows[0]["context"].shape[1] else None,
+        inputs_embeds=padded("x"),
+        attention_mask=padded("mask"),
+        position_ids=padded("place"),
+        labels=padded("labels", IGNORE_INDEX),
+        visual_index=padded("visual", -1),
+        patch_index=padded("patch", -1),
+        extras={name: pad([row["extras"][name] for row in rows]) for name in rows[0]["extras"]},
     )

@@ -234,8 +234,8 @@ class PrefixCache:
             decoder.start(part.inputs_embeds, position_ids=part.position_ids),
             visual_index=part.visual_index,
             patch_index=part.patch_index,
-            tags=part.token_tags,
-            context=part.token_context,
+            extras=part.extras,
+            image_extras=part.image_extras,
             grid=self.model.patch_grid,
         )
         depth = self.pruner.reusable_layers(prefill)

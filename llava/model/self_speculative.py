@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..devices import device_of
 from ..pruning.base import Pruner
-from ..pruning.drafter import DRAFTER_ROW, Drafter
-from ..pruning.tokens import Prefill
+from ..pruning.drafter import Drafter
+from ..pruning.prefill import Prefill
 from .kv_cache import KVCache
 from .language_model.attention import causal_mask
 from .language_model.layers import Step, bring, run_layers
@@ -148,7 +148,7 @@ class Speculation:
     def guess_first(self, prefill: Prefill) -> tuple[Guess, list[Tensor]]:
         """The first guesses, from the prompt as it leaves the shared layers."""
         hidden, row = self.decoder.branch(prefill, self.drafter.layers, self.cache)
-        prefill.scratch[DRAFTER_ROW] = row
+        prefill.drafter_row = row
         return self._guess(self._at_home(self.drafter.logits(hidden)[:, -1]))
 
     # --- later steps --------------------------------------------------------------------------

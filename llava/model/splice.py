@@ -9,7 +9,7 @@ from ..constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from ..pruning.tokens import ImageTokens
 from .context import check_prompts, count_positions
 from .patches import SPLICE, replacement, spliced_outside
-from .prompt import Prompt, build_row, pad_rows
+from .prompt import Prompt, blank_extras, build_row, image_numbers, pad_rows
 
 
 class Splice:
@@ -88,31 +88,23 @@ class Splice:
             labels = torch.full_like(input_ids, IGNORE_INDEX)
         labels = labels.to(embeds.device)
         limit = getattr(self.config, "tokenizer_model_max_length", None) if training else None
-        widths = [image.context.shape[1] for image in tokens if image.context is not None]
         rows, policy, positions = [], self.pruner.position_policy, []
-        for row, own in enumerate(slots):
+        blanks, own_images = blank_extras(tokens), [[tokens[i] for i in own] for own in slots]
+        for row, own in enumerate(own_images):
             keep = mask[row].nonzero()[:, 0]
             marks = marked[row][keep].nonzero()[:, 0].tolist()
             texts = len(keep) - len(marks)
-            positions.append(count_positions(texts, [tokens[i] for i in own], policy))
+            positions.append(count_positions(texts, own, policy))
             keep = keep.to(embeds.device)
-            rows.append(
-                build_row(
-                    embeds[row, keep],
-                    labels[row, keep],
-                    marks,
-                    [tokens[i] for i in own],
-                    policy,
-                    limit,
-                    max(widths, default=0),
-                )
-            )
+            parts = embeds[row, keep], labels[row, keep], marks, own
+            rows.append(build_row(*parts, policy, limit, blanks))
         if only_dummies:  # none of their rows, yet a gradient of zeros
             rows[0]["x"] = torch.cat([rows[0]["x"], tokens[0].embeds[:0].to(rows[0]["x"])])
         if not training:
             check_prompts(self, positions)
         side = padding_side or getattr(self.config, "tokenizer_padding_side", "right")
-        prompt = pad_rows(rows, side, tagged=any(image.tags is not None for image in tokens))
+        prompt = pad_rows(rows, side)
+        prompt.image_extras = image_numbers(own_images)
         prompt.num_positions = max(positions)
         return prompt
 

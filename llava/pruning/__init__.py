@@ -16,12 +16,13 @@ from .hiprune import HiPrune
 from .mustdrop import MustDrop
 from .nuwa import Nuwa
 from .pool import Pool
+from .prefill import Prefill
 from .prumerge import PruMerge
 from .pyramiddrop import PyramidDrop
 from .random import Random
 from .registry import Methods
 from .sparsevlm import SparseVLM
-from .tokens import ImageTokens, Prefill, TowerTokens, VisionTokens
+from .tokens import ImageTokens, TowerTokens, VisionTokens
 from .trace import PruningTrace, trace_pruning
 from .twigvlm import TwigVLM
 from .visionzip import VisionZip

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from .base import DecoderPruner
 from .ops import lookup, normalize, share_down
-from .tokens import ImageTokens, Prefill
+from .prefill import Prefill
+from .tokens import ImageTokens
 
-BITS = 12  # of each number in a tag
+#: the extra that says where a token stands, see `cells_of`
+CELL = "cell"
 
 
 @dataclass
@@ -73,7 +75,7 @@ class AdaptPrune(DecoderPruner):
         return self.visual_token_num if self.keep_ratio is None else int(count * self.keep_ratio)
 
     def after_layout(self, image: ImageTokens) -> ImageTokens:
-        return replace(image, tags=cell_tags(image))
+        return replace(image, extras={**image.extras, CELL: cells_of(image)})
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if self.keep_ratio is None or index != self.cut_layer(len(prefill.decoder.layers)):
@@ -93,25 +95,24 @@ class AdaptPrune(DecoderPruner):
         keys = prefill.decoder.layers[prefill.layer].self_attn.k_proj(
             prefill.hidden_states[row, place]
         )
-        order = self.pick(attention, keys, prefill.tags[row, place], rounds)
+        order = self.pick(attention, keys, prefill.extras[CELL][row, place], rounds)
         ranks = torch.arange(rounds, 0, -1, device=order.device).expand_as(order)
         return score.index_put((row.expand_as(order), place.gather(1, order)), ranks)
 
-    def pick(self, attention: Tensor, keys: Tensor, tags: Tensor, rounds: int) -> Tensor:
+    def pick(self, attention: Tensor, keys: Tensor, cells: Tensor, rounds: int) -> Tensor:
         """(G, rounds) places of the picks in order, from attention (G, V), -inf on padding, keys
-        (G, V, C) before any rotation, and tags (G, V) of `cell_tags`."""
-        cells = unpack_tags(tags)
+        (G, V, C) before any rotation, and cells (G, V, 5) of `cells_of`."""
         score, left = self.prior(cells) * attention, self.damping(keys, cells)
         groups = torch.arange(len(score), device=score.device)
         order = []
         for _ in range(rounds):  # four small operations per pick, and no copy to the host
             order.append(best := score.argmax(dim=1))
             score.mul_(left[groups, best]).scatter_(1, best[:, None], -torch.inf)
-        return torch.stack(order, dim=1) if order else tags[:, :0]
+        return torch.stack(order, dim=1) if order else cells[:, :0, 0]
 
-    def prior(self, cells: tuple[Tensor, ...]) -> Tensor:
+    def prior(self, cells: Tensor) -> Tensor:
         """(G, V) preference for the centre of the own grid, 1 at its middle."""
-        _, row, column, rows, columns = cells
+        _, row, column, rows, columns = cells.unbind(dim=-1)
         return self.axis_prior(row, rows) * self.axis_prior(column, columns)
 
     def axis_prior(self, index: Tensor, length: Tensor) -> Tensor:
@@ -122,9 +123,9 @@ class AdaptPrune(DecoderPruner):
         sigma = half.clamp(min=0.5) if self.prior_sigma is None else self.prior_sigma
         return ((nearest**2 - place**2) / (2 * sigma**2)).exp()
 
-    def damping(self, keys: Tensor, cells: tuple[Tensor, ...]) -> Tensor:
+    def damping(self, keys: Tensor, cells: Tensor) -> Tensor:
         """(G, V, V) what a pick (second axis) leaves of the score of every token (third axis)."""
-        block, row, column, _, _ = cells
+        block, row, column, _, _ = cells.unbind(dim=-1)
         down, across = (x[:, :, None] - x[:, None, :] for x in (row, column))
         distance = (down**2 + across**2).float()
         unit = normalize(keys)
@@ -137,21 +138,25 @@ class AdaptPrune(DecoderPruner):
         return torch.where(near & (block > 0)[:, None], left, 1.0)
 
 
-def cell_tags(image: ImageTokens) -> Tensor:
-    """(n,) cell of every token in one number: block (from 1), row, column, rows, columns.
+def cells_of(image: ImageTokens) -> Tensor:
+    """(n, 5) where every token stands: grid (from 1), row, column, rows and columns of the grid.
 
-    0 on tokens that stand in no grid, such as merged ones.
+    Zeros on tokens that stand in no grid, such as merged ones.
     """
-    tags, start = torch.zeros_like(image.offsets), 0
+    cells, start = image.offsets.new_zeros(len(image.offsets), 5), 0
     for number, (rows, columns) in enumerate(image.blocks, start=1):
         place = image.offsets - start
-        cell = (number, place // columns, place % columns, rows, columns)
-        tag = sum(value << BITS * n for n, value in enumerate(reversed(cell)))
-        tags = torch.where((place >= 0) & (place < rows * columns), tag, tags)
+        cell = torch.stack(
+            [
+                torch.full_like(place, number),
+                place // columns,
+                place % columns,
+                torch.full_like(place, rows),
+                torch.full_like(place, columns),
+            ],
+            dim=1,
+        )
+        inside = (place >= 0) & (place < rows * columns)
+        cells = torch.where(inside[:, None], cell, cells)
         start += rows * columns
-    return tags
-
-
-def unpack_tags(tags: Tensor) -> tuple[Tensor, ...]:
-    """block, row, column, rows, columns of `cell_tags`."""
-    return tuple((tags >> BITS * n) & (2**BITS - 1) for n in reversed(range(5)))
+    return cells

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from itertools import zip_longest
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from .drafter import Drafter
-from .ops import scale_layer
-from .tokens import ImageTokens, Prefill, TowerTokens, VisionTokens
+from .ops import on_device, scale_layer
+from .prefill import Prefill
+from .tokens import ImageTokens, TowerTokens, VisionTokens
 
 
 class Pruner:
@@ -298,6 +299,21 @@ class DecoderPruner(BudgetPruner):
         return [dense] * layer + [kept] * (num_layers - layer)
 
 
+#: the number of an image that says how many of its tokens a `StagedPruner` may keep
+BUDGET = "budget"
+
+
+@dataclass
+class StagedPlan:
+    """
+    cuts: layers with fewer tokens than the one before
+    kept: (B, I, L) tokens of every image that enter each layer
+    """
+
+    cuts: set[int]
+    kept: Tensor
+
+
 @dataclass
 class StagedPruner(Pruner):
     """Drops visual tokens before several decoder layers, those first that the last prompt token
@@ -309,50 +325,40 @@ class StagedPruner(Pruner):
     reads_text = True
 
     def image_schedule(
-        self, count: int, num_layers: int, num_patches: int, tag: int = 0
+        self, count: int, num_layers: int, num_patches: int, budget: int = 0
     ) -> list[int]:
         """Tokens of an image of `count` tokens that enter each layer; never more than before.
 
-        num_patches: patches of one crop; tag: the largest mark that the method left on the image's
-        tokens (`VisionTokens.tags`).
+        num_patches: patches of one crop; budget: what the method left for the image in
+        `image_extras[BUDGET]`, 0 where it left nothing.
         """
         raise NotImplementedError(f"{type(self).__name__} must define image_schedule()")
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if index == 0:
-            prefill.scratch["plan"] = self._plan(prefill)
-        cuts, kept = prefill.scratch["plan"]
-        if index not in cuts:
+            prefill.state = self._plan(prefill)
+        plan: StagedPlan = prefill.state
+        if index not in plan.cuts:
             return prefill
-        score = prefill.next_attention()
-        return prefill.keep_visual(score, prefill.at_tokens(kept[..., index]), renumber=True)
+        kept = prefill.at_tokens(plan.kept[..., index])
+        return prefill.keep_visual(prefill.next_attention(), kept, renumber=True)
 
     def reusable_layers(self, prefill: Prefill) -> int:
-        return min(self._plan(prefill)[0], default=len(prefill.decoder.layers))
+        return min(self._plan(prefill).cuts, default=len(prefill.decoder.layers))
 
-    def _plan(self, prefill: Prefill) -> tuple[set[int], Tensor]:
-        """Layers with a cut, and how many tokens of every image (B, I) enter each layer (..., L).
-
-        The only wait for the device; what follows has known sizes.
-        """
-        num_layers, counts = len(prefill.decoder.layers), prefill.image_counts()
-        tags = torch.zeros_like(counts)
-        if prefill.tags is not None:
-            owner = prefill.visual_index.clamp(min=0)
-            tags.scatter_reduce_(1, owner, prefill.tags * prefill.is_visual, "amax")
-        images, num_patches = torch.stack([counts, tags], dim=-1), math.prod(prefill.grid)
-        plan = [
-            [self.image_schedule(count, num_layers, num_patches, tag) for count, tag in row]
-            for row in images.tolist()
-        ]
-        cuts = {
-            layer
-            for row, own in zip(plan, counts.tolist(), strict=True)
-            for schedule, count in zip(row, own, strict=True)
-            for layer, kept in enumerate(schedule)
-            if kept < (schedule[layer - 1] if layer else count)
-        }
-        return cuts, torch.tensor(plan, device=counts.device)
+    def _plan(self, prefill: Prefill) -> StagedPlan:
+        """The only wait for the device; what follows has known sizes."""
+        num_layers, counts = len(prefill.decoder.layers), prefill.image_counts().tolist()
+        budgets = prefill.image_extras.get(BUDGET, [[]] * len(counts))
+        plan, cuts, num_patches = [], set(), math.prod(prefill.grid)
+        for row, own in zip(counts, budgets, strict=True):
+            pairs = zip_longest(row, own[: len(row)], fillvalue=0)
+            schedules = [self.image_schedule(n, num_layers, num_patches, b) for n, b in pairs]
+            for count, schedule in zip(row, schedules, strict=True):
+                before = [count, *schedule[:-1]]
+                cuts |= {n for n in range(num_layers) if schedule[n] < before[n]}
+            plan.append(schedules)
+        return StagedPlan(cuts, on_device(plan, prefill.index.device))
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         return self.image_schedule(num_patches * crops, num_layers, num_patches)

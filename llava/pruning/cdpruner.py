@@ -29,6 +29,8 @@ ANSWER_FORMATS = (
 )
 #: a span of cosines, and a share of a token's own weight, that count as zero in fp32
 NEGLIGIBLE = 1e-6
+#: the extra from one hook to the next: (B, N) how much of the question a patch is about
+RELEVANCE = "relevance"
 QUESTIONS_REMEMBERED = 256
 VOCABULARY = 1024  # of the random text tower
 
@@ -82,13 +84,15 @@ class CDPruner(SelectPruner):
         relevance = scale_per_image(-cosine, vision.image_index)
         if self.theta is not None:
             relevance = torch.exp(relevance * self.theta / (2 * (1 - self.theta)))
-        return replace(vision, relevance=relevance)
+        return replace(vision, extras={**vision.extras, RELEVANCE: relevance})
 
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
-        return super().after_encoder(vision)
+        kept = super().after_encoder(vision)
+        kept.extras.pop(RELEVANCE, None)  # of no use to the decoder
+        return kept
 
     def select(self, vision: VisionTokens) -> Tensor:
-        relevance = vision.relevance
+        relevance = vision.extras.get(RELEVANCE)
         if relevance is None:
             relevance = torch.ones_like(vision.positions, dtype=torch.float32)
         return largest_volume(vision.features, relevance, self.num_keep(vision))

@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 #: ways from one token of an answer to the next; the second needs a drafter
 STRATEGIES = ("autoregressive", "self_speculative")
-#: entry of `Prefill.scratch`: what the last prompt token attends to in the drafter's last layer,
-#: (B, H, 1, S), left there by whoever ran the drafter on the prompt already
-DRAFTER_ROW = "drafter_row"
 
 
 @dataclass

@@ -12,7 +12,7 @@ real one, every prompt of a batch and every image of a prompt is ranked on its o
 from dataclasses import dataclass, replace
 
 from .base import DecoderPruner
-from .tokens import Prefill
+from .prefill import Prefill
 
 
 @dataclass

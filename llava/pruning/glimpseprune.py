@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,13 @@ from .base import Pruner
 from .glimpseprune_modules import PAPER_LAYER, Glimpse, GlimpseConfig
 from .learned import WEIGHTS_FILE, build_part, part_folder, read_part, read_part_config
 from .ops import lookup, rank_within_groups, scale_layer, share_down
-from .tokens import Prefill, VisionTokens
+from .prefill import Prefill
+from .tokens import VisionTokens
 
 #: weight files, ours and the published ones
 WEIGHTS_FILES = (WEIGHTS_FILE, "new_modules_gp.safetensors", "new_modules_gp.pt")
+#: the extra that holds what the predictor sees of the tower for each token
+CONDITIONS = "conditions"
 #: corner -> (row, column) as shares of the last one
 ANCHORS = {"tl": (0, 0), "tr": (0, 1), "bl": (1, 0), "br": (1, 1)}
 #: what the paper uses where neither the caller nor the trained part says otherwise
@@ -41,6 +44,18 @@ DEFAULTS = {
     "max_remain_ratio": None,
     "anchor_positions": (),
 }
+
+
+@dataclass
+class GlimpseState:
+    """What a prefill remembers.
+
+    vectors: decoder layer -> (le_length, D) added to the glimpse before it
+    rows:    decoder layer -> (B, H, S) what the last glimpse token paid each token there
+    """
+
+    vectors: dict[int, Tensor]
+    rows: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -154,8 +169,8 @@ class GlimpsePrune(Pruner):
         chosen, here = self.module.config.selected_visual_layers, vision.features.device
         states = [vision.layers[state - 1]["output"] for state in chosen]
         states = moved(states, device_of(self.module))
-        vision.context = self.module.attn_fuser.conditions(states).to(here)
-        return vision
+        conditions = self.module.attn_fuser.conditions(states).to(here)
+        return replace(vision, extras={**vision.extras, CONDITIONS: conditions})
 
     # --- inside the decoder -------------------------------------------------------------------
 
@@ -168,8 +183,8 @@ class GlimpsePrune(Pruner):
         prefill = self.remember_row(index, prefill)
         if index == self.last_dense_layer(len(prefill.decoder.layers)) + 1:
             return self.reduce(prefill)
-        vector = prefill.scratch.get("glimpse", {}).get(index)
-        return prefill if vector is None else add_to_glimpse(prefill, vector)
+        vectors = {} if prefill.state is None else prefill.state.vectors
+        return add_to_glimpse(prefill, vectors[index]) if index in vectors else prefill
 
     def after_layers(self, prefill: Prefill) -> Prefill:
         count = len(prefill.decoder.layers)
@@ -182,15 +197,15 @@ class GlimpsePrune(Pruner):
     def add_glimpse(self, prefill: Prefill) -> Prefill:
         vectors = self.module.vectors()
         last = self.last_dense_layer(len(prefill.decoder.layers))
-        prefill.scratch["glimpse"] = {n: v for n, v in vectors.items() if n <= last}
-        prefill.scratch["glimpse"] = moved(prefill.scratch["glimpse"], prefill.index.device)
+        used = {layer: vector for layer, vector in vectors.items() if layer <= last}
+        prefill.state = GlimpseState(moved(used, prefill.index.device))
         start = vectors[0]
         return prefill.append(start.expand(len(prefill.hidden_states), *start.shape))
 
     def remember_row(self, index: int, prefill: Prefill) -> Prefill:
         """Keeps what the last glimpse token paid each token in the layer before `index`."""
         if prefill.attention is not None:
-            prefill.scratch.setdefault("rows", {})[index - 1] = prefill.attention[:, :, 0]
+            prefill.state.rows[index - 1] = prefill.attention[:, :, 0]
         return prefill
 
     def reduce(self, prefill: Prefill) -> Prefill:
@@ -207,12 +222,13 @@ class GlimpsePrune(Pruner):
         kept = self.choose(chance, judged, prefill)
         kept = kept | self.newlines(kept, prefill)
         text = ~prefill.is_visual & (prefill.index >= 0)
-        return replace(prefill, context=None).keep(text | kept)
+        extras = {name: own for name, own in prefill.extras.items() if name != CONDITIONS}
+        return replace(prefill, extras=extras).keep(text | kept)
 
     def importance(self, prefill: Prefill) -> Tensor:
         """(B, S) logits of the visual tokens; values on other tokens mean nothing."""
-        rows = [prefill.scratch["rows"][layer] for layer in self.module.config.selected_layers]
-        inputs = rows, prefill.context, prefill.visual_index, prefill.patch_index
+        rows = [prefill.state.rows[layer] for layer in self.module.config.selected_layers]
+        inputs = rows, prefill.extras[CONDITIONS], prefill.visual_index, prefill.patch_index
         outputs, place = self.module.judge(*moved(inputs, device_of(self.module)), prefill.grid)
         outputs, place = moved((outputs[-1:], place), prefill.index.device)
         patch = prefill.patch_index

@@ -13,7 +13,7 @@ the last full window are left alone.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,11 +28,22 @@ from .ops import (
     share_up,
     top_stable,
 )
-from .tokens import Prefill, TowerTokens, VisionTokens
+from .prefill import Prefill
+from .tokens import MERGED, TowerTokens, VisionTokens
 
 LAYERS = (2, 6, 10, 14)
 #: published label -> (global_thr, individual_thr)
 THRESHOLDS = {192: (0.001, 0.001), 128: (0.0012, 0.001), 64: (0.011, 0.01)}
+
+#: the extra that is True on the tokens that are never dropped
+KEY = "key"
+
+
+@dataclass
+class MustDropState:
+    """most_rows: the most text tokens behind its first image that a prompt has"""
+
+    most_rows: int
 
 
 @dataclass
@@ -132,7 +143,7 @@ class MustDrop(Pruner):
             positions=positions.gather(1, place),
             image_index=tokens.image_index,
             valid=None if longest == shortest else alive.gather(1, place),
-            merged=is_merged,
+            extras={**tokens.extras, MERGED: is_merged},
         )
 
     def windows(self, side: int, device) -> Tensor:
@@ -152,8 +163,7 @@ class MustDrop(Pruner):
             score, count = score.masked_fill(~vision.valid, -1.0), vision.valid.sum(dim=1)
             num_keys = lookup(share_up, count, self.key_ratio, score.shape[1])[:, None]
         rank = rank_within_groups(score, torch.zeros_like(vision.positions))
-        vision.tags = (rank < num_keys).long()
-        return vision
+        return replace(vision, extras={**vision.extras, KEY: rank < num_keys})
 
     # --- decoder ------------------------------------------------------------------------------
 
@@ -168,9 +178,9 @@ class MustDrop(Pruner):
         flags = ~prefill.is_visual & (prefill.is_visual.cumsum(dim=1) > 0)
         if prefill.valid is not None:
             flags = flags & prefill.valid
-        if "rows" not in prefill.scratch:  # text is never dropped: the count stays
-            prefill.scratch["rows"] = max(1, int(flags.sum(dim=1).amax()))
-        return prefill.places(flags, prefill.scratch["rows"])
+        if prefill.state is None:  # text is never dropped: the count stays
+            prefill.state = MustDropState(max(1, int(flags.sum(dim=1).amax())))
+        return prefill.places(flags, prefill.state.most_rows)
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if index - 1 not in self.stage_layers(len(prefill.decoder.layers)):
@@ -182,7 +192,7 @@ class MustDrop(Pruner):
         images = images.scatter_add(1, owner, total * prefill.is_visual)
         share, single = self.thresholds
         dull = (total < share * prefill.at_tokens(images)) & (most < single)
-        return prefill.keep(~(prefill.is_visual & dull & (prefill.tags != 1)), renumber=True)
+        return prefill.keep(~(prefill.is_visual & dull & ~prefill.extras[KEY]), renumber=True)
 
     def reusable_layers(self, prefill: Prefill) -> int:
         return self.stage_layers(len(prefill.decoder.layers))[0]

@@ -23,13 +23,16 @@ from torch import Tensor
 
 from .base import DecoderPruner
 from .ops import normalize, rank_within_groups, scale_layer, top_stable
+from .prefill import Prefill
 from .random import scramble
-from .tokens import ImageLayout, ImageTokens, Prefill, VisionTokens
+from .tokens import ImageLayout, ImageTokens, VisionTokens
 
 CELL = 2  # patches along the side of a cell
 #: tokens after stage 1 on LLaVA-NeXT, and patches that a cell offers, as the release has them
 NEXT_TOKENS = {64: 112, 128: 224, 160: 290, 192: 336, 320: 582, 640: 1162}
 NEXT_TOP = {64: 1, 128: 2, 160: 2, 192: 3, 320: 3, 640: 3}
+#: the number of an image's tokens that stage 2 leaves
+KEPT = "kept"
 
 
 class View(NamedTuple):
@@ -221,10 +224,10 @@ class Nuwa(DecoderPruner):
     # --- stage 2 ------------------------------------------------------------------------------
 
     def after_layout(self, image: ImageTokens) -> ImageTokens:
-        """Every token carries how many of its image stay; newlines compete as well."""
+        """How many of its tokens stay; newlines compete as well."""
         rows, columns = image.blocks[0]
         count = self.stage2_tokens(len(image.patches), rows * columns, image.crops)
-        return replace(image, tags=torch.full_like(image.patches, count))
+        return replace(image, image_extras={**image.image_extras, KEPT: count})
 
     def probe_layers(self, num_layers: int) -> tuple[int, ...]:
         return super().probe_layers(num_layers) if self.stage2 == "attention" else ()
@@ -237,7 +240,9 @@ class Nuwa(DecoderPruner):
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if self.stage2 == "off" or index != self.cut_layer(len(prefill.decoder.layers)):
             return prefill
-        return prefill.keep_visual(self.score(prefill), prefill.tags)
+        return prefill.keep_visual(
+            self.score(prefill), prefill.at_tokens(prefill.image_values(KEPT))
+        )
 
 
 def similarity_layers(num_layers: int) -> range:

@@ -42,6 +42,12 @@ def rank_within_groups(score: Tensor, group: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, places - first)
 
 
+def on_device(numbers: Sequence, device: torch.device) -> Tensor:
+    """Whole numbers of the host as a tensor; the host does not wait for the device."""
+    made = torch.tensor(numbers, dtype=torch.long, pin_memory=device.type == "cuda")
+    return made.to(device, non_blocking=True)
+
+
 def lookup(rule: Callable[[int, float], int], values: Tensor, number: float, most: int) -> Tensor:
     """`rule(value, number)` of whole values from 0 to `most`, in the arithmetic of Python.
 

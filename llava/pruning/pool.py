@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import SelectPruner
-from .tokens import VisionTokens
+from .tokens import MERGED, VisionTokens
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Pool(SelectPruner):
             vision,
             features=features,
             positions=centre.expand(batch, -1),
-            merged=(share.amax(dim=1) < 1).expand(batch, -1),
+            extras={MERGED: (share.amax(dim=1) < 1).expand(batch, -1)},
             cls_attention=None,
             keys=None,
         )

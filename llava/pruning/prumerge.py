@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .base import Pruner, check_budget
 from .ops import gather_tokens, lookup, normalize
-from .tokens import VisionTokens
+from .tokens import MERGED, VisionTokens
 
 
 @dataclass
@@ -93,7 +93,7 @@ class PruMerge(Pruner):
             features=tokens.to(vision.features.dtype),
             positions=positions,
             valid=torch.cat([valid, torch.ones_like(rest, dtype=torch.bool)], dim=1),
-            merged=torch.ones_like(positions, dtype=torch.bool),
+            extras={MERGED: torch.ones_like(positions, dtype=torch.bool)},
             layers={},
         )
 

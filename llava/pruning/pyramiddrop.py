@@ -92,19 +92,19 @@ class PyramidDrop(StagedPruner):
         return next((c for c in choices if c[0] * count <= allowed), choices[-1])
 
     def image_schedule(
-        self, count: int, num_layers: int, num_patches: int, tag: int = 0
+        self, count: int, num_layers: int, num_patches: int, budget: int = 0
     ) -> list[int]:
-        layers, budget = self.cut_layers(count, num_layers), self.visual_token_num
-        if budget is None:
+        layers, average = self.cut_layers(count, num_layers), self.visual_token_num
+        if average is None:
             return schedule(count, layers, self.image_token_ratio_list or RATIOS, num_layers)
-        if budget >= count:
+        if average >= count:
             return [count] * num_layers
         low, high, best = 0.0, 1.0, None
         for _ in range(50):  # the largest x whose average stays within the budget
             x = (low + high) / 2
             powers = [x ** (stage + 1) for stage in range(len(layers))]
             plan = schedule(count, layers, powers, num_layers)
-            if sum(plan) <= budget * num_layers:
+            if sum(plan) <= average * num_layers:
                 low, best = x, plan
             else:
                 high = x

@@ -20,7 +20,7 @@ from torch import Tensor
 from .base import Pruner, check_budget
 from .density_peaks import cluster
 from .ops import gather_tokens, rank_within_groups, scale_layers, top_stable
-from .tokens import Prefill
+from .prefill import Prefill
 
 LAYERS = {"1.0": (2, 6, 15, 19), "1.5": (2, 6, 15), "2.0": (2, 6, 15)}
 #: tokens left at each stage for a published budget, of 576
@@ -29,6 +29,22 @@ RETAINED = {
     "1.5": {64: (66, 30, 17), 96: (238, 48, 26), 128: (303, 110, 36), 192: (300, 200, 110)},
     "2.0": {64: (66, 34, 20), 96: (246, 54, 28), 128: (238, 108, 60), 192: (300, 200, 118)},
 }
+
+
+@dataclass
+class SparseState:
+    """What a prefill remembers.
+
+    raters: (B, I, S) True on the words of the prompt that rate each image
+    most:   the most of them a row has
+    totals: tokens of every image of every row as they entered the decoder
+    counts: those that are left
+    """
+
+    raters: Tensor
+    most: int
+    totals: list[list[int]]
+    counts: list[list[int]]
 
 
 @dataclass
@@ -144,7 +160,7 @@ class SparseVLM(Pruner):
 
     def rater_rows(self, prefill: Prefill) -> tuple[Tensor, Tensor]:
         """Places (B, R) of all rating words now, and (B, I, R) whether one rates an image."""
-        raters, most = prefill.scratch["raters"]
+        raters, most = prefill.state.raters, prefill.state.most
         index = prefill.index.clamp(min=0)[:, None].expand(-1, raters.shape[1], -1)
         flags = raters.gather(2, index) & ~prefill.is_visual[:, None]
         if prefill.valid is not None:
@@ -179,7 +195,7 @@ class SparseVLM(Pruner):
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if index == 0:
             counts = prefill.image_counts().tolist()
-            prefill.scratch.update(raters=find_raters(prefill), totals=counts, counts=counts)
+            prefill.state = SparseState(*find_raters(prefill), totals=counts, counts=counts)
         layers = self.stage_layers(len(prefill.decoder.layers))
         if index - 1 not in layers:
             return prefill
@@ -189,19 +205,19 @@ class SparseVLM(Pruner):
         if self.version == "2.0":
             attention = attention / nearness(prefill.decoder.rotary, prefill.position_ids, rows)
         score = self.score(attention, weights, own)
-        counts = prefill.scratch["counts"]
+        state: SparseState = prefill.state
+        counts = state.counts
         if self.version == "1.0":
             kept = self.kept_by_rank(attention.mean(dim=1), weights, own, counts)
         else:
-            totals = prefill.scratch["totals"]
             kept = [
                 [min(count, self.allowed(total)[stage]) if count else 0 for count, total in pairs]
-                for pairs in (zip(a, b, strict=True) for a, b in zip(counts, totals, strict=True))
+                for pairs in map(zip, counts, state.totals)
             ]
         if kept == counts:
             return prefill
         if self.version == "2.0":
-            prefill.scratch["counts"] = kept
+            state.counts = kept
             return prefill.keep_visual(
                 score, prefill.at_tokens(torch.tensor(kept, device=score.device))
             )
@@ -247,7 +263,7 @@ class SparseVLM(Pruner):
 
         owner = torch.arange(images, device=score.device).repeat_interleave(most).expand(batch, -1)
         real = torch.arange(most, device=score.device) < num_merged[..., None]
-        prefill.scratch["counts"] = [
+        prefill.state.counts = [
             [keep + new for keep, (_, new) in zip(*row, strict=True)]
             for row in zip(kept, pairs, strict=True)
         ]

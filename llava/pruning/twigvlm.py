@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from ..devices import empty_like_weights
 from .base import BudgetPruner
 from .choice import open_group
-from .drafter import DRAFTER_ROW, Drafter
+from .drafter import Drafter
 from .learned import build_part, part_folder, read_part, read_part_config, save_part
 from .ops import rank_within_groups, scale_layer
-from .tokens import Prefill
+from .prefill import Prefill
 from .twigvlm_output import published_output
 
 #: in a 32-layer decoder: K, the layer before which all visual tokens go, layers of the twig
@@ -60,6 +60,13 @@ class Twig(nn.Module):
 def published_name(name: str) -> str:
     """Name in a checkpoint of a tensor of `Twig`."""
     return name.replace("head.", "lm_head.") if name.startswith("head.") else f"model.{name}"
+
+
+@dataclass
+class TwigState:
+    """wiped: (B, 1) True for prompts whose visual tokens go before `final_wipe_layer`"""
+
+    wiped: Tensor
 
 
 @dataclass
@@ -223,9 +230,8 @@ class TwigVLM(BudgetPruner):
             return prefill
         if index == self.shared_layers(num_layers):
             return self._choose(prefill, num_layers)
-        wiped = prefill.scratch.get("wiped")
-        if index == self.wipe_layer(num_layers) and wiped is not None:
-            return prefill.keep(~(prefill.is_visual & wiped))
+        if index == self.wipe_layer(num_layers) and prefill.state is not None:
+            return prefill.keep(~(prefill.is_visual & prefill.state.wiped))
         return prefill
 
     def reusable_layers(self, prefill: Prefill) -> int:
@@ -238,7 +244,7 @@ class TwigVLM(BudgetPruner):
         budget = self.visual_token_num * (counts > 0).sum(dim=1, keepdim=True)
         if not bool((budget < total).any()):
             return prefill
-        prefill.scratch["wiped"] = budget < total
+        prefill.state = TwigState(budget < total)
         score = self.score(prefill)
         prefill.record_importance(score)
         rank = rank_within_groups(score, prefill.is_visual.long())
@@ -247,7 +253,7 @@ class TwigVLM(BudgetPruner):
 
     def score(self, prefill: Prefill) -> Tensor:
         """(B, S) what the last prompt token attends to in the twig's last layer, head mean."""
-        row = prefill.scratch.get(DRAFTER_ROW)
+        row = prefill.drafter_row
         if row is None:
             _, row = prefill.decoder.branch(prefill, self.module.layers)
         return row[:, :, 0].mean(dim=1)

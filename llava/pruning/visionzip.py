@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .base import SelectPruner
 from .ops import gather_tokens, normalize, top_stable
-from .tokens import VisionTokens
+from .tokens import MERGED, VisionTokens
 
 
 @dataclass
@@ -84,7 +84,7 @@ class VisionZip(SelectPruner):
             vision,
             features=torch.cat([vision.cls_token, tokens], dim=1),
             positions=positions,
-            merged=positions >= size,
+            extras={MERGED: positions >= size},
             cls_attention=None,
             keys=None,
         )

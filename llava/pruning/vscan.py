@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import StagedPruner, check_budget
+from .base import BUDGET, StagedPruner, check_budget
 from .ops import gather_tokens, normalize, rank_within_groups, scale_layer, scale_layers, top_stable
 from .tokens import VisionTokens
 
@@ -111,7 +111,8 @@ class VScan(StagedPruner):
             index = self.select(vision, wanted)
             kept = vision.keep(index)
             kept.features = absorb(vision.features, index)
-        kept.tags = torch.full_like(kept.positions, budget)
+        images = len(vision.layouts or vision.features)
+        kept.image_extras = {**kept.image_extras, BUDGET: [budget] * images}
         return kept
 
     def select(self, vision: VisionTokens, wanted: int) -> Tensor:
@@ -151,12 +152,12 @@ class VScan(StagedPruner):
     # --- decoder stage ------------------------------------------------------------------------
 
     def image_schedule(
-        self, count: int, num_layers: int, num_patches: int, tag: int = 0
+        self, count: int, num_layers: int, num_patches: int, budget: int = 0
     ) -> list[int]:
-        layers, wanted = self.cut_layers(num_layers), self.encoder_tokens(tag, num_patches)
+        layers, wanted = self.cut_layers(num_layers), self.encoder_tokens(budget, num_patches)
         left = self.image_token_list
         if left is None:
-            rest = tag * num_layers - wanted * layers[0]
+            rest = budget * num_layers - wanted * layers[0]
             left = [max(1, rest // (num_layers - layers[0]))]
         plan = [count] * num_layers
         for layer, number in zip(layers, left, strict=True):

@@ -18,6 +18,7 @@ from llava.constants import IGNORE_INDEX
 from llava.model.kv_cache import KVCache
 from llava.model.language_model.attention import padded_causal_mask
 from llava.model.language_model.modeling_llama import Step
+from llava.pruning.glimpseprune import CONDITIONS
 
 MASK_LOSSES = ("MaskLoss", "DiceLoss", "BCELoss")
 
@@ -91,7 +92,7 @@ class GlimpseObjective(nn.Module):
         hidden, rows = self._run(prompt, answer_ids, answer_mask)
         grid = tuple(masks.shape[1:])
         outputs, place = self.glimpse.judge(
-            rows, prompt.token_context, prompt.visual_index, prompt.patch_index, grid
+            rows, prompt.extras[CONDITIONS], prompt.visual_index, prompt.patch_index, grid
         )
         wanted = masks.flatten(1).float()
         if place.shape != wanted.shape or bool((place == prompt.patch_index.shape[1]).any()):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from llava.pruning import ImageTokens, build_pruner
-from llava.pruning.adaptprune import cell_tags, unpack_tags
+from llava.pruning.adaptprune import cells_of
 from tests.golden_checks.compare import SCORES_ATOL
 from tests.golden_checks.e2e import cut_layer, entering
 from tests.golden_checks.methods import budget, given
@@ -21,25 +21,25 @@ def build(case, folder):
     return build_pruner("adaptprune", **options)
 
 
-def tags_of(side: int) -> torch.Tensor:
-    """(1, side * side) tags of an unpruned square grid."""
+def cells(side: int) -> torch.Tensor:
+    """(1, side * side, 5) cells of an unpruned square grid."""
     places = torch.arange(side * side)
     grid = ImageTokens(places, places, places, len(places), blocks=((side, side),))
-    return cell_tags(grid)[None]
+    return cells_of(grid)[None]
 
 
 def check_cues(pruner, recorded, report):
     """Prior, score map and order of the picks, from the recorded attention row and keys."""
     attention = torch.tensor(recorded["attn_row"])[None]
-    tags = tags_of(round(attention.shape[1] ** 0.5))
-    prior = pruner.prior(unpack_tags(tags))
+    places = cells(round(attention.shape[1] ** 0.5))
+    prior = pruner.prior(places)
     if "prior" in recorded:
         report.close("prior", prior.flatten(), recorded["prior"].flatten(), SCORES_ATOL)
     score = (prior * attention).flatten()
     report.close("score_map", score, recorded["score_map"].flatten(), 1e-7, 1e-4)
     keys = torch.tensor(recorded["keys_raw"])[None]
     rounds = min(pruner.num_keep(attention.shape[1]), attention.shape[1])
-    order = pruner.pick(attention, keys, tags, rounds)[0]
+    order = pruner.pick(attention, keys, places, rounds)[0]
     if recorded.get("order_strict", True):
         report.equal("selection_order", order, recorded["selection_order"])
     report.equal("picked set", order.sort().values, np.sort(recorded["selection_order"]))

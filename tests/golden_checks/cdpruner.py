@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from llava.pruning import Pruner, VisionTokens, build_pruner
-from llava.pruning.cdpruner import bare_question, largest_volume, scale_per_image
+from llava.pruning.cdpruner import RELEVANCE, bare_question, largest_volume, scale_per_image
 from llava.pruning.ops import normalize
 from tests.golden_checks.compare import SCORES_ATOL
 from tests.golden_checks.methods import NEXT_CROPS, budget, given
@@ -30,12 +30,13 @@ def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
     image_embeds = pruner.module.image_embeds(vision.features)
     report.close("image_embeds", image_embeds, recorded["image_embeds"], SCORES_ATOL)
     vision = pruner.after_encoder(vision)
-    report.close("relevance", vision.relevance, recorded["relevance"], SCORES_ATOL)
+    relevance = vision.extras[RELEVANCE]
+    report.close("relevance", relevance, recorded["relevance"], SCORES_ATOL)
     features = model.get_model().mm_projector(vision.features)
-    order = largest_volume(features, vision.relevance, recorded["select_order"].shape[1])
+    order = largest_volume(features, relevance, recorded["select_order"].shape[1])
     exact = recorded.get("tile_exact", np.ones(len(order), bool))
     report.equal("select_order", order[exact], recorded["select_order"][exact])
-    first = vision.relevance.gather(1, order[:, :1]).square()
+    first = relevance.gather(1, order[:, :1]).square()
     report.close("first gain", first[exact], recorded["step_gain"][exact, :1], SCORES_ATOL)
     return bool(exact.all()) or np.array_equal(order, recorded["select_order"])
 
@@ -52,7 +53,7 @@ def check_select(case, folder, recorded, report):
         features=features,
         positions=torch.arange(features.shape[1]).expand(len(features), -1),
         grid=(1, features.shape[1]),
-        relevance=relevance,
+        extras={RELEVANCE: relevance},
     )
     order = build(case, folder).select(vision)
     count = case["args"].get("expected_count", order.shape[1])

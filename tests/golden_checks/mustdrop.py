@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from llava.pruning import build_pruner
+from llava.pruning.mustdrop import KEY
 from tests.golden_checks.compare import SCORES_ATOL
 from tests.golden_checks.methods import given
 
@@ -30,7 +31,7 @@ def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
     report.equal("merged windows", (~single).sum(), len(crops) * recorded["num_merged_windows"])
     attention = vision.layers[tower.depth[0] - 1]["cls_attention"].mean(dim=1)
     report.close("cls_attn_last", attention, recorded["cls_attn_last"], SCORES_ATOL)
-    keys = pruner.after_encoder(vision).tags.flatten().nonzero()[:, 0]
+    keys = pruner.after_encoder(vision).extras[KEY].flatten().nonzero()[:, 0]
     report.equal("key_set", keys, np.sort(recorded["key_set"].reshape(-1)))
     average = np.mean([int(n) for n in trace.visual_tokens])
     if "avg_visual_tokens" in case["args"]:

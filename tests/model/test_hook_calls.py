@@ -148,7 +148,7 @@ def test_the_place_of_the_answer_holds(model, prompt):
         assert [int(row.next_position) for row in cache.rows] == wanted
 
 
-@pytest.mark.parametrize("field", ["tags", "visual_index", "patch_index", "context", "grid"])
+@pytest.mark.parametrize("field", ["visual_index", "patch_index", "extras", "grid"])
 @pytest.mark.parametrize("how", [replaced, assigned])
 def test_marks_reach_the_next_layers(model, prompt, field, how):
     seen = []
@@ -158,17 +158,21 @@ def test_marks_reach_the_next_layers(model, prompt, field, how):
             seen.append(getattr(prefill, field))
             return super().before_layer(index, prefill)
 
-    marks = {"grid": lambda p: (3, 12), "context": lambda p: torch.full((*p.index.shape, 3), 7.0)}
+    marks = {
+        "grid": lambda p: (3, 12),
+        "extras": lambda p: {"mine": torch.full((*p.index.shape, 3), 7.0)},
+    }
     mark = marks.get(field, lambda p: torch.full_like(p.index, 7))
     logits(model, prompt, Reader(how(**{field: mark})))
     assert seen[0] is not seen[2] and all(value is seen[2] for value in seen[2:])
-    assert seen[2] == (3, 12) if field == "grid" else (seen[2] == 7).all()
+    found = seen[2]["mine"] if field == "extras" else seen[2]
+    assert found == (3, 12) if field == "grid" else (found == 7).all()
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
     "field",
-    ["position_ids", "valid", "index", "visual_index", "patch_index", "tags", "next_position"],
+    ["position_ids", "valid", "index", "visual_index", "patch_index", "extras", "next_position"],
 )
 def test_writing_into_what_others_use_is_refused(model, prompt, mode, field):
     """Earlier layers, their caches and the trace hold the same tensors."""
@@ -176,7 +180,7 @@ def test_writing_into_what_others_use_is_refused(model, prompt, mode, field):
     def before(prefill):
         new = dict(
             valid=torch.ones_like(prefill.index, dtype=torch.bool),
-            tags=torch.zeros_like(prefill.index),
+            extras={"mine": torch.zeros_like(prefill.index)},
             next_position=torch.tensor([46]),
         )
         return replace(prefill, **{k: v for k, v in new.items() if k == field})
@@ -184,7 +188,8 @@ def test_writing_into_what_others_use_is_refused(model, prompt, mode, field):
     class Writer(Hook):
         def before_layer(self, index, prefill):
             if index == 2:
-                getattr(prefill, field)[..., -1:] = 0
+                value = getattr(prefill, field)
+                (value["mine"] if field == "extras" else value)[..., -1:] = 0
             return super().before_layer(index, prefill)
 
     with pytest.raises(ValueError, match="hook writes into .* before layer 2, .*: assign a new"):
@@ -202,9 +207,9 @@ WRONG = {
     "one position for all": (dict(position_ids=lambda p: p.position_ids[:, :1]), "position_ids of"),
     "validity as numbers": (dict(valid=lambda p: torch.ones_like(p.index)), "must be torch.bool"),
     "fewer tokens, all marks": (dict(hidden_states=lambda p: p.hidden_states[:, 1:]), "of shape"),
-    "fewer tags": (
-        dict(tags=lambda p: p.index[:, 1:], position_ids=zero),
-        r"tags of shape \(1, 45\) .* those of \(1, 46\) tokens",
+    "fewer extras": (
+        dict(extras=lambda p: {"mine": p.index[:, 1:]}, position_ids=zero),
+        r"extras\['mine'\] of shape \(1, 45\) .* those of \(1, 46\) tokens",
     ),
     "two places": (dict(next_position=lambda p: torch.ones(2)), "next_position of shape"),
 }

@@ -6,20 +6,20 @@ import pytest
 import torch
 
 from llava.pruning import ImageTokens, build_pruner, trace_pruning
-from llava.pruning.adaptprune import AdaptPrune, cell_tags, unpack_tags
+from llava.pruning.adaptprune import AdaptPrune, cells_of
 from tests.conftest import SIDE
 
 
-def tags_of(*blocks):
-    """(1, n) tags of an unpruned image that is read as these grids."""
+def cells(*blocks):
+    """(1, n, 5) cells of an unpruned image that is read as these grids."""
     places = torch.arange(sum(rows * columns for rows, columns in blocks))
-    return cell_tags(ImageTokens(places, places, places, len(places), blocks=blocks))[None]
+    return cells_of(ImageTokens(places, places, places, len(places), blocks=blocks))[None]
 
 
 def pick(pruner, attention, keys, *blocks):
     attention = torch.tensor(attention, dtype=torch.float32)[None]
     keys = torch.as_tensor(keys, dtype=torch.float32)[None]
-    return pruner.pick(attention, keys, tags_of(*blocks), pruner.visual_token_num)[0].tolist()
+    return pruner.pick(attention, keys, cells(*blocks), pruner.visual_token_num)[0].tolist()
 
 
 def flat(**options):
@@ -27,9 +27,8 @@ def flat(**options):
     return AdaptPrune(prior_sigma=1e6, **options)
 
 
-def test_tags_tell_grid_row_and_column():
-    cells = unpack_tags(tags_of((2, 2), (1, 3)))
-    block, row, column, rows, columns = (x[0].tolist() for x in cells)
+def test_cells_tell_grid_row_and_column():
+    block, row, column, rows, columns = cells((2, 2), (1, 3))[0].T.tolist()
     assert block == [1, 1, 1, 1, 2, 2, 2]
     assert row == [0, 0, 1, 1, 0, 0, 0]
     assert column == [0, 1, 0, 1, 0, 1, 2]
@@ -38,13 +37,13 @@ def test_tags_tell_grid_row_and_column():
 
 def test_a_token_outside_every_grid_has_no_cell():
     image = ImageTokens(*[torch.tensor([-1, 0, 4])] * 3, 4, blocks=((2, 2),))
-    assert (cell_tags(image) == 0).tolist() == [True, False, True]
+    assert (cells_of(image) == 0).all(dim=1).tolist() == [True, False, True]
 
 
 def test_the_prior_is_a_gaussian_over_the_grid_with_one_at_its_middle():
-    prior = AdaptPrune(prior_sigma=2.0).prior(unpack_tags(tags_of((1, 5))))
+    prior = AdaptPrune(prior_sigma=2.0).prior(cells((1, 5)))
     assert prior[0].tolist() == pytest.approx([exp(-d * d / 8) for d in (2, 1, 0, 1, 2)])
-    even = AdaptPrune().prior(unpack_tags(tags_of((24, 24)))).view(24, 24)
+    even = AdaptPrune().prior(cells((24, 24))).view(24, 24)
     assert (even == 1).sum() == 4
     assert even[0, 0] == pytest.approx(0.3686, abs=1e-4)
 
@@ -94,7 +93,7 @@ def test_the_picks_are_those_of_the_plain_loop():
     attention = torch.rand(48, generator=generator)
     keys = torch.randn(48, 3, generator=generator)
     pruner = AdaptPrune(visual_token_num=20, distance_limit=2, similarity_sigma=0.5)
-    score = (pruner.prior(unpack_tags(tags_of((6, 8))))[0] * attention).tolist()
+    score = (pruner.prior(cells((6, 8)))[0] * attention).tolist()
     unit = torch.nn.functional.normalize(keys, dim=1)
     expected = []
     for _ in range(20):

@@ -40,7 +40,7 @@ def test_an_even_window_becomes_one_token_in_front():
     tokens = pruner.before_tower_layer(1, tower_tokens(even_window(2)[None], [0]))
     rest = [0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 14, 15]
     assert tokens.positions.tolist() == [[-1, *rest]]
-    assert tokens.merged.tolist() == [[True] + [False] * 12] and tokens.valid is None
+    assert tokens.extras["merged"].tolist() == [[True] + [False] * 12] and tokens.valid is None
     torch.testing.assert_close(tokens.hidden_states[0, 1], torch.eye(16)[8])
 
 
@@ -64,7 +64,9 @@ def test_the_tokens_the_class_token_looks_at_are_marked():
         layers={0: {}, 3: {"cls_attention": attention}},
     )
     # a third of 4 tokens, rounded up; the padded one does not count
-    assert MustDrop(key_ratio=1 / 3).after_encoder(vision).tags.tolist() == [[0, 1, 1, 0, 0]]
+    assert MustDrop(key_ratio=1 / 3).after_encoder(vision).extras["key"].tolist() == [
+        [False, True, True, False, False]
+    ]
 
 
 def test_a_token_falls_when_both_thresholds_say_so_and_it_is_not_marked(model):
@@ -83,7 +85,7 @@ def test_a_token_falls_when_both_thresholds_say_so_and_it_is_not_marked(model):
         index=places,
         valid=None,
         grid=(2, 2),
-        tags=torch.tensor([[0, 0, 1, 0, 0, 0, 0]]),
+        extras={"key": torch.tensor([[0, 0, 1, 0, 0, 0, 0]]).bool()},
         attention=rows[None, None],
     )
     pruner = MustDrop(global_thr=0.2, individual_thr=0.04, pruning_layers=[1])

@@ -21,7 +21,7 @@ def test_a_square_budget_averages_square_blocks():
     out = pool(4, list(range(16)), (4, 4))
     assert out.features.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
     assert out.positions.tolist() == [[5, 7, 13, 15]]
-    assert out.merged.all()
+    assert out.extras["merged"].all()
 
 
 def test_a_patch_in_two_cells_counts_in_both_by_its_share():
@@ -36,7 +36,7 @@ def test_a_budget_of_one_is_the_mean_of_all():
 def test_a_budget_of_all_patches_changes_nothing():
     out = pool(9, list(range(9)), (3, 3))
     assert out.features.flatten().tolist() == list(range(9))
-    assert out.positions.tolist() == [list(range(9))] and not out.merged.any()
+    assert out.positions.tolist() == [list(range(9))] and not out.extras["merged"].any()
 
 
 @pytest.mark.parametrize("count", range(1, 37))

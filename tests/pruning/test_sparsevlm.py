@@ -6,7 +6,7 @@ import torch
 from llava.model.language_model.modeling_llama import Rotary
 from llava.pruning import Prefill, trace_pruning
 from llava.pruning.density_peaks import cluster
-from llava.pruning.sparsevlm import SparseVLM, find_raters, nearness, own_tokens
+from llava.pruning.sparsevlm import SparseState, SparseVLM, find_raters, nearness, own_tokens
 
 
 def prefill(states, visual):
@@ -47,7 +47,7 @@ def test_one_word_after_the_image_rates_alone():
 
 def test_without_text_after_the_image_the_last_token_rates():
     pruner, state = SparseVLM(), prefill([[1.0], [1.0], [1.0]], [-1, 0, 0])
-    state.scratch["raters"] = find_raters(state)
+    state.state = SparseState(*find_raters(state), totals=[[2]], counts=[[2]])
     rows, weights = pruner.rater_rows(state)
     # the last prompt token is one of the image here: nothing else follows it
     assert rows.shape == (1, 1) and weights.shape == (1, 1, 1)

@@ -60,7 +60,7 @@ def test_a_budget_is_the_average_over_the_layers(budget, before, after):
 
 def test_a_tiled_image_keeps_the_same_share_in_the_decoder():
     pruner = VScan(encoder_token_num=96, image_token_list=[32], layer_list=[16])
-    schedule = pruner.image_schedule(270, 32, 576, tag=64)
+    schedule = pruner.image_schedule(270, 32, 576, budget=64)
     assert schedule == [270] * 16 + [90] * 16
 
 

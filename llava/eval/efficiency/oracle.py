@@ -174,7 +174,7 @@ def _first(vision: VisionTokens, counts: Counts | None) -> VisionTokens:
         features=vision.features[:, :most],
         positions=vision.positions[:, :most],
         valid=_valid(counts, vision.positions.device),
-        merged=None,
+        extras={},
     )
 
 

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ...constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from ...devices import device_of
 from ...pruning.drafter import Drafter
+from ...pruning.per_token import each, with_zeros
 from ..context import answer_room
 from ..generation import GenerationStrategies
 from ..kv_cache import KVCache, holds_tokens
@@ -74,8 +75,8 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         questions: list[str] | None = None,
         visual_index: Tensor | None = None,
         patch_index: Tensor | None = None,
-        token_tags: Tensor | None = None,
-        token_context: Tensor | None = None,
+        extras: dict[str, Tensor] | None = None,
+        image_extras: dict[str, list] | None = None,
         last_logits_only: bool = False,
         prefix: Prefix | None = None,
     ):
@@ -105,7 +106,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
                     position_ids = prompt.position_ids
                     labels = None if labels is None else prompt.labels
                     visual_index, patch_index = prompt.visual_index, prompt.patch_index
-                    token_tags, token_context = prompt.token_tags, prompt.token_context
+                    extras, image_extras = prompt.extras, prompt.image_extras
                 elif (input_ids == IMAGE_TOKEN_INDEX).any():
                     raise ValueError("the prompt holds <image> marks, but no images were given")
         if inputs_embeds is None:
@@ -120,8 +121,8 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             position_ids=position_ids,
             visual_index=visual_index,
             patch_index=patch_index,
-            token_tags=token_tags,
-            token_context=token_context,
+            extras=extras,
+            image_extras=image_extras,
             cache=cache,
             pruner=self.pruner,
             grid=self.patch_grid,
@@ -242,8 +243,8 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             kwargs |= {
                 "visual_index": prompt.visual_index,
                 "patch_index": prompt.patch_index,
-                "token_tags": prompt.token_tags,
-                "token_context": prompt.token_context,
+                "extras": prompt.extras,
+                "image_extras": prompt.image_extras,
             }
         output = super().generate(
             inputs_embeds=prompt.inputs_embeds,
@@ -265,8 +266,8 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         position_ids: Tensor | None = None,
         visual_index: Tensor | None = None,
         patch_index: Tensor | None = None,
-        token_tags: Tensor | None = None,
-        token_context: Tensor | None = None,
+        extras: dict[str, Tensor] | None = None,
+        image_extras: dict[str, list] | None = None,
         use_cache: bool | None = None,
         prefix: Prefix | None = None,
         drafter: Drafter | None = None,
@@ -296,18 +297,16 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             if visual_index is not None:
                 visual_index = torch.cat([visual_index, -grow], dim=1)
                 patch_index = torch.cat([patch_index, -grow], dim=1)
-            if token_tags is not None:
-                token_tags = torch.cat([token_tags, torch.zeros_like(grow)], dim=1)
-            if token_context is not None:
-                token_context = F.pad(token_context, (0, 0, 0, grow.shape[1]))
+            if extras:
+                extras = each(extras, with_zeros(grow.shape[1]))
         return {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "visual_index": visual_index,
             "patch_index": patch_index,
-            "token_tags": token_tags,
-            "token_context": token_context,
+            "extras": extras,
+            "image_extras": image_extras,
             "past_key_values": past_key_values,
             "use_cache": past_key_values is not None,
             "last_logits_only": True,

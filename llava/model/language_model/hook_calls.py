@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...pruning.tokens import Prefill
+from ...pruning.per_token import each, mapped, tensors_of
+from ...pruning.prefill import Prefill
 
 #: what layers are told about the tokens beside their hidden states
 SEEN_BY_LAYERS = ("index", "position_ids", "valid", "next_position")
-#: one value for each token, (B, S) or (B, S, E)
-PER_TOKEN = ("index", "position_ids", "visual_index", "patch_index", "valid", "tags", "context")
-NOT_WRITTEN = (*PER_TOKEN, "next_position")
+#: may be written to in place
+WRITTEN = "hidden_states"
 
 
 @dataclass
@@ -40,13 +40,9 @@ def call(hook: Callable[[Prefill], Prefill], prefill: Prefill, name: str) -> Cal
     Raises ValueError when it returns values that do not fit one another, or writes into tensors
     that the layers before, their caches and the trace use as well: it has to assign new ones.
     """
-    before = {}
-    for field in NOT_WRITTEN:
-        value = getattr(prefill, field)
-        if type(value) is Tensor and value.is_inference():
-            value = counted(value)
-            setattr(prefill, field, value)
-        before[field] = value, version(value)
+    count_writes(prefill)
+    before = {field: (value, version(value)) for field, value in watched(prefill).items()}
+    seen = {field: getattr(prefill, field) for field in SEEN_BY_LAYERS}
     states = prefill.hidden_states
     layer, prefill = prefill.layer, hook(prefill)
     if not isinstance(prefill, Prefill):
@@ -56,23 +52,45 @@ def call(hook: Callable[[Prefill], Prefill], prefill: Prefill, name: str) -> Cal
         )
     for field, (value, number) in before.items():
         if version(value) != number:
+            own = field.partition("[")[0]
             raise ValueError(
                 f"{name} writes into {field} before layer {prefill.layer}, where others use it as "
-                f"well: assign a new tensor, as in dataclasses.replace(prefill, {field}=...)"
+                f"well: assign a new tensor, as in dataclasses.replace(prefill, {own}=...)"
             )
-    changed = [field for field in SEEN_BY_LAYERS if getattr(prefill, field) is not before[field][0]]
+    changed = [field for field in SEEN_BY_LAYERS if getattr(prefill, field) is not seen[field]]
     if changed or prefill.hidden_states is not states:
         check(prefill, name)
     return Call(prefill, frozenset(changed))
 
 
-def version(value: Tensor | None) -> int:
+def watched(prefill: Prefill) -> dict[str, Tensor]:
+    """What a hook may not write to, by name."""
+    found = tensors_of(prefill)
+    del found[WRITTEN]
+    if prefill.next_position is not None:
+        found["next_position"] = prefill.next_position
+    return found
+
+
+def count_writes(prefill: Prefill) -> None:
+    """Makes what `watched` returns count writes, which tensors of inference mode do not."""
+    if not any(value.is_inference() for value in watched(prefill).values()):
+        return
+    values = mapped(prefill, lambda x, _: counted(x), without=(WRITTEN,))
+    values["next_position"] = each(prefill.next_position, lambda x, _: counted(x))
+    for field, value in values.items():
+        setattr(prefill, field, value)
+
+
+def version(value: Tensor) -> int:
     """How often a tensor was written to, as far as it counts."""
-    return 0 if value is None or value.is_inference() else value._version
+    return 0 if value.is_inference() else value._version
 
 
 def counted(value: Tensor) -> Tensor:
-    """The same memory as a tensor that counts writes, which those of inference mode do not."""
+    """The same memory as a tensor that counts writes; the tensor itself where it does."""
+    if type(value) is not Tensor or not value.is_inference():
+        return value
     with torch.inference_mode(False):
         alias = torch.empty(0, dtype=value.dtype, device=value.device)
         layout = value.storage_offset(), value.size(), value.stride()
@@ -82,9 +100,8 @@ def counted(value: Tensor) -> Tensor:
 def check(prefill: Prefill, name: str) -> None:
     """Raises ValueError unless there is one of everything for each token."""
     shape = prefill.hidden_states.shape[:2]
-    for field in PER_TOKEN:
-        value = getattr(prefill, field)
-        if value is not None and value.shape[:2] != shape:
+    for field, value in tensors_of(prefill).items():
+        if value.shape[:2] != shape:
             raise ValueError(
                 f"{name} left {field} of shape {tuple(value.shape)} before layer {prefill.layer}, "
                 f"where hidden_states are those of {tuple(shape)} tokens"

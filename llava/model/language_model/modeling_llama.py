@@ -18,7 +18,7 @@ from ...devices import device_of, moved
 from ...pruning.base import Pruner
 from ...pruning.cost import DecoderShape
 from ...pruning.ops import gather_tokens
-from ...pruning.tokens import Prefill
+from ...pruning.prefill import Prefill
 from ...rms_norm import RMSNorm
 from ..kv_cache import KVCache, RowState
 from ..reuse import Prefix
@@ -93,8 +93,8 @@ class LlamaModel(LlamaPreTrainedModel):
         position_ids: Tensor | None = None,
         visual_index: Tensor | None = None,
         patch_index: Tensor | None = None,
-        token_tags: Tensor | None = None,
-        token_context: Tensor | None = None,
+        extras: dict[str, Tensor] | None = None,
+        image_extras: dict[str, list] | None = None,
         cache: KVCache | None = None,
         pruner: Pruner | None = None,
         grid: tuple[int, int] | None = None,
@@ -105,8 +105,8 @@ class LlamaModel(LlamaPreTrainedModel):
         """Runs all layers on `inputs_embeds` (B, S, D).
 
         With an empty cache, or none, this is a prefill: `attention_mask` (B, S) marks tokens,
-        `visual_index`, `patch_index` and `token_tags` say where the images are (see `Prefill`) and
-        `pruner` is called between layers, `token_context` being its own. With a filled cache the
+        `visual_index` and `patch_index` say where the images are (see `Prefill`) and `pruner` is
+        called between layers, `extras` and `image_extras` being its own. With a filled cache the
         tokens continue its rows. What is known of the prompts in `prefix` is not computed again;
         when it went through all layers, only what follows it comes out.
         """
@@ -116,7 +116,8 @@ class LlamaModel(LlamaPreTrainedModel):
             index = valid = None
         else:
             prefill = self.start(inputs_embeds, attention_mask, position_ids)
-            prefill.grid, prefill.tags, prefill.context = grid, token_tags, token_context
+            prefill.grid = grid
+            prefill.extras, prefill.image_extras = extras or {}, image_extras or {}
             if visual_index is not None:
                 prefill.visual_index, prefill.patch_index = visual_index, patch_index
             if trace is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...devices import moved
 from ...pruning.base import Pruner
-from ...pruning.tokens import Prefill
+from ...pruning.prefill import Prefill
 from ...pruning.trace import PruningTrace
 from ..kv_cache import KVCache, RowState
 from ..reuse import Prefix
@@ -68,7 +68,7 @@ class PrefillLoop:
                 self.held.append(places)
         prefill = prefill if pruner is None else self._finish(prefill)
         if self.trace is not None:
-            self.trace.finish_prefill(self.cache, visual, prefill.scratch.get("importance"))
+            self.trace.finish_prefill(self.cache, visual, prefill.importance)
         return prefill
 
     def _places(self, prefill: Prefill) -> Tensor | None:

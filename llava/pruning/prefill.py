@@ -1,0 +1,246 @@
+"""The prompts of a batch on their way through the decoder, and what a method can do to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .ops import on_device, rank_within_groups
+from .per_token import at, each, mapped, per_token, with_zeros
+
+
+@dataclass
+class Prefill:
+    """The prompts of a batch as they enter one decoder layer; letters as in `llava.pruning.tokens`.
+
+    decoder:       the language model (embeddings, layers), for methods that read or run layers
+    layer:         index of the layer about to run
+    hidden_states: (B, S, D)
+    position_ids:  (B, S) positions seen by RoPE; they may have gaps
+    visual_index:  (B, S) which image of the row a token belongs to (0, 1, ...); -1 on text
+    patch_index:   (B, S) crop * N + patch of a visual token; -1 on text, newline and merged tokens
+    index:         (B, S) place of each token in the prompt that entered layer 0; negative on tokens
+                   that were blended inside the decoder
+    valid:         (B, S) False on padding; None: every place is a token
+    grid:          (h, w) patches per side of one crop before any pruning
+    extras:        name -> (B, S, ...) values that the method left in `VisionTokens.extras` or
+                   `ImageTokens.extras`, zeros on all other tokens
+    image_extras:  name -> one number per image for every row, from `ImageTokens.image_extras`
+    state:         what the method remembers from one layer to the next, for this prefill alone: a
+                   dataclass of its own; tensors in it, also in dicts, lists and tuples, follow the
+                   layers' device
+    attention:     (B, H, R, S) fp32 rows of the previous layer that the method's `Probe` chose, by
+                   default one, the last prompt token; None where no row was recorded
+    drafter_row:   (B, H, 1, S) fp32 what the last prompt token attends to in the last layer of the
+                   drafter, when that ran on the tokens as they are now; else None
+    next_position: (B,) position of the first generated token; None: one after the last in use
+    importance:    what `record_importance` left for the trace
+    num_blended:   tokens with a negative `index` there were so far
+    """
+
+    decoder: nn.Module
+    layer: int
+    hidden_states: Tensor = per_token()
+    position_ids: Tensor = per_token()
+    visual_index: Tensor = per_token()
+    patch_index: Tensor = per_token()
+    index: Tensor = per_token()
+    valid: Tensor | None = per_token()
+    grid: tuple[int, int]
+    extras: dict[str, Tensor] = per_token(default_factory=dict)
+    image_extras: dict[str, list[list[int | float]]] = field(default_factory=dict)
+    state: Any = None
+    attention: Tensor | None = None
+    drafter_row: Tensor | None = None
+    next_position: Tensor | None = None
+    importance: tuple[Tensor, Tensor] | None = None
+    num_blended: int = 0
+
+    # --- what is there ------------------------------------------------------------------------
+
+    @property
+    def is_visual(self) -> Tensor:
+        """(B, S) True on image tokens."""
+        return self.visual_index >= 0
+
+    @property
+    def last(self) -> Tensor:
+        """(B,) place of the last prompt token of every row."""
+        size = self.hidden_states.shape[1]
+        places = torch.arange(size, device=self.hidden_states.device)
+        if self.valid is None:
+            return places[-1:].expand(self.hidden_states.shape[0])
+        return (self.valid * places).amax(dim=1)
+
+    def places(self, flags: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """Places (B, most) of the tokens where `flags` (B, S) is True, in order, and which of them
+        are real (B, most); the others are the last prompt token, so that they can be probed."""
+        order = flags.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+        real = flags.gather(1, order)
+        return torch.where(real, order, self.last[:, None]), real
+
+    def images(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The visual tokens image by image: row (G, 1), place (G, V) in that row, and real (G, V),
+        False on padding. G counts rows x images; V is the most tokens an image has."""
+        counts = self.image_counts()
+        most = int(counts.amax())
+        own = torch.arange(counts.shape[1], device=counts.device)[:, None]
+        member = (self.visual_index[:, None] == own).flatten(0, 1).to(torch.uint8)  # (G, S)
+        place = member.argsort(dim=1, descending=True, stable=True)[:, :most]
+        row = torch.arange(counts.shape[0], device=counts.device)
+        return (
+            row.repeat_interleave(counts.shape[1])[:, None],
+            place,
+            member.gather(1, place).bool(),
+        )
+
+    def image_counts(self) -> Tensor:
+        """(B, I) tokens of every image of every row; I is the most images a row has, at least 1."""
+        images = max(1, int(self.visual_index.amax()) + 1)
+        owner = self.visual_index.masked_fill(~self.is_visual, images)
+        counts = owner.new_zeros(owner.shape[0], images + 1)
+        return counts.scatter_add_(1, owner, torch.ones_like(owner))[:, :images]
+
+    def image_values(self, name: str) -> Tensor:
+        """(B, I) the numbers `image_extras[name]`, 0 where a row has no such image."""
+        rows = self.image_extras[name]
+        most = max(1, *map(len, rows))
+        return on_device([[*row, *[0] * (most - len(row))] for row in rows], self.index.device)
+
+    def at_tokens(self, values: Tensor) -> Tensor:
+        """(B, S) value of the image a token belongs to, from one per image (B, I); text gets that
+        of the first image."""
+        return values.gather(1, self.visual_index.clamp(min=0))
+
+    def attention_rows(self, layer: int, rows: Tensor) -> Tensor:
+        """(B, H, R, S) fp32 rows of the attention map that decoder layer `layer` would have on the
+        tokens as they are now; rows (B, R) are the places of the queries."""
+        return self.decoder.attention_rows(
+            layer, self.hidden_states, self.position_ids, rows, self.valid
+        )
+
+    def next_attention(self) -> Tensor:
+        """(B, S) fp32 head mean of what the last prompt token attends to in the layer about to
+        run."""
+        return self.attention_rows(self.layer, self.last[:, None])[:, :, 0].mean(dim=1)
+
+    def record_importance(self, score: Tensor) -> None:
+        """Leaves `score` (B, S), what the method thinks of each token, for a trace."""
+        self.importance = self.index, score
+
+    # --- fewer tokens -------------------------------------------------------------------------
+
+    def keep(self, mask: Tensor, renumber: bool = False) -> Prefill:
+        """Only the tokens where `mask` (B, S) is True, in their order.
+
+        Rows may keep different counts: shorter ones are padded on the left. Positions stay as they
+        are (gaps are legal) unless `renumber`, which counts 0, 1, 2, ... again in every row.
+        """
+        if self.valid is not None:
+            mask = mask & self.valid
+        counts = mask.sum(dim=1)
+        longest, shortest = torch.stack([counts.amax(), counts.amin()]).tolist()
+        order = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, mask.shape[1] - longest :]
+        valid = None if longest == shortest else mask.gather(1, order)
+        return self.take(order, valid, renumber)
+
+    def keep_visual(self, score: Tensor, num_keep: int | Tensor, renumber: bool = False) -> Prefill:
+        """Keeps all text and, of every image, `num_keep` tokens with the highest `score` (B, S).
+
+        `num_keep` is one count for all images or a (B, S) count looked up at each token. Equal
+        scores go to the earlier token.
+        """
+        rank = rank_within_groups(score, self.visual_index)
+        return self.keep(~self.is_visual | (rank < num_keep), renumber)
+
+    def take(self, order: Tensor, valid: Tensor | None, renumber: bool = False) -> Prefill:
+        """The tokens at `order` (B, n), in that order; `valid` (B, n) is False on padding among
+        them, which stands on the left. `renumber` as in `keep`."""
+        kept = replace(
+            self,
+            **mapped(self, at(order), without=("valid",)),
+            valid=valid,
+            attention=None,
+            drafter_row=None,
+        )
+        if renumber:
+            ones = torch.ones_like(order) if valid is None else valid.long()
+            kept.position_ids = (ones.cumsum(dim=1) - 1).clamp(min=0)
+            kept.next_position = None
+        if valid is not None:  # padding belongs to no image
+            kept.visual_index = kept.visual_index.masked_fill(~valid, -1)
+        return kept
+
+    # --- new tokens ---------------------------------------------------------------------------
+
+    def keep_and_append(
+        self, mask: Tensor, tokens: Tensor, image: Tensor, real: Tensor, renumber: bool = False
+    ) -> Prefill:
+        """The tokens where `mask` (B, S) is True and, behind those of their image, new ones.
+
+        tokens (B, M, D) blended from several; image (B, M) of the row they belong to, ascending;
+        real (B, M) False on padding. Their `index` counts down from -1 over the whole prefill, and
+        their `extras` are zeros.
+        """
+        if self.valid is not None:
+            mask = mask & self.valid
+        batch, size = mask.shape
+        count = tokens.shape[1]
+        places = torch.arange(size, device=mask.device).expand(batch, -1)
+        ends = places.new_zeros(batch, self.image_counts().shape[1])
+        owner = self.visual_index.clamp(min=0)
+        ends = ends.scatter_reduce(1, owner, places * self.is_visual, "amax")  # (B, I)
+        number = torch.arange(count, device=mask.device)
+        behind = ends.gather(1, image) * (count + 1) + 1 + number
+        key = torch.cat([places * (count + 1), behind], dim=1)
+        alive = torch.cat([mask, real], dim=1)
+        counts = alive.sum(dim=1)
+        longest, shortest = torch.stack([counts.amax(), counts.amin()]).tolist()
+        order = key.masked_fill(~alive, -1).argsort(dim=1, stable=True)
+        order = order[:, order.shape[1] - longest :]
+        valid = None if longest == shortest else alive.gather(1, order)
+        grown = self._with(tokens, ends.gather(1, image), image)
+        return grown.take(order, valid, renumber)
+
+    def append(self, tokens: Tensor) -> Prefill:
+        """New tokens (B, M, D) behind every prompt, at the positions that follow it.
+
+        They are no part of the prompt: their `index` counts down from -1 as in `keep_and_append`,
+        and generation continues at the position it would have without them.
+        """
+        batch, count = tokens.shape[:2]
+        none = self.index.new_full((batch, count), -1)
+        follows = self.next_position
+        if follows is None:
+            places = self.position_ids
+            if self.valid is not None:
+                places = places.masked_fill(~self.valid, -1)
+            follows = places.amax(dim=1) + 1
+        number = torch.arange(count, device=none.device)
+        grown = self._with(tokens, follows[:, None] + number, none)
+        if self.valid is not None:
+            real = torch.ones_like(none, dtype=torch.bool)
+            grown.valid = torch.cat([self.valid, real], dim=1)
+        grown.next_position = follows
+        return grown
+
+    def _with(self, tokens: Tensor, positions: Tensor, image: Tensor) -> Prefill:
+        """New tokens (B, M, D) at the end, `valid` not yet adjusted; positions, image: (B, M)."""
+        batch, count = image.shape
+        none = self.index.new_full((batch, count), -1)
+        index = none - self.num_blended - torch.arange(count, device=none.device)
+        return replace(
+            self,
+            hidden_states=torch.cat([self.hidden_states, tokens.to(self.hidden_states)], dim=1),
+            position_ids=torch.cat([self.position_ids, positions], dim=1),
+            visual_index=torch.cat([self.visual_index, image], dim=1),
+            patch_index=torch.cat([self.patch_index, none], dim=1),
+            index=torch.cat([self.index, index], dim=1),
+            extras=each(self.extras, with_zeros(count)),
+            attention=None,
+            drafter_row=None,
+            num_blended=self.num_blended + count,
+        )
