@@ -98,6 +98,7 @@ def test_all_benchmarks_run_and_end_in_one_table(run, data):
     assert judged == pytest.approx({"llavabench": 75, "mmvet": 30, "viscot_gqa": 50})
     assert [name for name, score in scores.items() if score is None] == ["vizwiz", "qbench_test"]
     table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert table.pop(1).startswith("| --- ")
     assert len(table) == len(scores) + 2  # the header, and the mean of Visual-CoT
     assert "| viscot, mean | judge's score | 50.00 | 4 |  |" in table
     assert all("| 32.0 |" in line for line in table[1:] if "mean" not in line)
