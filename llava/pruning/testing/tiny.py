@@ -1,0 +1,184 @@
+"""Tiny random LLaVA models, and prompts for them: 6 x 6 patches, 4 tower layers, 6 decoder layers.
+
+Nothing is downloaded; the vision tower is written to a folder, as one that is loaded has to be.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
+from transformers.models.clip.tokenization_clip import bytes_to_unicode
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.model import (
+    LlavaConfig,
+    LlavaLlamaForCausalLM,
+    LlavaMistralConfig,
+    LlavaMistralForCausalLM,
+)
+
+from .. import METHODS, Pruner, build_pruner
+from ..base import option_names
+
+SIDE, PATCH = 84, 14  # pixels
+NUM_PATCHES = (SIDE // PATCH) ** 2
+#: what images of a LLaVA-NeXT model may be resized to
+PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+TINY = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    vocab_size=90,
+    max_position_embeddings=2048,
+    initializer_range=0.3,
+    pad_token_id=0,
+    mm_hidden_size=24,
+    mm_projector_type="mlp2x_gelu",
+    mm_vision_select_layer=-2,
+    mm_vision_select_feature="patch",
+    unfreeze_mm_vision_tower=True,
+    image_aspect_ratio="pad",
+)
+#: added to `TINY`, what makes a model LLaVA-NeXT
+ANYRES = dict(
+    image_aspect_ratio="anyres",
+    mm_patch_merge_type="spatial_unpad",
+    image_grid_pinpoints=PINPOINTS,
+)
+TOWER = dict(
+    model_type="clip_vision_model",
+    hidden_size=24,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=3,
+    image_size=SIDE,
+    patch_size=PATCH,
+)
+#: characters at the end of a word and elsewhere, and two marks
+VOCABULARY = [
+    *(char for char in bytes_to_unicode().values()),
+    *(f"{char}</w>" for char in bytes_to_unicode().values()),
+    "<|startoftext|>",
+    "<|endoftext|>",
+]
+#: beside the tower, for methods that read the question
+TEXT_TOWER = dict(
+    model_type="clip_text_model",
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    vocab_size=len(VOCABULARY),
+    bos_token_id=len(VOCABULARY) - 2,
+    eos_token_id=len(VOCABULARY) - 1,
+)
+PROCESSOR = dict(
+    crop_size={"height": SIDE, "width": SIDE},
+    size={"shortest_edge": SIDE},
+    image_mean=[0.48145466, 0.4578275, 0.40821073],
+    image_std=[0.26862954, 0.26130258, 0.27577711],
+    image_processor_type="CLIPImageProcessor",
+)
+
+
+def write_tower(folder: str | Path) -> str:
+    """Writes a whole CLIP model with random weights, and a tokenizer that spells, into `folder`."""
+    folder = Path(folder)
+    width = {"projection_dim": 20}
+    config = CLIPConfig(vision_config=TOWER | width, text_config=TEXT_TOWER | width, **width)
+    torch.manual_seed(0)
+    CLIPModel(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    numbers = {word: number for number, word in enumerate(VOCABULARY)}
+    (folder / "vocab.json").write_text(json.dumps(numbers))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+def make_model(tower: str, mistral: bool = False, **config):
+    """A random model in eval mode on the tower in a folder; config: replaces values of `TINY`."""
+    torch.manual_seed(0)
+    config = {**TINY, "mm_vision_tower": tower, **config}
+    if mistral:
+        config = LlavaMistralConfig(num_key_value_heads=2, sliding_window=None, **config)
+        model = LlavaMistralForCausalLM(config)
+    else:
+        model = LlavaLlamaForCausalLM(LlavaConfig(**config))
+    if hasattr(model.model, "image_newline"):
+        model.model.image_newline.data.normal_()
+    return model.eval()
+
+
+@dataclass
+class Sample:
+    """ids (1, L) of a prompt, images (n, 3, S, S), None without any."""
+
+    ids: Tensor
+    images: Tensor | None
+
+
+def sample(*pieces: int | str, seed: int = 0) -> Sample:
+    """A random prompt; a piece is a number of text tokens or "image"."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.tensor([1])]
+    for piece in pieces:
+        if piece == "image":
+            ids.append(torch.tensor([IMAGE_TOKEN_INDEX]))
+        else:
+            ids.append(torch.randint(3, TINY["vocab_size"], (piece,), generator=generator))
+    count = pieces.count("image")
+    images = torch.randn(count, 3, SIDE, SIDE, generator=generator) if count else None
+    return Sample(torch.cat(ids)[None], images)
+
+
+def pad_batch(rows: list[Tensor], side: str = "left") -> tuple[Tensor, Tensor]:
+    """ids (B, L) and attention mask (B, L) of several (1, L) prompts."""
+    longest = max(row.shape[1] for row in rows)
+    ids, masks = [], []
+    for row in rows:
+        missing = longest - row.shape[1]
+        blank, ones = torch.zeros(1, missing, dtype=torch.long), torch.ones_like(row)
+        parts = ([blank, row], [blank, ones]) if side == "left" else ([row, blank], [ones, blank])
+        ids.append(torch.cat(parts[0], dim=1))
+        masks.append(torch.cat(parts[1], dim=1))
+    return torch.cat(ids), torch.cat(masks)
+
+
+def make_pruner(name: str, visual_token_num: int = 10, least: int = 1, **options: object) -> Pruner:
+    """A method with a small budget where it takes one, and random weights where it has none.
+
+    least: budget that the method cannot go below; options: further ones of the method
+    """
+    if "+" in name:  # the first leaves more than the second where the budget is small
+        first, second = name.split("+")
+        budgets = {first: max(visual_token_num, 30), second: visual_token_num}
+        options |= {f"{method}_visual_token_num": n for method, n in budgets.items()}
+    elif "visual_token_num" in option_names(METHODS.usable(name)):
+        if not build_pruner(name, **options).adaptive:
+            number = max(visual_token_num, least) if visual_token_num > 0 else visual_token_num
+            options["visual_token_num"] = number
+    return with_random_parts(build_pruner(name, **options))
+
+
+def with_random_parts(pruner: Pruner) -> Pruner:
+    """`pruner`, which makes random weights for itself where it finds no trained ones."""
+    load = pruner.attach_model
+
+    def attach_model(model) -> None:
+        try:
+            load(model)
+        except FileNotFoundError:
+            torch.manual_seed(0)
+            pruner.use_random_parts(model)
+            load(model)
+
+    pruner.attach_model = attach_model
+    return pruner
