@@ -1,0 +1,5 @@
+from llava.pruning.testing import MethodContract
+
+
+class TestUniform(MethodContract):
+    method = "uniform"
