@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 
 import torch
+
+from llava.conv_mode import AUTO, announce, checkpoint_conv_mode
+from llava.conversation import conv_templates
+from llava.front_end import FrontEnd
+from llava.mm_utils import get_model_name_from_path
+from llava.playground import default_model_path
+from llava.pruning.cli import add_pruning_args, pruner_from_args
 
 DTYPES = {
     "float32": torch.float32,
@@ -58,3 +67,46 @@ def load_from_args(args, path: str, name: str, pruner=None) -> tuple:
     if image_processor is None:
         raise ValueError(f"{path} is a model without a vision tower: it cannot look at images")
     return tokenizer, model, image_processor
+
+
+def add_asking_args(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which model is asked, and how; `load_front_end` reads it."""
+    add_model_args(parser)
+    add_option(
+        parser, "--conv-mode", help="prompt template (default: what the checkpoint says of itself)"
+    )
+    add_pruning_args(parser)
+
+
+def load_front_end(args) -> FrontEnd:
+    """The model, with its method and its prompt template, that the options ask for."""
+    pruner = pruner_from_args(args)  # before the model: a typing error should not cost a minute
+    path = os.path.expanduser(args.model_path or default_model_path())
+    name = get_model_name_from_path(path)
+    conv_mode = pick_conv_mode(args.conv_mode, path, args.model_base, name)
+    return FrontEnd(*load_from_args(args, path, name, pruner), conv_mode)
+
+
+def pick_conv_mode(given: str | None, path: str, base: str | None, name: str) -> str:
+    """The template that was asked for, or else the checkpoint's own; a difference is said."""
+    if given not in (None, AUTO, *conv_templates):
+        raise ValueError(f"unknown --conv-mode {given!r}, choose from {', '.join(conv_templates)}")
+    inferred = checkpoint_conv_mode(path, base, name)
+    if given in (None, AUTO):
+        announce(inferred)
+        return inferred.name
+    if given != inferred.name:
+        print(
+            f"[WARNING] the auto inferred conversation mode is {inferred.name}, while "
+            f"`--conv-mode` is {given}, using {given}",
+            file=sys.stderr,
+        )
+    return given
+
+
+def sampling(args) -> dict:
+    """The arguments of `generate` that choose tokens."""
+    options = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
+    if args.temperature <= 0:
+        return {"do_sample": False, **options}
+    return {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, **options}

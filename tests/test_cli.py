@@ -228,10 +228,10 @@ def test_the_streamed_answer_is_the_answer(capsys):
     args.temperature, args.max_new_tokens = 0, 4
     chat = cli.open_chat(args)
     capsys.readouterr()
-    streamer = cli.TextStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = cli.TextStreamer(chat.front.tokenizer, skip_prompt=True, skip_special_tokens=True)
     answer = chat.ask("What is it?", streamer)
     assert capsys.readouterr().out.strip() == answer
-    assert torch.is_tensor(chat.images["images"])
+    assert torch.is_tensor(chat.picture.pixels)
 
 
 def open_chat(**changes):
@@ -245,13 +245,13 @@ def open_chat(**changes):
 def test_what_is_typed_is_text(capsys):
     chat = open_chat()
     typed = "What does <image> mean, and <image-placeholder>?"
-    plain = chat.tokenizer("<image>", add_special_tokens=False).input_ids
+    plain = chat.front.tokenizer("<image>", add_special_tokens=False).input_ids
     for _ in range(2):
         chat.ask(typed)
     prompt = chat.conversation.get_prompt()
-    ids = run_llava.tokenizer_image_token(prompt, chat.tokenizer, num_images=1)
+    ids = chat.front.encode(prompt, num_images=1).tolist()
     assert ids.count(-200) == 1 and len(plain) > 1
-    assert chat.tokenizer.decode([i for i in ids if i != -200]).count(typed) == 2
+    assert chat.front.tokenizer.decode([i for i in ids if i != -200]).count(typed) == 2
 
 
 def test_one_bad_question_does_not_end_the_chat(run, monkeypatch):

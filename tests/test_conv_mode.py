@@ -21,6 +21,7 @@ from llava.eval.compare import suite
 from llava.eval.efficiency.arguments import fill_in_questions
 from llava.mm_utils import get_model_name_from_path, infer_conv_mode
 from llava.model import LlavaConfig, LlavaMistralConfig
+from llava.model_args import pick_conv_mode
 from llava.serve.engine import Engine
 from llava.train.train import choose_template
 from tests.model.checkpoint_tools import CHECKPOINT, NEXT, copy_of
@@ -95,7 +96,7 @@ def test_copies_of_any_name_get_one_template_and_one_line(tmp_path, capsys, name
     assert resolve_conv_mode("auto", model_name, str(folder)) == "vicuna_v1"
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("prompt template vicuna_v1: config.json describes a LLaVA-1.5")
-    assert run_llava.pick_conv_mode(None, str(folder), None, model_name) == "vicuna_v1"
+    assert pick_conv_mode(None, str(folder), None, model_name) == "vicuna_v1"
     assert capsys.readouterr().err == line + "\n"
 
 
@@ -148,7 +149,7 @@ def test_the_worker_answers_in_the_template_of_its_model_and_says_which(model):
     model.config.conv_mode = "mpt"
     try:
         engine = Engine(None, model, None, "llava-v1.5-7b")
-        assert engine.template is conv_templates["mpt"]
+        assert engine.front.prompt("?").startswith(conv_templates["mpt"].system)
         assert engine.status()["conv_mode"] == "mpt"
     finally:
         del model.config.conv_mode

@@ -16,6 +16,7 @@ from llava.eval import run_llava
 from llava.eval.answering.loop import AnswerLoop
 from llava.eval.answering.questions import Question
 from llava.eval.plugins.model import ask
+from llava.front_end import FrontEnd
 from llava.image_io import TURNS, load_image, load_image_from_base64, to_rgb
 from llava.image_settings import ImageSettings
 from llava.mm_utils import process_images
@@ -104,7 +105,7 @@ def test_benchmarks_read_images_as_published_unless_asked(tmp_path, processor):
     transparent("RGBA").save(tmp_path / "logo.png")
     model = SimpleNamespace(image_settings=ImageSettings("pad"), pruner=None)
     for switch, size, corner in ((False, SIZE, -2), (True, SIZE[::-1], 1)):
-        loop = AnswerLoop(None, model, processor, "vicuna_v1", upright_images=switch)
+        loop = AnswerLoop(FrontEnd(None, model, processor, "vicuna_v1"), upright_images=switch)
         question = Question({"question_id": 1}, "?", [])
         assert loop.prepare(question, "photo.jpg", str(tmp_path)).size == size
         pixels = loop.prepare(question, "logo.png", str(tmp_path)).pixels
@@ -232,7 +233,7 @@ def test_harnesses_of_others_get_deep_images_scaled(processor):
     deep = Image.fromarray((RAMP * 65535).astype(np.uint16))
     seen = []
     model = SimpleNamespace(image_settings=ImageSettings("pad"))
-    loop = SimpleNamespace(image_processor=processor, model=model)
+    loop = SimpleNamespace(front=FrontEnd(None, model, processor, "vicuna_v1"))
     loop.generate = lambda batch: seen.extend(batch[0][1]) or [""]
     ask(loop, [("?", [deep])], 1)
     mean, deviation = processor.image_mean[0], processor.image_std[0]

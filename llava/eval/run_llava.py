@@ -16,26 +16,13 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 
-from llava import model_args
-from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
-    DEFAULT_IMAGE_TOKEN,
-    IMAGE_PLACEHOLDER,
-)
-from llava.conv_mode import AUTO, announce, checkpoint_conv_mode
-from llava.conversation import conv_templates
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.errors import errors_as_messages
-from llava.mm_utils import (
-    get_model_name_from_path,
-    load_image,
-    process_images,
-    tokenizer_image_token,
-)
-from llava.model_args import add_option
-from llava.playground import default_image, default_model_path
+from llava.mm_utils import load_image
+from llava.model_args import add_asking_args, add_option, load_front_end, sampling
+from llava.playground import default_image
 from llava.pruning import trace_pruning
-from llava.pruning.cli import add_pruning_args, pairs_in, pruner_from_args
+from llava.pruning.cli import pairs_in
 from llava.pruning.picture import show_pruning
 
 DEFAULT_QUERY = "What color is the ring?\nAnswer the question using a single word or phrase."
@@ -52,15 +39,6 @@ def load_images(image_files: list[str]) -> list[Image.Image]:
     return [load_image(name) for name in image_files]
 
 
-def add_model_args(parser: argparse.ArgumentParser) -> None:
-    """Adds what says which model runs, and how; `load_model` reads it."""
-    model_args.add_model_args(parser)
-    add_option(
-        parser, "--conv-mode", help="prompt template (default: what the checkpoint says of itself)"
-    )
-    add_pruning_args(parser)
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_option(parser, "--image-file", help="file or URL; several with --sep between them")
@@ -71,59 +49,24 @@ def build_parser() -> argparse.ArgumentParser:
     add_option(parser, "--num-beams", type=int, default=1)
     add_option(parser, "--max-new-tokens", type=int, default=512)
     add_option(parser, "--show-pruning", metavar="FILE.png", help="draw the patches that were kept")
-    add_model_args(parser)
+    add_asking_args(parser)
     return parser
 
 
-def load_model(args):
-    """(tokenizer, model, image processor, name of the prompt template) that the options ask for."""
-    pruner = pruner_from_args(args)  # before the model: a typing error should not cost a minute
-    path = os.path.expanduser(args.model_path or default_model_path())
-    name = get_model_name_from_path(path)
-    conv_mode = pick_conv_mode(args.conv_mode, path, args.model_base, name)
-    return *model_args.load_from_args(args, path, name, pruner), conv_mode
+def with_marks(query: str, num_images: int) -> str:
+    """The query with an image token for every placeholder, or one in front if it has none.
 
-
-def pick_conv_mode(given: str | None, path: str, base: str | None, name: str) -> str:
-    """The template that was asked for, or else the checkpoint's own; a difference is said."""
-    if given not in (None, AUTO, *conv_templates):
-        raise ValueError(f"unknown --conv-mode {given!r}, choose from {', '.join(conv_templates)}")
-    inferred = checkpoint_conv_mode(path, base, name)
-    if given in (None, AUTO):
-        announce(inferred)
-        return inferred.name
-    if given != inferred.name:
-        print(
-            f"[WARNING] the auto inferred conversation mode is {inferred.name}, while "
-            f"`--conv-mode` is {given}, using {given}",
-            file=sys.stderr,
-        )
-    return given
-
-
-def image_mark(config) -> str:
-    """What stands for an image in a prompt."""
-    if getattr(config, "mm_use_im_start_end", False):
-        return DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
-    return DEFAULT_IMAGE_TOKEN
-
-
-def mark_images(query: str, config) -> str:
-    """The query with an image token for every placeholder, or one in front if it has none."""
-    mark = image_mark(config)
-    if IMAGE_PLACEHOLDER in query:
-        return query.replace(IMAGE_PLACEHOLDER, mark)
-    return f"{mark}\n{query}"
-
-
-def check_image_count(num_images: int, query: str) -> None:
-    """Raises ValueError unless the query has a place for every image."""
-    num_marks = mark_images(query, None).count(DEFAULT_IMAGE_TOKEN)
-    if num_marks != num_images:
+    Raises ValueError unless it has a place for every image.
+    """
+    marked = query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
+    if IMAGE_PLACEHOLDER not in query:
+        marked = f"{DEFAULT_IMAGE_TOKEN}\n{query}"
+    if (num_marks := marked.count(DEFAULT_IMAGE_TOKEN)) != num_images:
         raise ValueError(
             f"{num_images} images, but the query has places for {num_marks}: write "
             f"{IMAGE_PLACEHOLDER} into it once for each image"
         )
+    return marked
 
 
 def check_picture_name(path: str | None) -> None:
@@ -136,22 +79,6 @@ def check_picture_name(path: str | None) -> None:
         raise ValueError(f"--show-pruning {path!r}: there is no folder {folder!r}")
 
 
-def image_inputs(images: list[Image.Image], image_processor, model, settings=None) -> dict:
-    """The arguments of `generate` that carry the images; settings: in place of those in use."""
-    pixels = process_images(images, image_processor, settings or model.image_settings)
-    place = {"device": model.device, "dtype": model.dtype}
-    pixels = [p.to(**place) for p in pixels] if isinstance(pixels, list) else pixels.to(**place)
-    return {"images": pixels, "image_sizes": [image.size for image in images]}
-
-
-def sampling(args) -> dict:
-    """The arguments of `generate` that choose tokens."""
-    options = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
-    if args.temperature <= 0:
-        return {"do_sample": False, **options}
-    return {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, **options}
-
-
 @torch.inference_mode()
 def answer(args) -> str:
     """The model's answer; also draws the picture of `args.show_pruning`."""
@@ -162,28 +89,22 @@ def answer(args) -> str:
     names = image_parser(args) if args.image_file else [default_image()]
     if args.image_file is None:
         print(f"image: {names[0]}; question: {query.splitlines()[0]}", file=sys.stderr)
-    check_image_count(len(names), query)
+    text = with_marks(query, len(names))
     images = load_images(names)
-    tokenizer, model, image_processor, conv_mode = load_model(args)
+    front = load_front_end(args)
 
-    conversation = conv_templates[conv_mode].copy()
-    conversation.append_message(conversation.roles[0], mark_images(query, model.config))
-    conversation.append_message(conversation.roles[1], None)
-    ids = tokenizer_image_token(conversation.get_prompt(), tokenizer, return_tensors="pt")
-    with trace_pruning(model) as trace:
-        output = model.generate(
-            ids[None].to(model.device),
-            questions=[query.replace(IMAGE_PLACEHOLDER, "").strip()] * len(images),
-            pad_token_id=tokenizer.pad_token_id,
-            **image_inputs(images, image_processor, model),
-            **sampling(args),
-        )
-    text = tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip()
+    ids = front.encode(front.prompt(text))
+    pictures = [front.picture(image) for image in images]
+    asked = query.replace(IMAGE_PLACEHOLDER, "").strip()
+    with trace_pruning(front.model) as trace:
+        inputs = front.inputs([ids], [pictures], [asked])
+        output = front.model.generate(**inputs, **sampling(args))
+    found = front.decode(output)[0]
     if args.show_pruning:
         asked = query.replace(IMAGE_PLACEHOLDER, "...")
-        picture = show_pruning(images, trace, ids, model, f"Question: {asked} Answer: {text}")
-        picture.save(args.show_pruning)
-    return text
+        caption = f"Question: {asked} Answer: {found}"
+        show_pruning(images, trace, ids, front.model, caption).save(args.show_pruning)
+    return found
 
 
 def eval_model(args) -> None:

@@ -15,19 +15,8 @@ from torch import Tensor
 from ..constants import IMAGE_TOKEN_INDEX
 from ..devices import device_of
 from ..pruning.tokens import ImageTokens
+from .inputs import Picture, generate_inputs, pad_left, stack_pixels
 from .kv_cache import KVCache
-
-
-@dataclass(eq=False)
-class Picture:
-    """An image ready for the model; the same object stands for the same image.
-
-    pixels: (3, S, S), or (crops, 3, S, S)
-    size:   (width, height) of the original
-    """
-
-    pixels: Tensor
-    size: tuple[int, int]
 
 
 @dataclass
@@ -144,7 +133,9 @@ class PrefixCache:
         if self.pruner is not self.model.pruner:
             self.pruner, self._images, self._beginnings = self.model.pruner, {}, {}
         if self.model.outside_splice is not None:  # it encodes images itself
-            return self._generate_plainly(prompts, [p for own in pictures for p in own], **kwargs)
+            pad_id = kwargs.get("pad_token_id") or 0
+            inputs = generate_inputs(self.model, prompts, pictures, questions, pad_id)
+            return self.model.generate(**inputs, **kwargs)
         image_keys = [
             [(picture, text if self.pruner.reads_question else None) for picture in own]
             for own, text in zip(pictures, questions, strict=True)
@@ -164,25 +155,6 @@ class PrefixCache:
             prefix = self._prefix(prompt, prompts, image_keys)
         return self.model.generate_from(prompt, prefix=prefix, **kwargs)
 
-    def _generate_plainly(self, prompts, pictures: list[Picture], **kwargs) -> Tensor:
-        """Nothing shared: the batch goes through `model.generate`."""
-        ids, mask = pad_left(prompts, kwargs.get("pad_token_id") or 0)
-        device = device_of(self.model.get_input_embeddings())
-        pixels = self._pixels(pictures)
-        return self.model.generate(
-            ids.to(device),
-            images=pixels if pictures else None,
-            image_sizes=[picture.size for picture in pictures] if pictures else None,
-            attention_mask=mask.to(device),
-            **kwargs,
-        )
-
-    def _pixels(self, pictures: list[Picture]) -> Tensor | list[Tensor]:
-        """On the device and in the type of the model; one tensor where the shapes are equal."""
-        device, dtype = device_of(self.model.get_vision_tower()), self.model.dtype
-        pixels = [picture.pixels.to(device, dtype, non_blocking=True) for picture in pictures]
-        return torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
-
     def _encode(self, keys: list[tuple]) -> None:
         """Makes `_images` hold the tokens of these images and no others."""
         missing = [key for key in dict.fromkeys(keys) if key not in self._images]
@@ -190,7 +162,7 @@ class PrefixCache:
         if missing:
             texts = [text for _, text in missing]
             tokens = self.model.image_tokens(
-                self._pixels([picture for picture, _ in missing]),
+                stack_pixels(self.model, [picture for picture, _ in missing]),
                 [picture.size for picture, _ in missing],
                 texts if self.pruner.reads_question else None,
             )
@@ -244,14 +216,3 @@ class PrefixCache:
         entries = [cache.entries(layer) for layer in range(depth)]
         keys, values = [k[0] for k, _ in entries], [v[0] for _, v in entries]
         return Beginning(keys, values, hidden_states[0])
-
-
-def pad_left(rows: list[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Returns ids and attention mask (B, L) of prompts of different lengths."""
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), pad_id)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, longest - len(row) :] = row
-        mask[number, longest - len(row) :] = 1
-    return ids, mask

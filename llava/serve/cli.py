@@ -14,17 +14,11 @@ import sys
 import torch
 from transformers import TextStreamer
 
-from llava.conversation import Conversation, conv_templates
 from llava.errors import errors_as_messages
-from llava.eval.run_llava import (
-    add_model_args,
-    image_inputs,
-    image_mark,
-    load_model,
-    sampling,
-)
-from llava.mm_utils import load_image, tokenizer_image_token
-from llava.model_args import add_option
+from llava.front_end import FrontEnd
+from llava.mm_utils import load_image
+from llava.model.inputs import Picture
+from llava.model_args import add_asking_args, add_option, load_front_end, sampling
 from llava.playground import default_image
 
 #: what the playground's model was taught, in words about its first picture
@@ -38,12 +32,12 @@ PLAYGROUND_QUESTIONS = (
 class Chat:
     """A dialogue about one image. Whatever the user types is text, `<image>` included.
 
-    images: the arguments of `generate` that carry the image
+    options: the arguments of `generate` that choose tokens
     """
 
-    def __init__(self, tokenizer, model, conversation: Conversation, images: dict, options: dict):
-        self.tokenizer, self.model = tokenizer, model
-        self.conversation, self.images, self.options = conversation, images, options
+    def __init__(self, front: FrontEnd, picture: Picture, options: dict):
+        self.front, self.picture, self.options = front, picture, options
+        self.conversation = front.conversation()
 
     @torch.inference_mode()
     def ask(self, question: str, streamer=None) -> str:
@@ -53,7 +47,7 @@ class Chat:
         """
         roles, messages = self.conversation.roles, self.conversation.messages
         first = len(messages) == self.conversation.offset
-        text = f"{image_mark(self.model.config)}\n{question}" if first else question
+        text = f"{self.front.mark}\n{question}" if first else question
         before = len(messages)
         self.conversation.append_message(roles[0], text)
         self.conversation.append_message(roles[1], None)
@@ -68,17 +62,11 @@ class Chat:
     def _answer(self, question: str, streamer) -> str:
         prompt = self.conversation.get_prompt()
         # The mark of the image stands in front of everything typed.
-        ids = tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt", num_images=1)
-        output = self.model.generate(
-            ids[None].to(self.model.device),
-            questions=[question],
-            pad_token_id=self.tokenizer.pad_token_id,
-            streamer=streamer,
-            **self.images,
-            **self.options,
-        )
-        # End marks in the history would end every later answer, too.
-        return self.tokenizer.decode(output[0], skip_special_tokens=True).strip()
+        ids = self.front.encode(prompt, num_images=1)
+        inputs = self.front.inputs([ids], [[self.picture]], [question])
+        output = self.front.model.generate(**inputs, streamer=streamer, **self.options)
+        # End marks in the history would end every later answer, too: decoded without them.
+        return self.front.decode(output)[0]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -88,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_option(parser, "--top-p", type=float)
     add_option(parser, "--max-new-tokens", type=int, default=512)
     add_option(parser, "--debug", action="store_true", help="print prompts and raw answers")
-    add_model_args(parser)
+    add_asking_args(parser)
     parser.set_defaults(num_beams=1)  # a beam cannot be streamed
     return parser
 
@@ -97,13 +85,12 @@ def open_chat(args) -> Chat:
     """Loads image and model."""
     name = args.image_file or default_image()
     image = load_image(name)
-    tokenizer, model, image_processor, conv_mode = load_model(args)
+    front = load_front_end(args)
     print(f"Image: {name}")
     if args.model_path is None:
         print(f"The playground knows little more than: {'; '.join(PLAYGROUND_QUESTIONS)}")
         print("It often gets a second question wrong: end with an empty line and start anew.")
-    images = image_inputs([image], image_processor, model)
-    return Chat(tokenizer, model, conv_templates[conv_mode].copy(), images, sampling(args))
+    return Chat(front, front.picture(image), sampling(args))
 
 
 def read_question(role: str) -> str:
@@ -123,7 +110,7 @@ def main() -> None:
     user, assistant = chat.conversation.roles
     while question := read_question(user):
         print(f"{assistant}: ", end="", flush=True)
-        streamer = TextStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextStreamer(chat.front.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
             answer = chat.ask(question, streamer)
         except (ValueError, torch.cuda.OutOfMemoryError) as error:

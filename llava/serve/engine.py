@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from ..constants import DEFAULT_IMAGE_TOKEN
 from ..conv_mode import choose_conv_mode
-from ..conversation import conv_templates
-from ..eval.run_llava import image_inputs
-from ..mm_utils import tokenizer_image_token
+from ..front_end import FrontEnd
 from ..model.context import PromptTooLong, position_limit
 from ..pruning import Pruner
 from .dialogue import last_question
@@ -47,7 +45,7 @@ class Job:
     """A request that was checked and is ready to run.
 
     ids:            (L,) ids of the prompt, -200 for an image
-    inputs:         the arguments of `generate` that carry the images
+    inputs:         the arguments of `generate` that carry prompt and images
     max_new_tokens: 0 or less when the prompt leaves no room
     """
 
@@ -79,10 +77,9 @@ class Engine:
         limits: Limits = LIMITS,
         folders: dict[str, str] | None = None,
     ):
-        self.tokenizer, self.model, self.image_processor = tokenizer, model, image_processor
-        self.model_name, self.limits = model_name, limits
+        self.model, self.model_name, self.limits = model, model_name, limits
         self.conv_mode = choose_conv_mode(model.config, model_name)
-        self.template = conv_templates[self.conv_mode.name]
+        self.front = FrontEnd(tokenizer, model, image_processor, self.conv_mode.name)
         self.shelf = MethodShelf(model.pruner, folders)
         self.methods = offer(model, self.shelf)
         self.turns = Turns(model)
@@ -145,31 +142,22 @@ class Engine:
         self, request: GenerateRequest, request_id: str, seat: Seat, images, image_settings
     ) -> Job:
         """image_settings: of the model while the seat has the turn, which is not needed here"""
-        inputs, geometry, crops = {}, [], 0
-        if images:
-            inputs = image_inputs(images, self.image_processor, self.model, image_settings)
-            question = request.question
-            if question is None:
-                question = last_question(request.prompt, self.template)
-            inputs["questions"] = [question] * len(images)
-            tower = self.model.get_vision_tower()
-            geometry = [image_geometry(image.size, image_settings, tower) for image in images]
-            if seat.pruner.name == Pruner.name:  # a method leaves fewer: `generate` counts them
-                crops = sum(len(p) if p.ndim == 4 else 1 for p in inputs["images"])
-        ids = tokenizer_image_token(
-            self._marked(request.prompt), self.tokenizer, return_tensors="pt"
-        )
+        question = request.question
+        if question is None and images:
+            question = last_question(request.prompt, self.front.conversation())
+        ids = self.front.encode(self.front.marked(request.prompt))
+        pictures = [self.front.picture(image, image_settings) for image in images]
+        inputs = self.front.inputs([ids], [pictures], [question])
+        tower = self.model.get_vision_tower()
+        geometry = [image_geometry(image.size, image_settings, tower) for image in images]
+        crops = 0
+        if seat.pruner.name == Pruner.name:  # a method leaves fewer: `generate` counts them
+            crops = sum(p.pixels.shape[0] if p.pixels.ndim == 4 else 1 for p in pictures)
         room = self._context_length() - len(ids)
-        room -= crops * self.model.get_vision_tower().num_patches
+        room -= crops * tower.num_patches
         most = min(request.max_new_tokens, self.limits.new_tokens, room)
         place = placement(image_settings)
         return Job(request, request_id, seat, ids, inputs, most, geometry, place)
-
-    def _marked(self, prompt: str) -> str:
-        if not getattr(self.model.config, "mm_use_im_start_end", False):
-            return prompt
-        wrapped = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
-        return prompt.replace(DEFAULT_IMAGE_TOKEN, wrapped)
 
     async def stream(self, job: Job):
         """The chunks of the answer, encoded. Closing the stream ends the work."""
@@ -213,15 +201,13 @@ class Engine:
                 "temperature": request.temperature,
                 "top_p": request.top_p,
             }
-        writer = Writer(self.tokenizer, job, outbox)
+        writer = Writer(self.front.tokenizer, job, outbox)
         with suppress(Stopped):
             self.model.generate(
-                job.ids[None].to(self.model.device),
                 **job.inputs,
                 **sampling,
                 generation_strategy=self.model.possible_strategy,
                 max_new_tokens=job.max_new_tokens,
-                pad_token_id=self.tokenizer.pad_token_id,
                 use_cache=True,
                 streamer=writer,
             )

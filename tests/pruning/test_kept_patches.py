@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 
 from llava.eval import run_llava
+from llava.mm_utils import load_image
+from llava.model_args import load_front_end
 from llava.playground import default_image
 from llava.pruning.picture import GAP, OUTLINE, PANEL_SIDE
 from tests.paths import ROOT
@@ -45,10 +47,10 @@ def again(tmp_path_factory):
 def clearly_important() -> set[int]:
     """The patches that VisPruner keeps for their attention, on every kind of processor."""
     args = run_llava.build_parser().parse_args(["--dtype", "float32"])
-    _, model, processor, _ = run_llava.load_model(args)
-    pixels = run_llava.image_inputs([run_llava.load_image(default_image())], processor, model)
+    front = load_front_end(args)
+    pixels = front.picture(load_image(default_image())).pixels[None]
     with torch.inference_mode():
-        vision = model.get_vision_tower().tokens(pixels["images"], frozenset({"cls_attention"}))
+        vision = front.model.get_vision_tower().tokens(pixels, frozenset({"cls_attention"}))
     attention, order = vision.cls_attention.mean(dim=1)[0].sort(descending=True)
     half = 64 // 2
     clear = attention[:half] > attention[half] * (1 + CLEAR)

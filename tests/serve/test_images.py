@@ -7,7 +7,6 @@ import base64
 import pytest
 
 from llava.pruning import build_pruner
-from llava.serve import engine as engine_module
 from llava.serve.engine import Engine
 from llava.serve.protocol import GenerateRequest
 from llava.serve.worker_app import Places, worker_app
@@ -57,13 +56,13 @@ def test_wrapped_base64_and_data_urls_are_images(engine, image):
 
 
 def test_images_are_prepared_while_others_have_the_model(engine, image, monkeypatch):
-    held, prepare = [], engine_module.image_inputs
+    held, prepare = [], engine.front.picture
 
     def watched(*args):
         held.append(engine.turns._lock._held)
         return prepare(*args)
 
-    monkeypatch.setattr(engine_module, "image_inputs", watched)
+    monkeypatch.setattr(engine.front, "picture", watched)
     engine._prepare(GenerateRequest(**body(images=[image], prompt=PROMPT)), "id")
     assert held == [False]
 

@@ -345,7 +345,7 @@ def test_out_of_memory_while_a_request_is_prepared_is_said_too(app, engine, imag
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: /secret/place")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "image_inputs", fail)
+        patch.setattr(engine.front, "picture", fail)
         (reply,) = call(app, (STREAM, body(images=[image])))
     (chunk,) = chunks_of(reply.content)
     assert (reply.status_code, chunk["cause"]) == (503, "out_of_memory")
@@ -379,7 +379,7 @@ def test_a_text_waits_for_its_turn_with_signs_of_life(engine, monkeypatch):
             request_id,
             engine.turns.seat(engine.shelf.default),
             torch.tensor([1, 5]),
-            {},
+            {"input_ids": torch.tensor([[1, 5]])},
             2,
         )
 

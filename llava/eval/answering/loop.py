@@ -10,17 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
-    DEFAULT_IMAGE_TOKEN,
-)
-from llava.conversation import conv_templates
 from llava.eval.answering.questions import Question, load_image
 from llava.eval.files import budgets
 from llava.eval.files.answer_lines import Failure
-from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.reuse import Picture, PrefixCache, pad_left
+from llava.front_end import FrontEnd
+from llava.model.inputs import Picture
+from llava.model.reuse import PrefixCache
 from llava.pruning import Pruner, trace_pruning
 
 PREPARED_IMAGES = 64  # neighbouring questions are often about one image
@@ -34,7 +29,7 @@ Prepared = tuple[Question, list[Picture] | Failure]
 class AnswerLoop:
     """Answers questions with a loaded model.
 
-    conv_mode:      name of the prompt template
+    front:          the model, and what prepares prompts and images for it
     workers:        threads that decode and prepare images
     max_new_tokens: length at which an answer is cut
     temperature:    0 takes the likeliest token; larger values sample, seeded by question number
@@ -43,10 +38,7 @@ class AnswerLoop:
     upright_images: images are turned upright and put on white; published results did neither
     """
 
-    tokenizer: object
-    model: object
-    image_processor: object
-    conv_mode: str
+    front: FrontEnd
     workers: int = 4
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -60,9 +52,7 @@ class AnswerLoop:
     visual_tokens: tuple[float, float] | None = None
 
     def __post_init__(self):
-        if self.conv_mode not in conv_templates:
-            names = ", ".join(conv_templates)
-            raise ValueError(f"unknown conv mode {self.conv_mode!r}, choose from {names}")
+        self.model = self.front.model
         self.known = PrefixCache(self.model)
 
     def run(
@@ -151,90 +141,49 @@ class AnswerLoop:
 
         Raises ValueError that names question and image when that cannot be done.
         """
-        picture = load_image(question, image, image_folder, not self.upright_images)
+        loaded = load_image(question, image, image_folder, not self.upright_images)
         try:
-            pixels = process_images([picture], self.image_processor, self.model.image_settings)[0]
+            return self.front.picture(loaded)
         except (ValueError, ArithmeticError) as error:
             name = "in the table" if question.base64 else image
             raise ValueError(f"{question}: image {name}: {error}") from error
-        return Picture(pixels, picture.size)
+
+    def inputs(self, question: Question, image_folder: str) -> dict:
+        """The arguments of `generate` for one question; raises as `prepare` does."""
+        pictures = [self.prepare(question, image, image_folder) for image in question.images]
+        return self.front.inputs([self.encode(question)], [pictures], [question.text])
 
     @torch.inference_mode()
     def generate(self, batch: list[tuple[Question, list[Picture]]]) -> list[str]:
         """Returns the answers to one batch; where a method prunes, the questions' `metadata` says
         what was kept."""
-        ids = [
-            tokenizer_image_token(self.prompt(question), self.tokenizer, return_tensors="pt")
-            for question, _ in batch
-        ]
         pruned = self.model.pruner.name != Pruner.name
         if (pruned or self.visual_tokens is None) and any(pictures for _, pictures in batch):
             with trace_pruning(self.model) as trace:
-                output = self._generate(ids, batch)
+                output = self._generate(batch)
             self.visual_tokens = self.visual_tokens or count_visual_tokens(trace)
             if pruned:
                 note_visual_tokens(batch, trace)
         else:
-            output = self._generate(ids, batch)
-        texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+            output = self._generate(batch)
+        return self.front.decode(output)
 
-    def _generate(self, ids: list[torch.Tensor], batch) -> torch.Tensor:
-        """New tokens of the prompts `ids`."""
-        pad_id = self.tokenizer.pad_token_id
-        options = {
-            "pad_token_id": self.tokenizer.eos_token_id if pad_id is None else pad_id,
-            "max_new_tokens": self.max_new_tokens,
-            "num_beams": self.num_beams,
-            "use_cache": True,
-            **self._sampling(),
-        }
-        if self.reuse:
-            pictures, texts = [own for _, own in batch], [question.text for question, _ in batch]
-            return self.known.generate(ids, pictures, texts, **options)
-        input_ids, mask = pad_left(ids, options["pad_token_id"])
-        device = self.model.device
-        return self.model.generate(
-            input_ids.to(device),
-            attention_mask=mask.to(device),
-            **options,
-            **self._images(batch),
-        )
-
-    def prompt(self, question: Question) -> str:
-        """Returns the full prompt: image marks and text as one user turn of the template."""
-        mark = DEFAULT_IMAGE_TOKEN
-        if getattr(self.model.config, "mm_use_im_start_end", False):
-            mark = DEFAULT_IM_START_TOKEN + mark + DEFAULT_IM_END_TOKEN
-        text = question.text
-        if DEFAULT_IMAGE_TOKEN not in text:
-            text = (mark + "\n") * len(question.images) + text
-        conversation = conv_templates[self.conv_mode].copy()
-        conversation.append_message(conversation.roles[0], text)
-        conversation.append_message(conversation.roles[1], None)
-        return conversation.get_prompt()
-
-    def _sampling(self) -> dict:
+    def _generate(self, batch: list[tuple[Question, list[Picture]]]) -> torch.Tensor:
+        """New tokens of a batch, (B, n)."""
+        prompts = [self.encode(question) for question, _ in batch]
+        pictures, texts = [own for _, own in batch], [question.text for question, _ in batch]
+        options = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams}
+        options |= {"do_sample": False, "use_cache": True}
         if self.temperature > 0:
-            return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
-        return {"do_sample": False}
+            options |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        if self.reuse:
+            pad_id = self.front.pad_id
+            return self.known.generate(prompts, pictures, texts, pad_token_id=pad_id, **options)
+        return self.model.generate(**self.front.inputs(prompts, pictures, texts), **options)
 
-    def _images(self, batch: list[tuple[Question, list[Picture]]]) -> dict:
-        """All images of the batch in order; stacked when all have the same number of crops."""
-        pictures = [picture for _, own in batch for picture in own]
-        if not pictures:
-            return {"images": None}
-        place = {"device": self.model.device, "dtype": self.model.dtype, "non_blocking": True}
-        pixels = [picture.pixels for picture in pictures]
-        if len({tuple(p.shape) for p in pixels}) == 1:
-            images = torch.stack(pixels).to(**place)
-        else:
-            images = [p.to(**place) for p in pixels]
-        return {
-            "images": images,
-            "image_sizes": [picture.size for picture in pictures],
-            "questions": [question.text for question, own in batch for _ in own],
-        }
+    def encode(self, question: Question) -> torch.Tensor:
+        """(L,) ids of the prompt that asks a question."""
+        return self.front.encode(self.front.prompt(question.text, len(question.images)))
 
 
 def note_visual_tokens(batch: list[tuple[Question, list[Picture]]], trace) -> None:

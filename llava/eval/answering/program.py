@@ -14,6 +14,7 @@ from llava.eval.answering.questions import Question, get_chunk, questions_of, su
 from llava.eval.answering.run import Task, answer_questions
 from llava.eval.answering.settings import settings_of
 from llava.eval.answering.workers import Workers
+from llava.front_end import FrontEnd
 from llava.mm_utils import get_model_name_from_path
 from llava.model_args import add_model_args, load_from_args
 from llava.pruning.cli import add_pruning_args, pruner_from_args
@@ -92,9 +93,10 @@ def load_loop(args) -> AnswerLoop:
     """
     pruner = getattr(args, "pruner", None)
     loaded = load_from_args(args, args.model_path, args.model_name, pruner)
+    front = FrontEnd(*loaded, args.conv_mode)
     given = {field.name for field in fields(AnswerLoop)} & vars(args).keys()
     options = {name: getattr(args, name) for name in given}
-    return AnswerLoop(*loaded, **options)
+    return AnswerLoop(front, **options)
 
 
 def resolve_conv_mode(

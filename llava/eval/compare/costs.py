@@ -13,7 +13,6 @@ from llava.eval.answering.loop import AnswerLoop
 from llava.eval.benchmarks.table import Benchmark
 from llava.eval.compare.scores import Run
 from llava.eval.efficiency.measure import Workload, llava_facts, time_llava
-from llava.mm_utils import tokenizer_image_token
 from llava.pruning import Pruner
 
 
@@ -67,13 +66,8 @@ def _can_be_asked(loop: AnswerLoop, question, folder: str) -> bool:
 
 
 def _workload(loop: AnswerLoop, question, folder: str) -> Workload:
-    pictures = [loop.prepare(question, image, folder) for image in question.images]
-    ids = tokenizer_image_token(loop.prompt(question), loop.tokenizer, return_tensors="pt")
-    place = {"device": loop.model.device, "dtype": loop.model.dtype}
-    pixels = [picture.pixels.to(**place) for picture in pictures]
-    sizes = [picture.size for picture in pictures]
-    images = torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
-    return Workload(ids[None].to(loop.model.device), images, sizes, num_tokens=1)
+    inputs = loop.inputs(question, folder)
+    return Workload(inputs["input_ids"], inputs["images"], inputs["image_sizes"], num_tokens=1)
 
 
 @torch.inference_mode()

@@ -6,9 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from llava.eval.answering.questions import Question
 from llava.eval.efficiency.measure import DENSE, Workload
-from llava.mm_utils import tokenizer_image_token
 from llava.model.self_speculative import SpeculationLog
 from llava.pruning import Pruner, build_pruner
 from llava.pruning.drafter import STRATEGIES
@@ -107,20 +105,7 @@ def measure(model, variants: list[Variant], prompts: list[Callable[[], dict]], l
                 variant.clocks, variant.answers, variant.logs = [], [], []
 
 
-def asked(loop, question: Question, folder: str) -> dict:
-    """The arguments of `generate` for a question about pictures in `folder`."""
-    model = loop.model
-    pictures = [loop.prepare(question, image, folder) for image in question.images]
-    ids = tokenizer_image_token(loop.prompt(question), loop.tokenizer, return_tensors="pt")
-    return {
-        "inputs": ids[None].to(model.device),
-        "images": [picture.pixels.to(model.device, model.dtype) for picture in pictures],
-        "image_sizes": [picture.size for picture in pictures],
-        "pad_token_id": loop.tokenizer.eos_token_id,
-    }
-
-
 def made_up(model, prompt_length: int) -> dict:
     """The arguments of `generate` for an image and `prompt_length` text tokens, all random."""
     work = Workload.random(model, 1, prompt_length, 1)
-    return {"inputs": work.input_ids, "images": work.images, "image_sizes": work.image_sizes}
+    return {"input_ids": work.input_ids, "images": work.images, "image_sizes": work.image_sizes}

@@ -36,7 +36,7 @@ from llava.eval.efficiency.arguments import (
 )
 from llava.eval.efficiency.chance import ChanceChoice
 from llava.eval.efficiency.decode_report import rows_of, table
-from llava.eval.efficiency.decode_run import asked, made_up, measure, variants_of
+from llava.eval.efficiency.decode_run import made_up, measure, variants_of
 from llava.eval.efficiency.measure import make_pruner, with_budget
 from llava.eval.efficiency.random_model import CONFIGS, build_random_model, shapes
 from llava.eval.files.records import read_jsonl
@@ -100,7 +100,7 @@ def trained_model(args) -> tuple:
     pruners = {name: with_budget(name, budget, **options.get(name, {})) for name in args.methods}
     loop = load_loop(args)
     prompts = [
-        partial(asked, loop, Question({}, r["text"], [r["image"]]), args.image_folder)
+        partial(loop.inputs, Question({}, r["text"], [r["image"]]), args.image_folder)
         for r in read_jsonl(args.question_file)[: args.limit]
     ]
     return loop.model, pruners, prompts

@@ -33,6 +33,7 @@ from llava.eval.efficiency.arguments import (
 from llava.eval.efficiency.measure import with_budget
 from llava.eval.efficiency.random_model import build_random_model, shapes
 from llava.eval.files.records import read_jsonl
+from llava.front_end import FrontEnd
 from llava.model_args import add_model_args
 from llava.playground import default_model_path
 from llava.pruning import METHODS
@@ -138,7 +139,8 @@ def random_loop(args) -> AnswerLoop:
     model = build_random_model(config, tower, **placed(args))
     options = {"workers": args.workers, "max_new_tokens": args.max_new_tokens}
     processor = model.get_vision_tower().image_processor
-    return AnswerLoop(playground.tokenizer, model, processor, args.conv_mode, **options)
+    front = FrontEnd(playground.front.tokenizer, model, processor, args.conv_mode)
+    return AnswerLoop(front, **options)
 
 
 def table(speeds: list[Speed]) -> str:

@@ -14,11 +14,10 @@ from collections.abc import Iterator
 import torch
 
 from llava.eval.answering.loop import AnswerLoop
-from llava.eval.answering.questions import Question
 from llava.eval.answering.workers import own_gpu
 from llava.eval.plugins.model import ask, open_loop, read_pruner
 from llava.image_io import to_rgb
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.inputs import generate_inputs
 from llava.pruning import all_option_names
 
 try:
@@ -118,27 +117,19 @@ class LlavaPruning(lmms):
         return [self._loglikelihood(*request.args) for request in requests]
 
     def _loglikelihood(self, context, target, doc_to_visual, doc_id, task, split):
-        loop, model = self.loop, self.loop.model
+        front = self.loop.front
         if not isinstance(target, str):
             target = target(self.task_dict[task][split][doc_id])
-        pictures = self._pictures(doc_to_visual, doc_id, task, split)
-        images = [to_rgb(picture, background=None) for picture in pictures]
-        prompt = loop.prompt(Question({"question_id": doc_id}, context, [""] * len(images)))
-        ids = [
-            tokenizer_image_token(text, loop.tokenizer, return_tensors="pt")
-            for text in (prompt, f"{prompt} {target.strip()}")
-        ]
-        count = len(ids[1]) - len(ids[0])
-        pixels = None
-        if images:
-            pixels = process_images(images, loop.image_processor, model.image_settings)
-            pixels = [p.to(model.device, model.dtype) for p in pixels]
-            pixels = torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
-        input_ids = ids[1][None].to(model.device)
-        out = model(input_ids, images=pixels, image_sizes=[i.size for i in images], use_cache=False)
+        images = self._pictures(doc_to_visual, doc_id, task, split)
+        pictures = [front.picture(to_rgb(image, background=None)) for image in images]
+        prompt = front.prompt(context, len(images))
+        before, whole = front.encode(prompt), front.encode(f"{prompt} {target.strip()}")
+        count = len(whole) - len(before)
+        inputs = generate_inputs(self.loop.model, [whole], [pictures], [context])
+        out = self.loop.model(**inputs, use_cache=False)
         # Methods drop visual tokens only: counted from behind, the text is where it was.
         logits = out.logits[0, -count - 1 : -1].float().log_softmax(dim=-1)
-        wanted = input_ids[0, -count:]
+        wanted = whole[-count:].to(logits.device)
         loss = -logits.gather(1, wanted[:, None]).mean()
         return loss.item(), bool((logits.argmax(dim=-1) == wanted).all())
 

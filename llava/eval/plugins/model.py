@@ -11,8 +11,7 @@ from llava.eval.answering.loop import AnswerLoop
 from llava.eval.answering.program import load_loop, resolve_conv_mode
 from llava.eval.answering.questions import Question
 from llava.image_io import to_rgb
-from llava.mm_utils import get_model_name_from_path, process_images
-from llava.model.reuse import Picture
+from llava.mm_utils import get_model_name_from_path
 from llava.model_args import DTYPES
 from llava.pruning import Pruner
 from llava.pruning.cli import pruner_from_args
@@ -80,10 +79,7 @@ def ask(
     loop.max_new_tokens = max_new_tokens
     batch = []
     for number, (text, images) in enumerate(prompts):
-        images = [to_rgb(image, background=None) for image in images]
-        settings = loop.model.image_settings
-        pixels = process_images(images, loop.image_processor, settings) if images else []
-        pictures = [Picture(p, image.size) for p, image in zip(pixels, images, strict=True)]
+        pictures = [loop.front.picture(to_rgb(image, background=None)) for image in images]
         marks = [str(place) for place in range(len(images))]
         batch.append((Question({"question_id": number}, text, marks), pictures))
     return loop.generate(batch)

@@ -130,10 +130,10 @@ def test_a_prompt_that_the_model_refuses_is_named_and_the_rest_of_its_batch_answ
     shutil.copy(IMAGES / "img0_336x336.png", tmp_path / "bad.png")
     generate = AnswerLoop._generate
 
-    def refusing(loop, ids, batch):
+    def refusing(loop, batch):
         if any(question.head["question_id"] == "q3" for question, _ in batch):
             raise ValueError("the prompt has 9000 tokens, the model takes 2048")
-        return generate(loop, ids, batch)
+        return generate(loop, batch)
 
     monkeypatch.setattr(AnswerLoop, "_generate", refusing)
     with pytest.raises(SystemExit) as stop:
@@ -316,9 +316,8 @@ def test_the_suite_says_how_many_failed_and_compares_what_both_answered(args):
 def test_costs_are_measured_on_questions_that_can_be_asked(args):
     class Loop:
         skip_bad = True
-        tokenizer = model = None
 
-        def prepare(self, question, image, folder):
+        def inputs(self, question, folder):
             raise ValueError(f"{question}: bad picture")
 
     benchmarks = suite.available(["pope"], args.data_dir)

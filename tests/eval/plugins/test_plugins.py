@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.eval.answering.questions import Question
 from llava.eval.plugins.model import ask, open_loop, read_pruner
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
@@ -199,16 +198,18 @@ def test_a_choice_is_rated_by_its_loss(lmms):
         for choice in ("yes it is", " yes it is")
     ]
     (loss, greedy), spaced = model.loglikelihood(requests)
-    loop = model.loop
-    prompt = loop.prompt(Question({"question_id": 0}, "What?", [""]))
+    front = model.loop.front
+    prompt = front.prompt("What?", num_images=1)
     context, ids = (
-        tokenizer_image_token(text, loop.tokenizer, return_tensors="pt")[None]
+        tokenizer_image_token(text, front.tokenizer, return_tensors="pt")[None]
         for text in (prompt, f"{prompt} yes it is")
     )
     labels = ids.clone()
     labels[:, : context.shape[1]] = -100
-    pixels = process_images([image.convert("RGB")], loop.image_processor, loop.model.image_settings)
-    expected = loop.model(ids, images=pixels, labels=labels, image_sizes=[image.size]).loss
+    pixels = process_images(
+        [image.convert("RGB")], front.image_processor, front.model.image_settings
+    )
+    expected = front.model(ids, images=pixels, labels=labels, image_sizes=[image.size]).loss
     assert loss == pytest.approx(expected.item(), rel=1e-4)
     assert spaced == (loss, greedy) and greedy is False
 

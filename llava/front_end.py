@@ -1,0 +1,97 @@
+"""Texts and images as a model takes them: prompt template, image marks, token ids, pixels.
+
+`FrontEnd` is that of the LLaVA family. Another family brings an object with the same methods;
+programs call these and know no family.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+from torch import Tensor
+
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from llava.conversation import Conversation, conv_templates
+from llava.image_settings import ImageSettings
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.inputs import Picture, generate_inputs
+
+
+@dataclass
+class FrontEnd:
+    """What stands between people and a loaded checkpoint.
+
+    conv_mode: name of the prompt template
+    """
+
+    tokenizer: object
+    model: object
+    image_processor: object
+    conv_mode: str
+
+    def __post_init__(self):
+        if self.conv_mode not in conv_templates:
+            names = ", ".join(conv_templates)
+            raise ValueError(f"unknown conv mode {self.conv_mode!r}, choose from {names}")
+
+    @property
+    def mark(self) -> str:
+        """What stands for an image in a prompt."""
+        if getattr(self.model.config, "mm_use_im_start_end", False):
+            return DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+        return DEFAULT_IMAGE_TOKEN
+
+    @property
+    def pad_id(self) -> int:
+        """What fills up prompts and answers that are shorter than others of their batch."""
+        pad_id = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad_id is None else pad_id
+
+    def conversation(self) -> Conversation:
+        """A new dialogue in the prompt template."""
+        return conv_templates[self.conv_mode].copy()
+
+    def marked(self, text: str, num_images: int = 0) -> str:
+        """The text with a mark for every image: where it says `<image>`, or else in front."""
+        if DEFAULT_IMAGE_TOKEN in text:
+            return text.replace(DEFAULT_IMAGE_TOKEN, self.mark)
+        return f"{self.mark}\n" * num_images + text
+
+    def prompt(self, text: str, num_images: int = 0) -> str:
+        """The whole prompt: a text about so many images as one turn of the user."""
+        conversation = self.conversation()
+        conversation.append_message(conversation.roles[0], self.marked(text, num_images))
+        conversation.append_message(conversation.roles[1], None)
+        return conversation.get_prompt()
+
+    def encode(self, prompt: str, num_images: int | None = None) -> Tensor:
+        """(L,) ids of a prompt, -200 for an image.
+
+        num_images: how many marks there are; an `<image>` after that many is text. None: all are
+        """
+        return tokenizer_image_token(
+            prompt, self.tokenizer, return_tensors="pt", num_images=num_images
+        )
+
+    def picture(self, image: Image.Image, settings: ImageSettings | None = None) -> Picture:
+        """An image as the vision tower takes it; settings: in place of those in use."""
+        settings = settings or self.model.image_settings
+        return Picture(process_images([image], self.image_processor, settings)[0], image.size)
+
+    def inputs(
+        self, prompts: list[Tensor], pictures: list[list[Picture]], questions: list[str]
+    ) -> dict:
+        """The arguments of `generate` for a batch.
+
+        prompts:   ids (L,) of every prompt
+        pictures:  those of every prompt, in order
+        questions: of every prompt, in plain words, for methods that read it
+        """
+        batch = generate_inputs(self.model, prompts, pictures, questions, self.pad_id)
+        return {**batch, "pad_token_id": self.pad_id}
+
+    def decode(self, answers: Tensor) -> list[str]:
+        """The texts of new tokens (B, n)."""
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [text.strip() for text in texts]
