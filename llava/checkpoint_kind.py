@@ -19,6 +19,9 @@ NON_LORA = "non_lora_trainables"
 #: architecture -> family of its language model
 LLAVA_MODELS = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}
 LANGUAGE_MODELS = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+#: architectures that see images without being a LLaVA
+OTHER_VISION_MODELS = {"Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl"}
+OTHER_FAMILIES = frozenset(OTHER_VISION_MODELS.values())
 #: model_type -> family, for configs that name no architecture. "llava" alone is an early LLaVA
 MODEL_TYPES = {
     "llava": "llama",
@@ -26,12 +29,14 @@ MODEL_TYPES = {
     "llama": "llama",
     "llava_mistral": "mistral",
     "mistral": "mistral",
+    "qwen2_5_vl": "qwen2_5_vl",
 }
 #: settings that only configs of LLaVA have
 LLAVA_KEYS = ("mm_vision_tower", "mm_projector_type", "mm_hidden_size", "mm_vision_select_layer")
 SUPPORTED = (
     "supported are LLaVA-1.5 and LLaVA-NeXT (1.6) on Llama or Mistral "
-    f"({', '.join(LLAVA_MODELS)}), for example liuhaotian/llava-v1.5-7b"
+    f"({', '.join(LLAVA_MODELS)}), for example liuhaotian/llava-v1.5-7b, and Qwen2.5-VL "
+    f"({', '.join(OTHER_VISION_MODELS)})"
 )
 #: architecture or model_type of other layouts -> what it is, and what to use instead
 FOREIGN = {
@@ -44,7 +49,6 @@ FOREIGN = {
         "use the same weights in the original layout: liuhaotian/llava-v1.6-vicuna-7b, "
         "-vicuna-13b, -mistral-7b or -34b",
     ),
-    "Qwen2_5_VLForConditionalGeneration": ("a Qwen2.5-VL model", "it is not supported yet"),
     "Qwen2VLForConditionalGeneration": ("a Qwen2-VL model", "it is not supported"),
     "LlavaOnevisionForConditionalGeneration": ("a LLaVA-OneVision model", "it is not supported"),
     "LlavaQwenForCausalLM": ("LLaVA on a Qwen language model", "it is not supported"),
@@ -58,7 +62,6 @@ FOREIGN = {
 FOREIGN_TYPES = {
     "llava_next": "LlavaNextForConditionalGeneration",
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
-    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "llava_qwen": "LlavaQwenForCausalLM",
     "llava_gemma": "LlavaGemmaForCausalLM",
@@ -82,7 +85,8 @@ OTHER_FILES = (
 class Kind:
     """What is loaded.
 
-    family:     language model: "llama", "mistral", or the `model_type` of a plain model
+    family:     language model: "llama", "mistral", or the `model_type` of a plain model;
+                "qwen2_5_vl" is a family of its own
     multimodal: whether it sees images
     delta:      what the folder adds to a base: "lora", "projector", or "" for a whole model
     """
@@ -105,6 +109,11 @@ def model_type_of(values: Mapping) -> str:
 
 
 def is_multimodal(values: Mapping) -> bool:
+    """Whether a config describes a supported model that sees images."""
+    return is_llava(values) or family_in(values) in OTHER_FAMILIES
+
+
+def is_llava(values: Mapping) -> bool:
     """Whether a config describes a LLaVA, in whatever words its time had for that."""
     if architecture_of(values).startswith("Llava") or model_type_of(values).startswith("llava"):
         return True
@@ -113,12 +122,13 @@ def is_multimodal(values: Mapping) -> bool:
 
 def family_in(values: Mapping) -> str | None:
     """The supported language model that a config names, if it does."""
-    known = LLAVA_MODELS | LANGUAGE_MODELS
+    known = LLAVA_MODELS | LANGUAGE_MODELS | OTHER_VISION_MODELS
     return known.get(architecture_of(values)) or MODEL_TYPES.get(model_type_of(values))
 
 
 def family_of(values: Mapping, source: str) -> str:
-    """The language model a config describes: "llama", "mistral", or a plain model's own type.
+    """The language model a config describes: "llama", "mistral", "qwen2_5_vl", or a plain model's
+    own type.
 
     The architecture decides, not `model_type`: old checkpoints say "llava", a name that belongs to
     another model in transformers. Raises ValueError for what is not supported.
@@ -130,6 +140,8 @@ def family_of(values: Mapping, source: str) -> str:
             f"{source} is the trained part of the pruning method {method}, not a model: name it "
             "with --pruning-arg beside the model it was trained on"
         )
+    if architecture in OTHER_VISION_MODELS or not architecture and kind in OTHER_FAMILIES:
+        return OTHER_VISION_MODELS.get(architecture, kind)  # nested as they are released
     nested = any(isinstance(values.get(key), dict) for key in ("text_config", "vision_config"))
     if nested and kind == "llava" and not architecture:
         architecture = "LlavaForConditionalGeneration"

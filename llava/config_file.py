@@ -279,16 +279,21 @@ def check_config(values: Mapping, source: str, plain: bool = False) -> dict:
     plain:  for a model class of transformers, which has its own ideas of what goes together
     Raises ValueError on the first impossible value.
     """
-    for key, rule in RULES.items():
-        if key not in values or (values[key] is None and rule.or_none) or plain & (key in OWN_KEYS):
-            continue
-        if not rule.holds(values[key]):
-            raise ValueError(f"{source}: {key} must be {rule.says}, not {shown(values[key])}")
+    check_rules(values, {k: r for k, r in RULES.items() if not (plain and k in OWN_KEYS)}, source)
     wrong = () if plain else filter(None, (check(values) for check in CHECKS))
     for sentence in wrong:
         raise ValueError(f"{source}: {sentence}")
     unset = {key for key in RULES if key not in NONE_COUNTS and values.get(key) is None}
     return {key: v for key, v in values.items() if key not in unset and key not in IGNORED_KEYS}
+
+
+def check_rules(values: Mapping, rules: Mapping[str, Rule], source: str) -> None:
+    """Raises ValueError for the first value that its rule does not allow."""
+    for key, rule in rules.items():
+        if key not in values or (values[key] is None and rule.or_none):
+            continue
+        if not rule.holds(values[key]):
+            raise ValueError(f"{source}: {key} must be {rule.says}, not {shown(values[key])}")
 
 
 def first_line(error: BaseException) -> str:

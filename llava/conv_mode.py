@@ -111,6 +111,8 @@ def _by_shape(values: Mapping) -> ConvMode | None:
     """What the kinds of language model and projector say; None when several templates fit."""
     if not is_multimodal(values):
         return None
+    if family_in(values) == "qwen2_5_vl":
+        return ConvMode("qwen2_5_vl", "config.json describes a Qwen2.5-VL model", "shape")
     if family_in(values) == "mistral":
         return ConvMode("mistral_instruct", "config.json describes a Mistral model", "shape")
     if values.get("vocab_size") in YI_VOCABULARY:

@@ -323,6 +323,13 @@ conv_mpt = _template(
     "<|im_end|>",
     version="mpt",
 )
+conv_qwen2_5_vl = _template(
+    "<|im_start|>system\nYou are a helpful assistant.",
+    _CHATML,
+    _MPT,
+    "<|im_end|>\n",
+    version="qwen2_5_vl",
+)
 conv_llava_plain = _template("", ("", ""), _PLAIN, "\n")
 conv_llava_v0 = _template(_ANSWERS_HUMAN, _HUMAN, _SINGLE, "###")
 conv_llava_v0_mmtag = _template(_SEES_TAGGED_IMAGES, _HUMAN, _SINGLE, "###", version="v0_mmtag")
@@ -347,4 +354,5 @@ conv_templates = {
     "v1_mmtag": conv_llava_v1_mmtag,
     "llava_llama_2": conv_llava_llama_2,
     "mpt": conv_mpt,
+    "qwen2_5_vl": conv_qwen2_5_vl,
 }

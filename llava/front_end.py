@@ -1,7 +1,7 @@
 """Texts and images as a model takes them: prompt template, image marks, token ids, pixels.
 
-`FrontEnd` is that of the LLaVA family. Another family brings an object with the same methods;
-programs call these and know no family.
+Programs call these methods and know no family: what differs from LLaVA is said by a model's config
+(`image_mark`, `image_separator`), its image processor, and the template.
 """
 
 from __future__ import annotations
@@ -38,9 +38,16 @@ class FrontEnd:
     @property
     def mark(self) -> str:
         """What stands for an image in a prompt."""
+        if own := getattr(self.model.config, "image_mark", None):
+            return own
         if getattr(self.model.config, "mm_use_im_start_end", False):
             return DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
         return DEFAULT_IMAGE_TOKEN
+
+    @property
+    def separator(self) -> str:
+        """What stands between an image and the text behind it."""
+        return getattr(self.model.config, "image_separator", "\n")
 
     @property
     def pad_id(self) -> int:
@@ -55,8 +62,10 @@ class FrontEnd:
     def marked(self, text: str, num_images: int = 0) -> str:
         """The text with a mark for every image: where it says `<image>`, or else in front."""
         if DEFAULT_IMAGE_TOKEN in text:
+            # Questions are written for LLaVA, with a line break behind an image.
+            text = text.replace(f"{DEFAULT_IMAGE_TOKEN}\n", DEFAULT_IMAGE_TOKEN + self.separator)
             return text.replace(DEFAULT_IMAGE_TOKEN, self.mark)
-        return f"{self.mark}\n" * num_images + text
+        return (self.mark + self.separator) * num_images + text
 
     def prompt(self, text: str, num_images: int = 0) -> str:
         """The whole prompt: a text about so many images as one turn of the user."""

@@ -130,8 +130,11 @@ def process_images(images: list[Image.Image], image_processor, model_cfg):
     else:     shorter side resized to S, centre crop, (n, 3, S, S)
 
     Transparent parts become white. Images are prepared one after the other, in memory that does not
-    grow with the square of their longer side.
+    grow with the square of their longer side. A processor that keeps proportions has a
+    `process_images` of its own, which is called instead: a list of n tensors.
     """
+    if own := getattr(image_processor, "process_images", None):
+        return own(images)
     settings = ImageSettings.of(model_cfg)
     pixels = [_process_image(to_rgb(image), image_processor, settings) for image in images]
     if settings.image_aspect_ratio != "anyres":

@@ -8,6 +8,7 @@ import sys
 
 import torch
 
+from llava.checkpoint_kind import OTHER_FAMILIES, checkpoint_config, family_in
 from llava.conv_mode import AUTO, announce, checkpoint_conv_mode
 from llava.conversation import conv_templates
 from llava.front_end import FrontEnd
@@ -43,14 +44,20 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     add_option(group, "--attn-implementation", help="sdpa, flash_attention_2 or eager")
 
 
-def load_from_args(args, path: str, name: str, pruner=None) -> tuple:
+def load_from_args(args, path: str, name: str, pruner=None, any_family: bool = False) -> tuple:
     """(tokenizer, model, image processor) of the checkpoint at `path`, as the options ask for.
 
     name: what the checkpoint is called, which says what kind of model it is
-    Raises ValueError on a model that cannot look at images.
+    any_family: whether the program knows models beside LLaVA
+    Raises ValueError on a model that cannot look at images, or that the program does not know.
     """
     from llava.model.builder import load_pretrained_model
 
+    if not any_family and family_in(checkpoint_config(path)) in OTHER_FAMILIES:
+        raise ValueError(
+            f"{path} is no LLaVA, and this program knows no other models yet: ask it with "
+            "python -m llava.eval.run_llava"
+        )
     tokenizer, model, image_processor, _ = load_pretrained_model(
         path,
         args.model_base,
@@ -84,7 +91,7 @@ def load_front_end(args) -> FrontEnd:
     path = os.path.expanduser(args.model_path or default_model_path())
     name = get_model_name_from_path(path)
     conv_mode = pick_conv_mode(args.conv_mode, path, args.model_base, name)
-    return FrontEnd(*load_from_args(args, path, name, pruner), conv_mode)
+    return FrontEnd(*load_from_args(args, path, name, pruner, any_family=True), conv_mode)
 
 
 def pick_conv_mode(given: str | None, path: str, base: str | None, name: str) -> str:

@@ -41,6 +41,8 @@ CHECKS = {
     "training": ("training", "check_training"),
     "loading": ("loading", "check_loading"),
     "serving": ("serving", "check_serving"),
+    "qwen-plain": ("qwen2_5_vl", "check_plain"),
+    "qwen-parts": ("qwen2_5_vl", "check_parts"),
 }
 
 #: other names of kinds
@@ -58,7 +60,8 @@ def load_cases(folder: str | Path, every: bool = False) -> list[dict]:
 
 def completed(case: dict) -> dict:
     """A case with the fields that some folders leave out."""
-    kind = case.get("kind") or "e2e"
+    plain_qwen = is_qwen(case) and case.get("method") == "none"
+    kind = case.get("kind") or ("qwen-plain" if plain_qwen else "e2e")
     return {**case, "kind": KIND_NAMES.get(kind, kind), "args": case.get("args") or {}}
 
 
@@ -66,9 +69,13 @@ def no_target(case: dict) -> str | None:
     """Why a case is not to be matched, or None."""
     if case["args"].get("variant") == "released":
         return "records defects of a release"
-    if "qwen" in f"{case.get('checkpoint')} {case['args'].get('model')}":
-        return "needs Qwen2.5-VL"
+    if is_qwen(case) and case.get("method") != "none":
+        return "needs a pruning method on Qwen2.5-VL"
     return None
+
+
+def is_qwen(case: dict) -> bool:
+    return "qwen" in f"{case.get('checkpoint')} {(case.get('args') or {}).get('model')}"
 
 
 def locate(name: str, folder: str | Path) -> Path:

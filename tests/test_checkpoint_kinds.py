@@ -93,7 +93,6 @@ FOREIGN = {
     "LlavaForConditionalGeneration": "liuhaotian/llava-v1.5-7b",
     "LlavaNextForConditionalGeneration": "liuhaotian/llava-v1.6",
     "LlavaOnevisionForConditionalGeneration": "LLaVA-OneVision",
-    "Qwen2_5_VLForConditionalGeneration": "a Qwen2.5-VL model",
     "Qwen2VLForConditionalGeneration": "a Qwen2-VL model",
     "PaliGemmaForConditionalGeneration": "'PaliGemmaForConditionalGeneration'",
     "LlavaFutureForCausalLM": "'LlavaFutureForCausalLM'",
@@ -117,7 +116,7 @@ def test_another_architecture_is_refused_by_name(tmp_path, architecture):
     [
         ({"model_type": "llava", "text_config": {}, "vision_config": {}}, "llava-hf"),
         ({"model_type": "llava_next", "text_config": {}}, "llava-hf"),
-        ({"model_type": "qwen2_5_vl", "hidden_size": 8}, "Qwen2.5-VL"),
+        ({"model_type": "qwen2_vl", "hidden_size": 8}, "Qwen2-VL"),
         ({"model_type": "llava_qwen", "mm_vision_tower": "x"}, "Qwen language model"),
         ({"model_type": "clip_vision_model"}, "--vision-tower"),
         ({"model_type": "clip", "architectures": ["CLIPModel"]}, "--vision-tower"),

@@ -1,8 +1,8 @@
 """Loading a checkpoint: tokenizer, model, image processor, and the pruning method.
 
 Handles full LLaVA-1.5 / LLaVA-NeXT checkpoints (Llama or Mistral), a projector trained on top of a
-base model, unmerged LoRA adapters, and plain language models. Everything is read from local folders
-(or the hub's cache); no code of a checkpoint is ever run.
+base model, unmerged LoRA adapters, Qwen2.5-VL, and plain language models. Everything is read from
+local folders (or the hub's cache); no code of a checkpoint is ever run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from transformers import (
 )
 from transformers.modeling_utils import no_init_weights
 
-from ..checkpoint_kind import NON_LORA, SUPPORTED, Kind, kind_of, projector_file
+from ..checkpoint_kind import (
+    NON_LORA,
+    OTHER_FAMILIES,
+    SUPPORTED,
+    Kind,
+    kind_of,
+    projector_file,
+)
 from ..config_file import (
     check_config,
     first_line,
@@ -39,20 +46,32 @@ from ..log_output import say
 from ..pruning import Pruner, pruner_from_keywords
 from ..pruning.drafter import STRATEGIES
 from ..weight_files import local_folder, uses_cache_dir
+from . import qwen2_5_vl_loading
 from .checkpoint import (
     TOWER_PREFIX,
     Filler,
+    build_empty,
     clean_trainable_names,
     merge_lora,
+    model_config,
     read_file,
     read_tensors,
 )
+from .context import position_limit
 from .generation import check_strategy
 from .language_model.attention import check_backend
 from .language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from .language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
 from .multimodal_encoder.builder import tower_beside
-from .placement import choose_device, choose_dtype, dtype_note, may_share, place, single_device
+from .placement import (
+    choose_device,
+    choose_dtype,
+    dtype_note,
+    fast_dtype,
+    may_share,
+    place,
+    single_device,
+)
 from .quantization import import_bitsandbytes, quantize
 
 DEFAULT_CONTEXT_LEN = 2048
@@ -96,7 +115,8 @@ def load_pretrained_model(
     load_8bit, load_4bit: quantise the decoder's linear layers (needs the extra `quant`)
     device_map:  "auto", a device, or module name -> device
     device:      None is cuda if present, else mps, else cpu
-    torch_dtype: None is float16 on a GPU. On the CPU it is what the checkpoint was saved in, except
+    torch_dtype: None is float16 on a GPU; for Qwen2.5-VL, whose values leave its range, bfloat16
+                 where the GPU has that. On the CPU it is what the checkpoint was saved in, except
                  that a half type which this CPU is slow at becomes float32: float16 always,
                  bfloat16 where the CPU has no instructions for it. A line on stderr says which
     attn_implementation: "sdpa" (default), "flash_attention_2" or "eager"
@@ -146,7 +166,14 @@ def load_pretrained_model(
     quantized = load_8bit or load_4bit
     if quantized:
         import_bitsandbytes()
-    values = check_config(values, config_path(folder, base), plain=not kind.multimodal)
+    source = config_path(folder, base)
+    if kind.family in OTHER_FAMILIES:
+        values = qwen2_5_vl_loading.checked_config(values, source)
+        qwen2_5_vl_loading.check_options(model_path, base, vision_tower, pruner)
+        if torch_dtype is None and device.type != "cpu":
+            torch_dtype = fast_dtype(device)
+    else:
+        values = check_config(values, source, plain=not kind.multimodal)
     dtype = choose_dtype(torch_dtype, values, device, quantized)
     if torch_dtype is None and (note := dtype_note(dtype, values, device)):
         say(note)
@@ -154,8 +181,13 @@ def load_pretrained_model(
 
     # All small files first: what is wrong with them should not cost the reading of the weights.
     generation = load_generation_config(base or folder)
-    if kind.multimodal:
-        config, model_class = llava_config(folder, values, kind, backend)
+    if kind.family in OTHER_FAMILIES:
+        tokenizer, model, image_processor = qwen2_5_vl_loading.load(
+            folder, values, backend, dtype, fill_device, use_safetensors
+        )
+    elif kind.multimodal:
+        config_class, model_class = FAMILIES[kind.family]
+        config = model_config(config_class, model_class, folder, values, backend)
         set_vision_tower(config, vision_tower, base)
         tokenizer = load_tokenizer(base or folder, config, fast=kind.family == "mistral")
         model, filler = build_empty(model_class, config, dtype, fill_device)
@@ -181,6 +213,8 @@ def load_pretrained_model(
         model.pruner = pruner
         model.generation_strategy = check_strategy(generation_strategy or STRATEGIES[0])
     context_len = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LEN)
+    if kind.family in OTHER_FAMILIES:
+        context_len = position_limit(model.config)
     return tokenizer, model, image_processor, context_len
 
 
@@ -188,19 +222,6 @@ def config_path(folder: str, base: str | None) -> str:
     """The config.json that describes the model: the folder's own, or that of its base."""
     own = os.path.join(folder, "config.json")
     return own if base is None or os.path.isfile(own) else os.path.join(base, "config.json")
-
-
-def llava_config(folder: str, values: dict, kind: Kind, backend: str = "sdpa"):
-    """(config, model class) of a LLaVA folder with checked config values."""
-    config_class, model_class = FAMILIES[kind.family]
-    # No value may take the place of what the class itself has (`model_type`, methods).
-    foreign = {key for key in values if key.startswith("_") or hasattr(config_class, key)}
-    values = {key: value for key, value in values.items() if key not in foreign}
-    values["architectures"] = [model_class.__name__]
-    with one_sentence(f"{folder}/config.json describes no model"):
-        config = config_class.from_dict({**values, "attn_implementation": backend})
-    config._name_or_path = os.path.abspath(folder)
-    return config, model_class
 
 
 def set_vision_tower(config, override: str | None, base: str | None) -> None:
@@ -216,15 +237,6 @@ def set_vision_tower(config, override: str | None, base: str | None) -> None:
     # A projector or adapter folder may have been moved away from the tower beside its base.
     if base and not tower_beside(name, config._name_or_path):
         config.mm_vision_tower = tower_beside(name, base) or name
-
-
-def build_empty(model_class, config, dtype: torch.dtype, device) -> tuple[nn.Module, Filler]:
-    """A model without memory for its weights, and what fills it."""
-    with one_sentence(config._name_or_path):
-        with init_empty_weights(), no_init_weights():
-            model = model_class(config)
-    model.config.torch_dtype = dtype
-    return model, Filler(model, dtype, device)
 
 
 def check_tower_width(model: nn.Module) -> None:

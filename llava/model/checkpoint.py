@@ -12,13 +12,16 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.modeling_utils import no_init_weights
 
 from ..checkpoint_kind import ADAPTER, ADAPTER_CONFIG
-from ..config_file import read_json, shown
+from ..config_file import one_sentence, read_json, shown
 from ..weight_files import check_numbers, tensor_file, tensors_in, weight_files
 
 #: recomputed by the model, saved by some versions of other libraries
@@ -52,6 +55,27 @@ def is_ignored(name: str) -> bool:
     return name.endswith(IGNORED_SUFFIXES)
 
 
+def model_config(config_class, model_class, folder: str, values: dict, backend: str = "sdpa"):
+    """The config of a model of `model_class` in `folder`, from checked values of its file."""
+    # No value may take the place of what the class itself has (`model_type`, methods).
+    foreign = {key for key in values if key.startswith("_") or hasattr(config_class, key)}
+    values = {key: value for key, value in values.items() if key not in foreign}
+    values["architectures"] = [model_class.__name__]
+    with one_sentence(f"{folder}/config.json describes no model"):
+        config = config_class.from_dict({**values, "attn_implementation": backend})
+    config._name_or_path = os.path.abspath(folder)
+    return config
+
+
+def build_empty(model_class, config, dtype: torch.dtype, device) -> tuple[nn.Module, Filler]:
+    """A model without memory for its weights, and what fills it."""
+    with one_sentence(config._name_or_path):
+        with init_empty_weights(), no_init_weights():
+            model = model_class(config)
+    model.config.torch_dtype = dtype
+    return model, Filler(model, dtype, device)
+
+
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Puts `tensor` in the place of the parameter or buffer `name`, keeping `requires_grad`."""
     parent, _, leaf = name.rpartition(".")
@@ -71,6 +95,8 @@ class Filler:
 
     #: kind of files that `add_folder` reads, as in `weight_files`
     use_safetensors: bool | None = None
+    #: a weight's name in the model, from its name in a file
+    rename: Callable[[str], str] = staticmethod(str)
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu"):
         self.model, self.dtype, self.device = model, dtype, device
@@ -84,6 +110,7 @@ class Filler:
 
         fit: a vocabulary of another size is cut or extended instead
         """
+        name = self.rename(name)
         if name in self.filled or is_ignored(name):
             return
         if name not in self.wanted:

@@ -28,7 +28,7 @@ def position_limit(config) -> int | None:
 def count_positions(num_text: int, images: list[ImageTokens], policy: str) -> int:
     """Positions of a prompt of `num_text` tokens and images; policy: as in `build_row`."""
     whole = policy == "grid"
-    return num_text + sum(image.length if whole else len(image.patches) for image in images)
+    return num_text + sum(image.extent if whole else len(image.patches) for image in images)
 
 
 def check_prompts(model, positions: list[int]) -> None:

@@ -15,12 +15,6 @@ __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
 class LlavaMetaForCausalLM(ImageEncoding, Splice, ImageMarks, PrunerSlot):
     """Mixin of the causal language models: encoding and splicing, with a pruning method in use."""
 
-    #: set by `trace_pruning` for the time of its block
-    pruning_trace = None
-    #: whether the splice follows the rules of training: a long prompt is cut, a text-only one uses
-    #: up a dummy image. None: with labels, and in training mode
-    as_in_training: bool | None = None
-
     def get_model(self):
         raise NotImplementedError(f"{type(self).__name__} must define get_model()")
 

@@ -19,13 +19,16 @@ class Prompt:
 
     inputs_embeds:  (B, S, D), zeros on padding
     attention_mask: (B, S) True on tokens
-    position_ids:   (B, S) positions seen by RoPE, 0 on padding
+    position_ids:   (B, S) positions seen by RoPE, 0 on padding; (B, S, A) where a family counts
+                    on A axes
     labels:         (B, S) or None
     visual_index:   (B, S) which image of the row a token belongs to, -1 on text and padding
     patch_index:    (B, S) crop * N + patch, -1 where there is none
     extras:         name -> (B, S, ...) values of the pruning method, see `Prefill`
     image_extras:   name -> its numbers for the images of every row, likewise
     num_positions:  positions of the longest prompt, see `llava.model.context`; None: not known
+    token_ids:      (B, S) what stands for the prompts where rules about tokens, such as a penalty
+                    of repetition, look at them; None: such rules see the answer alone
     """
 
     inputs_embeds: Tensor
@@ -37,6 +40,7 @@ class Prompt:
     extras: dict[str, Tensor] = field(default_factory=dict)
     image_extras: dict[str, list[list[int | float]]] = field(default_factory=dict)
     num_positions: int | None = None
+    token_ids: Tensor | None = None
 
     def part(self, row: int, columns: slice) -> Prompt:
         """The tokens at `columns` of one row, as a batch of one."""
@@ -55,12 +59,14 @@ def build_row(
     policy: str,
     max_length: int | None,
     blanks: dict[str, Tensor],
+    axes: tuple[int, ...] = (),
 ) -> dict[str, Tensor | dict[str, Tensor]]:
     """One sample: text `embeds` (L, D) with images in place of the tokens at `marks`.
 
     policy: "sequence" counts positions through; "grid" gives visual tokens the place they have in
     the unpruned image, and the text after it the place it had. The result is cut to `max_length`.
     blanks: extras of the images of the batch, of no tokens, see `blank_extras`.
+    axes: () for one number per position, (A,) for A of them; text has the same on every axis.
     """
     pieces: dict[str, list[Tensor]] = {key: [] for key in PIECES}
     extras: dict[str, list[Tensor]] = {name: [] for name in blanks}
@@ -71,7 +77,8 @@ def build_row(
         nothing = labels.new_full((count,), -1)
         pieces["x"].append(embeds[start:stop])
         pieces["labels"].append(labels[start:stop])
-        pieces["place"].append(torch.arange(place, place + count, device=labels.device))
+        places = torch.arange(place, place + count, device=labels.device)
+        pieces["place"].append(places[:, None].expand(-1, *axes) if axes else places)
         pieces["visual"].append(nothing)
         pieces["patch"].append(nothing)
         for name, blank in blanks.items():
@@ -89,7 +96,7 @@ def build_row(
         for name, blank in blanks.items():
             own = image.extras.get(name)
             extras[name].append(zeros(blank, tokens) if own is None else own)
-        place += image.length
+        place += image.extent
     row = {key: torch.cat(parts)[:max_length] for key, parts in pieces.items()}
     if policy == "sequence":
         row["place"] = torch.arange(len(row["labels"]), device=labels.device)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 #: modules that stay in half precision: small, or sensitive
-KEPT = ("lm_head", "mm_projector", "vision_tower")
+KEPT = ("lm_head", "mm_projector", "vision_tower", "visual")
 #: activations above this magnitude take the half-precision path in 8 bits
 OUTLIER_THRESHOLD = 6.0
 

@@ -13,7 +13,20 @@ from .prompt import Prompt, blank_extras, build_row, image_numbers, pad_rows
 
 
 class Splice:
-    """Mixin of models with `get_model()` and `image_tokens()`."""
+    """Mixin of models with `get_model()`, `image_tokens()` and `pruner`."""
+
+    #: set by `trace_pruning` for the time of its block
+    pruning_trace = None
+    #: whether the splice follows the rules of training: a long prompt is cut, a text-only one uses
+    #: up a dummy image. None: with labels, and in training mode
+    as_in_training: bool | None = None
+    #: () where a position is one number, (A,) where it has A axes
+    position_axes: tuple[int, ...] = ()
+
+    @property
+    def position_policy(self) -> str:
+        """Where tokens of an image and the text behind them stand, as in `build_row`."""
+        return self.pruner.position_policy
 
     @property
     def outside_splice(self):
@@ -88,7 +101,7 @@ class Splice:
             labels = torch.full_like(input_ids, IGNORE_INDEX)
         labels = labels.to(embeds.device)
         limit = getattr(self.config, "tokenizer_model_max_length", None) if training else None
-        rows, policy, positions = [], self.pruner.position_policy, []
+        rows, policy, positions = [], self.position_policy, []
         blanks, own_images = blank_extras(tokens), [[tokens[i] for i in own] for own in slots]
         for row, own in enumerate(own_images):
             keep = mask[row].nonzero()[:, 0]
@@ -97,7 +110,7 @@ class Splice:
             positions.append(count_positions(texts, own, policy))
             keep = keep.to(embeds.device)
             parts = embeds[row, keep], labels[row, keep], marks, own
-            rows.append(build_row(*parts, policy, limit, blanks))
+            rows.append(build_row(*parts, policy, limit, blanks, self.position_axes))
         if only_dummies:  # none of their rows, yet a gradient of zeros
             rows[0]["x"] = torch.cat([rows[0]["x"], tokens[0].embeds[:0].to(rows[0]["x"])])
         if not training:

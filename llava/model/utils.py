@@ -3,7 +3,7 @@
 import json
 import os
 
-from ..checkpoint_kind import is_multimodal, model_type_of
+from ..checkpoint_kind import is_llava, model_type_of
 from ..config_file import read_json
 
 
@@ -15,7 +15,7 @@ def auto_upgrade(folder: str, confirm: bool = True) -> bool:
     """
     path = os.path.join(folder, "config.json")
     config = read_json(path)
-    llava = is_multimodal(config) or "llava" in os.path.basename(os.path.abspath(folder)).lower()
+    llava = is_llava(config) or "llava" in os.path.basename(os.path.abspath(folder)).lower()
     if not llava or "llava" in model_type_of(config):
         return False
     if config.get("model_type") != "llama":

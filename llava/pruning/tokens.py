@@ -66,13 +66,14 @@ class ImageTokens:
 
     embeds:  (n, D)
     patches: (n,) crop * N + patch; -1 on newline and merged tokens
-    offsets: (n,) place in the sequence of the unpruned image
+    offsets: (n,) place in the sequence of the unpruned image; (n, A) where positions have A axes
     length:  tokens of the unpruned image
     extras:  name -> (n, ...) as in `VisionTokens`, 0 on newlines
     image_extras: name -> a number of the method for this image
     blocks:  (rows, columns) of the grids that the unpruned image is read as, one after the other,
              row by row; newlines are the last column of theirs
     crops:   crops the image was cut into
+    places:  positions that the unpruned image takes; None: one for each token
     """
 
     embeds: Tensor = per_token(0)
@@ -83,6 +84,12 @@ class ImageTokens:
     image_extras: dict[str, int | float] = field(default_factory=dict)
     blocks: tuple[tuple[int, int], ...] = ()
     crops: int = 1
+    places: int | None = None
+
+    @property
+    def extent(self) -> int:
+        """By how many positions the text behind the unpruned image moves on."""
+        return self.length if self.places is None else self.places
 
     def keep(self, index: Tensor | slice) -> ImageTokens:
         """The tokens at `index` (m,), in that order, or where a mask (n,) is True."""

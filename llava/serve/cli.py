@@ -47,7 +47,7 @@ class Chat:
         """
         roles, messages = self.conversation.roles, self.conversation.messages
         first = len(messages) == self.conversation.offset
-        text = f"{self.front.mark}\n{question}" if first else question
+        text = self.front.mark + self.front.separator + question if first else question
         before = len(messages)
         self.conversation.append_message(roles[0], text)
         self.conversation.append_message(roles[1], None)

@@ -70,6 +70,17 @@ def test_the_python_example_answers(capsys, monkeypatch):
     assert capsys.readouterr().out.strip() == "red"
 
 
+def test_the_example_of_the_other_family_runs(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (code,) = blocks((ROOT / "docs" / "Qwen2.5-VL.md").read_text(), "python")
+    code = code.replace("Qwen/Qwen2.5-VL-3B-Instruct", "tests/golden/tiny-qwen2.5-vl-cut")
+    names = {}
+    exec(compile(code, "Qwen2.5-VL.md", "exec"), names)
+    assert type(names["model"]).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    assert names["picture"].pixels.shape == (12, 12, 4, 1176)
+    assert capsys.readouterr().out.startswith("[")
+
+
 def test_every_module_the_pages_run_exists():
     for page in PAGES:
         for module in re.findall(r"python -m (llava[\w.]*|playground[\w.]*)", page.read_text()):

@@ -246,16 +246,20 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
                 "extras": prompt.extras,
                 "image_extras": prompt.image_extras,
             }
+        # Without ids of the prompt transformers puts a BOS there.
+        known = 1 if prompt.token_ids is None else prompt.token_ids.shape[1]
         output = super().generate(
+            prompt.token_ids,
             inputs_embeds=prompt.inputs_embeds,
             attention_mask=prompt.attention_mask,
             position_ids=prompt.position_ids,
+            prompt_ids=known,
             prefix=prefix,
             drafter=drafter,
             **kwargs,
         )
         ends = {ends} if isinstance(ends, int) else set(ends or ())
-        return self.pruner.present(drop_first_token(output), ends)
+        return self.pruner.present(drop_first_tokens(output, known), ends)
 
     def prepare_inputs_for_generation(
         self,
@@ -271,9 +275,13 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         use_cache: bool | None = None,
         prefix: Prefix | None = None,
         drafter: Drafter | None = None,
+        prompt_ids: int = 1,
         **kwargs,
     ) -> dict:
-        """The prompt's embeddings in the first step, the newest token afterwards."""
+        """The prompt's embeddings in the first step, the newest token afterwards.
+
+        prompt_ids: how many of `input_ids` stand for the prompt
+        """
         if drafter is not None:  # greedy search and sampling never get here with one
             raise ValueError(
                 "generation_strategy 'self_speculative' works with greedy search and sampling "
@@ -286,14 +294,17 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
                 "use_cache": True,
                 "last_logits_only": True,
             }
-        if input_ids.shape[1] > 1 and inputs_embeds is not None:
+        if input_ids.shape[1] > prompt_ids and inputs_embeds is not None:
             # Without a cache every step runs the prompt again, with the answer so far behind it.
-            answer = input_ids[:, 1:]
+            answer = input_ids[:, prompt_ids:]
             grow = torch.ones_like(answer)
-            last = position_ids.amax(dim=1, keepdim=True)
+            last = position_ids.flatten(1).amax(dim=1, keepdim=True)
+            places = last + grow.cumsum(dim=1)
+            if position_ids.ndim == 3:
+                places = places[..., None].expand(-1, -1, position_ids.shape[2])
             inputs_embeds = torch.cat([inputs_embeds, self.model.embed_tokens(answer)], dim=1)
             attention_mask = torch.cat([attention_mask, grow.bool()], dim=1)
-            position_ids = torch.cat([position_ids, last + grow.cumsum(dim=1)], dim=1)
+            position_ids = torch.cat([position_ids, places], dim=1)
             if visual_index is not None:
                 visual_index = torch.cat([visual_index, -grow], dim=1)
                 patch_index = torch.cat([patch_index, -grow], dim=1)
@@ -319,9 +330,9 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         return model_kwargs
 
 
-def drop_first_token(output):
-    """Without the BOS that transformers puts before a generation that started from embeddings."""
+def drop_first_tokens(output, count: int):
+    """Without the ids that stand for the prompt in what transformers generates."""
     if isinstance(output, Tensor):
-        return output[:, 1:]
-    output.sequences = output.sequences[:, 1:]
+        return output[:, count:]
+    output.sequences = output.sequences[:, count:]
     return output

@@ -35,6 +35,11 @@ class Rotary:
         self.stretch = float(scaling["factor"]) if kind == "linear" else 1.0
         sections = scaling["mrope_section"] if kind == "mrope" else ()
         self.axes = [axis for axis, count in enumerate(sections) for _ in range(count)]
+        if self.axes and len(self.axes) != self.width // 2:
+            raise ValueError(
+                f"mrope_section {sections} is about {len(self.axes)} frequencies, heads of width "
+                f"{self.width} have {self.width // 2}"
+            )
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions (B, S), or (B, S, A) on several axes -> cos, sin, each (B, 1, S, d)."""

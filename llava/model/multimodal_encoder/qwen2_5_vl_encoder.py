@@ -1,0 +1,337 @@
+"""Vision tower of Qwen2.5-VL: images of any grid, attention inside windows, a merger behind it.
+
+The layers see all patches of a call in one sequence. Most of them attend inside windows of 4 x 4
+blocks, a few inside whole images; either way segments of equal size are rows of one batch, so no
+mask is ever built and memory is linear in the number of patches. Shapes use `h, w` for the merged
+grid of an image, in blocks of `M` = 4 patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from ...devices import device_of
+from ...rms_norm import RMSNorm
+
+NORM_EPS = 1e-6
+ROPE_THETA = 10000.0
+
+
+class Qwen2_5_VLVisionConfig(PretrainedConfig):
+    """Sizes of the tower; the defaults are those of the released models."""
+
+    model_type = "qwen2_5_vl"
+
+    def __init__(
+        self,
+        depth: int = 32,
+        hidden_size: int = 1280,
+        intermediate_size: int = 3420,
+        num_heads: int = 16,
+        out_hidden_size: int = 3584,
+        patch_size: int = 14,
+        spatial_merge_size: int = 2,
+        temporal_patch_size: int = 2,
+        window_size: int = 112,
+        fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31),
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.depth, self.num_heads = depth, num_heads
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.out_hidden_size = out_hidden_size
+        self.patch_size, self.temporal_patch_size = patch_size, temporal_patch_size
+        self.spatial_merge_size, self.window_size = spatial_merge_size, window_size
+        self.fullatt_block_indexes = list(fullatt_block_indexes)
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers that a patch of an image consists of."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def window_side(self) -> int:
+        """Blocks along a side of a window."""
+        return self.window_size // (self.patch_size * self.spatial_merge_size)
+
+
+@dataclass
+class BlockFeatures:
+    """Features of images with equal grids, in front of the merger.
+
+    images:   which images of the call, in order
+    grid:     (h, w) blocks
+    features: (B, h * w, M, C) patches of every block; blocks row by row
+    """
+
+    images: list[int]
+    grid: tuple[int, int]
+    features: Tensor
+
+
+@dataclass
+class Segments:
+    """Which patches attend to one another: those of a segment, and nobody else.
+
+    order: (n,) the sequence with segments of equal size side by side; None: it is as it should be
+    back:  (n,) the way back
+    runs:  (segments, patches of each), in that order
+    """
+
+    order: Tensor | None
+    back: Tensor | None
+    runs: list[tuple[int, int]]
+
+
+@dataclass
+class Plan:
+    """How the images of a call run through the tower.
+
+    blocks:  (n / M,) the sequence of the layers: places of its blocks in the images, one image
+             behind the other, row by row
+    angles:  (n, d / 2) of the rotary positions, in that sequence
+    windows, wholes: segments of a windowed and of a full layer
+    """
+
+    blocks: Tensor
+    angles: Tensor
+    windows: Segments
+    wholes: Segments
+
+
+class Qwen2_5_VLVisionTower(nn.Module):
+    """Patches of images to tokens of the language model; parameter names as released."""
+
+    def __init__(self, config: Qwen2_5_VLVisionConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.merger = Merger(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embed.proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self)
+
+    def forward(self, images: list[Tensor]) -> list[Tensor]:
+        """Tokens (h * w, D) of every image, its blocks row by row; images as in `features`."""
+        tokens: dict[int, Tensor] = {}
+        for group in self.features(images):
+            tokens.update(zip(group.images, self.merger(group.features), strict=True))
+        return [tokens[number] for number in range(len(images))]
+
+    def features(self, images: list[Tensor]) -> list[BlockFeatures]:
+        """What the layers make of the images, one entry for each grid there is.
+
+        images: one tensor (h, w, M, values of a patch) each, as the image processor makes them.
+        The merger works block by block: whoever drops blocks first saves its work and changes
+        nothing else. Raises ValueError for tensors of another shape.
+        """
+        grids = [self._grid(image, number) for number, image in enumerate(images)]
+        plan = plan_images(grids, self.config, self.device)
+        pixels = torch.cat([image.to(self.device, self.dtype).flatten(0, 1) for image in images])
+        x = self.patch_embed(pixels)[plan.blocks].flatten(0, 1)
+        rope = plan.angles.cos()[:, None], plan.angles.sin()[:, None]
+        full = set(self.config.fullatt_block_indexes)
+        for number, block in enumerate(self.blocks):
+            x = block(x, rope, plan.wholes if number in full else plan.windows)
+        x = x.unflatten(0, (-1, self.config.spatial_merge_size**2))
+        x = torch.empty_like(x).index_copy_(0, plan.blocks, x)
+        parts = x.split([h * w for h, w in grids])
+        return [
+            BlockFeatures(numbers, grid, torch.stack([parts[number] for number in numbers]))
+            for grid, numbers in same_grids(grids)
+        ]
+
+    def _grid(self, image: Tensor, number: int) -> tuple[int, int]:
+        wanted = self.config.spatial_merge_size**2, self.config.patch_values
+        if image.ndim != 4 or image.shape[2:] != wanted or not image.numel():
+            raise ValueError(
+                f"image {number} is a tensor {tuple(image.shape)}: expected (rows, columns, "
+                f"{wanted[0]}, {wanted[1]}), as the image processor of this model makes it"
+            )
+        return image.shape[0], image.shape[1]
+
+
+class PatchEmbed(nn.Module):
+    """A patch's numbers to its features: a convolution whose stride is its kernel."""
+
+    def __init__(self, config: Qwen2_5_VLVisionConfig):
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(3, config.hidden_size, kernel, stride=kernel, bias=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return F.linear(pixels, self.proj.weight.flatten(1))
+
+
+class Block(nn.Module):
+    """A layer: attention inside segments, then a gated MLP."""
+
+    def __init__(self, config: Qwen2_5_VLVisionConfig):
+        super().__init__()
+        self.norm1 = RMSNorm(config.hidden_size, NORM_EPS)
+        self.norm2 = RMSNorm(config.hidden_size, NORM_EPS)
+        self.attn = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+        x = x + self.attn(self.norm1(x), rope, segments)
+        return x + self.mlp(self.norm2(x))
+
+
+class Attention(nn.Module):
+    """Attention without a direction among the patches of a segment."""
+
+    def __init__(self, config: Qwen2_5_VLVisionConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+        """x (n, C) -> the same shape."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (n, 3, H, d)
+        q, k = rotate(qkv[:, 0], rope), rotate(qkv[:, 1], rope)
+        out = attend_within(q, k, qkv[:, 2], segments)
+        return self.proj(out.flatten(1))
+
+
+class MLP(nn.Module):
+    """Gated MLP with biases."""
+
+    def __init__(self, config: Qwen2_5_VLVisionConfig):
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner)
+        self.up_proj = nn.Linear(width, inner)
+        self.down_proj = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Merger(nn.Module):
+    """The patches of a block to one token of the language model."""
+
+    def __init__(self, config: Qwen2_5_VLVisionConfig):
+        super().__init__()
+        width = config.hidden_size * config.spatial_merge_size**2
+        self.ln_q = RMSNorm(config.hidden_size, NORM_EPS)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, width), nn.GELU(), nn.Linear(width, config.out_hidden_size)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., M, C) -> (..., D)"""
+        return self.mlp(self.ln_q(features).flatten(-2))
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """x (n, H, d), turned in fp32 by angles of which cos and sin (n, 1, d / 2) are given."""
+    cos, sin = rope
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x.dtype)
+
+
+def attend_within(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Attention (n, H, d) of q, k, v (n, H, d) inside segments; those of one size are one batch."""
+    if segments.order is not None:
+        q, k, v = (x[segments.order] for x in (q, k, v))
+    out, start = [], 0
+    for count, size in segments.runs:
+        run = slice(start, start := start + count * size)
+        rows = (x[run].unflatten(0, (count, size)).transpose(1, 2) for x in (q, k, v))
+        out.append(F.scaled_dot_product_attention(*rows).transpose(1, 2).flatten(0, 1))
+    whole = out[0] if len(out) == 1 else torch.cat(out)
+    return whole if segments.back is None else whole[segments.back]
+
+
+def plan_images(grids: list[tuple[int, int]], config: Qwen2_5_VLVisionConfig, device) -> Plan:
+    """The plan for images of these (h, w) grids of blocks.
+
+    Windows stand in the sequence sorted by size, so that windowed layers need no reordering; the
+    few full layers bring the patches of each image together. All of it follows from the grids and
+    is made on the host.
+    """
+    per_block = config.spatial_merge_size**2
+    orders, sizes, image_of, start = [], [], [], 0
+    for number, (h, w) in enumerate(grids):
+        order, own = window_order(h, w, config.window_side)
+        orders.append(order + start)
+        sizes.append(own)
+        image_of.append(torch.full((h * w,), number))
+        start += h * w
+    size, image = torch.cat(sizes), torch.cat(image_of)
+    by_size = size.repeat_interleave(size).argsort(stable=True)
+    blocks = torch.cat(orders)[by_size]
+
+    areas = torch.tensor([h * w for h, w in grids])
+    whole = _segments(areas[image[blocks]], image[blocks], per_block)
+    angles = torch.cat([patch_angles(h, w, config) for h, w in grids])[blocks].flatten(0, 1)
+    counts = [(int((size == own).sum()), own * per_block) for own in size.unique().tolist()]
+    return Plan(
+        blocks=blocks.to(device),
+        angles=angles.to(device),
+        windows=Segments(None, None, counts),
+        wholes=Segments(
+            None if whole.order is None else whole.order.to(device),
+            None if whole.back is None else whole.back.to(device),
+            whole.runs,
+        ),
+    )
+
+
+def _segments(size: Tensor, owner: Tensor, per_block: int) -> Segments:
+    """Segments of blocks: `owner` (m,) says which one has a block, `size` (m,) how large it is."""
+    by_owner = owner.argsort(stable=True)
+    order = by_owner[size[by_owner].argsort(stable=True)]
+    runs = [(int((size == own).sum()) // own, own * per_block) for own in size.unique().tolist()]
+    if torch.equal(order, torch.arange(len(order))):
+        return Segments(None, None, runs)
+    patches = (order[:, None] * per_block + torch.arange(per_block)).flatten()
+    return Segments(patches, patches.argsort(), runs)
+
+
+def window_order(h: int, w: int, side: int) -> tuple[Tensor, Tensor]:
+    """Windows of an h x w grid of blocks: (h * w,) row-major places of the blocks window by window,
+    and (windows,) blocks of each. Windows start at the top left, so that the last of a row or
+    column may be smaller."""
+    row, column = torch.arange(h)[:, None], torch.arange(w)
+    window = (row // side * -(-w // side) + column // side).flatten()
+    return window.argsort(stable=True), window.bincount()
+
+
+def patch_angles(h: int, w: int, config: Qwen2_5_VLVisionConfig) -> Tensor:
+    """(h * w, M, d / 2) rotary angles of the patches of every block, those of their row in front of
+    those of their column."""
+    merge, width = config.spatial_merge_size, config.hidden_size // config.num_heads
+    frequency = 1.0 / ROPE_THETA ** (torch.arange(0, width // 2, 2).float() / (width // 2))
+    inner = torch.arange(merge)
+    rows = (torch.arange(h)[:, None, None, None] * merge + inner[:, None]).expand(
+        h, w, merge, merge
+    )
+    columns = (torch.arange(w)[:, None, None] * merge + inner).expand(h, w, merge, merge)
+    places = torch.stack([rows, columns], dim=-1).flatten(2, 3).flatten(0, 1).float()
+    return (places[..., None] * frequency).flatten(-2)
+
+
+def same_grids(
+    grids: list[tuple[int, int]],
+) -> Iterator[tuple[tuple[int, int], list[int]]]:
+    """Every grid with the numbers of the images that have it, in order of appearance."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, grid in enumerate(grids):
+        groups.setdefault(grid, []).append(number)
+    yield from groups.items()

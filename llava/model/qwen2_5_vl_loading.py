@@ -1,0 +1,223 @@
+"""Loading Qwen2.5-VL: its config, tokenizer, image settings and weights, all of them checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen2TokenizerFast
+
+from ..config_file import (
+    SIZE,
+    Rule,
+    check_config,
+    check_rules,
+    first_line,
+    number,
+    read_json,
+    shown,
+    whole,
+)
+from ..pruning import Pruner
+from .checkpoint import build_empty, model_config
+from .language_model.qwen2_5_vl import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    check_method,
+)
+from .multimodal_encoder.qwen2_5_vl_images import Qwen2_5_VLImageProcessor
+
+#: what no default may stand for: another value would give answers all the same, wrong ones
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rope_theta")
+NEEDED += ("intermediate_size", "num_key_value_heads", "image_token_id", "vision_config")
+#: settings of the released models that are fixed here, and may be repeated by a file
+FIXED = {"spatial_merge_size": 2, "temporal_patch_size": 2}
+FIXED |= {"in_chans": 3, "in_channels": 3, "hidden_act": "silu"}
+VISION_RULES = {
+    "depth": whole(1, 512),
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "out_hidden_size": SIZE,
+    "num_heads": whole(1, 2**12),
+    "patch_size": whole(1, 2**10),
+    "window_size": whole(1, 2**14),
+    "fullatt_block_indexes": Rule(
+        "a list of layers",
+        lambda value: isinstance(value, list) and all(type(v) is int and v >= 0 for v in value),
+        or_none=False,
+    ),
+    **{
+        key: Rule(f"{value}, the only value supported", lambda given, value=value: given == value)
+        for key, value in FIXED.items()
+    },
+}
+TEXT_RULES = {
+    "rope_scaling": Rule(
+        '{"type": "mrope", "mrope_section": [TIME, HEIGHT, WIDTH]}',
+        lambda value: sections_of(value) is not None,
+        or_none=False,
+    ),
+    "use_sliding_window": Rule("false: sliding windows are not supported", lambda v: v is False),
+    "image_token_id": whole(0, 2**22),
+    "video_token_id": whole(0, 2**22),
+    "vision_start_token_id": whole(0, 2**22),
+    "vision_end_token_id": whole(0, 2**22),
+}
+COLOURS = Rule(
+    "three numbers",
+    lambda v: isinstance(v, list) and len(v) == 3 and all(map(number(-1e3, 1e3).holds, v)),
+)
+IMAGE_RULES = {
+    "min_pixels": whole(1, 2**40, or_none=True),
+    "max_pixels": whole(28 * 28, 2**40, or_none=True),
+    "patch_size": whole(1, 2**10),
+    "merge_size": Rule("2, the only value supported", lambda v: v == 2),
+    "temporal_patch_size": Rule("2, the only value supported", lambda v: v == 2),
+    "image_mean": COLOURS,
+    "image_std": Rule("three numbers above 0", lambda v: COLOURS.holds(v) and min(v) > 0),
+}
+
+
+def sections_of(scaling) -> list[int] | None:
+    """Frequencies of each axis in a `rope_scaling`; None when it describes something else. Files
+    saved by later versions of transformers call the type "default"."""
+    if not isinstance(scaling, dict):
+        return None
+    kind = scaling.get("type", scaling.get("rope_type"))
+    sections = scaling.get("mrope_section")
+    fits = isinstance(sections, list) and len(sections) == 3
+    fits = fits and all(type(count) is int and 0 <= count < 2**12 for count in sections)
+    return sections if fits and kind in ("mrope", "default") else None
+
+
+def checked_config(values: Mapping, source: str) -> dict:
+    """The values that the model is built from. Raises ValueError for the first impossible one.
+
+    Later versions of transformers keep those of the decoder in `text_config`.
+    """
+    inner = values.get("text_config")
+    values = {**inner, **values} if isinstance(inner, dict) else dict(values)
+    if lacking := [key for key in NEEDED if values.get(key) is None]:
+        raise ValueError(f"{source} does not say {' and '.join(lacking)}")
+    if "rope_scaling" not in values:
+        raise ValueError(f"{source} does not say rope_scaling")
+    check_rules(values, TEXT_RULES, source)
+    vision = values["vision_config"]
+    if not isinstance(vision, dict):
+        raise ValueError(f"{source}: vision_config must be an object, not {shown(vision)}")
+    own = ("rope_scaling", "vision_config")
+    checked = check_config({k: v for k, v in values.items() if k not in own}, source)
+    check_rules(vision, VISION_RULES, f"{source}: vision_config")
+    if sentence := impossible_tower(vision, values):
+        raise ValueError(f"{source}: vision_config: {sentence}")
+    vision = {key: value for key, value in vision.items() if key in VISION_RULES}
+    return {**checked, "rope_scaling": values["rope_scaling"], "vision_config": vision}
+
+
+def impossible_tower(vision: Mapping, values: Mapping) -> str | None:
+    """What is wrong with the sizes of a tower together; None when nothing is."""
+    width, heads = vision.get("hidden_size", 1280), vision.get("num_heads", 16)
+    if width % heads or width // heads % 4:
+        return f"hidden_size {width} must give each of {heads} heads a width divisible by 4"
+    if vision.get("out_hidden_size", values["hidden_size"]) != values["hidden_size"]:
+        return (
+            f"out_hidden_size {vision['out_hidden_size']} is not the hidden_size "
+            f"{values['hidden_size']} of the language model"
+        )
+    block = 2 * vision.get("patch_size", 14)
+    if vision.get("window_size", 112) % block:
+        return f"window_size {vision['window_size']} is no multiple of {block}, a block of patches"
+    return None
+
+
+def check_options(name: str, base: str | None, vision_tower: str | None, pruner: Pruner) -> None:
+    """Raises ValueError for what cannot be loaded beside the checkpoint called `name`."""
+    check_method(pruner)
+    if base is not None:
+        raise ValueError(
+            f"{name} is an adapter of Qwen2.5-VL, which cannot be loaded beside its model yet: "
+            "merge it into the model first"
+        )
+    if vision_tower is not None:
+        raise ValueError(f"{name} is a Qwen2.5-VL model, which brings its own vision tower")
+
+
+def load(
+    folder: str,
+    values: dict,
+    backend: str,
+    dtype: torch.dtype,
+    device,
+    use_safetensors: bool | None,
+) -> tuple[PreTrainedTokenizerBase, nn.Module, Qwen2_5_VLImageProcessor]:
+    """(tokenizer, model, image processor) in `folder`; values: as `checked_config` gives them."""
+    model_class = Qwen2_5_VLForConditionalGeneration
+    config = model_config(Qwen2_5_VLConfig, model_class, folder, values, backend)
+    tokenizer, processor = load_tokenizer(folder, config), load_image_processor(folder)
+    if processor.patch_size != config.vision_config.patch_size:
+        raise ValueError(
+            f"{folder}: preprocessor_config.json has patch_size {processor.patch_size}, "
+            f"config.json {config.vision_config.patch_size}"
+        )
+    model, filler = build_empty(model_class, config, dtype, device)
+    filler.use_safetensors, filler.rename = use_safetensors, released_name
+    filler.add_folder(folder)
+    filler.finish(folder)
+    return tokenizer, model, processor
+
+
+def load_image_processor(folder: str) -> Qwen2_5_VLImageProcessor:
+    """How images are prepared: what preprocessor_config.json says, or the values of the release."""
+    path = os.path.join(folder, "preprocessor_config.json")
+    values = read_json(path) if os.path.isfile(path) else {}
+    size = values.get("size")
+    if isinstance(size, dict):  # as later versions of transformers write it
+        values = {
+            "min_pixels": size.get("shortest_edge"),
+            "max_pixels": size.get("longest_edge"),
+        } | {key: value for key, value in values.items() if value is not None}
+    check_rules(values, IMAGE_RULES, path)
+    settings = {key: values[key] for key in IMAGE_RULES if values.get(key) is not None}
+    processor = Qwen2_5_VLImageProcessor(**settings)
+    if processor.min_pixels > processor.max_pixels:
+        raise ValueError(
+            f"{path}: min_pixels {processor.min_pixels} are more than max_pixels "
+            f"{processor.max_pixels}"
+        )
+    return processor
+
+
+def load_tokenizer(folder: str, config: Qwen2_5_VLConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, padding on the left; from vocab.json and merges.txt where
+    tokenizer.json is missing or of a later version than the installed `tokenizers` reads."""
+    tokenizer, errors = None, []
+    for kind in (Qwen2TokenizerFast, Qwen2Tokenizer):
+        try:
+            tokenizer = kind.from_pretrained(folder, padding_side="left")
+            break
+        except Exception as error:  # tokenizers of damaged files fail in every way there is
+            errors.append(first_line(error))
+    if tokenizer is None:
+        raise ValueError(f"no tokenizer can be loaded from {folder}: {'; '.join(errors)}")
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model "
+            f"{config.vocab_size}: it belongs to another model"
+        )
+    marks = {"<|image_pad|>": config.image_token_id, "<|video_pad|>": config.video_token_id}
+    for mark, wanted in marks.items():
+        if (found := tokenizer.convert_tokens_to_ids(mark)) != wanted:
+            raise ValueError(
+                f"{mark} is token {found} in {folder}, but {wanted} by its config.json"
+            )
+    return tokenizer
+
+
+def released_name(name: str) -> str:
+    """A weight's name in the released files, which is ours, from what later versions of
+    transformers call it."""
+    if name.startswith("model.visual."):
+        return name.removeprefix("model.")
+    return name.replace("model.language_model.", "model.", 1)

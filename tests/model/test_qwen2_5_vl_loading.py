@@ -1,0 +1,261 @@
+"""Qwen2.5-VL from a folder: what is read, in which layouts, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen2Tokenizer
+
+from llava.conv_mode import checkpoint_conv_mode
+from llava.eval import run_llava
+from llava.eval.model_vqa_loader import main as answer_questions
+from llava.front_end import FrontEnd
+from llava.model.language_model.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from llava.serve.cli import Chat
+from llava.train.model_setup import checkpoint_kind
+from tests.model.checkpoint_tools import load, same
+from tests.paths import GOLDEN
+
+CHECKPOINT = GOLDEN / "tiny-qwen2.5-vl-cut"
+PICTURE = GOLDEN / "images" / "img1_640x360.png"
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return load_file(CHECKPOINT / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load(CHECKPOINT, name="anything")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(CHECKPOINT, tmp_path / "model")
+
+
+def change(folder, file: str = "config.json", **values) -> None:
+    """Other values in a JSON file of a checkpoint; those called None go away."""
+    path = folder / file
+    old = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in old.items() if value is not None}))
+
+
+def change_tower(folder, **values) -> None:
+    config = json.loads((folder / "config.json").read_text())["vision_config"] | values
+    change(folder, vision_config=config)
+
+
+def answer(tokenizer, model, processor, question: str = "What color is it?") -> list[int]:
+    """Ids of an answer; ends of it count as other tokens."""
+    front = FrontEnd(tokenizer, model, processor, "qwen2_5_vl")
+    ids, picture = front.encode(front.prompt(question, 1)), front.picture(Image.open(PICTURE))
+    inputs = front.inputs([ids], [[picture]], [question])
+    options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": -1}
+    return model.generate(**inputs, **options)[0].tolist()
+
+
+def test_a_released_folder_loads_under_any_name(loaded, weights):
+    tokenizer, model, processor, context_len = loaded
+    assert type(model) is Qwen2_5_VLForConditionalGeneration and same(model, weights)
+    assert model.lm_head.weight is model.model.embed_tokens.weight  # tied, as in the 3B model
+    assert tokenizer.padding_side == "left" and tokenizer.is_fast
+    assert (processor.min_pixels, processor.max_pixels) == (3136, 12845056)
+    assert context_len == 32768 and model.pruner.name == "none"
+    assert model.generation_config.eos_token_id == [642, 640]
+    assert checkpoint_conv_mode(str(CHECKPOINT)).name == "qwen2_5_vl"
+
+
+def test_later_names_of_weights_and_config_are_understood(folder, weights, loaded):
+    renamed = {
+        f"model.{name}"
+        if name.startswith("visual.")
+        else name.replace("model.", "model.language_model.", 1): tensor
+        for name, tensor in weights.items()
+    }
+    save_file(renamed, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_scaling"] |= {"type": "default", "rope_type": "default"}
+    top = ("architectures", "model_type", "vision_config", "image_token_id", "video_token_id")
+    text = {key: value for key, value in config.items() if key not in top}
+    text["model_type"] = "qwen2_5_vl_text"
+    config = {key: config[key] for key in top} | {"text_config": text}
+    (folder / "config.json").write_text(json.dumps(config))
+    change(
+        folder,
+        "preprocessor_config.json",
+        min_pixels=None,
+        max_pixels=None,
+        size={"shortest_edge": 3136, "longest_edge": 12845056},
+    )
+    model = load(folder)
+    assert same(model[1], weights) and model[2].max_pixels == 12845056
+    assert answer(*model[:3]) == answer(*loaded[:3])
+
+
+def test_several_files_of_weights_are_read(folder, weights):
+    (folder / "model.safetensors").unlink()
+    names, shards = sorted(weights), {}
+    for number in (0, 1):
+        part = {name: weights[name] for name in names[number::2]}
+        save_file(part, folder / f"model-{number}.safetensors")
+        shards |= dict.fromkeys(part, f"model-{number}.safetensors")
+    index = {"metadata": {}, "weight_map": shards}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert same(load(folder)[1], weights)
+
+
+def test_the_transformers_way_gives_the_same_model(weights):
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT)
+    assert type(model) is Qwen2_5_VLForConditionalGeneration and same(model, weights)
+
+
+def test_vocab_and_merges_do_where_tokenizer_json_does_not(folder, loaded):
+    (folder / "tokenizer.json").write_text('{"version": "9.0", "model": {"type": "Later"}}')
+    tokenizer = load(folder)[0]
+    assert type(tokenizer) is Qwen2Tokenizer and tokenizer.padding_side == "left"
+    text = "<|im_start|>user\n<|vision_start|><|image_pad|>Where is the ring?\n\n It's 42 km…"
+    assert tokenizer(text).input_ids == loaded[0](text).input_ids
+    for name in ("tokenizer.json", "vocab.json"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match="no tokenizer can be loaded from"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({"rope_theta": None}, "does not say rope_theta"),
+        ({"vision_config": None}, "does not say vision_config"),
+        ({"rope_scaling": None}, "does not say rope_scaling"),
+        ({"vision_config": []}, "vision_config must be an object"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling must be"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 1]}}, "3 frequencies"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [8, -1, 1]}}, "rope_scaling must be"),
+        ({"use_sliding_window": True}, "sliding windows are not supported"),
+        ({"hidden_size": 66}, "cannot be divided by num_attention_heads"),
+        ({"num_key_value_heads": 3}, "cannot be divided by num_key_value_heads"),
+        ({"image_token_id": 651}, r"<\|image_pad\|> is token 652"),
+        ({"video_token_id": "x"}, "video_token_id must be a whole number"),
+        ({"vocab_size": 600}, "belongs to another model"),
+        ({"num_hidden_layers": 2}, "lacks 12 weights: model.layers.1"),
+        ({"tie_word_embeddings": False}, "lacks 1 weights: lm_head.weight"),
+    ],
+    ids=str,
+)
+def test_impossible_configs_are_refused(folder, values, says):
+    change(folder, **values)
+    with pytest.raises(ValueError, match=says) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({"num_heads": 3}, "width divisible by 4"),
+        ({"num_heads": 16}, "width divisible by 4"),
+        ({"out_hidden_size": 32}, "is not the hidden_size 64"),
+        ({"window_size": 100}, "is no multiple of 28"),
+        ({"fullatt_block_indexes": 7}, "fullatt_block_indexes must be a list of layers"),
+        ({"spatial_merge_size": 4}, "must be 2, the only value supported"),
+        ({"hidden_act": "gelu"}, "must be silu, the only value supported"),
+        ({"depth": 10**9}, "depth must be a whole number"),
+        ({"depth": 9}, "lacks 12 weights: visual.blocks.8"),
+        ({"depth": 7}, "holds 12 weights that a model of its config.json does not"),
+    ],
+    ids=str,
+)
+def test_impossible_towers_are_refused(folder, values, says):
+    change_tower(folder, **values)
+    with pytest.raises(ValueError, match=says):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({"patch_size": 16}, "has patch_size 16, config.json 14"),
+        ({"min_pixels": 10**6, "max_pixels": 10**5}, "are more than max_pixels"),
+        ({"max_pixels": "many"}, "max_pixels must be"),
+        ({"image_std": [1, 0, 1]}, "three numbers above 0"),
+        ({"merge_size": 4}, "the only value supported"),
+    ],
+    ids=str,
+)
+def test_impossible_image_settings_are_refused(folder, values, says):
+    change(folder, "preprocessor_config.json", **values)
+    with pytest.raises(ValueError, match=says):
+        load(folder)
+
+
+def test_what_is_not_there_yet_is_refused_before_the_weights_are_read(folder):
+    (folder / "model.safetensors").write_bytes(b"not read")
+    with pytest.raises(ValueError, match="vispruner is not yet defined for Qwen2.5-VL"):
+        load(folder, pruner="vispruner")
+    with pytest.raises(ValueError, match="brings its own vision tower"):
+        load(folder, vision_tower="elsewhere")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is an adapter of Qwen2.5-VL"):
+        load(folder, folder)
+    with pytest.raises(ValueError, match="choose a Llama or Mistral model"):
+        checkpoint_kind(str(CHECKPOINT))
+
+
+# Programs.
+
+
+def run(monkeypatch, capsys, program, *words) -> str:
+    monkeypatch.setattr("sys.argv", ["program", *map(str, words)])
+    program()
+    return capsys.readouterr().out.strip()
+
+
+def test_run_llava_asks_it_in_its_own_template(monkeypatch, capsys, loaded):
+    asked, generate = [], Qwen2_5_VLForConditionalGeneration.generate
+
+    def listen(model, input_ids, **options):
+        ids = input_ids[0].masked_fill(input_ids[0] < 0, model.config.image_token_id)
+        asked.append((loaded[0].decode(ids), [tuple(image.shape) for image in options["images"]]))
+        generate(model, input_ids, **options)
+        return loaded[0]("Both", return_tensors="pt").input_ids
+
+    monkeypatch.setattr(Qwen2_5_VLForConditionalGeneration, "generate", listen)
+    words = ["--model-path", CHECKPOINT, "--image-file", PICTURE, "--query", "What color is it?"]
+    words += ["--temperature", 0, "--max-new-tokens", 4, "--device", "cpu"]
+    assert run(monkeypatch, capsys, run_llava.main, *words) == "Both"
+    words[3:6] = [f"{PICTURE},{PICTURE}", "--query", "<image-placeholder> or <image-placeholder>?"]
+    assert run(monkeypatch, capsys, run_llava.main, *words) == "Both"
+    mark, shape = "<|vision_start|><|image_pad|><|vision_end|>", (13, 23, 4, 1176)
+    template = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}"
+    template += "<|im_end|>\n<|im_start|>assistant\n"
+    assert asked == [
+        (template.format(f"{mark}What color is it?"), [shape]),
+        (template.format(f"{mark} or {mark}?"), [shape, shape]),
+    ]
+    with pytest.raises(SystemExit, match="random is not yet defined for Qwen2.5-VL"):
+        run(monkeypatch, capsys, run_llava.main, *words, "--pruning-method", "random")
+
+
+def test_the_chat_puts_the_mark_of_the_image_right_before_the_question(loaded):
+    front = FrontEnd(*loaded[:3], "qwen2_5_vl")
+    picture = front.picture(Image.open(PICTURE))
+    talk = Chat(front, picture, {"do_sample": False, "max_new_tokens": 3})
+    talk.ask("What?")
+    talk.ask("And now?")
+    first, _, second, _ = (text for _, text in talk.conversation.messages)
+    assert first == "<|vision_start|><image><|vision_end|>What?" and second == "And now?"
+
+
+def test_programs_that_do_not_know_it_say_so(monkeypatch, capsys, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question_id": 1, "text": "What?", "image": "a.png"}\n')
+    words = ["--model-path", CHECKPOINT, "--question-file", questions, "--image-folder", tmp_path]
+    words += ["--answers-file", tmp_path / "answers.jsonl"]
+    with pytest.raises(SystemExit, match="this program knows no other models yet"):
+        run(monkeypatch, capsys, answer_questions, *words)
