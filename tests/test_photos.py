@@ -15,6 +15,7 @@ from llava.conversation import conv_templates
 from llava.eval import run_llava
 from llava.eval.answering.loop import AnswerLoop
 from llava.eval.answering.questions import Question
+from llava.eval.files.answer_lines import Answer
 from llava.eval.plugins.model import ask
 from llava.front_end import FrontEnd
 from llava.image_io import TURNS, load_image, load_image_from_base64, to_rgb
@@ -234,7 +235,7 @@ def test_harnesses_of_others_get_deep_images_scaled(processor):
     seen = []
     model = SimpleNamespace(image_settings=ImageSettings("pad"))
     loop = SimpleNamespace(front=FrontEnd(None, model, processor, "vicuna_v1"))
-    loop.generate = lambda batch: seen.extend(batch[0][1]) or [""]
+    loop.generate = lambda batch: seen.extend(batch[0][1]) or [Answer("")]
     ask(loop, [("?", [deep])], 1)
     mean, deviation = processor.image_mean[0], processor.image_std[0]
     assert (seen[0].pixels[0].mean() * deviation + mean).item() == pytest.approx(0.5, abs=0.02)

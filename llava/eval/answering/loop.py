@@ -12,7 +12,7 @@ import torch
 
 from llava.eval.answering.questions import Question, load_image
 from llava.eval.files import budgets
-from llava.eval.files.answer_lines import Failure
+from llava.eval.files.answer_lines import Answer, Failure
 from llava.front_end import FrontEnd
 from llava.model.inputs import Picture
 from llava.model.reuse import PrefixCache
@@ -57,7 +57,7 @@ class AnswerLoop:
 
     def run(
         self, batches: Iterable[tuple[list[int], list[Question]]], image_folder: str
-    ) -> Iterator[tuple[list[int], list[str | Failure]]]:
+    ) -> Iterator[tuple[list[int], list[Answer | Failure]]]:
         """Yields (numbers, answers) of every batch of (numbers, questions), in order.
 
         Batches are taken a little ahead of their turn. A question fails when its image is missing
@@ -69,13 +69,10 @@ class AnswerLoop:
             if self.temperature > 0:
                 torch.manual_seed(numbers[0])
             asked = [pair for pair in batch if not isinstance(pair[1], Failure)]
-            texts = iter(self.answers(asked))
-            yield (
-                numbers,
-                [found if isinstance(found, Failure) else next(texts) for _, found in batch],
-            )
+            answers = iter(self.answers(asked))
+            yield numbers, [own if isinstance(own, Failure) else next(answers) for _, own in batch]
 
-    def answers(self, batch: list[tuple[Question, list[Picture]]]) -> list[str | Failure]:
+    def answers(self, batch: list[tuple[Question, list[Picture]]]) -> list[Answer | Failure]:
         """Answers to a batch; one that the model refuses is asked one by one, to know for whom."""
         if not batch:
             return []
@@ -154,19 +151,20 @@ class AnswerLoop:
         return self.front.inputs([self.encode(question)], [pictures], [question.text])
 
     @torch.inference_mode()
-    def generate(self, batch: list[tuple[Question, list[Picture]]]) -> list[str]:
-        """Returns the answers to one batch; where a method prunes, the questions' `metadata` says
-        what was kept."""
+    def generate(self, batch: list[tuple[Question, list[Picture]]]) -> list[Answer]:
+        """Returns the answers to one batch; where a method prunes, their metadata says what was
+        kept."""
         pruned = self.model.pruner.name != Pruner.name
+        metadata: list[dict] = [{} for _ in batch]
         if (pruned or self.visual_tokens is None) and any(pictures for _, pictures in batch):
             with trace_pruning(self.model) as trace:
                 output = self._generate(batch)
             self.visual_tokens = self.visual_tokens or count_visual_tokens(trace)
             if pruned:
-                note_visual_tokens(batch, trace)
+                metadata = kept_tokens([len(pictures) for _, pictures in batch], trace)
         else:
             output = self._generate(batch)
-        return self.front.decode(output)
+        return list(map(Answer, self.front.decode(output), metadata))
 
     def _generate(self, batch: list[tuple[Question, list[Picture]]]) -> torch.Tensor:
         """New tokens of a batch, (B, n)."""
@@ -186,20 +184,21 @@ class AnswerLoop:
         return self.front.encode(self.front.prompt(question.text, len(question.images)))
 
 
-def note_visual_tokens(batch: list[tuple[Question, list[Picture]]], trace) -> None:
-    """Writes into the metadata of every question with images how many of their tokens its prompt
-    had per layer, on average, and in the last one, and how many there are without pruning."""
-    layers = torch.stack(trace.visual_tokens)[:, :: len(trace.visual_tokens[0]) // len(batch)]
+def kept_tokens(num_images: list[int], trace) -> list[dict]:
+    """Per prompt with images how many of their tokens it had per layer, on average, and in the last
+    one, and how many there are without pruning; nothing for a prompt without.
+
+    num_images: of every prompt
+    """
+    layers = torch.stack(trace.visual_tokens)[:, :: len(trace.visual_tokens[0]) // len(num_images)]
     means, last = layers.float().mean(dim=0).tolist(), layers[-1].tolist()
     lengths = iter(trace.unpruned_lengths)
-    for (question, pictures), mean, at_end in zip(batch, means, last, strict=True):
-        unpruned = sum(next(lengths) for _ in pictures)
-        if pictures:
-            question.metadata = {
-                budgets.PER_LAYER: round(mean, 2),
-                budgets.AT_END: at_end,
-                budgets.ALL: unpruned,
-            }
+    found = []
+    for count, mean, at_end in zip(num_images, means, last, strict=True):
+        unpruned = sum(next(lengths) for _ in range(count))
+        kept = {budgets.PER_LAYER: round(mean, 2), budgets.AT_END: at_end, budgets.ALL: unpruned}
+        found.append(kept if count else {})
+    return found
 
 
 def count_visual_tokens(trace) -> tuple[float, float] | None:

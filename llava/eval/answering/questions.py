@@ -19,7 +19,6 @@ class Question:
     text:   what the model reads, without image marks and template
     images: image files relative to the image folder; for tables the pictures themselves (base64)
     tail:   fields of the answer line that follow the answer
-    metadata: what was seen while answering; filled by the answer loop
     where:  file and line it comes from
     error:  why it cannot be asked; None: it can
     """
@@ -29,13 +28,14 @@ class Question:
     images: list[str] = field(default_factory=list)
     tail: dict = field(default_factory=dict)
     base64: bool = False
-    metadata: dict = field(default_factory=dict)
     where: str = ""
     error: str | None = None
 
-    def answer_line(self, text: str, answer_id: str, model_id: str) -> dict:
+    def answer_line(
+        self, text: str, answer_id: str, model_id: str, metadata: dict | None = None
+    ) -> dict:
         """Returns the record for the answers file, keys in the published order."""
-        closing = {"answer_id": answer_id, "model_id": model_id, "metadata": self.metadata}
+        closing = {"answer_id": answer_id, "model_id": model_id, "metadata": metadata or {}}
         return {**self.head, "text": text, **self.tail, **closing}
 
     def failed_line(self, reason: str, answer_id: str, model_id: str) -> dict:

@@ -18,7 +18,7 @@ from llava.eval.answering.answers_file import AnswersFile, Journal
 from llava.eval.answering.loop import AnswerLoop
 from llava.eval.answering.questions import Question
 from llava.eval.answering.workers import Workers
-from llava.eval.files.answer_lines import Failure
+from llava.eval.files.answer_lines import Answer, Failure
 
 FILE_SYSTEM_SECONDS = 90.0
 
@@ -63,14 +63,14 @@ class Task:
     label: str = ""
     follow: bool = False
 
-    def line(self, number: int, text: str | Failure) -> dict:
+    def line(self, number: int, answer: Answer | Failure) -> dict:
         """The record for the answers file; its id follows from question and settings, so that a
         run that was interrupted ends with the same file as one that was not."""
         question = self.questions[number]
         name = json.dumps([self.digest, question.head, number], sort_keys=True)
-        if isinstance(text, Failure):
-            return question.failed_line(text.reason, shortuuid.uuid(name), self.model)
-        return question.answer_line(text, shortuuid.uuid(name), self.model)
+        if isinstance(answer, Failure):
+            return question.failed_line(answer.reason, shortuuid.uuid(name), self.model)
+        return question.answer_line(answer.text, shortuuid.uuid(name), self.model, answer.metadata)
 
     @cached_property
     def digest(self) -> str:
@@ -131,9 +131,9 @@ def _answer(task, todo: list[Share], make_loop, workers, key: str, put, num_befo
     label = task.label or os.path.basename(task.path)
     bar = {"desc": label, "unit": " answers", "disable": not workers.main}
     with tqdm(total=len(task.questions), initial=num_before, **bar) as progress:
-        for numbers, texts in loop.run(asked, task.images):
-            for number, text in zip(numbers, texts, strict=True):
-                line = task.line(number, text)
+        for numbers, answers in loop.run(asked, task.images):
+            for number, answer in zip(numbers, answers, strict=True):
+                line = task.line(number, answer)
                 put(number, line)
                 if task.follow:
                     progress.write(json.dumps(line), file=sys.stdout)

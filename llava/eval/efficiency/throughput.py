@@ -107,7 +107,7 @@ def answer(loop: AnswerLoop, questions, images: str, batch_size: int, reuse: boo
     batches = [batch for share in shares for batch in share]
     texts = {}
     for numbers, found in loop.run(((b, [questions[n] for n in b]) for b in batches), images):
-        texts.update(zip(numbers, found, strict=True))
+        texts.update(zip(numbers, (answer.text for answer in found), strict=True))
     return [texts[number] for number in range(len(questions))]
 
 

@@ -7,11 +7,19 @@ and no text, so that no reader can take it for an answer.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llava.eval.files import budgets
 from llava.eval.files.matching import unique
 from llava.eval.files.records import Records, is_id, kind_of, parse_json, read_jsonl
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said; metadata: what was seen meanwhile, such as visual tokens (`budgets`)."""
+
+    text: str
+    metadata: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

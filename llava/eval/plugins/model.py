@@ -82,4 +82,4 @@ def ask(
         pictures = [loop.front.picture(to_rgb(image, background=None)) for image in images]
         marks = [str(place) for place in range(len(images))]
         batch.append((Question({"question_id": number}, text, marks), pictures))
-    return loop.generate(batch)
+    return [answer.text for answer in loop.generate(batch)]

@@ -23,6 +23,7 @@ from llava.eval.answering.answers_file import (
 from llava.eval.answering.questions import Question
 from llava.eval.answering.run import Task, answer_questions, plan_shares
 from llava.eval.answering.workers import Workers
+from llava.eval.files.answer_lines import Answer
 from tests.paths import ROOT
 from tests.ports import free_port
 
@@ -54,7 +55,7 @@ class FakeLoop:
             time.sleep(self.seconds)
             if self.log is not None:
                 self.log.append(numbers)
-            yield numbers, [f"answer {q.head['question_id']}" for q in batch]
+            yield numbers, [Answer(f"answer {q.head['question_id']}") for q in batch]
 
 
 def run(path, asked, seconds=0.0, log=None, **options):

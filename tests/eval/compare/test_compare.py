@@ -20,6 +20,7 @@ from llava.eval.compare.costs import Cost, measure_costs
 from llava.eval.compare.plot import plot
 from llava.eval.compare.published import published_table, read_published
 from llava.eval.efficiency.measure import Workload
+from llava.eval.files.answer_lines import Answer
 from llava.eval.files.records import read_jsonl
 from llava.pruning import METHODS, build_pruner
 from tests.eval import mini_benchmark
@@ -43,7 +44,7 @@ class FakeLoop:
             yield (
                 numbers,
                 [
-                    "No" if pruned and number % 2 else text
+                    Answer("No" if pruned and number % 2 else text)
                     for number, text in zip(numbers, texts, strict=True)
                 ],
             )

@@ -11,6 +11,7 @@ import pytest
 
 from llava.eval.benchmarks.table import BENCHMARKS
 from llava.eval.compare import suite, suite_report
+from llava.eval.files.answer_lines import Answer
 from llava.pruning import Pruner, build_pruner
 from tests.eval import mini_benchmark
 from tests.paths import ROOT
@@ -31,7 +32,7 @@ class FakeLoop:
                 assert all(os.path.exists(os.path.join(image_folder, i)) for i in _files(question))
                 self.asked += 1
             self.visual_tokens = (64, 64)
-            yield numbers, ["A" if "A. red" in q.text else "Yes" for q in questions]
+            yield numbers, [Answer("A" if "A. red" in q.text else "Yes") for q in questions]
 
 
 def _files(question):

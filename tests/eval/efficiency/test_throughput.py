@@ -2,6 +2,7 @@
 
 from llava.eval.answering.questions import Question
 from llava.eval.efficiency import throughput
+from llava.eval.files.answer_lines import Answer
 
 
 class FakeLoop:
@@ -13,7 +14,7 @@ class FakeLoop:
     def run(self, batches, images):
         for numbers, questions in batches:
             self.batches.append((self.reuse, [q.text for q in questions]))
-            yield numbers, [q.text for q in questions]
+            yield numbers, [Answer(q.text) for q in questions]
 
 
 def asked(count):
