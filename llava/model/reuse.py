@@ -25,11 +25,13 @@ class Beginning:
 
     keys, values:  one (G, P, d) tensor per layer that was run
     hidden_states: (P, D) as they enter the layer after those
+    key_bias:      (P,) as in `Prefill`
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     hidden_states: Tensor
+    key_bias: Tensor | None = None
 
     @property
     def depth(self) -> int:
@@ -67,7 +69,9 @@ class Prefix:
         rows (beams)."""
         if self.shared:
             first = self.beginnings[0]
-            cache.share(layer, first.keys[layer], first.values[layer])
+            keys, bias = first.keys[layer], first.key_bias
+            bias = None if bias is None else bias.to(keys.device)
+            cache.share(layer, keys, first.values[layer], bias)
             return
         keys = self._columns([own.keys[layer] for own in self.beginnings], batch)
         values = self._columns([own.values[layer] for own in self.beginnings], batch)
@@ -79,6 +83,10 @@ class Prefix:
             return valid
         # A row is behind its beginning as many places after its first token as that is long.
         return valid[:, : valid.shape[1] - self.size]
+
+    def bias_in_cache(self, bias: Tensor | None) -> Tensor | None:
+        """(B, n) the bias of the entries of a cache, from `bias` (B, S) of the prompts."""
+        return bias[:, self.size :] if bias is not None and self.shared else bias
 
     def followed_by(self, tail: Tensor) -> Tensor:
         """(B, S, D) the prompts as they enter layer `depth`, of which `tail` (B, q, D) are the
@@ -215,4 +223,5 @@ class PrefixCache:
         hidden_states = decoder.first_layers(prefill, depth, cache)
         entries = [cache.entries(layer) for layer in range(depth)]
         keys, values = [k[0] for k, _ in entries], [v[0] for _, v in entries]
-        return Beginning(keys, values, hidden_states[0])
+        bias = None if prefill.key_bias is None else prefill.key_bias[0]
+        return Beginning(keys, values, hidden_states[0], bias)

@@ -13,15 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..devices import device_of
 from ..pruning.base import Pruner
 from ..pruning.drafter import Drafter
 from ..pruning.prefill import Prefill
-from .kv_cache import KVCache
-from .language_model.attention import causal_mask
-from .language_model.layers import Step, bring, run_layers
+from .kv_cache import KVCache, RowState
+from .language_model.attention import attention_mask, causal_mask
+from .language_model.layers import Step, bring
 from .token_choice import TokenChoice
 
 
@@ -157,14 +157,7 @@ class Speculation:
     def step(self) -> tuple[Tensor, Tensor, list[int]]:
         """Guesses and verifies once more; returns as `start` does."""
         guess, rows = self._guess(None)
-        x = torch.cat(rows, dim=1)
-        steps: dict[int, Step] = {}  # layers that hold the same number of tokens share one
-        for layer in self.deep:
-            held = self.cache.lengths[layer.self_attn.layer_idx]
-            if held not in steps:
-                steps[held] = self._step(self.done, x.shape[1], held)
-            x, steps[held] = bring(layer, x, steps[held])
-            x, _ = layer(x, steps[held], self.cache)
+        x = self._run(self.deep, torch.cat(rows, dim=1), self.done)
         x = self.decoder.norm(x.to(device_of(self.decoder.norm)))
         return self._verify(guess, self.model.logits_of(x)[0])
 
@@ -194,8 +187,7 @@ class Speculation:
 
     def _feed(self, token: Tensor) -> Tensor:
         """Runs one token (1, 1) through the shared layers."""
-        x = self.decoder.embed_tokens(token)
-        x = run_layers(self.shared, x, self._step(self.fed, 1), self.cache)
+        x = self._run(self.shared, self.decoder.embed_tokens(token), self.fed)
         self.fed += 1
         self.waiting.append(x)
         return x
@@ -207,12 +199,23 @@ class Speculation:
         accepted: a row more costs next to nothing, a pass of its own as much as any.
         """
         x = self.waiting[0] if len(self.waiting) == 1 else torch.cat(self.waiting, dim=1)
-        held = self.cache.lengths[self.depth]
-        step = self._step(self.drafted, x.shape[1], held)
-        x = run_layers(self.drafter.layers, x, step, self.cache)
+        x = self._run(self.drafter.layers, x, self.drafted)
         self.drafted += len(self.waiting)
         self.waiting = []
         return self._at_home(self.drafter.logits(x[:, -1:].contiguous())[:, -1])
+
+    def _run(self, layers: nn.ModuleList, x: Tensor, start: int) -> Tensor:
+        """Runs tokens of the answer from `start` on, (1, n, D), through layers."""
+        steps: dict[int, Step] = {}  # layers that hold the same tokens share one
+        for layer in layers:
+            number = layer.self_attn.layer_idx
+            state = self.cache.rows[number]
+            if id(state) not in steps:
+                held = self.cache.lengths[number]
+                steps[id(state)] = self._step(start, x.shape[1], held, state)
+            x, steps[id(state)] = bring(layer, x, steps[id(state)])
+            x, _ = layer(x, steps[id(state)], self.cache)
+        return x
 
     def _at_home(self, logits: Tensor) -> Tensor:
         """Logits on the device of the answer, where tokens are chosen."""
@@ -264,9 +267,13 @@ class Speculation:
         positions = self.first_position + torch.arange(count, device=like.device)
         self.cos, self.sin = self.decoder.rotary(positions[None], like.dtype)
 
-    def _step(self, start: int, count: int, held: int = 0) -> Step:
-        """For `count` tokens of the answer from `start` on, behind `held` cache entries."""
+    def _step(self, start: int, count: int, held: int, state: RowState) -> Step:
+        """For `count` tokens of the answer from `start` on, behind `held` cache entries, of which
+        `state` says what is added to attention to them."""
         rope = self.cos[:, :, start : start + count], self.sin[:, :, start : start + count]
+        bias = state.key_bias(held + count)
+        if bias is not None:
+            return Step(rope, attention_mask(None, bias, count, self.cos.dtype))
         if count == 1 or self.decoder.config._attn_implementation == "flash_attention_2":
             return Step(rope)  # that backend aligns queries with the last keys by itself
         return Step(rope, causal_mask(count, held + count, self.cos.device))

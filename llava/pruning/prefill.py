@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .ops import on_device, rank_within_groups
 from .per_token import at, each, mapped, per_token, with_zeros
+from .tokens import KEY_BIAS
 
 
 @dataclass
@@ -27,7 +28,8 @@ class Prefill:
     valid:         (B, S) False on padding; None: every place is a token
     grid:          (h, w) patches per side of one crop before any pruning
     extras:        name -> (B, S, ...) values that the method left in `VisionTokens.extras` or
-                   `ImageTokens.extras`, zeros on all other tokens
+                   `ImageTokens.extras`, zeros on all other tokens; "key_bias" is read by the
+                   layers, see `key_bias`
     image_extras:  name -> one number per image for every row, from `ImageTokens.image_extras`
     state:         what the method remembers from one layer to the next, for this prefill alone: a
                    dataclass of its own; tensors in it, also in dicts, lists and tuples, follow the
@@ -65,6 +67,19 @@ class Prefill:
     def is_visual(self) -> Tensor:
         """(B, S) True on image tokens."""
         return self.visual_index >= 0
+
+    @property
+    def key_bias(self) -> Tensor | None:
+        """(B, S) fp32 what layers add to the products of all queries with a token's key, before the
+        softmax: the extra "key_bias", which a method leaves or changes like any other; None:
+        nothing. ValueError when it is something else."""
+        bias = self.extras.get(KEY_BIAS)
+        if bias is not None and (bias.dtype != torch.float32 or bias.ndim != 2):
+            raise ValueError(
+                f"extras[{KEY_BIAS!r}] must hold one torch.float32 for each token, not "
+                f"{tuple(bias.shape[2:])} of {bias.dtype}"
+            )
+        return bias
 
     @property
     def last(self) -> Tensor:
@@ -119,7 +134,7 @@ class Prefill:
         """(B, H, R, S) fp32 rows of the attention map that decoder layer `layer` would have on the
         tokens as they are now; rows (B, R) are the places of the queries."""
         return self.decoder.attention_rows(
-            layer, self.hidden_states, self.position_ids, rows, self.valid
+            layer, self.hidden_states, self.position_ids, rows, self.valid, self.key_bias
         )
 
     def next_attention(self) -> Tensor:

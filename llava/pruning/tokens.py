@@ -21,6 +21,8 @@ from .per_token import at, mapped, per_token
 
 #: the extra that is True on tokens blended from several patches; it ends where prompts are made
 MERGED = "merged"
+#: the extra that is added to attention to a token in the decoder, see `Prefill.key_bias`
+KEY_BIAS = "key_bias"
 
 
 @dataclass
@@ -31,9 +33,9 @@ class TowerTokens:
     positions:     (B, N) row-major patch index
     image_index:   (B,) which image of the call a crop belongs to
     valid:         (B, N) False on padding where crops have different counts; None: all are tokens
-    key_bias:      (B, 1 + N) fp32 what is added to the products of all queries with a token's key,
-                   before the softmax: the logarithm of how many patches it stands for, say; 0 on
-                   others. None: nothing
+    key_bias:      (B, 1 + N) fp32 what the tower's layers add to the products of all queries with
+                   a token's key, before the softmax: the logarithm of how many patches it stands
+                   for, say; None: nothing. The decoder has one of its own, `extras["key_bias"]`
     extras:        as in `VisionTokens`, which they become
     """
 
@@ -119,7 +121,8 @@ class VisionTokens:
     questions:     one string per image, for methods with `reads_question`; None unless provided
     extras:        name -> (B, N, ...) values of the method, which travel with the tokens into the
                    decoder. "merged" is read on the way: True marks tokens blended from several
-                   patches, which have no place in the grid any more
+                   patches, which have no place in the grid any more. "key_bias" (B, N) fp32 is
+                   added to attention to them in the decoder, see `Prefill.key_bias`
     image_extras:  name -> one number per image, likewise
     """
 

@@ -1,212 +1,395 @@
-"""What a method adds to attention, key by key: a token that counts for k is k tokens."""
+"""A bias of keys in the decoder: a token that counts for k is k tokens, whoever asks."""
 
 import math
-from dataclasses import replace
+import sys
+import types
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from llava.model.kv_cache import KVCache, RowState
+from llava.model.kv_cache import KVCache
 from llava.model.language_model import attention
-from llava.model.language_model.attention import (
-    attend,
-    attend_behind,
-    attention_mask,
-    attention_rows,
-    padded_causal_mask,
-)
-from llava.pruning import Pruner
+from llava.model.language_model.attention import attend
+from llava.model.reuse import Picture, Prefix, PrefixCache
+from llava.pruning import Pruner, build_pruner
+from llava.pruning.base import DecoderPruner, SelectPruner
+from llava.pruning.twigvlm import TwigVLM
+from tests.conftest import SIDE, pad_batch
+from tests.pruning.test_twigvlm import grown
 
-SIZES = torch.tensor([1, 3, 1, 2, 1, 1])  # how many tokens each key of a merged prompt stands for
+GREEDY = dict(do_sample=False, max_new_tokens=5, eos_token_id=-1, pad_token_id=0)
 
 
-def merged_and_whole(groups: int, queries: int):
-    """q, k, v and bias of merged tokens, and k, v of the tokens they stand for."""
+def weights_of(vision):
+    """(B, N) a bias for each token, from its patch and the pixels of its crop."""
+    numbers = vision.positions + (vision.features[:, :1, 0] * 7).round().long()
+    return (1 + numbers % 5).float().log()
+
+
+class Weighing(SelectPruner):
+    """Keeps every third patch, some of which count for several."""
+
+    name = "weighing"
+
+    def select(self, vision):
+        places = torch.arange(0, 36, 3)[: self.num_keep(vision)]
+        return places.expand(len(vision.features), -1)
+
+    def after_encoder(self, vision):
+        vision = super().after_encoder(vision)
+        vision.extras["key_bias"] = weights_of(vision)
+        return vision
+
+
+class WeighingLate(DecoderPruner):
+    """Drops patches before `layer`; from there on the others count for two."""
+
+    name = "weighing late"
+
+    def before_layer(self, index, prefill):
+        prefill = super().before_layer(index, prefill)
+        if index == self.cut_layer(len(prefill.decoder.layers)):
+            bias = prefill.is_visual * math.log(2)
+            prefill.extras = {**prefill.extras, "key_bias": bias}
+        return prefill
+
+
+class WeighingCaches(Weighing):
+    """As `Weighing`, and takes tokens out of the caches of layers that ran, before layer 3."""
+
+    name = "weighing caches"
+
+    def before_layer(self, index, prefill):
+        odd = prefill.is_visual & (prefill.patch_index % 2 == 1)
+        return prefill.keep(~odd) if index == 3 else prefill
+
+    def pruned_caches(self, index, num_layers):
+        return range(index if index == 3 else 0)
+
+    def reusable_layers(self, prefill):
+        return 3
+
+
+METHODS = [Weighing(12), WeighingLate(12, 2), WeighingCaches(12)]
+
+
+@pytest.fixture(params=METHODS, ids=lambda method: method.name)
+def method(request):
+    return request.param
+
+
+def with_backend(model, backend):
+    model.config._attn_implementation = backend
+    for layer in model.model.layers:
+        layer.self_attn.backend = backend
+
+
+def prompt_with_copies(model, size, copies):
+    """Decoder inputs whose first token, part of an image, counts for `size`, or is there as often.
+
+    As the first token it sees itself alone, so that the copies stay alike in all layers.
+    """
     torch.manual_seed(0)
-    q, k, v = torch.randn(2, 4, queries, 8), *torch.randn(2, 2, groups, len(SIZES), 8)
-    whole = [x.repeat_interleave(SIZES, dim=2) for x in (k, v)]
-    return q, k, v, SIZES.log().expand(2, -1), whole
+    x = model.model.embed_tokens(torch.randint(3, 90, (2, 7)))
+    times = torch.tensor([size if copies else 1, *[1] * 6])
+    places = torch.arange(7).repeat_interleave(times)
+    image = torch.where(places < 2, 0, -1).expand(2, -1)
+    bias = torch.zeros(2, len(places))
+    bias[:, 0] = math.log(size)
+    return dict(
+        inputs_embeds=x[:, places],
+        position_ids=places.expand(2, -1),
+        visual_index=image,
+        patch_index=torch.where(image == 0, places, -1),
+        extras={} if copies else {"key_bias": bias},
+    )
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@pytest.mark.parametrize("groups", [4, 2])
-@pytest.mark.parametrize("served", [True, False])
-def test_a_key_with_the_logarithm_of_its_size_is_that_many_keys(
-    monkeypatch, backend, groups, served
-):
-    monkeypatch.setattr(attention, "serves_groups", lambda *_: served)
-    q, k, v, bias, whole = merged_and_whole(groups, len(SIZES))
-    mask = attention_mask(None, bias, (len(SIZES), len(SIZES)), q.dtype)
-    # A token of the whole prompt looks at itself and the others merged with it, all of them alike.
-    ends = SIZES.cumsum(0)
-    seen = (torch.arange(int(ends[-1])) < ends[:, None])[None, None]
-    wanted = attend(q, *whole, seen, "eager")
-    torch.testing.assert_close(attend(q, k, v, mask, backend), wanted)
-    one = attention_mask(None, bias, (1, len(SIZES)), q.dtype)
-    assert one.shape == (2, 1, 1, len(SIZES))
-    torch.testing.assert_close(attend(q[:, :, -1:], k, v, one, backend), wanted[:, :, -1:])
+@pytest.mark.parametrize("mistral", [False, True])
+@torch.no_grad()
+def test_a_token_that_counts_for_k_in_the_decoder_is_k_tokens(make_model, backend, mistral):
+    model = make_model(mistral=mistral)
+    with_backend(model, backend)
+    outputs, rows = [], []
+    for copies in (False, True):
+        inputs, cache = prompt_with_copies(model, 3, copies), KVCache(6, 4)
+        hidden = [model.model(**inputs, cache=cache, pruner=Pruner()).hidden_states[:, -6:]]
+        for count in (1, 2, 1):  # decoding, one token and several at a time
+            step = model.model.embed_tokens(torch.full((2, count), 17))
+            hidden.append(model.model(step, cache=cache).hidden_states)
+        outputs.append(torch.cat(hidden, dim=1))
+        prefill = model.model.start(inputs["inputs_embeds"], position_ids=inputs["position_ids"])
+        prefill.extras = inputs["extras"]
+        rows.append(prefill.next_attention())
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(rows[0][:, 1:], rows[1][:, 3:])
+    torch.testing.assert_close(rows[0][:, 0], rows[1][:, :3].sum(dim=1))
+    plain = model.model(**{**prompt_with_copies(model, 3, False), "extras": {}})
+    assert not torch.allclose(plain.hidden_states[:, -6:], outputs[1][:, :6], atol=1e-4)
 
 
-@pytest.mark.parametrize("groups", [4, 2])
-def test_keys_that_rows_share_have_their_bias(groups):
-    q, k, v, bias, _ = merged_and_whole(groups, 2)
-    k, v = (x[:1].expand(2, -1, -1, -1) for x in (k, v))
-    valid = torch.tensor([[True] * 6, [True] * 4 + [False, True]])
-    wanted = attend(
-        q, k, v, attention_mask(padded_causal_mask(valid, 2), bias, (2, 6), q.dtype), "eager"
+def answers(model, prompt, **options):
+    out = model.generate(
+        prompt.ids,
+        images=prompt.images,
+        output_scores=True,
+        return_dict_in_generate=True,
+        **{**GREEDY, **options},
     )
-    own = attention_mask(padded_causal_mask(valid[:, 4:], 2), bias[:, 4:], (2, 2), q.dtype)
-    shared = k[0, :, :4], v[0, :, :4], bias[0, :4]
-    out = attend_behind(q, k[:, :, 4:], v[:, :, 4:], own, shared)
-    torch.testing.assert_close(out[0], wanted[0])
-    torch.testing.assert_close(out[1, :, 1], wanted[1, :, 1])  # the other query is on padding
+    return out.sequences, torch.stack(out.scores, dim=1)
 
 
-def test_recorded_rows_are_those_of_attention_with_the_bias():
-    q, k, v, bias, _ = merged_and_whole(2, 6)
-    valid = torch.tensor([[False, False, True, True, True, True], [True] * 6])
-    rows = torch.tensor([[5, 3], [4, 0]])
-    mask = attention_mask(padded_causal_mask(valid, 6), bias, (6, 6), q.dtype)
-    out = attend(q, k, v, mask, "sdpa")
-    values = attention.repeat_heads(v, 4)
-    for row, weights in zip(
-        rows.T, attention_rows(q, k, rows, valid, bias=bias).unbind(2), strict=True
-    ):
-        own = out[torch.arange(2), :, row]
-        torch.testing.assert_close((weights[:, :, None] @ values)[:, :, 0], own)
-    scores = attention_rows(q, k, rows, valid, "scores", bias)
-    plain = attention_rows(q, k, rows, valid, "scores")
-    seen = plain > float("-inf")
-    added = bias[:, None, None].expand_as(scores)
-    torch.testing.assert_close(scores[seen], (plain + added)[seen])
+def test_backends_agree_on_a_bias(make_model, sample, method):
+    model, prompt = make_model(), sample(3, "image", 5)
+    model.pruner, found = method, []
+    for backend in ("sdpa", "eager"):
+        with_backend(model, backend)
+        found.append(answers(model, prompt))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-4, rtol=1e-4)
 
 
-def test_without_a_bias_no_mask_is_made():
-    assert attention_mask(None, None, (6, 6), torch.float32) is None
-    seen = padded_causal_mask(torch.tensor([[False, True]]), 2)
-    assert attention_mask(seen, None, (2, 2), torch.float32) is seen
+def test_a_bias_changes_the_answer_and_an_equal_one_does_not(model, sample):
+    class Equal(Weighing):
+        def after_encoder(self, vision):
+            vision = super().after_encoder(vision)
+            vision.extras["key_bias"] *= 0
+            return vision
+
+    class Without(Weighing):
+        after_encoder = SelectPruner.after_encoder
+
+    scores = []
+    for pruner in (Weighing(12), Equal(12), Without(12)):
+        model.pruner = pruner
+        scores.append(answers(model, sample(3, "image", 5))[1])
+    torch.testing.assert_close(scores[1], scores[2], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(scores[0], scores[2], atol=1e-3)
 
 
-def test_a_cache_adds_nothing_to_later_tokens_and_reorders_what_it_adds():
-    cache = KVCache(1)
-    cache.append(0, *torch.zeros(2, 2, 1, 3, 4))
-    bias = torch.tensor([[0.5, 0, 1], [2, 0, 0]])
-    cache.rows[0] = RowState(torch.tensor([3, 3]), bias=bias)
-    assert cache.rows[0].key_bias(5).tolist() == [[0.5, 0, 1, 0, 0], [2, 0, 0, 0, 0]]
-    cache.reorder_cache(torch.tensor([1, 1]))
-    assert cache.rows[0].key_bias(4).tolist() == [[2, 0, 0, 0], [2, 0, 0, 0]]
-    assert RowState(torch.tensor([3])).key_bias(5) is None
+def test_a_bias_stays_with_its_row_in_a_batch(model, sample, method):
+    model.pruner = method
+    prompts = [sample(3, "image", 9, seed=1), sample(12, "image", 2, seed=2), sample(5, seed=3)]
+    ids, mask = pad_batch([p.ids for p in prompts])
+    images = torch.cat([p.images for p in prompts if p.images is not None])
+    out = model.generate(
+        ids,
+        images=images,
+        attention_mask=mask,
+        output_scores=True,
+        return_dict_in_generate=True,
+        **GREEDY,
+    )
+    scores = torch.stack(out.scores, dim=1)
+    for row, prompt in enumerate(prompts):
+        tokens, own = answers(model, prompt)
+        assert torch.equal(out.sequences[row], tokens[0])
+        torch.testing.assert_close(scores[row], own[0], atol=1e-4, rtol=1e-4)
 
 
-class Merging(Pruner):
-    """Each crop's patches at even places, of which the first counts for `size` tokens; with
-    `copies` it is there that often instead."""
+def test_a_bias_holds_without_a_cache(model, sample):
+    model.pruner, prompt = Weighing(12), sample(3, "image", 5)
+    cached, plain = answers(model, prompt), answers(model, prompt, use_cache=False)
+    assert torch.equal(cached[0], plain[0])
+    torch.testing.assert_close(cached[1], plain[1], atol=1e-4, rtol=1e-4)
 
-    name = "merging"
 
-    def __init__(self, size, copies=False):
-        self.size, self.copies = size, copies
+def test_beams_keep_the_bias_of_their_prompt(model, sample):
+    model.pruner = Weighing(12)
+    prompts = [sample(3, "image", 5, seed=1), sample(2, "image", 2, seed=2)]
+    ids, mask = pad_batch([prompt.ids for prompt in prompts])
+    images = torch.cat([prompt.images for prompt in prompts])
+    beams = {**GREEDY, "num_beams": 3}
+    out = model.generate(ids, images=images, attention_mask=mask, **beams)
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt.ids, images=prompt.images, use_cache=False, **beams)
+        assert torch.equal(out[row], alone[0])
 
-    def before_tower_layer(self, index, tokens):
-        if index != 1:
-            return tokens
-        places = torch.arange(0, tokens.positions.shape[1], 2)
-        bias = torch.zeros(len(tokens.positions), 1 + len(places))
-        bias[:, 1] = math.log(self.size)
-        if self.copies:
-            places = torch.cat([places.new_zeros(self.size - 1), places])
-            bias = None
-        cls, patches = tokens.hidden_states.tensor_split([1], dim=1)
-        return replace(
-            tokens,
-            hidden_states=torch.cat([cls, patches[:, places]], dim=1),
-            positions=tokens.positions[:, places],
-            key_bias=bias,
+
+@pytest.mark.parametrize("others", [False, True], ids=["one image", "two images"])
+def test_questions_that_share_a_beginning_share_its_bias(model, sample, method, others):
+    model.pruner, cache = method, PrefixCache(model)
+    pictures = [Picture(sample("image", seed=n).images[0], (SIDE, SIDE)) for n in (1, 2)]
+    first = sample(4, "image", seed=1).ids[0]
+    prompts = [torch.cat([first, sample(n, seed=n).ids[0, 1:]]) for n in (5, 9, 3)]
+    own = [pictures[n % 2 if others else 0] for n in range(3)]
+    shared = []
+    put = Prefix.put
+    spy = lambda self, *args: shared.append(self.shared) or put(self, *args)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Prefix, "put", spy)
+        for _ in range(2):
+            out = cache.generate(
+                prompts,
+                [[picture] for picture in own],
+                ["why"] * 3,
+                output_scores=True,
+                return_dict_in_generate=True,
+                **GREEDY,
+            )
+    # Held once where all rows begin alike and no cache loses tokens.
+    assert set(shared) == {not others and method is not METHODS[2]}
+    for row, (prompt, picture) in enumerate(zip(prompts, own, strict=True)):
+        alone = SimpleNamespace(ids=prompt[None], images=picture.pixels[None])
+        tokens, scores = answers(model, alone)
+        assert torch.equal(out.sequences[row], tokens[0])
+        torch.testing.assert_close(
+            torch.stack(out.scores, dim=1)[row], scores[0], atol=1e-4, rtol=1e-4
         )
 
-    def tower_extras(self, num_layers, selected):
-        return {selected: frozenset({"cls_attention"})}
+
+def test_caches_that_lose_tokens_keep_the_bias_of_the_others(model, sample):
+    model.pruner, prompt = WeighingCaches(12), sample(3, "image", 5)
+    cache = model(prompt.ids, images=prompt.images, use_cache=True).past_key_values
+    weights = cache.rows[5].key_bias(cache.lengths[5])
+    assert cache.lengths == [15] * 6 and weights.count_nonzero() > 2
+    for state in cache.rows:
+        assert torch.equal(state.key_bias(15), weights)
 
 
-def crops(count):
-    return torch.randn(count, 3, 84, 84, generator=torch.Generator().manual_seed(0))
+def test_recorded_attention_is_that_of_the_layer_with_its_bias(model, sample):
+    class Recording(DecoderPruner):
+        weighs = True
+
+        def after_encoder(self, vision):
+            if self.weighs:
+                vision.extras["key_bias"] = weights_of(vision)
+            return vision
+
+        def before_layer(self, index, prefill):
+            if index == 1:
+                seen.append(prefill.next_attention())
+                _, row = prefill.decoder.branch(prefill, prefill.decoder.layers[1:2])
+                seen.append(row[:, :, 0].mean(dim=1))
+            if index == 2:
+                seen.append(prefill.attention[:, :, -1].mean(dim=1))
+            return prefill
+
+    model.pruner, prompt, seen = Recording(12, layer=2), sample(3, "image", 5), []
+    answers(model, prompt)
+    torch.testing.assert_close(seen[1], seen[0])
+    torch.testing.assert_close(seen[2], seen[0])
+    model.pruner.weighs = False
+    answers(model, prompt)
+    assert not torch.allclose(seen[0], seen[3], atol=1e-4)
 
 
-def test_a_token_that_counts_for_k_in_the_tower_is_k_tokens(model):
-    tower = model.get_vision_tower()
-    merged, whole = (tower.tokens(crops(2), pruner=Merging(3, copies)) for copies in (False, True))
-    torch.testing.assert_close(merged.features, whole.features[:, 2:], atol=1e-5, rtol=1e-4)
-    rows = [vision.layers[2]["cls_attention"] for vision in (merged, whole)]
-    torch.testing.assert_close(rows[0][:, :, 1:], rows[1][:, :, 3:])
-    torch.testing.assert_close(rows[0][:, :, 0], rows[1][:, :, :3].sum(dim=2))
-    plain = tower.tokens(crops(2), pruner=Merging(1))
-    assert not torch.allclose(plain.features, merged.features, atol=1e-4)
+class WeighingTwig(TwigVLM):
+    late = False
+
+    def after_encoder(self, vision):
+        if not self.late:
+            vision.extras["key_bias"] = weights_of(vision)
+        return vision
+
+    def before_layer(self, index, prefill):
+        prefill = super().before_layer(index, prefill)
+        if self.late and index == 1:  # among the layers that the drafter shares
+            prefill.extras = {**prefill.extras, "key_bias": prefill.is_visual * math.log(3)}
+        return prefill
 
 
-class Ragged(Merging):
-    """As `Merging`, with the last tokens of the second crop made padding."""
-
-    def before_tower_layer(self, index, tokens):
-        before, tokens = tokens, super().before_tower_layer(index, tokens)
-        if tokens is not before and len(tokens.positions) > 1:
-            valid = torch.ones_like(tokens.positions, dtype=torch.bool)
-            valid[1, -4:] = False
-            return replace(tokens, valid=valid)
-        return tokens
-
-    def tower_extras(self, num_layers, selected):
-        return {selected: frozenset({"cls_attention", "attention_mean"})}
-
-
-def test_padding_in_the_tower_changes_nothing_of_others(model):
-    class Shorter(Merging):
-        def before_tower_layer(self, index, tokens):
-            tokens = super().before_tower_layer(index, tokens)
-            if index != 1:
-                return tokens
-            return replace(
-                tokens,
-                hidden_states=tokens.hidden_states[:, :-4],
-                positions=tokens.positions[:, :-4],
-                key_bias=tokens.key_bias[:, :-4],
-            )
-
-        tower_extras = Ragged.tower_extras
-
-    tower = model.get_vision_tower()
-    both = tower.tokens(crops(2), pruner=Ragged(3))
-    alone = tower.tokens(crops(2)[1:], pruner=Shorter(3))
-    torch.testing.assert_close(both.features[1, :-4], alone.features[0], atol=1e-5, rtol=1e-4)
-    for name in ("cls_attention", "attention_mean"):
-        one, other = both.layers[2][name][1], alone.layers[2][name][0]
-        torch.testing.assert_close(one[..., :-4], other)
-        assert not one[..., -4:].any()
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("pruning", [True, False])
+def test_tokens_are_guessed_and_verified_with_the_bias(make_model, sample, late, pruning):
+    model = make_model()
+    model.lm_head.weight.data *= 8
+    # A twig that is the rest of the decoder is always right, on the same tokens.
+    options = dict(visual_token_num=14, enable_pruning=pruning, draft_stop_prob=0.0)
+    grown(model, 2, 4, method=WeighingTwig, **options).late = late
+    prompt = sample(4, "image", 5)
+    options = {**GREEDY, "max_new_tokens": 12}
+    plain = model.generate(prompt.ids, images=prompt.images, **options)
+    fast = model.generate(
+        prompt.ids,
+        images=prompt.images,
+        generation_strategy="self_speculative",
+        return_dict_in_generate=True,
+        **options,
+    )
+    assert torch.equal(plain, fast.sequences)
+    assert pruning or fast.logs[0].acceptance_rate == 1
 
 
-def test_without_a_bias_the_tower_asks_for_the_kernel_it_always_did(model, monkeypatch):
+def test_flash_attention_leaves_layers_with_a_bias_to_sdpa_and_says_so(
+    make_model, sample, caplog, monkeypatch
+):
+    asked = []
+    module = types.ModuleType("flash_attn")
+
+    def flash(q, k, v, causal=True):
+        asked.append(q.shape[1])
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return attend(q, k, v, None, "sdpa").transpose(1, 2)
+
+    module.flash_attn_func = flash
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    model, prompt = make_model(), sample(3, "image", 5)
+    model.pruner = WeighingLate(12, 2)
+    wanted = answers(model, prompt)
+    with_backend(model, "flash_attention_2")
+    attention.say_no_bias.cache_clear()
+    out = answers(model, prompt)
+    assert torch.equal(out[0], wanted[0])
+    torch.testing.assert_close(out[1], wanted[1], atol=1e-4, rtol=1e-4)
+    assert len(asked) == 5 * 2  # the layers before the cut, in the prefill and four steps
+    assert caplog.text.count("flash_attention_2 cannot add a bias to keys") == 1
+
+
+def test_without_a_bias_no_layer_gets_a_mask(model, sample, monkeypatch):
     asked, plain = [], F.scaled_dot_product_attention
 
-    def spy(q, k, v, attn_mask=None):
+    def spy(q, k, v, attn_mask=None, **options):
         asked.append(attn_mask)
-        return plain(q, k, v, attn_mask=attn_mask)
+        return plain(q, k, v, attn_mask=attn_mask, **options)
 
-    place = "llava.model.multimodal_encoder.clip_encoder.F.scaled_dot_product_attention"
-    monkeypatch.setattr(place, spy)
-    tower = model.get_vision_tower()
-    tower.tokens(crops(1))
-    assert asked == [None] * 3
-    tower.tokens(crops(1), pruner=Merging(3))
-    assert [mask is None for mask in asked[3:]] == [True, False, False]
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
+    model.pruner = build_pruner("random", visual_token_num=12)
+    answers(model, sample(3, "image", 5))
+    tower = 3
+    assert asked == [None] * (tower + 6 * 5)
+    model.pruner = WeighingLate(12, 2)
+    asked.clear()
+    answers(model, sample(3, "image", 5))
+    assert [mask is None for mask in asked[tower:]] == [True, True, *[False] * 4] * 5
+    # The mask of the prefill is made once, for all layers with the same tokens.
+    assert len({id(mask) for mask in asked[tower + 2 : tower + 6]}) == 1
 
 
 @pytest.mark.parametrize(
-    "bias", [torch.zeros(1, 36), torch.zeros(1, 37, dtype=torch.float64)], ids=["short", "double"]
+    "bias, message",
+    [
+        (torch.zeros(1, 46, dtype=torch.float64), "must hold one torch.float32 for each token"),
+        (torch.zeros(1, 46, 2), "must hold one torch.float32 for each token"),
+        (torch.zeros(1, 45), r"left extras\['key_bias'\] of shape \(1, 45\) before layer 1"),
+    ],
 )
-def test_a_bias_of_the_tower_that_does_not_fit_is_an_error(model, bias):
+def test_a_bias_of_the_decoder_that_does_not_fit_is_an_error(model, sample, bias, message):
     class Wrong(Pruner):
-        def before_tower_layer(self, index, tokens):
-            return replace(tokens, key_bias=bias)
+        name = "wrong"
 
-    with pytest.raises(ValueError, match=r"key_bias .* must be torch.float32 with one value"):
-        model.get_vision_tower().tokens(crops(1), pruner=Wrong())
+        def before_layer(self, index, prefill):
+            if index == 1:
+                prefill.extras = {"key_bias": bias}
+            return prefill
+
+    model.pruner = Wrong()
+    prompt = sample(4, "image", 5)
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompt.ids, images=prompt.images, **GREEDY)
+
+
+def test_a_bias_that_comes_behind_the_last_layer_is_an_error(model, sample):
+    class Late(Pruner):
+        name = "late"
+
+        def after_layers(self, prefill):
+            prefill.extras = {"key_bias": prefill.is_visual.float()}
+            return prefill
+
+    model.pruner, prompt = Late(), sample(4, "image", 5)
+    with pytest.raises(ValueError, match="late changes key_bias in after_layers, when all layers"):
+        model.generate(prompt.ids, images=prompt.images, **GREEDY)

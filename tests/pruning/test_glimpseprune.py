@@ -11,7 +11,8 @@ from PIL import Image
 from llava.eval import run_llava
 from llava.pruning import Prefill, build_pruner, trace_pruning
 from llava.pruning.glimpseprune import GlimpsePrune, boxes_to_cells
-from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig, grid_angles, view_places
+from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig, view_places
+from llava.pruning.glimpseprune_predictor import grid_angles
 from llava.pruning.learned import save_part
 from llava.pruning.picture import PANEL_SIDE, importance_of_patches
 from tests.conftest import SIDE, pad_batch, with_random_parts

@@ -12,9 +12,9 @@ SIDE_TOKENS = 36
 GREEDY = dict(do_sample=False, max_new_tokens=4, eos_token_id=-1)
 
 
-def grown(model, shared=1, layers=2, **options):
+def grown(model, shared=1, layers=2, method=TwigVLM, **options):
     """TwigVLM on `model` with a twig that is a copy of its layers."""
-    pruner = TwigVLM(twig_K=shared, **{"visual_token_num": 10, **options})
+    pruner = method(twig_K=shared, **{"visual_token_num": 10, **options})
     pruner.module = grow_twig(model, shared, layers).requires_grad_(False)
     model.pruner = pruner
     return pruner

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 #: torch >= 2.5 serves several query heads from one key head without copying it
 GROUPED_SDPA = "enable_gqa" in (F.scaled_dot_product_attention.__doc__ or "")
@@ -117,7 +120,7 @@ def attend_behind(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    shared: tuple[Tensor, Tensor, Tensor | None],
+    shared: tuple[Tensor | None, ...],
 ) -> Tensor:
     """As `attend`, where all rows begin with the same keys and values, (G, P, d) each, and maybe a
     bias of those keys (P,): all queries look at them in one product, and nothing is copied for the
@@ -217,9 +220,9 @@ def padded_causal_mask(valid: Tensor, num_queries: int) -> Tensor:
 
 
 def attention_mask(
-    visible: Tensor | None, bias: Tensor | None, size: tuple[int, int], dtype: torch.dtype
+    visible: Tensor | None, bias: Tensor | None, num_queries: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """The mask that `attend` takes for Q queries and K keys, `size`.
+    """The mask that `attend` takes for the last Q of K tokens.
 
     visible: (B or 1, 1, Q, K) True where a query sees a key; None: the plain causal mask
     bias:    (B, K) fp32, what is added to the products of all queries with a key; None: nothing,
@@ -231,11 +234,20 @@ def attention_mask(
     if bias is None:
         return visible
     added = bias[:, None, None].to(dtype)
-    if visible is None and size[0] == 1:
+    if visible is None and num_queries == 1:
         return added
     if visible is None:
-        visible = causal_mask(*size, bias.device)
+        visible = causal_mask(num_queries, bias.shape[1], bias.device)
     return added.masked_fill(~visible, float("-inf"))
+
+
+@lru_cache
+def say_no_bias() -> None:
+    """Says, once, what becomes of attention with a bias where FlashAttention was asked for."""
+    logger.warning(
+        "flash_attention_2 cannot add a bias to keys: layers in which the pruning method adds one "
+        "run on sdpa"
+    )
 
 
 ROW_FORMS = {"weights": torch.softmax, "log_weights": torch.log_softmax}

@@ -12,7 +12,7 @@ from ...pruning.per_token import each, mapped, tensors_of
 from ...pruning.prefill import Prefill
 
 #: what layers are told about the tokens beside their hidden states
-SEEN_BY_LAYERS = ("index", "position_ids", "valid", "next_position")
+SEEN_BY_LAYERS = ("index", "position_ids", "valid", "key_bias", "next_position")
 #: may be written to in place
 WRITTEN = "hidden_states"
 

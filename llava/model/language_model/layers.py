@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...blocks import GatedMLP, RMSNorm, rotate
 from ...devices import device_of, moved
 from ...pruning.ops import gather_tokens
-from ...rms_norm import RMSNorm
 from ..kv_cache import KVCache, RowState
 from .attention import Packing, attend, attend_behind, attention_rows, repeat_heads, rows_of
 
@@ -49,13 +48,6 @@ class Rotary:
         angle = (positions.float() / self.stretch) * frequency
         angle = torch.cat([angle, angle], dim=-1)[:, None]
         return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """x (B, H, S, d) turned by the angles of its positions."""
-    cos, sin = rope
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 @dataclass
@@ -133,29 +125,15 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(batch, size, -1)), row
 
 
-class MLP(nn.Module):
-    """Gated MLP (SwiGLU)."""
-
-    def __init__(self, config):
-        super().__init__()
-        width, inner = config.hidden_size, config.intermediate_size
-        if config.hidden_act != "silu":
-            raise ValueError(f"hidden_act {config.hidden_act!r} is not supported, choose 'silu'")
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class DecoderLayer(nn.Module):
     """Pre-norm attention and MLP with residual connections."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
+        if config.hidden_act != "silu":
+            raise ValueError(f"hidden_act {config.hidden_act!r} is not supported, choose 'silu'")
         self.self_attn = Attention(config, layer_idx)
-        self.mlp = MLP(config)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -14,15 +14,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...blocks import RMSNorm
 from ...devices import device_of, moved
 from ...pruning.base import Pruner
 from ...pruning.cost import DecoderShape
 from ...pruning.ops import gather_tokens
 from ...pruning.prefill import Prefill
-from ...rms_norm import RMSNorm
 from ..kv_cache import KVCache, RowState
 from ..reuse import Prefix
-from .attention import Packing, check_backend, packs_rows, padded_causal_mask, rows_of
+from .attention import (
+    Packing,
+    attention_mask,
+    check_backend,
+    packs_rows,
+    padded_causal_mask,
+    rows_of,
+    say_no_bias,
+)
 from .layers import DecoderLayer, Rotary, Step, bring, run_layers
 from .prefill_loop import PrefillLoop, next_position
 
@@ -162,10 +170,11 @@ class LlamaModel(LlamaPreTrainedModel):
         """(B, S, D) tokens of a prompt as they enter layer `depth` when no method acts before it;
         with `prefix` those that follow it."""
         known = 0 if prefix is None else prefix.size
-        x, valid = prefill.hidden_states[:, known:], prefill.valid
+        x, valid, bias = prefill.hidden_states[:, known:], prefill.valid, prefill.key_bias
         if prefix is not None:
-            valid = prefix.valid_in_cache(valid)
+            valid, bias = prefix.valid_in_cache(valid), prefix.bias_in_cache(bias)
         mask = padded_causal_mask(valid, x.shape[1]) if hides_tokens(valid) else None
+        mask = attention_mask(mask, bias, x.shape[1], x.dtype)
         step = Step(self.rotary(prefill.position_ids[:, known:], x.dtype), mask)
         for number in range(depth):
             if known:
@@ -176,19 +185,22 @@ class LlamaModel(LlamaPreTrainedModel):
 
     def prefill_step(self, prefill: Prefill) -> Step:
         """What the layers share on the tokens as they are now."""
-        valid, x = prefill.valid, prefill.hidden_states
+        valid, x, bias = prefill.valid, prefill.hidden_states, prefill.key_bias
         mask = packed = None
+        if bias is not None and self.config._attn_implementation == "flash_attention_2":
+            say_no_bias()
         if hides_tokens(valid):
-            if packs_rows(self.config._attn_implementation):
+            if packs_rows(self.config._attn_implementation) and bias is None:
                 packed = Packing.of(valid)
             else:
                 mask = padded_causal_mask(valid, x.shape[1])
         return Step(
             rope=self.rotary(prefill.position_ids, x.dtype),
-            mask=mask,
+            mask=attention_mask(mask, bias, x.shape[1], x.dtype),
             packed=packed,
             valid=valid,
-            state=RowState(next_position(prefill), valid),
+            bias=bias,
+            state=RowState(next_position(prefill), valid, bias),
         )
 
     def through(self, prefill: Prefill, layers: nn.ModuleList) -> Tensor:
@@ -205,24 +217,36 @@ class LlamaModel(LlamaPreTrainedModel):
         which must hold nothing of these layers yet, their keys and values are kept.
         """
         x, step = prefill.hidden_states, self.prefill_step(prefill)
+        if cache is not None:
+            for layer in layers:
+                cache.rows[layer.self_attn.layer_idx] = step.state
         x = run_layers(layers[:-1], x, step, cache)
         x, step = bring(layers[-1], x, step)
         hidden, row = layers[-1].at_rows(x, step, prefill.last[:, None].to(x.device), cache)
         return hidden, row.to(prefill.hidden_states.device)
 
     def attention_rows(
-        self, layer: int, x: Tensor, position_ids: Tensor, rows: Tensor, valid: Tensor | None
+        self,
+        layer: int,
+        x: Tensor,
+        position_ids: Tensor,
+        rows: Tensor,
+        valid: Tensor | None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """(B, H, R, S) fp32 attention rows that `layer` would have on inputs x (B, S, D)."""
+        """(B, H, R, S) fp32 attention rows that `layer` would have on inputs x (B, S, D); bias
+        (B, S) is `Prefill.key_bias`."""
         home, there = x.device, self.layers[layer].device
         if home != there:
-            x, position_ids, rows, valid = moved((x, position_ids, rows, valid), there)
+            given = x, position_ids, rows, valid, bias
+            x, position_ids, rows, valid, bias = moved(given, there)
         norm, attention = self.layers[layer].input_layernorm, self.layers[layer].self_attn
         x = norm(x)
         k = attention.keys(x, self.rotary(position_ids, x.dtype))
         prompts = torch.arange(len(rows), device=rows.device)[:, None]
         rope = self.rotary(position_ids[prompts, rows], x.dtype)
-        return rows_of(attention.queries(gather_tokens(x, rows), rope), k, rows, valid).to(home)
+        q = attention.queries(gather_tokens(x, rows), rope)
+        return rows_of(q, k, rows, valid, bias=bias).to(home)
 
     def _continue(self, x: Tensor, cache: KVCache, collect) -> Tensor:
         """All layers on the (B, q) tokens that follow those in the cache."""
@@ -234,8 +258,10 @@ class LlamaModel(LlamaPreTrainedModel):
             state = cache.rows[number]
             if id(state) not in steps:
                 positions = state.next_position[:, None] + torch.arange(count, device=x.device)
-                valid = state.mask(cache.lengths[number] + count)
+                length = cache.lengths[number] + count
+                valid, bias = state.mask(length), state.key_bias(length)
                 mask = None if valid is None else padded_causal_mask(valid, count)
+                mask = attention_mask(mask, bias, count, x.dtype)
                 steps[id(state)] = Step(self.rotary(positions, x.dtype), mask, state=state)
             if collect is not None:
                 collect.append(x)

@@ -118,7 +118,11 @@ class PrefillLoop:
                 f"leaves {prefix.depth} layers alone"
             )
         tail = decoder.first_layers(prefill, prefix.depth, self.cache, prefix)
-        state = RowState(next_position(prefill), prefix.valid_in_cache(prefill.valid))
+        state = RowState(
+            next_position(prefill),
+            prefix.valid_in_cache(prefill.valid),
+            prefix.bias_in_cache(prefill.key_bias),
+        )
         for number in range(prefix.depth):
             device = decoder.layers[number].device
             if device != state.next_position.device:
@@ -161,7 +165,8 @@ def held_places(prefill: Prefill) -> Tensor:
 def drop_from_caches(
     cache: KVCache, layers: Iterable[int], held: list[Tensor], after: Prefill
 ) -> None:
-    """Takes from layers that already ran what a method dropped later; positions stay.
+    """Takes from layers that already ran what a method dropped later; positions and the bias that
+    those layers had stay.
 
     held: per layer `held_places` of what its cache holds; layers with the same tokens share it
     """
@@ -178,7 +183,8 @@ def drop_from_caches(
         if id(before) not in states:
             follows = after.next_position
             follows = before.next_position if follows is None else follows
-            states[id(before)] = moved(RowState(follows, after.valid), there)
+            bias = None if before.bias is None else before.bias.gather(1, orders[id(own)])
+            states[id(before)] = moved(RowState(follows, after.valid, bias), there)
         cache.keep(layer, orders[id(own)], states[id(before)])
 
 

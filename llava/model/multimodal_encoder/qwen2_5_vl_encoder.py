@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ...blocks import GatedMLP, RMSNorm, rotate
 from ...devices import device_of
-from ...rms_norm import RMSNorm
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10000.0
@@ -141,7 +141,8 @@ class Qwen2_5_VLVisionTower(nn.Module):
         plan = plan_images(grids, self.config, self.device)
         pixels = torch.cat([image.to(self.device, self.dtype).flatten(0, 1) for image in images])
         x = self.patch_embed(pixels)[plan.blocks].flatten(0, 1)
-        rope = plan.angles.cos()[:, None], plan.angles.sin()[:, None]
+        angles = torch.cat([plan.angles, plan.angles], dim=-1)[:, None]
+        rope = angles.cos(), angles.sin()
         full = set(self.config.fullatt_block_indexes)
         for number, block in enumerate(self.blocks):
             x = block(x, rope, plan.wholes if number in full else plan.windows)
@@ -183,7 +184,7 @@ class Block(nn.Module):
         self.norm1 = RMSNorm(config.hidden_size, NORM_EPS)
         self.norm2 = RMSNorm(config.hidden_size, NORM_EPS)
         self.attn = Attention(config)
-        self.mlp = MLP(config)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
         x = x + self.attn(self.norm1(x), rope, segments)
@@ -207,20 +208,6 @@ class Attention(nn.Module):
         return self.proj(out.flatten(1))
 
 
-class MLP(nn.Module):
-    """Gated MLP with biases."""
-
-    def __init__(self, config: Qwen2_5_VLVisionConfig):
-        super().__init__()
-        width, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(width, inner)
-        self.up_proj = nn.Linear(width, inner)
-        self.down_proj = nn.Linear(inner, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Merger(nn.Module):
     """The patches of a block to one token of the language model."""
 
@@ -235,14 +222,6 @@ class Merger(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(..., M, C) -> (..., D)"""
         return self.mlp(self.ln_q(features).flatten(-2))
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """x (n, H, d), turned in fp32 by angles of which cos and sin (n, 1, d / 2) are given."""
-    cos, sin = rope
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.to(x.dtype)
 
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
