@@ -3,8 +3,9 @@
 import argparse
 
 from llava.errors import errors_as_messages
-from llava.eval.benchmarks import uploads
+from llava.eval.benchmarks import gqa
 from llava.eval.files.answer_lines import read_answers
+from llava.eval.files.writing import write_json
 
 
 @errors_as_messages()
@@ -14,7 +15,7 @@ def main():
     parser.add_argument("--dst", required=True, help="prediction file to write")
     args = parser.parse_args()
     answers = read_answers(args.src)
-    uploads.write_json(uploads.gqa(answers), args.dst)
+    write_json(gqa.predictions_of(answers), args.dst)
 
 
 if __name__ == "__main__":

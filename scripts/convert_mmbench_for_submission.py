@@ -4,9 +4,10 @@ import argparse
 import os
 
 from llava.errors import errors_as_messages
-from llava.eval.benchmarks import uploads
+from llava.eval.benchmarks import mmbench
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.records import read_table
+from llava.eval.files.writing import write_xlsx
 
 
 @errors_as_messages()
@@ -18,8 +19,8 @@ def main():
     parser.add_argument("--experiment", required=True, help="name of both files, without ending")
     args = parser.parse_args()
     answers = read_answers(os.path.join(args.result_dir, f"{args.experiment}.jsonl"))
-    table = uploads.mmbench(read_table(args.annotation_file, ("index",)), answers)
-    uploads.write_xlsx(table, os.path.join(args.upload_dir, f"{args.experiment}.xlsx"))
+    table = mmbench.upload(read_table(args.annotation_file, ("index",)), answers)
+    write_xlsx(table, os.path.join(args.upload_dir, f"{args.experiment}.xlsx"))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 import argparse
 
 from llava.errors import errors_as_messages
-from llava.eval.benchmarks import uploads
+from llava.eval.benchmarks import mmvet
 from llava.eval.files.answer_lines import read_answers
+from llava.eval.files.writing import write_json
 
 
 @errors_as_messages()
@@ -14,7 +15,7 @@ def main():
     parser.add_argument("--dst", required=True, help="result file to write")
     args = parser.parse_args()
     answers = read_answers(args.src)
-    uploads.write_json(uploads.mmvet(answers), args.dst, indent=2)
+    write_json(mmvet.upload(answers), args.dst, indent=2)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import os
 import pickle
 
 from llava.errors import errors_as_messages
-from llava.eval.benchmarks import uploads
 from llava.eval.files.records import read_json
+from llava.eval.files.writing import write_jsonl
 
 TEXT = (
     "Please provide the bounding box coordinate of the region this sentence describes: {sentence}."
@@ -71,8 +71,8 @@ def main():
     refs = read_refs(os.path.join(folder, f"refs({split_by}).p"))
     questions, truth = convert(refs, read_json(os.path.join(folder, "instances.json")), args.split)
     name = f"{args.dataset}_{args.split}.jsonl"
-    uploads.write_jsonl(questions, os.path.join(args.dst, f"llava_{name}"))
-    uploads.write_jsonl(truth, os.path.join(args.dst, name))
+    write_jsonl(questions, os.path.join(args.dst, f"llava_{name}"))
+    write_jsonl(truth, os.path.join(args.dst, name))
     print(f"{len(questions)} questions: {os.path.join(args.dst, f'llava_{name}')}")
 
 

@@ -3,10 +3,11 @@
 import argparse
 
 from llava.errors import errors_as_messages
-from llava.eval.benchmarks import seed as eval_seed
-from llava.eval.benchmarks import uploads
+from llava.eval.benchmarks import seed
 from llava.eval.files.answer_lines import read_answers
+from llava.eval.files.matching import by_id, say_missing, texts_by_id
 from llava.eval.files.records import read_json
+from llava.eval.files.writing import write_jsonl
 
 
 @errors_as_messages()
@@ -18,9 +19,10 @@ def main():
     args = parser.parse_args()
     annotation = read_json(args.annotation_file)
     answers = read_answers(args.result_file)
-    print(eval_seed.report(eval_seed.evaluate_all(annotation, answers)), end="")
-    lines = uploads.seed(annotation["questions"], eval_seed.texts_by_id(answers))
-    uploads.write_jsonl(lines, args.result_upload_file)
+    print(seed.report(seed.units(annotation, answers)), end="")
+    say_missing(answers, by_id(annotation["questions"]), "they count as wrong")
+    lines = seed.upload(annotation["questions"], texts_by_id(answers))
+    write_jsonl(lines, args.result_upload_file)
 
 
 if __name__ == "__main__":

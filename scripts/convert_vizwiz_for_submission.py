@@ -3,9 +3,10 @@
 import argparse
 
 from llava.errors import errors_as_messages
-from llava.eval.benchmarks import uploads
+from llava.eval.benchmarks import vizwiz
 from llava.eval.files.answer_lines import read_answers_tolerantly
 from llava.eval.files.records import read_jsonl
+from llava.eval.files.writing import write_json
 
 
 @errors_as_messages()
@@ -18,7 +19,7 @@ def main():
     texts, num_broken = read_answers_tolerantly(args.result_file)
     questions = read_jsonl(args.annotation_file, ("question_id", "image"))
     print(f"total results: {len(texts)}, total split: {len(questions)}, error_line: {num_broken}")
-    uploads.write_json(uploads.vizwiz(questions, texts), args.result_upload_file)
+    write_json(vizwiz.upload(questions, texts), args.result_upload_file)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ the test split is reported closed.
 import argparse
 
 from llava.errors import errors_as_messages
-from llava.eval.benchmarks import uploads
 from llava.eval.files.records import read_json_list
+from llava.eval.files.writing import write_jsonl
 
 SUFFIX = (
     "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
@@ -39,7 +39,7 @@ def main():
     parser.add_argument("--dst", required=True, help="question file to write")
     args = parser.parse_args()
     records = read_json_list(args.annotation_file, ("image", "question"))
-    uploads.write_jsonl(convert(records), args.dst)
+    write_jsonl(convert(records), args.dst)
 
 
 if __name__ == "__main__":

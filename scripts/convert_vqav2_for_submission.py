@@ -9,11 +9,10 @@ import argparse
 import os
 
 from llava.errors import errors_as_messages
-from llava.eval.benchmarks import uploads
+from llava.eval.benchmarks import vqav2
 from llava.eval.files.answer_lines import read_answers_tolerantly
 from llava.eval.files.records import read_jsonl
-
-FULL_TEST_SET = "llava_vqav2_mscoco_test2015.jsonl"
+from llava.eval.files.writing import write_json
 
 
 @errors_as_messages()
@@ -30,9 +29,11 @@ def main():
     src = args.src or os.path.join("answers", args.split, args.ckpt, "merge.jsonl")
     dst = args.dst or os.path.join("answers_upload", args.split, f"{args.ckpt}.json")
     texts, num_broken = read_answers_tolerantly(os.path.join(args.dir, src))
-    questions = read_jsonl(os.path.join(args.dir, FULL_TEST_SET), ("question_id",))
+    questions = read_jsonl(
+        os.path.join(args.dir, os.path.basename(vqav2.FULL_TEST_SET)), ("question_id",)
+    )
     print(f"total results: {len(texts)}, total split: {len(questions)}, error_line: {num_broken}")
-    uploads.write_json(uploads.vqav2(questions, texts), os.path.join(args.dir, dst))
+    write_json(vqav2.upload(questions, texts), os.path.join(args.dir, dst))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ the test split are known to its server only.
 import argparse
 
 from llava.errors import errors_as_messages
-from llava.eval.benchmarks import uploads
 from llava.eval.files.records import read_json
+from llava.eval.files.writing import write_jsonl
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 
@@ -36,7 +36,7 @@ def main():
     parser.add_argument("--src", required=True, help="v2_OpenEnded_mscoco_val2014_questions.json")
     parser.add_argument("--dst", required=True, help="question file to write")
     args = parser.parse_args()
-    uploads.write_jsonl(convert(read_json(args.src)), args.dst)
+    write_jsonl(convert(read_json(args.src)), args.dst)
 
 
 if __name__ == "__main__":

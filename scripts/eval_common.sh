@@ -90,30 +90,29 @@ else
 fi
 MODEL_NAME=$(basename "$MODEL")
 
-# evaluate BENCHMARK PROGRAM [options]: answers the questions and scores the answers. The benchmark is
-# one in llava/eval/benchmarks/table.py; SPLIT from the environment chooses another split of it.
+# evaluate BENCHMARK: asks its questions and scores the answers. The benchmark is one of
+# llava/eval/benchmarks, which knows its files and the program that asks; SPLIT from the environment
+# chooses another split of it.
 evaluate() {
     local name=$1${SPLIT:+_$SPLIT}
-    shift
-    answer "$name" "$@"
+    answer "$name"
     score "$name"
 }
 
-# answer BENCHMARK PROGRAM [options]: sets SOURCE, QUESTIONS, IMAGES and ANSWERS.
+# answer BENCHMARK: sets SOURCE, QUESTIONS and ANSWERS.
 answer() {
-    local found path split program=$2
+    local found path split IMAGES PROGRAM VARIANT
     found=$("$PYTHON" -m llava.eval.benchmarks.data_files "$1" ${DATA_DIR:+--data-dir "$DATA_DIR"})
     eval "$found"
     path=${QUESTIONS#"$SOURCE/"}
     split=$(basename "${path%.*}")
-    ANSWERS=${DATA_DIR:-$DEFAULT_DATA}/${path%%/*}/answers/$split/$MODEL_NAME/$METHOD/$LABEL.jsonl
-    shift 2
+    ANSWERS=${DATA_DIR:-$DEFAULT_DATA}/${path%%/*}/answers/$split/$MODEL_NAME/$METHOD/$LABEL$VARIANT.jsonl
     echo "$MODEL_NAME, method $METHOD${TOKENS:+, $TOKENS tokens}: $QUESTIONS -> $ANSWERS"
     # shellcheck disable=SC2086 # EXTRA holds several words
-    run_in_processes "llava.eval.$program" --model-path "$MODEL" \
+    run_in_processes "${PROGRAM[@]}" --model-path "$MODEL" \
         --question-file "$QUESTIONS" --image-folder "$IMAGES" --temperature 0 \
         --conv-mode "${CONV_MODE:-auto}" --batch-size "${BATCH_SIZE:-8}" \
-        "$@" "${OPTIONS[@]}" ${EXTRA:-}
+        "${OPTIONS[@]}" ${EXTRA:-}
 }
 
 # Runs a module once, or in several processes that share the questions.
@@ -147,16 +146,16 @@ list_benchmarks() {
     "$PYTHON" -m llava.eval.benchmarks.data_files list ${DATA_DIR:+--data-dir "$DATA_DIR"} "$@"
 }
 
-# run_all ARGUMENTS: runs the script of every benchmark there is data for; a table of all scores.
-# One that fails does not stop the others.
+# run_all ARGUMENTS: runs every benchmark there is data for; a table of all scores. One that fails
+# does not stop the others.
 run_all() {
-    local script split failed=()
+    local name failed=()
     SCORE_LIST=$(mktemp)
     export SCORE_LIST WORDS_READ=${words:-}
-    while read -r script split <&3; do
-        echo "=== $script${split:+ $split}"
-        SPLIT=$split bash "scripts/v1_5/eval/$script.sh" "$@" || failed+=("$script${split:+ $split}")
-    done 3< <(list_benchmarks --scripts)
+    while read -r name <&3; do
+        echo "=== $name"
+        SPLIT='' bash scripts/v1_5/eval/benchmark.sh "$name" "$@" || failed+=("$name")
+    done 3< <(list_benchmarks)
     "$PYTHON" -m llava.eval.score_table --list "$SCORE_LIST"
     rm "$SCORE_LIST"
     [ ${#failed[@]} = 0 ] || { printf 'error: %s failed\n' "${failed[@]}" >&2 && return 1; }

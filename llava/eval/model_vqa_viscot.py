@@ -11,7 +11,7 @@ from functools import partial
 
 from llava.errors import errors_as_messages
 from llava.eval.answering.program import build_parser, parse_args, run
-from llava.eval.benchmarks import viscot_questions as viscot
+from llava.eval.benchmarks import viscot
 
 
 @errors_as_messages()

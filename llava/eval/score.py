@@ -12,11 +12,10 @@ import json
 import os
 
 from llava.errors import errors_as_messages
-from llava.eval.benchmarks.judged_scores import JudgedRun
-from llava.eval.benchmarks.table import Benchmark, find_benchmark
+from llava.eval.benchmarks import find_benchmark
+from llava.eval.benchmarks.benchmark import Benchmark, JudgedRun
 from llava.eval.files import budgets
-from llava.eval.files.answer_lines import answers_among, failed_sentence, is_failed, read_lines
-from llava.eval.scoring import paired
+from llava.eval.files.answer_lines import failed_sentence, is_failed, read_lines
 from llava.eval.scoring.judge import add_judge_args, has_endpoint, judge_from_args
 
 SUMMARY = ("benchmark", "metric", "score", "percent", "count")
@@ -79,33 +78,24 @@ def write_upload(benchmark: Benchmark, args, questions: str, answers: list[dict]
     return path
 
 
-def interval_of(benchmark: Benchmark, data_dir: str, questions: str, records: list[dict]) -> dict:
-    """How far the score (in percent) would move with other images, and how many there are."""
-    draws = paired.draw(benchmark, data_dir, questions, records)
-    return {"interval": draws.range, "images": draws.images} if draws else {}
-
-
 def score(benchmark: Benchmark, args, questions: str, records: list[dict]) -> dict:
     """Returns the result as `A.score.json` holds it; prints the reports on the way.
 
     records: lines of the answers file, questions that failed among them
     """
-    result, report = None, benchmark.report
-    if benchmark.judge:
-        benchmark.check_complete(questions, records, args.limit)
-        answers_among(records)
-        result, report = ask_judge(benchmark, args, questions), benchmark.judge.report
-    elif benchmark.scorable(args.data_dir):
-        result = benchmark.score(args.data_dir, questions, records, args.limit)
-        result |= interval_of(benchmark, args.data_dir, questions, records)
+    result = None
+    if benchmark.scorable(args.data_dir) and not benchmark.judge:
+        units = benchmark.score(args.data_dir, questions, records, args.limit)
+        print(benchmark.report(units), end="")
+        result = units.result() | {"interval": units.draws.range, "images": units.draws.images}
     else:
         benchmark.check_complete(questions, records, args.limit)
     answers = benchmark.counted(records)
-    if result:
-        print(report(result), end="")
-    else:
-        result = {"score": None, "percent": None, "count": len(answers)}
-    result = benchmark.labelled(result) | benchmark.failures(records, answers)
+    if benchmark.judge and (result := ask_judge(benchmark, args, questions)):
+        print(benchmark.judge.report(result), end="")
+        result["percent"] = result["score"]
+    result = result or {"score": None, "percent": None, "count": len(answers)}
+    result = benchmark.head() | result | benchmark.failures(records, answers)
     if result.get("interval"):
         low, high = result["interval"]
         print(f"95 % interval: {low:.2f} to {high:.2f} % ({result['images']} images drawn anew)")
@@ -129,7 +119,7 @@ def score(benchmark: Benchmark, args, questions: str, records: list[dict]) -> di
 @errors_as_messages()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmark", help="name in llava/eval/benchmarks/table.py")
+    parser.add_argument("benchmark", help="name of a benchmark, see llava/eval/benchmarks")
     parser.add_argument("--data-dir", default="playground/data/eval")
     parser.add_argument("--question-file", help="default: the benchmark's, in the data folder")
     parser.add_argument("--answers-file", required=True)

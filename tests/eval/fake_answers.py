@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from llava.eval.answering.questions import subset
-from llava.eval.benchmarks.table import ALL
+from llava.eval.benchmarks import all_benchmarks
 
 
 def option(argv: list[str], name: str, default=None):
@@ -18,7 +18,7 @@ def option(argv: list[str], name: str, default=None):
 
 def main(argv: list[str]) -> None:
     questions, path = Path(option(argv, "--question-file")), Path(option(argv, "--answers-file"))
-    found = [b for b in ALL.values() if str(questions).endswith(f"/{b.questions}")]
+    found = [b for b in all_benchmarks().values() if str(questions).endswith(f"/{b.questions}")]
     benchmark = found["--brief" in argv]
     limit = option(argv, "--limit")
     limit = int(limit) if limit else None

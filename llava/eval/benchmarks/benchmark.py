@@ -1,32 +1,95 @@
 """One benchmark: its files, how its questions are read, and who scores the answers."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from llava.errors import broken_files_named
 from llava.eval.answering.questions import Question, jsonl_questions, questions_of, subset
-from llava.eval.benchmarks.judged_scores import Judged
-from llava.eval.benchmarks.server_files import Upload
 from llava.eval.files.answer_lines import answers_among, is_failed
 from llava.eval.files.matching import check_asked, source
 from llava.eval.files.records import Records, read_jsonl
+from llava.eval.scoring.units import Units, accuracy_report
+
+if TYPE_CHECKING:
+    from llava.eval.scoring.judge import Judge
 
 SHARED_IMAGES = "images"
+BUNDLE = (
+    "the evaluation bundle of LLaVA (eval.zip, linked in docs/Evaluation.md of "
+    "https://github.com/haotian-liu/LLaVA), unpacked into the data folder"
+)
+COCO = "http://images.cocodataset.org/zips"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file for a server.
+
+    ending: of its name
+    write:  (data folder, question file, answers, path of the upload)
+    server: where it goes, and what is known of that server
+    folder: in place of `answers` in the path of the answers file
+    """
+
+    ending: str
+    write: Callable[[str, str, list[dict], str], None]
+    server: str
+    folder: str = "answers_upload"
+
+
+@dataclass(frozen=True)
+class JudgedRun:
+    """A complete set of answers and what its judge may need besides.
+
+    output:  file of verdicts to write; what an earlier run was told comes from the judge's cache
+    wording: file with the benchmark's own instruction to the judge; None: ours
+    """
+
+    data_dir: str
+    question_file: str
+    answers_file: str
+    output: str
+    wording: str | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How a judge scores a benchmark.
+
+    model, max_tokens, temperature: of the published verdicts
+    wording: file in the data folder with the benchmark's own instruction, if the user put it there
+    score: (judge, run) -> dict with `score` in percent, `count` and details
+    report: that dict -> text
+    """
+
+    model: str
+    max_tokens: int
+    temperature: float
+    wording: str | None
+    score: Callable[[Judge, JudgedRun], dict]
+    report: Callable[[dict], str]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark.
+    """One benchmark. Paths are relative to a data folder: that of the published bundle
+    (`playground/data/eval`), or one of the playground's, with the same layout and one image folder.
 
-    questions: question file, relative to the data folder
-    images:    image folder in the published layout; None where images are inside the questions
+    questions: question file
+    images:    image folder; None where images are inside the questions
     metric:    what `score` is
-    evaluate:  (data folder, question file, answers) -> dict with `score`, `count` and details;
-               `percent` where `score` is not one; None: the right answers are not public
-    report:    that dict -> the text the reference scorer prints
+    sources:   file or folder, or the beginning of several -> where to get it
+    units:     (data folder, question file, answers) -> what the score is made of; None: the right
+               answers are not public
+    report:    those units -> the text that the reference scorer prints
     truth:     files with the right answers, besides the questions
     read, to_questions: reader of the question file, and of one record
+    program:   module of `llava.eval` that asks the questions, and its options
+    label:     ending of answers files, where another benchmark asks the same questions differently
     judge:     how a judge scores the answers, where that is the metric
     upload:    file that a server scores
     server_if: with this file in the data folder the questions are those of the hidden split
@@ -39,11 +102,14 @@ class Benchmark:
     questions: str
     images: str | None
     metric: str
-    evaluate: Callable[[str, str, list[dict]], dict] | None = None
-    report: Callable[[dict], str] | None = None
+    sources: dict[str, str] = field(hash=False)
+    units: Callable[[str, str, list[dict]], Units] | None = None
+    report: Callable[[Units], str] = accuracy_report
     truth: tuple[str, ...] = ()
     read: Callable[[str], list[dict]] = read_jsonl
     to_questions: Callable = jsonl_questions
+    program: tuple[str, ...] = ("model_vqa_loader",)
+    label: str = ""
     judge: Judged | None = None
     upload: Upload | None = None
     server_if: str | None = None
@@ -62,9 +128,13 @@ class Benchmark:
         shared = os.path.join(data_dir, SHARED_IMAGES)
         return shared if os.path.isdir(shared) else os.path.join(data_dir, self.images or "")
 
+    def source_of(self, name: str) -> str:
+        """Where a file or folder of the data folder comes from."""
+        return self.sources[max((s for s in self.sources if name.startswith(s)), key=len)]
+
     def scorable(self, data_dir: str) -> bool:
         """True when the right answers to the questions in the data folder are there."""
-        if self.evaluate is None or self.server_scored(data_dir):
+        if self.units is None or self.server_scored(data_dir):
             return False
         return all(os.path.exists(os.path.join(data_dir, name)) for name in self.truth)
 
@@ -77,7 +147,7 @@ class Benchmark:
 
     def server_scored(self, data_dir: str) -> bool:
         """True when only a server knows the right answers to the questions in the data folder."""
-        hidden = self.evaluate is None or self.server_if is not None
+        hidden = self.units is None or self.server_if is not None
         return hidden and self.judge is None and self.has_upload(data_dir)
 
     def check_complete(self, path: str, records: list[dict], limit: int | None) -> None:
@@ -86,27 +156,27 @@ class Benchmark:
         asked = self.load_questions(path, limit, skip_bad=True)
         check_asked([question.head for question in asked], records, path)
 
-    def score(self, data_dir: str, path: str, records: list[dict], limit: int | None) -> dict:
-        """Returns the scores of a complete set of answers to the questions of file `path`.
+    def score(self, data_dir: str, path: str, records: list[dict], limit: int | None) -> Units:
+        """Returns the units of a complete set of answers to the questions of file `path`.
 
         Questions that failed do not count, nor do those that are scored jointly with one of them;
         the result says how many there are (`failed`, `left_out`). Raises ValueError when nothing
-        is left.
+        is left, and names the files when those with the right answers cannot be read.
         """
+        truth = [os.path.join(data_dir, name) for name in self.truth]
         if not self.scorable(data_dir):
-            names = ", ".join(os.path.join(data_dir, name) for name in self.truth) or "none exist"
+            names = ", ".join(truth) or "none exist"
             raise ValueError(f"{self.name}: right answers are needed to score here ({names})")
         self.check_complete(path, records, limit)
         counted = self.counted(records)
-        result = self.evaluated(data_dir, path, counted)
-        return result | self.failures(records, counted)
+        with broken_files_named((path, *truth), source(counted)):
+            found = self.units(data_dir, path, counted)
+        details = self.head() | found.details | self.failures(records, counted)
+        return replace(found, name=self.name, details=details)
 
-    def evaluated(self, data_dir: str, path: str, answers: list[dict]) -> dict:
-        """Returns the scores of answers to the questions of file `path`; ValueError that names the
-        files when those with the right answers cannot be read."""
-        truth = (os.path.join(data_dir, name) for name in self.truth)
-        with broken_files_named((path, *truth), source(answers)):
-            return self.labelled(self.evaluate(data_dir, path, answers))
+    def head(self) -> dict:
+        """What every result starts with; some say another metric, or another scale."""
+        return {"benchmark": self.name, "metric": self.metric}
 
     def counted(self, records: list[dict]) -> list[dict]:
         """The answers among the records of an answers file that a score can be made of."""
@@ -135,7 +205,3 @@ class Benchmark:
             "left_out": left_out,
             "failed_questions": [[r["question_id"], r["error"]] for r in failed],
         }
-
-    def labelled(self, result: dict) -> dict:
-        """Returns a result with the benchmark's name, its metric and the score in percent."""
-        return {"benchmark": self.name, "metric": self.metric, "percent": result["score"]} | result

@@ -13,9 +13,19 @@ import sys
 from collections import Counter, defaultdict
 
 from llava.errors import broken_files_named, errors_as_messages
-from llava.eval.files.matching import check_known, keyed, source, unique
-from llava.eval.files.records import Records, read_json, read_json_list
+from llava.eval.benchmarks.benchmark import BUNDLE, Benchmark
+from llava.eval.files.matching import (
+    check_known,
+    images_by_id,
+    keyed,
+    source,
+    texts_by_id,
+    unique,
+)
+from llava.eval.files.records import Records, as_int, read_json, read_json_list, read_jsonl
+from llava.eval.scoring.units import Unit, Units
 
+QUESTIONS = "gqa/data/testdev_balanced_questions.json"
 # Operations that only turn a found object into an answer are no reasoning step of their own.
 FREE_OPERATIONS = ("exist", "query: name", "choose name")
 BREAKDOWNS = {
@@ -32,24 +42,34 @@ def num_steps(question: dict) -> int:
     return sum(not any(free in text for free in FREE_OPERATIONS) for text in operations)
 
 
+def predictions_of(answers: list[dict]) -> list[dict]:
+    """Returns `[{"questionId", "prediction"}]`: trailing periods removed, lower case."""
+    lines = (
+        {"questionId": answer["question_id"], "prediction": answer["text"].rstrip(".").lower()}
+        for answer in unique(answers).values()
+    )
+    return Records(source(answers), lines)
+
+
 def given_answers(predictions: list[dict]) -> dict[int | str, str]:
     """Returns the predictions by question id; ValueError when two to one question differ."""
     lines = [{"question_id": p["questionId"], "text": p["prediction"]} for p in predictions]
-    given = unique(Records(source(predictions), lines))
-    return {key: line["text"].strip().rstrip(".") for key, line in given.items()}
+    given = texts_by_id(Records(source(predictions), lines))
+    return {key: text.strip().rstrip(".") for key, text in given.items()}
 
 
-def asked(questions: dict, answers: list[dict]) -> dict[int | str, dict]:
-    """Returns the questions that were answered; ValueError on an answer to no question."""
-    questions = keyed(questions)
-    check_known(answers, questions, "the questions of GQA")
-    return {key: questions[key] for key in unique(answers)}
+def units(
+    questions: dict,
+    predictions: list[dict],
+    choices: dict | None = None,
+    images: dict | None = None,
+    texts: dict | None = None,
+) -> Units:
+    """Returns whether every balanced question was answered right, in the official break-downs.
 
-
-def points(questions: dict, predictions: list[dict]) -> dict[int | str, bool]:
-    """Returns by question id whether a balanced question was answered right.
-
-    Raises ValueError when one has no prediction, or two that differ.
+    choices: valid and plausible answers per question
+    images, texts: images of the questions, and the answers word for word, by question id
+    Raises ValueError when a question has no prediction, or two that differ.
     """
     given = given_answers(predictions)
     balanced = {key: q for key, q in keyed(questions).items() if q["isBalanced"]}
@@ -57,41 +77,29 @@ def points(questions: dict, predictions: list[dict]) -> dict[int | str, bool]:
         raise ValueError(
             f"{source(predictions)}: {len(missing)} questions lack a prediction, e.g. {missing[0]}"
         )
-    return {key: given[key] == question["answer"] for key, question in balanced.items()}
-
-
-def evaluate(questions: dict, predictions: list[dict], choices: dict | None = None) -> dict:
-    """Returns the scores (percent) of `[{"questionId", "prediction"}]` on balanced questions."""
-    right = points(questions, predictions)
-    given, questions = given_answers(predictions), keyed(questions)
-    balanced = {key: questions[key] for key in right}
+    said, images = texts or given, images or {}
+    found = [
+        Unit(key, given[key] == q["answer"], said[key], images.get(key), _groups(q))
+        for key, q in balanced.items()
+    ]
     choices = keyed(choices) if choices else None
-    is_open = {key: q["types"]["structural"] == "query" for key, q in balanced.items()}
-    accuracy = _percent(right.values())
-    return {
-        "score": accuracy,
-        "count": len(right),
-        "binary": _percent(right[key] for key in right if not is_open[key]),
-        "open": _percent(right[key] for key in right if is_open[key]),
-        "accuracy": accuracy,
+    details = {
         "validity": _share_listed(balanced, given, choices, "valid"),
         "plausibility": _share_listed(balanced, given, choices, "plausible"),
         "distribution": distribution(balanced, given),
-        "breakdowns": {name: _breakdown(balanced, right, of) for name, of in BREAKDOWNS.items()},
     }
+    return Units(found, details=details)
+
+
+def _groups(question: dict) -> tuple[str, ...]:
+    is_open = question["types"]["structural"] == "query"
+    breakdowns = (f"{name}: {of(question)}" for name, of in BREAKDOWNS.items())
+    return "open" if is_open else "binary", *breakdowns
 
 
 def _share_listed(questions: dict, given: dict, choices: dict | None, kind: str) -> float:
-    if not choices:
-        return 0.0
-    return _percent(given[key] in choices[key][kind] for key in questions)
-
-
-def _breakdown(questions: dict, right: dict, of) -> dict:
-    groups = defaultdict(list)
-    for key, question in questions.items():
-        groups[of(question)].append(right[key])
-    return {name: (_percent(groups[name]), len(groups[name])) for name in sorted(groups)}
+    listed = [given[key] in choices[key][kind] for key in questions] if choices else []
+    return 100 * sum(listed) / len(listed) if listed else 0.0
 
 
 def distribution(questions: dict, given: dict) -> float:
@@ -113,19 +121,47 @@ def distribution(questions: dict, given: dict) -> float:
     return chi_square / total / 100 if total else 0.0
 
 
-def _percent(right) -> float:
-    right = list(right)
-    return 100 * sum(right) / len(right) if right else 0.0
-
-
-def report(result: dict) -> str:
-    names = ("binary", "open", "accuracy", "validity", "plausibility")
-    lines = [f"{name.capitalize()}: {result[name]:.2f}%" for name in names]
-    lines.append(f"Distribution: {result['distribution']:.2f} (lower is better)")
-    for name, groups in result["breakdowns"].items():
+def report(units: Units) -> str:
+    parts, details = units.by_group(), units.details
+    percents = {name: parts[name].percent if name in parts else 0.0 for name in ("binary", "open")}
+    percents |= {"accuracy": units.percent}
+    percents |= {name: details[name] for name in ("validity", "plausibility")}
+    lines = [f"{name.capitalize()}: {value:.2f}%" for name, value in percents.items()]
+    lines.append(f"Distribution: {details['distribution']:.2f} (lower is better)")
+    for name in BREAKDOWNS:
+        keys = (key.partition(": ") for key in parts)
+        own = {as_int(k): parts[f"{name}: {k}"] for kind, _, k in keys if kind == name}
         lines += ["", f"Accuracy / {name}:"]
-        lines += [f"  {key}: {score:.2f}% ({n} questions)" for key, (score, n) in groups.items()]
+        lines += [f"  {k}: {own[k].percent:.2f}% ({own[k].count} questions)" for k in sorted(own)]
     return "\n".join(lines) + "\n"
+
+
+def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
+    """Of those questions that were answered."""
+    truth = keyed(read_json(os.path.join(data_dir, QUESTIONS)))
+    check_known(answers, truth, "the questions of GQA")
+    texts, images = texts_by_id(answers), images_by_id(read_jsonl(questions))
+    asked = {key: truth[key] for key in texts}
+    return units(asked, predictions_of(answers), images=images, texts=texts)
+
+
+BENCHMARKS = (
+    Benchmark(
+        "gqa",
+        "gqa/llava_gqa_testdev_balanced.jsonl",
+        "gqa/data/images",
+        "accuracy",
+        {
+            "gqa/llava_": BUNDLE,
+            "gqa/data": (
+                "https://cs.stanford.edu/people/dorarad/gqa/download.html (questions, images)"
+            ),
+        },
+        read_units,
+        report,
+        truth=(QUESTIONS,),
+    ),
+)
 
 
 @errors_as_messages()
@@ -146,14 +182,14 @@ def main():
     questions, *choices = map(read_json, truth)
     predictions = read_json_list(path, ("questionId", "prediction"))
     with broken_files_named(truth, path):
-        result = evaluate(questions, predictions, *choices)
+        found = units(questions, predictions, *choices)
     if strays := given_answers(predictions).keys() - keyed(questions).keys():
         print(
             f"note: {path}: {len(strays)} predictions to no question are left out, such as "
             f"{min(strays, key=str)!r}",
             file=sys.stderr,
         )
-    print(report(result), end="")
+    print(report(found), end="")
 
 
 if __name__ == "__main__":

@@ -9,18 +9,26 @@ rotations are right; *plain accuracy* counts answers. A table without rotations 
 server reads long answers with a language model; here an answer must name a letter or an option.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from llava.eval.answering.questions import Question
-from llava.eval.files.matching import and_others, question_id, source, unique
+from llava.eval.benchmarks.benchmark import Benchmark, Upload
+from llava.eval.files.matching import and_others, check_known, question_id, source, unique
 from llava.eval.files.records import Records, as_int, read_table
+from llava.eval.files.writing import write_xlsx
 from llava.eval.scoring.cli import run_scorer
 from llava.eval.scoring.options import LETTER_ONLY, option_letter
+from llava.eval.scoring.units import COUNTS, Unit, Units
 
 CIRCULAR, PLAIN = "circular accuracy", "plain accuracy"
 OPTIONS = "ABCD"
+#: of the upload, whose `prediction` comes behind the options
+COLUMNS = ("index", "question", "A", "B", "C", "D", "answer", "split")
+DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
+PREDICTION_COLUMN = 6
 # Row `index + k * 10**6` asks question `index` with its options rotated k times.
 ROTATION = 10**6
 LETTER_PROMPT = {
@@ -30,12 +38,15 @@ LETTER_PROMPT = {
 
 
 def read_mmbench(path: str) -> Records:
-    """Returns the rows of an MMBench table; where a rotation names the row that has its picture
-    (`image` is an index), it gets that picture."""
-    rows = read_table(path)
-    pictures = {row["index"]: row["image"] for row in rows}
+    """Returns the rows of a table, each with its picture."""
+    return _with_pictures(read_table(path))
+
+
+def _with_pictures(rows: Records) -> Records:
+    """Where a rotation names the row that has its picture (`image` is an index), it gets that."""
+    pictures = {row["index"]: row.get("image") for row in rows}
     for row in rows:
-        if row["image"] in pictures:
+        if row.get("image") in pictures:
             row["image"] = pictures[row["image"]]
     return rows
 
@@ -78,26 +89,34 @@ def mmbench_question(row: dict) -> int | str:
 class Circle:
     """One question with the answers to its rotations.
 
+    category:    what the table calls it
     num_rows:    rows of the table that ask it
     num_options: of each row; where there is one row only, it must be asked with all rotations
-    rows:        those rows that were answered
-    right:       whether each answer is right
+    answers:     (text, whether it is right) by row and order of the options
     """
 
     category: str | None
     num_rows: int
     num_options: int
-    rows: set[int | str] = field(default_factory=set)
-    right: list[bool] = field(default_factory=list)
+    answers: dict[tuple, tuple[str, bool]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> set[int | str]:
+        return {index for index, _ in self.answers}
+
+    @property
+    def right(self) -> list[bool]:
+        return [right for _, right in self.answers.values()]
 
     @property
     def complete(self) -> bool:
+        """Whether it was asked with all its rotations."""
         needed = self.num_rows if self.num_rows > 1 else self.num_options
-        return len(self.rows) == self.num_rows and len(self.right) >= needed
+        return len(self.rows) == self.num_rows and len(self.answers) >= needed
 
 
 def read_rows(path: str) -> list[dict]:
-    rows = read_table(path, ("index", "answer"))
+    rows = _with_pictures(read_table(path, ("index", "answer")))
     if hidden := [row["index"] for row in rows if row["answer"] is None]:
         raise ValueError(
             f"{path}: row {hidden[0]}{and_others(len(hidden))} has no right answer: only the "
@@ -114,7 +133,8 @@ def circles(rows: list[dict], answers: list[dict]) -> dict[int | str, Circle]:
     rows_by_index = {as_int(row["index"]): row for row in rows}
     num_rows = Counter(mmbench_question(row) for row in rows)
     found: dict[int | str, Circle] = {}
-    for (index, _), answer in unique(answers, _rotation).items():
+    for rotation, answer in unique(answers, _rotation).items():
+        index = rotation[0]
         if len(answer["options"]) != len(answer["option_char"]):
             raise ValueError(
                 f"{source(answers)}: question {answer['question_id']!r} was shown "
@@ -128,8 +148,7 @@ def circles(rows: list[dict], answers: list[dict]) -> dict[int | str, Circle]:
         key = mmbench_question(row)
         new = Circle(row.get("category"), num_rows[key], len(answer["options"]))
         circle = found.setdefault(key, new)
-        circle.rows.add(index)
-        circle.right.append(_is_right(answer, row))
+        circle.answers[rotation] = answer["text"], _is_right(answer, row)
     return found
 
 
@@ -145,60 +164,112 @@ def _is_right(answer: dict, row: dict) -> bool:
     return answer["option_char"][ord(shown) - ord("A")] == row["answer"].strip().upper()
 
 
-def is_circular(found: dict[int | str, Circle]) -> bool:
-    """True when every question was asked with all its rotations."""
-    return bool(found) and all(circle.complete for circle in found.values())
+def units(rows: list[dict], answers: list[dict]) -> Units:
+    """Returns whether every question was answered right, with counts of its right answers and of
+    all of them: in all its rotations, if every question was asked with all of them; otherwise the
+    plain share of right answers.
 
-
-def evaluate(rows: list[dict], answers: list[dict]) -> dict:
-    """Returns `{"score", "metric", "circular", "plain", "count", "rows", "categories"}`.
-
-    score:    circular accuracy in percent, or the plain one where `circular` is None; `metric`
-              says which
-    count:    questions; `rows`: answers to them, with all rotations
-    open:     a question that was not asked with every rotation, if there is one
+    Details: `metric` says which; `circular` and `plain` accuracy in percent, `count` of questions,
+    `rows` answered, and `open`, a question that was not asked with every rotation, if there is one.
+    Raises ValueError as `circles` does.
     """
     found = circles(rows, answers)
-    circular = is_circular(found)
-    counted = defaultdict(list)
-    for circle in found.values():
-        points = [all(circle.right)] if circular else circle.right
-        counted[circle.category] += points
-    plain = _percent([right for circle in found.values() for right in circle.right])
-    whole = _percent([all(circle.right) for circle in found.values()]) if circular else None
-    return {
-        "score": whole if circular else plain,
+    pictures = {as_int(row["index"]): row.get("image") for row in rows}
+    left_open = next((key for key, circle in found.items() if not circle.complete), None)
+    circular, units = bool(found) and left_open is None, []
+    for key, circle in found.items():
+        right, asked = circle.right, len(circle.answers)
+        value, weight = (all(right), 1) if circular else (sum(right) / asked, asked)
+        said = tuple(circle.answers[rotation][0] for rotation in sorted(circle.answers, key=str))
+        image, groups = pictures[next(iter(circle.answers))[0]], (str(circle.category),)
+        units.append(Unit(key, value, said, image, groups, weight, (sum(right), asked)))
+    scored = Units(units)
+    right, num_answers = scored.sums[COUNTS:] if found else (0, 0)
+    scored.details = {
         "metric": CIRCULAR if circular else PLAIN,
-        "circular": whole,
-        "plain": plain,
+        "circular": scored.percent if circular else None,
+        "plain": 100 * right / num_answers if num_answers else 0.0,
         "count": len(found),
-        "rows": sum(len(circle.right) for circle in found.values()),
-        "open": next((key for key, circle in found.items() if not circle.complete), None),
-        "categories": {str(name): _percent(v) for name, v in sorted(counted.items(), key=str)},
+        "rows": num_answers,
+        "open": left_open,
     }
+    return scored
 
 
-def _percent(right: list[bool]) -> float:
-    return 100 * sum(right) / len(right) if right else 0.0
-
-
-def report(result: dict) -> str:
-    circular = "not known: there are no answers"
-    if result["open"] is not None:
-        circular = f"not known: question {result['open']} was not asked with all rotations"
-    if result["circular"] is not None:
-        circular = f"{result['circular']:.2f}%"
-    lines = [f"  {name}: {score:.2f}%" for name, score in result["categories"].items()]
+def report(units: Units) -> str:
+    details, circular = units.details, "not known: there are no answers"
+    if details["open"] is not None:
+        circular = f"not known: question {details['open']} was not asked with all rotations"
+    if details["circular"] is not None:
+        circular = f"{details['circular']:.2f}%"
+    lines = [f"  {name}: {part.percent:.2f}%" for name, part in units.by_group().items()]
     return "\n".join(
         [
-            f"Samples: {result['count']} questions, {result['rows']} answers",
+            f"Samples: {details['count']} questions, {details['rows']} answers",
             f"Circular accuracy: {circular}",
-            f"Plain accuracy: {result['plain']:.2f}%",
-            f"{result['metric'].capitalize()} / category:",
+            f"Plain accuracy: {details['plain']:.2f}%",
+            f"{details['metric'].capitalize()} / category:",
             *lines,
             "",
         ]
     )
+
+
+def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
+    return units(read_rows(questions), answers)
+
+
+def upload(rows: list[dict], answers: list[dict]) -> list[list]:
+    """Returns the header and one list of cells per row.
+
+    The last answer to a row counts, of those to its options in the order of the table: the server
+    knows no other rotation of a row. Raises ValueError when an answer belongs to no row.
+    """
+    check_known(answers, {as_int(row["index"]) for row in rows}, source(rows))
+    predictions = {question_id(a): a["text"] for a in answers if _in_table_order(a)}
+    names = [name for name in rows[0] if name not in DROPPED] if rows else COLUMNS
+    names = [*names[:PREDICTION_COLUMN], "prediction", *names[PREDICTION_COLUMN:]]
+    table = [names]
+    for row in rows:
+        index = as_int(row["index"])
+        cells = row | {"index": index, "prediction": predictions.get(index)}
+        table.append([cells[name] for name in names])
+    return table
+
+
+def _in_table_order(answer: dict) -> bool:
+    letters = list(answer.get("option_char", ""))
+    return letters == sorted(letters)
+
+
+def write_upload(data_dir: str, questions: str, answers: list[dict], path: str) -> None:
+    write_xlsx(upload(read_table(questions, ("index",)), answers), path)
+
+
+def _benchmark(name: str, table: str, lang: str) -> Benchmark:
+    return Benchmark(
+        name,
+        f"{name}/{table}",
+        None,
+        CIRCULAR,
+        {f"{name}/": f"https://download.openmmlab.com/mmclassification/datasets/mmbench/{table}"},
+        read_units,
+        report,
+        read=read_mmbench,
+        to_questions=partial(mmbench_questions, single_pred_prompt=True, lang=lang),
+        program=("model_vqa_mmbench", "--single-pred-prompt", "--lang", lang),
+        together=mmbench_question,
+        joint=lambda line: mmbench_question({"index": line["question_id"]}),
+        upload=Upload(
+            ".xlsx", write_upload, "https://mmbench.opencompass.org.cn/mmbench-submission"
+        ),
+    )
+
+
+BENCHMARKS = (
+    _benchmark("mmbench", "mmbench_dev_20230712.tsv", "en"),
+    _benchmark("mmbench_cn", "mmbench_dev_cn_20231003.tsv", "cn"),
+)
 
 
 def ids(rows: list[dict]) -> list[int | str]:
@@ -207,7 +278,7 @@ def ids(rows: list[dict]) -> list[int | str]:
 
 def main():
     fields = ("question_id", "text", "options", "option_char")
-    run_scorer(__doc__, read_rows, evaluate, report, ids, fields)
+    run_scorer(__doc__, read_rows, units, report, ids, fields)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from llava.errors import errors_as_messages
+from llava.eval.benchmarks.benchmark import BUNDLE, Benchmark
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import source, unique
-from llava.eval.files.records import read_text
+from llava.eval.files.records import complete, read_jsonl, read_text
+from llava.eval.scoring.units import Unit, Units
 
 TASKS = {
     "Perception": (
@@ -25,9 +27,9 @@ TASKS = {
     ).split(),
 }
 GROUND_TRUTH_DIR = "MME_Benchmark_release_version"
+TRUTH = f"MME/{GROUND_TRUTH_DIR}"
 WORD_PROMPT = "Answer the question using a single word or phrase."
 YES_NO_PROMPT = "Please answer yes or no."
-MAX_TASK_SCORE = 200
 
 
 def read_ground_truth(data_dir: str) -> dict[tuple[str, str, str], str]:
@@ -108,9 +110,12 @@ def parse_yes_no(text: str) -> str:
     return next((word for word in ("yes", "no") if word in text[:4]), "other")
 
 
-def right_pairs(lines: list[str]) -> list[tuple[bool, bool]]:
-    """Whether the two answers about each image are right, images in the order of the lines.
+def image_units(task: str, lines: list[str], images: dict | None = None) -> list[Unit]:
+    """Returns the two answers about each image as one unit, images in the order of the lines: it
+    counts half for being right and half for both being right; counts of right answers and of such
+    pairs.
 
+    images: names of the images by task and file
     Raises ValueError when an image has one answer only, or two that differ to one question.
     """
     said: dict[str, dict[tuple[str, str], str]] = {}
@@ -118,61 +123,95 @@ def right_pairs(lines: list[str]) -> list[tuple[bool, bool]]:
         name, question, truth, answer = line.split("\t", 3)
         first = said.setdefault(name, {}).setdefault((question, truth), answer)
         if first != answer:
-            raise ValueError(f"{question!r} about {name} has two answers, {first!r} and {answer!r}")
+            raise ValueError(
+                f"{task}: {question!r} about {name} has two answers, {first!r} and {answer!r}"
+            )
+    found = []
     for name, answers in said.items():
         if len(answers) != 2:
-            raise ValueError(f"{name} has {len(answers)} of its 2 answers")
-    return [
-        tuple(parse_yes_no(answer) == truth.lower() for (_, truth), answer in answers.items())
-        for answers in said.values()
-    ]
+            raise ValueError(f"{task}: {name} has {len(answers)} of its 2 answers")
+        answers = dict(sorted(answers.items()))
+        right = sum(parse_yes_no(text) == truth.lower() for (_, truth), text in answers.items())
+        both, texts = right == 2, tuple(answers.values())
+        image = (images or {}).get((task, name)) or f"{task}/{name}"
+        counts = right, both
+        found.append(Unit((task, name), (right / 2 + both) / 2, texts, image, (task,), 2, counts))
+    return found
 
 
-def task_score(lines: list[str]) -> float:
+def task_score(units: Units) -> float:
     """Returns accuracy plus the share of images with both answers right, in percent each."""
-    pairs = right_pairs(lines)
-    right = [answer for pair in pairs for answer in pair]
-    accuracy = sum(right) / len(right)
-    accuracy_plus = sum(first and second for first, second in pairs) / len(pairs)
-    return accuracy * 100 + accuracy_plus * 100
+    _, asked, right, both = units.sums
+    return right / asked * 100 + both / (asked / 2) * 100
 
 
-def evaluate(lines: dict[str, list[str]]) -> dict:
-    """Returns the scores of all categories present, their totals, and the share of the maximum.
+def units(lines: dict[str, list[str]], images: dict | None = None) -> Units:
+    """Returns the pairs of answers of all categories present.
 
-    Where there are tasks of cognition only, their total is the score and `metric` says so.
+    The score is that of perception; where there are tasks of cognition only, it is theirs and
+    `metric` says so. The details hold the scores of both, task by task.
     """
     known = sum(TASKS.values(), [])
     if strange := [task for task in lines if task not in known]:
         raise ValueError(f"MME has no task {strange[0]!r}, only {', '.join(known)}")
+    found = {task: image_units(task, lines[task], images) for task in known if lines.get(task)}
     groups = {
-        group: {task: _score_of(task, lines[task]) for task in tasks if lines.get(task)}
+        group: {task: task_score(Units(found[task])) for task in tasks if task in found}
         for group, tasks in TASKS.items()
     }
     group = "Perception" if groups["Perception"] else "Cognition"
-    total = sum(groups[group].values())
-    return {
-        "score": total,
-        "metric": group.lower(),
-        "percent": 100 * total / (MAX_TASK_SCORE * max(len(groups[group]), 1)),
-        "count": sum(len(rows) for rows in lines.values()),
-        "groups": groups,
-    }
+    scored = sum((found[task] for task in groups[group]), [])
+    return Units(
+        scored,
+        macro=True,
+        details={
+            "score": sum(groups[group].values()),
+            "metric": group.lower(),
+            "count": 2 * sum(map(len, found.values())),
+            "groups": groups,
+        },
+    )
 
 
-def _score_of(task: str, lines: list[str]) -> float:
-    try:
-        return task_score(lines)
-    except ValueError as error:
-        raise ValueError(f"{task}: {error}") from error
-
-
-def report(result: dict) -> str:
+def report(units: Units) -> str:
     text = ""
-    for group, scores in result["groups"].items():
+    for group, scores in units.details["groups"].items():
         text += f"=========== {group} ===========\ntotal score: {sum(scores.values())} \n\n"
         text += "".join(f"\t {task}  score: {score}\n" for task, score in scores.items()) + "\n\n"
     return text
+
+
+def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
+    lines = convert(read_ground_truth(os.path.join(data_dir, "MME")), answers)
+    records = complete(read_jsonl(questions), ("question_id",))
+    return units(lines, {_file_of(r["question_id"]): r.get("image") for r in records})
+
+
+def _file_of(question_id: str) -> tuple[str, str]:
+    """The task of a question, and how its result lines call the image."""
+    task, *_, image = str(question_id).split("/")
+    return task, f"{os.path.splitext(image)[0]}.txt"
+
+
+BENCHMARKS = (
+    Benchmark(
+        "mme",
+        "MME/llava_mme.jsonl",
+        TRUTH,
+        "perception",
+        {
+            "MME/llava_": BUNDLE,
+            "MME/": (
+                "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/"
+                "Evaluation (the authors send the images)"
+            ),
+        },
+        read_units,
+        report,
+        truth=(TRUTH,),
+        joint=lambda line: line["question_id"],
+    ),
+)
 
 
 def write_results(lines: dict[str, list[str]], folder: str) -> None:
@@ -239,7 +278,7 @@ def main():
         print(f"note: the totals are without {', '.join(missing)}: no answers", file=sys.stderr)
     if args.output_dir:
         write_results(lines, args.output_dir)
-    print(report(evaluate(lines)), end="")
+    print(report(units(lines)), end="")
 
 
 if __name__ == "__main__":

@@ -10,15 +10,17 @@ our own wording is used, whose numbers compare with each other only.
 
 import argparse
 import json
+import os
 import re
 from collections import defaultdict
 
 from llava.errors import errors_as_messages
 from llava.eval.answering.answers_file import AnswersFile
-from llava.eval.benchmarks.uploads import mmvet_name
+from llava.eval.benchmarks.benchmark import BUNDLE, Benchmark, Judged, JudgedRun, Upload
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import say_missing, source, unique
 from llava.eval.files.records import as_int, read_json, read_jsonl
+from llava.eval.files.writing import write_json
 from llava.eval.scoring.judge import Judge, Prompt, add_judge_args, judge_from_args
 
 MODEL = "gpt-4-0613"
@@ -63,7 +65,7 @@ def grade(
     entries: content of mm-vet.json
     Raises ValueError when an answer belongs to no entry, or two to one question differ.
     """
-    given = unique(answers, lambda answer: mmvet_name(answer["question_id"]))
+    given = unique(answers, lambda answer: entry_name(answer["question_id"]))
     if unknown := [key for key in given if key not in entries]:
         raise ValueError(f"{source(answers)}: mm-vet.json has no {unknown[0]!r}")
     keys = list(given)
@@ -108,6 +110,51 @@ def read_instruction(path: str | None) -> str | None:
         return None
     with open(path, encoding="utf-8") as file:
         return file.read()
+
+
+def score(judge: Judge, run: JudgedRun) -> dict:
+    entries = read_json(os.path.join(run.data_dir, "mm-vet", "mm-vet.json"))
+    instruction = read_instruction(run.wording)
+    answers = read_answers(run.answers_file)
+    return grade(judge, entries, answers, run.output, instruction, overwrite=True)
+
+
+def upload(answers: list[dict]) -> dict[str, str]:
+    """Returns `{"v1_<question_id>": answer}`, what the MM-Vet judge reads."""
+    given = unique(answers, lambda answer: entry_name(answer["question_id"]))
+    return {name: answer["text"] for name, answer in given.items()}
+
+
+def entry_name(key: int | str) -> str:
+    """`v1_7` for question 7; the benchmark's own files have it with the `v1_`."""
+    return f"v1_{str(key).strip().removeprefix('v1_')}"
+
+
+def write_upload(data_dir: str, questions: str, answers: list[dict], path: str) -> None:
+    write_json(upload(answers), path, indent=2)
+
+
+BENCHMARKS = (
+    Benchmark(
+        "mmvet",
+        "mm-vet/llava-mm-vet.jsonl",
+        "mm-vet/images",
+        "judge's grade",
+        {
+            "mm-vet/llava": BUNDLE,
+            "mm-vet/": "https://github.com/yuweihao/MM-Vet/releases (mm-vet.zip)",
+        },
+        truth=("mm-vet/mm-vet.json",),
+        program=("model_vqa",),
+        judge=Judged(MODEL, 16, 0.0, "mm-vet/prompt.txt", score, report),
+        upload=Upload(
+            ".json",
+            write_upload,
+            "https://huggingface.co/spaces/whyu/MM-Vet_Evaluator",
+            "results",
+        ),
+    ),
+)
 
 
 @errors_as_messages()

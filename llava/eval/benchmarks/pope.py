@@ -7,26 +7,28 @@ import argparse
 import os
 import re
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Container
-from typing import NamedTuple
+from collections import defaultdict
+
+import numpy as np
 
 from llava.errors import broken_files_named, errors_as_messages
+from llava.eval.benchmarks.benchmark import BUNDLE, COCO, Benchmark
 from llava.eval.files.answer_lines import read_answers
-from llava.eval.files.matching import by_id, check_known, question_id, say_missing, source, unique
+from llava.eval.files.matching import (
+    by_id,
+    check_known,
+    question_id,
+    say_missing,
+    source,
+    texts_by_id,
+)
 from llava.eval.files.records import complete, read_jsonl
+from llava.eval.scoring.units import Unit, Units, ratio
 
+LABELS = "pope/coco"
 FIELDS = ("question_id", "image", "text", "category")
 ANNOTATION_NAME = re.compile(r"coco_pope_(.+)\.json")
 RULE = "=" * 36
-
-
-class Outcome(NamedTuple):
-    """An answer and its label, and the image they are about."""
-
-    image: str
-    said: bool
-    label: bool
 
 
 def is_yes(text: str) -> bool:
@@ -35,11 +37,11 @@ def is_yes(text: str) -> bool:
     return not any(word in ("No", "not", "no") for word in words)
 
 
-def outcomes(
-    annotation_dir: str, questions: list[dict], answers: list[dict]
-) -> dict[str, list[Outcome]]:
-    """Returns every answered question of the categories that have a label file, by category.
+def units(annotation_dir: str, questions: list[dict], answers: list[dict]) -> Units:
+    """Returns whether every answer is right, with counts of the right, wrong and missed `yes`; of
+    the categories that have a label file. The detail `unlabelled` names the others.
 
+    questions: with `image`, `text` and `category`
     Labels belong to questions by image and text, answers to questions by id: today's label files
     hold other questions in another order than those of the question file. Raises ValueError when a
     question has no label, and when an answer has no question.
@@ -47,17 +49,22 @@ def outcomes(
     asked = by_id(questions)
     check_known(answers, asked, source(questions))
     given = defaultdict(list)
-    for key, answer in unique(answers).items():
-        given[asked[key]["category"]].append((asked[key], is_yes(answer["text"])))
-    found = {}
-    for category, path in annotation_files(annotation_dir).items():
+    for key, text in texts_by_id(answers).items():
+        given[asked[key]["category"]].append((key, text))
+    found, files = [], annotation_files(annotation_dir)
+    for category, path in files.items():
         labels = read_labels(path)
-        _check_labelled(path, labels, [question for question, _ in given[category]])
-        found[category] = [
-            Outcome(image_and_text(question)[0], said, labels[image_and_text(question)])
-            for question, said in given[category]
-        ]
-    return found
+        _check_labelled(path, labels, [asked[key] for key, _ in given[category]])
+        for key, text in given[category]:
+            image, _ = place = image_and_text(asked[key])
+            said, label = is_yes(text), labels[place]
+            counts = (said and label, said and not label, label and not said)
+            found.append(Unit(key, said == label, text, image, (category,), counts=counts))
+    unlabelled = sorted(name for name in given if name not in files)
+    scored = Units(found, f1, True, tuple(files))
+    scored.details["categories"] = {k: _rates_of(part) for k, part in scored.by_group().items()}
+    scored.details["unlabelled"] = unlabelled
+    return scored
 
 
 def image_and_text(record: dict) -> tuple[str, str]:
@@ -73,36 +80,6 @@ def _check_labelled(path: str, labels: dict, questions: list[dict]) -> None:
             f"{len(questions)} that were answered, such as question {lost[0]['question_id']!r}, "
             f"{image_and_text(lost[0])[1]!r} about {lost[0]['image']}"
         )
-
-
-def evaluate(annotation_dir: str, questions: list[dict], answers: list[dict]) -> dict:
-    """Returns `{"score", "count", "categories": {name: metrics}, "unlabelled"}`.
-
-    score:      mean F1 in percent
-    questions:  with `image`, `text` and `category`
-    unlabelled: answered categories without a label file, which the mean lacks
-    Raises ValueError as `outcomes` does.
-    """
-    num_questions = Counter(question["category"] for question in questions)
-    categories = {
-        category: metrics([(one.said, one.label) for one in found])
-        | {"num_answers": len(found), "complete": len(found) == num_questions[category]}
-        for category, found in outcomes(annotation_dir, questions, answers).items()
-    }
-    scores = [result["f1"] for result in categories.values() if result["num_answers"]]
-    mean = sum(scores) / len(scores) if scores else 0.0
-    return {
-        "score": 100 * mean,
-        "count": sum(result["num_answers"] for result in categories.values()),
-        "categories": categories,
-        "unlabelled": _unlabelled(questions, answers, categories),
-    }
-
-
-def _unlabelled(questions: list[dict], answers: list[dict], labelled: Container[str]) -> list[str]:
-    asked = by_id(questions)
-    answered = {asked[question_id(answer)]["category"] for answer in answers}
-    return sorted(category for category in answered if category not in labelled)
 
 
 def read_labels(path: str) -> dict[tuple[str, str], bool]:
@@ -127,45 +104,77 @@ def annotation_files(folder: str) -> dict[str, str]:
     return files
 
 
-def metrics(pairs: list[tuple[bool, bool]]) -> dict:
-    """Returns counts and rates of (prediction, label) pairs; a rate over nothing is 0."""
-    tp, fp = pairs.count((True, True)), pairs.count((True, False))
-    tn, fn = pairs.count((False, False)), pairs.count((False, True))
+def rates(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """The rates of (..., 5) sums over answers; a rate over nothing is 0."""
+    right, count, tp, fp, fn = np.moveaxis(np.asarray(sums, float), -1, 0)
     precision, recall = ratio(tp, tp + fp), ratio(tp, tp + fn)
     return {
-        "tp": tp,
-        "fp": fp,
-        "tn": tn,
-        "fn": fn,
-        "accuracy": ratio(tp + tn, len(pairs)),
+        "accuracy": ratio(right, count),
         "precision": precision,
         "recall": recall,
         "f1": ratio(2 * precision * recall, precision + recall),
-        "yes_ratio": ratio(tp + fp, len(pairs)),
+        "yes_ratio": ratio(tp + fp, count),
     }
 
 
-def ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+def f1(sums: np.ndarray) -> np.ndarray:
+    return 100 * rates(sums)["f1"]
 
 
-def report(result: dict) -> str:
+def report(units: Units) -> str:
     """Returns the text of the reference scorer, categories in alphabetical order."""
-    blocks = [_category_report(*item) for item in result["categories"].items()]
+    parts = units.by_group()
+    blocks = [_category_report(*item) for item in parts.items()]
     if len(blocks) > 1:
-        blocks.append(f"Average F1 score: {result['score'] / 100}\n")
+        scores = [_rates_of(part)["f1"] for part in parts.values() if part.found]
+        blocks.append(f"Average F1 score: {sum(scores) / max(len(scores), 1)}\n")
     return "".join(blocks)
 
 
-def _category_report(category: str, m: dict) -> str:
+def _rates_of(units: Units) -> dict:
+    sums = units.sums if units.found else 5 * (0,)
+    right, _, tp, fp, fn = sums
+    counts = {"tp": tp, "fp": fp, "tn": right - tp, "fn": fn}
+    return counts | {name: float(rate) for name, rate in rates(sums).items()}
+
+
+def _category_report(category: str, units: Units) -> str:
+    m = _rates_of(units)
     order = ("f1", "accuracy", "precision", "recall", "yes_ratio")
     return (
-        f"Category: {category}, # samples: {m['num_answers']}\n"
+        f"Category: {category}, # samples: {units.count}\n"
         f"TP\tFP\tTN\tFN\t\n{m['tp']}\t{m['fp']}\t{m['tn']}\t{m['fn']}\n"
         f"Accuracy: {m['accuracy']}\nPrecision: {m['precision']}\nRecall: {m['recall']}\n"
         f"F1 score: {m['f1']}\nYes ratio: {m['yes_ratio']}\n"
         f"{', '.join(f'{m[key]:.3f}' for key in order)}\n{RULE}\n"
     )
+
+
+def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
+    """Raises ValueError when a category has no labels."""
+    folder = os.path.join(data_dir, LABELS)
+    found = units(folder, complete(read_jsonl(questions), FIELDS), answers)
+    if lost := found.details["unlabelled"]:
+        raise ValueError(f"{folder} has no labels of {', '.join(lost)}")
+    return found
+
+
+BENCHMARKS = (
+    Benchmark(
+        "pope",
+        "pope/llava_pope_test.jsonl",
+        "pope/val2014",
+        "F1",
+        {
+            "pope/llava_": BUNDLE,
+            LABELS: "https://github.com/AoiDragon/POPE (output/coco)",
+            "pope/val2014": f"{COCO}/val2014.zip",
+        },
+        read_units,
+        report,
+        truth=(LABELS,),
+    ),
+)
 
 
 @errors_as_messages()
@@ -178,15 +187,15 @@ def main():
     questions = complete(read_jsonl(args.question_file), FIELDS)
     answers = read_answers(args.result_file)
     with broken_files_named((args.question_file, args.annotation_dir), args.result_file):
-        result = evaluate(args.annotation_dir, questions, answers)
-    scored = [q for q in questions if q["category"] in result["categories"]]
-    if lost := result["unlabelled"]:
+        found = units(args.annotation_dir, questions, answers)
+    if lost := found.details["unlabelled"]:
         print(
             f"note: {args.annotation_dir} has no labels of {', '.join(lost)}, which are left out",
             file=sys.stderr,
         )
-    say_missing(answers, [question_id(q) for q in scored], "the rates are those of the others")
-    print(report(result), end="")
+    scored = [question_id(q) for q in questions if q["category"] in found.groups]
+    say_missing(answers, scored, "the rates are those of the others")
+    print(report(found), end="")
 
 
 if __name__ == "__main__":

@@ -8,16 +8,18 @@ a language model; here an answer must name the letter or repeat the option.
 
 import argparse
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from llava.errors import broken_files_named, errors_as_messages
 from llava.eval.answering.questions import Question
+from llava.eval.benchmarks.benchmark import Benchmark
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import source, unique
 from llava.eval.files.records import complete, read_json_list
 from llava.eval.scoring.options import option_letter
+from llava.eval.scoring.units import Unit, Units, accuracy_report
 
 FIELDS = ("question", "img_path", "candidates")
 INSTRUCTION = {
@@ -59,8 +61,8 @@ def question_key(record: dict) -> tuple:
     return record["img_path"], record["question"], tuple(record["candidates"])
 
 
-def points(records: list[dict], answers: list[dict]) -> list[tuple[dict, bool]]:
-    """Returns (question, whether it was answered right) of every answered question.
+def units(records: list[dict], answers: list[dict]) -> Units:
+    """Returns whether every answer is right, by type and concern.
 
     Raises ValueError when an answer belongs to no question, or two to one question differ.
     """
@@ -75,26 +77,36 @@ def points(records: list[dict], answers: list[dict]) -> list[tuple[dict, bool]]:
         record, candidates = known[key], known[key]["candidates"]
         letter = option_letter(answer["text"], candidates)
         right = letter is not None and candidates["ABCD".index(letter)] == record["correct_ans"]
-        found.append((record, right))
-    return found
+        kind, concern = record.get("type"), record.get("concern")
+        groups = f"type: {TYPES.get(kind, kind)}", f"concern: {CONCERNS.get(concern, concern)}"
+        found.append(Unit(key, right, answer["text"], record["img_path"], groups))
+    return Units(found)
 
 
-def evaluate(records: list[dict], answers: list[dict]) -> dict:
-    """Returns the accuracy in percent, by type and concern as well."""
-    groups = defaultdict(list)
-    for record, right in points(records, answers):
-        groups["all"].append(right)
-        groups[f"type: {TYPES.get(record.get('type'), record.get('type'))}"].append(right)
-        groups[f"concern: {CONCERNS.get(record.get('concern'), record.get('concern'))}"].append(
-            right
-        )
-    scores = {name: 100 * sum(hits) / len(hits) for name, hits in sorted(groups.items())}
-    return {"score": scores.pop("all", 0.0), "count": len(groups["all"]), "groups": scores}
+def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
+    return units(complete(read_json_list(questions), FIELDS), answers)
 
 
-def report(result: dict) -> str:
-    lines = [f"  {name}: {score:.2f}%\n" for name, score in result["groups"].items()]
-    return f"Samples: {result['count']}\nAccuracy: {result['score']:.2f}%\n" + "".join(lines)
+def _benchmark(name: str, questions: str, lang: str, public: bool) -> Benchmark:
+    return Benchmark(
+        name,
+        f"qbench/{questions}",
+        "qbench/images_llvisionqa",
+        "accuracy",
+        {"qbench/": "https://github.com/Q-Future/Q-Bench (LLVisionQA)"},
+        read_units if public else None,
+        read=read_json_list,
+        to_questions=partial(qbench_questions, lang=lang),
+        program=("model_vqa_qbench", "--lang", lang),
+    )
+
+
+BENCHMARKS = (
+    _benchmark("qbench", "llvisionqa_dev.json", "en", public=True),
+    _benchmark("qbench_test", "llvisionqa_test.json", "en", public=False),
+    _benchmark("qbench_zh", "质衡-问答-验证集.json", "zh", public=True),
+    _benchmark("qbench_zh_test", "质衡-问答-测试集.json", "zh", public=False),
+)
 
 
 @errors_as_messages()
@@ -106,7 +118,7 @@ def main():
     records = complete(read_json_list(args.question_file), FIELDS)
     answers = read_answers(args.result_file, (*FIELDS, "text"))
     with broken_files_named((args.question_file,), args.result_file):
-        result = evaluate(records, answers)
+        found = units(records, answers)
     given = set(map(question_key, answers))
     if missing := [record for record in records if question_key(record) not in given]:
         print(
@@ -115,7 +127,7 @@ def main():
             "of the others",
             file=sys.stderr,
         )
-    print(report(result), end="")
+    print(accuracy_report(found), end="")
 
 
 if __name__ == "__main__":

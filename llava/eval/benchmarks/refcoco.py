@@ -7,11 +7,14 @@ answers `[x1, y1, x2, y2]` in shares of the image padded to a square, so the tru
 padding and is divided by the longer side before the two are compared.
 """
 
+import os
 import re
 
-from llava.eval.files.matching import by_id, check_known, source, unique
+from llava.eval.benchmarks.benchmark import COCO, Benchmark
+from llava.eval.files.matching import by_id, check_known, images_by_id, source, texts_by_id
 from llava.eval.files.records import read_jsonl
 from llava.eval.scoring.cli import run_scorer
+from llava.eval.scoring.units import COUNTS, Unit, Units
 
 THRESHOLD = 0.5
 NUMBER = r"\s*(-?\d*\.?\d+)\s*"
@@ -47,37 +50,28 @@ def area(box: Box) -> float:
     return max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
 
 
-def overlaps(annotations: list[dict], answers: list[dict]) -> dict[int | str, float | None]:
-    """Returns the IoU of every answer by question id; None where the answer holds no box.
+def units(annotations: list[dict], answers: list[dict], images: dict | None = None) -> Units:
+    """Returns whether every answered box hits, and counts its IoU and answers without a box.
 
+    images: of the questions, by id
     Raises ValueError when a question is not annotated, or has two different answers.
     """
-    truth, found = by_id(annotations), {}
+    truth, found, images = by_id(annotations), [], images or {}
     check_known(answers, truth, source(annotations))
-    for key, answer in unique(answers).items():
-        record, box = truth[key], parse_box(answer["text"])
+    for key, text in texts_by_id(answers).items():
+        record, box = truth[key], parse_box(text)
         target = to_padded_square(record["bbox"], record["width"], record["height"])
-        found[key] = iou(box, target) if box else None
-    return found
+        overlap = iou(box, target) if box else 0.0
+        hit = overlap >= THRESHOLD
+        found.append(Unit(key, hit, text, images.get(key), counts=(overlap, box is None)))
+    return Units(found)
 
 
-def evaluate(annotations: list[dict], answers: list[dict]) -> dict:
-    """Returns `{"score": accuracy in percent, "count", "mean_iou", "unreadable"}`."""
-    found = list(overlaps(annotations, answers).values())
-    values = [value or 0.0 for value in found]
-    count = len(values)
-    return {
-        "score": 100 * sum(value >= THRESHOLD for value in values) / max(count, 1),
-        "count": count,
-        "mean_iou": sum(values) / max(count, 1),
-        "unreadable": found.count(None),
-    }
-
-
-def report(result: dict) -> str:
+def report(units: Units) -> str:
+    overlap, unreadable = units.sums[COUNTS:] if units.found else (0, 0)
     return (
-        f"Samples: {result['count']}, without a box: {result['unreadable']}\n"
-        f"Mean IoU: {result['mean_iou']:.4f}\nAcc@{THRESHOLD}: {result['score']:.2f}%\n"
+        f"Samples: {units.count}, without a box: {unreadable}\n"
+        f"Mean IoU: {overlap / max(units.count, 1):.4f}\nAcc@{THRESHOLD}: {units.percent:.2f}%\n"
     )
 
 
@@ -85,8 +79,39 @@ def read_annotations(path: str) -> list[dict]:
     return read_jsonl(path, ("question_id", "bbox", "width", "height"))
 
 
+def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
+    """The boxes of `llava_refcoco_val.jsonl` are in `refcoco_val.jsonl` beside it."""
+    folder, name = os.path.split(questions)
+    annotations = read_annotations(os.path.join(folder, name.removeprefix("llava_")))
+    return units(annotations, answers, images_by_id(read_jsonl(questions)))
+
+
+CONVERTED = (
+    "https://github.com/lichengunc/refer, then python scripts/convert_refcoco_to_llava.py --help"
+)
+SPLITS = {
+    "refcoco": ("val", "testA", "testB"),
+    "refcoco+": ("val", "testA", "testB"),
+    "refcocog": ("val", "test"),
+}
+BENCHMARKS = tuple(
+    Benchmark(
+        dataset if split == "val" else f"{dataset}_{split}",
+        f"refcoco/llava_{dataset}_{split}.jsonl",
+        "refcoco/images",
+        "accuracy at IoU 0.5",
+        {"refcoco/": CONVERTED, "refcoco/images": f"{COCO}/train2014.zip"},
+        read_units,
+        report,
+        truth=(f"refcoco/{dataset}_{split}.jsonl",),
+    )
+    for dataset, splits in SPLITS.items()
+    for split in splits
+)
+
+
 def main():
-    run_scorer(__doc__, read_annotations, evaluate, report, by_id)
+    run_scorer(__doc__, read_annotations, units, report, by_id)
 
 
 if __name__ == "__main__":

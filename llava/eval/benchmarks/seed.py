@@ -5,65 +5,92 @@ python -m llava.eval.benchmarks.seed --annotation-file SEED-Bench.json --result-
 `scripts/convert_seed_for_submission.py` prints the same and writes the leaderboard's file, too.
 """
 
-from llava.eval.files.matching import by_id, check_known, keyed, say_missing, unique
-from llava.eval.files.records import read_json
+import os
+
+from llava.eval.benchmarks.benchmark import BUNDLE, Benchmark, Upload
+from llava.eval.files.matching import by_id, check_known, images_by_id, texts_by_id, texts_to
+from llava.eval.files.records import read_json, read_jsonl
+from llava.eval.files.writing import write_jsonl
 from llava.eval.scoring.cli import run_scorer
+from llava.eval.scoring.units import Unit, Units, mean_by_share
 
-TOTAL = "Total accuracy"
+KINDS = ("image accuracy", "video accuracy")
+ANNOTATION = "seed_bench/SEED-Bench.json"
 
 
-def points(questions: list[dict], texts: dict) -> dict[int | str, bool]:
-    """Returns by question id whether it was answered right; an unanswered question is wrong.
+def units(annotation: dict, answers: list[dict], images: dict | None = None) -> Units:
+    """Returns whether every question of the annotation was answered right, one without an answer
+    being wrong. As in the release, an answer is right when it is the letter and nothing else.
 
-    As in the release an answer is right when it is the letter and nothing else.
+    images: of the questions, by id
+    Raises ValueError when an answer belongs to none, or two to one question differ.
     """
-    texts = {key: text.strip() for key, text in keyed(texts).items()}
-    return {key: texts.get(key) == question["answer"] for key, question in by_id(questions).items()}
-
-
-def evaluate(annotation: dict, texts: dict) -> dict[str, float]:
-    """Returns accuracies in percent by printed name; an unanswered question is wrong."""
-    questions = annotation["questions"]
-    right = list(points(questions, texts).values())
-
-    def share(chosen) -> float:
-        hits = [ok for ok, question in zip(right, questions, strict=True) if chosen(question)]
-        return sum(hits) / len(hits) * 100 if hits else 0.0
-
+    questions, images = by_id(annotation["questions"]), images or {}
+    check_known(answers, questions, "the annotation")
     types = sorted(annotation["question_type"].items(), key=lambda item: item[1])
-    scores = {name: share(lambda q, i=i: q["question_type_id"] == i) for name, i in types}
-    scores[TOTAL] = share(lambda q: True)
-    for kind in ("image", "video"):
-        scores[f"{kind} accuracy"] = share(lambda q, kind=kind: q["data_type"] == kind)
-    return scores
+    names = {number: name for name, number in types}
+    texts = texts_by_id(answers)
+    found = []
+    for key, question in questions.items():
+        text = texts.get(key, "")
+        groups = (names[question["question_type_id"]], f"{question['data_type']} accuracy")
+        right = text.strip() == question["answer"]
+        found.append(Unit(key, right, text, images.get(key), groups))
+    return Units(found, mean_by_share, groups=(*names.values(), *KINDS))
 
 
-def texts_by_id(answers: list[dict]) -> dict:
-    """Returns the answers by question id; ValueError when two to one question differ."""
-    return {key: answer["text"] for key, answer in unique(answers).items()}
-
-
-def asked(annotation: dict, answers: list[dict]) -> list[dict]:
-    """Returns the questions that were answered; ValueError on an answer to no question."""
-    known = by_id(annotation["questions"])
-    check_known(answers, known, "the annotation")
-    given = texts_by_id(answers)
-    return [question for key, question in known.items() if key in given]
-
-
-def report(scores: dict[str, float]) -> str:
+def report(units: Units) -> str:
+    scores = {name: part.percent for name, part in units.by_group().items()}
+    kinds = {name: scores.pop(name) for name in KINDS}
+    scores |= {"Total accuracy": units.percent} | kinds
     return "".join(f"{name}: {score:.2f}%\n" for name, score in scores.items())
 
 
-def evaluate_all(annotation: dict, answers: list[dict]) -> dict[str, float]:
-    """`evaluate` over all questions of the annotation; says how many have no answer."""
-    asked(annotation, answers)
-    say_missing(answers, by_id(annotation["questions"]), "they count as wrong")
-    return evaluate(annotation, texts_by_id(answers))
+def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
+    """Of those questions that were answered."""
+    annotation = read_json(os.path.join(data_dir, ANNOTATION))
+    found = units(annotation, answers, images_by_id(read_jsonl(questions)))
+    return found.only(texts_by_id(answers))
+
+
+def upload(questions: list[dict], texts: dict) -> list[dict]:
+    """Returns one `{"question_id", "prediction"}` per question; unanswered ones are empty.
+
+    Raises ValueError when an answer belongs to none.
+    """
+    pairs = zip(questions, texts_to(questions, texts), strict=True)
+    return [{"question_id": q["question_id"], "prediction": text or ""} for q, text in pairs]
+
+
+def write_upload(data_dir: str, questions: str, answers: list[dict], path: str) -> None:
+    annotation = read_json(os.path.join(data_dir, ANNOTATION))
+    write_jsonl(upload(annotation["questions"], texts_by_id(answers)), path)
+
+
+DATA_SET = "https://huggingface.co/datasets/AILab-CVC/SEED-Bench"
+LEADERBOARD = "https://huggingface.co/spaces/AILab-CVC/SEED-Bench_Leaderboard"
+BENCHMARKS = (
+    Benchmark(
+        "seed",
+        "seed_bench/llava-seed-bench.jsonl",
+        "seed_bench",
+        "accuracy",
+        {
+            "seed_bench/llava": BUNDLE,
+            "seed_bench": f"{DATA_SET} (images; middle frames of the videos)",
+            ANNOTATION: DATA_SET,
+        },
+        read_units,
+        report,
+        truth=(ANNOTATION,),
+        upload=Upload(".jsonl", write_upload, LEADERBOARD),
+    ),
+)
 
 
 def main():
-    run_scorer(__doc__, read_json, evaluate_all, report)
+    ids = lambda annotation: by_id(annotation["questions"])  # noqa: E731
+    run_scorer(__doc__, read_json, units, report, ids, missing="they count as wrong")
 
 
 if __name__ == "__main__":

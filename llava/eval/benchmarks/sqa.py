@@ -5,17 +5,28 @@ python llava/eval/eval_science_qa.py --base-dir DIR --result-file A.jsonl --outp
 """
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
 from llava.errors import broken_files_named, errors_as_messages
 from llava.eval.answering.questions import Question
+from llava.eval.benchmarks.benchmark import BUNDLE, Benchmark
 from llava.eval.files.answer_lines import read_answers
-from llava.eval.files.matching import and_others, keyed, say_missing, source, unique
-from llava.eval.files.records import as_int, read_json
+from llava.eval.files.matching import (
+    and_others,
+    images_by_id,
+    keyed,
+    say_missing,
+    source,
+    unique,
+)
+from llava.eval.files.records import as_int, read_json, read_json_list
+from llava.eval.files.writing import write_json
 from llava.eval.scoring.options import LETTER_ONLY
+from llava.eval.scoring.units import VALUE, Unit, Units, mean_by_share
 
 FAILED = "FAILED"
 SENTENCE = re.compile(r"The answer is ([A-Z]).")
@@ -43,68 +54,65 @@ def parse_letter(text: str, letters: str = LETTERS) -> str:
     return found[0] if len(found) == 1 else FAILED
 
 
-def evaluate(problems: dict, ids: list[str], answers: list[dict], letters: str = LETTERS) -> dict:
-    """Returns accuracies and the details of every question in `ids`; unanswered ones are wrong.
+def units(
+    problems: dict,
+    ids: list[str],
+    answers: list[dict],
+    letters: str = LETTERS,
+    images: dict | None = None,
+) -> Units:
+    """Returns whether every question in `ids` was answered right, one without an answer being
+    wrong. Those with an image make the score, or all where none has one.
 
-    score:  accuracy on the questions with an image, or on all where none has one
-    scored: those questions, and whether they are right; `count` of them, `total` in all
-    Raises ValueError when there is no problem of that id, or two answers to one differ.
+    images: of the questions, by id
+    Details: the accuracies, and the files that the program writes. Raises ValueError when there is
+    no problem of that id, or two answers to one differ.
     """
-    given, problems = unique(answers), keyed(problems)
+    given, problems, images = unique(answers), keyed(problems), images or {}
     ids = {as_int(key): str(key) for key in ids}
     if unknown := [key for key in ids if key not in problems]:
         raise ValueError(
             f"{source(answers)}: question {ids[unknown[0]]!r}{and_others(len(unknown))} is not in "
             "problems.json"
         )
-    entries, results, outputs = [], {}, {}
+    found, entries, results, outputs = [], {"correct": [], "incorrect": []}, {}, {}
     for number, key in ids.items():
         answer = given.get(number, {"text": FAILED, "prompt": "Unknown"})
         letter = parse_letter(answer["text"], letters)
         choices = letters[: len(problems[number]["choices"])]
         outputs[key] = answer["text"]
         results[key] = choices.index(letter) if letter in choices else -1
-        entries.append(
-            {
-                "question_id": key,
-                "parsed_ans": letter,
-                "ground_truth": letters[problems[number]["answer"]],
-                "question": answer["prompt"],
-                "pred": answer["text"],
-                "is_multimodal": "<image>" in answer["prompt"],
-            }
-        )
-    right = [results[key] == problems[number]["answer"] for number, key in ids.items()]
-    pairs = list(zip(entries, right, strict=True))
-    with_image = {e["question_id"]: ok for e, ok in pairs if e["is_multimodal"]}
-    shown = list(with_image.values())
-    return {
-        "score": _percent(shown if shown else right),
-        "accuracy": _percent(right),
-        "image_accuracy": _percent(shown),
-        "correct": sum(right),
-        "count": len(shown) or len(ids),
-        "total": len(ids),
-        "sqa_results": {"correct": [], "incorrect": []}
-        | {
-            name: [e for e, ok in pairs if ok == wanted]
-            for name, wanted in (("correct", True), ("incorrect", False))
-        },
+        right = results[key] == problems[number]["answer"]
+        shown = "<image>" in answer["prompt"]
+        entry = {
+            "question_id": key,
+            "parsed_ans": letter,
+            "ground_truth": letters[problems[number]["answer"]],
+            "question": answer["prompt"],
+            "pred": answer["text"],
+            "is_multimodal": shown,
+        }
+        entries["correct" if right else "incorrect"].append(entry)
+        found.append(Unit(number, right, answer["text"], images.get(number), weight=int(shown)))
+    every = Units([unit._replace(weight=1) for unit in found], mean_by_share)
+    shown = Units(found, mean_by_share)
+    details = {
+        "accuracy": every.percent,
+        "image_accuracy": shown.percent,
+        "correct": every.sums[VALUE],
+        "total": len(found),
+        "sqa_results": entries,
         "results": results,
         "outputs": outputs,
-        "scored": with_image or {e["question_id"]: ok for e, ok in pairs},
     }
+    return replace(shown if shown.count else every, details=details)
 
 
-def _percent(right: list[bool]) -> float:
-    return sum(right) / len(right) * 100 if right else 0.0
-
-
-def report(result: dict) -> str:
+def report(units: Units) -> str:
     return (
-        f"Total: {result['total']}, Correct: {result['correct']}, "
-        f"Accuracy: {result['accuracy']:.2f}%, IMG-Accuracy: {result['image_accuracy']:.2f}%\n"
-    )
+        "Total: {total}, Correct: {correct}, Accuracy: {accuracy:.2f}%, "
+        "IMG-Accuracy: {image_accuracy:.2f}%\n"
+    ).format(**units.details)
 
 
 def read_problems(base_dir: str, split: str) -> tuple[dict, list[str]]:
@@ -113,6 +121,35 @@ def read_problems(base_dir: str, split: str) -> tuple[dict, list[str]]:
     if split not in splits:
         raise ValueError(f"no split {split!r}, choose from {', '.join(splits)}")
     return read_json(os.path.join(base_dir, "problems.json")), splits[split]
+
+
+def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
+    """Of those questions that were answered."""
+    problems, _ = read_problems(os.path.join(data_dir, "scienceqa"), "test")
+    asked, images = [a["question_id"] for a in answers], images_by_id(read_json_list(questions))
+    return units(problems, asked, answers, images=images)
+
+
+BENCHMARKS = (
+    Benchmark(
+        "sqa",
+        "scienceqa/llava_test_CQM-A.json",
+        "scienceqa/images/test",
+        "accuracy on images",
+        {
+            "scienceqa/llava_": BUNDLE,
+            "scienceqa/": (
+                "https://github.com/lupantech/ScienceQA (data/scienceqa and the test images)"
+            ),
+        },
+        read_units,
+        report,
+        truth=("scienceqa/problems.json", "scienceqa/pid_splits.json"),
+        read=read_json_list,
+        to_questions=partial(science_questions, single_pred_prompt=True),
+        program=("model_vqa_science", "--single-pred-prompt"),
+    ),
+)
 
 
 @errors_as_messages()
@@ -131,15 +168,14 @@ def main():
     )
     with broken_files_named(truth, args.result_file):
         problems, ids = read_problems(args.base_dir, args.split)
-        result = evaluate(problems, ids, answers, args.options)
+        found = units(problems, ids, answers, args.options)
     say_missing(answers, list(map(as_int, ids)), "they count as wrong")
-    print(report(result), end="")
-    with open(args.output_file, "w", encoding="utf-8") as file:
-        json.dump(result["sqa_results"], file, indent=2)
-    summary = {"acc": result["accuracy"], "correct": result["correct"], "count": result["total"]}
-    summary |= {key: result[key] for key in ("results", "outputs")}
-    with open(args.output_result, "w", encoding="utf-8") as file:
-        json.dump(summary, file, indent=2)
+    print(report(found), end="")
+    details = found.details
+    write_json(details["sqa_results"], args.output_file, indent=2)
+    summary = {"acc": details["accuracy"], "correct": details["correct"], "count": details["total"]}
+    summary |= {key: details[key] for key in ("results", "outputs")}
+    write_json(summary, args.output_result, indent=2)
 
 
 if __name__ == "__main__":

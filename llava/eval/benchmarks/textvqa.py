@@ -10,11 +10,14 @@ import sys
 from collections import Counter
 
 from llava.errors import broken_files_named, errors_as_messages
+from llava.eval.benchmarks.benchmark import BUNDLE, Benchmark
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import question_id, source, unique
 from llava.eval.files.records import as_int, read_json
 from llava.eval.scoring.m4c import TextVQAAccuracyEvaluator
+from llava.eval.scoring.units import Unit, Units, accuracy_report
 
+ANNOTATIONS = "textvqa/TextVQA_0.5.1_val.json"
 OCR_PROMPT = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 
 
@@ -37,11 +40,10 @@ def question_key(answer: dict) -> tuple[int | str, str]:
     return question_id(answer), question_of(answer["prompt"])
 
 
-def points(annotations: list[dict], answers: list[dict]) -> list[tuple[int | str, float]]:
-    """Returns (image, soft accuracy from 0 to 1) of every answer.
+def units(annotations: list[dict], answers: list[dict]) -> Units:
+    """Returns the soft accuracy of every answer; a question counts as often as it is annotated.
 
-    A question counts as often as it is annotated. Raises ValueError when it is not annotated, or
-    has two different answers.
+    Raises ValueError when it is not annotated, or has two different answers.
     """
     humans = {_annotated(a): a["answers"] for a in annotations}
     times = Counter(map(_annotated, annotations))
@@ -53,25 +55,30 @@ def points(annotations: list[dict], answers: list[dict]) -> list[tuple[int | str
             f"{source(answers)}: no annotation for image {image!r} and question {question!r}"
         )
     score = TextVQAAccuracyEvaluator().score
-    return [
-        (key[0], score(answer["text"], humans[key]))
-        for key, answer in found.items()
-        for _ in range(min(given[key], times[key]))
-    ]
+    return Units(
+        [
+            Unit(
+                key,
+                score(answer["text"], humans[key]),
+                answer["text"],
+                str(key[0]),
+                weight=min(given[key], times[key]),
+            )
+            for key, answer in found.items()
+        ]
+    )
 
 
 def _annotated(annotation: dict) -> tuple[int | str, str]:
     return as_int(annotation["image_id"]), annotation["question"].lower()
 
 
-def evaluate(annotations: list[dict], answers: list[dict]) -> dict:
-    """Returns `{"score": accuracy in percent, "count": n}` of answers to annotated questions."""
-    values = [value for _, value in points(annotations, answers)]
-    return {"score": 100.0 * sum(values) / max(len(values), 1), "count": len(values)}
+def report(units: Units) -> str:
+    return f"{accuracy_report(units)}\n"
 
 
-def report(result: dict) -> str:
-    return f"Samples: {result['count']}\nAccuracy: {result['score']:.2f}%\n\n"
+def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
+    return units(read_annotations(os.path.join(data_dir, ANNOTATIONS)), answers)
 
 
 def _first_missing(annotations: list[dict], answers: list[dict]) -> str:
@@ -82,6 +89,25 @@ def _first_missing(annotations: list[dict], answers: list[dict]) -> str:
 
 def read_annotations(path: str) -> list[dict]:
     return read_json(path)["data"]
+
+
+FILES = "https://dl.fbaipublicfiles.com/textvqa"
+BENCHMARKS = (
+    Benchmark(
+        "textvqa",
+        "textvqa/llava_textvqa_val_v051_ocr.jsonl",
+        "textvqa/train_images",
+        "accuracy",
+        {
+            "textvqa/llava_": BUNDLE,
+            "textvqa/TextVQA": f"{FILES}/data/TextVQA_0.5.1_val.json",
+            "textvqa/train_images": f"{FILES}/images/train_val_images.zip",
+        },
+        read_units,
+        report,
+        truth=(ANNOTATIONS,),
+    ),
+)
 
 
 @errors_as_messages()
@@ -105,14 +131,14 @@ def main():
         print(os.path.splitext(os.path.basename(path))[0])
         answers = read_answers(path, ("question_id", "prompt", "text"))
         with broken_files_named((args.annotation_file,), path):
-            result = evaluate(annotations, answers)
-        if rest := len(annotations) - result["count"]:
+            found = units(annotations, answers)
+        if rest := len(annotations) - found.count:
             print(
                 f"note: {path}: {rest} of {len(annotations)} questions have no answer, such as "
                 f"{_first_missing(annotations, answers)}: the accuracy is that of the others",
                 file=sys.stderr,
             )
-        print(report(result), end="")
+        print(report(found), end="")
 
 
 if __name__ == "__main__":

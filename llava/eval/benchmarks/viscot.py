@@ -5,6 +5,9 @@ python -m llava.eval.benchmarks.viscot --result-file A.jsonl [--score-func judge
 The judge is any OpenAI-compatible endpoint (`--help`). Scored lines grow in
 `A_judge-tmp.jsonl`, where a stopped run goes on; when all are there, the file is renamed to
 `A_judge-0.7613.jsonl`, with the mean in its name.
+
+A file is a list of `{question_id, image: [path, "path###[x1, y1, x2, y2]"], conversations}`, the
+conversation being question, box, `<image>` and answer.
 """
 
 import argparse
@@ -12,15 +15,38 @@ import glob
 import json
 import os
 import re
+from collections.abc import Iterator
+from functools import partial
 
 from llava.errors import errors_as_messages
 from llava.eval.answering.answers_file import AnswersFile
-from llava.eval.benchmarks.viscot_questions import BRIEF
+from llava.eval.answering.questions import Question
+from llava.eval.benchmarks.benchmark import Benchmark, Judged, JudgedRun
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import question_id, unique
-from llava.eval.files.records import read_jsonl
+from llava.eval.files.records import Record, Records, read_json_list, read_jsonl
 from llava.eval.scoring.judge import Judge, Prompt, add_judge_args, judge_from_args
 
+ASKS_FOR_BOX = (
+    "Please provide the bounding box coordinate of the region that can help you answer the "
+    "question better."
+)
+BRIEF = "\n\nAnswer the question using a single word or phrase."
+#: the sets whose mean is the published number (a thirteenth, emotic, is not evaluated)
+SETS = (
+    "flickr30k",
+    "visual7w",
+    "gqa",
+    "openimages",
+    "vsr",
+    "cub",
+    "docvqa",
+    "textcap",
+    "textvqa",
+    "dude",
+    "sroie",
+    "infographicsvqa",
+)
 SYSTEM = (
     "\nYou are responsible for proofreading the answers, you need to give a score to the model's "
     "answer by referring to the standard answer, based on the given question. The full score is 1 "
@@ -32,6 +58,50 @@ USER = "\nquestion: {question}\nstandard answer: {answer}\nmodel's answer: {text
 SCORE = re.compile(r"score: ([\d\.]+)")
 FIELDS = ("question_id", "prompt", "text", "answer")
 MODEL = "Qwen/Qwen2.5-32B-Instruct-GPTQ-Int8"
+
+
+def viscot_questions(record: dict, brief: bool = False) -> Iterator[Question]:
+    """The question without its request for a box; the answer line carries the right answer."""
+    turns = [turn["value"] for turn in record["conversations"]]
+    text = turns[0].replace("<image>\n", "").replace(ASKS_FOR_BOX, "").strip()
+    text += BRIEF if brief else ""
+    head = {"question_id": record["question_id"], "prompt": text}
+    yield Question(head, text, [image_of(record)], tail={"answer": turns[-1]})
+
+
+def image_of(record: dict) -> str:
+    """Path of the picture, relative to the image folder."""
+    image = record["image"]
+    return image if isinstance(image, str) else image[0]
+
+
+def read(path: str, folder: str | None = None) -> list[dict]:
+    """Returns the records of a file.
+
+    folder: where the pictures are; a picture that is not there but in `val/` below its set's
+            folder (`cot/SET/val/...`, as in some downloads) is taken from there
+    """
+    records = read_json_list(path)
+    if folder is None:
+        return records
+    return Records(path, (_located(record, folder) for record in records))
+
+
+def _located(record: Record, folder: str) -> Record:
+    """The record with its picture where that is; a broken one as it is, its reader names it."""
+    try:
+        image = [_present(image_of(record), folder), *record["image"][1:]]
+    except (ValueError, TypeError, AttributeError, IndexError, KeyError):
+        return record
+    return Record({**record, "image": image}, record.where)
+
+
+def _present(image: str, folder: str) -> str:
+    if os.path.exists(os.path.join(folder, image)):
+        return image
+    top, name, *rest = image.split("/")
+    elsewhere = "/".join([top, name, "val", *rest])
+    return elsewhere if os.path.exists(os.path.join(folder, elsewhere)) else image
 
 
 def judge_prompt(record: dict) -> Prompt:
@@ -103,6 +173,34 @@ def report(result: dict) -> str:
         f"Samples: {result['count']}, verdicts without a score: {result['unreadable']}\n"
         f"Mean score: {result['score'] / 100:.4f}\n"
     )
+
+
+def score(judge: Judge, run: JudgedRun) -> dict:
+    return score_file(run.answers_file, judge, overwrite=True)
+
+
+JUDGED = Judged(MODEL, 512, 0.0, None, score, report)
+CODE = "https://huggingface.co/datasets/deepcs233/Visual-CoT"
+SOURCES = {
+    "viscot": f"{CODE} (folder cot)",
+    "viscot/benchmark": f"{CODE} (folder benchmark of its code)",
+}
+BENCHMARKS = tuple(
+    Benchmark(
+        f"viscot_{name}{label}",
+        f"viscot/benchmark/{name}.json",
+        "viscot",
+        "judge's score",
+        SOURCES,
+        read=read,
+        to_questions=partial(viscot_questions, brief=bool(label)),
+        program=("model_vqa_viscot", *(["--brief"] if label else [])),
+        label=label,
+        judge=JUDGED,
+    )
+    for name in SETS
+    for label in ("", "_brief")
+)
 
 
 @errors_as_messages()

@@ -7,12 +7,26 @@ The answers to the test split are known to its server only, and that is closed.
 """
 
 import argparse
+import os
 
 from llava.errors import broken_files_named, errors_as_messages
+from llava.eval.benchmarks.benchmark import BUNDLE, Benchmark, Upload
 from llava.eval.files.answer_lines import read_answers
-from llava.eval.files.matching import by_id, question_id, say_missing, source, unique
+from llava.eval.files.matching import (
+    by_id,
+    question_id,
+    say_missing,
+    source,
+    texts_by_id,
+    texts_to,
+    unique,
+)
 from llava.eval.files.records import complete, read_json_list, read_jsonl
-from llava.eval.scoring.m4c import TextVQAAccuracyEvaluator
+from llava.eval.files.writing import write_json
+from llava.eval.scoring.m4c import EvalAIAnswerProcessor, TextVQAAccuracyEvaluator
+from llava.eval.scoring.units import COUNTS, Unit, Units, accuracy_report
+
+FIELDS = ("question_id", "image")
 
 
 def read_annotations(path: str) -> dict[str, list[str]]:
@@ -21,42 +35,76 @@ def read_annotations(path: str) -> dict[str, list[str]]:
     return {e["image"]: [answer["answer"] for answer in e["answers"]] for e in entries}
 
 
-def points(
-    humans: dict[str, list[str]], questions: list[dict], answers: list[dict]
-) -> dict[int | str, float]:
-    """Returns the soft accuracy (0 to 1) of every answer by question id.
+def units(humans: dict[str, list[str]], questions: list[dict], answers: list[dict]) -> Units:
+    """Returns the soft accuracy of every answer, and counts those that are "unanswerable".
 
     Raises ValueError when a question has no annotated image, or two different answers.
     """
     images = {key: question["image"] for key, question in by_id(questions).items()}
-    score, found = TextVQAAccuracyEvaluator().score, {}
+    score, found = TextVQAAccuracyEvaluator().score, []
     for key, answer in unique(answers).items():
-        image = images.get(key)
+        image, text = images.get(key), answer["text"]
         if image not in humans:
             raise ValueError(
                 f"{source(answers)}: question {answer['question_id']!r}: no annotation of {image!r}"
             )
-        found[key] = score(answer["text"], humans[image])
-    return found
+        gave_up = text.strip(" \t\r\n.").lower() == "unanswerable"
+        found.append(Unit(key, score(text, humans[image]), text, image, counts=(gave_up,)))
+    return Units(found)
 
 
-def evaluate(humans: dict[str, list[str]], questions: list[dict], answers: list[dict]) -> dict:
-    """Returns `{"score": accuracy in percent, "count": n}` and that of unanswerable questions."""
-    found = points(humans, questions, answers)
-    texts = [answer["text"] for answer in unique(answers).values()]
-    said = [text.strip(" \t\r\n.").lower() == "unanswerable" for text in texts]
-    return {
-        "score": 100 * sum(found.values()) / max(len(found), 1),
-        "count": len(found),
-        "said_unanswerable": 100 * sum(said) / max(len(said), 1),
-    }
+def report(units: Units) -> str:
+    share = 100 * units.sums[COUNTS] / units.count if units.count else 0.0
+    return f"{accuracy_report(units)}Answered 'unanswerable': {share:.2f}%\n"
 
 
-def report(result: dict) -> str:
-    return (
-        f"Samples: {result['count']}\nAccuracy: {result['score']:.2f}%\n"
-        f"Answered 'unanswerable': {result['said_unanswerable']:.2f}%\n"
-    )
+def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
+    humans = read_annotations(os.path.join(data_dir, "vizwiz/val.json"))
+    return units(humans, complete(read_jsonl(questions), FIELDS), answers)
+
+
+def upload(questions: list[dict], texts: dict) -> list[dict]:
+    """Returns `[{"image", "answer"}]` in question order; every question needs an answer."""
+    normalise, found = EvalAIAnswerProcessor(), texts_to(questions, texts)
+    pairs = list(zip(questions, found, strict=True))
+    if missing := [q["question_id"] for q, text in pairs if text is None]:
+        raise ValueError(f"{len(missing)} questions have no answer, e.g. {missing[0]}")
+    return [{"image": q["image"], "answer": normalise(text)} for q, text in pairs]
+
+
+def write_upload(data_dir: str, questions: str, answers: list[dict], path: str) -> None:
+    write_json(upload(read_jsonl(questions, FIELDS), texts_by_id(answers)), path)
+
+
+SOURCES = {
+    "vizwiz/llava_test": BUNDLE,
+    "vizwiz/llava_val": "python scripts/convert_vizwiz_to_llava.py, out of vizwiz/val.json",
+    "vizwiz/": "https://vizwiz.org/tasks-and-datasets/vqa",
+}
+SERVER = (
+    "the VizWiz server on EvalAI, which was reported closed in December 2025: score the "
+    "validation split instead (SPLIT=val)"
+)
+BENCHMARKS = (
+    Benchmark(
+        "vizwiz",
+        "vizwiz/llava_test.jsonl",
+        "vizwiz/test",
+        "accuracy",
+        SOURCES,
+        upload=Upload(".json", write_upload, SERVER),
+    ),
+    Benchmark(
+        "vizwiz_val",
+        "vizwiz/llava_val.jsonl",
+        "vizwiz/val",
+        "accuracy",
+        SOURCES,
+        read_units,
+        report,
+        truth=("vizwiz/val.json",),
+    ),
+)
 
 
 @errors_as_messages()
@@ -66,12 +114,12 @@ def main():
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--result-file", required=True)
     args = parser.parse_args()
-    questions = complete(read_jsonl(args.question_file), ("question_id", "image"))
+    questions = complete(read_jsonl(args.question_file), FIELDS)
     answers = read_answers(args.result_file)
     with broken_files_named((args.annotation_file, args.question_file), args.result_file):
-        result = evaluate(read_annotations(args.annotation_file), questions, answers)
+        found = units(read_annotations(args.annotation_file), questions, answers)
     say_missing(answers, list(map(question_id, questions)), "the score is that of the others")
-    print(report(result), end="")
+    print(report(found), end="")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from statistics import mean
 
-from llava.eval.benchmarks.table import Benchmark
+from llava.eval.benchmarks.benchmark import Benchmark
 from llava.eval.compare.costs import Cost
 from llava.eval.compare.scores import Run, Score
 from llava.eval.compare.suite_report import average_range, not_run

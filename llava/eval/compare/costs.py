@@ -10,7 +10,7 @@ from statistics import mean, median
 import torch
 
 from llava.eval.answering.loop import AnswerLoop
-from llava.eval.benchmarks.table import Benchmark
+from llava.eval.benchmarks.benchmark import Benchmark
 from llava.eval.compare.scores import Run
 from llava.eval.efficiency.measure import Workload, llava_facts, time_llava
 from llava.pruning import Pruner

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from llava.eval.scoring.bootstrap import Interval
-from llava.eval.scoring.paired import Draws
+from llava.eval.scoring.bootstrap import Draws, Interval
 from llava.pruning import Pruner
 
 #: the method of the unpruned model

@@ -24,13 +24,15 @@ from llava.eval.answering.program import (
 from llava.eval.answering.run import Task, answer_questions
 from llava.eval.answering.settings import settings_of
 from llava.eval.answering.workers import Workers
-from llava.eval.benchmarks.table import BENCHMARKS, Benchmark
+from llava.eval.benchmarks import scored_here
+from llava.eval.benchmarks.benchmark import Benchmark
 from llava.eval.compare.scores import DENSE, Run, Score
 from llava.eval.compare.suite_report import not_run, plot, table
 from llava.eval.files import budgets
 from llava.eval.files.answer_lines import answers_among, read_lines
 from llava.eval.plotting import import_pyplot
 from llava.eval.scoring import paired
+from llava.eval.scoring.units import Units
 from llava.mm_utils import get_model_name_from_path
 from llava.model_args import add_model_args
 from llava.pruning import METHODS, build_pruner
@@ -81,14 +83,14 @@ def run_task(
     run: Run,
     benchmark: Benchmark,
     args,
-    dense: dict[str, paired.Baseline],
+    dense: dict[str, Units],
     workers: Workers,
     label: str = "",
 ) -> Score | None:
     """Returns the score of one method at one budget on one benchmark; None in processes that only
     help to answer.
 
-    dense: what the unpruned model, which runs first, answered to every benchmark
+    dense: units of the unpruned model, which runs first, by benchmark
     label: what the progress bar says in front of the benchmark's name
     """
     question_file = os.path.join(args.data_dir, benchmark.questions)
@@ -105,13 +107,9 @@ def run_task(
     if not workers.main:
         return None
     records = read_lines(path)
-    result = benchmark.score(args.data_dir, question_file, records, args.limit)
-    if benchmark.name not in dense:
-        draws = paired.draw(benchmark, args.data_dir, question_file, records)
-        dense[benchmark.name] = paired.Baseline(records, result["percent"], draws)
-    drawn = paired.compare(
-        benchmark, args.data_dir, question_file, records, result["percent"], dense[benchmark.name]
-    )
+    units = benchmark.score(args.data_dir, question_file, records, args.limit)
+    result = units.result()
+    change = paired.compare(units, dense.setdefault(benchmark.name, units))
     kept = budgets.summarize(answers_among(records))
     seen = kept["mean"] if kept else done.visual_tokens and done.visual_tokens[1]
     return Score(
@@ -122,13 +120,13 @@ def run_task(
         result["score"],
         result["percent"],
         result["count"],
-        drawn.same,
+        change.same,
         seen,
         done.seconds,
         result["failed"],
-        drawn.change,
-        drawn.draws,
-        drawn.change_draws,
+        change.percent,
+        units.draws,
+        change.draws,
     )
 
 
@@ -200,7 +198,7 @@ def available(names: list[str] | None, data_dir: str) -> list[Benchmark]:
     """Returns the benchmarks asked for, or all that can be scored with the data folder."""
     found = [
         benchmark
-        for benchmark in BENCHMARKS.values()
+        for benchmark in scored_here().values()
         if os.path.exists(os.path.join(data_dir, benchmark.questions))
         and benchmark.scorable(data_dir)
     ]
@@ -209,7 +207,7 @@ def available(names: list[str] | None, data_dir: str) -> list[Benchmark]:
         if missing := [name for name in names if name not in present]:
             names = ", ".join(missing)
             raise ValueError(f"{data_dir} has no questions of {names} with their right answers")
-        return [BENCHMARKS[name] for name in names]
+        return [scored_here()[name] for name in names]
     if not found:
         raise ValueError(f"{data_dir} has the question file of no benchmark")
     return found
@@ -223,7 +221,7 @@ def add_suite_args(parser: argparse.ArgumentParser, out: str) -> None:
         "--methods", nargs="+", default=methods, choices=methods, help="default: all"
     )
     parser.add_argument("--pruning-arg", action="append", default=[], metavar="METHOD.KEY=VALUE")
-    parser.add_argument("--tasks", nargs="+", choices=sorted(BENCHMARKS), help="default: all")
+    parser.add_argument("--tasks", nargs="+", choices=sorted(scored_here()), help="default: all")
     parser.add_argument("--limit", type=int, help="about so many questions per task")
     parser.add_argument("--out", default=out, help=f"folder of all results (default: {out})")
     parser.add_argument("--overwrite", action="store_true", help="discard answers already there")

@@ -54,6 +54,32 @@ def unique(
     return found
 
 
+def texts_by_id(answers: list[dict]) -> dict[int | str, str]:
+    """Returns the answers' texts by question id; ValueError when two to one question differ."""
+    return {key: answer["text"] for key, answer in unique(answers).items()}
+
+
+def texts_to(questions: list[dict], texts: Mapping) -> list[str | None]:
+    """Returns the texts in the order of the questions, None for one that has no answer.
+
+    texts: by question id
+    Raises ValueError when an answer belongs to none.
+    """
+    texts = keyed(texts)
+    if strays := texts.keys() - set(map(question_id, questions)):
+        raise ValueError(
+            f"{len(strays)} answers belong to no question of {source(questions)}, such as that to "
+            f"question {min(strays, key=str)!r}"
+        )
+    return [texts.get(question_id(question)) for question in questions]
+
+
+def images_by_id(questions: list[dict]) -> dict[int | str, str | None]:
+    """Returns the image of every question, as a text; None for a question without one."""
+    found = {as_int(q.get("question_id", q.get("id"))): q.get("image") or None for q in questions}
+    return {k: v if v is None or isinstance(v, str) else repr(v) for k, v in found.items()}
+
+
 def keyed(mapping: Mapping) -> dict:
     """Returns a mapping from identifiers with both kinds of them made one.
 

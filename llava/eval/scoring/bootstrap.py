@@ -6,7 +6,7 @@ their questions. Scores are functions of sums over images: a draw is a weighted 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count as counter
 
@@ -23,85 +23,64 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Units:
-    """One set of answers as its benchmark counts it.
+class Draws:
+    """(R,) scores in percent on drawn images, out of so many images."""
 
-    sums:   (G, K) what the questions about every image add to the sums the score is made of
-    score:  (R, K) sums -> (R,) scores in percent of the maximum
-    images: (G,) names of the images, in order; what is drawn depends on how many there are
-    """
+    scores: np.ndarray
+    images: int
 
-    sums: np.ndarray
-    score: Callable[[np.ndarray], np.ndarray]
-    images: tuple[str, ...]
+    def minus(self, other: Draws) -> Draws:
+        return Draws(self.scores - other.scores, self.images)
 
     @property
-    def percent(self) -> float:
-        return float(self.score(self.sums.sum(axis=0, keepdims=True))[0])
-
-    def draws(self, seed: int, count: int = DRAWS) -> np.ndarray:
-        """(count,) scores of as many images drawn with replacement, questions and all.
-
-        Equal seeds draw the same images, where the number of images is the same.
-        """
-        size, draw = len(self.sums), np.random.default_rng(seed)
-        chunk = max(1, CHUNK // max(size, 1))
-        totals = np.empty((count, self.sums.shape[1]))
-        for start in range(0, count, chunk):
-            rows = min(chunk, count - start)
-            drawn = draw.integers(size, size=(rows, size))
-            drawn += size * np.arange(rows)[:, None]
-            times = np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size)
-            totals[start : start + rows] = times @ self.sums
-        return self.score(totals)
+    def range(self) -> Interval | None:
+        """95 % interval; None when there is one image, which says nothing of others."""
+        return interval(self.scores) if self.images > 1 else None
 
 
-def by_image(
-    values: Iterable[Sequence[float]],
-    images: Iterable[str | None],
-    score: Callable[[np.ndarray], np.ndarray],
-) -> Units:
-    """Units out of single questions.
+def draw(
+    sums: np.ndarray, score: Callable[[np.ndarray], np.ndarray], seed: int, count: int = DRAWS
+) -> Draws:
+    """Scores of as many images drawn with replacement, questions and all.
 
-    values: per question, its K parts of the sums
-    images: per question, the image it is about; None: a question on its own
-    The order of the questions makes no difference. Raises ValueError when there are none.
+    sums:  (G, ...) what every image adds to the sums that a score is made of
+    score: (R, ...) sums -> (R,) scores in percent of the maximum
+    Equal seeds draw the same images, where the number of images is the same.
     """
-    values = np.asarray(list(values), dtype=float)
-    if not len(values):
+    size, rng = len(sums), np.random.default_rng(seed)
+    chunk = max(1, CHUNK // size)
+    totals = np.empty((count, *sums.shape[1:]))
+    for start in range(0, count, chunk):
+        rows = min(chunk, count - start)
+        drawn = rng.integers(size, size=(rows, size))
+        drawn += size * np.arange(rows)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size)
+        totals[start : start + rows] = np.tensordot(times, sums, axes=1)
+    return Draws(score(totals), size)
+
+
+def by_image(images: list[str | None], groups: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(G, C, K) what the units about each of G images add to the sums of each of C groups; images
+    in the order of their names.
+
+    images: of every unit; None: it stands alone
+    groups: (U,) numbers of their groups
+    values: (U, K) their parts of the sums
+    The order of the units makes no difference. Raises ValueError when there are none.
+    """
+    if not images:
         raise ValueError("there are no answers to draw an interval from")
     alone = counter()
-    names = [f"question {next(alone)}" if image is None else str(image) for image in images]
+    names = [f"question {next(alone)}" if image is None else image for image in images]
     found = sorted(set(names))  # no array: a picture that is its own name takes 100 kB
     number = {name: place for place, name in enumerate(found)}
     place = np.fromiter((number[name] for name in names), dtype=np.intp, count=len(names))
     # Sums of the same numbers in another order may differ in the last digit.
-    order = np.lexsort((*values.T, place))
-    place, values = place[order], values[order]
-    columns = (np.bincount(place, weights=column, minlength=len(found)) for column in values.T)
-    return Units(np.stack(list(columns), axis=1), score, tuple(found))
-
-
-def mean_of(points: Sequence[float], images: Iterable[str | None] | None = None) -> Units:
-    """Units of a benchmark that averages points from 0 to 1; images: as for `by_image`."""
-    points = np.asarray(points, dtype=float)
-    values = np.stack([points, np.ones(len(points))], axis=1)
-    return by_image(values, [None] * len(points) if images is None else images, _mean)
-
-
-def _mean(sums: np.ndarray) -> np.ndarray:
-    return 100 * ratio(sums[:, 0], sums[:, 1])
-
-
-def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Quotients, 0 over nothing."""
-    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
-
-
-def mean_where(scores: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """(R,) means of the scores (R, C) that are present; a category that a draw has nothing of does
-    not count in it."""
-    return ratio((scores * present).sum(axis=1), present.sum(axis=1).astype(float))
+    order = np.lexsort((*values.T, groups, place))
+    shape = (len(found), int(groups.max()) + 1)
+    cells = np.ravel_multi_index((place[order], groups[order]), shape)
+    columns = [np.bincount(cells, column[order], np.prod(shape)) for column in values.T]
+    return np.stack(columns, axis=1).reshape(*shape, -1)
 
 
 def interval(draws: np.ndarray) -> Interval:

@@ -7,24 +7,26 @@ from llava.errors import broken_files_named, errors_as_messages
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import say_missing
 from llava.eval.files.records import as_int
+from llava.eval.scoring.units import Units, accuracy_report
 
 
 @errors_as_messages()
 def run_scorer(
     doc: str,
     read_truth: Callable[[str], object],
-    evaluate: Callable[[object, list[dict]], dict],
-    report: Callable[[dict], str],
-    ids: Callable[[object], Collection] | None = None,
+    units: Callable[[object, list[dict]], Units],
+    report: Callable[[Units], str] = accuracy_report,
+    ids: Callable[[object], Collection] = list,
     fields: tuple[str, ...] = ("question_id", "text"),
+    missing: str = "the score is that of the others",
 ) -> None:
     """Reads the files that the command line names, and prints the report.
 
     doc:        docstring of the program; its first line is what `--help` says
-    read_truth: path -> the right answers, as `evaluate` takes them
-    ids:        right answers -> identifiers of the questions, if those without an answer are to be
-                named
+    read_truth: path -> the right answers, as `units` takes them
+    ids:        right answers -> identifiers of the questions
     fields:     what every answer must have
+    missing:    what becomes of questions without an answer
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--annotation-file", required=True, help="the right answers")
@@ -33,7 +35,7 @@ def run_scorer(
     answers = read_answers(args.result_file, fields)
     with broken_files_named((args.annotation_file,), args.result_file):
         truth = read_truth(args.annotation_file)
-        result = evaluate(truth, answers)
-        asked = [as_int(key) for key in ids(truth)] if ids else []
-    say_missing(answers, asked, "the score is that of the others")
-    print(report(result), end="")
+        found = units(truth, answers)
+        asked = [as_int(key) for key in ids(truth)]
+    say_missing(answers, asked, missing)
+    print(report(found), end="")

@@ -4,4 +4,4 @@
 #     bash scripts/v1_5/eval/gqa.sh [TOKENS] [KEY=VALUE ...]   see scripts/eval_common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../../eval_common.sh"
 
-evaluate gqa model_vqa_loader
+evaluate gqa

@@ -5,4 +5,4 @@
 #     bash scripts/v1_5/eval/mmbench.sh [TOKENS] [KEY=VALUE ...]   see scripts/eval_common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../../eval_common.sh"
 
-evaluate mmbench model_vqa_mmbench --single-pred-prompt
+evaluate mmbench

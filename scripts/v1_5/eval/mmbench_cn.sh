@@ -4,4 +4,4 @@
 #     bash scripts/v1_5/eval/mmbench_cn.sh [TOKENS] [KEY=VALUE ...]   see scripts/eval_common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../../eval_common.sh"
 
-evaluate mmbench_cn model_vqa_mmbench --single-pred-prompt --lang cn
+evaluate mmbench_cn

@@ -4,4 +4,4 @@
 #     bash scripts/v1_5/eval/mme.sh [TOKENS] [KEY=VALUE ...]   see scripts/eval_common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../../eval_common.sh"
 
-evaluate mme model_vqa_loader
+evaluate mme

@@ -8,6 +8,4 @@ dev | test | zh | zh_test) SPLIT=$1 && shift ;;
 esac
 source "$(dirname "${BASH_SOURCE[0]}")/../../eval_common.sh"
 
-lang=en
-[[ ${SPLIT:-} == zh* ]] && lang=zh
-evaluate qbench model_vqa_qbench --lang $lang
+evaluate qbench

@@ -4,4 +4,4 @@
 #     bash scripts/v1_5/eval/sqa.sh [TOKENS] [KEY=VALUE ...]   see scripts/eval_common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../../eval_common.sh"
 
-evaluate sqa model_vqa_science --single-pred-prompt
+evaluate sqa

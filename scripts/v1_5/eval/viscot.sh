@@ -5,8 +5,7 @@
 #     bash scripts/v1_5/eval/viscot.sh [TOKENS] [KEY=VALUE ...]   see scripts/eval_common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../../eval_common.sh"
 
-LABEL+=${BRIEF:+_brief}
 for name in ${SETS:-$(list_benchmarks --sets viscot)}; do
-    evaluate "viscot_$name${BRIEF:+_brief}" model_vqa_viscot ${BRIEF:+--brief}
+    evaluate "viscot_$name${BRIEF:+_brief}"
 done
-[ -n "${SCORE_LIST:-}" ] || "$PYTHON" -m llava.eval.score_table "${SCORES[@]}"
+"$PYTHON" -m llava.eval.score_table "${SCORES[@]}"

@@ -5,4 +5,4 @@
 #     bash scripts/v1_5/eval/vizwiz.sh [TOKENS] [KEY=VALUE ...]   see scripts/eval_common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../../eval_common.sh"
 
-evaluate vizwiz model_vqa_loader
+evaluate vizwiz

@@ -5,4 +5,4 @@
 #     bash scripts/v1_5/eval/vqav2.sh [TOKENS] [KEY=VALUE ...]   see scripts/eval_common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../../eval_common.sh"
 
-evaluate vqav2 model_vqa_loader
+evaluate vqav2

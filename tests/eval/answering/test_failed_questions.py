@@ -14,10 +14,9 @@ from llava.eval.answering.answers_file import AnswersFile, Journal, folder
 from llava.eval.answering.loop import AnswerLoop
 from llava.eval.answering.questions import Question, jsonl_questions, questions_of
 from llava.eval.answering.run import Task, answer_questions
+from llava.eval.benchmarks import find_benchmark
 from llava.eval.benchmarks import qbench as eval_qbench
 from llava.eval.benchmarks import viscot as eval_viscot
-from llava.eval.benchmarks import viscot_questions as viscot
-from llava.eval.benchmarks.table import ALL, BENCHMARKS
 from llava.eval.compare import report as compare_report
 from llava.eval.compare import suite, suite_report
 from llava.eval.compare.comparison import AVERAGE, compare_runs
@@ -193,10 +192,10 @@ def test_a_broken_record_of_any_format_is_named_with_its_place(name, tmp_path):
     path = tmp_path / "q.json"
     path.write_text(json.dumps([record]))
     with pytest.raises(ValueError, match=rf"question 7.* \(.*q.json, {place}\): no question can"):
-        ALL[name].load_questions(str(path))
-    (bad,) = ALL[name].load_questions(str(path), skip_bad=True)
+        find_benchmark(name).load_questions(str(path))
+    (bad,) = find_benchmark(name).load_questions(str(path), skip_bad=True)
     assert bad.error
-    located = viscot.read(str(path), str(tmp_path)) if "viscot" in name else []
+    located = eval_viscot.read(str(path), str(tmp_path)) if "viscot" in name else []
     assert all(record.where == f"{path}, {place}" for record in located)
 
 
@@ -204,17 +203,17 @@ def test_a_row_without_a_picture_is_named_with_its_line(tmp_path):
     path = tmp_path / "q.tsv"
     path.write_text("index\tquestion\tA\tB\timage\n7\t?\tx\ty\t\n")
     with pytest.raises(ValueError, match=r"question 7 \(.*q.tsv, line 2\).*its image is null"):
-        ALL["mmbench"].load_questions(str(path))
+        find_benchmark("mmbench").load_questions(str(path))
 
 
 def test_a_record_that_was_no_question_does_not_hinder_the_score(tmp_path, monkeypatch, capsys):
     whole = {"img_path": "1.png", "question": "?", "candidates": ["x", "y"], "correct_ans": "y"}
     path = tmp_path / "q.json"
     path.write_text(json.dumps([whole, {"img_path": "2.png", "question": "?"}]))
-    good, bad = ALL["qbench"].load_questions(str(path), skip_bad=True)
+    good, bad = find_benchmark("qbench").load_questions(str(path), skip_bad=True)
     lines = [good.answer_line("B", "", ""), bad.failed_line("none", "", "")]
     write_lines(tmp_path / "a.jsonl", lines)
-    assert ALL["qbench"].score(str(tmp_path), str(path), lines, None)["score"] == 100
+    assert find_benchmark("qbench").score(str(tmp_path), str(path), lines, None).percent == 100
     files = ("--question-file", path, "--result-file", tmp_path / "a.jsonl")
     run_scorer(monkeypatch, eval_qbench, *files)
     out, err = capsys.readouterr()
@@ -336,7 +335,7 @@ def test_nothing_to_compare_is_said(args):
 
 
 def test_questions_scored_jointly_with_a_failed_one_are_left_out(args):
-    benchmark = BENCHMARKS["mme"]
+    benchmark = find_benchmark("mme")
     path = os.path.join(args.data_dir, benchmark.questions)
     first, second = benchmark.load_questions(path)
     records = [first.answer_line("Yes", "x", "m"), second.failed_line("no", "y", "m")]
@@ -345,7 +344,7 @@ def test_questions_scored_jointly_with_a_failed_one_are_left_out(args):
 
 
 def test_score_and_table_say_how_many_failed(args, tmp_path, capsys, monkeypatch):
-    benchmark = BENCHMARKS["pope"]
+    benchmark = find_benchmark("pope")
     path = os.path.join(args.data_dir, benchmark.questions)
     first, second = benchmark.load_questions(path)
     lines = [first.answer_line("Yes", "x", "m"), second.failed_line("bad picture", "y", "m")]
@@ -375,7 +374,7 @@ def test_a_judge_is_not_asked_about_failed_questions(tmp_path, capsys):
 
 
 def test_a_server_gets_no_file_while_questions_failed(args, tmp_path, capsys, monkeypatch):
-    benchmark = BENCHMARKS["mmbench"]
+    benchmark = find_benchmark("mmbench")
     path = os.path.join(args.data_dir, benchmark.questions)
     first, second = benchmark.load_questions(path)
     lines = [first.answer_line("A", "x", "m"), second.failed_line("bad picture", "y", "m")]

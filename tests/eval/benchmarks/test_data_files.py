@@ -8,8 +8,7 @@ import sys
 
 import pytest
 
-from llava.eval.benchmarks import data_files
-from llava.eval.benchmarks.table import ALL, BENCHMARKS, find_benchmark
+from llava.eval.benchmarks import all_benchmarks, data_files, find_benchmark
 from playground import make_samples
 from tests.eval import mini_benchmark
 from tests.paths import ROOT
@@ -26,10 +25,13 @@ def convert(script, *argv):
     return subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
 
 
+ALL = all_benchmarks()
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_every_needed_file_has_a_source(name, tmp_path):
     for path in data_files.needed(ALL[name], str(tmp_path)):
-        assert data_files.source_of(path)
+        assert ALL[name].source_of(path)
 
 
 def has_samples(name):
@@ -39,7 +41,7 @@ def has_samples(name):
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if has_samples(name)])
-def test_every_benchmark_has_questions_in_the_repository_and_a_script(name, monkeypatch, capsys):
+def test_every_benchmark_has_questions_in_the_repository_and_a_program(name, monkeypatch, capsys):
     monkeypatch.setattr(data_files, "DEFAULT_DIR", "nowhere")
     folder, images = data_files.find(ALL[name])
     assert "using the playground's questions" in capsys.readouterr().err
@@ -48,9 +50,7 @@ def test_every_benchmark_has_questions_in_the_repository_and_a_script(name, monk
     for question in questions:
         for image in question.images:
             assert question.base64 or os.path.exists(os.path.join(images, image))
-    (script, *_) = data_files.scripts([name])[0].split()
-    for version in ("v1_5", "v1_6"):
-        assert (ROOT / f"scripts/{version}/eval/{script}.sh").exists()
+    assert (ROOT / f"llava/eval/{ALL[name].program[0]}.py").exists()
 
 
 def test_the_samples_in_the_repository_are_those_of_their_generator(tmp_path):
@@ -92,21 +92,8 @@ def test_answers_of_a_hidden_split_need_no_truth_here(tmp_path):
     assert benchmark.scorable(str(tmp_path)) and not benchmark.has_upload(str(tmp_path))
 
 
-def test_scripts_and_splits_follow_from_the_names():
-    names = ["pope", "mmbench_cn", "vizwiz_val", "refcoco+_testA", "qbench_zh_test"]
-    names += ["viscot_gqa", "viscot_textvqa"]
-    assert data_files.scripts(names) == [
-        "pope",
-        "mmbench_cn",
-        "vizwiz val",
-        "refcocoplus testA",
-        "qbench zh_test",
-        "viscot",
-    ]
-
-
 def test_a_benchmark_is_found_by_its_name_with_or_without_its_usual_split():
-    assert find_benchmark("refcoco_val") is find_benchmark("refcoco") is BENCHMARKS["refcoco"]
+    assert find_benchmark("refcoco_val") is find_benchmark("refcoco") is ALL["refcoco"]
     assert find_benchmark("vizwiz_val") is not find_benchmark("vizwiz")
     with pytest.raises(ValueError, match="unknown benchmark 'mmstar', choose from pope, "):
         find_benchmark("mmstar")

@@ -8,7 +8,6 @@ import pytest
 from llava.eval.answering.answers_file import read_journals
 from llava.eval.benchmarks import mmvet as eval_mmvet
 from llava.eval.benchmarks import viscot as eval_viscot
-from llava.eval.benchmarks import viscot_questions as viscot
 from llava.eval.scoring.judge import Judge
 from tests.eval.stub_judge import stub_judge
 
@@ -44,7 +43,7 @@ def test_a_verdict_is_a_number_after_the_word_score_once(reply, score):
 
 
 def test_the_judge_reads_the_question_without_the_request_to_be_brief():
-    record = {"prompt": f"What is it?{viscot.BRIEF}", "text": "a cat", "answer": "a dog"}
+    record = {"prompt": f"What is it?{eval_viscot.BRIEF}", "text": "a cat", "answer": "a dog"}
     system, user = eval_viscot.judge_prompt(record)
     assert user == "\nquestion: What is it?\nstandard answer: a dog\nmodel's answer: a cat\n"
     assert system.startswith("\nYou are responsible for proofreading the answers, you need to give")
@@ -107,7 +106,7 @@ def record():
         "question_id": 4,
         "image": ["cot/gqa/1.jpg", "cot/gqa/1.jpg###[1, 2, 30, 40]"],
         "conversations": [
-            {"from": "human", "value": f"<image>\nWho is it? {viscot.ASKS_FOR_BOX}"},
+            {"from": "human", "value": f"<image>\nWho is it? {eval_viscot.ASKS_FOR_BOX}"},
             {"from": "gpt", "value": "[0.1, 0.2, 0.3, 0.4]"},
             {"from": "human", "value": "<image>"},
             {"from": "gpt", "value": "A man."},
@@ -116,12 +115,10 @@ def record():
 
 
 def test_a_visual_cot_record_becomes_its_question_answer_image_and_box(record):
-    (question,) = viscot.viscot_questions(record)
+    (question,) = eval_viscot.viscot_questions(record)
     assert question.text == "Who is it?" and question.images == ["cot/gqa/1.jpg"]
     line = question.answer_line("A woman.", "id", "m")
     assert line["answer"] == "A man." and line["text"] == "A woman."
-    assert viscot.box_of(record) == [1, 2, 30, 40]
-    assert viscot.box_of(record | {"image": ["cot/gqa/1.jpg"]}) is None
 
 
 def test_a_picture_below_the_folder_val_is_found(record, tmp_path):
@@ -129,9 +126,10 @@ def test_a_picture_below_the_folder_val_is_found(record, tmp_path):
     path.write_text(json.dumps([record]))
     (tmp_path / "cot/gqa/val").mkdir(parents=True)
     (tmp_path / "cot/gqa/val/1.jpg").touch()
-    assert viscot.image_of(viscot.read(str(path), str(tmp_path))[0]) == "cot/gqa/val/1.jpg"
+    located = lambda: eval_viscot.read(str(path), str(tmp_path))[0]  # noqa: E731
+    assert eval_viscot.image_of(located()) == "cot/gqa/val/1.jpg"
     (tmp_path / "cot/gqa/1.jpg").touch()
-    assert viscot.image_of(viscot.read(str(path), str(tmp_path))[0]) == "cot/gqa/1.jpg"
+    assert eval_viscot.image_of(located()) == "cot/gqa/1.jpg"
 
 
 @pytest.mark.parametrize(

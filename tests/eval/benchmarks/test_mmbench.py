@@ -5,10 +5,9 @@ import random
 import pytest
 
 from llava.eval.answering.questions import subset
+from llava.eval.benchmarks import find_benchmark
 from llava.eval.benchmarks import mmbench as eval_mmbench
-from llava.eval.benchmarks import uploads
 from llava.eval.benchmarks.mmbench import mmbench_question, mmbench_questions, read_mmbench
-from llava.eval.benchmarks.table import BENCHMARKS
 from tests.eval import mini_benchmark
 
 
@@ -37,22 +36,24 @@ def mmbench_case(num_right):
 def test_b2_mmbench_is_right_where_all_rotations_of_a_question_are():
     rows, answers = mmbench_case(1)
     random.Random(0).shuffle(answers)
-    result = eval_mmbench.evaluate(rows, answers)
+    units = eval_mmbench.units(rows, answers)
+    result = units.result()
     assert result["plain"] == 62.5 and result["circular"] == result["score"] == 50.0
     assert result["metric"] == "circular accuracy"
     assert (result["count"], result["rows"]) == (2, 8)
-    text = eval_mmbench.report(result)
+    text = eval_mmbench.report(units)
     assert "Circular accuracy: 50.00%" in text and "Plain accuracy: 62.50%" in text
     assert "c1: 100.00%" in text and "c2: 0.00%" in text
-    assert eval_mmbench.evaluate(rows, answers * 2) == result
+    assert eval_mmbench.units(rows, answers * 2).result() == result
 
 
 def test_mmbench_has_no_circular_accuracy_when_a_rotation_was_not_asked():
     rows, answers = mmbench_case(4)
-    result = eval_mmbench.evaluate(rows, answers[:-1])
+    units = eval_mmbench.units(rows, answers[:-1])
+    result = units.result()
     assert result["circular"] is None and result["metric"] == "plain accuracy"
-    assert "not known: question 2 was not asked with all rotations" in eval_mmbench.report(result)
-    single = eval_mmbench.evaluate([rows[0], rows[4]], [answers[0], answers[4]])
+    assert "not known: question 2 was not asked with all rotations" in eval_mmbench.report(units)
+    single = eval_mmbench.units([rows[0], rows[4]], [answers[0], answers[4]]).details
     assert single["circular"] is None and single["plain"] == 100
 
 
@@ -60,8 +61,8 @@ def test_mmbench_rotates_a_table_without_rotations_itself():
     rows = [{"index": "1", "answer": "A", "category": "x"}]
     first = {"question_id": 1, "text": "A", "options": ["p", "q"], "option_char": ["A", "B"]}
     second = first | {"text": "B", "options": ["q", "p"], "option_char": ["B", "A"]}
-    assert eval_mmbench.evaluate(rows, [first, second])["circular"] == 100
-    half = eval_mmbench.evaluate(rows, [first, second | {"text": "A"}])
+    assert eval_mmbench.units(rows, [first, second]).details["circular"] == 100
+    half = eval_mmbench.units(rows, [first, second | {"text": "A"}]).details
     assert (half["circular"], half["plain"]) == (0, 50)
 
 
@@ -72,7 +73,7 @@ def test_mmbench_names_a_row_without_an_answer_and_an_answer_without_a_row(tmp_p
         eval_mmbench.read_rows(str(table))
     rows, answers = mmbench_case(4)
     with pytest.raises(ValueError, match="question 2000002 is not in"):
-        eval_mmbench.evaluate(rows[:-2], answers)
+        eval_mmbench.units(rows[:-2], answers)
 
 
 def test_a_limit_keeps_the_rotations_of_a_question_together():
@@ -89,7 +90,7 @@ def test_an_upload_of_all_rounds_holds_the_answers_to_the_rows_as_they_stand():
     row = {"index": "1", "question": "?", "A": "p", "B": "q", "C": None, "D": None, "answer": "A"}
     first = {"question_id": "1", "text": "A", "option_char": ["A", "B"]}
     second = first | {"text": "B", "option_char": ["B", "A"]}
-    names, cells = uploads.mmbench([row], [first, second])
+    names, cells = eval_mmbench.upload([row], [first, second])
     assert dict(zip(names, cells, strict=True))["prediction"] == "A"
 
 
@@ -111,16 +112,16 @@ def test_mmbench_names_an_answer_that_does_not_say_what_was_shown(change, messag
     rows, answers = mmbench_case(4)
     broken = {key: value for key, value in (answers[0] | change).items() if value is not None}
     with pytest.raises(ValueError, match=message):
-        eval_mmbench.evaluate(rows, [broken, *answers[1:]])
+        eval_mmbench.units(rows, [broken, *answers[1:]])
 
 
 def test_a_table_without_rotations_is_scored_circularly_when_all_rounds_were_asked(tmp_path):
-    data, benchmark = mini_benchmark.build(tmp_path), BENCHMARKS["mmbench"]
+    data, benchmark = mini_benchmark.build(tmp_path), find_benchmark("mmbench")
     path = str(data / benchmark.questions)
     rounds = [q for row in benchmark.read(path) for q in mmbench_questions(row, all_rounds=True)]
     answers = [q.answer_line("A", "id", "m") for q in rounds]  # right in the first round only
-    result = benchmark.score(str(data), path, answers, None)
+    result = benchmark.score(str(data), path, answers, None).result()
     assert (result["circular"], result["plain"], result["rows"]) == (0, 50, 4)
     assert result["metric"] == "circular accuracy"
     first = [answer for answer in answers if answer["round_id"] == 0]
-    assert benchmark.score(str(data), path, first, None)["circular"] is None
+    assert benchmark.score(str(data), path, first, None).details["circular"] is None

@@ -24,7 +24,8 @@ def mme(tmp_path):
 
 
 def mme_score(folder, answers):
-    return eval_mme.evaluate(eval_mme.convert(eval_mme.read_ground_truth(folder), answers))["score"]
+    lines = eval_mme.convert(eval_mme.read_ground_truth(folder), answers)
+    return eval_mme.units(lines).result()["score"]
 
 
 def test_b4_mme_scores_do_not_depend_on_order_repetition_and_white_space(mme, monkeypatch, capsys):
@@ -90,15 +91,15 @@ def test_official_result_files_of_mme_are_paired_by_image(lines, message, tmp_pa
     path = tmp_path / "existence.txt"
     right = ["a.txt\tp\tYes\tyes\nindeed", "b.txt\tp\tNo\tno", "a.txt\tq\tNo\tno\tway"]
     path.write_text("\n".join([*right, "b.txt\tq\tYes\tYes", ""]))
-    assert eval_mme.evaluate(eval_mme.read_results(tmp_path))["score"] == 200
+    assert eval_mme.units(eval_mme.read_results(tmp_path)).result()["score"] == 200
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(ValueError, match=message):
-        eval_mme.evaluate(eval_mme.read_results(tmp_path))
+        eval_mme.units(eval_mme.read_results(tmp_path))
 
 
 def test_mme_names_a_task_it_does_not_have_and_the_group_that_is_scored():
     pair = ["a.txt\tp\tYes\tyes", "a.txt\tq\tNo\tno"]
     with pytest.raises(ValueError, match="MME has no task 'existance'"):
-        eval_mme.evaluate({"existance": pair})
-    assert eval_mme.evaluate({"code_reasoning": pair})["metric"] == "cognition"
-    assert eval_mme.evaluate({"OCR": pair, "code_reasoning": pair})["metric"] == "perception"
+        eval_mme.units({"existance": pair})
+    assert eval_mme.units({"code_reasoning": pair}).details["metric"] == "cognition"
+    assert eval_mme.units({"OCR": pair, "code_reasoning": pair}).details["metric"] == "perception"

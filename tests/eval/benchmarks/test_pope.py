@@ -2,9 +2,8 @@
 
 import pytest
 
+from llava.eval.benchmarks import find_benchmark
 from llava.eval.benchmarks import pope as eval_pope
-from llava.eval.benchmarks.resampling import UNITS
-from llava.eval.benchmarks.table import BENCHMARKS
 from llava.eval.files.records import read_jsonl
 from tests.eval.eval_files import SHORT, run_scorer, write_lines
 
@@ -46,9 +45,8 @@ def test_b1_pope_labels_in_another_order_give_a_perfect_model_100(pope, monkeypa
     answers = read_jsonl(str(pope / "a.jsonl"))
     questions = str(pope / "pope/llava_pope_test.jsonl")
     for order in (answers, answers[::-1], answers * 2):
-        result = BENCHMARKS["pope"].score(str(pope), questions, order, None)
-        assert result["score"] == 100 and result["count"] == 3
-        assert UNITS["pope"](str(pope), questions, order).percent == 100
+        units = find_benchmark("pope").score(str(pope), questions, order, None)
+        assert units.percent == 100 and units.count == 3
     options = ("--annotation-dir", pope / "pope/coco", "--question-file", questions)
     run_scorer(monkeypatch, eval_pope, *options, "--result-file", pope / "a.jsonl")
     assert "F1 score: 1.0" in capsys.readouterr().out
@@ -58,9 +56,8 @@ def test_b1_pope_stops_when_the_labels_are_those_of_another_set(pope):
     write_lines(pope / "pope/coco/coco_pope_random.json", [pope_label(1, "a.jpg", "dog")] * 3)
     answers, questions = read_jsonl(str(pope / "a.jsonl")), pope / "pope/llava_pope_test.jsonl"
     for use in (
-        lambda: BENCHMARKS["pope"].score(str(pope), str(questions), answers, None),
-        lambda: UNITS["pope"](str(pope), str(questions), answers),
-        lambda: eval_pope.evaluate(str(pope / "pope/coco"), read_jsonl(str(questions)), answers),
+        lambda: find_benchmark("pope").score(str(pope), str(questions), answers, None),
+        lambda: eval_pope.units(str(pope / "pope/coco"), read_jsonl(str(questions)), answers),
     ):
         message = "coco_pope_random.json belongs to other questions: .* 2 of the 3 .*question 11"
         with pytest.raises(ValueError, match=message):
@@ -88,7 +85,7 @@ def test_pope_does_not_score_a_category_without_labels_in_silence(pope, monkeypa
     answers = [*read_jsonl(str(pope / "a.jsonl")), answer]
     write_lines(pope / "a.jsonl", answers)
     with pytest.raises(ValueError, match="pope/coco has no labels of popular"):
-        BENCHMARKS["pope"].score(str(pope), str(questions), answers, None)
+        find_benchmark("pope").score(str(pope), str(questions), answers, None)
     options = ("--annotation-dir", pope / "pope/coco", "--question-file", questions)
     run_scorer(monkeypatch, eval_pope, *options, "--result-file", pope / "a.jsonl")
     assert "has no labels of popular" in capsys.readouterr().err
@@ -97,7 +94,7 @@ def test_pope_does_not_score_a_category_without_labels_in_silence(pope, monkeypa
 def test_pope_questions_that_share_an_id_are_refused(pope):
     questions = [pope_question(1, "a.jpg", "dog"), pope_question(1, "b.jpg", "cat")]
     with pytest.raises(ValueError, match="there are two questions 1"):
-        eval_pope.evaluate(str(pope / "pope/coco"), questions, [{"question_id": 1, "text": "Yes"}])
+        eval_pope.units(str(pope / "pope/coco"), questions, [{"question_id": 1, "text": "Yes"}])
 
 
 @pytest.mark.parametrize("text", ["No\n", "no\t", "No.\r\n", "no,", " No"])

@@ -74,7 +74,7 @@ def test_other_than_ten_human_answers_are_an_error():
 
 
 def test_pope_rates_over_nothing_are_zero():
-    result = eval_pope.metrics([(False, True), (False, False)])
+    result = eval_pope.rates((1, 2, 0, 0, 1))  # of two answers, one that missed a yes
     assert result["precision"] == result["recall"] == result["f1"] == result["yes_ratio"] == 0
     assert result["accuracy"] == 0.5
 
@@ -82,28 +82,28 @@ def test_pope_rates_over_nothing_are_zero():
 def test_gqa_names_a_question_without_prediction():
     question = {"isBalanced": True, "answer": "yes"}
     with pytest.raises(ValueError, match="1 questions lack a prediction, e.g. 7"):
-        eval_gqa.evaluate({"7": question}, [])
+        eval_gqa.units({"7": question}, [])
 
 
 def test_mme_needs_both_answers_on_an_image_for_the_second_half_of_the_score():
     lines = ["a.txt\tq\tYes\tyes", "a.txt\tq\tNo\tYes", "b.txt\tq\tYes\tyes.", "b.txt\tq\tNo\tno"]
-    assert eval_mme.task_score(lines) == 75 + 50
+    assert eval_mme.units({"count": lines}).result()["score"] == 75 + 50
 
 
 def test_vqav2_gives_a_third_for_every_human_that_agrees():
     humans = {1: ["red"] * 3 + ["blue"] * 7}
     answers = [{"question_id": 1, "text": "Red."}]
-    assert eval_vqav2.evaluate(humans, answers)["score"] == pytest.approx(90)
+    assert eval_vqav2.units(humans, answers).percent == pytest.approx(90)
 
 
 def test_refcoco_compares_in_the_padded_square():
     record = {"question_id": 1, "bbox": [0, 0, 200, 100], "width": 200, "height": 100}
     right = [{"question_id": 1, "text": "[0.00, 0.25, 1.00, 0.75]"}]
-    assert eval_refcoco.evaluate([record], right)["mean_iou"] == 1
+    assert "Mean IoU: 1.0000" in eval_refcoco.report(eval_refcoco.units([record], right))
     unpadded = [{"question_id": 1, "text": "It is at [0.0, 0.0, 1.0, 1.0]."}]
-    assert eval_refcoco.evaluate([record], unpadded)["score"] == 100  # IoU is exactly one half
-    none = eval_refcoco.evaluate([record], [{"question_id": 1, "text": "left"}])
-    assert none["score"] == 0 and none["unreadable"] == 1
+    assert eval_refcoco.units([record], unpadded).percent == 100  # IoU is exactly one half
+    none = eval_refcoco.units([record], [{"question_id": 1, "text": "left"}])
+    assert none.percent == 0 and "without a box: 1\n" in eval_refcoco.report(none)
 
 
 PROGRAMS = {
@@ -140,12 +140,12 @@ def test_vizwiz_answers_meet_their_image_and_unanswerable_ones_are_counted():
     humans = {"a.jpg": ["cat"] * 10, "b.jpg": ["unanswerable"] * 2 + ["dog"] * 8}
     questions = [{"question_id": 7, "image": "b.jpg"}, {"question_id": 8, "image": "a.jpg"}]
     answers = [{"question_id": 7, "text": "Unanswerable"}, {"question_id": 8, "text": "Cat."}]
-    result = eval_vizwiz.evaluate(humans, questions, answers)
+    units = eval_vizwiz.units(humans, questions, answers)
     # two of ten said so: a held-out one leaves 1 of 3, the other eight leave 2 of 3
-    assert result["score"] == pytest.approx(100 * (1 + (2 / 3 * 8 + 1 / 3 * 2) / 10) / 2)
-    assert result["said_unanswerable"] == 50 and result["count"] == 2
+    assert units.percent == pytest.approx(100 * (1 + (2 / 3 * 8 + 1 / 3 * 2) / 10) / 2)
+    assert "Answered 'unanswerable': 50.00%" in eval_vizwiz.report(units) and units.count == 2
     with pytest.raises(ValueError, match="question 9: no annotation"):
-        eval_vizwiz.evaluate(humans, questions, [{"question_id": 9, "text": "x"}])
+        eval_vizwiz.units(humans, questions, [{"question_id": 9, "text": "x"}])
 
 
 def test_qbench_takes_the_letter_or_the_words_of_an_option():
@@ -153,8 +153,8 @@ def test_qbench_takes_the_letter_or_the_words_of_an_option():
     texts = ["B", "B. No", "No.", "A", "Perhaps"]
     records = [record | {"img_path": f"{number}.jpg"} for number in range(5)]
     answers = [r | {"text": text} for r, text in zip(records, texts, strict=True)]
-    result = eval_qbench.evaluate(records, answers[::-1])
-    assert result["score"] == 60 and result["groups"]["type: yes or no"] == 60
+    units = eval_qbench.units(records, answers[::-1])
+    assert units.percent == 60 and units.by_group()["type: yes or no"].percent == 60
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,8 @@ def test_seed_counts_an_unanswered_question_as_wrong_and_ids_of_both_kinds():
         {"question_id": 3, "question_type_id": 1, "data_type": "image", "answer": "C"},
     ]
     annotation = {"question_type": {"Scene": 1, "Action": 2}, "questions": questions}
-    texts = eval_seed.texts_by_id([{"question_id": 1, "text": "A"}])
-    scores = eval_seed.evaluate(annotation, texts | {"v2": "B"})
+    answers = [{"question_id": 1, "text": "A"}, {"question_id": "v2", "text": "B"}]
+    units = eval_seed.units(annotation, answers)
+    scores = {name: part.percent for name, part in units.by_group().items()}
     assert scores["Scene"] == 50 and scores["Action"] == 100 and scores["video accuracy"] == 100
-    assert scores["Total accuracy"] == pytest.approx(200 / 3)
+    assert units.percent == pytest.approx(200 / 3)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from llava.eval.benchmarks import resampling
 from llava.eval.compare import report as compare_report
 from llava.eval.compare import suite
 from llava.eval.compare.comparison import AVERAGE, compare_runs
@@ -24,6 +23,7 @@ from llava.eval.files.answer_lines import Answer
 from llava.eval.files.records import read_jsonl
 from llava.pruning import METHODS, build_pruner
 from tests.eval import mini_benchmark
+from tests.eval.invented_units import mean_of
 from tests.paths import ROOT
 
 
@@ -65,7 +65,7 @@ def args(tmp_path_factory):
 def finished(args):
     """(runs, scores, benchmarks, comparison) of a comparison with invented costs."""
     runs, loop = suite.plan(args, num_patches=576), FakeLoop()
-    benchmarks = [b for b in suite.available(None, args.data_dir) if b.name in resampling.UNITS]
+    benchmarks = suite.available(None, args.data_dir)
     scores = suite.run_all(loop, runs, benchmarks, args)
     costs = {
         (run.method, run.tokens): Cost(run.tokens, run.tokens, 1e4 * run.tokens, 1e9, 0.01)
@@ -82,7 +82,7 @@ def test_units_add_up_to_the_score_of_the_benchmark(finished, args):
         for benchmark in benchmarks:
             answers = read_jsonl(suite.answers_path(args.out, run, benchmark))
             questions = os.path.join(args.data_dir, benchmark.questions)
-            units = resampling.UNITS[benchmark.name](args.data_dir, questions, answers)
+            units = benchmark.units(args.data_dir, questions, answers)
             (score,) = [
                 s for s in scores if (s.method, s.tokens) == (run.method, run.tokens)
                 and s.task == benchmark.name
@@ -93,28 +93,25 @@ def test_units_add_up_to_the_score_of_the_benchmark(finished, args):
 def test_units_agree_with_the_scorer_on_many_answers():
     """F1 is no mean of questions, nor is MME's score: on the playground's questions, half of the
     answers wrong."""
-    from llava.eval.benchmarks.table import BENCHMARKS
+    from llava.eval.benchmarks import find_benchmark
     from llava.playground import benchmark_dir
 
     folder = benchmark_dir()
     for name in ("pope", "mme", "gqa"):
-        benchmark = BENCHMARKS[name]
+        benchmark = find_benchmark(name)
         path = os.path.join(folder, benchmark.questions)
         said = ("Yes", "No", "yes, it is")
         answers = [
             question.answer_line(said[number % 3], str(number), "m")
             for number, question in enumerate(benchmark.load_questions(path))
         ]
-        expected = benchmark.score(folder, path, answers, None)["percent"]
-        units = resampling.UNITS[name](folder, path, answers)
-        assert units.percent == pytest.approx(expected), name
-        low, high = resampling.interval(units.draws(seed=0, count=200))
-        assert low < expected < high
+        units = benchmark.score(folder, path, answers, None)
+        low, high = units.draw(seed=0, count=200).range
+        assert low < units.percent < high
 
 
 def test_the_interval_of_a_share_is_as_wide_as_its_formula_says():
-    units = resampling.mean_of([1.0] * 60 + [0.0] * 40)
-    low, high = resampling.interval(units.draws(seed=1))
+    low, high = mean_of([1.0] * 60 + [0.0] * 40).draw(seed=1).range
     half = 196 * (0.6 * 0.4 / 100) ** 0.5
     assert low == pytest.approx(60 - half, abs=2) and high == pytest.approx(60 + half, abs=2)
 
@@ -123,11 +120,11 @@ def test_changes_are_paired_question_by_question():
     points = np.random.default_rng(0).integers(0, 2, 200).astype(float)
     other = points.copy()
     other[:4] = 1 - other[:4]
-    draws = [resampling.mean_of(list(p)).draws(seed=5) for p in (points, other)]
-    low, high = resampling.interval(draws[0] - draws[1])
+    draws = [mean_of(p).draw(seed=5) for p in (points, other)]
+    low, high = draws[0].minus(draws[1]).range
     assert high - low < 5  # four of 200 differ; unpaired it would be about 20
-    same = resampling.mean_of(list(points)).draws(seed=5)
-    assert np.array_equal(same, draws[0])
+    same = mean_of(points).draw(seed=5)
+    assert np.array_equal(same.scores, draws[0].scores)
 
 
 def test_rows_say_score_change_agreement_and_cost(finished):

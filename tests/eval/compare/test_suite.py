@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava.eval.benchmarks.table import BENCHMARKS
+from llava.eval.benchmarks import find_benchmark
 from llava.eval.compare import suite, suite_report
 from llava.eval.files.answer_lines import Answer
 from llava.pruning import Pruner, build_pruner
@@ -92,7 +92,7 @@ def test_an_unknown_option_or_benchmark_is_found_before_anything_runs(args, tmp_
         suite.plan(args, 576)
     with pytest.raises(ValueError, match="has the question file of no benchmark"):
         suite.available(None, str(tmp_path))
-    os.remove(os.path.join(args.data_dir, BENCHMARKS["sqa"].questions))
+    os.remove(os.path.join(args.data_dir, find_benchmark("sqa").questions))
     with pytest.raises(ValueError, match="has no questions of sqa"):
         suite.available(["pope", "sqa"], args.data_dir)
 
@@ -119,7 +119,7 @@ def test_answers_with_another_trained_part_are_not_taken_for_its_own(args, tmp_p
 
 
 def test_incomplete_answers_are_not_scored(args):
-    benchmark = BENCHMARKS["pope"]
+    benchmark = find_benchmark("pope")
     path = os.path.join(args.data_dir, benchmark.questions)
     with pytest.raises(ValueError, match="all 2 questions .* there are 1, 1 of them in place"):
         first = benchmark.load_questions(path)[0].answer_line("Yes", "x", "m")

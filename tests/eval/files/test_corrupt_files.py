@@ -15,8 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llava.eval.answering.answers_file import AnswersFile, Journal, folder, read_journals
+from llava.eval.benchmarks import find_benchmark
 from llava.eval.benchmarks import review_summary as summarize_gpt_review
-from llava.eval.benchmarks.table import BENCHMARKS
 from llava.eval.files import safe_writing
 from llava.eval.files.answer_lines import read_answers, read_lines
 from llava.eval.files.records import parse_json, read_json, read_jsonl, read_table
@@ -308,7 +308,7 @@ def test_a_program_on_a_broken_file_ends_with_one_line(junk, tmp_path):
 
 def answered(folder, name):
     """A benchmark of two questions: (benchmark, its JSON files, lines of an answers file)."""
-    benchmark = BENCHMARKS[name]
+    benchmark = find_benchmark(name)
     files = [folder / file for file in (benchmark.questions, *benchmark.truth)]
     files = [file for place in files for file in (sorted(place.glob("*.json")) or [place])]
     questions = benchmark.load_questions(str(files[0]))
@@ -321,7 +321,7 @@ def score_of(benchmark, folder, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return benchmark.score(
         str(folder), str(folder / benchmark.questions), read_lines(str(path)), None
-    )
+    ).result()
 
 
 @pytest.mark.parametrize("name", mini_benchmark.NAMED)

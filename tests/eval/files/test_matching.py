@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llava.eval.benchmarks import gpt_review, uploads
+from llava.eval.benchmarks import find_benchmark, gpt_review
 from llava.eval.benchmarks import gqa as eval_gqa
 from llava.eval.benchmarks import mmbench as eval_mmbench
 from llava.eval.benchmarks import mmvet as eval_mmvet
@@ -16,9 +16,8 @@ from llava.eval.benchmarks import sqa as eval_science_qa
 from llava.eval.benchmarks import textvqa as eval_textvqa
 from llava.eval.benchmarks import vizwiz as eval_vizwiz
 from llava.eval.benchmarks import vqav2 as eval_vqav2
-from llava.eval.benchmarks.resampling import UNITS
-from llava.eval.benchmarks.table import BENCHMARKS
 from llava.eval.files.answer_lines import read_answers_tolerantly
+from llava.eval.files.matching import check_known
 from llava.eval.files.records import read_jsonl
 from tests.eval import mini_benchmark
 from tests.eval.eval_files import SHORT, run_scorer, write_lines
@@ -32,7 +31,7 @@ def one_answer(key, text, **fields):
 
 def textvqa(answers):
     data = [{"image_id": key, "question": f"Q{key}?", "answers": YES} for key in ("1", "2")]
-    return eval_textvqa.evaluate(data, answers)
+    return eval_textvqa.units(data, answers)
 
 
 def gqa(answers):
@@ -40,19 +39,19 @@ def gqa(answers):
         "question": "?", "answer": "yes", "isBalanced": True, "groups": {"global": None},
         "types": {"structural": "verify", "semantic": "obj"}, "semantic": [],
     }  # fmt: skip
-    questions = eval_gqa.asked({"1": question, "2": question}, answers)
-    return eval_gqa.evaluate(questions, uploads.gqa(answers))
+    check_known(answers, (1, 2), "the questions of GQA")
+    return eval_gqa.units({"1": question, "2": question}, eval_gqa.predictions_of(answers))
 
 
 def vizwiz(answers):
     questions = [{"question_id": key, "image": f"{key}.jpg"} for key in (1, 2)]
-    return eval_vizwiz.evaluate({"1.jpg": YES, "2.jpg": YES}, questions, answers)
+    return eval_vizwiz.units({"1.jpg": YES, "2.jpg": YES}, questions, answers)
 
 
 def refcoco(answers):
     box = {"bbox": [0, 0, 10, 10], "width": 10, "height": 10}
     answers = [a | {"text": "[0, 0, 1, 1]" if "y" in a["text"] else "no"} for a in answers]
-    return eval_refcoco.evaluate([box | {"question_id": key} for key in (1, 2)], answers)
+    return eval_refcoco.units([box | {"question_id": key} for key in (1, 2)], answers)
 
 
 def seed(answers):
@@ -61,20 +60,18 @@ def seed(answers):
         "question_type": {"x": 1},
         "questions": [{"question_id": k} | kinds for k in "12"],
     }
-    asked = eval_seed.asked(annotation, answers)
-    scores = eval_seed.evaluate(annotation | {"questions": asked}, eval_seed.texts_by_id(answers))
-    return {"score": scores[eval_seed.TOTAL], "count": len(asked)}
+    return eval_seed.units(annotation, answers)
 
 
 def science_qa(answers):
     problems = {key: {"choices": ["p", "q"], "answer": 0} for key in "12"}
     answers = [a | {"text": "A\n" if "y" in a["text"] else "B"} for a in answers]
     asked = [answer["question_id"] for answer in answers]
-    return eval_science_qa.evaluate(problems, asked, answers)
+    return eval_science_qa.units(problems, asked, answers)
 
 
 def vqav2(answers):
-    return eval_vqav2.evaluate({1: YES, "2": YES}, answers)
+    return eval_vqav2.units({1: YES, "2": YES}, answers)
 
 
 SCORERS = (textvqa, gqa, vizwiz, refcoco, seed, science_qa, vqav2)
@@ -91,7 +88,7 @@ def test_b5_ids_may_be_numbers_or_texts_and_every_answer_counts_once(scorer):
         [right | {"question_id": "1"}, wrong | {"question_id": 2}, right],
     ):
         result = scorer(answers)
-        assert (result["score"], result["count"]) == (50, 2)
+        assert (result.percent, result.count) == (50, 2)
 
 
 @pytest.mark.parametrize("scorer", SCORERS, ids=lambda scorer: scorer.__name__)
@@ -113,10 +110,10 @@ def test_b5_vqav2_uploads_are_not_empty_when_ids_are_of_two_kinds(tmp_path):
     questions = [{"question_id": key} for key in (1, 2)]
     path = write_lines(tmp_path / "a.jsonl", [one_answer("1", "Yes"), one_answer("1", "Yes")])
     texts, _ = read_answers_tolerantly(path)
-    lines = uploads.vqav2(questions, texts)
+    lines = eval_vqav2.upload(questions, texts)
     assert lines == [{"question_id": 1, "answer": "yes"}, {"question_id": 2, "answer": ""}]
     with pytest.raises(ValueError, match="1 answers belong to no question of .*question 3"):
-        uploads.vqav2(questions, {"1": "yes", "3": "no"})
+        eval_vqav2.upload(questions, {"1": "yes", "3": "no"})
     write_lines(tmp_path / "a.jsonl", [one_answer(1, "Yes"), one_answer("1", "No")])
     with pytest.raises(ValueError, match="a.jsonl: question '?1'? has two answers"):
         read_answers_tolerantly(path)
@@ -124,19 +121,19 @@ def test_b5_vqav2_uploads_are_not_empty_when_ids_are_of_two_kinds(tmp_path):
 
 def test_other_uploads_match_ids_of_two_kinds_too():
     images = [{"question_id": 1, "image": "a.jpg"}]
-    assert uploads.vizwiz(images, {"1": "Yes"}) == [{"image": "a.jpg", "answer": "yes"}]
-    assert uploads.seed([{"question_id": "1"}], {1: "A"})[0]["prediction"] == "A"
+    assert eval_vizwiz.upload(images, {"1": "Yes"}) == [{"image": "a.jpg", "answer": "yes"}]
+    assert eval_seed.upload([{"question_id": "1"}], {1: "A"})[0]["prediction"] == "A"
     answers = [one_answer("v1_0", "x"), one_answer(0, "x"), one_answer(1, "y")]
-    assert uploads.mmvet(answers) == {"v1_0": "x", "v1_1": "y"}
-    assert [line["questionId"] for line in uploads.gqa(answers[1:] * 2)] == [0, 1]
+    assert eval_mmvet.upload(answers) == {"v1_0": "x", "v1_1": "y"}
+    assert [line["questionId"] for line in eval_gqa.predictions_of(answers[1:] * 2)] == [0, 1]
 
 
 def test_textvqa_counts_a_question_as_often_as_it_is_annotated():
     data = [{"image_id": "i", "question": "Q1?", "answers": YES}] * 2
     answer = one_answer(1, "yes") | {"question_id": "i"}
-    assert eval_textvqa.evaluate(data, [answer] * 2)["count"] == 2
-    assert eval_textvqa.evaluate(data, [answer] * 4)["count"] == 2
-    assert eval_textvqa.evaluate(data, [answer])["count"] == 1
+    assert eval_textvqa.units(data, [answer] * 2).count == 2
+    assert eval_textvqa.units(data, [answer] * 4).count == 2
+    assert eval_textvqa.units(data, [answer]).count == 1
 
 
 def test_qbench_answers_meet_their_questions_by_image_and_text(tmp_path, monkeypatch, capsys):
@@ -145,17 +142,15 @@ def test_qbench_answers_meet_their_questions_by_image_and_text(tmp_path, monkeyp
         for n, right in enumerate(("Yes", "No"))
     ]
     answers = [record | {"text": text} for record, text in zip(records, "AB", strict=True)]
-    assert eval_qbench.evaluate(records, answers[::-1])["score"] == 100
-    assert eval_qbench.evaluate(records, [answers[1]] * 2) == eval_qbench.evaluate(
-        records, answers[1:]
-    )
+    assert eval_qbench.units(records, answers[::-1]).percent == 100
+    assert eval_qbench.units(records, [answers[1]] * 2) == eval_qbench.units(records, answers[1:])
     questions = tmp_path / "q.json"
     questions.write_text(json.dumps(records))
     path = write_lines(tmp_path / "a.jsonl", answers[1:])
     run_scorer(monkeypatch, eval_qbench, "--question-file", questions, "--result-file", path)
     assert "1 of 2 questions have no answer, such as '?' about 0.jpg" in capsys.readouterr().err
     with pytest.raises(ValueError, match="question '?.?'? about 5.jpg is not in"):
-        eval_qbench.evaluate(records, [answers[0] | {"img_path": "5.jpg"}])
+        eval_qbench.units(records, [answers[0] | {"img_path": "5.jpg"}])
 
 
 def test_programs_say_how_many_questions_have_no_answer(tmp_path, monkeypatch, capsys):
@@ -174,16 +169,14 @@ def test_programs_say_how_many_questions_have_no_answer(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("name", ["pope", "gqa", "vqav2", "mmbench", "refcoco", "sqa", "mme"])
 def test_a_complete_set_is_one_in_any_order_and_what_it_lacks_is_named(name, tmp_path):
-    data, benchmark = mini_benchmark.build(tmp_path / "data"), BENCHMARKS[name]
+    data, benchmark = mini_benchmark.build(tmp_path / "data"), find_benchmark(name)
     questions = str(data / benchmark.questions)
     lines = [q.answer_line("A", "id", "m") for q in benchmark.load_questions(questions)]
     answers = read_jsonl(write_lines(tmp_path / "a.jsonl", lines))
     whole = benchmark.score(str(data), questions, answers, None)
-    units = UNITS[name](str(data), questions, answers)
-    assert units.percent == pytest.approx(whole["percent"])
     backwards = [a | {"question_id": str(a["question_id"])} for a in answers[::-1]]
     again = benchmark.score(str(data), questions, backwards, None)
-    assert (again["score"], again["count"]) == (whole["score"], whole["count"])
+    assert again.result()["score"] == whole.result()["score"] and again.count == whole.count
     path = write_lines(tmp_path / "b.jsonl", [lines[0], lines[1] | {"question_id": "other"}])
     message = "b.jsonl: .*no answer to question .* and an answer to question 'other'"
     with pytest.raises(ValueError, match=message):

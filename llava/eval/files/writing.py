@@ -1,0 +1,35 @@
+"""Writing files for other programs: JSON, JSON lines and spreadsheets."""
+
+import json
+import os
+from collections.abc import Iterable
+
+
+def write_json(content, path: str, indent: int | None = None) -> None:
+    _make_folder(path)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=indent)
+
+
+def write_jsonl(records: Iterable[dict], path: str) -> None:
+    _make_folder(path)
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def write_xlsx(table: list[list], path: str) -> None:
+    """Writes one sheet. Raises ImportError without the package openpyxl (extra `eval`)."""
+    try:
+        import openpyxl
+    except ImportError as error:
+        raise ImportError('openpyxl is missing: pip install -e ".[eval]"') from error
+    _make_folder(path)
+    book = openpyxl.Workbook()
+    book.active.title = "Sheet1"
+    for row in table:
+        book.active.append(row)
+    book.save(path)
+
+
+def _make_folder(path: str) -> None:
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
