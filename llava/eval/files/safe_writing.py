@@ -71,8 +71,9 @@ class Lock:
 
     def release(self) -> None:
         """Lets the next process write."""
-        with suppress(OSError):  # a file system that does not remove what is open
-            os.remove(self.name)
+        if fcntl is None:  # where an open file cannot be removed
+            self.file.close()
+        os.remove(self.name)
         self.file.close()
         with suppress(OSError):  # not empty
             os.rmdir(self.folder)
