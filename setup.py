@@ -9,7 +9,16 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "llava/__init__.py").read_text()).group(1)
 
 EXTRAS = {
-    "serve": ["gradio>=6.17,<7", "fastapi", "uvicorn", "httpx", "pydantic>=2"],
+    "serve": [
+        "gradio>=6.17,<7",
+        "fastapi",
+        "uvicorn>=0.54,<0.55",  # llava/serve/connections.py overrides its protocol for HTTP/1.1
+        "h11>=0.16,<0.17",
+        "httpx",
+        "httpx-sse>=0.4.3,<0.5",
+        "python-multipart>=0.0.34,<0.1",
+        "pydantic>=2",
+    ],
     "train": ["peft>=0.10,<0.12"],  # newer ones break the Trainer of the pinned transformers
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],  # the range that the tests of training were run with
     "eval": ["matplotlib", "openpyxl"],
@@ -37,7 +46,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_namespace_packages(include=["llava", "llava.*"]),
-    py_modules=["nuwa"],  # the name under which a release offers its method
+    # names under which releases offer their methods
+    py_modules=[path.stem for path in ROOT.glob("*.py") if path.name != "setup.py"],
     package_data={"llava.eval": ["table/*.json"]},
     install_requires=[
         "torch>=2.1",

@@ -17,14 +17,16 @@ LIMIT=${LIMIT:-40}
 OUT=${OUT:-runs/quickstart/limit_$LIMIT}
 mkdir -p "$OUT"
 
+DEFAULT=$("$PYTHON" -c "from llava.pruning import DEFAULT_METHOD; print(DEFAULT_METHOD)")
+
 echo "Evaluating the playground, about $LIMIT questions per task:"
-"$PYTHON" -m llava.eval.compare.suite --tokens 576 192 128 64 --methods vispruner random \
+"$PYTHON" -m llava.eval.compare.suite --tokens 576 192 128 64 --methods "$DEFAULT" random \
     --limit "$LIMIT" --out "$OUT"
 
 echo
-echo "One question, with the patches that VisPruner keeps:"
-"$PYTHON" -m llava.eval.run_llava --temperature 0 --pruning-method vispruner \
-    --visual-token-num 64 --show-pruning "$OUT/kept_patches.png"
+echo "One question, with the patches that $DEFAULT keeps:"
+"$PYTHON" -m llava.eval.run_llava --temperature 0 --visual-token-num 64 \
+    --show-pruning "$OUT/kept_patches.png"
 
 echo
 echo "Table:               $OUT/table.md"

@@ -15,7 +15,7 @@ from itertools import groupby
 
 from . import METHODS, Pruner
 from .cli import add_option_args, pruner_from_args
-from .cost import DecoderShape, kv_cache_bytes, prefill_flops
+from .cost import FORMULAS, DecoderShape, kv_cache_bytes, prefill_flops
 from .registry import Unusable
 
 SIZES = {
@@ -25,7 +25,6 @@ SIZES = {
 #: crops of an image in each version of LLaVA
 CROPS = {"LLaVA-1.5": 1, "LLaVA-NeXT": 5}
 IMAGE_SIZE, PATCH_SIZE = 336, 14  # pixels, CLIP ViT-L/14-336
-FORMULAS = {"exact": "operations, exact", "fastv": "multiply-adds, FastV's formula"}
 
 
 @dataclass

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+#: how operations are counted, see `layer_flops` -> the same in words
+FORMULAS = {"exact": "operations, exact", "fastv": "multiply-adds, FastV's formula"}
+
 
 @dataclass(frozen=True)
 class DecoderShape:
@@ -51,7 +54,7 @@ def layer_flops(shape: DecoderShape, tokens: int, formula: str = "exact") -> flo
         return 2 * n * (2 * d * d + 2 * d * k + 3 * d * m) + 4 * n * n * d
     if formula == "fastv":
         return 4 * n * d * d + 2 * n * n * d + 2 * n * d * m
-    raise ValueError(f"unknown formula {formula!r}, choose from exact, fastv")
+    raise ValueError(f"unknown formula {formula!r}, choose from {', '.join(FORMULAS)}")
 
 
 def prefill_flops(shape: DecoderShape, tokens: Sequence[int], formula: str = "exact") -> float:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
 import os
 from contextlib import suppress
@@ -25,6 +24,7 @@ from ..mm_utils import get_model_name_from_path, infer_conv_mode
 from .service import log_failure  # first of the service's modules: it names the missing extra
 
 import httpx  # isort: skip
+from httpx_sse import EventSource, SSEError  # isort: skip
 
 from .dialogue import system_text, turns
 from .errors import ServeError, encode_chunk
@@ -110,16 +110,16 @@ class Forwarder:
                 async for event in events(response):
                     text = self._text(event, text)
                     yield encode_chunk({"text": job.request.prompt + text, "error_code": 0})
+        except (SSEError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
+            log_failure(error, job.request_id)
+            wrong = ServeError("internal", "The model server sent something that is no answer.")
+            yield encode_chunk(wrong.chunk(job.request_id))
         except httpx.HTTPError as error:
             logger.warning("request %s: %s", job.request_id, type(error).__name__)
             died = ServeError("worker_died", "The model server behind this worker is gone.")
             yield encode_chunk(died.chunk(job.request_id))
         except ServeError as error:
             yield encode_chunk(error.chunk(job.request_id))
-        except (KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
-            log_failure(error, job.request_id)
-            wrong = ServeError("internal", "The model server sent something that is no answer.")
-            yield encode_chunk(wrong.chunk(job.request_id))
 
     def _upstream(self, job: Job) -> tuple[str, dict]:
         """(path, body) of the request to the server."""
@@ -175,19 +175,29 @@ def messages(job: Job, template) -> list[dict]:
     return found
 
 
-async def events(response):
+class Bounded:
+    """A response as `httpx_sse` reads it; one with an event of over `CHUNK_BYTES` is given up."""
+
+    def __init__(self, response: httpx.Response):
+        self.response, self.headers, self.waiting = response, response.headers, 0
+
+    async def aiter_text(self):
+        async for text in self.response.aiter_text():
+            self.waiting += len(text)
+            if self.waiting > CHUNK_BYTES:
+                raise ValueError("event too large")
+            yield text
+
+
+async def events(response: httpx.Response):
     """The JSON objects of a stream of server-sent events, up to `[DONE]`."""
-    waiting = b""
-    async for piece in response.aiter_bytes():
-        *lines, waiting = (waiting + piece).split(b"\n")
-        if len(waiting) > CHUNK_BYTES:
-            raise ValueError("event too large")
-        for line in lines:
-            data = line.strip().removeprefix(b"data:").strip()
-            if data == b"[DONE]":
-                return
-            if line.startswith(b"data:"):
-                yield json.loads(data)
+    source = Bounded(response)
+    async for event in EventSource(source).aiter_sse():
+        source.waiting = 0
+        if event.data == "[DONE]":
+            return
+        if event.data:
+            yield event.json()
 
 
 def refused(status: int) -> ServeError:

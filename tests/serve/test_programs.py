@@ -169,10 +169,10 @@ def sse(*events) -> bytes:
     return "".join(lines).encode()
 
 
-def upstream(content: bytes, seen: list, status: int = 200):
+def upstream(content, seen: list, status: int = 200, kind: str = "text/event-stream"):
     def reply(request):
         seen.append((request.url.path, json.loads(request.content)))
-        return httpx.Response(status, content=content)
+        return httpx.Response(status, content=content, headers={"content-type": kind})
 
     return httpx.MockTransport(reply)
 
@@ -247,6 +247,36 @@ def test_a_server_that_fails_is_said_to(content, status, cause):
     forwarder = Forwarder("http://s", "m", transport=upstream(content, [], status))
     _, chunks = ask_forwarder(forwarder)
     assert [chunk["cause"] for chunk in chunks] == [cause]
+
+
+def test_events_may_have_every_spelling_that_the_standard_knows():
+    content = b': hello\r\n\r\nevent: piece\rdata:{"text":\rdata: "A cat"}\r\rid: 7\n\n'
+    forwarder = Forwarder("http://s", "m", transport=upstream(content + sse("[DONE]"), []))
+    _, (chunk,) = ask_forwarder(forwarder, prompt="Hi ")
+    assert chunk["text"] == "Hi A cat"
+
+
+def test_an_event_that_never_ends_and_a_reply_that_is_no_stream_are_no_answers(monkeypatch):
+    monkeypatch.setattr(sglang_worker, "CHUNK_BYTES", 1000)
+    read = []
+
+    async def endless():
+        for number in range(100):
+            read.append(number)
+            yield b"x" * 100 + (b"\ndata: " if number % 3 else b"")
+
+    for transport in (upstream(endless(), []), upstream(b"<html>", [], kind="text/html")):
+        _, (chunk,) = ask_forwarder(Forwarder("http://s", "m", transport=transport))
+        assert chunk["cause"] == "internal" and "no answer" in chunk["text"]
+    assert len(read) < 20
+    long = sse(*({"text": "A" * 50 * number} for number in range(1, 15)))  # 6 KB in 14 events
+    _, chunks = ask_forwarder(Forwarder("http://s", "m", transport=upstream(in_pieces(long), [])))
+    assert len(chunks) == 14
+
+
+async def in_pieces(content: bytes, size: int = 100):
+    for start in range(0, len(content), size):
+        yield content[start : start + size]
 
 
 def test_a_server_that_is_gone_is_said_to_be():

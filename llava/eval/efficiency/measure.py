@@ -18,7 +18,7 @@ from llava.eval.efficiency.stopwatch import Stopwatch
 from llava.model import LlavaLlamaForCausalLM
 from llava.pruning import METHODS, Pruner, build_pruner, trace_pruning
 from llava.pruning.base import option_names
-from llava.pruning.cost import prefill_flops
+from llava.pruning.cost import FORMULAS, prefill_flops
 
 HOOKS = (
     "before_tower",
@@ -144,8 +144,10 @@ def llava_facts(model: LlavaLlamaForCausalLM, pruner: Pruner, workload: Workload
         "visual_tokens_per_layer": visual.tolist(),
         "prompt_tokens_first_layer": rows[0][0],
         "kv_bytes": trace.kv_bytes,
-        "flops_exact": sum(prefill_flops(trace.shape, row, "exact") for row in rows),
-        "flops_fastv": sum(prefill_flops(trace.shape, row, "fastv") for row in rows),
+        **{
+            f"flops_{formula}": sum(prefill_flops(trace.shape, row, formula) for row in rows)
+            for formula in FORMULAS
+        },
     }
     return {"facts": facts, "schedule": schedule}
 

@@ -8,6 +8,7 @@ from statistics import median, quantiles
 from llava.eval.efficiency.measure import DENSE, ORACLE, STAGES, Variant
 from llava.eval.markdown import table
 from llava.eval.plotting import import_pyplot
+from llava.pruning.cost import FORMULAS
 
 #: stages that follow one another in a bar of the plot
 PARTS = ("vision", "select", "prefill")
@@ -54,7 +55,7 @@ def spread(values: list[float]) -> dict[str, float]:
 def format_table(rows: list[dict]) -> str:
     """The rows for people; times are medians in milliseconds."""
     head = ["variant", "tokens", *STAGES, "p10-p90", "x own oracle", "x oracle", "x dense"]
-    head += ["KV MB", "peak MB", "TFLOP", "TFLOP (FastV)"]
+    head += ["KV MB", "peak MB", *(f"TFLOP ({formula})" for formula in FORMULAS)]
     lines = [head]
     for row in rows:
         ms, cells = row["ms"], [row["variant"]]
@@ -66,7 +67,7 @@ def format_table(rows: list[dict]) -> str:
             cells.append(_number(row.get(f"times_{base}", {}).get("end_to_end"), "{:.3f}"))
         for name in ("kv_bytes", "peak_bytes_over_weights"):
             cells.append(_number(row.get(name), "{:.1f}", 1e-6))
-        cells += [_number(row.get(f"flops_{name}"), "{:.3f}", 1e-12) for name in ("exact", "fastv")]
+        cells += [_number(row.get(f"flops_{name}"), "{:.3f}", 1e-12) for name in FORMULAS]
         lines.append(cells)
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join(

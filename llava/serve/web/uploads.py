@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 import re
-import secrets
 import warnings
 from contextlib import suppress
-from email.message import Message
 from pathlib import Path
 
+import httpx
 from PIL import Image
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import File, FormParser, parse_options_header
 
 from ..limits import LIMITS
 
@@ -23,9 +25,9 @@ SUFFIXES = {
     ".gif": "image/gif",
     ".bmp": "image/bmp",
 }
-PART_HEADER_BYTES = 2048
 STORED_BYTES = 2**30  # uploaded images of all visitors together; they are deleted after hours
 NAME_CHARACTERS = 255
+ONE_IMAGE = "One image at a time, please."
 
 
 class Refused(Exception):
@@ -42,38 +44,46 @@ def checked_upload(content_type: str, body: bytes, folder: str | None = None) ->
 
     folder: where uploads are stored; it may grow up to `STORED_BYTES`
     """
-    parts = (b"\r\n" + body).split(b"\r\n--" + _boundary(content_type).encode())
-    if len(parts) != 3 or not parts[2].startswith(b"--"):
-        raise Refused(400, "One image at a time, please.")
-    head, blank, data = parts[1].partition(b"\r\n\r\n")
-    if not blank or len(head) > PART_HEADER_BYTES:
-        raise Refused(400, "The file name is too long.")
-    suffix = _checked_suffix(head)
+    name, data = _only_file(content_type, body)
+    suffix = _checked_suffix(name)
     check_image(data)
     if folder is not None and stored_bytes(folder) + len(data) > STORED_BYTES:
         raise Refused(507, "The page has no room for more images right now; try again later.")
     return suffix, data
 
 
-def _boundary(content_type: str) -> str:
-    """What separates the parts of a form."""
-    kind, *parameters = (text.strip() for text in content_type.split(";"))
-    if kind.lower() != "multipart/form-data":
+def _only_file(content_type: str, body: bytes) -> tuple[str, bytes]:
+    """(name, content) of the file that is all a form holds. Raises Refused."""
+    kind, options = parse_options_header(content_type)
+    if kind != b"multipart/form-data":
         raise Refused(400, "An upload must be a multipart form.")
-    pattern = re.compile(r"boundary=(\"?)([\w'()+,./:=?-]{1,70})\1", re.IGNORECASE | re.ASCII)
-    found = [match[2] for text in parameters if (match := pattern.fullmatch(text))]
-    if len(found) != 1:
+    boundary = options.get(b"boundary", b"")
+    _, mark, rest = body.partition(b"--" + boundary)
+    if not boundary or not mark:
         raise Refused(400, "The upload does not say what separates its parts.")
-    return found[0]
+    files, ended = [], []
+
+    def keep(part) -> None:
+        files.append(part)
+        if len(files) > 1 or not isinstance(part, File):  # nothing behind it is read
+            raise Refused(400, ONE_IMAGE)
+
+    options = {"boundary": boundary, "config": {"MAX_MEMORY_FILE_SIZE": math.inf}}
+    try:
+        parser = FormParser(kind.decode(), keep, keep, lambda: ended.append(True), **options)
+        parser.write(mark + rest.lstrip(b" \t"))
+    except FormParserError as error:
+        raise Refused(400, "The upload is no form, or its file name is too long.") from error
+    if not files or not ended:
+        raise Refused(400, ONE_IMAGE)
+    return files[0].file_name.decode("utf-8", "replace"), files[0].file_object.getvalue()
 
 
 def as_form(suffix: str, data: bytes) -> tuple[str, bytes]:
     """(content type, body) of a plain form with one image, which every parser reads alike."""
-    boundary = secrets.token_hex(16)
-    head = f'Content-Disposition: form-data; name="files"; filename="image{suffix}"\r\n'
-    start = f"--{boundary}\r\n{head}Content-Type: {SUFFIXES[suffix]}\r\n\r\n"
-    end = f"\r\n--{boundary}--\r\n"
-    return f"multipart/form-data; boundary={boundary}", start.encode() + data + end.encode()
+    files = {"files": (f"image{suffix}", data, SUFFIXES[suffix])}
+    form = httpx.Request("POST", "http://page", files=files)
+    return form.headers["content-type"], form.read()
 
 
 def stored_bytes(folder: str) -> int:
@@ -85,13 +95,8 @@ def stored_bytes(folder: str) -> int:
     return total
 
 
-def _checked_suffix(head: bytes) -> str:
+def _checked_suffix(name: str) -> str:
     """The suffix of the file's name, which is all of it that is kept."""
-    lines = head.decode("utf-8", "replace").strip().split("\r\n")
-    found = [line for line in lines if line.lower().startswith("content-disposition:")]
-    message = Message()
-    message["content-disposition"] = found[0].partition(":")[2].strip() if len(found) == 1 else ""
-    name = message.get_filename() or ""
     if not 0 < len(name) <= NAME_CHARACTERS:
         raise Refused(400, f"A file name must have 1 to {NAME_CHARACTERS} characters.")
     if re.search(r"[/\\\0]", name):
