@@ -8,12 +8,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.eval import eval_cases
+from tests.eval import eval_cases, fake_answers
 from tests.eval.stub_judge import stub_judge
 from tests.paths import ROOT
 
@@ -39,17 +38,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fake_python(tmp_path_factory):
-    """An interpreter that runs tests/eval/fake_answers.py in place of the answering programs."""
-    path = tmp_path_factory.mktemp("bin") / "python"
-    path.write_text(
-        "#!/usr/bin/env bash\n"
-        f'if [[ "$*" == *"-m llava.eval.model_vqa"* ]]; then\n'
-        f'    exec "{sys.executable}" -m tests.eval.fake_answers "$@"\n'
-        "fi\n"
-        f'exec "{sys.executable}" "$@"\n'
-    )
-    path.chmod(0o755)
-    return path
+    return fake_answers.interpreter(tmp_path_factory.mktemp("bin"))
 
 
 @pytest.fixture
