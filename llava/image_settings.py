@@ -48,15 +48,15 @@ class ImageSettings:
     def changes_of(self, pruner, side: int) -> dict:
         """What a pruning method asks to be changed of these settings, on a model whose crops have
         `side` pixels. Raises ValueError when it asks for what is no setting."""
-        names = [field.name for field in fields(self)]
-        if unknown := set(pruner.anyres_config) - set(names):
+        names, stage = [field.name for field in fields(self)], pruner.vision
+        if unknown := set(stage.anyres_config) - set(names):
             raise ValueError(
                 f"{pruner.name} sets {', '.join(sorted(unknown))} in anyres_config, choose from "
                 f"{', '.join(names)}"
             )
-        changes = dict(pruner.anyres_config)
-        if pruner.anyres_tiles is not None:
-            across, down = pruner.anyres_tiles
+        changes = dict(stage.anyres_config)
+        if stage.anyres_tiles is not None:
+            across, down = stage.anyres_tiles
             changes["image_grid_pinpoints"] = ((side * across, side * down),)
             changes["mm_patch_merge_type"] = self.mm_patch_merge_type.replace("_unpad", "")
         return changes

@@ -9,7 +9,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from llava.devices import device_of, moved
 from llava.model.reuse import Picture, PrefixCache
-from llava.pruning import METHODS, build_pruner, trace_pruning
+from llava.pruning import METHODS, DecoderStage, build_pruner, trace_pruning
 from llava.pruning.base import DecoderPruner, Pruner
 from tests.conftest import PINPOINTS, SIDE, make_pruner, pad_batch
 from tests.pruning.test_twigvlm import grown
@@ -191,7 +191,7 @@ class Kept:
     others: dict
 
 
-class Notes(Pruner):
+class Notes(DecoderStage, Pruner):
     """Leaves tensors of many kinds for later layers."""
 
     def before_layer(self, index, prefill):

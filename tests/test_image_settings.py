@@ -14,13 +14,15 @@ from llava.image_settings import ImageSettings
 from llava.mm_utils import process_images
 from llava.model.language_model.llava_llama import LlavaConfig
 from llava.model.language_model.llava_mistral import LlavaMistralConfig
-from llava.pruning import METHODS, Pruner, build_pruner
+from llava.pruning import METHODS, Pruner, VisionStage, build_pruner
 from tests.conftest import PINPOINTS, SIDE, make_pruner
 
 PLAIN = ImageSettings("anyres", tuple(map(tuple, PINPOINTS)), "area", "spatial_unpad")
 #: methods that want LLaVA-NeXT's images cut or laid out in another way
 CHANGING = sorted(
-    name for name, method in METHODS.items() if method.anyres_config or method.anyres_tiles
+    name
+    for name, method in METHODS.items()
+    if issubclass(method, VisionStage) and (method.anyres_config or method.anyres_tiles)
 )
 
 
@@ -131,7 +133,7 @@ def test_tiles_without_resolutions_are_an_error(processor, small_wide_image):
 
 
 def test_a_method_may_set_nothing_but_settings(anyres_model):
-    class Odd(Pruner):
+    class Odd(VisionStage, Pruner):
         name, anyres_config = "odd", {"image_size": 7}
 
     with pytest.raises(ValueError, match="odd sets image_size in anyres_config, choose"):

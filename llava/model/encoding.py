@@ -38,27 +38,27 @@ class ImageEncoding:
         image_index:  (B,) image each crop belongs to (default: one crop per image)
         arrangements: per image (crops, tiles, size), see `image_layout`
         """
-        pruner, tower = self.pruner, self.get_vision_tower()
+        stage, tower = self.pruner.vision, self.get_vision_tower()
         if isinstance(tower, CLIPVisionTower):
             check_tower(tower, TOWER_AS_IT_CAME)
-        budget = self.crops_in_budget(pruner)
+        budget = self.crops_in_budget(self.pruner)
         if image_index is None:
             image_index = torch.arange(crops.shape[0], device=crops.device)
-        vision = tower.tokens(crops, pruner.needs, pruner, budget, image_index)
+        vision = tower.tokens(crops, stage.needs, stage, budget, image_index)
         vision.image_index = image_index.to(vision.features.device)
-        vision.questions = questions if pruner.reads_question else None
+        vision.questions = questions if stage.reads_question else None
         if arrangements is not None:
             vision.layouts = [
                 image_layout(crops, tiles, vision.grid, size) for crops, tiles, size in arrangements
             ]
-        vision = pruner.after_encoder(vision)
+        vision = stage.after_encoder(vision)
         projector = self.get_model().mm_projector
         weight = next(projector.parameters(), None)
         if weight is not None and (device := device_of(projector)) != vision.features.device:
             vision = moved(vision, device)
         features = vision.features if weight is None else vision.features.to(weight.dtype)
         vision.features = projector(features)
-        vision, home = pruner.after_projector(vision), device_of(self.get_input_embeddings())
+        vision, home = stage.after_projector(vision), device_of(self.get_input_embeddings())
         return vision if vision.features.device == home else moved(vision, home)
 
     def image_tokens(self, images, image_sizes=None, questions=None) -> list[ImageTokens]:
@@ -88,7 +88,8 @@ class ImageEncoding:
         laid_out = [self._layout(vision, layout, newline) for layout in vision.layouts]
         for number, image in enumerate(laid_out):
             image.image_extras = {k: own[number] for k, own in vision.image_extras.items()}
-        return [self.pruner.after_layout(image) for image in laid_out]
+        whole = map(self.pruner.vision.after_layout, laid_out)
+        return [self.pruner.decoder.before_prompt(image) for image in whole]
 
     def _arrange(
         self, settings: ImageSettings, crops: slice, tiled: bool, image_size, number: int

@@ -78,7 +78,7 @@ class GenerationStrategies:
     def possible_strategy(self) -> str:
         """`generation_strategy`, where the pruning method in use can serve it, else the plain one;
         for programs that change the method from call to call."""
-        drafter = self.pruner.drafter(self.config.num_hidden_layers)
+        drafter = self.pruner.decoder.drafter(self.config.num_hidden_layers)
         return STRATEGIES[0] if drafter is None else self.generation_strategy
 
     def check_keywords(self, keywords: dict) -> None:
@@ -139,7 +139,7 @@ class GenerationStrategies:
             if options:
                 raise ValueError(f"{', '.join(options)} need generation_strategy={STRATEGIES[1]!r}")
             return None
-        drafter = self.pruner.drafter(self.config.num_hidden_layers)
+        drafter = self.pruner.decoder.drafter(self.config.num_hidden_layers)
         if drafter is None:
             raise ValueError(no_drafter(strategy, self.pruner))
         if keywords.get("use_cache", True) is False:

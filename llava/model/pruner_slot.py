@@ -24,23 +24,23 @@ class PrunerSlot:
     def pruner(self, pruner: Pruner) -> None:
         if not isinstance(pruner, Pruner):
             raise ValueError(f"pruner must come from build_pruner(...), got {pruner!r}")
-        pruner.attach_model(self)
-        tower = self.get_vision_tower()
+        pruner.attach(self)
+        tower, depth = self.get_vision_tower(), self.config.num_hidden_layers
         if tower is not None:
             crops = self.crops_in_budget(pruner)
-            if crops > 1 and not pruner.anyres:
+            if crops > 1 and not pruner.vision.anyres:
                 raise ValueError(
                     f"{pruner.name} is defined for one crop per image, but this model cuts images "
                     f"into up to {crops}"
                 )
-            pruner.check(tower.num_patches, self.config.num_hidden_layers, crops)
-            wants_patches = pruner.needs or pruner.tower_extras(*tower.depth)
-            if wants_patches and tower.select_feature != "patch":
+            pruner.check(tower.num_patches, depth, crops)
+            extras = pruner.vision.tower_extras(*tower.depth)
+            if (pruner.vision.needs or extras) and tower.select_feature != "patch":
                 raise ValueError(
                     f"{pruner!r} works on patches, but mm_vision_select_feature is "
                     f"{tower.select_feature!r}"
                 )
-        pruner.attach(tower)
+        pruner.decoder.probe(depth).check(depth)
         side = 0 if tower is None else tower.image_size
         own = ImageSettings.of_checkpoint(self.config)
         self.config.image_changes = own.changes_of(pruner, side)
@@ -83,7 +83,7 @@ class PrunerSlot:
         settings = ImageSettings.of_checkpoint(self.config)
         if settings.image_aspect_ratio != "anyres":
             return 1
-        if pruner.anyres_tiles is not None:
-            return 1 + math.prod(pruner.anyres_tiles)
+        if pruner.vision.anyres_tiles is not None:
+            return 1 + math.prod(pruner.vision.anyres_tiles)
         side = self.get_vision_tower().image_size
         return 1 + max((w // side) * (h // side) for w, h in settings.image_grid_pinpoints)

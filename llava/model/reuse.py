@@ -1,8 +1,8 @@
 """What prompts share is computed once: questions about one image share everything up to its end.
 
 `PrefixCache.generate` answers like `model.generate`. How far the work is shared follows from the
-pruning method: the tokens of an image unless it reads the question (`Pruner.reads_question`), and
-the decoder layers that work the same whatever text follows (`Pruner.reusable_layers`).
+pruning method: the tokens of an image unless it reads the question (`VisionStage.reads_question`),
+and the decoder layers that work the same whatever text follows (`DecoderStage.reusable_layers`).
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ class PrefixCache:
         questions: of every prompt, for methods that read it
         The rest is as in `model.generate`.
         """
-        pruner, kwargs = self.model.pruner.for_call(kwargs)
+        pruner = self.model.pruner
+        pruner, kwargs = pruner.published.for_call(pruner, kwargs)
         with self.model.using(pruner):
             return self._generate(prompts, pictures, questions, **kwargs)
 
@@ -145,7 +146,7 @@ class PrefixCache:
             inputs = generate_inputs(self.model, prompts, pictures, questions, pad_id)
             return self.model.generate(**inputs, **kwargs)
         image_keys = [
-            [(picture, text if self.pruner.reads_question else None) for picture in own]
+            [(picture, text if self.pruner.vision.reads_question else None) for picture in own]
             for own, text in zip(pictures, questions, strict=True)
         ]
         self._encode([key for own in image_keys for key in own])
@@ -172,7 +173,7 @@ class PrefixCache:
             tokens = self.model.image_tokens(
                 stack_pixels(self.model, [picture for picture, _ in missing]),
                 [picture.size for picture, _ in missing],
-                texts if self.pruner.reads_question else None,
+                texts if self.pruner.vision.reads_question else None,
             )
             known |= dict(zip(missing, tokens, strict=True))
         self._images = known
@@ -203,7 +204,7 @@ class PrefixCache:
         depths = {known[key].depth for key in keys} if shared else {0}
         if 0 in depths:
             return None
-        share = not self.pruner.drops_from_caches(self.model.config.num_hidden_layers)
+        share = not self.pruner.decoder.drops_from_caches(self.model.config.num_hidden_layers)
         return Prefix([known[key] for key in keys], lengths, share)
 
     def _begin(self, prompt, row: int, columns: slice) -> Beginning:
@@ -218,7 +219,7 @@ class PrefixCache:
             image_extras=part.image_extras,
             grid=self.model.patch_grid,
         )
-        depth = self.pruner.reusable_layers(prefill)
+        depth = self.pruner.decoder.reusable_layers(prefill)
         cache = KVCache(len(decoder.layers), reserve=0)
         hidden_states = decoder.first_layers(prefill, depth, cache)
         entries = [cache.entries(layer) for layer in range(depth)]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import device_of
-from ..pruning.base import Pruner
 from ..pruning.drafter import Drafter
 from ..pruning.prefill import Prefill
+from ..pruning.stages import DecoderStage
 from .kv_cache import KVCache, RowState
 from .language_model.attention import attention_mask, causal_mask
 from .language_model.layers import Step, bring
@@ -113,9 +113,9 @@ class Speculation:
             nowhere = torch.full(embeds.shape[:2], -1, device=embeds.device)
             prompt = {**prompt, "visual_index": nowhere, "patch_index": nowhere}
         seen = bool((prompt["visual_index"] >= 0).any())
-        hooks = DraftingHooks(self, self.model.pruner if seen else Pruner())
+        hooks = DraftingHooks(self, self.model.pruner.decoder if seen else DecoderStage())
         out = self.decoder(
-            **prompt, cache=self.cache, pruner=hooks, grid=self.model.patch_grid, trace=trace
+            **prompt, cache=self.cache, stage=hooks, grid=self.model.patch_grid, trace=trace
         )
         guess = hooks.guess
         count = len(guess)
@@ -280,18 +280,18 @@ class Speculation:
 
 
 class DraftingHooks:
-    """A pruning method with guessing put before it: once the shared layers have run the prompt,
-    the drafter guesses, and the guesses join the prompt behind what the method keeps of it."""
+    """The stage of a method with guessing put before it: once the shared layers have run the
+    prompt, the drafter guesses, and the guesses join the prompt behind what the method keeps."""
 
-    def __init__(self, speculation: Speculation, pruner: Pruner):
-        self.speculation, self.pruner, self.guess = speculation, pruner, Guess()
+    def __init__(self, speculation: Speculation, stage: DecoderStage):
+        self.speculation, self.stage, self.guess = speculation, stage, Guess()
 
     def __getattr__(self, name: str):
-        return getattr(self.pruner, name)
+        return getattr(self.stage, name)
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         rows: list[Tensor] = []
         if index == self.speculation.drafter.shared_layers:
             self.guess, rows = self.speculation.guess_first(prefill)
-        prefill = self.pruner.before_layer(index, prefill)
+        prefill = self.stage.before_layer(index, prefill)
         return prefill.append(torch.cat(rows, dim=1)) if rows else prefill

@@ -26,7 +26,7 @@ class Splice:
     @property
     def position_policy(self) -> str:
         """Where tokens of an image and the text behind them stand, as in `build_row`."""
-        return self.pruner.position_policy
+        return self.pruner.vision.position_policy
 
     @property
     def outside_splice(self):

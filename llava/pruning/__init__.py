@@ -18,10 +18,12 @@ from .nuwa import Nuwa
 from .pool import Pool
 from .prefill import Prefill
 from .prumerge import PruMerge
+from .published import Published
 from .pyramiddrop import PyramidDrop
 from .random import Random
 from .registry import Methods
 from .sparsevlm import SparseVLM
+from .stages import DecoderStage, Probe, VisionStage, fills
 from .tokens import ImageTokens, TowerTokens, VisionTokens
 from .trace import PruningTrace, trace_pruning
 from .twigvlm import TwigVLM
@@ -79,9 +81,14 @@ def build_pruner(name: str = "none", **options) -> Pruner:
     return method(**options)
 
 
+def can_draft(method: type[Pruner | DecoderStage]) -> bool:
+    """Whether methods of a class can guess tokens."""
+    return issubclass(method, DecoderStage) and fills(method, DecoderStage, "drafter")
+
+
 def no_drafter(strategy: str, pruner: Pruner) -> str:
     """What to say to someone who wants a strategy that needs a drafter with a method without."""
-    able = [name for name, cls in METHODS.items() if cls.drafter is not Pruner.drafter]
+    able = [name for name, method in METHODS.items() if can_draft(method)]
     return (
         f"generation_strategy {strategy!r} needs a pruning method that guesses tokens "
         f"({', '.join(able)}); the one in use is {pruner.name!r}"
@@ -122,9 +129,9 @@ def take_options(keywords: dict, parts: tuple[str, ...] = ()) -> tuple[str | Non
     names = [key for key in keywords if key in known or key.startswith(prefixes)]
     owner, options = None, {key: keywords.pop(key) for key in names}
     for name, method in methods.items():
-        if method.published_group not in keywords:
+        if method.published.group not in keywords:
             continue
-        if (entries := keywords.pop(method.published_group)) is None:
+        if (entries := keywords.pop(method.published.group)) is None:
             continue
         found = open_group(method, entries, (STRATEGY,))
         if STRATEGY in found:
@@ -144,18 +151,18 @@ def pruner_from_keywords(pruner: Pruner | str | None, keywords: dict) -> Pruner:
     owner, options = take_options(keywords, tuple(parts))
     if isinstance(pruner, Pruner):
         if owner or options:
-            given = ", ".join(options) or METHODS[owner].published_group
+            given = ", ".join(options) or METHODS[owner].published.group
             raise ValueError(f"{given} given beside a finished pruner {pruner!r}")
         return pruner
     if owner and pruner not in (None, owner):
-        group = METHODS[owner].published_group
+        group = METHODS[owner].published.group
         raise ValueError(f"{group} belongs to the method {owner!r}, but pruner is {pruner!r}")
     name = pruner or owner
     if name is None:
         name, options = guess_method(options)
     made = build_pruner(name, **options)
     if owner:
-        made.published = True
+        made.as_published = True
     return made
 
 
@@ -164,15 +171,20 @@ __all__ = [
     "METHODS",
     "Chain",
     "DecoderPruner",
+    "DecoderStage",
     "ImageTokens",
     "Prefill",
+    "Probe",
     "Pruner",
     "PruningTrace",
+    "Published",
     "SelectPruner",
     "TowerTokens",
+    "VisionStage",
     "VisionTokens",
     "all_option_names",
     "build_pruner",
+    "can_draft",
     "guess_method",
     "no_drafter",
     "pruner_from_keywords",

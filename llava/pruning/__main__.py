@@ -46,7 +46,7 @@ class Plan:
         tokens = pruner.token_schedule(num_patches, num_layers, crops)
         held = list(tokens)
         for layer in range(num_layers):
-            for earlier in pruner.pruned_caches(layer, num_layers):
+            for earlier in pruner.decoder.pruned_caches(layer, num_layers):
                 held[earlier] = held[layer]
         return cls(tokens, sum(held))
 

@@ -74,7 +74,7 @@ class AdaptPrune(DecoderPruner):
         """Tokens to keep of an image with `count`."""
         return self.visual_token_num if self.keep_ratio is None else int(count * self.keep_ratio)
 
-    def after_layout(self, image: ImageTokens) -> ImageTokens:
+    def before_prompt(self, image: ImageTokens) -> ImageTokens:
         return replace(image, extras={**image.extras, CELL: cells_of(image)})
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:

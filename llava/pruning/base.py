@@ -1,6 +1,6 @@
-"""The base classes of pruning methods: hooks, budgets, and what can be settled for all of them.
+"""The base classes of pruning methods: what they have in common, and what the simple ones share.
 
-Shapes use the letters of `llava.pruning.tokens`.
+Where a method acts, see `llava.pruning.stages`. Shapes use the letters of `llava.pruning.tokens`.
 """
 
 from __future__ import annotations
@@ -12,66 +12,57 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .drafter import Drafter
 from .ops import on_device, scale_layer
 from .prefill import Prefill
-from .tokens import ImageTokens, TowerTokens, VisionTokens
+from .published import Published
+from .stages import DecoderStage, Probe, VisionStage
+from .tokens import VisionTokens
 
 
 class Pruner:
-    """Base class, and the method called "none": every hook is the identity.
+    """Base class of all methods, and the method called "none".
 
-    An instance holds hyper-parameters (and, for learned methods, trained weights in `module`).
-    Whatever belongs to one image or prompt travels in `VisionTokens` and `Prefill`, so that one
-    instance serves any number of requests.
+    An instance holds hyper-parameters, and, for learned methods, trained weights in `module`. Where
+    it acts, it is a `VisionStage` or a `DecoderStage`, or both.
     """
 
     name: ClassVar[str] = "none"
-    #: extras wanted from the selected layer of the vision tower: "cls_attention", "keys",
-    #: "cls_token", and "fingerprint" of the pixels
-    needs: ClassVar[frozenset[str]] = frozenset()
-    #: "sequence": kept visual tokens are counted 0, 1, 2, ...; "grid": they stay where the unpruned
-    #: image would have put them, and the text after the image stays where it was
-    position_policy: ClassVar[str] = "sequence"
-    #: LLaVA-NeXT: tiles (across, down) every image is cut into, without newlines and unpadding;
-    #: None: the resolutions and the layout the checkpoint was trained with
-    anyres_tiles: ClassVar[tuple[int, int] | None] = None
-    #: LLaVA-NeXT: values that replace those of the config while the method is in use, for example
-    #: {"mm_patch_merge_type": "spatial"}
-    anyres_config: ClassVar[dict] = {}
-    #: the choice reads tokens behind the image: running prompt and answer again from the start, as
-    #: `use_cache=False` does at every step, may choose other tokens
-    reads_text: ClassVar[bool] = False
-    #: a hook before the decoder reads `VisionTokens.questions`; other methods are not given them
-    reads_question: ClassVar[bool] = False
     #: what an image keeps depends on its content: `token_schedule` is a bound, and
     #: `visual_token_num` the label of a published setting
     adaptive: ClassVar[bool] = False
-    #: False where the method is defined for one crop per image only
-    anyres: ClassVar[bool] = True
-    #: what `probe_rows` records: "weights", "log_weights" or "scores" (before the softmax)
-    probe_form: ClassVar[str] = "weights"
-    #: names that its published programs and loaders give to options -> ours
-    published_options: ClassVar[dict[str, str]] = {}
-    #: options whose name means another one where its published programs are used as they were,
-    #: that is where nobody named the method
-    published_meaning: ClassVar[dict[str, str]] = {}
-    #: environment variables by which its published scripts set options -> our options
-    published_environment: ClassVar[dict[str, str]] = {}
-    #: keyword of its published interface that holds several options in a dict
-    published_group: ClassVar[str | None] = None
-    #: options that its published scripts take by place
-    positional: ClassVar[tuple[str, ...]] = ("visual_token_num",)
-    #: whether `generate` returns what that of the method's release does, see `present`
-    published: bool = False
+    #: how the published programs of the method use it
+    published: ClassVar[Published] = Published()
+    #: whether `generate` returns what that of the release does
+    as_published: bool = False
     #: trained weights, registered on the model the method is assigned to
     module: nn.Module | None = None
 
-    def attach_model(self, model: nn.Module) -> None:
+    def __init_subclass__(cls, **keywords):
+        super().__init_subclass__(**keywords)
+        for stage in (VisionStage, DecoderStage):
+            known = {name for name in vars(stage) if name[0] != "_" and not hasattr(Pruner, name)}
+            if not issubclass(cls, stage) and (own := sorted(known & vars(cls).keys())):
+                raise TypeError(
+                    f"{cls.__name__} defines {', '.join(own)}, which nobody would read: write "
+                    f"class {cls.__name__}({stage.__name__}, ...)"
+                )
+
+    @property
+    def vision(self) -> VisionStage:
+        """What acts before the decoder; a stage that does nothing where the method does not."""
+        return self if isinstance(self, VisionStage) else NO_VISION_STAGE
+
+    @property
+    def decoder(self) -> DecoderStage:
+        """What acts inside the decoder, likewise."""
+        return self if isinstance(self, DecoderStage) else NO_DECODER_STAGE
+
+    def attach(self, model: nn.Module) -> None:
         """Called with the whole language model before anything else when the method is assigned.
 
         A method with trained weights builds and loads its `module` here, see
-        `llava.pruning.learned`; it may read `model.config`, `model.model` and `model.lm_head`.
+        `llava.pruning.learned`; it may read `model.config`, `model.model`, `model.lm_head` and
+        `model.get_vision_tower()` (None: it has none). Raises ValueError where they do not fit.
         """
 
     def use_random_parts(self, model: nn.Module) -> None:
@@ -89,97 +80,6 @@ class Pruner:
         Called when the method is assigned to a model, so that errors come at load time.
         """
 
-    def attach(self, tower) -> None:
-        """Called when the method is assigned to a model, with its vision tower (None: it has none).
-
-        A method that needs further weights of the tower's folder loads them here.
-        """
-
-    def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
-        """Extras wanted from other tower layers (0-based): "cls_attention" (B, H, N), "keys"
-        (B, N, C), "cls_query" and "cls_key" (B, C), "attention_mean" (B, N) (column mean of the map
-        over heads and all queries), "output" (B, N, C). They come in `VisionTokens.layers`.
-
-        selected: the layer whose output are the features.
-        """
-        return {}
-
-    def before_tower(self, images: Tensor, patch_size: int, crops: int = 1) -> Tensor:
-        """Crops (B, 3, S, S) before the tower, `crops` of them sharing a budget. A smaller side, a
-        multiple of `patch_size`, gives fewer tokens; each gets the place in the full grid that its
-        centre lies on."""
-        return images
-
-    def before_tower_layer(self, index: int, tokens: TowerTokens) -> TowerTokens:
-        """Between tower layers."""
-        return tokens
-
-    def after_encoder(self, vision: VisionTokens) -> VisionTokens:
-        """In vision space, before the projector."""
-        return vision
-
-    def after_projector(self, vision: VisionTokens) -> VisionTokens:
-        """In language-model space."""
-        return vision
-
-    def after_layout(self, image: ImageTokens) -> ImageTokens:
-        """The whole sequence of one image, newline tokens included, before it enters the prompt."""
-        return image
-
-    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Decoder layers of which attention rows are recorded for the hook that follows them."""
-        return ()
-
-    def probe_rows(self, prefill: Prefill) -> Tensor:
-        """(B, R) places of the query rows to record; the last prompt token unless overridden."""
-        return prefill.last[:, None]
-
-    def before_layer(self, index: int, prefill: Prefill) -> Prefill:
-        """Between decoder layers, during prefill and only when the prompt holds an image.
-
-        What it replaces in `prefill` holds from layer `index` on; only `hidden_states` may be
-        written to in place. All tensors are on the device of that layer.
-        """
-        return prefill
-
-    def drafter(self, num_layers: int) -> Drafter | None:
-        """What guesses tokens ahead of a decoder with `num_layers` layers; None: nothing does."""
-        return None
-
-    def for_call(self, keywords: dict) -> tuple[Pruner, dict]:
-        """The method and the keywords of one `generate` call, from those the caller gave: a method
-        may read keywords of its published interface."""
-        return self, keywords
-
-    def present(self, output, ends: set[int]):
-        """What `generate` returns: `output` (ids, or an output object), or what callers of the
-        method's published interface expect. ends: ids of tokens that end an answer"""
-        return output
-
-    def after_layers(self, prefill: Prefill) -> Prefill:
-        """After the last decoder layer of such a prefill, before the final norm. What is dropped
-        here is missing in the caches that `pruned_caches` names for the number of layers."""
-        return prefill
-
-    def pruned_caches(self, index: int, num_layers: int) -> range:
-        """Layers that already ran whose caches lose what was dropped before layer `index`, too."""
-        return range(0)
-
-    def drops_from_caches(self, num_layers: int) -> bool:
-        """Whether caches of layers that already ran lose tokens at any layer."""
-        return any(len(self.pruned_caches(index, num_layers)) for index in range(num_layers + 1))
-
-    def reusable_layers(self, prefill: Prefill) -> int:
-        """How many decoder layers, from the first on, this method leaves alone: it neither drops,
-        changes nor probes tokens in them. They work the same whatever text follows the image, so
-        that `llava.model.reuse` runs them once for all questions about it. Then `before_layer` is
-        called before layer 0 and from this layer on.
-
-        prefill: a prompt up to the end of its last image, before layer 0.
-        """
-        active = overrides(self, "before_layer", "probe_layers", "after_layers")
-        return 0 if active else len(prefill.decoder.layers)
-
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         """Visual tokens entering each decoder layer for one image of `crops` crops; where that
         depends on the image, the most it can be."""
@@ -187,6 +87,9 @@ class Pruner:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+NO_VISION_STAGE, NO_DECODER_STAGE = VisionStage(), DecoderStage()
 
 
 @dataclass
@@ -226,7 +129,7 @@ def check_budget(visual_token_num: int, num_patches: int, crops: int) -> None:
 
 
 @dataclass
-class SelectPruner(BudgetPruner):
+class SelectPruner(VisionStage, BudgetPruner):
     """Chooses patches between vision tower and projector; a method overrides `select` alone.
 
     visual_token_num: tokens per image; on LLaVA-NeXT the sum over its crops, shared out equally
@@ -249,7 +152,7 @@ class SelectPruner(BudgetPruner):
 
 
 @dataclass
-class DecoderPruner(BudgetPruner):
+class DecoderPruner(DecoderStage, BudgetPruner):
     """Drops visual tokens before one decoder layer; a method overrides `score` alone.
 
     visual_token_num: tokens per image that enter `layer` and the layers after it
@@ -281,8 +184,8 @@ class DecoderPruner(BudgetPruner):
         if not 1 <= self.cut_layer(num_layers) < num_layers:
             raise ValueError(f"layer ({self.layer}) must be below the {num_layers} decoder layers")
 
-    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
-        return (self.cut_layer(num_layers) - 1,)
+    def probe(self, num_layers: int) -> Probe:
+        return Probe((self.cut_layer(num_layers) - 1,))
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if index != self.cut_layer(len(prefill.decoder.layers)):
@@ -291,7 +194,7 @@ class DecoderPruner(BudgetPruner):
 
     def reusable_layers(self, prefill: Prefill) -> int:
         num_layers = len(prefill.decoder.layers)
-        return min(self.cut_layer(num_layers), *self.probe_layers(num_layers), num_layers)
+        return min(self.cut_layer(num_layers), *self.probe(num_layers).layers, num_layers)
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         dense, layer = num_patches * crops, self.cut_layer(num_layers)
@@ -315,7 +218,7 @@ class StagedPlan:
 
 
 @dataclass
-class StagedPruner(Pruner):
+class StagedPruner(DecoderStage, Pruner):
     """Drops visual tokens before several decoder layers, those first that the last prompt token
     attends to least in the layer about to run; positions are counted anew after every cut.
 
@@ -362,11 +265,6 @@ class StagedPruner(Pruner):
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         return self.image_schedule(num_patches * crops, num_layers, num_patches)
-
-
-def overrides(method: Pruner, *hooks: str) -> bool:
-    """Whether a method defines any of these hooks itself."""
-    return any(getattr(type(method), hook) is not getattr(Pruner, hook) for hook in hooks)
 
 
 def option_names(method: type[Pruner]) -> list[str]:

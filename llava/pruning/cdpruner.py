@@ -59,7 +59,8 @@ class CDPruner(SelectPruner):
         tower = model.get_vision_tower()
         self.module = ClipText.random(tower.config)
 
-    def attach(self, tower) -> None:
+    def attach(self, model: nn.Module) -> None:
+        tower = model.get_vision_tower()
         if tower is not None:
             folder = tower.vision_tower_name
             if self.module is None or self.module.folder not in (None, folder):

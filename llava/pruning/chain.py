@@ -6,13 +6,24 @@ second sees the tokens that the first left. Options carry the name of their meth
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from .base import Pruner, overrides
+from .base import Pruner
+from .published import Published
+from .stages import DecoderStage, VisionStage
 
-BEFORE_DECODER = ("before_tower", "before_tower_layer", "after_encoder", "after_projector")
+
+class OfTheSecond(Published):
+    """What the release of a chain's second method reads and returns in a `generate` call."""
+
+    def for_call(self, pruner: Chain, keywords: dict) -> tuple[Chain, dict]:
+        second, keywords = pruner.second.published.for_call(pruner.second, keywords)
+        return (pruner if second is pruner.second else replace(pruner, second=second)), keywords
+
+    def present(self, pruner: Chain, output, ends: set[int]):
+        return pruner.second.published.present(pruner.second, output, ends)
 
 
 @dataclass
@@ -25,17 +36,27 @@ class Chain(Pruner):
     first: Pruner
     second: Pruner
 
+    published = OfTheSecond()
+
     def __post_init__(self):
-        if overrides(self.first, "before_layer"):
+        if isinstance(self.first, DecoderStage):
             raise ValueError(
                 f"{self.first.name} acts inside the decoder, so it cannot be the first method of "
                 f"{self.name!r}"
             )
-        if overrides(self.second, *BEFORE_DECODER) or not overrides(self.second, "before_layer"):
+        if isinstance(self.second, VisionStage) or not isinstance(self.second, DecoderStage):
             raise ValueError(
                 f"{self.second.name} does not act inside the decoder alone, so it cannot be the "
                 f"second method of {self.name!r}"
             )
+
+    @property
+    def vision(self) -> VisionStage:
+        return self.first.vision
+
+    @property
+    def decoder(self) -> DecoderStage:
+        return self.second.decoder
 
     @property
     def methods(self) -> tuple[Pruner, Pruner]:
@@ -46,46 +67,24 @@ class Chain(Pruner):
         return "+".join(method.name for method in self.methods)
 
     @property
-    def needs(self) -> frozenset[str]:
-        return self.first.needs | self.second.needs
-
-    @property
-    def position_policy(self) -> str:
-        policies = {method.position_policy for method in self.methods}
-        return "grid" if "grid" in policies else "sequence"
-
-    @property
-    def anyres_tiles(self) -> tuple[int, int] | None:
-        return self.first.anyres_tiles or self.second.anyres_tiles
-
-    @property
-    def anyres_config(self) -> dict:
-        return {**self.second.anyres_config, **self.first.anyres_config}
-
-    @property
-    def reads_text(self) -> bool:
-        return any(method.reads_text for method in self.methods)
-
-    @property
-    def probe_form(self) -> str:
-        return self.second.probe_form
-
-    @property
-    def reads_question(self) -> bool:
-        return any(method.reads_question for method in self.methods)
-
-    @property
     def adaptive(self) -> bool:
         return any(method.adaptive for method in self.methods)
-
-    @property
-    def anyres(self) -> bool:
-        return all(method.anyres for method in self.methods)
 
     @property
     def module(self) -> nn.Module | None:
         modules = {m.name: m.module for m in self.methods if m.module is not None}
         return nn.ModuleDict(modules) if modules else None
+
+    def attach(self, model: nn.Module) -> None:
+        for method in self.methods:
+            method.attach(model)
+
+    def use_random_parts(self, model: nn.Module) -> None:
+        for method in self.methods:
+            method.use_random_parts(model)
+
+    def part_folders(self, model_path: str) -> list[str]:
+        return [folder for method in self.methods for folder in method.part_folders(model_path)]
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
         self.first.check(num_patches, num_layers, crops)
@@ -106,70 +105,6 @@ class Chain(Pruner):
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         left, crops = self.left_by_first(num_patches, num_layers, crops)
         return self.second.token_schedule(left, num_layers, crops)
-
-    def attach_model(self, model) -> None:
-        for method in self.methods:
-            method.attach_model(model)
-
-    def part_folders(self, model_path: str) -> list[str]:
-        return [folder for method in self.methods for folder in method.part_folders(model_path)]
-
-    def use_random_parts(self, model) -> None:
-        for method in self.methods:
-            method.use_random_parts(model)
-
-    def attach(self, tower) -> None:
-        for method in self.methods:
-            method.attach(tower)
-
-    def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
-        wanted = self.first.tower_extras(num_layers, selected)
-        for layer, names in self.second.tower_extras(num_layers, selected).items():
-            wanted = {**wanted, layer: names | wanted.get(layer, frozenset())}
-        return wanted
-
-    def before_tower(self, images, patch_size, crops=1):
-        return self.first.before_tower(images, patch_size, crops)
-
-    def before_tower_layer(self, index, tokens):
-        return self.first.before_tower_layer(index, tokens)
-
-    def after_encoder(self, vision):
-        return self.first.after_encoder(vision)
-
-    def after_projector(self, vision):
-        return self.first.after_projector(vision)
-
-    def after_layout(self, image):
-        return self.second.after_layout(self.first.after_layout(image))
-
-    def probe_layers(self, num_layers):
-        return self.second.probe_layers(num_layers)
-
-    def probe_rows(self, prefill):
-        return self.second.probe_rows(prefill)
-
-    def before_layer(self, index, prefill):
-        return self.second.before_layer(index, prefill)
-
-    def after_layers(self, prefill):
-        return self.second.after_layers(prefill)
-
-    def drafter(self, num_layers):
-        return self.second.drafter(num_layers)
-
-    def for_call(self, keywords):
-        second, keywords = self.second.for_call(keywords)
-        return (self if second is self.second else Chain(self.first, second)), keywords
-
-    def present(self, output, ends):
-        return self.second.present(output, ends)
-
-    def pruned_caches(self, index, num_layers):
-        return self.second.pruned_caches(index, num_layers)
-
-    def reusable_layers(self, prefill):
-        return self.second.reusable_layers(prefill)
 
 
 def split_options(name: str, options: dict) -> list[tuple[str, dict]]:

@@ -3,7 +3,7 @@
 Programs and loaders of the published repositories know one method each and never name it:
 `--visual_token_num 64 --important_ratio 0.5`, `twig=FOLDER`, `twigvlm_config={...}`. An option that
 one method alone has names it as well. What the methods are called, and what their releases call
-their options, stands in the methods' own files (`Pruner.published_options` and its neighbours).
+their options, stands in the methods' own files (`Pruner.published`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Methods = Mapping[str, type[Pruner]]
 def names_of(method: type[Pruner]) -> dict[str, str]:
     """Every name an option of the method goes by -> its name here."""
     own = {name: name for name in option_names(method)}
-    return {**method.published_options, **own}  # our meaning wins where both use a name
+    return {**method.published.options, **own}  # our meaning wins where both use a name
 
 
 def all_names(methods: Methods) -> list[str]:
@@ -50,7 +50,7 @@ def choose(methods: Methods, options: Mapping[str, object], default: str) -> str
 
 def as_published(method: type[Pruner], options: Mapping[str, object]) -> dict:
     """The options by the names they have here, when the caller means what the release means."""
-    meaning = method.published_meaning
+    meaning = method.published.meaning
     if any(ours in options for ours in meaning.values()):  # our names: our meaning
         return dict(options)
     return {meaning.get(key, key): value for key, value in options.items()}
@@ -74,16 +74,17 @@ def translate(method: type[Pruner], options: Mapping[str, object]) -> dict:
 
 
 def open_group(method: type[Pruner], entries: object, others: tuple[str, ...] = ()) -> dict:
-    """The options in the dict that `method.published_group` holds, under their names here.
+    """The options in the dict that `method.published.group` holds, under their names here.
 
     others: entries that are no options and stay as they are
     """
+    group = method.published.group
     if not isinstance(entries, Mapping):
-        raise ValueError(f"{method.published_group} must be a dict, got {entries!r}")
+        raise ValueError(f"{group} must be a dict, got {entries!r}")
     names = names_of(method)
     if unknown := [key for key in entries if key not in names and key not in others]:
         raise ValueError(
-            f"unknown entry {', '.join(map(repr, unknown))} of {method.published_group}, choose "
-            f"from {', '.join([*names, *others])}"
+            f"unknown entry {', '.join(map(repr, unknown))} of {group}, choose from "
+            f"{', '.join([*names, *others])}"
         )
     return translate(method, entries)

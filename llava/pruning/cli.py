@@ -6,7 +6,7 @@ import argparse
 import ast
 import sys
 
-from . import METHODS, Chain, Pruner, all_option_names, build_pruner, guess_method, no_drafter
+from . import METHODS, Pruner, all_option_names, build_pruner, can_draft, guess_method, no_drafter
 from .drafter import STRATEGIES
 
 
@@ -90,8 +90,7 @@ def pruner_from_args(args: argparse.Namespace) -> Pruner:
             print(f"pruning method: {name} (the options given are its own)", file=sys.stderr)
     pruner = build_pruner(name, **options)
     strategy = getattr(args, "generation_strategy", None) or STRATEGIES[0]
-    inner = pruner.second if isinstance(pruner, Chain) else pruner
-    if strategy != STRATEGIES[0] and type(inner).drafter is Pruner.drafter:
+    if strategy != STRATEGIES[0] and not can_draft(type(pruner.decoder)):
         raise ValueError(no_drafter(strategy, pruner))
     return pruner
 

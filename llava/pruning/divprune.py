@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .base import SelectPruner
 from .ops import normalize
+from .published import Published
 from .tokens import ImageTokens, VisionTokens
 
 
@@ -33,7 +34,7 @@ class DivPrune(SelectPruner):
     subset_ratio: float | None = None
 
     name = "divprune"
-    published_environment = {"SUBSET_RATIO": "subset_ratio"}
+    published = Published(environment={"SUBSET_RATIO": "subset_ratio"})
 
     def __post_init__(self):
         super().__post_init__()

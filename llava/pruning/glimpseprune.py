@@ -29,6 +29,8 @@ from .glimpseprune_modules import PAPER_LAYER, Glimpse, GlimpseConfig
 from .learned import WEIGHTS_FILE, build_part, part_folder, read_part, read_part_config
 from .ops import lookup, rank_within_groups, scale_layer, share_down
 from .prefill import Prefill
+from .published import Published
+from .stages import DecoderStage, Probe, VisionStage
 from .tokens import VisionTokens
 
 #: weight files, ours and the published ones
@@ -59,7 +61,7 @@ class GlimpseState:
 
 
 @dataclass
-class GlimpsePrune(Pruner):
+class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     """
     visual_token_num: most tokens an image keeps (several images share the sum); None: no cap
     max_remain_ratio: the same as a share of the image's tokens; the smaller cap holds
@@ -84,11 +86,10 @@ class GlimpsePrune(Pruner):
     ref_boxes: Sequence[Sequence[float]] | None = None
 
     name = "glimpseprune"
-    published_options = {"new_modules_dir": "new_modules"}
-    published_environment = {
-        "MAX_REMAIN_RATIO": "max_remain_ratio",
-        "MIN_REMAIN_NUM": "min_remain_num",
-    }
+    published = Published(
+        options={"new_modules_dir": "new_modules"},
+        environment={"MAX_REMAIN_RATIO": "max_remain_ratio", "MIN_REMAIN_NUM": "min_remain_num"},
+    )
     adaptive = True
     reads_text = True
 
@@ -114,7 +115,7 @@ class GlimpsePrune(Pruner):
 
     # --- the trained part ---------------------------------------------------------------------
 
-    def attach_model(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module) -> None:
         if model.get_vision_tower() is None:
             raise ValueError(f"{self.name} needs a model with a vision tower")
         if self.module is None:
@@ -148,11 +149,6 @@ class GlimpsePrune(Pruner):
         self.module.initialize()
         self.module.eval()
 
-    @property
-    def probe_form(self) -> str:
-        scores = self.module is not None and self.module.config.use_attention_logits
-        return "scores" if scores else "log_weights"
-
     def last_dense_layer(self, num_layers: int) -> int:
         """`reduce_layer`: the last layer that sees all visual tokens."""
         if self.module is None:
@@ -174,8 +170,12 @@ class GlimpsePrune(Pruner):
 
     # --- inside the decoder -------------------------------------------------------------------
 
-    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
-        return () if self.ref_boxes is not None else self.module.config.selected_layers
+    def probe(self, num_layers: int) -> Probe:
+        if self.ref_boxes is not None:
+            return Probe()
+        config = self.module.config
+        form = "scores" if config.use_attention_logits else "log_weights"
+        return Probe(config.selected_layers, form=form)
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if index == 0 and self.ref_boxes is None:

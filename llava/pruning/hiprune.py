@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .base import SelectPruner
 from .ops import scale_layer, top_stable
+from .published import Published
 from .tokens import ImageLayout, VisionTokens
 
 
@@ -38,11 +39,13 @@ class HiPrune(SelectPruner):
     wrap: bool = True
 
     name = "hiprune"
-    published_environment = {
-        "HIPRUNE_RETENTION": "visual_token_num",
-        "HIPRUNE_ALPHA": "alpha",
-        "HIPRUNE_OBJECT_LAYER": "object_layer",
-    }
+    published = Published(
+        environment={
+            "HIPRUNE_RETENTION": "visual_token_num",
+            "HIPRUNE_ALPHA": "alpha",
+            "HIPRUNE_OBJECT_LAYER": "object_layer",
+        }
+    )
     anyres_config = {"mm_patch_merge_type": "spatial"}
 
     def __post_init__(self):

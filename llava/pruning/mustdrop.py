@@ -29,6 +29,7 @@ from .ops import (
     top_stable,
 )
 from .prefill import Prefill
+from .stages import DecoderStage, Probe, VisionStage
 from .tokens import MERGED, TowerTokens, VisionTokens
 
 LAYERS = (2, 6, 10, 14)
@@ -47,7 +48,7 @@ class MustDropState:
 
 
 @dataclass
-class MustDrop(Pruner):
+class MustDrop(VisionStage, DecoderStage, Pruner):
     """
     visual_token_num:  label of a published setting of the two thresholds: 192, 128 or 64 tokens on
                        average. How many are really kept depends on image and question
@@ -167,11 +168,8 @@ class MustDrop(Pruner):
 
     # --- decoder ------------------------------------------------------------------------------
 
-    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
-        return self.stage_layers(num_layers)
-
-    def probe_rows(self, prefill: Prefill) -> Tensor:
-        return self.text_rows(prefill)[0]
+    def probe(self, num_layers: int) -> Probe:
+        return Probe(self.stage_layers(num_layers), lambda prefill: self.text_rows(prefill)[0])
 
     def text_rows(self, prefill: Prefill) -> tuple[Tensor, Tensor]:
         """Places (B, R) of the text behind the first image, and which of them are real (B, R)."""

@@ -24,7 +24,9 @@ from torch import Tensor
 from .base import DecoderPruner
 from .ops import normalize, rank_within_groups, scale_layer, top_stable
 from .prefill import Prefill
+from .published import Published
 from .random import scramble
+from .stages import Probe, VisionStage
 from .tokens import ImageLayout, ImageTokens, VisionTokens
 
 CELL = 2  # patches along the side of a cell
@@ -53,7 +55,7 @@ class View(NamedTuple):
 
 
 @dataclass
-class Nuwa(DecoderPruner):
+class Nuwa(VisionStage, DecoderPruner):
     """
     visual_token_num:  tokens per image, averaged over the decoder layers: 7/4 of them enter it, 1/4
                        stay from `layer` on (64 = 112 and 16). On LLaVA-NeXT the sum over the crops,
@@ -81,13 +83,15 @@ class Nuwa(DecoderPruner):
     seed: int = 0
 
     name = "nuwa"
-    published_options = {"matain_token": "visual_token_num"}
-    published_environment = {
-        "NT": "visual_token_num",
-        "DIST": "distance",
-        "THRE": "pillar_quantile",
-        "REGION": "region",
-    }
+    published = Published(
+        options={"matain_token": "visual_token_num"},
+        environment={
+            "NT": "visual_token_num",
+            "DIST": "distance",
+            "THRE": "pillar_quantile",
+            "REGION": "region",
+        },
+    )
     needs = frozenset({"cls_attention"})
     position_policy = "grid"
     paper_layer = 16
@@ -223,14 +227,14 @@ class Nuwa(DecoderPruner):
 
     # --- stage 2 ------------------------------------------------------------------------------
 
-    def after_layout(self, image: ImageTokens) -> ImageTokens:
+    def before_prompt(self, image: ImageTokens) -> ImageTokens:
         """How many of its tokens stay; newlines compete as well."""
         rows, columns = image.blocks[0]
         count = self.stage2_tokens(len(image.patches), rows * columns, image.crops)
         return replace(image, image_extras={**image.image_extras, KEPT: count})
 
-    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
-        return super().probe_layers(num_layers) if self.stage2 == "attention" else ()
+    def probe(self, num_layers: int) -> Probe:
+        return super().probe(num_layers) if self.stage2 == "attention" else Probe()
 
     def score(self, prefill: Prefill) -> Tensor:
         if self.stage2 == "attention":

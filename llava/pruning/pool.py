@@ -7,7 +7,7 @@ number allows; a patch that lies in two cells counts in both by its share. No pa
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import SelectPruner
 from .tokens import MERGED, VisionTokens
@@ -22,7 +22,8 @@ class Pool(SelectPruner):
     name = "pool"
     anyres_tiles = (2, 2)
 
-    def attach(self, tower) -> None:
+    def attach(self, model: nn.Module) -> None:
+        tower = model.get_vision_tower()
         if tower is not None and tower.select_feature != "patch":
             raise ValueError(
                 f"{self.name} averages a grid of patches, but mm_vision_select_feature is "

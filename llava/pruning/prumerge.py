@@ -21,11 +21,12 @@ from torch import Tensor
 
 from .base import Pruner, check_budget
 from .ops import gather_tokens, lookup, normalize
+from .stages import VisionStage
 from .tokens import MERGED, VisionTokens
 
 
 @dataclass
-class PruMerge(Pruner):
+class PruMerge(VisionStage, Pruner):
     """
     visual_token_num: tokens per image, the one for the rest included; None: as many as there are
                       outliers, or as `reduction_ratio` says

@@ -21,6 +21,8 @@ from .base import Pruner, check_budget
 from .density_peaks import cluster
 from .ops import gather_tokens, rank_within_groups, scale_layers, top_stable
 from .prefill import Prefill
+from .published import Published
+from .stages import DecoderStage, Probe
 
 LAYERS = {"1.0": (2, 6, 15, 19), "1.5": (2, 6, 15), "2.0": (2, 6, 15)}
 #: tokens left at each stage for a published budget, of 576
@@ -48,7 +50,7 @@ class SparseState:
 
 
 @dataclass
-class SparseVLM(Pruner):
+class SparseVLM(DecoderStage, Pruner):
     """
     visual_token_num:   label of the published settings, 192, 128, 96 and 64 of 576 tokens; between
                         them the tokens of each stage are interpolated. More tokens than this enter
@@ -73,7 +75,7 @@ class SparseVLM(Pruner):
     bias: float = 0.0
 
     name = "sparsevlm"
-    published_environment = {"RETAIN_TOKN": "visual_token_num"}
+    published = Published(environment={"RETAIN_TOKN": "visual_token_num"})
     reads_text = True
 
     def __post_init__(self):
@@ -152,11 +154,8 @@ class SparseVLM(Pruner):
 
     # --- rating -------------------------------------------------------------------------------
 
-    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
-        return self.stage_layers(num_layers)
-
-    def probe_rows(self, prefill: Prefill) -> Tensor:
-        return self.rater_rows(prefill)[0]
+    def probe(self, num_layers: int) -> Probe:
+        return Probe(self.stage_layers(num_layers), lambda prefill: self.rater_rows(prefill)[0])
 
     def rater_rows(self, prefill: Prefill) -> tuple[Tensor, Tensor]:
         """Places (B, R) of all rating words now, and (B, I, R) whether one rates an image."""

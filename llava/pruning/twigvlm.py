@@ -25,19 +25,15 @@ from torch import Tensor, nn
 
 from ..devices import empty_like_weights
 from .base import BudgetPruner
-from .choice import open_group
 from .drafter import Drafter
 from .learned import build_part, part_folder, read_part, read_part_config, save_part
 from .ops import rank_within_groups, scale_layer
 from .prefill import Prefill
-from .twigvlm_output import published_output
+from .stages import DecoderStage
+from .twigvlm_release import TwigRelease
 
 #: in a 32-layer decoder: K, the layer before which all visual tokens go, layers of the twig
 FIRST_LAYER, WIPE_LAYER, TWIG_LAYERS = 2, 24, 3
-#: entry of the published `twigvlm_config` that is no option of the method
-STRATEGY = "generation_strategy"
-#: options that belong to a twig: they cannot change from call to call
-TWIG_OPTIONS = ("twig", "twig_K", "twig_T")
 
 
 class Twig(nn.Module):
@@ -70,7 +66,7 @@ class TwigState:
 
 
 @dataclass
-class TwigVLM(BudgetPruner):
+class TwigVLM(DecoderStage, BudgetPruner):
     """
     visual_token_num: tokens per image, averaged over the decoder layers: all of them enter layers
                       0 to K - 1, as many as the average asks for layer K and those up to
@@ -95,15 +91,7 @@ class TwigVLM(BudgetPruner):
 
     name = "twigvlm"
     reads_text = True
-    published_group = "twigvlm_config"
-    published_options = {
-        "attention_rank": "visual_token_num",
-        "avg_retain_rank": "visual_token_num",
-        "retained_tokens": "visual_token_num",
-        "R": "visual_token_num",
-        "enable_FastV": "enable_pruning",
-        "twig_block": "twig",
-    }
+    published = TwigRelease()
 
     def __post_init__(self):
         number = self.visual_token_num
@@ -121,7 +109,7 @@ class TwigVLM(BudgetPruner):
     def part_folders(self, model_path: str) -> list[str]:
         return [part_folder(self.name, self.twig, model_path, "twig")]
 
-    def attach_model(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module) -> None:
         if self.module is None:
             (folder,) = self.part_folders(getattr(model.config, "_name_or_path", ""))
             self._config = read_part_config(folder, self.name)
@@ -258,34 +246,11 @@ class TwigVLM(BudgetPruner):
             _, row = prefill.decoder.branch(prefill, self.module.layers)
         return row[:, :, 0].mean(dim=1)
 
-    # --- the published interface --------------------------------------------------------------
-
-    def for_call(self, keywords: dict) -> tuple[TwigVLM, dict]:
-        """Reads `twigvlm_config={"enable_pruning", "attention_rank", "generation_strategy"}`, also
-        under the other names in `published_options`."""
-        if self.published_group not in keywords and not self.published:
-            return self, keywords
-        keywords = dict(keywords)
-        entries = keywords.pop(self.published_group, None)
-        options = open_group(type(self), {} if entries is None else entries, (STRATEGY,))
-        if STRATEGY in options:
-            keywords[STRATEGY] = options.pop(STRATEGY)
-        own = {name: getattr(self, name) for name in TWIG_OPTIONS}
-        if fixed := [name for name in own if options.get(name, own[name]) != own[name]]:
-            raise ValueError(
-                f"{', '.join(fixed)} cannot change from call to call: assign another {self.name}"
-            )
-        as_tensor, pruner = not keywords.get("return_dict_in_generate"), self
-        if options or as_tensor != self.published:
-            pruner = replace(self, **options)
-            pruner.module, pruner._config = self.module, self._config
-            pruner.published = as_tensor
-        return pruner, {**keywords, "return_dict_in_generate": True}
-
-    def present(self, output, ends: set[int]):
-        """With `predicted_tokens` and the other fields of the release, when the model was loaded or
-        called in its way (`twigvlm_config`) and the call did not ask for an output object."""
-        return published_output(output, ends) if self.published else output
+    def with_options(self, **options) -> TwigVLM:
+        """The same method with other options and the same twig."""
+        other = replace(self, **options)
+        other.module, other._config = self.module, self._config
+        return other
 
 
 def load_twig(

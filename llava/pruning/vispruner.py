@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .base import SelectPruner
 from .ops import normalize, top_stable
+from .published import Published
 from .tokens import VisionTokens
 
 
@@ -32,7 +33,7 @@ class VisPruner(SelectPruner):
     drop_per_round: int = 8
 
     name = "vispruner"
-    positional = ("visual_token_num", "important_ratio")
+    published = Published(positional=("visual_token_num", "important_ratio"))
     needs = frozenset({"cls_attention"})
     anyres_tiles = (2, 2)
 

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from .base import BUDGET, StagedPruner, check_budget
 from .ops import gather_tokens, normalize, rank_within_groups, scale_layer, scale_layers, top_stable
+from .published import Published
+from .stages import VisionStage
 from .tokens import VisionTokens
 
 #: the local layer counts in a 24-layer tower, the cut in a 32-layer decoder
@@ -27,7 +29,7 @@ LOCAL_LAYER, TOWER_DEPTH, CUT_LAYERS = 5, 24, (16,)
 
 
 @dataclass
-class VScan(StagedPruner):
+class VScan(VisionStage, StagedPruner):
     """
     visual_token_num:  tokens per image, averaged over the decoder layers; on LLaVA-NeXT the sum
                        over its crops. The two counts below follow from it unless they are given
@@ -49,7 +51,7 @@ class VScan(StagedPruner):
     window: int = 6
 
     name = "vscan"
-    published_meaning = {"visual_token_num": "encoder_token_num"}
+    published = Published(meaning={"visual_token_num": "encoder_token_num"})
     needs = frozenset({"cls_attention"})
 
     def __post_init__(self):
@@ -79,10 +81,6 @@ class VScan(StagedPruner):
         if not 0 <= min(layers) <= max(layers) < num_layers or list(layers) != sorted(set(layers)):
             raise ValueError(f"layer_list {layers} must ascend below the {num_layers} layers")
         self.token_schedule(num_patches, num_layers, crops)
-
-    def attach(self, tower) -> None:
-        if tower is not None:
-            self.tower_extras(*tower.depth)
 
     def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
         local = self.local_layer

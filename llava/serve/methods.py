@@ -13,9 +13,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Union, get_args, get_origin, get_type_hints
 
-from ..pruning import METHODS, Pruner, build_pruner
-from ..pruning.base import option_names, overrides
-from ..pruning.chain import BEFORE_DECODER
+from ..pruning import METHODS, DecoderStage, Pruner, VisionStage, build_pruner
+from ..pruning.base import option_names
 from .errors import ServeError
 from .protocol import PruningRequest
 
@@ -264,5 +263,5 @@ def offer(model, shelf: MethodShelf) -> list[dict]:
 
 def place(pruner: Pruner) -> str | None:
     """Where a method may stand in a combination of two: "first", "second" or None."""
-    acts = overrides(pruner, *BEFORE_DECODER), overrides(pruner, "before_layer")
+    acts = isinstance(pruner, VisionStage), isinstance(pruner, DecoderStage)
     return {(True, False): "first", (False, True): "second"}.get(acts)

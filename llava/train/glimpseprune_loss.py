@@ -135,7 +135,8 @@ class GlimpseObjective(nn.Module):
             valid=valid,
         )
         last = torch.full((batch, 1), count - 1, device=x.device)
-        probing = Step(step.rope, step.mask, valid, rows=last, form=self.llava.pruner.probe_form)
+        form = self.llava.pruner.probe(len(decoder.layers)).form
+        probing = Step(step.rope, step.mask, valid, rows=last, form=form)
         found = {}
         for number, layer in enumerate(decoder.layers):
             if number and number in vectors:

@@ -102,11 +102,11 @@ def feed_recorded(pruner, recorded, report):
     """These cases were recorded on visual embeddings made in half precision: those go in."""
     embeds = torch.tensor(recorded["visual_embeds"])
 
-    def after_layout(image):
+    def before_prompt(image):
         report.close("visual_embeds", image.embeds, embeds, HALF_ATOL)
         return replace(image, embeds=embeds)
 
-    pruner.after_layout = after_layout
+    pruner.before_prompt = before_prompt
 
 
 def run_and_compare(model, pruner, ids, images, strategy, case, recorded, report):

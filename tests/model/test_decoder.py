@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from llava.model.kv_cache import KVCache
 from llava.model.language_model.attention import attend, attention_rows, padded_causal_mask
 from llava.model.language_model.modeling_llama import Rotary, next_position
+from llava.pruning import DecoderStage
 from llava.pruning.base import DecoderPruner, Pruner
 from tests.conftest import TINY
 
@@ -178,7 +179,7 @@ def test_renumbered_positions_continue_from_the_shorter_prompt(model, sample):
 
 
 def test_rows_may_keep_different_counts(model, sample):
-    class Threshold(Pruner):
+    class Threshold(DecoderStage, Pruner):
         def before_layer(self, index, prefill):
             if index != 1:
                 return prefill

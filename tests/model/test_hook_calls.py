@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from llava.model.reuse import Picture, PrefixCache
-from llava.pruning import trace_pruning
+from llava.pruning import DecoderStage, trace_pruning
 from llava.pruning.base import Pruner
 from tests.conftest import SIDE, pad_batch
 
 GREEDY = dict(do_sample=False, max_new_tokens=5, eos_token_id=-1, pad_token_id=0)
 
 
-class Hook(Pruner):
+class Hook(DecoderStage, Pruner):
     """Does `change` to the prompts before one layer."""
 
     name = "hook"
@@ -229,7 +229,7 @@ def test_a_hook_that_returns_nothing_is_named(model, prompt):
 
 @pytest.mark.parametrize("field", ["position_ids", "valid"])
 def test_behind_the_last_layer_it_is_too_late(model, prompt, field):
-    class Late(Pruner):
+    class Late(DecoderStage, Pruner):
         name = "late"
 
         def after_layers(self, prefill):

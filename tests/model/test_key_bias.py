@@ -13,7 +13,7 @@ from llava.model.kv_cache import KVCache
 from llava.model.language_model import attention
 from llava.model.language_model.attention import attend
 from llava.model.reuse import Picture, Prefix, PrefixCache
-from llava.pruning import Pruner, build_pruner
+from llava.pruning import DecoderStage, Pruner, VisionStage, build_pruner
 from llava.pruning.base import DecoderPruner, SelectPruner
 from llava.pruning.twigvlm import TwigVLM
 from tests.conftest import SIDE, pad_batch
@@ -56,7 +56,7 @@ class WeighingLate(DecoderPruner):
         return prefill
 
 
-class WeighingCaches(Weighing):
+class WeighingCaches(DecoderStage, Weighing):
     """As `Weighing`, and takes tokens out of the caches of layers that ran, before layer 3."""
 
     name = "weighing caches"
@@ -116,7 +116,7 @@ def test_a_token_that_counts_for_k_in_the_decoder_is_k_tokens(make_model, backen
     outputs, rows = [], []
     for copies in (False, True):
         inputs, cache = prompt_with_copies(model, 3, copies), KVCache(6, 4)
-        hidden = [model.model(**inputs, cache=cache, pruner=Pruner()).hidden_states[:, -6:]]
+        hidden = [model.model(**inputs, cache=cache, stage=DecoderStage()).hidden_states[:, -6:]]
         for count in (1, 2, 1):  # decoding, one token and several at a time
             step = model.model.embed_tokens(torch.full((2, count), 17))
             hidden.append(model.model(step, cache=cache).hidden_states)
@@ -251,7 +251,7 @@ def test_caches_that_lose_tokens_keep_the_bias_of_the_others(model, sample):
 
 
 def test_recorded_attention_is_that_of_the_layer_with_its_bias(model, sample):
-    class Recording(DecoderPruner):
+    class Recording(VisionStage, DecoderPruner):
         weighs = True
 
         def after_encoder(self, vision):
@@ -277,7 +277,7 @@ def test_recorded_attention_is_that_of_the_layer_with_its_bias(model, sample):
     assert not torch.allclose(seen[0], seen[3], atol=1e-4)
 
 
-class WeighingTwig(TwigVLM):
+class WeighingTwig(VisionStage, TwigVLM):
     late = False
 
     def after_encoder(self, vision):
@@ -368,7 +368,7 @@ def test_without_a_bias_no_layer_gets_a_mask(model, sample, monkeypatch):
     ],
 )
 def test_a_bias_of_the_decoder_that_does_not_fit_is_an_error(model, sample, bias, message):
-    class Wrong(Pruner):
+    class Wrong(DecoderStage, Pruner):
         name = "wrong"
 
         def before_layer(self, index, prefill):
@@ -383,7 +383,7 @@ def test_a_bias_of_the_decoder_that_does_not_fit_is_an_error(model, sample, bias
 
 
 def test_a_bias_that_comes_behind_the_last_layer_is_an_error(model, sample):
-    class Late(Pruner):
+    class Late(DecoderStage, Pruner):
         name = "late"
 
         def after_layers(self, prefill):

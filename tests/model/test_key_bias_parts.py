@@ -16,7 +16,7 @@ from llava.model.language_model.attention import (
     attention_rows,
     padded_causal_mask,
 )
-from llava.pruning import Pruner
+from llava.pruning import Pruner, VisionStage
 
 SIZES = torch.tensor([1, 3, 1, 2, 1, 1])  # how many tokens each key of a merged prompt stands for
 
@@ -99,7 +99,7 @@ def test_a_cache_adds_nothing_to_later_tokens_and_reorders_what_it_adds():
     assert RowState(torch.tensor([3])).key_bias(5) is None
 
 
-class Merging(Pruner):
+class Merging(VisionStage, Pruner):
     """Each crop's patches at even places, of which the first counts for `size` tokens; with
     `copies` it is there that often instead."""
 
@@ -135,12 +135,12 @@ def crops(count):
 
 def test_a_token_that_counts_for_k_in_the_tower_is_k_tokens(model):
     tower = model.get_vision_tower()
-    merged, whole = (tower.tokens(crops(2), pruner=Merging(3, copies)) for copies in (False, True))
+    merged, whole = (tower.tokens(crops(2), stage=Merging(3, copies)) for copies in (False, True))
     torch.testing.assert_close(merged.features, whole.features[:, 2:], atol=1e-5, rtol=1e-4)
     rows = [vision.layers[2]["cls_attention"] for vision in (merged, whole)]
     torch.testing.assert_close(rows[0][:, :, 1:], rows[1][:, :, 3:])
     torch.testing.assert_close(rows[0][:, :, 0], rows[1][:, :, :3].sum(dim=2))
-    plain = tower.tokens(crops(2), pruner=Merging(1))
+    plain = tower.tokens(crops(2), stage=Merging(1))
     assert not torch.allclose(plain.features, merged.features, atol=1e-4)
 
 
@@ -175,8 +175,8 @@ def test_padding_in_the_tower_changes_nothing_of_others(model):
         tower_extras = Ragged.tower_extras
 
     tower = model.get_vision_tower()
-    both = tower.tokens(crops(2), pruner=Ragged(3))
-    alone = tower.tokens(crops(2)[1:], pruner=Shorter(3))
+    both = tower.tokens(crops(2), stage=Ragged(3))
+    alone = tower.tokens(crops(2)[1:], stage=Shorter(3))
     torch.testing.assert_close(both.features[1, :-4], alone.features[0], atol=1e-5, rtol=1e-4)
     for name in ("cls_attention", "attention_mean"):
         one, other = both.layers[2][name][1], alone.layers[2][name][0]
@@ -196,7 +196,7 @@ def test_without_a_bias_the_tower_asks_for_the_kernel_it_always_did(model, monke
     tower = model.get_vision_tower()
     tower.tokens(crops(1))
     assert asked == [None] * 3
-    tower.tokens(crops(1), pruner=Merging(3))
+    tower.tokens(crops(1), stage=Merging(3))
     assert [mask is None for mask in asked[3:]] == [True, False, False]
 
 
@@ -204,9 +204,9 @@ def test_without_a_bias_the_tower_asks_for_the_kernel_it_always_did(model, monke
     "bias", [torch.zeros(1, 36), torch.zeros(1, 37, dtype=torch.float64)], ids=["short", "double"]
 )
 def test_a_bias_of_the_tower_that_does_not_fit_is_an_error(model, bias):
-    class Wrong(Pruner):
+    class Wrong(VisionStage, Pruner):
         def before_tower_layer(self, index, tokens):
             return replace(tokens, key_bias=bias)
 
     with pytest.raises(ValueError, match=r"key_bias .* must be torch.float32 with one value"):
-        model.get_vision_tower().tokens(crops(1), pruner=Wrong())
+        model.get_vision_tower().tokens(crops(1), stage=Wrong())

@@ -144,4 +144,5 @@ def test_the_published_config_of_a_method_works_in_the_loader(tmp_path):
     model = load(twig=str(tmp_path), twigvlm_config=config)[1]
     assert isinstance(model.pruner, TwigVLM) and model.pruner.visual_token_num == 96
     assert model.pruner.enable_pruning and model.generation_strategy == "self_speculative"
-    assert model.pruner.published and not load(twig=str(tmp_path))[1].pruner.published
+    assert model.pruner.as_published
+    assert not load(twig=str(tmp_path))[1].pruner.as_published

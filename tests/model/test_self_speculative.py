@@ -357,10 +357,11 @@ def test_the_published_way_of_calling_gives_the_published_result(sharp, sample):
     assert 0 < output.prefill_time <= output.decoding_time
     whole = sharp.generate(prompt.ids, **asked, **GREEDY, return_dict_in_generate=True)
     assert torch.equal(whole.sequences, plain) and whole.logs
-    sharp.pruner.published = True  # as the loader leaves it that was given such a dict
+    sharp.pruner.as_published = True  # as the loader leaves it that was given such a dict
     output = sharp.generate(prompt.ids, images=prompt.images, **GREEDY)
     assert output.predicted_tokens == plain.tolist()
-    assert sharp.pruner.for_call({})[0] is sharp.pruner  # nothing is built anew
+    again, _ = sharp.pruner.published.for_call(sharp.pruner, {})
+    assert again is sharp.pruner  # nothing is built anew
 
 
 def test_every_prompt_of_a_batch_has_its_own_tokens(sharp, sample):

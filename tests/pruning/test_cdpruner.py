@@ -151,7 +151,7 @@ def test_a_tower_without_text_is_an_error_when_the_method_is_chosen(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TOWER))
     tower = SimpleNamespace(vision_tower_name=str(tmp_path), is_loaded=False)
     with pytest.raises(ValueError, match="holds no weights of a CLIP model"):
-        CDPruner().attach(tower)
+        CDPruner().attach(SimpleNamespace(get_vision_tower=lambda: tower))
 
 
 def test_theta_outside_its_range_is_an_error():

@@ -46,9 +46,9 @@ def test_the_first_alone_decides_what_enters_the_decoder(model, sample):
 
 def test_what_each_needs_is_asked_for():
     chain = build_pruner("visionzip+adaptprune")
-    assert chain.needs == build_pruner("visionzip").needs
-    assert chain.anyres_config == {"mm_patch_merge_type": "spatial"}
-    assert chain.reads_text and not chain.adaptive
+    assert chain.vision.needs == build_pruner("visionzip").needs
+    assert chain.vision.anyres_config == {"mm_patch_merge_type": "spatial"}
+    assert chain.decoder.reads_text and not chain.adaptive
 
 
 def test_weights_of_both_are_registered(model):

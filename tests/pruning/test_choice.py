@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from llava.eval import model_vqa_loader, run_llava
-from llava.pruning import METHODS, build_pruner, guess_method, pruner_from_keywords
+from llava.pruning import METHODS, Published, build_pruner, guess_method, pruner_from_keywords
 from llava.pruning.base import BudgetPruner, option_names
 from llava.pruning.cli import add_option_args, pairs_in, pruner_from_args
 from llava.serve import cli, model_worker
@@ -94,7 +94,7 @@ def test_the_table_follows_from_the_methods(monkeypatch):
         speed: int = 1
 
         name = "other"
-        published_options = {"fast": "speed"}
+        published = Published(options={"fast": "speed"})
 
     monkeypatch.setitem(METHODS, "other", Other)
     args = run_llava.build_parser().parse_args(["--fast", "2", "--visual-token-num", "9"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava.model.reuse import Picture, PrefixCache
-from llava.pruning.base import Pruner
+from llava.pruning import DecoderStage, Pruner, VisionStage
 from tests.conftest import SIDE, pad_batch
 from tests.pruning.test_twigvlm import grown
 
@@ -26,7 +26,7 @@ def follow(prefill):
     return lengths
 
 
-class Marking(Pruner):
+class Marking(VisionStage, DecoderStage, Pruner):
     """Marks every patch with its number, every image with its length, and looks at them later."""
 
     name = "marking"

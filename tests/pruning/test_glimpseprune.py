@@ -247,7 +247,7 @@ def test_several_layers_and_glimpse_tokens_work_in_a_batch(model, sample):
 
 def test_scores_before_the_softmax_can_be_read(model, sample):
     pruner = random_method(model, use_attention_logits=True)
-    assert pruner.probe_form == "scores"
+    assert pruner.probe(6).form == "scores"
     generate(model, sample(4, "image", 5))
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from llava.pruning import METHODS, Pruner, build_pruner
+from llava.pruning import METHODS, DecoderStage, Pruner, build_pruner
 from llava.pruning.__main__ import SIZES, Plan, main
 
 
@@ -53,7 +53,7 @@ def test_what_depends_on_the_image_is_told_as_a_bound(capsys):
 
 
 def test_entries_dropped_from_earlier_caches_are_not_counted():
-    class Late(Pruner):
+    class Late(DecoderStage, Pruner):
         def token_schedule(self, num_patches, num_layers, crops=1):
             return [10, 10, 4]
 

@@ -51,7 +51,7 @@ def read(words: list[str], method: str, environment: Mapping[str, str]) -> tuple
     name = args.pruning_method or method
     if not name:
         name, options = guess_method(options)
-    places = METHODS[name].positional if name in METHODS else (BUDGET,)
+    places = METHODS[name].published.positional if name in METHODS else (BUDGET,)
     if len(numbers) > len(places):
         raise ValueError(f"{' '.join(numbers)}: {name} takes {' '.join(places)} by place, no more")
     by_place(options, places[1:], numbers[1:])
@@ -73,7 +73,7 @@ def by_place(options: dict, names: Sequence[str], numbers: Sequence[str]) -> Non
 
 def from_environment(method: type[Pruner], environment: Mapping[str, str]) -> dict:
     """The options that the method's published environment variables set."""
-    variables = method.published_environment.items()
+    variables = method.published.environment.items()
     pairs = [f"{option}={environment[name]}" for name, option in variables if environment.get(name)]
     return dict(map(parse_pair, pairs))
 

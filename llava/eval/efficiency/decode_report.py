@@ -79,7 +79,7 @@ def rows_of(variants: list[Variant], model, same_answers: bool = True) -> list[R
             row.accepted, row.drafted = statistics.mean(accepted), statistics.mean(steps)
             row.acceptance = sum(accepted) / max(1, sum(steps))
             row.step_speed_up = _ratio(rates[variant.name], rates[f"{method}, no guesses"])
-            drafter = variant.pruner.drafter(len(model.model.layers))
+            drafter = variant.pruner.decoder.drafter(len(model.model.layers))
             row.predicted = cost_model(drafter, model, row.accepted, row.drafted)
         rows.append(row)
     return rows

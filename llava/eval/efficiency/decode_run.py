@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from llava.eval.efficiency.measure import DENSE, Workload
 from llava.model.self_speculative import SpeculationLog
-from llava.pruning import Pruner, build_pruner
+from llava.pruning import Pruner, build_pruner, can_draft
 from llava.pruning.drafter import STRATEGIES
 
 
@@ -85,7 +85,7 @@ def variants_of(pruners: dict[str, Pruner], num_speculations: int | None = None)
     found = [Variant(DENSE, build_pruner(), STRATEGIES[0])]
     for name, pruner in pruners.items():
         found.append(Variant(name, pruner, STRATEGIES[0]))
-        if type(pruner).drafter is not Pruner.drafter:
+        if can_draft(type(pruner.decoder)):
             still = {"num_speculations": 0}
             found.append(Variant(f"{name}, no guesses", pruner, STRATEGIES[1], still))
             found.append(Variant(f"{name}, guessing", pruner, STRATEGIES[1], dict(options)))

@@ -42,7 +42,7 @@ from llava.eval.efficiency.random_model import CONFIGS, build_random_model, shap
 from llava.eval.files.records import read_jsonl
 from llava.model_args import add_model_args
 from llava.playground import default_model_path
-from llava.pruning import METHODS, Pruner
+from llava.pruning import METHODS, can_draft
 from llava.pruning.cli import parse_pair
 
 QUESTIONS = "describe/questions.jsonl"
@@ -50,7 +50,7 @@ QUESTIONS = "describe/questions.jsonl"
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    able = [name for name, cls in METHODS.items() if cls.drafter is not Pruner.drafter]
+    able = [name for name, cls in METHODS.items() if can_draft(cls)]
     parser.add_argument("--methods", nargs="+", default=able, choices=sorted(METHODS))
     parser.add_argument("--visual-token-num", "--visual_token_num", type=int, default=64)
     parser.add_argument("--num-speculations", type=int, help="most guesses in a row")

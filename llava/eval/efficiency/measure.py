@@ -19,15 +19,8 @@ from llava.model import LlavaLlamaForCausalLM
 from llava.pruning import METHODS, Pruner, build_pruner, trace_pruning
 from llava.pruning.base import option_names
 from llava.pruning.cost import FORMULAS, prefill_flops
+from llava.pruning.stages import filled_hooks
 
-HOOKS = (
-    "before_tower",
-    "before_tower_layer",
-    "after_encoder",
-    "after_projector",
-    "after_layout",
-    "before_layer",
-)
 STAGES = {
     "vision": "vision tower, with the extras a method asks for",
     "select": "the method's own work, wherever it acts",
@@ -109,7 +102,8 @@ def time_llava(
     """Seconds of every stage of `STAGES` for one call of `generate`."""
     model.pruner = pruner
     watch = Stopwatch(model.device)
-    methods = [(pruner, hook, "select") for hook in own_hooks(pruner)]
+    hooks = filled_hooks(pruner.vision, pruner.decoder)
+    methods = [(stage, hook, "select") for stage, hook in hooks]
     methods.append((model.get_vision_tower(), "tokens", "vision"))
     methods.append((model, "forward", lambda: "decode" if watch.count("prefill") else "prefill"))
     with watch.watch(methods), watch.span("rest") as whole:
@@ -122,11 +116,6 @@ def time_llava(
     seconds["first_token"] = watch.elapsed(whole.start, prefill.stop)
     seconds["end_to_end"] = watch.elapsed(whole.start, whole.stop)
     return seconds
-
-
-def own_hooks(pruner: Pruner) -> list[str]:
-    """The hooks that the method fills."""
-    return [name for name in HOOKS if getattr(type(pruner), name) is not getattr(Pruner, name)]
 
 
 def llava_facts(model: LlavaLlamaForCausalLM, pruner: Pruner, workload: Workload) -> dict:

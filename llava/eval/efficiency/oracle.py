@@ -12,7 +12,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from llava.pruning import ImageTokens, Prefill, Pruner, TowerTokens, VisionTokens
+from llava.pruning import (
+    DecoderStage,
+    ImageTokens,
+    Prefill,
+    Pruner,
+    TowerTokens,
+    VisionStage,
+    VisionTokens,
+)
+from llava.pruning.stages import filled_hooks
 
 Counts = tuple[int, ...]
 
@@ -73,10 +82,6 @@ class Schedule:
             self.renumber.add(index)
 
 
-WATCHED = ("before_tower", "before_tower_layer", "after_encoder", "after_projector")
-WATCHED += ("after_layout", "before_layer")
-
-
 @contextmanager
 def watch_schedule(pruner: Pruner) -> Iterator[Schedule]:
     """Fills the schedule while the model runs with `pruner` inside the block."""
@@ -90,16 +95,18 @@ def watch_schedule(pruner: Pruner) -> Iterator[Schedule]:
 
         return call
 
-    for name in WATCHED:
-        setattr(pruner, name, watched(getattr(pruner, name), getattr(schedule, name)))
+    hooks = filled_hooks(pruner.vision, pruner.decoder)
+    hooks = [(stage, name) for stage, name in hooks if hasattr(schedule, name)]
+    for stage, name in hooks:
+        setattr(stage, name, watched(getattr(stage, name), getattr(schedule, name)))
     try:
         yield schedule
     finally:
-        for name in WATCHED:
-            delattr(pruner, name)  # the method of the class shows again
+        for stage, name in hooks:
+            delattr(stage, name)  # the method of the class shows again
 
 
-class Oracle(Pruner):
+class Oracle(VisionStage, DecoderStage, Pruner):
     """Keeps the first tokens wherever `schedule` says that tokens go, and looks at nothing.
 
     like: the method whose positions, image layout and cache cuts it shares
@@ -109,8 +116,9 @@ class Oracle(Pruner):
 
     def __init__(self, schedule: Schedule, like: Pruner | None = None):
         self.schedule, self.like = schedule, like or Pruner()
-        self.position_policy = self.like.position_policy
-        self.anyres_tiles, self.anyres_config = self.like.anyres_tiles, self.like.anyres_config
+        vision = self.like.vision
+        self.position_policy = vision.position_policy
+        self.anyres_tiles, self.anyres_config = vision.anyres_tiles, vision.anyres_config
 
     @classmethod
     def constant(cls, tokens: int, crops: int) -> Oracle:
@@ -124,7 +132,7 @@ class Oracle(Pruner):
 
     def _facts(self, tiled: bool) -> tuple:
         tiles = (self.anyres_tiles, self.anyres_config) if tiled else None
-        return self.schedule, self.position_policy, tiles, type(self.like).pruned_caches
+        return self.schedule, self.position_policy, tiles, type(self.like.decoder).pruned_caches
 
     def before_tower(self, images: Tensor, patch_size: int, crops: int = 1) -> Tensor:
         side = self.schedule.side
@@ -162,7 +170,7 @@ class Oracle(Pruner):
         return prefill.keep(mask, renumber=index in self.schedule.renumber)
 
     def pruned_caches(self, index: int, num_layers: int) -> range:
-        return self.like.pruned_caches(index, num_layers)
+        return self.like.decoder.pruned_caches(index, num_layers)
 
 
 def _first(vision: VisionTokens, counts: Counts | None) -> VisionTokens:

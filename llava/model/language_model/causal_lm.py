@@ -124,7 +124,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             extras=extras,
             image_extras=image_extras,
             cache=cache,
-            pruner=self.pruner,
+            stage=self.pruner.decoder,
             grid=self.patch_grid,
             trace=self.pruning_trace,
             output_hidden_states=output_hidden_states,
@@ -210,7 +210,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         self.check_keywords(kwargs)
         if input_ids is None:
             raise ValueError("generate needs input_ids, the ids of the prompts")
-        pruner, kwargs = self.pruner.for_call(kwargs)
+        pruner, kwargs = self.pruner.published.for_call(self.pruner, kwargs)
         with self.using(pruner):
             prompt = self.splice(
                 input_ids,
@@ -259,7 +259,8 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             **kwargs,
         )
         ends = {ends} if isinstance(ends, int) else set(ends or ())
-        return self.pruner.present(drop_first_tokens(output, known), ends)
+        output = drop_first_tokens(output, known)
+        return self.pruner.published.present(self.pruner, output, ends)
 
     def prepare_inputs_for_generation(
         self,

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from ...blocks import RMSNorm
 from ...devices import device_of, moved
-from ...pruning.base import Pruner
 from ...pruning.cost import DecoderShape
 from ...pruning.ops import gather_tokens
 from ...pruning.prefill import Prefill
+from ...pruning.stages import DecoderStage
 from ..kv_cache import KVCache, RowState
 from ..reuse import Prefix
 from .attention import (
@@ -104,7 +104,7 @@ class LlamaModel(LlamaPreTrainedModel):
         extras: dict[str, Tensor] | None = None,
         image_extras: dict[str, list] | None = None,
         cache: KVCache | None = None,
-        pruner: Pruner | None = None,
+        stage: DecoderStage | None = None,
         grid: tuple[int, int] | None = None,
         trace=None,
         output_hidden_states: bool = False,
@@ -113,7 +113,7 @@ class LlamaModel(LlamaPreTrainedModel):
         """Runs all layers on `inputs_embeds` (B, S, D).
 
         With an empty cache, or none, this is a prefill: `attention_mask` (B, S) marks tokens,
-        `visual_index` and `patch_index` say where the images are (see `Prefill`) and `pruner` is
+        `visual_index` and `patch_index` say where the images are (see `Prefill`) and `stage` is
         called between layers, `extras` and `image_extras` being its own. With a filled cache the
         tokens continue its rows. What is known of the prompts in `prefix` is not computed again;
         when it went through all layers, only what follows it comes out.
@@ -131,7 +131,7 @@ class LlamaModel(LlamaPreTrainedModel):
             if trace is not None:
                 shape = DecoderShape.from_config(self.config, inputs_embeds.element_size())
                 trace.start_prefill(shape, prefill.position_ids)
-            hooks = None if visual_index is None else pruner
+            hooks = None if visual_index is None else stage
             loop = PrefillLoop(self, hooks, cache, trace, collect)
             prefill = loop.run(prefill, prefix)
             x, valid = prefill.hidden_states, prefill.valid

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...devices import moved
-from ...pruning.base import Pruner
 from ...pruning.prefill import Prefill
+from ...pruning.stages import DecoderStage, Probe
 from ...pruning.trace import PruningTrace
 from ..kv_cache import KVCache, RowState
 from ..reuse import Prefix
@@ -23,13 +23,13 @@ class PrefillLoop:
     """One prefill; caches and trace follow what the method does to the tokens.
 
     decoder: a `LlamaModel`
-    pruner:  None where there is no image, so that no hook is called
+    stage:   of the method; None where there is no image, so that no hook is called
     collect: takes the input of every layer; None: nobody wants them
     dropped: whether tokens were dropped, known when the loop has run
     """
 
     decoder: torch.nn.Module
-    pruner: Pruner | None
+    stage: DecoderStage | None
     cache: KVCache | None = None
     trace: PruningTrace | None = None
     collect: list[Tensor] | None = None
@@ -39,8 +39,8 @@ class PrefillLoop:
 
     def run(self, prefill: Prefill, prefix: Prefix | None = None) -> Prefill:
         """The prompts behind the last layer; what `prefix` knows of them is not computed again."""
-        layers, pruner, first = self.decoder.layers, self.pruner, 0
-        probes = set() if pruner is None else set(pruner.probe_layers(len(layers)))
+        layers, stage, first = self.decoder.layers, self.stage, 0
+        probe = Probe() if stage is None else stage.probe(len(layers))
         visual, places, step = prefill.visual_index, self._places(prefill), None
         if prefix is not None:
             first, self.held = prefix.depth, [places] * prefix.depth
@@ -49,8 +49,8 @@ class PrefillLoop:
             if layer.device != prefill.hidden_states.device:
                 prefill, step, places = moved((prefill, step, places), layer.device)
             prefill.layer = number
-            if pruner is not None:
-                hook = call(partial(pruner.before_layer, number), prefill, pruner.name)
+            if stage is not None:
+                hook = call(partial(stage.before_layer, number), prefill, stage.name)
                 prefill = hook.prefill
                 if hook.changed:
                     step, places = None, self._places(prefill)
@@ -58,15 +58,15 @@ class PrefillLoop:
             step = self.decoder.prefill_step(prefill) if step is None else step
             self._record(prefill)
             own = step
-            if number in probes:
-                own = replace(step, rows=pruner.probe_rows(prefill), form=pruner.probe_form)
+            if number in probe.layers:
+                own = replace(step, rows=probe.rows(prefill), form=probe.form)
             prefill.hidden_states, prefill.attention = self.decoder.run_layer(
                 layer, prefill.hidden_states, own, self.cache
             )
             if self.cache is not None:
                 self.cache.rows[number] = step.state
                 self.held.append(places)
-        prefill = prefill if pruner is None else self._finish(prefill)
+        prefill = prefill if stage is None else self._finish(prefill)
         if self.trace is not None:
             self.trace.finish_prefill(self.cache, visual, prefill.importance)
         return prefill
@@ -76,7 +76,7 @@ class PrefillLoop:
 
     @cached_property
     def _drops_from_caches(self) -> bool:
-        return self.pruner is not None and self.pruner.drops_from_caches(len(self.decoder.layers))
+        return self.stage is not None and self.stage.drops_from_caches(len(self.decoder.layers))
 
     def _follow(self, hook: Call) -> None:
         """Makes caches and trace follow what a hook between layers changed."""
@@ -90,7 +90,7 @@ class PrefillLoop:
         """Makes caches and trace follow a change of the tokens before layer `number`."""
         self.dropped = True
         if self.cache is not None:
-            layers = self.pruner.pruned_caches(number, len(self.decoder.layers))
+            layers = self.stage.pruned_caches(number, len(self.decoder.layers))
             drop_from_caches(self.cache, layers, self.held, prefill)
         if self.trace is not None:
             self.trace.add_change(number, prefill.index, prefill.valid)
@@ -109,8 +109,8 @@ class PrefillLoop:
     def _resume(self, prefill: Prefill, prefix: Prefix) -> Prefill:
         """The layers that `prefix` went through, on what follows it; returns the prompt as it
         enters the next layer (what follows alone where there is none)."""
-        decoder, before, name = self.decoder, prefill.hidden_states, self.pruner.name
-        hook = call(partial(self.pruner.before_layer, 0), prefill, name)
+        decoder, before, name = self.decoder, prefill.hidden_states, self.stage.name
+        hook = call(partial(self.stage.before_layer, 0), prefill, name)
         prefill = hook.prefill
         if hook.changed or prefill.hidden_states is not before:
             raise ValueError(
@@ -138,13 +138,13 @@ class PrefillLoop:
 
     def _finish(self, prefill: Prefill) -> Prefill:
         """The hook behind the last layer."""
-        hook = call(self.pruner.after_layers, prefill, self.pruner.name)
+        hook = call(self.stage.after_layers, prefill, self.stage.name)
         prefill = hook.prefill
         if "index" in hook.changed:
             self._drop(prefill, len(self.decoder.layers))
         elif late := hook.changed - {"next_position"}:
             raise ValueError(
-                f"{self.pruner.name} changes {' and '.join(sorted(late))} in after_layers, when "
+                f"{self.stage.name} changes {' and '.join(sorted(late))} in after_layers, when "
                 "all layers have run: change them in before_layer"
             )
         if "next_position" in hook.changed and self.cache is not None:

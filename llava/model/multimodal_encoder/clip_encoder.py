@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from ...devices import device_of
-from ...pruning.base import Pruner
 from ...pruning.ops import middle_places
+from ...pruning.stages import VisionStage
 from ...pruning.tokens import TowerTokens, VisionTokens
 from .clip_files import read_image_processor, read_vision_config, read_vision_model
 
@@ -76,30 +76,30 @@ class CLIPVisionTower(nn.Module):
         self,
         images: Tensor,
         needs: frozenset[str] = frozenset(),
-        pruner: Pruner | None = None,
+        stage: VisionStage | None = None,
         crops_in_budget: int = 1,
         image_index: Tensor | None = None,
     ) -> VisionTokens:
         """Tokens of crops (B, 3, S, S) with the extras named in `needs` (see `VisionTokens`); the
-        hooks of `pruner` that act inside the tower are called.
+        hooks of `stage` that act inside the tower are called.
 
         image_index: (B,) image each crop belongs to (default: one crop per image).
         """
-        pruner, images = pruner or Pruner(), images.to(self.device)
+        stage, images = stage or VisionStage(), images.to(self.device)
         if unknown := needs - EXTRAS:
             raise ValueError(f"unknown extras {sorted(unknown)}, choose from {sorted(EXTRAS)}")
         total, selected = self.depth
-        wanted = pruner.tower_extras(total, selected)
+        wanted = stage.tower_extras(total, selected)
         own = needs & LAYER_EXTRAS
         patch_size = self.config.patch_size
         grid = (images.shape[-1] // patch_size,) * 2
-        images = pruner.before_tower(images, patch_size, crops_in_budget)
+        images = stage.before_tower(images, patch_size, crops_in_budget)
         side = images.shape[-1] // patch_size
         layers: dict[int, dict[str, Tensor]] = {}
         merged = {**wanted, selected: wanted.get(selected, frozenset()) | own}
         if image_index is None:
             image_index = torch.arange(len(images), device=images.device)
-        tokens = self._run(images, merged, layers, pruner, image_index)
+        tokens = self._run(images, merged, layers, stage, image_index)
         hidden = tokens.hidden_states.to(images.dtype)
         extras = layers.get(selected, {})
         features = hidden[:, 1:] if self.select_feature == "patch" else hidden
@@ -128,7 +128,7 @@ class CLIPVisionTower(nn.Module):
         images: Tensor,
         wanted: dict[int, frozenset[str]],
         found: dict[int, dict[str, Tensor]],
-        pruner: Pruner,
+        stage: VisionStage,
         image_index: Tensor,
     ) -> TowerTokens:
         """Tokens after the selected layer; what `wanted` names of any layer goes into `found`.
@@ -143,7 +143,7 @@ class CLIPVisionTower(nn.Module):
         chosen = tokens if self.num_run_layers == 0 else None
         last = max([self.num_run_layers - 1, *(n for n, names in wanted.items() if names)])
         for number, layer in enumerate(model.encoder.layers[: last + 1]):
-            tokens = pruner.before_tower_layer(number, tokens)
+            tokens = stage.before_tower_layer(number, tokens)
             names = wanted.get(number, frozenset())
             if unknown := names - LAYER_EXTRAS:
                 raise ValueError(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPImageProcessor
 
-from ...pruning.base import Pruner
+from ...pruning.stages import VisionStage
 from ...pruning.tokens import VisionTokens
 from .clip_encoder import CLIPVisionTower, fingerprint
 
@@ -38,25 +38,23 @@ class CLIPVisionTowerS2(CLIPVisionTower):
         self,
         images: Tensor,
         needs: frozenset[str] = frozenset(),
-        pruner: Pruner | None = None,
+        stage: VisionStage | None = None,
         crops_in_budget: int = 1,
         image_index: Tensor | None = None,
     ) -> VisionTokens:
         images = images.to(self.device)
         if images.shape[-1] != images.shape[-2]:
             raise ValueError(f"the multi-scale tower needs square images, got {images.shape[-2:]}")
-        inner = {} if pruner is None else pruner.tower_extras(*self.depth)
+        inner = {} if stage is None else stage.tower_extras(*self.depth)
         if extra := (needs | frozenset().union(*inner.values())) - {"fingerprint"}:
             raise ValueError(f"the multi-scale tower cannot provide {sorted(extra)}")
         before = (
             images
-            if pruner is None
-            else pruner.before_tower(images, self.config.patch_size, crops_in_budget)
+            if stage is None
+            else stage.before_tower(images, self.config.patch_size, crops_in_budget)
         )
         if before.shape != images.shape:
-            raise ValueError(
-                f"the multi-scale tower cannot take smaller images, as {pruner!r} asks"
-            )
+            raise ValueError(f"the multi-scale tower cannot take smaller images, as {stage!r} asks")
         images = before
         maps = [self._scale_map(images, side) for side in self.s2_scales]
         size = maps[0].shape[-2:]
@@ -83,7 +81,7 @@ class CLIPVisionTowerS2(CLIPVisionTower):
         crops = scaled.unflatten(3, (tiles, edge)).unflatten(2, (tiles, edge))
         crops = crops.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
         owner = torch.arange(len(crops), device=crops.device)
-        hidden = self._run(crops, {}, {}, Pruner(), owner).hidden_states
+        hidden = self._run(crops, {}, {}, VisionStage(), owner).hidden_states
         hidden = hidden[:, 1:] if self.select_feature == "patch" else hidden
         grid = int(hidden.shape[1] ** 0.5)
         grids = hidden.transpose(1, 2).unflatten(2, (grid, grid))

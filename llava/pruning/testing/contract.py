@@ -99,7 +99,7 @@ class MethodContract:
         else:
             assert seen == promised
         for layer in range(LAYERS):
-            for earlier in pruner.pruned_caches(layer, LAYERS):
+            for earlier in pruner.decoder.pruned_caches(layer, LAYERS):
                 seen[earlier] = seen[layer]
         assert [int(n[0]) for n in trace.kv_lengths] == [n + 10 for n in seen]
 
@@ -210,7 +210,7 @@ class MethodContract:
         prompt = sample(4, "image", 5)
         cached, _, _ = generate(model, prompt.ids, prompt.images)
         slow, _, _ = generate(model, prompt.ids, prompt.images, use_cache=False)
-        assert torch.equal(cached, slow) or pruner.reads_text
+        assert torch.equal(cached, slow) or pruner.decoder.reads_text
 
     def test_beam_search_and_sampling_run(self, model, pruner):
         model.pruner = pruner
@@ -226,18 +226,18 @@ class MethodContract:
     def test_anyres_images_follow_the_schedule(self, anyres_model, pruner):
         model = anyres_model
         name = pruner.name
-        if not pruner.anyres:
+        if not pruner.vision.anyres:
             with pytest.raises(ValueError, match="one crop per image"):
                 model.pruner = pruner
             return
         model.pruner = pruner = self.make(name, 50)
         prompt = sample(4, "image", 5)
         tiles = model.image_settings.image_grid_pinpoints
-        size = (42, 84) if pruner.anyres_tiles is None else (2 * SIDE, 2 * SIDE)
+        size = (42, 84) if pruner.vision.anyres_tiles is None else (2 * SIDE, 2 * SIDE)
         count = 5 if len(tiles) == 1 else 3  # 84 x 168 for the portrait image
         images = [torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(5))]
         _, _, trace = generate(model, prompt.ids, images, image_sizes=[size])
-        if pruner.anyres_tiles is not None:  # then there are no newlines to count
+        if pruner.vision.anyres_tiles is not None:  # then there are no newlines to count
             schedule = pruner.token_schedule(NUM_PATCHES, LAYERS, crops=5)
             assert len(trace.visual_positions[0]) == schedule[0]
         assert int(trace.visual_tokens[0][0]) == len(trace.visual_positions[0])

@@ -170,9 +170,9 @@ def make_pruner(name: str, visual_token_num: int = 10, least: int = 1, **options
 
 def with_random_parts(pruner: Pruner) -> Pruner:
     """`pruner`, which makes random weights for itself where it finds no trained ones."""
-    load = pruner.attach_model
+    load = pruner.attach
 
-    def attach_model(model) -> None:
+    def attach(model) -> None:
         try:
             load(model)
         except FileNotFoundError:
@@ -180,5 +180,5 @@ def with_random_parts(pruner: Pruner) -> Pruner:
             pruner.use_random_parts(model)
             load(model)
 
-    pruner.attach_model = attach_model
+    pruner.attach = attach
     return pruner

@@ -1,7 +1,7 @@
-"""What `generate` of TwigVLM's release returns, on a tensor of token ids.
+"""How the release of TwigVLM is called, and what its `generate` returns.
 
-Programs of the release decode `output.predicted_tokens`, all others `output` itself; a
-`PublishedOutput` serves both.
+Programs of the release give options in `twigvlm_config`, which may change from call to call, and
+decode `output.predicted_tokens`; all others decode `output` itself. `PublishedOutput` serves both.
 """
 
 from __future__ import annotations
@@ -10,6 +10,54 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor
+
+from .choice import open_group
+from .published import Published
+
+#: entry of `twigvlm_config` that is no option of the method
+STRATEGY = "generation_strategy"
+#: options that belong to a twig: they cannot change from call to call
+FIXED = ("twig", "twig_K", "twig_T")
+
+
+class TwigRelease(Published):
+    """`generate(..., twigvlm_config={"enable_pruning", "attention_rank", "generation_strategy"})`,
+    also under other names of these options."""
+
+    def __init__(self):
+        names = {
+            "attention_rank": "visual_token_num",
+            "avg_retain_rank": "visual_token_num",
+            "retained_tokens": "visual_token_num",
+            "R": "visual_token_num",
+            "enable_FastV": "enable_pruning",
+            "twig_block": "twig",
+        }
+        super().__init__(options=names, group="twigvlm_config")
+
+    def for_call(self, pruner, keywords: dict) -> tuple:
+        if self.group not in keywords and not pruner.as_published:
+            return pruner, keywords
+        keywords = dict(keywords)
+        entries = keywords.pop(self.group, None)
+        options = open_group(type(pruner), {} if entries is None else entries, (STRATEGY,))
+        if STRATEGY in options:
+            keywords[STRATEGY] = options.pop(STRATEGY)
+        own = {name: getattr(pruner, name) for name in FIXED}
+        if fixed := [name for name in own if options.get(name, own[name]) != own[name]]:
+            raise ValueError(
+                f"{', '.join(fixed)} cannot change from call to call: assign another {pruner.name}"
+            )
+        as_tensor = not keywords.get("return_dict_in_generate")
+        if options or as_tensor != pruner.as_published:
+            pruner = pruner.with_options(**options)
+            pruner.as_published = as_tensor
+        return pruner, {**keywords, "return_dict_in_generate": True}
+
+    def present(self, pruner, output, ends: set[int]):
+        """With `predicted_tokens` and the other fields of the release, when the model was loaded or
+        called in its way and the call did not ask for an output object."""
+        return published_output(output, ends) if pruner.as_published else output
 
 
 class PublishedOutput(Tensor):
