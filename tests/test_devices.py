@@ -11,7 +11,10 @@ from llava.devices import device_of, moved
 from llava.model.reuse import Picture, PrefixCache
 from llava.pruning import METHODS, DecoderStage, build_pruner, trace_pruning
 from llava.pruning.base import DecoderPruner, Pruner
+from llava.pruning.twigvlm import TwigVLM
 from tests.conftest import PINPOINTS, SIDE, make_pruner, pad_batch
+from tests.model.test_key_bias import METHODS as WEIGHING
+from tests.model.test_key_bias import WeighingTwig
 from tests.pruning.test_twigvlm import grown
 from tests.second_device import SECOND, THIRD, devices, place
 
@@ -66,8 +69,7 @@ def batch(sample):
 
 def run(model, method, ids, mask, images, **options):
     """The output of one call, and its trace."""
-    if isinstance(method, str):
-        model.pruner = make_pruner(method)
+    model.pruner = make_pruner(method) if isinstance(method, str) else method
     with trace_pruning(model) as trace:
         options = {**GREEDY, **options}
         out = model.generate(
@@ -108,6 +110,15 @@ def test_beams_and_several_answers_are_those_of_one_device(model, models, sample
         assert_equal(run(models[layout], method, *batch(sample), **options), wanted)
 
 
+@BOTH
+@pytest.mark.parametrize("method", WEIGHING, ids=lambda method: method.name)
+def test_a_bias_of_keys_is_where_its_layers_are(model, models, sample, method, layout):
+    for options in ({}, dict(num_beams=3)):
+        wanted = run(model, method, *batch(sample), **options)
+        with devices():
+            assert_equal(run(models[layout], method, *batch(sample), **options), wanted)
+
+
 def prompts_about(sample, *lengths):
     first = sample(4, "image", seed=1).ids[0]
     return [torch.cat([first, sample(n, seed=n).ids[0, 1:]]) for n in lengths]
@@ -115,7 +126,12 @@ def prompts_about(sample, *lengths):
 
 @BOTH
 @pytest.mark.parametrize(
-    "method", ["none", "fastv", *(pytest.param(m, marks=slow) for m in ("pyramiddrop", "twigvlm"))]
+    "method",
+    [
+        *("none", "fastv", WEIGHING[0]),
+        *(pytest.param(m, marks=slow) for m in ("pyramiddrop", "twigvlm", *WEIGHING[1:])),
+    ],
+    ids=lambda method: getattr(method, "name", method),
 )
 def test_a_shared_beginning_is_shared_on_several_devices(model, models, sample, method, layout):
     pixels = torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
@@ -123,7 +139,7 @@ def test_a_shared_beginning_is_shared_on_several_devices(model, models, sample, 
     for own in (model, models[layout]):
         picture = Picture(pixels, (SIDE, SIDE))
         with torch.no_grad(), devices() if own is not model else nullcontext():
-            own.pruner = make_pruner(method)
+            own.pruner = make_pruner(method) if isinstance(method, str) else method
             if method == "fastv":  # deep enough to begin on one device and end on another
                 own.pruner = build_pruner("fastv", visual_token_num=10, layer=4)
             cache = PrefixCache(own)
@@ -140,12 +156,15 @@ def test_a_shared_beginning_is_shared_on_several_devices(model, models, sample, 
 @BOTH
 @pytest.mark.parametrize("shared", [2, *(pytest.param(n, marks=slow) for n in (0, 4))])
 @pytest.mark.parametrize("pruning", [True, pytest.param(False, marks=slow)])
-def test_guessed_tokens_are_those_of_one_device(make_model, sample, layout, shared, pruning):
+@pytest.mark.parametrize("method", [TwigVLM, WeighingTwig])
+def test_guessed_tokens_are_those_of_one_device(
+    make_model, sample, layout, shared, pruning, method
+):
     prompt, found = sample(4, "image", 5), []
     for spread in (False, True):
         own = make_model()
         own.lm_head.weight.data *= 8
-        grown(own, shared, 2, visual_token_num=30, enable_pruning=pruning)
+        grown(own, shared, 2, method, visual_token_num=30, enable_pruning=pruning)
         if spread:
             LAYOUTS[layout](own)
         with devices() if spread else nullcontext():

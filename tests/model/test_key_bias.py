@@ -34,7 +34,7 @@ class Weighing(SelectPruner):
     name = "weighing"
 
     def select(self, vision):
-        places = torch.arange(0, 36, 3)[: self.num_keep(vision)]
+        places = torch.arange(0, 36, 3, device=vision.features.device)[: self.num_keep(vision)]
         return places.expand(len(vision.features), -1)
 
     def after_encoder(self, vision):

@@ -170,22 +170,23 @@ def drop_from_caches(
 
     held: per layer `held_places` of what its cache holds; layers with the same tokens share it
     """
-    orders: dict[int, Tensor] = {}
+    orders: dict[tuple, Tensor] = {}
     states: dict[int, RowState] = {}  # layers that shared a state still do
     for layer in layers:
         before = cache.rows[layer]
         own, there = held[layer], before.next_position.device
-        if id(own) not in orders:
+        key = id(own), there
+        if key not in orders:
             # Both lists ascend in every row, so a search finds where the survivors were.
             index = after.index.to(there).contiguous()
             order = torch.searchsorted(own.to(there).contiguous(), index)
-            orders[id(own)] = order.clamp(max=own.shape[1] - 1)
+            orders[key] = order.clamp(max=own.shape[1] - 1)
         if id(before) not in states:
             follows = after.next_position
             follows = before.next_position if follows is None else follows
-            bias = None if before.bias is None else before.bias.gather(1, orders[id(own)])
+            bias = None if before.bias is None else before.bias.gather(1, orders[key])
             states[id(before)] = moved(RowState(follows, after.valid, bias), there)
-        cache.keep(layer, orders[id(own)], states[id(before)])
+        cache.keep(layer, orders[key], states[id(before)])
 
 
 def next_position(prefill: Prefill) -> Tensor:
