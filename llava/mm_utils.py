@@ -279,12 +279,18 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         ids = self.tokenizer(text).input_ids
         return ids[1:] if len(ids) > 1 and ids[0] == self.tokenizer.bos_token_id else ids
 
+    def know_prompt(self, prompt_ids: torch.Tensor) -> None:
+        """Called by models whose rows begin with other ids (B, P) of the prompts than were given,
+        for example those with an id for every token of an image."""
+        self.prompt, self.start_len = prompt_ids, prompt_ids.shape[1]
+
     def _new_ids(self, output_ids):
         prompt = self.prompt[0].to(output_ids.device)
         if torch.equal(output_ids[0, : self.start_len], prompt):
             return output_ids[:, self.start_len :]
         # transformers 4.37 puts a BOS in front when it generates from embeddings.
-        has_bos = bool((output_ids[:, :1] == self.tokenizer.bos_token_id).all())
+        bos = self.tokenizer.bos_token_id
+        has_bos = bos is not None and bool((output_ids[:, :1] == bos).all())
         return output_ids[:, int(has_bos) :]
 
     def _ends_with_keyword(self, row: list[int]) -> bool:

@@ -26,6 +26,10 @@ DTYPES = {
 }
 
 
+#: settings of image processors that keep the proportions of an image
+PIXELS = ("min_pixels", "max_pixels")
+
+
 def add_option(parser, flag: str, **kwargs) -> None:
     """Adds `--some-flag`, which may also be written `--some_flag`, to a parser or a group."""
     parser.add_argument(*dict.fromkeys((flag, "--" + flag[2:].replace("-", "_"))), **kwargs)
@@ -42,6 +46,9 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     add_option(group, "--load-8bit", action="store_true")
     add_option(group, "--load-4bit", action="store_true")
     add_option(group, "--attn-implementation", help="sdpa, flash_attention_2 or eager")
+    for name in PIXELS:
+        help = "bound of the area an image is resized to (Qwen2.5-VL: 784 pixels are a token)"
+        add_option(group, "--" + name.replace("_", "-"), type=int, help=help)
 
 
 def load_from_args(args, path: str, name: str, pruner=None, any_family: bool = False) -> tuple:
@@ -73,6 +80,13 @@ def load_from_args(args, path: str, name: str, pruner=None, any_family: bool = F
     )
     if image_processor is None:
         raise ValueError(f"{path} is a model without a vision tower: it cannot look at images")
+    for name in PIXELS:
+        if (pixels := getattr(args, name, None)) is None:
+            continue
+        if not hasattr(image_processor, name):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag}: images for {path} have one size, its own")
+        setattr(image_processor, name, pixels)
     return tokenizer, model, image_processor
 
 

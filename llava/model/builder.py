@@ -67,7 +67,6 @@ from .placement import (
     choose_device,
     choose_dtype,
     dtype_note,
-    fast_dtype,
     may_share,
     place,
     single_device,
@@ -169,9 +168,7 @@ def load_pretrained_model(
     source = config_path(folder, base)
     if kind.family in OTHER_FAMILIES:
         values = qwen2_5_vl_loading.checked_config(values, source)
-        qwen2_5_vl_loading.check_options(model_path, base, vision_tower, pruner)
-        if torch_dtype is None and device.type != "cpu":
-            torch_dtype = fast_dtype(device)
+        qwen2_5_vl_loading.check_options(model_path, kind, base, vision_tower, pruner)
     else:
         values = check_config(values, source, plain=not kind.multimodal)
     dtype = choose_dtype(torch_dtype, values, device, quantized)
@@ -183,7 +180,7 @@ def load_pretrained_model(
     generation = load_generation_config(base or folder)
     if kind.family in OTHER_FAMILIES:
         tokenizer, model, image_processor = qwen2_5_vl_loading.load(
-            folder, values, backend, dtype, fill_device, use_safetensors
+            folder, base or None, values, backend, dtype, fill_device, use_safetensors
         )
     elif kind.multimodal:
         config_class, model_class = FAMILIES[kind.family]

@@ -211,10 +211,13 @@ def clean_trainable_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def merge_lora(model: nn.Module, folder: str) -> None:
-    """Adds the LoRA update of an adapter folder to the weights: W + scale * B A."""
+def merge_lora(model: nn.Module, folder: str, rename: Callable[[str], str] = str) -> None:
+    """Adds the LoRA update of an adapter folder to the weights: W + scale * B A.
+
+    rename: a weight's name in the model, from its name in the file
+    """
     config = read_adapter_config(folder)
-    tensors = {clean_adapter_name(k): t for k, t in read_tensors(folder, ADAPTER).items()}
+    tensors = {rename(clean_adapter_name(k)): t for k, t in read_tensors(folder, ADAPTER).items()}
     if not tensors:
         raise FileNotFoundError(f"{folder} holds neither adapter_model.safetensors nor .bin")
     parameters = dict(model.named_parameters())

@@ -9,6 +9,8 @@ from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 from torch import nn
 
+from ..checkpoint_kind import OTHER_FAMILIES, family_in
+
 #: strategies that share a model out over several GPUs
 SHARING = ("auto", "balanced", "balanced_low_0", "sequential")
 #: share of a GPU's free memory that weights may fill, the rest is for activations and cache
@@ -46,8 +48,9 @@ def _named(device):
 def choose_dtype(
     dtype: torch.dtype | str | None, config: dict, device: torch.device, quantized: bool = False
 ) -> torch.dtype:
-    """`dtype`, or the default: float16 on a GPU; on the CPU the dtype in the config values, with
-    float32 in place of a half type that the CPU is slow at."""
+    """`dtype`, or the default: float16 on a GPU, or for families whose values leave its range
+    bfloat16 where the GPU has that; on the CPU the dtype in the config values, with float32 in
+    place of a half type that the CPU is slow at."""
     saved = saved_dtype(config)
     if dtype == "auto":
         return saved
@@ -59,7 +62,8 @@ def choose_dtype(
     if dtype is not None:
         return dtype
     if quantized or device.type != "cpu":
-        return torch.float16
+        wide = device.type != "cpu" and family_in(config) in OTHER_FAMILIES
+        return fast_dtype(device) if wide else torch.float16
     slow = saved == torch.float16 or saved == torch.bfloat16 and not cpu_multiplies_bfloat16()
     return torch.float32 if slow else saved
 

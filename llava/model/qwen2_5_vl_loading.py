@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen2TokenizerFast
 
+from ..checkpoint_kind import Kind
 from ..config_file import (
     SIZE,
     Rule,
@@ -21,7 +22,7 @@ from ..config_file import (
     whole,
 )
 from ..pruning import Pruner
-from .checkpoint import build_empty, model_config
+from .checkpoint import build_empty, merge_lora, model_config
 from .language_model.qwen2_5_vl import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -132,27 +133,29 @@ def impossible_tower(vision: Mapping, values: Mapping) -> str | None:
     return None
 
 
-def check_options(name: str, base: str | None, vision_tower: str | None, pruner: Pruner) -> None:
+def check_options(
+    name: str, kind: Kind, base: str | None, vision_tower: str | None, pruner: Pruner
+) -> None:
     """Raises ValueError for what cannot be loaded beside the checkpoint called `name`."""
     check_method(pruner)
-    if base is not None:
-        raise ValueError(
-            f"{name} is an adapter of Qwen2.5-VL, which cannot be loaded beside its model yet: "
-            "merge it into the model first"
-        )
+    if base is not None and kind.delta != "lora":
+        raise ValueError(f"{name} is no LoRA adapter: Qwen2.5-VL has no other parts to put on top")
     if vision_tower is not None:
         raise ValueError(f"{name} is a Qwen2.5-VL model, which brings its own vision tower")
 
 
 def load(
     folder: str,
+    base: str | None,
     values: dict,
     backend: str,
     dtype: torch.dtype,
-    device,
-    use_safetensors: bool | None,
+    device: torch.device | str,
+    use_safetensors: bool | None = None,
 ) -> tuple[PreTrainedTokenizerBase, nn.Module, Qwen2_5_VLImageProcessor]:
-    """(tokenizer, model, image processor) in `folder`; values: as `checked_config` gives them."""
+    """(tokenizer, model, image processor) in `folder`, or in `base` with the adapter in `folder`;
+    values: as `checked_config` gives them."""
+    adapter, folder = (None, folder) if base is None else (folder, base)
     model_class = Qwen2_5_VLForConditionalGeneration
     config = model_config(Qwen2_5_VLConfig, model_class, folder, values, backend)
     tokenizer, processor = load_tokenizer(folder, config), load_image_processor(folder)
@@ -165,6 +168,8 @@ def load(
     filler.use_safetensors, filler.rename = use_safetensors, released_name
     filler.add_folder(folder)
     filler.finish(folder)
+    if adapter is not None:
+        merge_lora(model, adapter, released_name)
     return tokenizer, model, processor
 
 
@@ -174,10 +179,8 @@ def load_image_processor(folder: str) -> Qwen2_5_VLImageProcessor:
     values = read_json(path) if os.path.isfile(path) else {}
     size = values.get("size")
     if isinstance(size, dict):  # as later versions of transformers write it
-        values = {
-            "min_pixels": size.get("shortest_edge"),
-            "max_pixels": size.get("longest_edge"),
-        } | {key: value for key, value in values.items() if value is not None}
+        for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            values[key] = size.get(edge) if values.get(key) is None else values[key]
     check_rules(values, IMAGE_RULES, path)
     settings = {key: values[key] for key in IMAGE_RULES if values.get(key) is not None}
     processor = Qwen2_5_VLImageProcessor(**settings)

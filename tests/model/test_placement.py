@@ -40,6 +40,9 @@ def test_a_gpu_without_bfloat16_products_is_fast_at_float16(monkeypatch, capabil
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert fast_dtype("cuda") == getattr(torch, dtype)
     assert fast_dtype("mps") == torch.float16
+    qwen = BF16 | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}  # leaves float16
+    for quantized in (True, False):
+        assert choose_dtype(None, qwen, CUDA, quantized) == getattr(torch, dtype)
 
 
 def test_what_is_asked_for_is_taken(native):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.mm_utils import KeywordsStoppingCriteria
+from llava.model.inputs import Picture, generate_inputs
 from llava.model.language_model.qwen2_5_vl import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     grid_offsets,
 )
 from llava.model.multimodal_encoder.qwen2_5_vl_encoder import plan_images, window_order
+from llava.model.reuse import PrefixCache
 from llava.pruning import METHODS, build_pruner, trace_pruning
 from tests.conftest import pad_batch
 
@@ -268,6 +273,32 @@ def test_a_batch_gives_what_its_prompts_give_alone(model):
         )
 
 
+@pytest.mark.parametrize("penalty", [1.0, 3.0])
+def test_questions_about_one_image_share_its_beginning(model, penalty):
+    first, second = (Picture(picture(*grid), (9, 9)) for grid in ((3, 5), (4, 2)))
+    options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": -1, "pad_token_id": 0}
+    options |= {"repetition_penalty": penalty}
+    cache = PrefixCache(model)
+    for seed in range(3):
+        rows = [torch.cat([prompt(4, "image")[0], prompt(n, seed=seed)[0]]) for n in (2, 7, 3)]
+        pictures = [[first], [second], [first]]
+        batch = generate_inputs(model, rows, pictures, [""] * 3)
+        assert torch.equal(
+            cache.generate(rows, pictures, [""] * 3, **options), model.generate(**batch, **options)
+        )
+    assert any(beginning is not None for beginning in cache._beginnings.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_stays_half(model, dtype):
+    half = build().to(dtype)
+    with torch.no_grad():
+        ours, exact = half.visual([picture(3, 5)])[0], model.visual([picture(3, 5)])[0]
+    assert ours.dtype == dtype
+    assert (ours.float() - exact).norm() < 0.1 * exact.norm()
+    assert greedy(half, prompt(3, "image", 2), [picture(2, 3)]).shape == (1, 6)
+
+
 def test_an_answer_goes_on_from_positions_behind_the_image(model):
     """The cache, no cache, and the whole sequence in one pass agree."""
     ids, images = prompt(3, "image", 2), [picture(2, 6)]
@@ -285,6 +316,35 @@ def test_beams_and_sampling_run(model):
     torch.manual_seed(0)
     sampled = model.generate(ids, images=images, do_sample=True, max_new_tokens=4, eos_token_id=-1)
     assert sampled.shape == (1, 4)
+
+
+def test_keywords_stop_answers_and_not_for_what_the_prompt_says(model):
+    class Letters:
+        """One letter for each id; no BOS, as with Qwen's tokenizer."""
+
+        bos_token_id = None
+
+        def __call__(self, text):
+            return SimpleNamespace(input_ids=[ord(letter) - 32 for letter in text])
+
+        def decode(self, ids, skip_special_tokens=True):
+            return "".join(chr(32 + token) for token in ids)
+
+    rows = [prompt(3, "image", 2), prompt(4, seed=1)]
+    ids, mask = pad_batch(rows)
+    images = [picture(2, 3)]
+    plain = greedy(model, ids, images, attention_mask=mask)
+    word = Letters().decode(plain[0, 1:3].tolist())
+    said = Letters().decode(rows[0][0, -2:].tolist())  # the last two tokens of a prompt
+    for row, keywords, length in (
+        (rows[0], [word], 3),
+        (rows[0], [said], 6),
+        (ids, [word, Letters().decode(plain[1, :3].tolist())], 3),
+    ):
+        stop = KeywordsStoppingCriteria(keywords, Letters(), row)
+        own = {"attention_mask": mask} if len(row) > 1 else {}
+        answer = greedy(model, row, images, stopping_criteria=[stop], **own)
+        assert answer.shape[1] == length
 
 
 def test_a_penalty_of_repetition_sees_the_prompt(model):

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Tokenizer
@@ -16,6 +17,7 @@ from llava.eval.model_vqa_loader import main as answer_questions
 from llava.front_end import FrontEnd
 from llava.model.language_model.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from llava.serve.cli import Chat
+from llava.serve.model_worker import main as serve
 from llava.train.model_setup import checkpoint_kind
 from tests.model.checkpoint_tools import load, same
 from tests.paths import GOLDEN
@@ -110,6 +112,28 @@ def test_several_files_of_weights_are_read(folder, weights):
     assert same(load(folder)[1], weights)
 
 
+@pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
+def test_an_adapter_is_merged_into_its_base(tmp_path, weights, prefix):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "qkv"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    visual = "visual." if prefix == "model." else "model.visual."
+    names = {
+        f"{prefix}layers.0.self_attn.q_proj": "model.layers.0.self_attn.q_proj.weight",
+        f"{visual}blocks.3.attn.qkv": "visual.blocks.3.attn.qkv.weight",
+    }
+    tensors, expected = {}, {}
+    for theirs, ours in names.items():
+        rows, columns = weights[ours].shape
+        down, up = torch.randn(2, columns), torch.randn(rows, 2)
+        tensors[f"base_model.model.{theirs}.lora_A.weight"] = down
+        tensors[f"base_model.model.{theirs}.lora_B.weight"] = up
+        expected[ours] = weights[ours] + 4 * up @ down
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    state = load(tmp_path, CHECKPOINT)[1].state_dict()
+    for name, weight in weights.items():
+        torch.testing.assert_close(state[name], expected.get(name, weight), atol=1e-5, rtol=1e-5)
+
+
 def test_the_transformers_way_gives_the_same_model(weights):
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT)
     assert type(model) is Qwen2_5_VLForConditionalGeneration and same(model, weights)
@@ -200,9 +224,9 @@ def test_what_is_not_there_yet_is_refused_before_the_weights_are_read(folder):
         load(folder, pruner="vispruner")
     with pytest.raises(ValueError, match="brings its own vision tower"):
         load(folder, vision_tower="elsewhere")
-    (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is an adapter of Qwen2.5-VL"):
-        load(folder, folder)
+    (folder / "mm_projector.bin").write_bytes(b"not read")
+    with pytest.raises(ValueError, match="has no other parts to put on top"):
+        load(folder, CHECKPOINT)
     with pytest.raises(ValueError, match="choose a Llama or Mistral model"):
         checkpoint_kind(str(CHECKPOINT))
 
@@ -252,10 +276,50 @@ def test_the_chat_puts_the_mark_of_the_image_right_before_the_question(loaded):
     assert first == "<|vision_start|><image><|vision_end|>What?" and second == "And now?"
 
 
-def test_programs_that_do_not_know_it_say_so(monkeypatch, capsys, tmp_path):
-    questions = tmp_path / "questions.jsonl"
-    questions.write_text('{"question_id": 1, "text": "What?", "image": "a.png"}\n')
-    words = ["--model-path", CHECKPOINT, "--question-file", questions, "--image-folder", tmp_path]
-    words += ["--answers-file", tmp_path / "answers.jsonl"]
+@pytest.mark.parametrize("reuse", ["--reuse", "--no-reuse"])
+def test_benchmark_programs_ask_it(monkeypatch, capsys, tmp_path, reuse):
+    """The same prompts as of `run_llava`, in batches of images of different sizes."""
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    asked = [("img0_336x336", "What?"), ("img2_300x480", "Is it red?"), ("img0_336x336", "Why?")]
+    lines = [
+        json.dumps({"question_id": number, "image": f"{image}.png", "text": text})
+        for number, (image, text) in enumerate(asked)
+    ]
+    questions.write_text("\n".join(lines))
+    prompts, generate = [], Qwen2_5_VLForConditionalGeneration.generate_from
+
+    def listen(model, prompt, **options):
+        rows = zip(prompt.token_ids, prompt.attention_mask, strict=True)
+        prompts.extend(row[own].tolist() for row, own in rows)
+        return generate(model, prompt, **options)
+
+    monkeypatch.setattr(Qwen2_5_VLForConditionalGeneration, "generate_from", listen)
+    words = ["--model-path", CHECKPOINT, "--question-file", questions, "--answers-file", answers]
+    words += ["--image-folder", PICTURE.parent, "--max_new_tokens", 2, "--batch-size", 3, reuse]
+    run(monkeypatch, capsys, answer_questions, *words, "--max-pixels", 28 * 28 * 64)
+    assert len(answers.read_text().splitlines()) == 3
+    tokenizer, seen = load(CHECKPOINT)[0], {}
+    for ids in prompts:
+        text = tokenizer.decode([i for i in ids if i != 652]).partition("<|im_start|>user\n")[2]
+        seen[text] = ids.count(652)
+    form = "<|vision_start|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
+    tokens = {"img0_336x336": 64, "img2_300x480": 60}
+    assert seen == {form.format(text): tokens[image] for image, text in asked}
+
+
+def test_bounds_of_the_image_area_are_options_and_pictures_are_not(monkeypatch, capsys):
+    words = ["--model-path", CHECKPOINT, "--image-file", PICTURE, "--query", "What?"]
+    words += ["--max-new-tokens", 1, "--device", "cpu"]
+    with pytest.raises(SystemExit, match="max_pixels 100 leave no size"):
+        run(monkeypatch, capsys, run_llava.main, *words, "--max-pixels", 100)
+    with pytest.raises(SystemExit, match="--show-pruning is not there yet"):
+        run(monkeypatch, capsys, run_llava.main, *words, "--show-pruning", "kept.png")
+    words[1] = GOLDEN / "tiny-llava-v1.5"
+    with pytest.raises(SystemExit, match="--min-pixels: images for .* have one size, its own"):
+        run(monkeypatch, capsys, run_llava.main, *words, "--min-pixels", 100)
+
+
+def test_programs_that_do_not_know_it_say_so(monkeypatch, capsys):
+    words = ["--model-path", CHECKPOINT, "--device", "cpu", "--no-register"]
     with pytest.raises(SystemExit, match="this program knows no other models yet"):
-        run(monkeypatch, capsys, answer_questions, *words)
+        run(monkeypatch, capsys, serve, *words)

@@ -9,6 +9,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from ...devices import device_of
+from ...mm_utils import KeywordsStoppingCriteria
 from ...pruning.drafter import Drafter
 from ...pruning.per_token import each, with_zeros
 from ..context import answer_room
@@ -248,6 +249,9 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             }
         # Without ids of the prompt transformers puts a BOS there.
         known = 1 if prompt.token_ids is None else prompt.token_ids.shape[1]
+        for rule in kwargs.get("stopping_criteria") or ():
+            if prompt.token_ids is not None and isinstance(rule, KeywordsStoppingCriteria):
+                rule.know_prompt(prompt.token_ids)
         output = super().generate(
             prompt.token_ids,
             inputs_embeds=prompt.inputs_embeds,

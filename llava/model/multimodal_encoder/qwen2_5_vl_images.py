@@ -68,6 +68,12 @@ class Qwen2_5_VLImageProcessor:
 
     def process_images(self, images: Sequence[Image.Image]) -> list[Tensor]:
         """(h, w, 4, values) float32 of every picture; transparent parts become white."""
+        block = (self.patch_size * self.merge_size) ** 2
+        if not 0 < self.min_pixels <= self.max_pixels or self.max_pixels < block:
+            raise ValueError(
+                f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels} leave no size for "
+                f"an image: a token stands for {block} pixels"
+            )
         return [self._patches(image) for image in images]
 
     def split(self, pixel_values: Tensor, image_grid_thw: Tensor) -> list[Tensor]:
