@@ -16,6 +16,7 @@ from llava.eval.benchmarks import find_benchmark
 from llava.eval.benchmarks.benchmark import Benchmark, JudgedRun
 from llava.eval.files import budgets
 from llava.eval.files.answer_lines import failed_sentence, is_failed, read_lines
+from llava.eval.files.records import Records
 from llava.eval.scoring.judge import add_judge_args, has_endpoint, judge_from_args
 
 SUMMARY = ("benchmark", "metric", "score", "percent", "count")
@@ -44,7 +45,7 @@ def shared_cache(answers_file: str) -> str:
     return os.path.join(folder, "judge_cache.jsonl")
 
 
-def ask_judge(benchmark: Benchmark, args, questions: str) -> dict | None:
+def ask_judge(benchmark: Benchmark, args, asked: Records) -> dict | None:
     """Returns the judge's scores, or None (saying so) when there is no judge."""
     judged = benchmark.judge
     if not has_endpoint(args):
@@ -61,16 +62,16 @@ def ask_judge(benchmark: Benchmark, args, questions: str) -> dict | None:
     output = elsewhere(args.answers_file, "reviews", ".jsonl")
     own = os.path.join(args.data_dir, judged.wording or "")
     wording = args.judge_wording or (own if os.path.isfile(own) else None)
-    run = JudgedRun(args.data_dir, questions, args.answers_file, output, wording)
+    run = JudgedRun(args.data_dir, asked, args.answers_file, output, wording)
     return judged.score(judge_from_args(args, output), run)
 
 
-def write_upload(benchmark: Benchmark, args, questions: str, answers: list[dict]) -> str | None:
+def write_upload(benchmark: Benchmark, args, asked: Records, answers: list[dict]) -> str | None:
     """Writes the file for the benchmark's server; returns its path, or None (saying why)."""
     upload = benchmark.upload
     path = elsewhere(args.answers_file, upload.folder, upload.ending)
     try:
-        upload.write(args.data_dir, questions, answers, path)
+        upload.write(args.data_dir, asked, answers, path)
     except ImportError as error:
         print(f"no file for the server: {error}")
         return None
@@ -78,20 +79,21 @@ def write_upload(benchmark: Benchmark, args, questions: str, answers: list[dict]
     return path
 
 
-def score(benchmark: Benchmark, args, questions: str, records: list[dict]) -> dict:
+def score(benchmark: Benchmark, args, asked: Records, records: list[dict]) -> dict:
     """Returns the result as `A.score.json` holds it; prints the reports on the way.
 
+    asked:   the records of the question file
     records: lines of the answers file, questions that failed among them
     """
     result = None
     if benchmark.scorable(args.data_dir) and not benchmark.judge:
-        units = benchmark.score(args.data_dir, questions, records, args.limit)
+        units = benchmark.score(args.data_dir, asked, records, args.limit)
         print(benchmark.report(units), end="")
         result = units.result() | {"interval": units.draws.range, "images": units.draws.images}
     else:
-        benchmark.check_complete(questions, records, args.limit)
+        benchmark.check_complete(asked, records, args.limit)
     answers = benchmark.counted(records)
-    if benchmark.judge and (result := ask_judge(benchmark, args, questions)):
+    if benchmark.judge and (result := ask_judge(benchmark, args, asked)):
         print(benchmark.judge.report(result), end="")
         result["percent"] = result["score"]
     result = result or {"score": None, "percent": None, "count": len(answers)}
@@ -110,7 +112,7 @@ def score(benchmark: Benchmark, args, questions: str, records: list[dict]) -> di
         if failed:
             print("no file for the server, which wants an answer to every question")
         else:
-            result["upload"] = write_upload(benchmark, args, questions, answers)
+            result["upload"] = write_upload(benchmark, args, asked, answers)
     elif result["score"] is None and not benchmark.judge:
         print(f"no score: the right answers are not public ({benchmark.name})")
     return result
@@ -132,8 +134,8 @@ def main():
     add_judge_args(parser)
     args = parser.parse_args()
     benchmark = find_benchmark(args.benchmark)
-    questions = args.question_file or os.path.join(args.data_dir, benchmark.questions)
-    result = score(benchmark, args, questions, read_lines(args.answers_file))
+    asked = benchmark.read(args.question_file or os.path.join(args.data_dir, benchmark.questions))
+    result = score(benchmark, args, asked, read_lines(args.answers_file))
     with open(f"{os.path.splitext(args.answers_file)[0]}.score.json", "w") as file:
         json.dump(result, file, indent=2)
     summary = {key: result[key] for key in SUMMARY} | {"answers_file": args.answers_file}

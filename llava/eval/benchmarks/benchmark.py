@@ -30,13 +30,13 @@ class Upload:
     """A file for a server.
 
     ending: of its name
-    write:  (data folder, question file, answers, path of the upload)
+    write:  (data folder, records of the question file, answers, path of the upload)
     server: where it goes, and what is known of that server
     folder: in place of `answers` in the path of the answers file
     """
 
     ending: str
-    write: Callable[[str, str, list[dict], str], None]
+    write: Callable[[str, Records, list[dict], str], None]
     server: str
     folder: str = "answers_upload"
 
@@ -45,12 +45,13 @@ class Upload:
 class JudgedRun:
     """A complete set of answers and what its judge may need besides.
 
+    asked:   the records of the question file
     output:  file of verdicts to write; what an earlier run was told comes from the judge's cache
     wording: file with the benchmark's own instruction to the judge; None: ours
     """
 
     data_dir: str
-    question_file: str
+    asked: Records
     answers_file: str
     output: str
     wording: str | None = None
@@ -83,8 +84,8 @@ class Benchmark:
     images:    image folder; None where images are inside the questions
     metric:    what `score` is
     sources:   file or folder, or the beginning of several -> where to get it
-    units:     (data folder, question file, answers) -> what the score is made of; None: the right
-               answers are not public
+    units:     (data folder, records of the question file, answers) -> what the score is made of;
+               None: the right answers are not public
     report:    those units -> the text that the reference scorer prints
     truth:     files with the right answers, besides the questions
     read, to_questions: reader of the question file, and of one record
@@ -103,10 +104,10 @@ class Benchmark:
     images: str | None
     metric: str
     sources: dict[str, str] = field(hash=False)
-    units: Callable[[str, str, list[dict]], Units] | None = None
+    units: Callable[[str, Records, list[dict]], Units] | None = None
     report: Callable[[Units], str] = accuracy_report
     truth: tuple[str, ...] = ()
-    read: Callable[[str], list[dict]] = read_jsonl
+    read: Callable[[str], Records] = read_jsonl
     to_questions: Callable = jsonl_questions
     program: tuple[str, ...] = ("model_vqa_loader",)
     label: str = ""
@@ -116,12 +117,12 @@ class Benchmark:
     together: Callable[[dict], object] | None = None
     joint: Callable[[dict], object] | None = None
 
-    def load_questions(
-        self, path: str, limit: int | None = None, skip_bad: bool = False
+    def select(
+        self, asked: Records, limit: int | None = None, skip_bad: bool = False
     ) -> list[Question]:
-        """Returns the questions of a file, or about `limit` of them; see `questions_of`."""
-        records = subset(self.read(path), limit, self.together)
-        return questions_of(records, self.to_questions, skip_bad)
+        """Returns the questions in the records of the question file, or about `limit` of them; see
+        `questions_of`."""
+        return questions_of(subset(asked, limit, self.together), self.to_questions, skip_bad)
 
     def image_folder(self, data_dir: str) -> str:
         """Returns the folder all benchmarks share, where there is one, else the published one."""
@@ -150,14 +151,19 @@ class Benchmark:
         hidden = self.units is None or self.server_if is not None
         return hidden and self.judge is None and self.has_upload(data_dir)
 
-    def check_complete(self, path: str, records: list[dict], limit: int | None) -> None:
-        """Raises ValueError unless `records` are those to all questions of the file: answers, or
-        records of questions that failed."""
-        asked = self.load_questions(path, limit, skip_bad=True)
-        check_asked([question.head for question in asked], records, path)
+    def check_complete(self, asked: Records, records: list[dict], limit: int | None) -> None:
+        """Raises ValueError unless `records` are those to all questions that were asked: answers,
+        or records of questions that failed."""
+        questions = self.select(asked, limit, skip_bad=True)
+        check_asked([question.head for question in questions], records, asked.path)
 
-    def score(self, data_dir: str, path: str, records: list[dict], limit: int | None) -> Units:
-        """Returns the units of a complete set of answers to the questions of file `path`.
+    def score(
+        self, data_dir: str, asked: Records, records: list[dict], limit: int | None = None
+    ) -> Units:
+        """Returns the units of a complete set of answers.
+
+        asked:   the records of the question file
+        records: lines of an answers file
 
         Questions that failed do not count, nor do those that are scored jointly with one of them;
         the result says how many there are (`failed`, `left_out`). Raises ValueError when nothing
@@ -167,10 +173,10 @@ class Benchmark:
         if not self.scorable(data_dir):
             names = ", ".join(truth) or "none exist"
             raise ValueError(f"{self.name}: right answers are needed to score here ({names})")
-        self.check_complete(path, records, limit)
+        self.check_complete(asked, records, limit)
         counted = self.counted(records)
-        with broken_files_named((path, *truth), source(counted)):
-            found = self.units(data_dir, path, counted)
+        with broken_files_named((asked.path, *truth), source(counted)):
+            found = self.units(data_dir, asked, counted)
         details = self.head() | found.details | self.failures(records, counted)
         return replace(found, name=self.name, details=details)
 

@@ -22,7 +22,7 @@ from llava.eval.files.matching import (
     texts_by_id,
     unique,
 )
-from llava.eval.files.records import Records, as_int, read_json, read_json_list, read_jsonl
+from llava.eval.files.records import Records, as_int, read_json, read_json_list
 from llava.eval.scoring.units import Unit, Units
 
 QUESTIONS = "gqa/data/testdev_balanced_questions.json"
@@ -136,13 +136,13 @@ def report(units: Units) -> str:
     return "\n".join(lines) + "\n"
 
 
-def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
+def read_units(data_dir: str, asked: Records, answers: list[dict]) -> Units:
     """Of those questions that were answered."""
     truth = keyed(read_json(os.path.join(data_dir, QUESTIONS)))
     check_known(answers, truth, "the questions of GQA")
-    texts, images = texts_by_id(answers), images_by_id(read_jsonl(questions))
-    asked = {key: truth[key] for key in texts}
-    return units(asked, predictions_of(answers), images=images, texts=texts)
+    texts, images = texts_by_id(answers), images_by_id(asked)
+    answered = {key: truth[key] for key in texts}
+    return units(answered, predictions_of(answers), images=images, texts=texts)
 
 
 BENCHMARKS = (

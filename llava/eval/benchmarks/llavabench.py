@@ -18,8 +18,7 @@ def score(judge: Judge, run: JudgedRun) -> dict:
     folder = os.path.join(run.data_dir, FOLDER)
     contexts = read_jsonl(os.path.join(folder, "context.jsonl"), ("image", "caption"))
     reference = read_jsonl(os.path.join(folder, "answers_gpt4.jsonl"), ("question_id", "text"))
-    asked = ("question_id", "text", "image", "category")
-    questions = complete(read_jsonl(run.question_file), asked)
+    questions = complete(run.asked, ("question_id", "text", "image", "category"))
     answers = read_answers(run.answers_file)
     given, known = unique(answers), unique(reference)
     questions = [question for question in questions if question_id(question) in given]

@@ -115,11 +115,16 @@ class Circle:
         return len(self.rows) == self.num_rows and len(self.answers) >= needed
 
 
-def read_rows(path: str) -> list[dict]:
-    rows = _with_pictures(read_table(path, ("index", "answer")))
-    if hidden := [row["index"] for row in rows if row["answer"] is None]:
+def read_rows(path: str) -> Records:
+    """The rows of a table of which only the right answers are needed."""
+    return with_answers(_with_pictures(read_table(path, ("index", "answer"))))
+
+
+def with_answers(rows: Records) -> Records:
+    """The rows themselves. Raises ValueError unless the table says what is right in each."""
+    if hidden := [row["index"] for row in rows if row.get("answer") is None]:
         raise ValueError(
-            f"{path}: row {hidden[0]}{and_others(len(hidden))} has no right answer: only the "
+            f"{rows.path}: row {hidden[0]}{and_others(len(hidden))} has no right answer: only the "
             "development split can be scored here"
         )
     return rows
@@ -215,8 +220,8 @@ def report(units: Units) -> str:
     )
 
 
-def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
-    return units(read_rows(questions), answers)
+def read_units(data_dir: str, asked: Records, answers: list[dict]) -> Units:
+    return units(with_answers(asked), answers)
 
 
 def upload(rows: list[dict], answers: list[dict]) -> list[list]:
@@ -242,8 +247,8 @@ def _in_table_order(answer: dict) -> bool:
     return letters == sorted(letters)
 
 
-def write_upload(data_dir: str, questions: str, answers: list[dict], path: str) -> None:
-    write_xlsx(upload(read_table(questions, ("index",)), answers), path)
+def write_upload(data_dir: str, asked: Records, answers: list[dict], path: str) -> None:
+    write_xlsx(upload(asked, answers), path)
 
 
 def _benchmark(name: str, table: str, lang: str) -> Benchmark:

@@ -15,7 +15,7 @@ from llava.errors import errors_as_messages
 from llava.eval.benchmarks.benchmark import BUNDLE, Benchmark
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import source, unique
-from llava.eval.files.records import complete, read_jsonl, read_text
+from llava.eval.files.records import Records, complete, read_text
 from llava.eval.scoring.units import Unit, Units
 
 TASKS = {
@@ -181,9 +181,9 @@ def report(units: Units) -> str:
     return text
 
 
-def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
+def read_units(data_dir: str, asked: Records, answers: list[dict]) -> Units:
     lines = convert(read_ground_truth(os.path.join(data_dir, "MME")), answers)
-    records = complete(read_jsonl(questions), ("question_id",))
+    records = complete(asked, ("question_id",))
     return units(lines, {_file_of(r["question_id"]): r.get("image") for r in records})
 
 

@@ -19,7 +19,7 @@ from llava.eval.answering.answers_file import AnswersFile
 from llava.eval.benchmarks.benchmark import BUNDLE, Benchmark, Judged, JudgedRun, Upload
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import say_missing, source, unique
-from llava.eval.files.records import as_int, read_json, read_jsonl
+from llava.eval.files.records import Records, as_int, read_json, read_jsonl
 from llava.eval.files.writing import write_json
 from llava.eval.scoring.judge import Judge, Prompt, add_judge_args, judge_from_args
 
@@ -130,7 +130,7 @@ def entry_name(key: int | str) -> str:
     return f"v1_{str(key).strip().removeprefix('v1_')}"
 
 
-def write_upload(data_dir: str, questions: str, answers: list[dict], path: str) -> None:
+def write_upload(data_dir: str, asked: Records, answers: list[dict], path: str) -> None:
     write_json(upload(answers), path, indent=2)
 
 

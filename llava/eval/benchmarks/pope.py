@@ -22,7 +22,7 @@ from llava.eval.files.matching import (
     source,
     texts_by_id,
 )
-from llava.eval.files.records import complete, read_jsonl
+from llava.eval.files.records import Records, complete, read_jsonl
 from llava.eval.scoring.units import Unit, Units, ratio
 
 LABELS = "pope/coco"
@@ -150,10 +150,10 @@ def _category_report(category: str, units: Units) -> str:
     )
 
 
-def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
+def read_units(data_dir: str, asked: Records, answers: list[dict]) -> Units:
     """Raises ValueError when a category has no labels."""
     folder = os.path.join(data_dir, LABELS)
-    found = units(folder, complete(read_jsonl(questions), FIELDS), answers)
+    found = units(folder, complete(asked, FIELDS), answers)
     if lost := found.details["unlabelled"]:
         raise ValueError(f"{folder} has no labels of {', '.join(lost)}")
     return found

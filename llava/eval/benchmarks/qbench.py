@@ -17,7 +17,7 @@ from llava.eval.answering.questions import Question
 from llava.eval.benchmarks.benchmark import Benchmark
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import source, unique
-from llava.eval.files.records import complete, read_json_list
+from llava.eval.files.records import Records, complete, read_json_list
 from llava.eval.scoring.options import option_letter
 from llava.eval.scoring.units import Unit, Units, accuracy_report
 
@@ -83,8 +83,8 @@ def units(records: list[dict], answers: list[dict]) -> Units:
     return Units(found)
 
 
-def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
-    return units(complete(read_json_list(questions), FIELDS), answers)
+def read_units(data_dir: str, asked: Records, answers: list[dict]) -> Units:
+    return units(complete(asked, FIELDS), answers)
 
 
 def _benchmark(name: str, questions: str, lang: str, public: bool) -> Benchmark:

@@ -12,7 +12,7 @@ import re
 
 from llava.eval.benchmarks.benchmark import COCO, Benchmark
 from llava.eval.files.matching import by_id, check_known, images_by_id, source, texts_by_id
-from llava.eval.files.records import read_jsonl
+from llava.eval.files.records import Records, read_jsonl
 from llava.eval.scoring.cli import run_scorer
 from llava.eval.scoring.units import COUNTS, Unit, Units
 
@@ -79,11 +79,11 @@ def read_annotations(path: str) -> list[dict]:
     return read_jsonl(path, ("question_id", "bbox", "width", "height"))
 
 
-def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
+def read_units(data_dir: str, asked: Records, answers: list[dict]) -> Units:
     """The boxes of `llava_refcoco_val.jsonl` are in `refcoco_val.jsonl` beside it."""
-    folder, name = os.path.split(questions)
+    folder, name = os.path.split(asked.path)
     annotations = read_annotations(os.path.join(folder, name.removeprefix("llava_")))
-    return units(annotations, answers, images_by_id(read_jsonl(questions)))
+    return units(annotations, answers, images_by_id(asked))
 
 
 CONVERTED = (

@@ -9,7 +9,7 @@ import os
 
 from llava.eval.benchmarks.benchmark import BUNDLE, Benchmark, Upload
 from llava.eval.files.matching import by_id, check_known, images_by_id, texts_by_id, texts_to
-from llava.eval.files.records import read_json, read_jsonl
+from llava.eval.files.records import Records, read_json
 from llava.eval.files.writing import write_jsonl
 from llava.eval.scoring.cli import run_scorer
 from llava.eval.scoring.units import Unit, Units, mean_by_share
@@ -46,10 +46,10 @@ def report(units: Units) -> str:
     return "".join(f"{name}: {score:.2f}%\n" for name, score in scores.items())
 
 
-def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
+def read_units(data_dir: str, asked: Records, answers: list[dict]) -> Units:
     """Of those questions that were answered."""
     annotation = read_json(os.path.join(data_dir, ANNOTATION))
-    found = units(annotation, answers, images_by_id(read_jsonl(questions)))
+    found = units(annotation, answers, images_by_id(asked))
     return found.only(texts_by_id(answers))
 
 
@@ -62,7 +62,7 @@ def upload(questions: list[dict], texts: dict) -> list[dict]:
     return [{"question_id": q["question_id"], "prediction": text or ""} for q, text in pairs]
 
 
-def write_upload(data_dir: str, questions: str, answers: list[dict], path: str) -> None:
+def write_upload(data_dir: str, asked: Records, answers: list[dict], path: str) -> None:
     annotation = read_json(os.path.join(data_dir, ANNOTATION))
     write_jsonl(upload(annotation["questions"], texts_by_id(answers)), path)
 

@@ -23,7 +23,7 @@ from llava.eval.files.matching import (
     source,
     unique,
 )
-from llava.eval.files.records import as_int, read_json, read_json_list
+from llava.eval.files.records import Records, as_int, read_json, read_json_list
 from llava.eval.files.writing import write_json
 from llava.eval.scoring.options import LETTER_ONLY
 from llava.eval.scoring.units import VALUE, Unit, Units, mean_by_share
@@ -123,11 +123,11 @@ def read_problems(base_dir: str, split: str) -> tuple[dict, list[str]]:
     return read_json(os.path.join(base_dir, "problems.json")), splits[split]
 
 
-def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
+def read_units(data_dir: str, asked: Records, answers: list[dict]) -> Units:
     """Of those questions that were answered."""
     problems, _ = read_problems(os.path.join(data_dir, "scienceqa"), "test")
-    asked, images = [a["question_id"] for a in answers], images_by_id(read_json_list(questions))
-    return units(problems, asked, answers, images=images)
+    answered, images = [a["question_id"] for a in answers], images_by_id(asked)
+    return units(problems, answered, answers, images=images)
 
 
 BENCHMARKS = (

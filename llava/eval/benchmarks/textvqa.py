@@ -13,7 +13,7 @@ from llava.errors import broken_files_named, errors_as_messages
 from llava.eval.benchmarks.benchmark import BUNDLE, Benchmark
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import question_id, source, unique
-from llava.eval.files.records import as_int, read_json
+from llava.eval.files.records import Records, as_int, read_json
 from llava.eval.scoring.m4c import TextVQAAccuracyEvaluator
 from llava.eval.scoring.units import Unit, Units, accuracy_report
 
@@ -77,7 +77,7 @@ def report(units: Units) -> str:
     return f"{accuracy_report(units)}\n"
 
 
-def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
+def read_units(data_dir: str, asked: Records, answers: list[dict]) -> Units:
     return units(read_annotations(os.path.join(data_dir, ANNOTATIONS)), answers)
 
 

@@ -21,7 +21,7 @@ from llava.eval.files.matching import (
     texts_to,
     unique,
 )
-from llava.eval.files.records import complete, read_json_list, read_jsonl
+from llava.eval.files.records import Records, complete, read_json_list, read_jsonl
 from llava.eval.files.writing import write_json
 from llava.eval.scoring.m4c import EvalAIAnswerProcessor, TextVQAAccuracyEvaluator
 from llava.eval.scoring.units import COUNTS, Unit, Units, accuracy_report
@@ -58,9 +58,9 @@ def report(units: Units) -> str:
     return f"{accuracy_report(units)}Answered 'unanswerable': {share:.2f}%\n"
 
 
-def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
+def read_units(data_dir: str, asked: Records, answers: list[dict]) -> Units:
     humans = read_annotations(os.path.join(data_dir, "vizwiz/val.json"))
-    return units(humans, complete(read_jsonl(questions), FIELDS), answers)
+    return units(humans, complete(asked, FIELDS), answers)
 
 
 def upload(questions: list[dict], texts: dict) -> list[dict]:
@@ -72,8 +72,8 @@ def upload(questions: list[dict], texts: dict) -> list[dict]:
     return [{"image": q["image"], "answer": normalise(text)} for q, text in pairs]
 
 
-def write_upload(data_dir: str, questions: str, answers: list[dict], path: str) -> None:
-    write_json(upload(read_jsonl(questions, FIELDS), texts_by_id(answers)), path)
+def write_upload(data_dir: str, asked: Records, answers: list[dict], path: str) -> None:
+    write_json(upload(asked, texts_by_id(answers)), path)
 
 
 SOURCES = {

@@ -14,7 +14,7 @@ from llava.eval.files.matching import (
     texts_by_id,
     texts_to,
 )
-from llava.eval.files.records import read_json, read_jsonl
+from llava.eval.files.records import Records, read_json, read_jsonl
 from llava.eval.files.writing import write_json
 from llava.eval.scoring.cli import run_scorer
 from llava.eval.scoring.m4c import EvalAIAnswerProcessor, TextVQAAccuracyEvaluator
@@ -42,9 +42,9 @@ def units(humans: dict[int, list[str]], answers: list[dict], images: dict | None
     return Units([Unit(k, score(text, humans[k]), text, images.get(k)) for k, text in texts])
 
 
-def read_units(data_dir: str, questions: str, answers: list[dict]) -> Units:
+def read_units(data_dir: str, asked: Records, answers: list[dict]) -> Units:
     humans = read_annotations(os.path.join(data_dir, ANNOTATIONS))
-    return units(humans, answers, images_by_id(read_jsonl(questions)))
+    return units(humans, answers, images_by_id(asked))
 
 
 def upload(questions: list[dict], texts: dict) -> list[dict]:
@@ -58,7 +58,7 @@ def upload(questions: list[dict], texts: dict) -> list[dict]:
     return [{"question_id": q["question_id"], "answer": normalise(text or "")} for q, text in pairs]
 
 
-def write_upload(data_dir: str, questions: str, answers: list[dict], path: str) -> None:
+def write_upload(data_dir: str, asked: Records, answers: list[dict], path: str) -> None:
     every = read_jsonl(os.path.join(data_dir, FULL_TEST_SET), ("question_id",))
     write_json(upload(every, texts_by_id(answers)), path)
 

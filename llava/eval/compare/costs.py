@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from itertools import islice
 from statistics import mean, median
@@ -13,6 +12,7 @@ from llava.eval.answering.loop import AnswerLoop
 from llava.eval.benchmarks.benchmark import Benchmark
 from llava.eval.compare.scores import Run
 from llava.eval.efficiency.measure import Workload, llava_facts, time_llava
+from llava.eval.files.records import Records
 from llava.pruning import Pruner
 
 
@@ -34,7 +34,7 @@ class Cost:
 
 
 def sample_prompts(
-    loop: AnswerLoop, benchmarks: list[Benchmark], data_dir: str, count: int
+    loop: AnswerLoop, benchmarks: dict[Benchmark, Records], data_dir: str, count: int
 ) -> list[Workload]:
     """`count` prompts, taken from the benchmarks in turns; each is asked for its first token.
 
@@ -43,9 +43,8 @@ def sample_prompts(
     """
     per_task, skip_bad = -(-count // len(benchmarks)), getattr(loop, "skip_bad", False)
     chosen = []
-    for benchmark in benchmarks:
-        path = os.path.join(data_dir, benchmark.questions)
-        questions = benchmark.load_questions(path, 4 * per_task, skip_bad)
+    for benchmark, asked in benchmarks.items():
+        questions = benchmark.select(asked, 4 * per_task, skip_bad)
         folder = benchmark.image_folder(data_dir)
         able = (
             q for q in questions if q.images and (not skip_bad or _can_be_asked(loop, q, folder))

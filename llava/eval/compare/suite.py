@@ -30,6 +30,7 @@ from llava.eval.compare.scores import DENSE, Run, Score
 from llava.eval.compare.suite_report import not_run, plot, table
 from llava.eval.files import budgets
 from llava.eval.files.answer_lines import answers_among, read_lines
+from llava.eval.files.records import Records
 from llava.eval.plotting import import_pyplot
 from llava.eval.scoring import paired
 from llava.eval.scoring.units import Units
@@ -82,6 +83,7 @@ def run_task(
     loop,
     run: Run,
     benchmark: Benchmark,
+    asked: Records,
     args,
     dense: dict[str, Units],
     workers: Workers,
@@ -90,12 +92,11 @@ def run_task(
     """Returns the score of one method at one budget on one benchmark; None in processes that only
     help to answer.
 
+    asked: the records of the benchmark's question file
     dense: units of the unpruned model, which runs first, by benchmark
     label: what the progress bar says in front of the benchmark's name
     """
-    question_file = os.path.join(args.data_dir, benchmark.questions)
-    skip_bad = getattr(args, "skip_bad", False)
-    questions = benchmark.load_questions(question_file, args.limit, skip_bad)
+    questions = benchmark.select(asked, args.limit, getattr(args, "skip_bad", False))
     path = answers_path(args.out, run, benchmark)
     images = benchmark.image_folder(args.data_dir)
     settings = settings_of(args, run.pruner)
@@ -107,7 +108,7 @@ def run_task(
     if not workers.main:
         return None
     records = read_lines(path)
-    units = benchmark.score(args.data_dir, question_file, records, args.limit)
+    units = benchmark.score(args.data_dir, asked, records, args.limit)
     result = units.result()
     change = paired.compare(units, dense.setdefault(benchmark.name, units))
     kept = budgets.summarize(answers_among(records))
@@ -133,13 +134,14 @@ def run_task(
 def run_all(
     loop: AnswerLoop,
     runs: list[Run],
-    benchmarks: list[Benchmark],
+    benchmarks: dict[Benchmark, Records],
     args,
     workers: Workers | None = None,
 ) -> list[Score]:
     """Runs everything, printing one line per method and budget; scores.json grows with it.
 
-    workers: processes that share the answering; the first one scores, writes and prints
+    benchmarks: with the records of their question files
+    workers:    processes that share the answering; the first one scores, writes and prints
     """
     workers = workers or Workers()
     scores, dense = [], {}
@@ -154,8 +156,8 @@ def run_all(
         loop.model.pruner = run.pruner
         number = settings.index(run) + 1
         label = f"setting {number} of {len(settings)}: {run.method} {run.tokens}"
-        for benchmark in benchmarks:
-            score = run_task(loop, run, benchmark, args, dense, workers, label)
+        for benchmark, asked in benchmarks.items():
+            score = run_task(loop, run, benchmark, asked, args, dense, workers, label)
             if workers.main:
                 scores.append(score)
                 write_scores(scores, args)
@@ -166,11 +168,10 @@ def run_all(
     return scores
 
 
-def extent(settings: list[Run], benchmarks: list[Benchmark], args) -> str:
+def extent(settings: list[Run], benchmarks: dict[Benchmark, Records], args) -> str:
     """Returns a line on how much there is to do."""
     skip_bad = getattr(args, "skip_bad", False)
-    paths = {b: os.path.join(args.data_dir, b.questions) for b in benchmarks}
-    questions = sum(len(b.load_questions(p, args.limit, skip_bad)) for b, p in paths.items())
+    questions = sum(len(b.select(r, args.limit, skip_bad)) for b, r in benchmarks.items())
     return (
         f"{len(settings)} settings x {questions} questions of {len(benchmarks)} tasks: "
         f"{len(settings) * questions} answers, less those already there"
@@ -194,23 +195,20 @@ def write_scores(scores: list[Score], args) -> None:
     os.replace(f"{path}.tmp", path)
 
 
-def available(names: list[str] | None, data_dir: str) -> list[Benchmark]:
-    """Returns the benchmarks asked for, or all that can be scored with the data folder."""
-    found = [
-        benchmark
-        for benchmark in scored_here().values()
-        if os.path.exists(os.path.join(data_dir, benchmark.questions))
-        and benchmark.scorable(data_dir)
-    ]
+def available(names: list[str] | None, data_dir: str) -> dict[Benchmark, Records]:
+    """Returns the benchmarks asked for, or all that can be scored with the data folder, with the
+    records of their question files."""
+    place = lambda benchmark: os.path.join(data_dir, benchmark.questions)  # noqa: E731
+    found = [b for b in scored_here().values() if os.path.exists(place(b)) and b.scorable(data_dir)]
     if names:
         present = {benchmark.name for benchmark in found}
         if missing := [name for name in names if name not in present]:
             names = ", ".join(missing)
             raise ValueError(f"{data_dir} has no questions of {names} with their right answers")
-        return [scored_here()[name] for name in names]
+        found = [scored_here()[name] for name in names]
     if not found:
         raise ValueError(f"{data_dir} has the question file of no benchmark")
-    return found
+    return {benchmark: benchmark.read(place(benchmark)) for benchmark in found}
 
 
 def add_suite_args(parser: argparse.ArgumentParser, out: str) -> None:
@@ -250,7 +248,7 @@ def parse_suite_args(parser: argparse.ArgumentParser, argv: list[str] | None = N
     return args
 
 
-def prepare(args) -> tuple[AnswerLoop, list[Run], list[Benchmark], Workers]:
+def prepare(args) -> tuple[AnswerLoop, list[Run], dict[Benchmark, Records], Workers]:
     """Everything a suite needs, loaded and checked."""
     benchmarks = available(args.tasks, args.data_dir)
     import_pyplot()  # a missing extra should be known before hours of answering

@@ -188,12 +188,12 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_broken_record_of_any_format_is_named_with_its_place(name, tmp_path):
-    record, place = OTHERS[name], "item 1"
+    record, place, benchmark = OTHERS[name], "item 1", find_benchmark(name)
     path = tmp_path / "q.json"
     path.write_text(json.dumps([record]))
     with pytest.raises(ValueError, match=rf"question 7.* \(.*q.json, {place}\): no question can"):
-        find_benchmark(name).load_questions(str(path))
-    (bad,) = find_benchmark(name).load_questions(str(path), skip_bad=True)
+        benchmark.select(benchmark.read(str(path)))
+    (bad,) = benchmark.select(benchmark.read(str(path)), skip_bad=True)
     assert bad.error
     located = eval_viscot.read(str(path), str(tmp_path)) if "viscot" in name else []
     assert all(record.where == f"{path}, {place}" for record in located)
@@ -202,18 +202,21 @@ def test_a_broken_record_of_any_format_is_named_with_its_place(name, tmp_path):
 def test_a_row_without_a_picture_is_named_with_its_line(tmp_path):
     path = tmp_path / "q.tsv"
     path.write_text("index\tquestion\tA\tB\timage\n7\t?\tx\ty\t\n")
+    mmbench = find_benchmark("mmbench")
     with pytest.raises(ValueError, match=r"question 7 \(.*q.tsv, line 2\).*its image is null"):
-        find_benchmark("mmbench").load_questions(str(path))
+        mmbench.select(mmbench.read(str(path)))
 
 
 def test_a_record_that_was_no_question_does_not_hinder_the_score(tmp_path, monkeypatch, capsys):
     whole = {"img_path": "1.png", "question": "?", "candidates": ["x", "y"], "correct_ans": "y"}
     path = tmp_path / "q.json"
     path.write_text(json.dumps([whole, {"img_path": "2.png", "question": "?"}]))
-    good, bad = find_benchmark("qbench").load_questions(str(path), skip_bad=True)
+    qbench = find_benchmark("qbench")
+    asked = qbench.read(str(path))
+    good, bad = qbench.select(asked, skip_bad=True)
     lines = [good.answer_line("B", "", ""), bad.failed_line("none", "", "")]
     write_lines(tmp_path / "a.jsonl", lines)
-    assert find_benchmark("qbench").score(str(tmp_path), str(path), lines, None).percent == 100
+    assert qbench.score(str(tmp_path), asked, lines).percent == 100
     files = ("--question-file", path, "--result-file", tmp_path / "a.jsonl")
     run_scorer(monkeypatch, eval_qbench, *files)
     out, err = capsys.readouterr()
@@ -337,16 +340,16 @@ def test_nothing_to_compare_is_said(args):
 def test_questions_scored_jointly_with_a_failed_one_are_left_out(args):
     benchmark = find_benchmark("mme")
     path = os.path.join(args.data_dir, benchmark.questions)
-    first, second = benchmark.load_questions(path)
+    first, second = benchmark.select(benchmark.read(path))
     records = [first.answer_line("Yes", "x", "m"), second.failed_line("no", "y", "m")]
     with pytest.raises(ValueError, match="mme: no question is left to score"):
-        benchmark.score(args.data_dir, path, records, None)
+        benchmark.score(args.data_dir, benchmark.read(path), records, None)
 
 
 def test_score_and_table_say_how_many_failed(args, tmp_path, capsys, monkeypatch):
     benchmark = find_benchmark("pope")
     path = os.path.join(args.data_dir, benchmark.questions)
-    first, second = benchmark.load_questions(path)
+    first, second = benchmark.select(benchmark.read(path))
     lines = [first.answer_line("Yes", "x", "m"), second.failed_line("bad picture", "y", "m")]
     answers = tmp_path / "a.jsonl"
     answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -376,7 +379,7 @@ def test_a_judge_is_not_asked_about_failed_questions(tmp_path, capsys):
 def test_a_server_gets_no_file_while_questions_failed(args, tmp_path, capsys, monkeypatch):
     benchmark = find_benchmark("mmbench")
     path = os.path.join(args.data_dir, benchmark.questions)
-    first, second = benchmark.load_questions(path)
+    first, second = benchmark.select(benchmark.read(path))
     lines = [first.answer_line("A", "x", "m"), second.failed_line("bad picture", "y", "m")]
     answers = tmp_path / "a.jsonl"
     answers.write_text("".join(json.dumps(line) + "\n" for line in lines))

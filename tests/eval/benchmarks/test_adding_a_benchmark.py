@@ -76,7 +76,8 @@ def test_questions_answers_score_report_and_interval_follow_from_the_file(copy, 
 import json, sys
 from llava.eval.benchmarks import find_benchmark
 benchmark, texts = find_benchmark("countbench"), ("2", "3.", "two")
-for question, text in zip(benchmark.load_questions(sys.argv[1]), texts, strict=True):
+questions = benchmark.select(benchmark.read(sys.argv[1]))
+for question, text in zip(questions, texts, strict=True):
     print(json.dumps(question.answer_line(text, "id", "m")))
 """
     lines = in_python(copy, code, data / NAME / "llava_countbench.jsonl")

@@ -45,7 +45,7 @@ def test_every_benchmark_has_questions_in_the_repository_and_a_program(name, mon
     monkeypatch.setattr(data_files, "DEFAULT_DIR", "nowhere")
     folder, images = data_files.find(ALL[name])
     assert "using the playground's questions" in capsys.readouterr().err
-    questions = ALL[name].load_questions(os.path.join(folder, ALL[name].questions))
+    questions = ALL[name].select(ALL[name].read(os.path.join(folder, ALL[name].questions)))
     assert len(questions) >= 8
     for question in questions:
         for image in question.images:

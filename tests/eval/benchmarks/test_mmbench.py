@@ -120,8 +120,8 @@ def test_a_table_without_rotations_is_scored_circularly_when_all_rounds_were_ask
     path = str(data / benchmark.questions)
     rounds = [q for row in benchmark.read(path) for q in mmbench_questions(row, all_rounds=True)]
     answers = [q.answer_line("A", "id", "m") for q in rounds]  # right in the first round only
-    result = benchmark.score(str(data), path, answers, None).result()
+    result = benchmark.score(str(data), benchmark.read(path), answers, None).result()
     assert (result["circular"], result["plain"], result["rows"]) == (0, 50, 4)
     assert result["metric"] == "circular accuracy"
     first = [answer for answer in answers if answer["round_id"] == 0]
-    assert benchmark.score(str(data), path, first, None).details["circular"] is None
+    assert benchmark.score(str(data), benchmark.read(path), first, None).details["circular"] is None

@@ -24,6 +24,11 @@ def pope_label(number, image, thing):
 ASKED = [("a.jpg", "dog"), ("a.jpg", "cat"), ("b.jpg", "cat")]
 
 
+def score(folder, questions, answers):
+    benchmark = find_benchmark("pope")
+    return benchmark.score(str(folder), benchmark.read(str(questions)), answers)
+
+
 @pytest.fixture
 def pope(tmp_path):
     """Three questions about two images; labels of the same and one more, shuffled."""
@@ -45,7 +50,7 @@ def test_b1_pope_labels_in_another_order_give_a_perfect_model_100(pope, monkeypa
     answers = read_jsonl(str(pope / "a.jsonl"))
     questions = str(pope / "pope/llava_pope_test.jsonl")
     for order in (answers, answers[::-1], answers * 2):
-        units = find_benchmark("pope").score(str(pope), questions, order, None)
+        units = score(pope, questions, order)
         assert units.percent == 100 and units.count == 3
     options = ("--annotation-dir", pope / "pope/coco", "--question-file", questions)
     run_scorer(monkeypatch, eval_pope, *options, "--result-file", pope / "a.jsonl")
@@ -56,7 +61,7 @@ def test_b1_pope_stops_when_the_labels_are_those_of_another_set(pope):
     write_lines(pope / "pope/coco/coco_pope_random.json", [pope_label(1, "a.jpg", "dog")] * 3)
     answers, questions = read_jsonl(str(pope / "a.jsonl")), pope / "pope/llava_pope_test.jsonl"
     for use in (
-        lambda: find_benchmark("pope").score(str(pope), str(questions), answers, None),
+        lambda: score(pope, questions, answers),
         lambda: eval_pope.units(str(pope / "pope/coco"), read_jsonl(str(questions)), answers),
     ):
         message = "coco_pope_random.json belongs to other questions: .* 2 of the 3 .*question 11"
@@ -85,7 +90,7 @@ def test_pope_does_not_score_a_category_without_labels_in_silence(pope, monkeypa
     answers = [*read_jsonl(str(pope / "a.jsonl")), answer]
     write_lines(pope / "a.jsonl", answers)
     with pytest.raises(ValueError, match="pope/coco has no labels of popular"):
-        find_benchmark("pope").score(str(pope), str(questions), answers, None)
+        score(pope, questions, answers)
     options = ("--annotation-dir", pope / "pope/coco", "--question-file", questions)
     run_scorer(monkeypatch, eval_pope, *options, "--result-file", pope / "a.jsonl")
     assert "has no labels of popular" in capsys.readouterr().err

@@ -82,7 +82,7 @@ def test_units_add_up_to_the_score_of_the_benchmark(finished, args):
         for benchmark in benchmarks:
             answers = read_jsonl(suite.answers_path(args.out, run, benchmark))
             questions = os.path.join(args.data_dir, benchmark.questions)
-            units = benchmark.units(args.data_dir, questions, answers)
+            units = benchmark.units(args.data_dir, benchmark.read(questions), answers)
             (score,) = [
                 s for s in scores if (s.method, s.tokens) == (run.method, run.tokens)
                 and s.task == benchmark.name
@@ -103,9 +103,9 @@ def test_units_agree_with_the_scorer_on_many_answers():
         said = ("Yes", "No", "yes, it is")
         answers = [
             question.answer_line(said[number % 3], str(number), "m")
-            for number, question in enumerate(benchmark.load_questions(path))
+            for number, question in enumerate(benchmark.select(benchmark.read(path)))
         ]
-        units = benchmark.score(folder, path, answers, None)
+        units = benchmark.score(folder, benchmark.read(path), answers, None)
         low, high = units.draw(seed=0, count=200).range
         assert low < units.percent < high
 

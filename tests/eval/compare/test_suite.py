@@ -1,16 +1,20 @@
 """The suite and the scripts run every benchmark and score what they wrote."""
 
+import builtins
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from llava.eval import score
 from llava.eval.benchmarks import find_benchmark
 from llava.eval.compare import suite, suite_report
+from llava.eval.files import records
 from llava.eval.files.answer_lines import Answer
 from llava.pruning import Pruner, build_pruner
 from tests.eval import mini_benchmark
@@ -72,6 +76,40 @@ def test_every_method_and_budget_is_scored_on_every_benchmark(args):
     assert len(written) == len(scores)
 
 
+@pytest.fixture
+def opened(monkeypatch):
+    """How often each file of records is opened."""
+    count = Counter()
+
+    def counting(path, *args, **kwargs):
+        count[os.path.normpath(path)] += 1
+        return builtins.open(path, *args, **kwargs)
+
+    monkeypatch.setattr(records, "open", counting, raising=False)
+    return count
+
+
+def test_a_question_file_is_read_once_however_many_settings_there_are(args, opened):
+    benchmarks = suite.available(None, args.data_dir)
+    suite.run_all(FakeLoop(), suite.plan(args, 576)[:3], benchmarks, args)
+    places = {os.path.normpath(os.path.join(args.data_dir, b.questions)) for b in benchmarks}
+    assert {place: opened[place] for place in places} == dict.fromkeys(places, 1)
+
+
+@pytest.mark.parametrize("name", mini_benchmark.NAMED)
+def test_scoring_reads_a_question_file_once(name, args, tmp_path, opened, monkeypatch):
+    benchmark = find_benchmark(name)
+    path = os.path.join(args.data_dir, benchmark.questions)
+    questions = benchmark.select(benchmark.read(path))
+    lines = [json.dumps(question.answer_line("A", "x", "m")) for question in questions]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    argv = ["score", name, "--data-dir", args.data_dir, "--answers-file", str(tmp_path / "a.jsonl")]
+    monkeypatch.setattr(sys, "argv", argv)
+    opened.clear()
+    score.main()
+    assert opened[os.path.normpath(path)] == 1
+
+
 def test_table_and_plot_show_all_methods(args, tmp_path):
     scores = suite.run_all(
         FakeLoop(), suite.plan(args, 576), suite.available(["pope", "gqa"], args.data_dir), args
@@ -122,8 +160,8 @@ def test_incomplete_answers_are_not_scored(args):
     benchmark = find_benchmark("pope")
     path = os.path.join(args.data_dir, benchmark.questions)
     with pytest.raises(ValueError, match="all 2 questions .* there are 1, 1 of them in place"):
-        first = benchmark.load_questions(path)[0].answer_line("Yes", "x", "m")
-        benchmark.score(args.data_dir, path, [first], None)
+        first = benchmark.select(benchmark.read(path))[0].answer_line("Yes", "x", "m")
+        benchmark.score(args.data_dir, benchmark.read(path), [first], None)
 
 
 def test_a_benchmark_script_splits_the_work_and_ends_with_the_score(tmp_path):

@@ -311,7 +311,7 @@ def answered(folder, name):
     benchmark = find_benchmark(name)
     files = [folder / file for file in (benchmark.questions, *benchmark.truth)]
     files = [file for place in files for file in (sorted(place.glob("*.json")) or [place])]
-    questions = benchmark.load_questions(str(files[0]))
+    questions = benchmark.select(benchmark.read(str(files[0])))
     lines = [question.answer_line("A", "id", "m") for question in questions]
     return benchmark, [file for file in files if file.suffix.startswith(".json")], lines
 
@@ -319,9 +319,8 @@ def answered(folder, name):
 def score_of(benchmark, folder, lines):
     path = folder / "answers.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return benchmark.score(
-        str(folder), str(folder / benchmark.questions), read_lines(str(path)), None
-    ).result()
+    asked = benchmark.read(str(folder / benchmark.questions))
+    return benchmark.score(str(folder), asked, read_lines(str(path))).result()
 
 
 @pytest.mark.parametrize("name", mini_benchmark.NAMED)

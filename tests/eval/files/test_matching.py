@@ -171,16 +171,16 @@ def test_programs_say_how_many_questions_have_no_answer(tmp_path, monkeypatch, c
 def test_a_complete_set_is_one_in_any_order_and_what_it_lacks_is_named(name, tmp_path):
     data, benchmark = mini_benchmark.build(tmp_path / "data"), find_benchmark(name)
     questions = str(data / benchmark.questions)
-    lines = [q.answer_line("A", "id", "m") for q in benchmark.load_questions(questions)]
+    lines = [q.answer_line("A", "id", "m") for q in benchmark.select(benchmark.read(questions))]
     answers = read_jsonl(write_lines(tmp_path / "a.jsonl", lines))
-    whole = benchmark.score(str(data), questions, answers, None)
+    whole = benchmark.score(str(data), benchmark.read(questions), answers, None)
     backwards = [a | {"question_id": str(a["question_id"])} for a in answers[::-1]]
-    again = benchmark.score(str(data), questions, backwards, None)
+    again = benchmark.score(str(data), benchmark.read(questions), backwards, None)
     assert again.result()["score"] == whole.result()["score"] and again.count == whole.count
     path = write_lines(tmp_path / "b.jsonl", [lines[0], lines[1] | {"question_id": "other"}])
     message = "b.jsonl: .*no answer to question .* and an answer to question 'other'"
     with pytest.raises(ValueError, match=message):
-        benchmark.score(str(data), questions, read_jsonl(path), None)
+        benchmark.score(str(data), benchmark.read(questions), read_jsonl(path), None)
 
 
 @pytest.mark.parametrize(

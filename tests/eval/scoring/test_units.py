@@ -27,7 +27,7 @@ def data_of(benchmark):
 def answers_of(benchmark, path):
     return [
         question.answer_line(SAID[number % len(SAID)], str(number), "m")
-        for number, question in enumerate(benchmark.load_questions(path))
+        for number, question in enumerate(benchmark.select(benchmark.read(path)))
     ]
 
 
@@ -47,18 +47,18 @@ def test_units_make_the_score_and_the_interval_on_the_playground(name):
     folder = data_of(benchmark)
     path = os.path.join(folder, benchmark.questions)
     answers = answers_of(benchmark, path)
-    units = benchmark.score(folder, path, answers, None)
+    units = benchmark.score(folder, benchmark.read(path), answers, None)
     draws = units.draw(seed=0, count=200)
     low, high = draws.range
     assert low - 1e-9 <= units.percent <= high + 1e-9
-    questions = benchmark.load_questions(path)
+    questions = benchmark.select(benchmark.read(path))
     if name == "sqa":
         questions = [question for question in questions if question.images]
     assert draws.images == len({question.images[0] for question in questions})
     assert units.count == len(questions)
     assert texts_of(units) == sorted(answer["text"] for answer in answers)
     random.Random(0).shuffle(answers)
-    shuffled = benchmark.score(folder, path, answers, None)
+    shuffled = benchmark.score(folder, benchmark.read(path), answers, None)
     assert np.array_equal(shuffled.draw(seed=0, count=200).scores, draws.scores)
     assert compare(shuffled, units).same == 100
 
@@ -153,7 +153,7 @@ def test_the_hard_subset_of_a_benchmark_has_a_score_by_its_own_rule(name):
     benchmark = find_benchmark(name)
     folder = data_of(benchmark)
     path = os.path.join(folder, benchmark.questions)
-    units = benchmark.score(folder, path, answers_of(benchmark, path), None)
+    units = benchmark.score(folder, benchmark.read(path), answers_of(benchmark, path), None)
     hard = units.hard(units)
     assert 0 < len(hard.found) < len(units.found) and hard.percent < units.percent
     assert hard.draws.images <= units.draws.images and hard.sums[WEIGHT] == hard.count
@@ -173,7 +173,7 @@ def test_pope_draws_images_across_its_categories():
     benchmark = find_benchmark("pope")
     folder = data_of(benchmark)
     path = os.path.join(folder, benchmark.questions)
-    units = benchmark.units(folder, path, answers_of(benchmark, path))
+    units = benchmark.units(folder, benchmark.read(path), answers_of(benchmark, path))
     # Every image brings all of its questions: a draw has each category as often as another.
     assert len(units.found) == 3 * units.draws.images == 720
     assert [part.count for part in units.by_group().values()] == 3 * [240]
