@@ -1,4 +1,4 @@
-"""Placeholder tokens, their ids, and the intervals of the demo's heart beat."""
+"""Placeholder tokens, their ids, ways of generating, and the demo's heart beat."""
 
 # Demo: seconds after which a silent worker is dropped, and between two signs of life.
 CONTROLLER_HEART_BEAT_EXPIRATION = 30
@@ -14,3 +14,6 @@ DEFAULT_IMAGE_PATCH_TOKEN = "<im_patch>"
 DEFAULT_IM_START_TOKEN = "<im_start>"
 DEFAULT_IM_END_TOKEN = "<im_end>"
 IMAGE_PLACEHOLDER = "<image-placeholder>"  # where a command-line query wants its image
+
+# ways from one token of an answer to the next; the second needs a method that guesses tokens
+STRATEGIES = ("autoregressive", "self_speculative")

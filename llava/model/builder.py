@@ -41,10 +41,10 @@ from ..constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_PATCH_TOKEN,
+    STRATEGIES,
 )
 from ..log_output import say
 from ..pruning import Pruner, pruner_from_keywords
-from ..pruning.drafter import STRATEGIES
 from ..weight_files import local_folder, uses_cache_dir
 from . import qwen2_5_vl_loading
 from .checkpoint import (

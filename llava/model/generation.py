@@ -16,8 +16,9 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
+from ..constants import STRATEGIES
 from ..pruning import PruningTrace, no_drafter
-from ..pruning.drafter import STRATEGIES, Drafter
+from ..pruning.drafter import Drafter
 from ..pruning.per_token import each
 from .patches import replacement
 from .self_speculative import Speculation, SpeculationLog

@@ -6,8 +6,8 @@ import argparse
 import ast
 import sys
 
+from ..constants import STRATEGIES
 from . import METHODS, Pruner, all_option_names, build_pruner, can_draft, guess_method, no_drafter
-from .drafter import STRATEGIES
 
 
 def add_pruning_args(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""A small branch of the decoder that guesses the next tokens, for self-speculative generation.
+"""What a method offers that guesses the next tokens; `llava.model.self_speculative` runs it.
 
 Paper: Growing a Twig to Accelerate Large Vision-Language Models, https://arxiv.org/abs/2503.14075
 """
@@ -8,9 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-
-#: ways from one token of an answer to the next; the second needs a drafter
-STRATEGIES = ("autoregressive", "self_speculative")
 
 
 @dataclass

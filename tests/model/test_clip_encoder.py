@@ -1,8 +1,12 @@
 """The vision tower against transformers' own forward pass."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.pruning import Pruner, VisionStage
 from llava.pruning.tokens import VisionTokens
 
 
@@ -77,3 +81,18 @@ def test_keeping_tokens_takes_everything_along():
     assert kept.features.tolist() == [[[2, 3], [6, 7]]]
     assert kept.positions.tolist() == [[1, 3]]
     assert kept.cls_attention.tolist() == [[[1, 3]]]
+
+
+def test_the_multi_scale_tower_refuses_methods_inside_it(tower_dir, images):
+    config = SimpleNamespace(
+        mm_vision_tower=str(tower_dir), mm_vision_select_layer=-2, s2=True, s2_scales="42,84"
+    )
+    tower = build_vision_tower(config)
+
+    class Inside(VisionStage, Pruner):
+        def before_tower_layer(self, index, tokens):
+            return tokens
+
+    assert tower.tokens(images, stage=Pruner().vision).features.shape[0] == 2
+    with pytest.raises(ValueError, match="Inside.* acts between tower layers, which the multi-sca"):
+        tower.tokens(images, stage=Inside())

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, StoppingCriteria, TemperatureLogitsWarper
 
+from llava.constants import STRATEGIES
 from llava.model.self_speculative import Guess
 from llava.model.token_choice import TokenChoice
 from llava.pruning import build_pruner, trace_pruning
-from llava.pruning.drafter import STRATEGIES
 from tests.conftest import pad_batch
 from tests.pruning.test_twigvlm import grown
 

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from llava.constants import STRATEGIES
 from llava.eval.efficiency.measure import DENSE, Workload
 from llava.model.self_speculative import SpeculationLog
 from llava.pruning import Pruner, build_pruner, can_draft
-from llava.pruning.drafter import STRATEGIES
 
 
 class Clock:

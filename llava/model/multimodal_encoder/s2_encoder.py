@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPImageProcessor
 
-from ...pruning.stages import VisionStage
+from ...pruning.stages import VisionStage, fills
 from ...pruning.tokens import VisionTokens
 from .clip_encoder import CLIPVisionTower, fingerprint
 
@@ -48,6 +48,11 @@ class CLIPVisionTowerS2(CLIPVisionTower):
         inner = {} if stage is None else stage.tower_extras(*self.depth)
         if extra := (needs | frozenset().union(*inner.values())) - {"fingerprint"}:
             raise ValueError(f"the multi-scale tower cannot provide {sorted(extra)}")
+        if stage is not None and fills(type(stage), VisionStage, "before_tower_layer"):
+            raise ValueError(
+                f"{stage!r} acts between tower layers, which the multi-scale tower runs once for "
+                "every scale: choose a method that does not"
+            )
         before = (
             images
             if stage is None
