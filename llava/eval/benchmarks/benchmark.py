@@ -84,8 +84,9 @@ class Benchmark:
     images:    image folder; None where images are inside the questions
     metric:    what `score` is
     sources:   file or folder, or the beginning of several -> where to get it
-    units:     (data folder, records of the question file, answers) -> what the score is made of;
-               None: the right answers are not public
+    units:     (data folder, records of the question file, answers) -> what the score is made of; a
+               unit that names no image gets that of the question whose id is its key. None: the
+               right answers are not public
     report:    those units -> the text that the reference scorer prints
     truth:     files with the right answers, besides the questions
     read, to_questions: reader of the question file, and of one record
@@ -151,11 +152,14 @@ class Benchmark:
         hidden = self.units is None or self.server_if is not None
         return hidden and self.judge is None and self.has_upload(data_dir)
 
-    def check_complete(self, asked: Records, records: list[dict], limit: int | None) -> None:
-        """Raises ValueError unless `records` are those to all questions that were asked: answers,
-        or records of questions that failed."""
+    def check_complete(
+        self, asked: Records, records: list[dict], limit: int | None
+    ) -> list[Question]:
+        """Returns the questions that were asked; ValueError unless `records` are those to all of
+        them: answers, or records of questions that failed."""
         questions = self.select(asked, limit, skip_bad=True)
         check_asked([question.head for question in questions], records, asked.path)
+        return questions
 
     def score(
         self, data_dir: str, asked: Records, records: list[dict], limit: int | None = None
@@ -173,10 +177,10 @@ class Benchmark:
         if not self.scorable(data_dir):
             names = ", ".join(truth) or "none exist"
             raise ValueError(f"{self.name}: right answers are needed to score here ({names})")
-        self.check_complete(asked, records, limit)
+        questions = self.check_complete(asked, records, limit)
         counted = self.counted(records)
         with broken_files_named((asked.path, *truth), source(counted)):
-            found = self.units(data_dir, asked, counted)
+            found = self.units(data_dir, asked, counted).about(questions)
         details = self.head() | found.details | self.failures(records, counted)
         return replace(found, name=self.name, details=details)
 

@@ -16,7 +16,6 @@ from llava.errors import broken_files_named, errors_as_messages
 from llava.eval.benchmarks.benchmark import BUNDLE, Benchmark
 from llava.eval.files.matching import (
     check_known,
-    images_by_id,
     keyed,
     source,
     texts_by_id,
@@ -62,13 +61,12 @@ def units(
     questions: dict,
     predictions: list[dict],
     choices: dict | None = None,
-    images: dict | None = None,
     texts: dict | None = None,
 ) -> Units:
     """Returns whether every balanced question was answered right, in the official break-downs.
 
     choices: valid and plausible answers per question
-    images, texts: images of the questions, and the answers word for word, by question id
+    texts:   the answers word for word, by question id
     Raises ValueError when a question has no prediction, or two that differ.
     """
     given = given_answers(predictions)
@@ -77,9 +75,9 @@ def units(
         raise ValueError(
             f"{source(predictions)}: {len(missing)} questions lack a prediction, e.g. {missing[0]}"
         )
-    said, images = texts or given, images or {}
+    said = texts or given
     found = [
-        Unit(key, given[key] == q["answer"], said[key], images.get(key), _groups(q))
+        Unit(key, given[key] == q["answer"], said[key], groups=_groups(q))
         for key, q in balanced.items()
     ]
     choices = keyed(choices) if choices else None
@@ -140,9 +138,8 @@ def read_units(data_dir: str, asked: Records, answers: list[dict]) -> Units:
     """Of those questions that were answered."""
     truth = keyed(read_json(os.path.join(data_dir, QUESTIONS)))
     check_known(answers, truth, "the questions of GQA")
-    texts, images = texts_by_id(answers), images_by_id(asked)
-    answered = {key: truth[key] for key in texts}
-    return units(answered, predictions_of(answers), images=images, texts=texts)
+    texts = texts_by_id(answers)
+    return units({key: truth[key] for key in texts}, predictions_of(answers), texts=texts)
 
 
 BENCHMARKS = (

@@ -11,7 +11,7 @@ import os
 import re
 
 from llava.eval.benchmarks.benchmark import COCO, Benchmark
-from llava.eval.files.matching import by_id, check_known, images_by_id, source, texts_by_id
+from llava.eval.files.matching import by_id, check_known, source, texts_by_id
 from llava.eval.files.records import Records, read_jsonl
 from llava.eval.scoring.cli import run_scorer
 from llava.eval.scoring.units import COUNTS, Unit, Units
@@ -50,20 +50,18 @@ def area(box: Box) -> float:
     return max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
 
 
-def units(annotations: list[dict], answers: list[dict], images: dict | None = None) -> Units:
+def units(annotations: list[dict], answers: list[dict]) -> Units:
     """Returns whether every answered box hits, and counts its IoU and answers without a box.
 
-    images: of the questions, by id
     Raises ValueError when a question is not annotated, or has two different answers.
     """
-    truth, found, images = by_id(annotations), [], images or {}
+    truth, found = by_id(annotations), []
     check_known(answers, truth, source(annotations))
     for key, text in texts_by_id(answers).items():
         record, box = truth[key], parse_box(text)
         target = to_padded_square(record["bbox"], record["width"], record["height"])
         overlap = iou(box, target) if box else 0.0
-        hit = overlap >= THRESHOLD
-        found.append(Unit(key, hit, text, images.get(key), counts=(overlap, box is None)))
+        found.append(Unit(key, overlap >= THRESHOLD, text, counts=(overlap, box is None)))
     return Units(found)
 
 
@@ -82,8 +80,8 @@ def read_annotations(path: str) -> list[dict]:
 def read_units(data_dir: str, asked: Records, answers: list[dict]) -> Units:
     """The boxes of `llava_refcoco_val.jsonl` are in `refcoco_val.jsonl` beside it."""
     folder, name = os.path.split(asked.path)
-    annotations = read_annotations(os.path.join(folder, name.removeprefix("llava_")))
-    return units(annotations, answers, images_by_id(asked))
+    path = os.path.join(folder, name.removeprefix("llava_"))
+    return units(read_annotations(path), answers)
 
 
 CONVERTED = (

@@ -8,7 +8,7 @@ python -m llava.eval.benchmarks.seed --annotation-file SEED-Bench.json --result-
 import os
 
 from llava.eval.benchmarks.benchmark import BUNDLE, Benchmark, Upload
-from llava.eval.files.matching import by_id, check_known, images_by_id, texts_by_id, texts_to
+from llava.eval.files.matching import by_id, check_known, texts_by_id, texts_to
 from llava.eval.files.records import Records, read_json
 from llava.eval.files.writing import write_jsonl
 from llava.eval.scoring.cli import run_scorer
@@ -18,14 +18,13 @@ KINDS = ("image accuracy", "video accuracy")
 ANNOTATION = "seed_bench/SEED-Bench.json"
 
 
-def units(annotation: dict, answers: list[dict], images: dict | None = None) -> Units:
+def units(annotation: dict, answers: list[dict]) -> Units:
     """Returns whether every question of the annotation was answered right, one without an answer
     being wrong. As in the release, an answer is right when it is the letter and nothing else.
 
-    images: of the questions, by id
     Raises ValueError when an answer belongs to none, or two to one question differ.
     """
-    questions, images = by_id(annotation["questions"]), images or {}
+    questions = by_id(annotation["questions"])
     check_known(answers, questions, "the annotation")
     types = sorted(annotation["question_type"].items(), key=lambda item: item[1])
     names = {number: name for name, number in types}
@@ -34,8 +33,7 @@ def units(annotation: dict, answers: list[dict], images: dict | None = None) -> 
     for key, question in questions.items():
         text = texts.get(key, "")
         groups = (names[question["question_type_id"]], f"{question['data_type']} accuracy")
-        right = text.strip() == question["answer"]
-        found.append(Unit(key, right, text, images.get(key), groups))
+        found.append(Unit(key, text.strip() == question["answer"], text, groups=groups))
     return Units(found, mean_by_share, groups=(*names.values(), *KINDS))
 
 
@@ -48,8 +46,7 @@ def report(units: Units) -> str:
 
 def read_units(data_dir: str, asked: Records, answers: list[dict]) -> Units:
     """Of those questions that were answered."""
-    annotation = read_json(os.path.join(data_dir, ANNOTATION))
-    found = units(annotation, answers, images_by_id(asked))
+    found = units(read_json(os.path.join(data_dir, ANNOTATION)), answers)
     return found.only(texts_by_id(answers))
 
 

@@ -17,7 +17,6 @@ from llava.eval.benchmarks.benchmark import BUNDLE, Benchmark
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import (
     and_others,
-    images_by_id,
     keyed,
     say_missing,
     source,
@@ -59,16 +58,14 @@ def units(
     ids: list[str],
     answers: list[dict],
     letters: str = LETTERS,
-    images: dict | None = None,
 ) -> Units:
     """Returns whether every question in `ids` was answered right, one without an answer being
     wrong. Those with an image make the score, or all where none has one.
 
-    images: of the questions, by id
     Details: the accuracies, and the files that the program writes. Raises ValueError when there is
     no problem of that id, or two answers to one differ.
     """
-    given, problems, images = unique(answers), keyed(problems), images or {}
+    given, problems = unique(answers), keyed(problems)
     ids = {as_int(key): str(key) for key in ids}
     if unknown := [key for key in ids if key not in problems]:
         raise ValueError(
@@ -93,7 +90,7 @@ def units(
             "is_multimodal": shown,
         }
         entries["correct" if right else "incorrect"].append(entry)
-        found.append(Unit(number, right, answer["text"], images.get(number), weight=int(shown)))
+        found.append(Unit(number, right, answer["text"], weight=int(shown)))
     every = Units([unit._replace(weight=1) for unit in found], mean_by_share)
     shown = Units(found, mean_by_share)
     details = {
@@ -126,8 +123,7 @@ def read_problems(base_dir: str, split: str) -> tuple[dict, list[str]]:
 def read_units(data_dir: str, asked: Records, answers: list[dict]) -> Units:
     """Of those questions that were answered."""
     problems, _ = read_problems(os.path.join(data_dir, "scienceqa"), "test")
-    answered, images = [a["question_id"] for a in answers], images_by_id(asked)
-    return units(problems, answered, answers, images=images)
+    return units(problems, [answer["question_id"] for answer in answers], answers)
 
 
 BENCHMARKS = (

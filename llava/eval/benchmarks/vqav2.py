@@ -9,7 +9,6 @@ import os
 from llava.eval.benchmarks.benchmark import BUNDLE, COCO, Benchmark, Upload
 from llava.eval.files.matching import (
     check_known,
-    images_by_id,
     keyed,
     texts_by_id,
     texts_to,
@@ -30,21 +29,19 @@ def read_annotations(path: str) -> dict[int, list[str]]:
     return keyed({e["question_id"]: [a["answer"] for a in e["answers"]] for e in entries})
 
 
-def units(humans: dict[int, list[str]], answers: list[dict], images: dict | None = None) -> Units:
+def units(humans: dict[int, list[str]], answers: list[dict]) -> Units:
     """Returns the soft accuracy of every answer.
 
-    images: of the questions, by id
     Raises ValueError when a question is not annotated, or has two different answers.
     """
-    humans, score, images = keyed(humans), TextVQAAccuracyEvaluator().score, images or {}
+    humans, score = keyed(humans), TextVQAAccuracyEvaluator().score
     check_known(answers, humans, "the annotations")
     texts = texts_by_id(answers).items()
-    return Units([Unit(k, score(text, humans[k]), text, images.get(k)) for k, text in texts])
+    return Units([Unit(key, score(text, humans[key]), text) for key, text in texts])
 
 
 def read_units(data_dir: str, asked: Records, answers: list[dict]) -> Units:
-    humans = read_annotations(os.path.join(data_dir, ANNOTATIONS))
-    return units(humans, answers, images_by_id(asked))
+    return units(read_annotations(os.path.join(data_dir, ANNOTATIONS)), answers)
 
 
 def upload(questions: list[dict], texts: dict) -> list[dict]:

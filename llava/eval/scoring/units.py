@@ -14,6 +14,7 @@ from zlib import crc32
 
 import numpy as np
 
+from llava.eval.files.matching import question_id
 from llava.eval.scoring.bootstrap import DRAWS, Draws, by_image, draw
 
 #: places in sums over units; the sums of the counts follow
@@ -133,6 +134,16 @@ class Units:
         if len(found) == len(self.found):
             return self
         return replace(self, found=found, details={})
+
+    def about(self, questions: list) -> Units:
+        """Every unit with its image: where it names none, that of the question whose id is its key.
+
+        questions: `Question`s as they were asked
+        """
+        images = {question_id(q.head): q.images for q in questions if q.images}
+        names = {key: own[0] if len(own) == 1 else repr(own) for key, own in images.items()}
+        found = (u if u.image else u._replace(image=names.get(u.key)) for u in self.found)
+        return replace(self, found=list(found))
 
     def hard(self, downsampled: Units) -> Units:
         """The hard subset: units that a run on down-sampled images, given as `downsampled`, got at

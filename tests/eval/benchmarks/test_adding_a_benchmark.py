@@ -48,7 +48,7 @@ def data(tmp_path_factory):
         {"question_id": key, "image": f"{count}.png", "text": "How many?"}
         for key, count in COUNTS.items()
     ]
-    truth = [question | {"count": COUNTS[question["question_id"]]} for question in questions]
+    truth = [{"question_id": key, "count": count} for key, count in COUNTS.items()]
     write_lines(folder / NAME / "llava_countbench.jsonl", questions)
     write_lines(folder / NAME / "counts.jsonl", truth)
     (folder / NAME / "images").mkdir()
