@@ -1,0 +1,81 @@
+"""Whatever there is one of for each token follows a change of the tokens."""
+
+from dataclasses import dataclass
+
+import torch
+
+from llava.pruning import ImageTokens, VisionTokens
+from llava.pruning.per_token import at, each, mapped, per_token, tensors_of, with_zeros
+
+
+@dataclass
+class Carrier:
+    x: torch.Tensor = per_token()
+    late: torch.Tensor | None = per_token(2, default=None)
+    extras: dict = per_token(default_factory=dict)
+    other: torch.Tensor | None = None
+
+
+def carrier(size=5):
+    places = torch.arange(size).expand(2, -1)
+    return Carrier(
+        x=places[..., None].expand(-1, -1, 3).float(),
+        late=places[:, None].expand(-1, 4, -1),
+        extras={"flag": places > 1, "deep": places[:, :, None, None].expand(-1, -1, 2, 2)},
+        other=torch.arange(7),
+    )
+
+
+def test_tokens_are_taken_along_their_axis():
+    own, index = carrier(), torch.tensor([[4, 0], [2, 2]])
+    taken = mapped(own, at(index), without=("other",))
+    assert set(taken) == {"x", "late", "extras"}
+    assert torch.equal(taken["x"], index[..., None].expand(-1, -1, 3).float())
+    assert torch.equal(taken["late"], index[:, None].expand(-1, 4, -1))
+    assert torch.equal(taken["extras"]["flag"], index > 1)
+    assert torch.equal(taken["extras"]["deep"], index[:, :, None, None].expand(-1, -1, 2, 2))
+    assert mapped(Carrier(own.x), at(index))["late"] is None
+
+
+def test_zeros_are_put_behind_the_tokens_in_their_type():
+    own = carrier()
+    grown = each(own.extras, with_zeros(2))
+    assert grown["flag"].tolist() == [[False, False, True, True, True, False, False]] * 2
+    assert grown["deep"].shape == (2, 7, 2, 2) and not grown["deep"][:, 5:].any()
+    rows = each({"deep": own.extras["deep"][0]}, with_zeros(1), axis=0)["deep"]
+    assert rows.shape == (6, 2, 2) and torch.equal(rows[:5], own.extras["deep"][0])
+
+
+def test_entries_of_dicts_are_named():
+    assert list(tensors_of(carrier())) == ["x", "late", "extras['flag']", "extras['deep']"]
+    assert list(tensors_of(Carrier(torch.zeros(1, 1)))) == ["x"]
+
+
+def test_crops_keep_all_they_have_of_their_tokens():
+    vision = VisionTokens(
+        features=torch.randn(2, 4, 3),
+        positions=torch.arange(4).expand(2, -1),
+        grid=(2, 2),
+        valid=torch.tensor([[True] * 4, [True, True, True, False]]),
+        cls_attention=torch.randn(2, 5, 4),
+        keys=torch.randn(2, 4, 3),
+        cls_token=torch.randn(2, 1, 3),
+        extras={"mine": torch.randn(2, 4, 6)},
+    )
+    kept = vision.keep_mask(torch.tensor([[False, True, False, True]]).expand(2, -1))
+    assert kept.positions.tolist()[0] == [1, 3] and kept.valid.tolist() == [
+        [True] * 2,
+        [True, False],
+    ]
+    assert torch.equal(kept.cls_attention[0], vision.cls_attention[0][:, [1, 3]])
+    assert torch.equal(kept.extras["mine"][0], vision.extras["mine"][0, [1, 3]])
+    assert torch.equal(kept.keys[0], vision.keys[0, [1, 3]]) and kept.cls_token is vision.cls_token
+
+
+def test_an_image_keeps_places_a_slice_or_what_a_mask_says():
+    places = torch.arange(4)
+    image = ImageTokens(places[:, None].float(), places, places, 4, extras={"mine": places * 2})
+    for index in (torch.tensor([1, 2]), slice(1, 3), torch.tensor([False, True, True, False])):
+        kept = image.keep(index)
+        assert kept.patches.tolist() == [1, 2] and kept.extras["mine"].tolist() == [2, 4]
+        assert kept.length == 4
