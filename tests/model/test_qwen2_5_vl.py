@@ -20,6 +20,7 @@ from llava.model.multimodal_encoder.qwen2_5_vl_encoder import plan_images, windo
 from llava.model.reuse import PrefixCache
 from llava.pruning import METHODS, build_pruner, trace_pruning
 from tests.conftest import pad_batch
+from tests.second_device import SECOND, THIRD, devices, place
 
 IMAGE, VIDEO = 88, 89
 TEXT = dict(
@@ -401,3 +402,26 @@ def test_pruning_methods_are_refused_when_assigned(model, name):
         model.pruner = build_pruner(name)
     assert model.pruner.name == "none"
     model.pruner = build_pruner("none")
+
+
+@pytest.mark.parametrize("where", ["one", "several"])
+def test_it_answers_on_other_devices_as_on_this_one(model, where):
+    """On one device, and shared out: the tower apart from the decoder, layers and head apart."""
+    away = build()
+    parts = [away] if where == "one" else [away.visual, away.model.layers[1], away.lm_head]
+    for part, device in zip(parts, (SECOND, THIRD, SECOND), strict=False):
+        place(part, device)
+    images = [picture(3, 5), picture(2, 2)]
+    ids, mask = pad_batch([prompt(3, "image", 2), prompt(1, "image", 6, seed=1)])
+    runs, runs_mask = pad_batch(
+        [with_runs(prompt(3, "image", 2), 15), with_runs(prompt(1, "image", 6, seed=1), 4)]
+    )
+    options = {"pad_token_id": 0, "repetition_penalty": 2.0}
+    expected = greedy(model, ids, images, attention_mask=mask, **options)
+    with torch.no_grad(), devices() as log:
+        home = away.get_input_embeddings().weight.device
+        for own_ids, own_mask in ((ids, mask), (runs, runs_mask)):
+            own_ids, own_mask = own_ids.to(home), own_mask.to(home)
+            answer = greedy(away, own_ids, images, attention_mask=own_mask, **options)
+            assert answer.tolist() == expected.tolist()
+    assert log.copies

@@ -19,7 +19,7 @@ class Rotary:
 
     `rope_scaling` of type "linear" stretches positions by its factor. That of type "mrope" gives
     every token a position on several axes; each axis turns as many frequencies as `mrope_section`
-    says, the first axis the fastest.
+    says, the first axis those that turn fastest.
     """
 
     def __init__(self, config):
@@ -32,19 +32,22 @@ class Rotary:
                 f"rope_scaling {scaling!r} is not supported, choose type 'linear' or 'mrope'"
             )
         self.stretch = float(scaling["factor"]) if kind == "linear" else 1.0
-        sections = scaling["mrope_section"] if kind == "mrope" else ()
-        self.axes = [axis for axis, count in enumerate(sections) for _ in range(count)]
-        if self.axes and len(self.axes) != self.width // 2:
+        self.sections = scaling["mrope_section"] if kind == "mrope" else ()
+        if self.sections and sum(self.sections) != self.width // 2:
             raise ValueError(
-                f"mrope_section {sections} is about {len(self.axes)} frequencies, heads of width "
-                f"{self.width} have {self.width // 2}"
+                f"mrope_section {self.sections} is about {sum(self.sections)} frequencies, heads "
+                f"of width {self.width} have {self.width // 2}"
             )
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions (B, S), or (B, S, A) on several axes -> cos, sin, each (B, 1, S, d)."""
         even = torch.arange(0, self.width, 2, device=positions.device).float()
         frequency = 1.0 / self.theta ** (even / self.width)
-        positions = positions[..., None] if positions.ndim == 2 else positions[..., self.axes]
+        if positions.ndim == 3:  # (B, S, d / 2), of the axis that turns a frequency
+            axes = zip(positions.unbind(dim=2), self.sections, strict=True)
+            positions = torch.cat([p[..., None].expand(*p.shape, n) for p, n in axes], dim=-1)
+        else:
+            positions = positions[..., None]
         angle = (positions.float() / self.stretch) * frequency
         angle = torch.cat([angle, angle], dim=-1)[:, None]
         return angle.cos().to(dtype), angle.sin().to(dtype)
