@@ -10,6 +10,7 @@ scores, its upload file is written; where a judge does, it is asked if the envir
 import argparse
 import json
 import os
+from dataclasses import replace
 
 from llava.errors import errors_as_messages
 from llava.eval.benchmarks import find_benchmark
@@ -18,6 +19,7 @@ from llava.eval.files import budgets
 from llava.eval.files.answer_lines import failed_sentence, is_failed, read_lines
 from llava.eval.files.records import Records
 from llava.eval.scoring.judge import add_judge_args, has_endpoint, judge_from_args
+from llava.eval.scoring.units import Units
 
 SUMMARY = ("benchmark", "metric", "score", "percent", "count")
 
@@ -45,8 +47,8 @@ def shared_cache(answers_file: str) -> str:
     return os.path.join(folder, "judge_cache.jsonl")
 
 
-def ask_judge(benchmark: Benchmark, args, asked: Records) -> dict | None:
-    """Returns the judge's scores, or None (saying so) when there is no judge."""
+def ask_judge(benchmark: Benchmark, args, asked: Records, answers: Records) -> Units | None:
+    """Returns what the judge says, or None (saying so) when there is no judge."""
     judged = benchmark.judge
     if not has_endpoint(args):
         print(
@@ -62,8 +64,8 @@ def ask_judge(benchmark: Benchmark, args, asked: Records) -> dict | None:
     output = elsewhere(args.answers_file, "reviews", ".jsonl")
     own = os.path.join(args.data_dir, judged.wording or "")
     wording = args.judge_wording or (own if os.path.isfile(own) else None)
-    run = JudgedRun(args.data_dir, asked, args.answers_file, output, wording)
-    return judged.score(judge_from_args(args, output), run)
+    run = JudgedRun(args.data_dir, asked, answers, output, wording)
+    return replace(judged.score(judge_from_args(args, output), run), name=benchmark.name)
 
 
 def write_upload(benchmark: Benchmark, args, asked: Records, answers: list[dict]) -> str | None:
@@ -85,18 +87,19 @@ def score(benchmark: Benchmark, args, asked: Records, records: list[dict]) -> di
     asked:   the records of the question file
     records: lines of the answers file, questions that failed among them
     """
-    result = None
+    units, report = None, benchmark.report
     if benchmark.scorable(args.data_dir) and not benchmark.judge:
         units = benchmark.score(args.data_dir, asked, records, args.limit)
-        print(benchmark.report(units), end="")
-        result = units.result() | {"interval": units.draws.range, "images": units.draws.images}
     else:
         benchmark.check_complete(asked, records, args.limit)
     answers = benchmark.counted(records)
-    if benchmark.judge and (result := ask_judge(benchmark, args, asked)):
-        print(benchmark.judge.report(result), end="")
-        result["percent"] = result["score"]
-    result = result or {"score": None, "percent": None, "count": len(answers)}
+    if benchmark.judge:
+        units, report = ask_judge(benchmark, args, asked, answers), benchmark.judge.report
+    if units:
+        print(report(units), end="")
+        result = units.result() | {"interval": units.draws.range, "images": units.draws.images}
+    else:
+        result = {"score": None, "percent": None, "count": len(answers)}
     result = benchmark.head() | result | benchmark.failures(records, answers)
     if result.get("interval"):
         low, high = result["interval"]

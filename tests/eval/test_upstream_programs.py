@@ -22,6 +22,7 @@ summarize_gpt_review generate_webpage_data_from_table
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_of_llava_is_there_and_on_the_page(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.delitem(sys.modules, f"llava.eval.{name}", raising=False)
     with pytest.raises(SystemExit) as stop:
         runpy.run_module(f"llava.eval.{name}", run_name="__main__")
     assert stop.value.code == 0 and capsys.readouterr().out.startswith("usage:")

@@ -46,13 +46,14 @@ class JudgedRun:
     """A complete set of answers and what its judge may need besides.
 
     asked:   the records of the question file
+    answers: with the path of their file
     output:  file of verdicts to write; what an earlier run was told comes from the judge's cache
     wording: file with the benchmark's own instruction to the judge; None: ours
     """
 
     data_dir: str
     asked: Records
-    answers_file: str
+    answers: Records
     output: str
     wording: str | None = None
 
@@ -63,16 +64,16 @@ class Judged:
 
     model, max_tokens, temperature: of the published verdicts
     wording: file in the data folder with the benchmark's own instruction, if the user put it there
-    score: (judge, run) -> dict with `score` in percent, `count` and details
-    report: that dict -> text
+    score: (judge, run) -> what the score is made of
+    report: those units -> text
     """
 
     model: str
     max_tokens: int
     temperature: float
     wording: str | None
-    score: Callable[[Judge, JudgedRun], dict]
-    report: Callable[[dict], str]
+    score: Callable[[Judge, JudgedRun], Units]
+    report: Callable[[Units], str]
 
 
 @dataclass(frozen=True)

@@ -2,25 +2,26 @@
 
 import os
 
-from llava.eval.benchmarks import gpt_review
-from llava.eval.benchmarks import review_summary as summarize_gpt_review
+import numpy as np
+
+from llava.eval.benchmarks import gpt_review, review_summary
 from llava.eval.benchmarks.benchmark import Benchmark, Judged, JudgedRun
-from llava.eval.files.answer_lines import read_answers
-from llava.eval.files.matching import question_id, source, unique
+from llava.eval.files.matching import images_by_id, question_id, source, texts_by_id, unique
 from llava.eval.files.records import complete, read_jsonl
 from llava.eval.scoring.judge import Judge
+from llava.eval.scoring.units import COUNTS, WEIGHT, Unit, Units, ratio
 
 FOLDER = "llava-bench-in-the-wild"
+CONTEXT, REFERENCE = f"{FOLDER}/context.jsonl", f"{FOLDER}/answers_gpt4.jsonl"
 
 
-def score(judge: Judge, run: JudgedRun) -> dict:
-    """LLaVA-Bench: our answers in percent of those of text-only GPT-4 that saw the captions."""
-    folder = os.path.join(run.data_dir, FOLDER)
-    contexts = read_jsonl(os.path.join(folder, "context.jsonl"), ("image", "caption"))
-    reference = read_jsonl(os.path.join(folder, "answers_gpt4.jsonl"), ("question_id", "text"))
+def score(judge: Judge, run: JudgedRun) -> Units:
+    """Returns what the judge thinks of our answers and of the reference, by category; pairs that it
+    gave no scores are left out and counted."""
+    contexts = read_jsonl(os.path.join(run.data_dir, CONTEXT), ("image", "caption"))
+    reference = read_jsonl(os.path.join(run.data_dir, REFERENCE), ("question_id", "text"))
     questions = complete(run.asked, ("question_id", "text", "image", "category"))
-    answers = read_answers(run.answers_file)
-    given, known = unique(answers), unique(reference)
+    given, known = unique(run.answers), unique(reference)
     questions = [question for question in questions if question_id(question) in given]
     if missing := [key for key in map(question_id, questions) if key not in known]:
         raise ValueError(f"{source(reference)}: no answer to question {missing[0]!r}")
@@ -32,18 +33,32 @@ def score(judge: Judge, run: JudgedRun) -> dict:
         {context["image"]: context for context in contexts},
     )
     gpt_review.review(judge, heads, prompts, run.output, overwrite=True)
-    means, unreadable = summarize_gpt_review.summarize(read_jsonl(run.output))
-    total = means.get("all", (0.0, 0.0))
-    return {
-        "score": summarize_gpt_review.relative(*total),
-        "count": len(heads),
-        "unreadable": unreadable,
-        "means": means,
-    }
+    return units(read_jsonl(run.output), texts_by_id(run.answers), images_by_id(questions))
 
 
-def report(result: dict) -> str:
-    return summarize_gpt_review.report(result["means"])
+def units(reviews: list[dict], texts: dict, images: dict) -> Units:
+    """Returns the pairs of scores in review lines; texts, images: of the answers, by question."""
+    found = []
+    for line in reviews:
+        key, pair = question_id(line), tuple(line["tuple"])
+        if -1 not in pair:
+            groups = (line["category"],)
+            found.append(Unit(key, pair[1] / 10, texts[key], images.get(key), groups, counts=pair))
+    if not found:
+        raise ValueError(f"{source(reviews)}: no reply of the judge holds two scores")
+    means, unreadable = review_summary.summarize(reviews)
+    details = {"count": len(reviews), "unreadable": unreadable, "means": means}
+    return Units(found, relative, details=details)
+
+
+def relative(sums: np.ndarray) -> np.ndarray:
+    """Our mean in percent of the reference's, both to three places, as the release rounds them."""
+    means = ratio(sums[..., COUNTS:], sums[..., WEIGHT : WEIGHT + 1]).round(3)
+    return ratio(100 * means[..., 1], means[..., 0])
+
+
+def report(units: Units) -> str:
+    return review_summary.report(units.details["means"])
 
 
 BENCHMARKS = (
@@ -53,7 +68,7 @@ BENCHMARKS = (
         f"{FOLDER}/images",
         "relative to GPT-4",
         {f"{FOLDER}/": "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"},
-        truth=(f"{FOLDER}/context.jsonl", f"{FOLDER}/answers_gpt4.jsonl"),
+        truth=(CONTEXT, REFERENCE),
         program=("model_vqa",),
         judge=Judged(gpt_review.BENCH.model, 1024, 0.2, f"{FOLDER}/rule.json", score, report),
     ),

@@ -12,17 +12,17 @@ import argparse
 import json
 import os
 import re
-from collections import defaultdict
 
 from llava.errors import errors_as_messages
-from llava.eval.answering.answers_file import AnswersFile
 from llava.eval.benchmarks.benchmark import BUNDLE, Benchmark, Judged, JudgedRun, Upload
 from llava.eval.files.answer_lines import read_answers
-from llava.eval.files.matching import say_missing, source, unique
-from llava.eval.files.records import Records, as_int, read_json, read_jsonl
-from llava.eval.files.writing import write_json
+from llava.eval.files.matching import images_by_id, question_id, say_missing, source, unique
+from llava.eval.files.records import Records, as_int, read_json, read_text
+from llava.eval.files.writing import write_json, write_jsonl
 from llava.eval.scoring.judge import Judge, Prompt, add_judge_args, judge_from_args
+from llava.eval.scoring.units import Unit, Units
 
+ENTRIES = "mm-vet/mm-vet.json"
 MODEL = "gpt-4-0613"
 OWN_PROMPT = (
     "You grade answers to questions about images. Compare the answer with the ground truth, which "
@@ -52,71 +52,51 @@ def parse_grade(reply: str) -> float | None:
     return float(found[0]) if found else None
 
 
-def grade(
+def units(
     judge: Judge,
     entries: dict[str, dict],
     answers: list[dict],
     path: str,
     instruction: str | None = None,
-    overwrite: bool = False,
-) -> dict:
-    """Writes one graded line per answer to `path`, going on where it ended; returns the scores.
+    images: dict | None = None,
+) -> Units:
+    """Asks the judge about every answer and writes its grades to `path`; returns those that can be
+    read, by capability.
 
     entries: content of mm-vet.json
+    images:  of the questions, by id
     Raises ValueError when an answer belongs to no entry, or two to one question differ.
     """
     given = unique(answers, lambda answer: entry_name(answer["question_id"]))
     if unknown := [key for key in given if key not in entries]:
         raise ValueError(f"{source(answers)}: mm-vet.json has no {unknown[0]!r}")
-    keys = list(given)
-    heads = [{"question_id": a["question_id"], "text": a["text"]} for a in given.values()]
-    settings = judge.settings | {"instruction": instruction}
-    with AnswersFile(path, heads, settings, overwrite, ("content", "grade")) as file:
-        rest = file.missing
-        prompts = [judge_prompt(entries[keys[n]], heads[n]["text"], instruction) for n in rest]
-        for number, reply in zip(rest, judge.ask_all(prompts), strict=True):
-            capabilities = entries[keys[number]]["capability"]
-            line = {"capability": capabilities, "content": reply, "grade": parse_grade(reply)}
-            file.put(number, {**heads[number], **line})
-        file.finish()
-    return summarize(read_jsonl(path, ("capability", "grade")))
+    prompts = [judge_prompt(entries[key], a["text"], instruction) for key, a in given.items()]
+    lines, found = [], []
+    for (key, answer), reply in zip(given.items(), judge.ask_all(prompts), strict=True):
+        grade, capabilities = parse_grade(reply), entries[key]["capability"]
+        head = {"question_id": answer["question_id"], "text": answer["text"]}
+        lines.append({**head, "capability": capabilities, "content": reply, "grade": grade})
+        if grade is not None:
+            image = (images or {}).get(question_id(answer))
+            found.append(Unit(key, grade, answer["text"], image, tuple(capabilities)))
+    write_jsonl(lines, path)
+    if not found:
+        raise ValueError(f"{path}: no reply of the judge holds a grade")
+    return Units(found, details={"count": len(lines), "unreadable": len(lines) - len(found)})
 
 
-def summarize(graded: list[dict]) -> dict:
-    """Returns the mean grades in percent, total and per capability; unreadable ones are left out
-    and counted."""
-    groups = defaultdict(list)
-    readable = [record for record in graded if record["grade"] is not None]
-    for record in readable:
-        for name in ("total", *record["capability"]):
-            groups[name].append(record["grade"])
-    means = {name: 100 * sum(grades) / len(grades) for name, grades in sorted(groups.items())}
-    return {
-        "score": means.pop("total", 0.0),
-        "count": len(graded),
-        "unreadable": len(graded) - len(readable),
-        "capabilities": means,
-    }
+def report(units: Units) -> str:
+    lines = [f"  {name}: {part.percent:.1f}\n" for name, part in units.by_group().items()]
+    count, unreadable = units.details["count"], units.details["unreadable"]
+    head = f"Samples: {count}, verdicts without a grade: {unreadable}\n"
+    return f"{head}Total: {units.percent:.1f}\n" + "".join(lines)
 
 
-def report(result: dict) -> str:
-    lines = [f"  {name}: {score:.1f}\n" for name, score in result["capabilities"].items()]
-    head = f"Samples: {result['count']}, verdicts without a grade: {result['unreadable']}\n"
-    return f"{head}Total: {result['score']:.1f}\n" + "".join(lines)
-
-
-def read_instruction(path: str | None) -> str | None:
-    if path is None:
-        return None
-    with open(path, encoding="utf-8") as file:
-        return file.read()
-
-
-def score(judge: Judge, run: JudgedRun) -> dict:
-    entries = read_json(os.path.join(run.data_dir, "mm-vet", "mm-vet.json"))
-    instruction = read_instruction(run.wording)
-    answers = read_answers(run.answers_file)
-    return grade(judge, entries, answers, run.output, instruction, overwrite=True)
+def score(judge: Judge, run: JudgedRun) -> Units:
+    entries = read_json(os.path.join(run.data_dir, ENTRIES))
+    images = images_by_id(run.asked)
+    instruction = read_text(run.wording) if run.wording else None
+    return units(judge, entries, run.answers, run.output, instruction, images)
 
 
 def upload(answers: list[dict]) -> dict[str, str]:
@@ -144,7 +124,7 @@ BENCHMARKS = (
             "mm-vet/llava": BUNDLE,
             "mm-vet/": "https://github.com/yuweihao/MM-Vet/releases (mm-vet.zip)",
         },
-        truth=("mm-vet/mm-vet.json",),
+        truth=(ENTRIES,),
         program=("model_vqa",),
         judge=Judged(MODEL, 16, 0.0, "mm-vet/prompt.txt", score, report),
         upload=Upload(
@@ -166,22 +146,16 @@ def main():
     parser.add_argument(
         "--prompt-file", help=f"the benchmark's few-shot prompt, which ends in rows `{ROW}`"
     )
-    parser.add_argument("--overwrite", action="store_true", help="discard grades already there")
     add_judge_args(parser, MODEL, max_tokens=16, temperature=0.0)
     args = parser.parse_args()
     answers = read_answers(args.result_file)
     entries = read_json(args.mm_vet)
     say_missing(answers, [as_int(key.removeprefix("v1_")) for key in entries], NOT_ASKED)
-    result = grade(
-        judge_from_args(args, args.output),
-        entries,
-        answers,
-        args.output,
-        read_instruction(args.prompt_file),
-        args.overwrite,
-    )
-    print(report(result), end="")
-    print(json.dumps({key: result[key] for key in ("score", "count")}))
+    instruction = read_text(args.prompt_file) if args.prompt_file else None
+    judge = judge_from_args(args, args.output)
+    found = units(judge, entries, answers, args.output, instruction)
+    print(report(found), end="")
+    print(json.dumps({key: found.result()[key] for key in ("score", "count")}))
 
 
 if __name__ == "__main__":

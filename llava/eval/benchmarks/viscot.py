@@ -2,9 +2,9 @@
 
 python -m llava.eval.benchmarks.viscot --result-file A.jsonl [--score-func judge|precise_match]
 
-The judge is any OpenAI-compatible endpoint (`--help`). Scored lines grow in
-`A_judge-tmp.jsonl`, where a stopped run goes on; when all are there, the file is renamed to
-`A_judge-0.7613.jsonl`, with the mean in its name.
+The judge is any OpenAI-compatible endpoint (`--help`). The scored lines go to
+`A_judge-0.7613.jsonl`, with the mean in its name. A run that was stopped goes on: what the judge
+has said is kept beside it.
 
 A file is a list of `{question_id, image: [path, "path###[x1, y1, x2, y2]"], conversations}`, the
 conversation being question, box, `<image>` and answer.
@@ -19,13 +19,14 @@ from collections.abc import Iterator
 from functools import partial
 
 from llava.errors import errors_as_messages
-from llava.eval.answering.answers_file import AnswersFile
-from llava.eval.answering.questions import Question
+from llava.eval.answering.questions import Question, questions_of
 from llava.eval.benchmarks.benchmark import Benchmark, Judged, JudgedRun
 from llava.eval.files.answer_lines import read_answers
-from llava.eval.files.matching import question_id, unique
-from llava.eval.files.records import Record, Records, read_json_list, read_jsonl
+from llava.eval.files.matching import question_id, source, unique
+from llava.eval.files.records import Record, Records, read_json_list
+from llava.eval.files.writing import write_jsonl
 from llava.eval.scoring.judge import Judge, Prompt, add_judge_args, judge_from_args
+from llava.eval.scoring.units import Unit, Units
 
 ASKS_FOR_BOX = (
     "Please provide the bounding box coordinate of the region that can help you answer the "
@@ -111,9 +112,13 @@ def judge_prompt(record: dict) -> Prompt:
     return SYSTEM, user
 
 
+def scores_in(reply: str) -> list[str]:
+    return SCORE.findall(reply.lower())
+
+
 def parse_score(reply: str) -> float:
     """Returns the score in a reply, within 0 and 1; 0 when it does not name exactly one."""
-    found = SCORE.findall(reply.lower())
+    found = scores_in(reply)
     try:
         return min(max(float(found[0]), 0.0), 1.0) if len(found) == 1 else 0.0
     except ValueError:  # such as "1.0."
@@ -126,57 +131,52 @@ def precise_match(record: dict) -> float:
     return float(ours == wanted)
 
 
-def score_file(result_file: str, judge: Judge | None, overwrite: bool = False) -> dict:
-    """Scores an answers file; returns `{"score": percent, "count", "unreadable", "file"}`.
+def units(answers: Records, judge: Judge | None, images: dict | None = None) -> Units:
+    """Scores answers; writes the scored lines beside their file, the mean in the name, in place of
+    those of an earlier scoring.
 
-    judge: None compares the texts (`precise_match`) instead
+    judge:  None compares the texts (`precise_match`) instead
+    images: of the questions, by `asked`
+    Raises ValueError when two answers to one question differ.
     """
-    records = list(unique(read_answers(result_file, FIELDS), _question_key).values())
-    stem = f"{os.path.splitext(result_file)[0]}_{'judge' if judge else 'precise_match'}"
-    path = f"{stem}-tmp.jsonl"
-    settings = judge.settings if judge else {"judge": None}
-    heads = [{key: record[key] for key in ("question_id", "text")} for record in records]
-    with AnswersFile(path, heads, settings, overwrite, ("text", "score")) as file:
-        rest = file.missing
-        if judge:
-            replies = judge.ask_all([judge_prompt(records[n]) for n in rest])
-            lines = ({"score": parse_score(r), "verdict": r} for r in replies)
-        else:
-            lines = ({"score": precise_match(records[n])} for n in rest)
-        for number, line in zip(rest, lines, strict=True):
-            file.put(number, {**records[number], **line})
-        file.finish()
-    return _finish(path, stem)
-
-
-def _question_key(record: dict) -> tuple:
-    return question_id(record), record["prompt"], record["answer"]
-
-
-def _finish(path: str, stem: str) -> dict:
-    """Renames the complete file after its mean, in place of an earlier one."""
-    scored = read_jsonl(path, ("score",))
-    mean = sum(record["score"] for record in scored) / max(len(scored), 1)
+    given = unique(answers, lambda answer: (*asked(answer), answer["answer"]))
+    if judge:
+        replies = judge.ask_all(map(judge_prompt, given.values()))
+        verdicts = [{"score": parse_score(reply), "verdict": reply} for reply in replies]
+    else:
+        verdicts = [{"score": precise_match(answer)} for answer in given.values()]
+    lines = [answer | verdict for answer, verdict in zip(given.values(), verdicts, strict=True)]
+    found = [
+        Unit(key, line["score"], line["text"], (images or {}).get(key[:2]))
+        for key, line in zip(given, lines, strict=True)
+    ]
+    unreadable = sum(len(scores_in(line["verdict"])) != 1 for line in lines if judge)
+    stem = f"{os.path.splitext(source(answers))[0]}_{'judge' if judge else 'precise_match'}"
+    mean = sum(line["score"] for line in lines) / max(len(lines), 1)
+    path = f"{stem}-{mean:.4f}.jsonl"
+    write_jsonl(lines, path)
     for earlier in glob.glob(f"{glob.escape(stem)}-[01].*.jsonl"):
-        os.remove(earlier)
-    final = f"{stem}-{mean:.4f}.jsonl"
-    os.replace(path, final)
-    os.remove(f"{stem}-tmp.settings.json")
-    unreadable = sum(
-        "verdict" in r and len(SCORE.findall(r["verdict"].lower())) != 1 for r in scored
-    )
-    return {"score": 100 * mean, "count": len(scored), "unreadable": unreadable, "file": final}
+        if earlier != path:
+            os.remove(earlier)
+    return Units(found, details={"unreadable": unreadable, "file": path})
 
 
-def report(result: dict) -> str:
+def asked(answer: dict) -> tuple:
+    """What identifies the question of an answer, whether a brief answer was asked for or not."""
+    return question_id(answer), answer["prompt"].removesuffix(BRIEF)
+
+
+def report(units: Units) -> str:
     return (
-        f"Samples: {result['count']}, verdicts without a score: {result['unreadable']}\n"
-        f"Mean score: {result['score'] / 100:.4f}\n"
+        f"Samples: {units.count}, verdicts without a score: {units.details['unreadable']}\n"
+        f"Mean score: {units.percent / 100:.4f}\n"
     )
 
 
-def score(judge: Judge, run: JudgedRun) -> dict:
-    return score_file(run.answers_file, judge, overwrite=True)
+def score(judge: Judge, run: JudgedRun) -> Units:
+    questions = questions_of(run.asked, viscot_questions, skip_bad=True)
+    images = {asked(q.head): q.images[0] for q in questions if not q.error}
+    return units(run.answers, judge, images)
 
 
 JUDGED = Judged(MODEL, 512, 0.0, None, score, report)
@@ -208,13 +208,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--result-file", required=True, help="answers of model_vqa_viscot")
     parser.add_argument("--score-func", default="judge", choices=("judge", "precise_match"))
-    parser.add_argument("--overwrite", action="store_true", help="discard unfinished scoring")
     add_judge_args(parser, MODEL, max_tokens=512, temperature=0.0)
     args = parser.parse_args()
     judge = judge_from_args(args, args.result_file) if args.score_func == "judge" else None
-    result = score_file(args.result_file, judge, args.overwrite)
-    print(report(result), end="")
-    print(json.dumps({key: result[key] for key in ("score", "count", "file")}))
+    found = units(read_answers(args.result_file, FIELDS), judge)
+    print(report(found), end="")
+    print(json.dumps({key: found.result()[key] for key in ("score", "count", "file")}))
 
 
 if __name__ == "__main__":

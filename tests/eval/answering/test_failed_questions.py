@@ -371,8 +371,8 @@ def test_a_judge_is_not_asked_about_failed_questions(tmp_path, capsys):
     lines = [head | {"text": "Red.", "answer": "red"}, head | {"error": "bad picture"}]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    result = eval_viscot.score_file(str(path), None)
-    assert (result["score"], result["count"]) == (100, 1)
+    units = eval_viscot.units(read_answers(str(path)), None)
+    assert (units.percent, units.count) == (100, 1)
     assert "1 of 2 questions failed" in capsys.readouterr().err
 
 

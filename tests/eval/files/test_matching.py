@@ -209,7 +209,7 @@ def test_mmvet_grades_every_question_once(tmp_path):
     entry = {"question": "?", "answer": "x", "capability": ["ocr"]}
     entries = {"v1_0": entry, "v1_1": entry}
     answers = [one_answer("v1_0", "x"), one_answer(0, "x"), one_answer(1, "y")]
-    result = eval_mmvet.grade(Judge(), entries, answers, str(tmp_path / "g.jsonl"))
-    assert result["count"] == len(asked) == 2
+    units = eval_mmvet.units(Judge(), entries, answers, str(tmp_path / "g.jsonl"))
+    assert units.count == len(asked) == 2
     with pytest.raises(ValueError, match="mm-vet.json has no 'v1_7'"):
-        eval_mmvet.grade(Judge(), entries, [one_answer(7, "x")], str(tmp_path / "h.jsonl"))
+        eval_mmvet.units(Judge(), entries, [one_answer(7, "x")], str(tmp_path / "h.jsonl"))

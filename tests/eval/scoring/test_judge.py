@@ -162,6 +162,7 @@ def test_a_review_that_broke_off_continues_and_equals_an_undisturbed_one(bench):
             bench(server.url)
         assert len(read_journals(str(bench.folder / "out.jsonl"), ("content",))) == 3
         bench(server.url)
+    assert len(server.requests) == 7  # six questions, and the one that was refused
     assert [record["tuple"] for record in lines(bench)] == [[7, 5 + n] for n in range(6)]
     assert [record["question_id"] for record in lines(bench)] == list(range(6))
 
