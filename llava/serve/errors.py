@@ -26,6 +26,7 @@ CAUSES = {
     "worker_died": (502, 3),
 }
 SEPARATOR = b"\0"
+NEEDS_EXTRA = "the service needs the packages of the extra `serve`: pip install -e '.[serve]'"
 
 
 class ServeError(Exception):

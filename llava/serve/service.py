@@ -11,20 +11,19 @@ import asyncio
 import logging
 import re
 
+from .errors import NEEDS_EXTRA, ServeError, encode_chunk, new_request_id
+
 try:
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, Response, StreamingResponse
     from starlette.exceptions import HTTPException
 except ImportError as error:
-    raise ImportError(
-        "the service needs the packages of the extra `serve`: pip install -e '.[serve]'"
-    ) from error
+    raise ImportError(NEEDS_EXTRA) from error
 
 from ..log_output import error_places, log_to_stderr, protect_standard_streams
 from .auth import is_authorized
 from .connections import quiet_loggers, uvicorn_options
-from .errors import ServeError, encode_chunk, new_request_id
 from .limits import LIMITS, Limits
 from .protocol import Body, parse
 

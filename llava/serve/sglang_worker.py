@@ -21,17 +21,20 @@ from ..conv_mode import announce, checkpoint_conv_mode
 from ..conversation import conv_templates
 from ..errors import errors_as_messages
 from ..mm_utils import get_model_name_from_path, infer_conv_mode
-from .service import log_failure  # first of the service's modules: it names the missing extra
+from .errors import NEEDS_EXTRA, ServeError, encode_chunk
 
-import httpx  # isort: skip
-from httpx_sse import EventSource, SSEError  # isort: skip
+try:
+    import httpx
+    from httpx_sse import EventSource, SSEError
+except ImportError as error:
+    raise ImportError(NEEDS_EXTRA) from error
 
 from .dialogue import system_text, turns
-from .errors import ServeError, encode_chunk
 from .images import decode_images, image_type, plain_base64
 from .limits import CHUNK_BYTES, LIMITS, STATUS_BYTES, Limits
 from .model_worker import add_service_args, run_worker
 from .protocol import GenerateRequest
+from .service import log_failure
 
 CONNECT_SECONDS = 5.0
 SILENCE_SECONDS = 120.0

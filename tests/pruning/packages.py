@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+
+from tests.paths import ROOT
+
+EXAMPLE = ROOT / "docs" / "examples" / "llava-pruning-uniform"
 
 #: a method that keeps as many tokens as it is told, from the first on
 FIRST = """
@@ -42,3 +49,13 @@ def install(folder: Path, package: str, points: dict[str, str], **modules: str) 
     (info / "entry_points.txt").write_text("\n".join(["[llava.pruning]", *lines, ""]))
     for name, source in modules.items():
         (folder / f"{name}.py").write_text(source)
+
+
+def install_example(folder: Path) -> dict[str, str]:
+    """Installs the package of docs/examples with pip, below `folder`; the variables of a process
+    that has it."""
+    source = shutil.copytree(EXAMPLE, folder / "source")
+    options = "--no-deps --no-build-isolation --no-index --disable-pip-version-check --quiet"
+    command = [sys.executable, "-m", "pip", "install", *options.split(), str(source)]
+    subprocess.run([*command, "--target", str(folder / "site")], check=True)
+    return {"PYTHONPATH": f"{ROOT}:{folder / 'site'}", "PYTHON": sys.executable}

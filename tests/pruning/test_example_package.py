@@ -12,8 +12,7 @@ import sys
 import pytest
 
 from tests.paths import ROOT
-
-EXAMPLE = ROOT / "docs" / "examples" / "llava-pruning-uniform"
+from tests.pruning.packages import EXAMPLE, install_example
 
 
 def test_the_page_shows_the_files_of_the_example():
@@ -27,12 +26,7 @@ def test_the_page_shows_the_files_of_the_example():
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory):
     """The environment of a process in which the example is installed."""
-    folder = tmp_path_factory.mktemp("installed")
-    source = shutil.copytree(EXAMPLE, folder / "source")
-    options = "--no-deps --no-build-isolation --no-index --disable-pip-version-check --quiet"
-    target = ["--target", folder / "site", source]
-    run({}, sys.executable, "-m", "pip", "install", *options.split(), *target)
-    return {"PYTHONPATH": f"{ROOT}:{folder / 'site'}", "PYTHON": sys.executable}
+    return install_example(tmp_path_factory.mktemp("installed"))
 
 
 def run(environment: dict[str, str], *command) -> str:

@@ -131,10 +131,13 @@ def test_the_test_message_stops_where_the_template_ends():
     assert test_message.request_body("llava-v0", "Hi", 8)["stop"] == "###"
 
 
-def test_a_missing_extra_is_named_and_the_chat_in_a_terminal_works_without():
+@pytest.mark.parametrize(
+    "package, program", [("fastapi", "controller"), ("httpx_sse", "sglang_worker")]
+)
+def test_a_missing_extra_is_named_and_the_chat_in_a_terminal_works_without(package, program):
     code = (
-        "import sys; sys.modules['fastapi'] = None; import llava.serve.cli; "
-        "import llava.serve.controller"
+        f"import sys; sys.modules['{package}'] = None; import llava.serve.cli; "
+        f"import llava.serve.{program}"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert "extra `serve`: pip install -e '.[serve]'" in done.stderr.splitlines()[-1]
