@@ -91,10 +91,11 @@ def score(benchmark: Benchmark, args, asked: Records, records: list[dict]) -> di
     if benchmark.scorable(args.data_dir) and not benchmark.judge:
         units = benchmark.score(args.data_dir, asked, records, args.limit)
     else:
-        benchmark.check_complete(asked, records, args.limit)
+        questions = benchmark.check_complete(asked, records, args.limit)
     answers = benchmark.counted(records)
     if benchmark.judge:
         units, report = ask_judge(benchmark, args, asked, answers), benchmark.judge.report
+        units = units and units.about(questions)
     if units:
         print(report(units), end="")
         result = units.result() | {"interval": units.draws.range, "images": units.draws.images}

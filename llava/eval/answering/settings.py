@@ -7,7 +7,6 @@ import os
 import llava
 from llava.eval.files.fingerprints import fingerprint
 from llava.eval.files.records import read_json
-from llava.model_args import DTYPES
 
 #: options that say how fast answers come, where they go, or which questions are asked. Every other
 #: one may change an answer, also one that is added to a program tomorrow
@@ -98,6 +97,7 @@ def _tower_folder(args) -> str | None:
 def _dtype(args) -> str | None:
     """The number format of the run: the one asked for, or what the device gets by default."""
     from llava.model.placement import choose_device, choose_dtype
+    from llava.model_args import DTYPES
 
     asked = getattr(args, "dtype", None)
     quantized = bool(getattr(args, "load_8bit", None) or getattr(args, "load_4bit", None))

@@ -6,7 +6,7 @@ import numpy as np
 
 from llava.eval.benchmarks import gpt_review, review_summary
 from llava.eval.benchmarks.benchmark import Benchmark, Judged, JudgedRun
-from llava.eval.files.matching import images_by_id, question_id, source, texts_by_id, unique
+from llava.eval.files.matching import question_id, source, texts_by_id, unique
 from llava.eval.files.records import complete, read_jsonl
 from llava.eval.scoring.judge import Judge
 from llava.eval.scoring.units import COUNTS, WEIGHT, Unit, Units, ratio
@@ -33,17 +33,17 @@ def score(judge: Judge, run: JudgedRun) -> Units:
         {context["image"]: context for context in contexts},
     )
     gpt_review.review(judge, heads, prompts, run.output, overwrite=True)
-    return units(read_jsonl(run.output), texts_by_id(run.answers), images_by_id(questions))
+    return units(read_jsonl(run.output), texts_by_id(run.answers))
 
 
-def units(reviews: list[dict], texts: dict, images: dict) -> Units:
-    """Returns the pairs of scores in review lines; texts, images: of the answers, by question."""
+def units(reviews: list[dict], texts: dict) -> Units:
+    """Returns the pairs of scores in review lines; texts: of the answers, by question."""
     found = []
     for line in reviews:
         key, pair = question_id(line), tuple(line["tuple"])
         if -1 not in pair:
             groups = (line["category"],)
-            found.append(Unit(key, pair[1] / 10, texts[key], images.get(key), groups, counts=pair))
+            found.append(Unit(key, pair[1] / 10, texts[key], groups=groups, counts=pair))
     if not found:
         raise ValueError(f"{source(reviews)}: no reply of the judge holds two scores")
     means, unreadable = review_summary.summarize(reviews)

@@ -16,7 +16,7 @@ import re
 from llava.errors import errors_as_messages
 from llava.eval.benchmarks.benchmark import BUNDLE, Benchmark, Judged, JudgedRun, Upload
 from llava.eval.files.answer_lines import read_answers
-from llava.eval.files.matching import images_by_id, question_id, say_missing, source, unique
+from llava.eval.files.matching import question_id, say_missing, source, unique
 from llava.eval.files.records import Records, as_int, read_json, read_text
 from llava.eval.files.writing import write_json, write_jsonl
 from llava.eval.scoring.judge import Judge, Prompt, add_judge_args, judge_from_args
@@ -58,13 +58,11 @@ def units(
     answers: list[dict],
     path: str,
     instruction: str | None = None,
-    images: dict | None = None,
 ) -> Units:
     """Asks the judge about every answer and writes its grades to `path`; returns those that can be
     read, by capability.
 
     entries: content of mm-vet.json
-    images:  of the questions, by id
     Raises ValueError when an answer belongs to no entry, or two to one question differ.
     """
     given = unique(answers, lambda answer: entry_name(answer["question_id"]))
@@ -77,8 +75,8 @@ def units(
         head = {"question_id": answer["question_id"], "text": answer["text"]}
         lines.append({**head, "capability": capabilities, "content": reply, "grade": grade})
         if grade is not None:
-            image = (images or {}).get(question_id(answer))
-            found.append(Unit(key, grade, answer["text"], image, tuple(capabilities)))
+            said, groups = answer["text"], tuple(capabilities)
+            found.append(Unit(question_id(answer), grade, said, groups=groups))
     write_jsonl(lines, path)
     if not found:
         raise ValueError(f"{path}: no reply of the judge holds a grade")
@@ -94,9 +92,8 @@ def report(units: Units) -> str:
 
 def score(judge: Judge, run: JudgedRun) -> Units:
     entries = read_json(os.path.join(run.data_dir, ENTRIES))
-    images = images_by_id(run.asked)
     instruction = read_text(run.wording) if run.wording else None
-    return units(judge, entries, run.answers, run.output, instruction, images)
+    return units(judge, entries, run.answers, run.output, instruction)
 
 
 def upload(answers: list[dict]) -> dict[str, str]:

@@ -74,12 +74,6 @@ def texts_to(questions: list[dict], texts: Mapping) -> list[str | None]:
     return [texts.get(question_id(question)) for question in questions]
 
 
-def images_by_id(questions: list[dict]) -> dict[int | str, str | None]:
-    """Returns the image of every question, as a text; None for a question without one."""
-    found = {as_int(q.get("question_id", q.get("id"))): q.get("image") or None for q in questions}
-    return {k: v if v is None or isinstance(v, str) else repr(v) for k, v in found.items()}
-
-
 def keyed(mapping: Mapping) -> dict:
     """Returns a mapping from identifiers with both kinds of them made one.
 
