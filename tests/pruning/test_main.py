@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from llava.pruning import METHODS, DecoderStage, Pruner, build_pruner
-from llava.pruning.__main__ import SIZES, Plan, main
+from llava.pruning.program import SIZES, Plan, main
 
 
 def lines(capsys, *arguments) -> list[str]:

@@ -32,7 +32,9 @@ AXES = ("tokens", "flops", "time")
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m llava.eval.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     suite.add_suite_args(parser, out="runs/compare")
     parser.set_defaults(tokens=[192, 128, 64, 32])

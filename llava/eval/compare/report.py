@@ -6,10 +6,10 @@ import csv
 import io
 import os
 
+from llava.eval.compare.cells import bold, in_brackets
 from llava.eval.compare.comparison import AVERAGE, Cell, Comparison, Row
 from llava.eval.compare.scores import DENSE
 from llava.eval.markdown import table
-from llava.eval.scoring.bootstrap import is_significant
 
 #: a page keeps what stands from this line on when it is written again
 BY_HAND = "<!-- written by hand -->"
@@ -62,9 +62,9 @@ def markdown(comparison: Comparison) -> str:
         "of the unpruned model. Kept: visual tokens per decoder layer, on average over layers and "
         "questions.",
         "",
-        f"Unpruned: {cell.percent:.1f} {_range(cell.range)}, {dense.visual_tokens:.0f} visual "
-        f"tokens, KV cache {dense.cost.kv_bytes / 1e6:.2f} MB, {dense.cost.flops / 1e9:.2f} GFLOP, "
-        f"first token after {1e3 * dense.cost.seconds:.0f} ms.",
+        f"Unpruned: {cell.percent:.1f} {in_brackets(cell.range)}, {dense.visual_tokens:.0f} "
+        f"visual tokens, KV cache {dense.cost.kv_bytes / 1e6:.2f} MB, "
+        f"{dense.cost.flops / 1e9:.2f} GFLOP, first token after {1e3 * dense.cost.seconds:.0f} ms.",
     ]
     if any(row.cells[AVERAGE].failed for row in comparison.rows):
         lines += ["", *_failed_table(comparison)]
@@ -98,7 +98,7 @@ def _average_cells(row: Row, dense: Row) -> list[str]:
     cell, cost, rate = row.cells[AVERAGE], row.cost, row.answers_per_second
     return [
         _name(row),
-        f"{cell.percent:.1f} {_range(cell.range)}",
+        f"{cell.percent:.1f} {in_brackets(cell.range)}",
         _change(cell),
         f"{cell.loyalty:.1f}",
         f"{row.visual_tokens:.1f}",
@@ -138,22 +138,13 @@ def _name(row: Row) -> str:
 
 
 def _task_cell(cell: Cell) -> str:
-    text = _bold(f"{cell.percent:.1f}", cell)
+    text = bold(f"{cell.percent:.1f}", cell.change_range)
     return f"{text} ({cell.failed} failed)" if cell.failed else text
 
 
 def _change(cell: Cell) -> str:
-    return _bold(f"{cell.change:+.1f} {_range(cell.change_range, '+')}".strip(), cell)
-
-
-def _bold(text: str, cell: Cell) -> str:
-    return f"**{text}**" if is_significant(cell.change_range) else text
-
-
-def _range(bounds: tuple[float, float] | None, sign: str = "") -> str:
-    if bounds is None:
-        return ""
-    return "[" + ", ".join(f"{bound:{sign}.1f}" for bound in bounds) + "]"
+    text = f"{cell.change:+.1f} {in_brackets(cell.change_range, '+')}".strip()
+    return bold(text, cell.change_range)
 
 
 def by_hand(path: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from llava.eval import markdown
+from llava.eval.compare.cells import bold, in_brackets
 from llava.eval.compare.scores import DENSE, Run, Score
 from llava.eval.plotting import import_pyplot
 from llava.eval.scoring.bootstrap import Interval, is_significant
@@ -39,10 +40,11 @@ def _method_table(method: str, dense: list[Score], scores: list[Score]) -> str:
     ]
     averages = [average(column) for column in columns]
     rows.append([f"**{AVERAGE}**", "", *map(_average_cell, columns)])
-    rows.append(["95 % interval", "", *(_range(average_range(c)) for c in columns)])
+    rows.append(["95 % interval", "", *(in_brackets(average_range(c)) for c in columns)])
     changes = [mean(score.change for score in column) for column in columns]
     rows.append(["change", "", *(f"{value:+.1f}" for value in changes)])
-    rows.append(["95 % interval", "", *(_range(average_range(c, "change_draws")) for c in columns)])
+    changes = (in_brackets(average_range(column, "change_draws")) for column in columns)
+    rows.append(["95 % interval", "", *changes])
     shares = [100 * value / averages[0] if averages[0] else 0.0 for value in averages]
     rows.append(["of the unpruned score", "%", *(f"{share:.1f}" for share in shares)])
     if any(score.failed for column in columns for score in column):
@@ -84,20 +86,12 @@ def _cell(column: list[Score], task: str) -> str:
     score = next((score for score in column if score.task == task), None)
     if score is None:
         return ""
-    text = _bold(f"{score.percent:.1f}", score.change_range)
+    text = bold(f"{score.percent:.1f}", score.change_range)
     return f"{text} ({score.failed} failed)" if score.failed else text
 
 
 def _average_cell(column: list[Score]) -> str:
-    return _bold(f"{average(column):.1f}", average_range(column, "change_draws"))
-
-
-def _bold(text: str, change: Interval | None) -> str:
-    return f"**{text}**" if is_significant(change) else text
-
-
-def _range(bounds: Interval | None) -> str:
-    return "" if bounds is None else f"[{bounds[0]:.1f}, {bounds[1]:.1f}]"
+    return bold(f"{average(column):.1f}", average_range(column, "change_draws"))
 
 
 def _failed(column: list[Score]) -> str:

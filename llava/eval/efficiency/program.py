@@ -106,7 +106,9 @@ def numbers(text: str) -> list[int]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.eval.efficiency", description=__doc__.split("\n")[0]
+    )
 
     add = partial(add_option, parser)
     sizes = f"{', '.join(CONFIGS)}, playground, or a checkpoint folder"

@@ -1,0 +1,146 @@
+"""What a setting means: tokens per decoder layer, operations and cache, on published model sizes.
+
+python -m llava.pruning                                      the methods there are
+python -m llava.pruning vispruner --visual-token-num 192
+python -m llava.pruning vispruner+fastv --pruning-arg fastv_layer=3 --text-tokens 60
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from . import METHODS, Pruner
+from .cli import add_option_args, pruner_from_args
+from .cost import FORMULAS, DecoderShape, kv_cache_bytes, prefill_flops
+from .registry import Unusable
+
+SIZES = {
+    "7B": DecoderShape(4096, 11008, num_layers=32, num_heads=32, num_kv_heads=32),
+    "13B": DecoderShape(5120, 13824, num_layers=40, num_heads=40, num_kv_heads=40),
+}
+#: crops of an image in each version of LLaVA
+CROPS = {"LLaVA-1.5": 1, "LLaVA-NeXT": 5}
+IMAGE_SIZE, PATCH_SIZE = 336, 14  # pixels, CLIP ViT-L/14-336
+
+
+@dataclass
+class Plan:
+    """What one image costs in the prefill.
+
+    tokens:  visual tokens entering each layer
+    entries: cache entries of visual tokens after the prefill
+    """
+
+    tokens: list[int]
+    entries: int
+
+    @classmethod
+    def of(cls, pruner: Pruner, shape: DecoderShape, crops: int) -> Plan:
+        """Raises ValueError when the method cannot run there."""
+        num_patches, num_layers = (IMAGE_SIZE // PATCH_SIZE) ** 2, shape.num_layers
+        pruner.check(num_patches, num_layers, crops)
+        tokens = pruner.token_schedule(num_patches, num_layers, crops)
+        held = list(tokens)
+        for layer in range(num_layers):
+            for earlier in pruner.decoder.pruned_caches(layer, num_layers):
+                held[earlier] = held[layer]
+        return cls(tokens, sum(held))
+
+    @property
+    def average(self) -> float:
+        return sum(self.tokens) / len(self.tokens)
+
+    def runs(self) -> str:
+        """The tokens of neighbouring layers with the same number: "0-1: 576, 2-31: 64"."""
+        parts = []
+        for number, group in groupby(range(len(self.tokens)), key=self.tokens.__getitem__):
+            layers = list(group)
+            span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
+            parts.append(f"{span}: {number}")
+        return ", ".join(parts)
+
+    def flops(self, shape: DecoderShape, text: int, formula: str) -> float:
+        return prefill_flops(shape, [number + text for number in self.tokens], formula)
+
+    def kv_bytes(self, shape: DecoderShape, text: int) -> int:
+        return kv_cache_bytes(shape, self.entries + text * shape.num_layers)
+
+
+def describe(pruner: Pruner, shape: DecoderShape, crops: int, text: int) -> Iterator[str]:
+    """Lines about a method on one model; `text` text tokens stand beside those of the image."""
+    dense = Plan.of(Pruner(), shape, crops)
+    try:
+        plan = Plan.of(pruner, shape, crops)
+    except ValueError as error:
+        yield f"does not run here: {error}"
+        return
+    most = "at most " if pruner.adaptive else ""
+    yield f"tokens entering layer {most}{plan.runs()}"
+    share = plan.average / dense.average
+    yield f"average over layers: {most}{plan.average:.1f} of {dense.average:.0f} ({share:.1%})"
+    for formula, label in FORMULAS.items():
+        own, all_tokens = (p.flops(shape, text, formula) for p in (plan, dense))
+        yield f"{label}: {own / 1e12:.3f} T of {all_tokens / 1e12:.3f} T ({own / all_tokens:.1%})"
+    own, all_tokens = (p.kv_bytes(shape, text) for p in (plan, dense))
+    yield f"KV cache, 16 bit: {own / 2**20:.1f} MiB of {all_tokens / 2**20:.1f} MiB"
+
+
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.pruning",
+        description=__doc__.split("\n")[0],
+    )
+    parser.add_argument(
+        "pruning_method",
+        metavar="METHOD",
+        nargs="?",
+        help=f"{', '.join(sorted(METHODS))}, or METHOD+METHOD (default: the one that the options "
+        "belong to, without any a list of all methods)",
+    )
+    add_option_args(parser)
+    parser.add_argument(
+        "--layers", type=int, metavar="N", help="decoder layers (default: 32 for 7B, 40 for 13B)"
+    )
+    parser.add_argument(
+        "--text-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="text tokens counted beside those of the image (default: 0)",
+    )
+    args = parser.parse_args(arguments)
+    if args.layers is not None and args.layers < 1:
+        parser.error(f"--layers ({args.layers}) must be at least 1")
+    if args.text_tokens < 0:
+        parser.error(f"--text-tokens ({args.text_tokens}) must be at least 0")
+    return args
+
+
+def listing() -> Iterator[str]:
+    """A line about every method: its name and class, or why it cannot be used."""
+    for name, method in METHODS.items():
+        broken = issubclass(method, Unusable)
+        place = method.reason if broken else f"{method.__module__}.{method.__qualname__}"
+        yield f"{name:<14} {place}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
+    if not (args.pruning_method or args.pruning_arg or args.visual_token_num):
+        print("\n".join(listing()))
+        return
+    try:
+        pruner = pruner_from_args(args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(pruner)
+    for version, crops in CROPS.items():
+        for size, shape in SIZES.items():
+            shape = replace(shape, num_layers=args.layers or shape.num_layers)
+            print(f"\n{version} {size}, {shape.num_layers} layers")
+            for line in describe(pruner, shape, crops, args.text_tokens):
+                print(f"  {line}")
