@@ -178,7 +178,8 @@ class Journal:
         """Appends an answer; it survives a crash of the program at once, of the machine soon."""
         if self.file is None:
             os.makedirs(os.path.dirname(self.name), exist_ok=True)
-            self.file, self.synced = open(self.name, "a", encoding="utf-8"), time.monotonic()
+            self.file = open(self.name, "a", encoding="utf-8", newline="\n")
+            self.synced = time.monotonic()
         self.file.write(journal_line(number, line))
         self.file.flush()
         if time.monotonic() - self.synced > SECONDS_BETWEEN_SYNCS:

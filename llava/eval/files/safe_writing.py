@@ -34,7 +34,7 @@ def replace_file(path: str, text: str, temporary: str) -> None:
 
     temporary: name it is written under first, on the same file system
     """
-    with open(temporary, "w", encoding="utf-8") as file:
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         sync(file)
     os.replace(temporary, path)
