@@ -31,20 +31,27 @@ def empty_like_weights(module: nn.Module) -> Tensor:
     return torch.empty(0, dtype=next(module.parameters()).dtype, device=device_of(module))
 
 
-def moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device, done: dict[int, Tensor] | None = None) -> Any:
     """`value` with all tensors in it on `device`: tensors, dicts, lists, tuples and dataclasses of
-    them; anything else stays as it is."""
+    them; anything else stays as it is. What is one tensor there is one tensor here.
+
+    done: id -> what was brought already
+    """
+    done = {} if done is None else done
     if isinstance(value, Tensor):
-        return value.to(device)
+        if id(value) not in done:
+            done[id(value)] = value.to(device)
+        return done[id(value)]
     if isinstance(value, dict):
         there = copy(value)
-        there.update((key, moved(own, device)) for key, own in value.items())
+        there.update((key, moved(own, device, done)) for key, own in value.items())
         return there
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(moved(own, device) for own in value))
+        return type(value)(*(moved(own, device, done) for own in value))
     if isinstance(value, (list, tuple)):
-        return type(value)(moved(own, device) for own in value)
+        return type(value)(moved(own, device, done) for own in value)
     if is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in fields(value) if field.init]
-        return replace(value, **{name: moved(getattr(value, name), device) for name in names})
+        there = {name: moved(getattr(value, name), device, done) for name in names}
+        return replace(value, **there)
     return value

@@ -1,12 +1,14 @@
 """Devices that are not there: tensors that say they live on another device while the CPU computes.
 
-They show what several GPUs would suffer from, without one: operations that mix devices are refused
-as torch refuses them, and what is copied from device to device is counted.
+They show what GPUs would suffer from, without one: operations that mix devices are refused as torch
+refuses them; what is copied from device to device is counted, and how often the host has to wait
+until a device has computed all that it was asked for.
 
     place(model.model.layers[3], SECOND)
     with devices() as log:
         model.generate(...)
     log.copies          # (from, to, shape) of every tensor that was brought elsewhere
+    log.waits           # the operation and the line of our code, for every wait
 
 Limits: no inference mode (use no_grad), no gradients, no torch.compile.
 """
@@ -15,13 +17,17 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.paths import ROOT
 
 # The kind of device that torch keeps for others. A name and hooks of its own would make torch take
 # it for the accelerator of this process, also in tests that have nothing to do with it.
@@ -32,11 +38,16 @@ NAME = torch._C._get_privateuse1_backend_name()
 SECOND, THIRD = torch.device(NAME, 0), torch.device(NAME, 1)
 #: indices may stay on the host, as torch allows
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
+#: index tensors of these types say which elements, and so how many
+MASKS = (torch.bool, torch.uint8)
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "bincount")
+WAITS += ("_unique2", "unique_dim", "unique_consecutive")
 
 
 @dataclass
 class Log:
     copies: list[tuple[str, str, tuple[int, ...]]] = field(default_factory=list)
+    waits: list[str] = field(default_factory=list)
 
 
 class Elsewhere(Tensor):
@@ -60,6 +71,7 @@ class Elsewhere(Tensor):
         return f"Elsewhere({self.inner!r}, {self.device})"
 
     def tolist(self):
+        note_wait("tolist")
         return self.inner.tolist()
 
     @classmethod
@@ -70,6 +82,25 @@ class Elsewhere(Tensor):
 _logs: list[Log] = []
 
 
+def note_wait(operation: str) -> None:
+    lines = [f for f in traceback.extract_stack() if str(ROOT / "llava") in f.filename]
+    where = f" at {Path(lines[-1].filename).name}: {lines[-1].line}" if lines else ""
+    for log in _logs:
+        log.waits.append(operation + where)
+
+
+def waits_for_device(name: str, overload: str, args: tuple, target) -> bool:
+    """Whether an operation on tensors of a device needs their values on the host: to know a number,
+    the size of its result, or because that goes there."""
+    if name in INDEXING:
+        return any(index is not None and index.dtype in MASKS for index in args[1])
+    if name == "copy_":
+        return args[0].device.type == "cpu" and args[1].device.type == NAME
+    if name == "repeat_interleave":
+        return overload != "self_int"
+    return name in WAITS or (target is not None and torch.device(target).type == "cpu")
+
+
 def _run(func, args, kwargs):
     name = func._schema.name.split("::")[1]
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -77,6 +108,8 @@ def _run(func, args, kwargs):
     # Numbers wrapped as tensors of the host may be used anywhere.
     used = {x.device for x in tensors if isinstance(x, Elsewhere) or x.dim()}
     target = kwargs.get("device")
+    if ours and waits_for_device(name, func._overloadname, args, target):
+        note_wait(name)
     if name in ("copy_", "_to_copy"):
         source, there = args[1] if name == "copy_" else args[0], target or args[0].device
         if source.device != torch.device(there):

@@ -120,6 +120,9 @@ class GenerationStrategies:
                     name: [row for row in rows for _ in range(expand_size)]
                     for name, rows in numbers.items()
                 }
+            if (counts := keywords.get("counts")) is not None:
+                rows = [n for n in range(len(counts.lengths)) for _ in range(expand_size)]
+                expanded["counts"] = counts.rows(rows)
         return ids, expanded
 
     def contrastive_search(self, *args, **keywords):
@@ -274,13 +277,19 @@ def traced_rows(model, count: int) -> Iterator[int]:
 
 def one_row(prompt: dict, row: int) -> dict:
     """The decoder's arguments for one row of a batch, its padding removed."""
-    real = prompt["attention_mask"][row].bool().nonzero()[:, 0]
+    counts = prompt.get("counts")
+    if counts is None:
+        real = prompt["attention_mask"][row].bool().nonzero()[:, 0]
+    else:  # padded on the left
+        real = slice(prompt["attention_mask"].shape[1] - counts.lengths[row], None)
+        counts = counts.rows([row])
     tensors = {key: prompt[key] for key in PROMPT_TENSORS if prompt.get(key) is not None}
     extras, numbers = prompt.get("extras") or {}, prompt.get("image_extras") or {}
     return {
         **{key: tensor[row][real][None] for key, tensor in tensors.items()},
         "extras": {name: tensor[row][real][None] for name, tensor in extras.items()},
         "image_extras": {name: values[row : row + 1] for name, values in numbers.items()},
+        "counts": counts,
     }
 
 

@@ -66,7 +66,11 @@ def flat_layout(vision: VisionTokens, crops: slice, num_patches: int) -> ImageTo
         blocks=(grid if math.prod(grid) == num_patches else (1, num_patches),) * count,
         crops=count,
     )
-    return image if vision.valid is None else image.keep(_real(vision, crops))
+    if vision.valid is None:
+        return image
+    # The places of tokens come before those of padding.
+    order = (~vision.valid[crops]).flatten().to(torch.uint8).argsort(stable=True)
+    return image.keep(order[: sum(vision.crop_counts()[crops])])
 
 
 def spatial_layout(
@@ -97,17 +101,18 @@ def spatial_layout(
     chosen = inside | ~in_grid
     if vision.valid is not None:
         chosen = chosen & vision.valid[grid].flatten()
+    count = chosen_tokens(vision, layout, chosen)
     tokens = ImageTokens(
         embeds=vision.features[grid].flatten(0, 1),
         patches=_patch_numbers(vision, grid, (tile + 1) * num_patches, num_patches),
-        offsets=offsets,
+        offsets=offsets.masked_fill(~chosen, torch.iinfo(offsets.dtype).max),
         length=length,
         extras=_extras(vision, grid),
-    ).keep(chosen)
+    )
     if newline is not None:
         ends = torch.arange(bottom - top, device=offsets.device) * stride + stride - 1
-        tokens = _append(tokens, newline, ends)
-    tokens = tokens.keep(tokens.offsets.argsort(stable=True))
+        tokens, count = _append(tokens, newline, ends), count + bottom - top
+    tokens = tokens.keep(tokens.offsets.argsort(stable=True)[:count])
     return ImageTokens(
         embeds=torch.cat([base.embeds, tokens.embeds]),
         patches=torch.cat([base.patches, tokens.patches]),
@@ -117,6 +122,19 @@ def spatial_layout(
         blocks=(*base.blocks, (bottom - top, stride)),
         crops=crops.stop - crops.start,
     )
+
+
+def chosen_tokens(vision: VisionTokens, layout: ImageLayout, chosen: Tensor) -> int:
+    """How many of the tiles' tokens are `chosen` (n,): those in the window of the image and those
+    that stand for no patch. Waits for the device only where a method left some of the patches and
+    the window leaves out others."""
+    top, bottom, left, right = layout.window
+    if vision.complete:
+        return (bottom - top) * (right - left)
+    (across, down), (rows, columns) = layout.tiles, vision.grid
+    if layout.window == (0, down * rows, 0, across * columns):
+        return sum(vision.crop_counts()[layout.crops.start + 1 : layout.crops.stop])
+    return int(chosen.sum())
 
 
 def with_newline(tokens: ImageTokens, newline: Tensor) -> ImageTokens:
@@ -143,11 +161,6 @@ def _extras(vision: VisionTokens, crops: slice) -> dict[str, Tensor]:
     """The extras of the crops' tokens (n, ...), crop after crop, that travel on."""
     own = {name: values for name, values in vision.extras.items() if name != MERGED}
     return {name: values[crops].flatten(0, 1) for name, values in own.items()}
-
-
-def _real(vision: VisionTokens, crops: slice) -> Tensor:
-    """Places of the crops' tokens that are not padding."""
-    return vision.valid[crops].flatten().nonzero()[:, 0]
 
 
 def _patch_numbers(vision, crops: slice, shift: Tensor, num_patches: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..constants import IGNORE_INDEX
+from ..pruning.counts import TokenCounts
 from ..pruning.tokens import ImageTokens
 
 PIECES = ("x", "labels", "place", "visual", "patch")
@@ -26,6 +27,7 @@ class Prompt:
     patch_index:    (B, S) crop * N + patch, -1 where there is none
     extras:         name -> (B, S, ...) values of the pruning method, see `Prefill`
     image_extras:   name -> its numbers for the images of every row, likewise
+    counts:         how many tokens there are; None: not known, and none are visual
     num_positions:  positions of the longest prompt, see `llava.model.context`; None: not known
     token_ids:      (B, S) what stands for the prompts where rules about tokens, such as a penalty
                     of repetition, look at them; None: such rules see the answer alone
@@ -39,8 +41,14 @@ class Prompt:
     patch_index: Tensor
     extras: dict[str, Tensor] = field(default_factory=dict)
     image_extras: dict[str, list[list[int | float]]] = field(default_factory=dict)
+    counts: TokenCounts | None = None
     num_positions: int | None = None
     token_ids: Tensor | None = None
+
+    @property
+    def holds_images(self) -> bool:
+        """Whether there are visual tokens."""
+        return self.counts is not None and any(self.counts.visual)
 
     def part(self, row: int, columns: slice) -> Prompt:
         """The tokens at `columns` of one row, as a batch of one."""
@@ -107,6 +115,29 @@ def build_row(
 def blank_extras(images: list[ImageTokens]) -> dict[str, Tensor]:
     """Name -> (0, ...): what kinds of extras the images have."""
     return {name: own[:0] for image in images for name, own in image.extras.items()}
+
+
+def count_tokens(
+    rows: list[list[ImageTokens]], texts: list[list[int]], limit: int | None, left: bool
+) -> TokenCounts:
+    """Of prompts with these images, between texts of so many tokens (one more than images), each
+    cut to `limit`; left: whether they are padded on the left."""
+    total, leading, images = [], [], []
+    most = max(1, *map(len, rows))
+    for own, text in zip(rows, texts, strict=True):
+        place, before, counts = text[0], None, [0] * most
+        for number, image in enumerate(own):
+            end = place + len(image.patches)
+            stop = end if limit is None else min(end, limit)
+            counts[number] = max(0, stop - place)
+            before = place if before is None and counts[number] else before
+            place = end + text[number + 1]
+        place = place if limit is None else min(place, limit)
+        total.append(place - sum(counts))
+        leading.append(place if before is None else before)
+        images.append(tuple(counts))
+    visual = tuple(map(sum, images))
+    return TokenCounts(tuple(total), visual, tuple(images), tuple(leading), left)
 
 
 def image_numbers(rows: list[list[ImageTokens]]) -> dict[str, list[list[int | float]]]:

@@ -212,9 +212,11 @@ class PrefixCache:
         decoder = self.model.get_model()
         part = prompt.part(row, columns)
         prefill = replace(
-            decoder.start(part.inputs_embeds, position_ids=part.position_ids),
-            visual_index=part.visual_index,
-            patch_index=part.patch_index,
+            decoder.start(
+                part.inputs_embeds,
+                position_ids=part.position_ids,
+                places=(part.visual_index, part.patch_index),
+            ),
             extras=part.extras,
             image_extras=part.image_extras,
             grid=self.model.patch_grid,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from ..constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from ..pruning.ops import on_device
 from ..pruning.tokens import ImageTokens
 from .context import check_prompts, count_positions
 from .patches import SPLICE, replacement, spliced_outside
-from .prompt import Prompt, blank_extras, build_row, image_numbers, pad_rows
+from .prompt import Prompt, blank_extras, build_row, count_tokens, image_numbers, pad_rows
 
 
 class Splice:
@@ -77,8 +80,7 @@ class Splice:
         training = self.as_in_training
         if training is None:
             training = self.training or labels is not None
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        mask, ids = mask.bool().cpu(), input_ids.cpu()
+        ids, mask = on_host(input_ids, attention_mask)
         check_ids(ids, mask, self.config.vocab_size)
         marked = (ids == IMAGE_TOKEN_INDEX) & mask
         num_images = 0 if images is None else len(images)
@@ -101,14 +103,15 @@ class Splice:
             labels = torch.full_like(input_ids, IGNORE_INDEX)
         labels = labels.to(embeds.device)
         limit = getattr(self.config, "tokenizer_model_max_length", None) if training else None
-        rows, policy, positions = [], self.position_policy, []
+        rows, policy, positions, texts = [], self.position_policy, [], []
         blanks, own_images = blank_extras(tokens), [[tokens[i] for i in own] for own in slots]
         for row, own in enumerate(own_images):
             keep = mask[row].nonzero()[:, 0]
             marks = marked[row][keep].nonzero()[:, 0].tolist()
-            texts = len(keep) - len(marks)
-            positions.append(count_positions(texts, own, policy))
-            keep = keep.to(embeds.device)
+            edges = [-1, *marks, len(keep)]
+            texts.append([stop - start - 1 for start, stop in pairwise(edges)])
+            positions.append(count_positions(sum(texts[-1]), own, policy))
+            keep = places(keep, embeds.device)
             parts = embeds[row, keep], labels[row, keep], marks, own
             rows.append(build_row(*parts, policy, limit, blanks, self.position_axes))
         if only_dummies:  # none of their rows, yet a gradient of zeros
@@ -117,6 +120,7 @@ class Splice:
             check_prompts(self, positions)
         side = padding_side or getattr(self.config, "tokenizer_padding_side", "right")
         prompt = pad_rows(rows, side)
+        prompt.counts = count_tokens(own_images, texts, limit, side == "left")
         prompt.image_extras = image_numbers(own_images)
         prompt.num_positions = max(positions)
         return prompt
@@ -139,7 +143,7 @@ class Splice:
         prompt = self.build_prompt(input_ids, attention_mask, labels, images, image_sizes)
         if attention_mask is not None:
             attention_mask = prompt.attention_mask.to(attention_mask.dtype)
-        elif not bool(prompt.attention_mask.all()):
+        elif not prompt.counts.even:
             attention_mask = prompt.attention_mask
         return (
             None,
@@ -153,6 +157,25 @@ class Splice:
 
 #: the function that other packages replace, as it came
 AS_IT_CAME = Splice.prepare_inputs_labels_for_multimodal
+
+
+def on_host(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Prompts (B, L) and where they are not padding; the device is waited for once."""
+    if attention_mask is None:
+        ids = input_ids.cpu()
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    if input_ids.device == attention_mask.device and input_ids.shape == attention_mask.shape:
+        ids, mask = torch.stack([input_ids, attention_mask.to(input_ids.dtype)]).cpu()
+        return ids, mask.bool()
+    return input_ids.cpu(), attention_mask.cpu().bool()
+
+
+def places(index: Tensor, device: torch.device) -> Tensor | slice:
+    """Ascending places (n,) as a slice where nothing lies between them, else on `device`."""
+    first, last = (index[0].item(), index[-1].item()) if len(index) else (0, -1)
+    if last - first + 1 == len(index):
+        return slice(first, last + 1)
+    return on_device(index.tolist(), device)
 
 
 def check_ids(ids: Tensor, mask: Tensor, vocabulary: int) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .base import DecoderPruner
-from .ops import lookup, normalize, share_down
+from .ops import normalize
 from .prefill import Prefill
 from .tokens import ImageTokens
 
@@ -80,9 +80,8 @@ class AdaptPrune(DecoderPruner):
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if self.keep_ratio is None or index != self.cut_layer(len(prefill.decoder.layers)):
             return super().before_layer(index, prefill)
-        counts, most = prefill.image_counts(), prefill.index.shape[1]
-        kept = lookup(share_down, counts, self.keep_ratio, most)
-        return prefill.keep_visual(self.score(prefill), prefill.at_tokens(kept))
+        kept = [[self.num_keep(count) for count in row] for row in prefill.counts.images]
+        return prefill.keep_visual(self.score(prefill), kept)
 
     def score(self, prefill: Prefill) -> Tensor:
         """(B, S) the earlier a token is picked, the higher; 0 on those never picked."""

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .ops import on_device, scale_layer
+from .ops import scale_layer
 from .prefill import Prefill
 from .published import Published
 from .stages import DecoderStage, Probe, VisionStage
@@ -210,11 +210,11 @@ BUDGET = "budget"
 class StagedPlan:
     """
     cuts: layers with fewer tokens than the one before
-    kept: (B, I, L) tokens of every image that enter each layer
+    kept: per row and image, the tokens that enter each layer
     """
 
     cuts: set[int]
-    kept: Tensor
+    kept: list[list[list[int]]]
 
 
 @dataclass
@@ -243,15 +243,14 @@ class StagedPruner(DecoderStage, Pruner):
         plan: StagedPlan = prefill.state
         if index not in plan.cuts:
             return prefill
-        kept = prefill.at_tokens(plan.kept[..., index])
+        kept = [[image[index] for image in row] for row in plan.kept]
         return prefill.keep_visual(prefill.next_attention(), kept, renumber=True)
 
     def reusable_layers(self, prefill: Prefill) -> int:
         return min(self._plan(prefill).cuts, default=len(prefill.decoder.layers))
 
     def _plan(self, prefill: Prefill) -> StagedPlan:
-        """The only wait for the device; what follows has known sizes."""
-        num_layers, counts = len(prefill.decoder.layers), prefill.image_counts().tolist()
+        num_layers, counts = len(prefill.decoder.layers), prefill.counts.images
         budgets = prefill.image_extras.get(BUDGET, [[]] * len(counts))
         plan, cuts, num_patches = [], set(), math.prod(prefill.grid)
         for row, own in zip(counts, budgets, strict=True):
@@ -261,7 +260,7 @@ class StagedPruner(DecoderStage, Pruner):
                 before = [count, *schedule[:-1]]
                 cuts |= {n for n in range(num_layers) if schedule[n] < before[n]}
             plan.append(schedules)
-        return StagedPlan(cuts, on_device(plan, prefill.index.device))
+        return StagedPlan(cuts, plan)
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         return self.image_schedule(num_patches * crops, num_layers, num_patches)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .base import SelectPruner
-from .ops import scale_layer, top_stable
+from .ops import on_device, scale_layer, top_stable
 from .published import Published
 from .tokens import ImageLayout, VisionTokens
 
@@ -72,11 +72,14 @@ class HiPrune(SelectPruner):
         ]
         middle, deep = means[0], means[-1]
         kept = torch.zeros_like(deep, dtype=torch.bool)
+        counts = [0] * len(kept)
         for budget, crops in self.budgets(vision).items():
-            rows = torch.tensor(crops, device=kept.device)
+            rows = on_device(crops, kept.device)
             chosen = self.choose(middle[rows], deep[rows], budget, vision.grid)
             kept[rows] = torch.zeros_like(kept[rows]).scatter_(1, chosen, True)
-        return replace(vision, layers={}).keep_mask(kept)
+            for crop in crops:
+                counts[crop] = budget
+        return replace(vision, layers={}).keep_mask(kept, counts)
 
     def budgets(self, vision: VisionTokens) -> dict[int, list[int]]:
         """Tokens of a crop -> the crops of images that have as many crops."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .base import Pruner
+from .counts import Known
 from .ops import (
     gather_tokens,
     lookup,
@@ -28,7 +29,7 @@ from .ops import (
     share_up,
     top_stable,
 )
-from .prefill import Prefill
+from .prefill import NARROW, Prefill
 from .stages import DecoderStage, Probe, VisionStage
 from .tokens import MERGED, TowerTokens, VisionTokens
 
@@ -133,9 +134,10 @@ class MustDrop(VisionStage, DecoderStage, Pruner):
         gone = torch.zeros_like(tokens.positions, dtype=torch.bool)
         gone[:, members.flatten()] = merged_in.repeat_interleave(self.window**2, dim=1)
         alive = torch.cat([made, ~gone], dim=1)
-        counts = alive.sum(dim=1)
-        longest, shortest = torch.stack([counts.amax(), counts.amin()]).tolist()
-        place = alive.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
+        counts = alive.sum(dim=1).tolist()
+        place = alive.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        place = place[:, : max(counts)]
+        valid = None if min(counts) == max(counts) else alive.gather(1, place)
         states = gather_tokens(torch.cat([means, patches], dim=1), place)
         is_merged = place < across**2
         positions = torch.cat([torch.full_like(order, -1), tokens.positions], dim=1)
@@ -143,8 +145,9 @@ class MustDrop(VisionStage, DecoderStage, Pruner):
             hidden_states=torch.cat([tokens.hidden_states[:, :1], states], dim=1),
             positions=positions.gather(1, place),
             image_index=tokens.image_index,
-            valid=None if longest == shortest else alive.gather(1, place),
+            valid=valid,
             extras={**tokens.extras, MERGED: is_merged},
+            known=Known((valid,), counts),
         )
 
     def windows(self, side: int, device) -> Tensor:
@@ -177,7 +180,7 @@ class MustDrop(VisionStage, DecoderStage, Pruner):
         if prefill.valid is not None:
             flags = flags & prefill.valid
         if prefill.state is None:  # text is never dropped: the count stays
-            prefill.state = MustDropState(max(1, int(flags.sum(dim=1).amax())))
+            prefill.state = MustDropState(max(1, *prefill.counts.behind))
         return prefill.places(flags, prefill.state.most_rows)
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
@@ -186,11 +189,15 @@ class MustDrop(VisionStage, DecoderStage, Pruner):
         seen = prefill.attention.mean(dim=1) * self.text_rows(prefill)[1][..., None]  # (B, R, S)
         total, most = seen.sum(dim=1), seen.amax(dim=1)
         owner = prefill.visual_index.clamp(min=0)
-        images = total.new_zeros(total.shape[0], prefill.image_counts().shape[1])
+        images = total.new_zeros(total.shape[0], prefill.most_images)
         images = images.scatter_add(1, owner, total * prefill.is_visual)
         share, single = self.thresholds
         dull = (total < share * prefill.at_tokens(images)) & (most < single)
-        return prefill.keep(~(prefill.is_visual & dull & ~prefill.extras[KEY]), renumber=True)
+        kept = ~(prefill.is_visual & dull & ~prefill.extras[KEY])
+        last = index - 1 == self.stage_layers(len(prefill.decoder.layers))[-1]
+        if not last and kept.numel() <= NARROW:
+            return prefill.hide(kept, renumber=True)
+        return prefill.keep(kept, renumber=True)
 
     def reusable_layers(self, prefill: Prefill) -> int:
         return self.stage_layers(len(prefill.decoder.layers))[0]

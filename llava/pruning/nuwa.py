@@ -244,9 +244,7 @@ class Nuwa(VisionStage, DecoderPruner):
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if self.stage2 == "off" or index != self.cut_layer(len(prefill.decoder.layers)):
             return prefill
-        return prefill.keep_visual(
-            self.score(prefill), prefill.at_tokens(prefill.image_values(KEPT))
-        )
+        return prefill.keep_visual(self.score(prefill), prefill.image_numbers(KEPT))
 
 
 def similarity_layers(num_layers: int) -> range:

@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .counts import PADDING, Known, TokenCounts
 from .ops import on_device, rank_within_groups
 from .per_token import at, each, mapped, per_token, with_zeros
 from .tokens import KEY_BIAS
+
+#: tokens of a batch up to which a layer mostly reads its weights, so that a few more cost next to
+#: nothing: less than to wait for the device
+NARROW = 512
 
 
 @dataclass
@@ -41,6 +46,8 @@ class Prefill:
     next_position: (B,) position of the first generated token; None: one after the last in use
     importance:    what `record_importance` left for the trace
     num_blended:   tokens with a negative `index` there were so far
+    num_images:    the most images that a row has, at least 1; None: nobody counted
+    known:         numbers about `visual_index` and `valid`, see `counts`
     """
 
     decoder: nn.Module
@@ -60,6 +67,50 @@ class Prefill:
     next_position: Tensor | None = None
     importance: tuple[Tensor, Tensor] | None = None
     num_blended: int = 0
+    num_images: int | None = None
+    known: Known | None = None
+
+    # --- how many -----------------------------------------------------------------------------
+
+    @property
+    def counts(self) -> TokenCounts:
+        """How many tokens there are, as numbers of the host.
+
+        They are known from the beginning and behind all that drops tokens here. Only where they are
+        not, because something else replaced `visual_index` or `valid`, this waits for the device.
+        """
+        known = self.what_is_known()
+        if known.counts is None or known.counts.images is None:
+            owner = self.visual_index
+            if self.valid is not None:
+                owner = torch.where(self.valid, owner, PADDING)
+            self.know(TokenCounts.of(owner.cpu(), self.num_images or 1), known.hides)
+        return self.known.counts
+
+    @property
+    def hides_padding(self) -> bool:
+        """Whether padding stands before a token; behind all tokens the causal mask hides it."""
+        if self.valid is None:
+            return False
+        known = self.what_is_known()
+        if known.hides is None:
+            hides = bool((self.valid[:, 1:] & ~self.valid[:, :-1]).any())
+            self.know(known.counts, hides)
+        return self.known.hides
+
+    def know(self, counts: TokenCounts | None, hides: bool | None) -> None:
+        """Remembers numbers about the tokens as they are now; see `Known`."""
+        self.known = Known((self.visual_index, self.valid), counts, hides)
+
+    def what_is_known(self) -> Known:
+        """What was remembered, if the tokens are still those."""
+        holds = self.known is not None and self.known.holds_for(self.visual_index, self.valid)
+        return self.known if holds else Known((self.visual_index, self.valid))
+
+    @property
+    def most_images(self) -> int:
+        """The most images that a row has, at least 1."""
+        return self.num_images or len(self.counts.images[0])
 
     # --- what is there ------------------------------------------------------------------------
 
@@ -100,30 +151,28 @@ class Prefill:
     def images(self) -> tuple[Tensor, Tensor, Tensor]:
         """The visual tokens image by image: row (G, 1), place (G, V) in that row, and real (G, V),
         False on padding. G counts rows x images; V is the most tokens an image has."""
-        counts = self.image_counts()
-        most = int(counts.amax())
-        own = torch.arange(counts.shape[1], device=counts.device)[:, None]
+        counts, device = self.counts.images, self.visual_index.device
+        most, images = max(map(max, counts)), len(counts[0])
+        own = torch.arange(images, device=device)[:, None]
         member = (self.visual_index[:, None] == own).flatten(0, 1).to(torch.uint8)  # (G, S)
         place = member.argsort(dim=1, descending=True, stable=True)[:, :most]
-        row = torch.arange(counts.shape[0], device=counts.device)
-        return (
-            row.repeat_interleave(counts.shape[1])[:, None],
-            place,
-            member.gather(1, place).bool(),
-        )
+        row = torch.arange(len(counts), device=device)
+        return row.repeat_interleave(images)[:, None], place, member.gather(1, place).bool()
 
     def image_counts(self) -> Tensor:
-        """(B, I) tokens of every image of every row; I is the most images a row has, at least 1."""
-        images = max(1, int(self.visual_index.amax()) + 1)
-        owner = self.visual_index.masked_fill(~self.is_visual, images)
-        counts = owner.new_zeros(owner.shape[0], images + 1)
-        return counts.scatter_add_(1, owner, torch.ones_like(owner))[:, :images]
+        """(B, I) tokens of every image of every row, on the device; `counts` has them on the host.
+        I is the most images a row has, at least 1."""
+        return on_device(self.counts.images, self.visual_index.device)
+
+    def image_numbers(self, name: str) -> list[list[int | float]]:
+        """`image_extras[name]` with 0 where a row has no such image, so that rows are as long."""
+        rows = self.image_extras[name]
+        most = max(self.most_images, *map(len, rows))
+        return [[*row, *[0] * (most - len(row))] for row in rows]
 
     def image_values(self, name: str) -> Tensor:
-        """(B, I) the numbers `image_extras[name]`, 0 where a row has no such image."""
-        rows = self.image_extras[name]
-        most = max(1, *map(len, rows))
-        return on_device([[*row, *[0] * (most - len(row))] for row in rows], self.index.device)
+        """(B, I) `image_numbers` on the device."""
+        return on_device(self.image_numbers(name), self.index.device)
 
     def at_tokens(self, values: Tensor) -> Tensor:
         """(B, S) value of the image a token belongs to, from one per image (B, I); text gets that
@@ -148,32 +197,63 @@ class Prefill:
 
     # --- fewer tokens -------------------------------------------------------------------------
 
-    def keep(self, mask: Tensor, renumber: bool = False) -> Prefill:
+    def keep(
+        self, mask: Tensor, renumber: bool = False, counts: TokenCounts | None = None
+    ) -> Prefill:
         """Only the tokens where `mask` (B, S) is True, in their order.
 
         Rows may keep different counts: shorter ones are padded on the left. Positions stay as they
         are (gaps are legal) unless `renumber`, which counts 0, 1, 2, ... again in every row.
+        counts: of the tokens that stay; None: the device is asked, and waited for
         """
         if self.valid is not None:
             mask = mask & self.valid
-        counts = mask.sum(dim=1)
-        longest, shortest = torch.stack([counts.amax(), counts.amin()]).tolist()
-        order = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, mask.shape[1] - longest :]
-        valid = None if longest == shortest else mask.gather(1, order)
-        return self.take(order, valid, renumber)
+        if counts is None:
+            owner = torch.where(mask, self.visual_index, PADDING)
+            counts = TokenCounts.of(owner.cpu(), self.num_images or 1)
+        order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+        order = order[:, mask.shape[1] - counts.longest :]
+        valid = None if counts.even else mask.gather(1, order)
+        return self.take(order, valid, renumber, counts)
 
-    def keep_visual(self, score: Tensor, num_keep: int | Tensor, renumber: bool = False) -> Prefill:
+    def hide(self, mask: Tensor, renumber: bool = False) -> Prefill:
+        """As `keep`, but what goes becomes padding: the device need not say how much that is, and
+        the layers are no faster for it until tokens are kept again."""
+        if self.valid is not None:
+            mask = mask & self.valid
+        order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+        return self.take(order, mask.gather(1, order), renumber)
+
+    def keep_visual(
+        self, score: Tensor, num_keep: int | Tensor | list[list[int]], renumber: bool = False
+    ) -> Prefill:
         """Keeps all text and, of every image, `num_keep` tokens with the highest `score` (B, S).
 
-        `num_keep` is one count for all images or a (B, S) count looked up at each token. Equal
-        scores go to the earlier token.
+        `num_keep` is one count for all images, one for each image of every row, or a (B, S) count
+        looked up at each token, of which the device has to say what it comes to. Equal scores go to
+        the earlier token.
         """
+        counts = None
+        if not isinstance(num_keep, Tensor):
+            before, wanted = self.counts, num_keep
+            if isinstance(num_keep, int):
+                wanted = [[num_keep] * len(row) for row in before.images]
+            else:
+                num_keep = self.at_tokens(on_device(num_keep, score.device))
+            pairs = (zip(*rows, strict=True) for rows in zip(before.images, wanted, strict=True))
+            counts = before.with_images([[min(n, max(k, 0)) for n, k in row] for row in pairs])
         rank = rank_within_groups(score, self.visual_index)
-        return self.keep(~self.is_visual | (rank < num_keep), renumber)
+        return self.keep(~self.is_visual | (rank < num_keep), renumber, counts)
 
-    def take(self, order: Tensor, valid: Tensor | None, renumber: bool = False) -> Prefill:
+    def take(
+        self,
+        order: Tensor,
+        valid: Tensor | None,
+        renumber: bool = False,
+        counts: TokenCounts | None = None,
+    ) -> Prefill:
         """The tokens at `order` (B, n), in that order; `valid` (B, n) is False on padding among
-        them, which stands on the left. `renumber` as in `keep`."""
+        them, which stands on the left. `renumber` and `counts` as in `keep`."""
         kept = replace(
             self,
             **mapped(self, at(order), without=("valid",)),
@@ -187,38 +267,46 @@ class Prefill:
             kept.next_position = None
         if valid is not None:  # padding belongs to no image
             kept.visual_index = kept.visual_index.masked_fill(~valid, -1)
+        kept.know(counts, hides=True)
         return kept
 
     # --- new tokens ---------------------------------------------------------------------------
 
     def keep_and_append(
-        self, mask: Tensor, tokens: Tensor, image: Tensor, real: Tensor, renumber: bool = False
+        self,
+        mask: Tensor,
+        tokens: Tensor,
+        image: Tensor,
+        real: Tensor,
+        renumber: bool = False,
+        counts: TokenCounts | None = None,
     ) -> Prefill:
         """The tokens where `mask` (B, S) is True and, behind those of their image, new ones.
 
         tokens (B, M, D) blended from several; image (B, M) of the row they belong to, ascending;
         real (B, M) False on padding. Their `index` counts down from -1 over the whole prefill, and
-        their `extras` are zeros.
+        their `extras` are zeros. counts: as in `keep`, the new tokens included
         """
         if self.valid is not None:
             mask = mask & self.valid
         batch, size = mask.shape
         count = tokens.shape[1]
         places = torch.arange(size, device=mask.device).expand(batch, -1)
-        ends = places.new_zeros(batch, self.image_counts().shape[1])
+        ends = places.new_zeros(batch, self.most_images)
         owner = self.visual_index.clamp(min=0)
         ends = ends.scatter_reduce(1, owner, places * self.is_visual, "amax")  # (B, I)
         number = torch.arange(count, device=mask.device)
         behind = ends.gather(1, image) * (count + 1) + 1 + number
         key = torch.cat([places * (count + 1), behind], dim=1)
         alive = torch.cat([mask, real], dim=1)
-        counts = alive.sum(dim=1)
-        longest, shortest = torch.stack([counts.amax(), counts.amin()]).tolist()
+        if counts is None:
+            owner = torch.where(alive, torch.cat([self.visual_index, image], dim=1), PADDING)
+            counts = TokenCounts.of(owner.cpu(), self.most_images)
         order = key.masked_fill(~alive, -1).argsort(dim=1, stable=True)
-        order = order[:, order.shape[1] - longest :]
-        valid = None if longest == shortest else alive.gather(1, order)
+        order = order[:, order.shape[1] - counts.longest :]
+        valid = None if counts.even else alive.gather(1, order)
         grown = self._with(tokens, ends.gather(1, image), image)
-        return grown.take(order, valid, renumber)
+        return grown.take(order, valid, renumber, counts)
 
     def append(self, tokens: Tensor) -> Prefill:
         """New tokens (B, M, D) behind every prompt, at the positions that follow it.
@@ -227,6 +315,7 @@ class Prefill:
         and generation continues at the position it would have without them.
         """
         batch, count = tokens.shape[:2]
+        known = self.what_is_known().counts
         none = self.index.new_full((batch, count), -1)
         follows = self.next_position
         if follows is None:
@@ -240,6 +329,7 @@ class Prefill:
             real = torch.ones_like(none, dtype=torch.bool)
             grown.valid = torch.cat([self.valid, real], dim=1)
         grown.next_position = follows
+        grown.know(None if known is None else known.with_text(count), hides=True)
         return grown
 
     def _with(self, tokens: Tensor, positions: Tensor, image: Tensor) -> Prefill:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .base import Pruner, check_budget
+from .counts import Known
 from .ops import gather_tokens, lookup, normalize
 from .stages import VisionStage
 from .tokens import MERGED, VisionTokens
@@ -85,22 +86,24 @@ class PruMerge(VisionStage, Pruner):
             return vision
         last = vision.layers[max(vision.layers)]
         attention = class_attention(last["cls_query"], last["cls_key"], last["keys"])
-        centers, valid = self.centers(attention)
+        centers, valid, counts = self.centers(attention)
         tokens = self.merge(vision.features.float(), last["keys"], attention, centers, valid)
         rest = centers.new_full((len(centers), 1), num_patches)
         positions = torch.cat([centers, rest], dim=1)
+        valid = torch.cat([valid, torch.ones_like(rest, dtype=torch.bool)], dim=1)
         return replace(
             vision,
             features=tokens.to(vision.features.dtype),
             positions=positions,
-            valid=torch.cat([valid, torch.ones_like(rest, dtype=torch.bool)], dim=1),
+            valid=valid,
+            known=Known((valid,), [count + 1 for count in counts]),
             extras={MERGED: torch.ones_like(positions, dtype=torch.bool)},
             layers={},
         )
 
-    def centers(self, attention: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches to keep (B, M) by falling attention (B, N), then those at regular intervals; and
-        (B, M) False on padding."""
+    def centers(self, attention: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        """Patches to keep (B, M) by falling attention (B, N), then those at regular intervals;
+        (B, M) False on padding; and how many they are of each crop."""
         size = attention.shape[1]
         number, start, step = self.counts(attention)
         patch = torch.arange(size, device=attention.device)
@@ -110,9 +113,9 @@ class PruMerge(VisionStage, Pruner):
         if self.plus:
             regular = (patch >= start) & ((patch - start) % step == 0) & (patch < size - 1)
             key = torch.where(regular & ~top, size + patch, key)
-        most = int((key < 3 * size).sum(dim=1).amax())
-        order = key.argsort(dim=1, stable=True)[:, :most]
-        return order, key.gather(1, order) < 3 * size
+        counts = (key < 3 * size).sum(dim=1).tolist()
+        order = key.argsort(dim=1, stable=True)[:, : max(counts)]
+        return order, key.gather(1, order) < 3 * size, counts
 
     def counts(self, attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 1) each: patches kept for their attention, first of those at regular intervals, and

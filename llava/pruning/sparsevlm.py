@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .base import Pruner, check_budget
 from .density_peaks import cluster
-from .ops import gather_tokens, rank_within_groups, scale_layers, top_stable
+from .ops import gather_tokens, on_device, rank_within_groups, scale_layers, top_stable
 from .prefill import Prefill
 from .published import Published
 from .stages import DecoderStage, Probe
@@ -193,7 +193,7 @@ class SparseVLM(DecoderStage, Pruner):
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if index == 0:
-            counts = prefill.image_counts().tolist()
+            counts = [list(row) for row in prefill.counts.images]
             prefill.state = SparseState(*find_raters(prefill), totals=counts, counts=counts)
         layers = self.stage_layers(len(prefill.decoder.layers))
         if index - 1 not in layers:
@@ -217,9 +217,7 @@ class SparseVLM(DecoderStage, Pruner):
             return prefill
         if self.version == "2.0":
             state.counts = kept
-            return prefill.keep_visual(
-                score, prefill.at_tokens(torch.tensor(kept, device=score.device))
-            )
+            return prefill.keep_visual(score, kept)
         return self.keep_and_merge(prefill, score, kept, counts)
 
     def kept_by_rank(self, rating: Tensor, weights: Tensor, own: Tensor, counts) -> list[list[int]]:
@@ -244,10 +242,10 @@ class SparseVLM(DecoderStage, Pruner):
             [self.recycled(count - keep) for keep, count in zip(*row, strict=True)]
             for row in zip(kept, counts, strict=True)
         ]
-        plan = torch.tensor(pairs, device=score.device)  # (B, I, 2)
+        plan = on_device(pairs, score.device)  # (B, I, 2)
         num_source, num_merged = plan.unbind(dim=-1)
         most_source, most = (max(p[i] for row in pairs for p in row) for i in (0, 1))
-        num_kept = torch.tensor(kept, device=score.device)
+        num_kept = on_device(kept, score.device)
         batch, images = num_kept.shape
 
         rank = rank_within_groups(score, prefill.visual_index) - prefill.at_tokens(num_kept)
@@ -272,6 +270,7 @@ class SparseVLM(DecoderStage, Pruner):
             owner,
             real.flatten(1),
             renumber=True,
+            counts=prefill.counts.with_images(prefill.state.counts),
         )
 
 
@@ -281,14 +280,13 @@ def find_raters(prefill: Prefill) -> tuple[Tensor, int]:
     A word after the image rates it when its share of the image's tokens, by inner product and
     softmax over the words, is above average.
     """
-    size, images = prefill.index.shape[1], prefill.image_counts().shape[1]
+    size, images = prefill.index.shape[1], prefill.most_images
     own = own_tokens(prefill, images)
     text = ~prefill.is_visual if prefill.valid is None else ~prefill.is_visual & prefill.valid
     places = torch.arange(size, device=text.device)
     after = text[:, None] & (places > own.mul(places).amax(dim=-1, keepdim=True))  # (B, I, S)
     after = after & own.any(dim=-1, keepdim=True)
-    words = after.any(dim=1)
-    most = max(1, int(words.sum(dim=1).amax()))
+    words, most = after.any(dim=1), max(1, *prefill.counts.behind)
     rows = words.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
     x = prefill.hidden_states.float()
     product = x @ gather_tokens(x, rows).transpose(1, 2)  # (B, S, R)

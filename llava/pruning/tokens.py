@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .counts import Known
 from .per_token import at, mapped, per_token
 
 #: the extra that is True on tokens blended from several patches; it ends where prompts are made
@@ -37,6 +38,8 @@ class TowerTokens:
                    a token's key, before the softmax: the logarithm of how many patches it stands
                    for, say; None: nothing. The decoder has one of its own, `extras["key_bias"]`
     extras:        as in `VisionTokens`, which they become
+    all_patches:   likewise
+    known:         likewise
     """
 
     hidden_states: Tensor
@@ -45,6 +48,8 @@ class TowerTokens:
     valid: Tensor | None = None
     key_bias: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
+    all_patches: Tensor | None = None
+    known: Known | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,9 @@ class VisionTokens:
                    patches, which have no place in the grid any more. "key_bias" (B, N) fp32 is
                    added to attention to them in the decoder, see `Prefill.key_bias`
     image_extras:  name -> one number per image, likewise
+    all_patches:   `positions` of the tower itself: where they are still that object, and nothing is
+                   padding, no patch is missing
+    known:         numbers about `valid`, see `crop_counts`
     """
 
     features: Tensor = per_token()
@@ -141,18 +149,40 @@ class VisionTokens:
     questions: list[str] | None = None
     extras: dict[str, Tensor] = per_token(default_factory=dict)
     image_extras: dict[str, list[int | float]] = field(default_factory=dict)
+    all_patches: Tensor | None = None
+    known: Known | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the tokens are those of the whole grid of every crop, in order."""
+        return self.valid is None and self.positions is self.all_patches
+
+    def crop_counts(self) -> list[int]:
+        """Tokens of every crop, padding left out. Waits for the device where something else than
+        the methods of this class replaced `valid`."""
+        if self.valid is None:
+            return [self.features.shape[1]] * self.features.shape[0]
+        if self.known is None or not self.known.holds_for(self.valid):
+            self.known = Known((self.valid,), self.valid.sum(dim=1).tolist())
+        return self.known.counts
 
     def keep(self, index: Tensor) -> VisionTokens:
         """The tokens at `index` (B, T), in that order, with everything that travels with them."""
         return replace(self, **mapped(self, at(index)))
 
-    def keep_mask(self, mask: Tensor) -> VisionTokens:
+    def keep_mask(self, mask: Tensor, counts: list[int] | None = None) -> VisionTokens:
         """The tokens where `mask` (B, N) is True, in their order; crops may keep different counts,
-        shorter ones are padded on the right."""
+        shorter ones are padded on the right.
+
+        counts: tokens that stay of every crop; None: the device is asked, and waited for
+        """
         if self.valid is not None:
             mask = mask & self.valid
-        counts = mask.sum(dim=1)
-        most, fewest = torch.stack([counts.amax(), counts.amin()]).tolist()
-        order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-        valid = None if most == fewest else mask.gather(1, order)
-        return replace(self, **mapped(self, at(order), without=("valid",)), valid=valid)
+        if counts is None:
+            counts = mask.sum(dim=1).tolist()
+        order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        order = order[:, : max(counts)]
+        valid = None if min(counts) == max(counts) else mask.gather(1, order)
+        kept = replace(self, **mapped(self, at(order), without=("valid",)), valid=valid)
+        kept.known = Known((valid,), counts)
+        return kept

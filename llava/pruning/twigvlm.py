@@ -27,7 +27,7 @@ from ..devices import empty_like_weights
 from .base import BudgetPruner
 from .drafter import Drafter
 from .learned import build_part, part_folder, read_part, read_part_config, save_part
-from .ops import rank_within_groups, scale_layer
+from .ops import on_device, rank_within_groups, scale_layer
 from .prefill import Prefill
 from .stages import DecoderStage
 from .twigvlm_release import TwigRelease
@@ -60,9 +60,9 @@ def published_name(name: str) -> str:
 
 @dataclass
 class TwigState:
-    """wiped: (B, 1) True for prompts whose visual tokens go before `final_wipe_layer`"""
+    """wiped: for every prompt, whether its visual tokens go before `final_wipe_layer`"""
 
-    wiped: Tensor
+    wiped: list[bool]
 
 
 @dataclass
@@ -218,8 +218,12 @@ class TwigVLM(DecoderStage, BudgetPruner):
             return prefill
         if index == self.shared_layers(num_layers):
             return self._choose(prefill, num_layers)
-        if index == self.wipe_layer(num_layers) and prefill.state is not None:
-            return prefill.keep(~(prefill.is_visual & prefill.state.wiped))
+        state: TwigState | None = prefill.state
+        if index == self.wipe_layer(num_layers) and state is not None:
+            pairs = zip(state.wiped, prefill.counts.visual, strict=True)
+            counts = prefill.counts.with_visual([0 if wiped else left for wiped, left in pairs])
+            wiped = on_device([[own] for own in state.wiped], prefill.index.device).bool()
+            return prefill.keep(~(prefill.is_visual & wiped), counts=counts)
         return prefill
 
     def reusable_layers(self, prefill: Prefill) -> int:
@@ -227,17 +231,19 @@ class TwigVLM(DecoderStage, BudgetPruner):
         return self.shared_layers(num_layers) if self.enable_pruning else num_layers
 
     def _choose(self, prefill: Prefill, num_layers: int) -> Prefill:
-        counts = prefill.image_counts()  # (B, I)
-        total = counts.sum(dim=1, keepdim=True)
-        budget = self.visual_token_num * (counts > 0).sum(dim=1, keepdim=True)
-        if not bool((budget < total).any()):
+        images = torch.tensor(prefill.counts.images)  # (B, I) on the host, as what follows
+        total, budget = images.sum(dim=1), self.visual_token_num * (images > 0).sum(dim=1)
+        wiped = budget < total
+        if not wiped.any():
             return prefill
-        prefill.state = TwigState(budget < total)
+        kept = self.kept_tokens(total, budget, num_layers).tolist()
+        prefill.state = TwigState(wiped.tolist())
         score = self.score(prefill)
         prefill.record_importance(score)
         rank = rank_within_groups(score, prefill.is_visual.long())
-        kept = self.kept_tokens(total, budget, num_layers)
-        return prefill.keep(~prefill.is_visual | (rank < kept))
+        most = on_device([[own] for own in kept], rank.device)
+        counts = prefill.counts.with_visual(kept)
+        return prefill.keep(~prefill.is_visual | (rank < most), counts=counts)
 
     def score(self, prefill: Prefill) -> Tensor:
         """(B, S) what the last prompt token attends to in the twig's last layer, head mean."""

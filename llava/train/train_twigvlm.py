@@ -81,7 +81,10 @@ class TwigTraining(nn.Module):
         with torch.no_grad():
             prompt = self.trunk.build_prompt(input_ids, attention_mask, labels, images, image_sizes)
             prefill = decoder.start(
-                prompt.inputs_embeds, prompt.attention_mask, prompt.position_ids
+                prompt.inputs_embeds,
+                prompt.attention_mask,
+                prompt.position_ids,
+                counts=prompt.counts,
             )
             prefill.hidden_states = decoder.first_layers(prefill, self.shared_layers, None)
         hidden = self.twig(decoder, prefill)

@@ -26,7 +26,7 @@ def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
     report.close("cls_query", last["cls_query"][0], query, SCORES_ATOL)
     attention = class_attention(last["cls_query"], last["cls_key"], last["keys"])
     report.close("cls_attn", attention[0], recorded["cls_attn"], SCORES_ATOL)
-    centers, _ = pruner.centers(attention)
+    centers, *_ = pruner.centers(attention)
     report.equal("selected_patch_indices", centers[0], recorded["selected_patch_indices"])
     tokens = pruner.after_encoder(vision).features[0]
     report.close("tokens", tokens, recorded["vision_tokens_before_projector"], 1e-4)

@@ -73,7 +73,7 @@ def test_packed_rows_are_what_the_mask_says(flash, groups):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 4, 6, 8), *torch.randn(2, 3, groups, 6, 8)
     valid = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 0, 0, 0, 0, 1]]).bool()
-    packed = Packing.of(valid)
+    packed = Packing.of(valid, (4, 6, 1))
     assert packed.ends.tolist() == [0, 4, 10, 11] and packed.longest == 6
     out = attend(q, k, v, None, "flash_attention_2", packed)
     wanted = attend(q, k, v, padded_causal_mask(valid, 6), "sdpa")

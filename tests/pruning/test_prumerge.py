@@ -8,8 +8,10 @@ from llava.pruning.prumerge import PruMerge, class_attention
 
 
 def centers(pruner, *rows):
-    order, valid = pruner.centers(torch.tensor(rows))
-    return [places[ok].tolist() for places, ok in zip(order, valid, strict=True)]
+    order, valid, counts = pruner.centers(torch.tensor(rows))
+    found = [places[ok].tolist() for places, ok in zip(order, valid, strict=True)]
+    assert counts == list(map(len, found))
+    return found
 
 
 FLAT = [0.01] * 12

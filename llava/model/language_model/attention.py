@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ...pruning.ops import on_device
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +37,10 @@ class Packing:
     longest: int
 
     @classmethod
-    def of(cls, valid: Tensor) -> Packing:
-        """For rows whose tokens are those where `valid` (B, S) is True; waits for the device."""
-        counts = valid.sum(dim=1)
-        lengths = counts.tolist()
+    def of(cls, valid: Tensor, lengths: Sequence[int]) -> Packing:
+        """For rows whose tokens, so many each, are those where `valid` (B, S) is True."""
         order = (~valid).flatten().to(torch.uint8).argsort(stable=True)
-        ends = F.pad(counts.cumsum(dim=0), (1, 0)).to(torch.int32)
+        ends = on_device([0, *accumulate(lengths)], valid.device).to(torch.int32)
         return cls(order[: sum(lengths)], ends, max(lengths))
 
 

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ...constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from ...devices import device_of
 from ...mm_utils import KeywordsStoppingCriteria
+from ...pruning.counts import TokenCounts
 from ...pruning.drafter import Drafter
 from ...pruning.per_token import each, with_zeros
 from ..context import answer_room
@@ -78,6 +79,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         patch_index: Tensor | None = None,
         extras: dict[str, Tensor] | None = None,
         image_extras: dict[str, list] | None = None,
+        counts: TokenCounts | None = None,
         last_logits_only: bool = False,
         prefix: Prefix | None = None,
     ):
@@ -108,6 +110,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
                     labels = None if labels is None else prompt.labels
                     visual_index, patch_index = prompt.visual_index, prompt.patch_index
                     extras, image_extras = prompt.extras, prompt.image_extras
+                    counts = prompt.counts
                 elif (input_ids == IMAGE_TOKEN_INDEX).any():
                     raise ValueError("the prompt holds <image> marks, but no images were given")
         if inputs_embeds is None:
@@ -124,6 +127,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             patch_index=patch_index,
             extras=extras,
             image_extras=image_extras,
+            counts=counts,
             cache=cache,
             stage=self.pruner.decoder,
             grid=self.patch_grid,
@@ -240,7 +244,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             if prefix is not None:  # the rest of the prompt is appended, too
                 reserve += prompt.inputs_embeds.shape[1] - prefix.size
             kwargs["past_key_values"] = KVCache(self.config.num_hidden_layers, reserve)
-        if bool((prompt.visual_index >= 0).any()):
+        if prompt.holds_images:
             kwargs |= {
                 "visual_index": prompt.visual_index,
                 "patch_index": prompt.patch_index,
@@ -257,6 +261,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             inputs_embeds=prompt.inputs_embeds,
             attention_mask=prompt.attention_mask,
             position_ids=prompt.position_ids,
+            counts=prompt.counts,
             prompt_ids=known,
             prefix=prefix,
             drafter=drafter,
@@ -277,6 +282,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         patch_index: Tensor | None = None,
         extras: dict[str, Tensor] | None = None,
         image_extras: dict[str, list] | None = None,
+        counts: TokenCounts | None = None,
         use_cache: bool | None = None,
         prefix: Prefix | None = None,
         drafter: Drafter | None = None,
@@ -315,6 +321,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
                 patch_index = torch.cat([patch_index, -grow], dim=1)
             if extras:
                 extras = each(extras, with_zeros(grow.shape[1]))
+            counts = None if counts is None else counts.with_text(grow.shape[1])
         return {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
@@ -323,6 +330,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             "patch_index": patch_index,
             "extras": extras,
             "image_extras": image_extras,
+            "counts": counts,
             "past_key_values": past_key_values,
             "use_cache": past_key_values is not None,
             "last_logits_only": True,

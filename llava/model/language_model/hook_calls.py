@@ -78,8 +78,10 @@ def count_writes(prefill: Prefill) -> None:
         return
     values = mapped(prefill, lambda x, _: counted(x), without=(WRITTEN,))
     values["next_position"] = each(prefill.next_position, lambda x, _: counted(x))
+    known = prefill.what_is_known()
     for field, value in values.items():
         setattr(prefill, field, value)
+    prefill.know(known.counts, known.hides)
 
 
 def version(value: Tensor) -> int:

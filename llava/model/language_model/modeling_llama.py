@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ...blocks import RMSNorm
 from ...devices import device_of, moved
 from ...pruning.cost import DecoderShape
+from ...pruning.counts import TokenCounts
 from ...pruning.ops import gather_tokens
 from ...pruning.prefill import Prefill
 from ...pruning.stages import DecoderStage
@@ -103,6 +104,7 @@ class LlamaModel(LlamaPreTrainedModel):
         patch_index: Tensor | None = None,
         extras: dict[str, Tensor] | None = None,
         image_extras: dict[str, list] | None = None,
+        counts: TokenCounts | None = None,
         cache: KVCache | None = None,
         stage: DecoderStage | None = None,
         grid: tuple[int, int] | None = None,
@@ -114,20 +116,20 @@ class LlamaModel(LlamaPreTrainedModel):
 
         With an empty cache, or none, this is a prefill: `attention_mask` (B, S) marks tokens,
         `visual_index` and `patch_index` say where the images are (see `Prefill`) and `stage` is
-        called between layers, `extras` and `image_extras` being its own. With a filled cache the
-        tokens continue its rows. What is known of the prompts in `prefix` is not computed again;
-        when it went through all layers, only what follows it comes out.
+        called between layers, `extras` and `image_extras` being its own; `counts` says how many
+        tokens there are. With a filled cache the tokens continue its rows. What is known of the
+        prompts in `prefix` is not computed again; when it went through all layers, only what
+        follows it comes out.
         """
         collect: list[Tensor] | None = [] if output_hidden_states else None
         if cache is not None and len(cache):
             x = self._continue(inputs_embeds, cache, collect)
             index = valid = None
         else:
-            prefill = self.start(inputs_embeds, attention_mask, position_ids)
+            places = None if visual_index is None else (visual_index, patch_index)
+            prefill = self.start(inputs_embeds, attention_mask, position_ids, places, counts)
             prefill.grid = grid
             prefill.extras, prefill.image_extras = extras or {}, image_extras or {}
-            if visual_index is not None:
-                prefill.visual_index, prefill.patch_index = visual_index, patch_index
             if trace is not None:
                 shape = DecoderShape.from_config(self.config, inputs_embeds.element_size())
                 trace.start_prefill(shape, prefill.position_ids)
@@ -142,27 +144,43 @@ class LlamaModel(LlamaPreTrainedModel):
             collect.append(x)
         return DecoderOutput(x, index, valid, tuple(collect) if collect is not None else None)
 
-    def start(self, x, attention_mask=None, position_ids=None) -> Prefill:
-        """A prefill of text; the caller says where the images are."""
+    def start(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        places: tuple[Tensor, Tensor] | None = None,
+        counts: TokenCounts | None = None,
+    ) -> Prefill:
+        """A prefill of x (B, S, D).
+
+        places: `visual_index` and `patch_index`; None: all is text
+        counts: how many tokens there are; None: not known
+        """
         batch, size, _ = x.shape
         valid = None
-        if attention_mask is not None and not attention_mask.all():
-            valid = attention_mask.bool().to(x.device)
+        if attention_mask is not None:
+            padded = not attention_mask.all() if counts is None else min(counts.lengths) < size
+            valid = attention_mask.bool().to(x.device) if padded else None
         index = torch.arange(size, device=x.device).expand(batch, -1)
         if position_ids is None:
             position_ids = index if valid is None else (valid.long().cumsum(1) - 1).clamp(min=0)
-        text = torch.full_like(index, -1)
-        return Prefill(
+        visual, patches = places or [torch.full_like(index, -1)] * 2
+        prefill = Prefill(
             decoder=self,
             layer=0,
             hidden_states=x,
             position_ids=position_ids.to(x.device).expand(batch, *position_ids.shape[1:]),
-            visual_index=text,
-            patch_index=text,
+            visual_index=visual,
+            patch_index=patches,
             index=index,
             valid=valid,
             grid=None,
         )
+        if counts is not None:
+            prefill.num_images = len(counts.images[0])
+            prefill.know(counts, counts.left)
+        return prefill
 
     def first_layers(
         self, prefill: Prefill, depth: int, cache: KVCache, prefix: Prefix | None = None
@@ -173,7 +191,8 @@ class LlamaModel(LlamaPreTrainedModel):
         x, valid, bias = prefill.hidden_states[:, known:], prefill.valid, prefill.key_bias
         if prefix is not None:
             valid, bias = prefix.valid_in_cache(valid), prefix.bias_in_cache(bias)
-        mask = padded_causal_mask(valid, x.shape[1]) if hides_tokens(valid) else None
+        hides = prefill.hides_padding if prefix is None else hides_tokens(valid)
+        mask = padded_causal_mask(valid, x.shape[1]) if hides else None
         mask = attention_mask(mask, bias, x.shape[1], x.dtype)
         step = Step(self.rotary(prefill.position_ids[:, known:], x.dtype), mask)
         for number in range(depth):
@@ -189,9 +208,9 @@ class LlamaModel(LlamaPreTrainedModel):
         mask = packed = None
         if bias is not None and self.config._attn_implementation == "flash_attention_2":
             say_no_bias()
-        if hides_tokens(valid):
+        if prefill.hides_padding:
             if packs_rows(self.config._attn_implementation) and bias is None:
-                packed = Packing.of(valid)
+                packed = Packing.of(valid, prefill.counts.lengths)
             else:
                 mask = padded_causal_mask(valid, x.shape[1])
         return Step(

@@ -115,6 +115,8 @@ class CLIPVisionTower(nn.Module):
             grid=grid,
             crops_in_budget=crops_in_budget,
             valid=tokens.valid,
+            all_patches=tokens.all_patches,
+            known=tokens.known,
             cls_attention=extras.get("cls_attention"),
             keys=extras.get("keys"),
             extras=tokens.extras,
@@ -139,7 +141,7 @@ class CLIPVisionTower(nn.Module):
         x = model.pre_layrnorm(self._embed(images.to(self.device, self.dtype)))
         count = x.shape[1] - 1
         places = torch.arange(count, device=x.device).expand(x.shape[0], -1)
-        tokens = TowerTokens(x, places, image_index.to(x.device))
+        tokens = TowerTokens(x, places, image_index.to(x.device), all_patches=places)
         chosen = tokens if self.num_run_layers == 0 else None
         last = max([self.num_run_layers - 1, *(n for n, names in wanted.items() if names)])
         for number, layer in enumerate(model.encoder.layers[: last + 1]):

@@ -66,9 +66,11 @@ class CLIPVisionTowerS2(CLIPVisionTower):
         maps = [F.interpolate(m.float(), size=size, mode="area").to(m.dtype) for m in maps]
         features = torch.cat(maps, dim=1).flatten(2).transpose(1, 2).to(images.dtype)
         batch, count = features.shape[:2]
+        places = torch.arange(count, device=features.device).expand(batch, -1)
         return VisionTokens(
             features=features,
-            positions=torch.arange(count, device=features.device).expand(batch, -1),
+            positions=places,
+            all_patches=places,
             grid=tuple(size),
             crops_in_budget=crops_in_budget,
             fingerprint=fingerprint(images) if "fingerprint" in needs else None,

@@ -1,0 +1,112 @@
+"""How many tokens there are, as numbers of the host, so that nobody has to ask the device.
+
+A number is known for as long as the tensors that it is about are the very same objects: whoever
+replaces one of them need not know of the numbers, they are then asked for anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+#: stands for padding where -1 stands for text
+PADDING = -2
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of a batch of prompts, padding left out.
+
+    text:    of every row, all that belong to no image
+    visual:  of every row, all that belong to images
+    images:  of every image of every row, 0 where a row has no such image; None: not known
+    leading: tokens of text before the first image of every row (all of them where there is none)
+    left:    whether padding stands on the left; else on the right
+    """
+
+    text: tuple[int, ...]
+    visual: tuple[int, ...]
+    images: tuple[tuple[int, ...], ...] | None
+    leading: tuple[int, ...]
+    left: bool = True
+
+    @classmethod
+    def of(cls, owner: Tensor, most_images: int = 1) -> TokenCounts:
+        """From the image that each token belongs to, (B, S) on the host: 0, 1, ..., -1 on text,
+        `PADDING`; most_images: at least so many numbers for each row."""
+        batch, most = len(owner), max(most_images, int(owner.max()) + 1)
+        found = torch.zeros(batch, most - PADDING, dtype=torch.long)
+        found.scatter_add_(1, owner - PADDING, torch.ones_like(owner))
+        _, text, images = found.split([1, 1, most], dim=1)
+        before = (owner >= 0).cumsum(dim=1) == 0
+        return cls(
+            text=tuple(text[:, 0].tolist()),
+            visual=tuple(images.sum(dim=1).tolist()),
+            images=tuple(map(tuple, images.tolist())),
+            leading=tuple((before & (owner > PADDING)).sum(dim=1).tolist()),
+        )
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of every row."""
+        return tuple(map(sum, zip(self.text, self.visual, strict=True)))
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows have the same number of tokens."""
+        return len(set(self.lengths)) == 1
+
+    @property
+    def behind(self) -> tuple[int, ...]:
+        """Tokens of text behind the first image of every row, 0 where there is none."""
+        return tuple(all - before for all, before in zip(self.text, self.leading, strict=True))
+
+    def with_images(self, images: Sequence[Sequence[int]]) -> TokenCounts:
+        """The same text with other numbers of visual tokens."""
+        images = tuple(map(tuple, images))
+        return replace(self, images=images, visual=tuple(map(sum, images)), left=True)
+
+    def with_visual(self, visual: Sequence[int]) -> TokenCounts:
+        """Likewise, where only those of whole rows are known."""
+        alone = self.images is not None and len(self.images[0]) == 1
+        images = tuple((number,) for number in visual) if alone else None
+        return replace(self, images=images, visual=tuple(visual), left=True)
+
+    def with_text(self, count: int) -> TokenCounts:
+        """With `count` tokens of text more behind every row."""
+        return replace(self, text=tuple(number + count for number in self.text))
+
+    def rows(self, numbers: Sequence[int]) -> TokenCounts:
+        """Of these rows alone, in this order."""
+        images = self.images and [self.images[n] for n in numbers]
+        if images:  # no more of them than a row has
+            most = max((n for row in images for n, own in enumerate(row, 1) if own), default=1)
+            images = tuple(row[:most] for row in images)
+        text, visual, leading = (
+            tuple(own[n] for n in numbers) for own in (self.text, self.visual, self.leading)
+        )
+        return TokenCounts(text, visual, images, leading, self.left)
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What the host knows of tensors.
+
+    about:  those tensors
+    counts: `TokenCounts` of prompts, or the number of tokens of every crop; None: not known
+    hides:  whether padding stands before tokens of its row; None: not known
+    """
+
+    about: tuple[Tensor | None, ...]
+    counts: TokenCounts | list[int] | None = None
+    hides: bool | None = None
+
+    def holds_for(self, *tensors: Tensor | None) -> bool:
+        return all(own is tensor for own, tensor in zip(self.about, tensors, strict=True))
