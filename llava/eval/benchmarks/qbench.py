@@ -41,8 +41,10 @@ class QBenchQuestion(Question):
 
     record: dict = field(default_factory=dict)
 
-    def answer_line(self, text: str, answer_id: str, model_id: str) -> dict:
-        line = super().answer_line(text, answer_id, model_id)
+    def answer_line(
+        self, text: str, answer_id: str, model_id: str, metadata: dict | None = None
+    ) -> dict:
+        line = super().answer_line(text, answer_id, model_id, metadata)
         return {**self.record, "response": text} | line
 
 
