@@ -133,7 +133,8 @@ class Benchmark:
 
     def source_of(self, name: str) -> str:
         """Where a file or folder of the data folder comes from."""
-        return self.sources[max((s for s in self.sources if name.startswith(s)), key=len)]
+        known = [start for start in self.sources if name.startswith(start)]
+        return self.sources[max(known, key=len)] if known else "the authors of the benchmark"
 
     def scorable(self, data_dir: str) -> bool:
         """True when the right answers to the questions in the data folder are there."""

@@ -53,12 +53,7 @@ def parse_letter(text: str, letters: str = LETTERS) -> str:
     return found[0] if len(found) == 1 else FAILED
 
 
-def units(
-    problems: dict,
-    ids: list[str],
-    answers: list[dict],
-    letters: str = LETTERS,
-) -> Units:
+def units(problems: dict, ids: list[str], answers: list[dict], letters: str = LETTERS) -> Units:
     """Returns whether every question in `ids` was answered right, one without an answer being
     wrong. Those with an image make the score, or all where none has one.
 

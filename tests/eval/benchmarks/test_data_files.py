@@ -31,7 +31,9 @@ ALL = all_benchmarks()
 @pytest.mark.parametrize("name", ALL)
 def test_every_needed_file_has_a_source(name, tmp_path):
     for path in data_files.needed(ALL[name], str(tmp_path)):
-        assert ALL[name].source_of(path)
+        assert any(path.startswith(start) for start in ALL[name].sources)
+        assert ALL[name].source_of(path) in ALL[name].sources.values()
+    assert ALL[name].source_of("elsewhere/x") == "the authors of the benchmark"
 
 
 def has_samples(name):
