@@ -68,8 +68,9 @@ def batch(sample):
 
 
 def run(model, method, ids, mask, images, **options):
-    """The output of one call, and its trace."""
-    model.pruner = make_pruner(method) if isinstance(method, str) else method
+    """The output of one call, and its trace; method: None for the one in use."""
+    if method is not None:
+        model.pruner = make_pruner(method) if isinstance(method, str) else method
     with trace_pruning(model) as trace:
         options = {**GREEDY, **options}
         out = model.generate(
