@@ -43,9 +43,14 @@ KEY = "key"
 
 @dataclass
 class MustDropState:
-    """most_rows: the most text tokens behind its first image that a prompt has"""
+    """What a prefill remembers.
+
+    most_rows: the most text tokens behind its first image that a prompt has
+    real:      (B, R) which of the rows recorded last are such tokens
+    """
 
     most_rows: int
+    real: Tensor | None = None
 
 
 @dataclass
@@ -172,21 +177,22 @@ class MustDrop(VisionStage, DecoderStage, Pruner):
     # --- decoder ------------------------------------------------------------------------------
 
     def probe(self, num_layers: int) -> Probe:
-        return Probe(self.stage_layers(num_layers), lambda prefill: self.text_rows(prefill)[0])
+        return Probe(self.stage_layers(num_layers), self.text_rows)
 
-    def text_rows(self, prefill: Prefill) -> tuple[Tensor, Tensor]:
-        """Places (B, R) of the text behind the first image, and which of them are real (B, R)."""
+    def text_rows(self, prefill: Prefill) -> Tensor:
+        """Places (B, R) of the text behind the first image; which of them are real is noted."""
         flags = ~prefill.is_visual & (prefill.is_visual.cumsum(dim=1) > 0)
         if prefill.valid is not None:
             flags = flags & prefill.valid
         if prefill.state is None:  # text is never dropped: the count stays
             prefill.state = MustDropState(max(1, *prefill.counts.behind))
-        return prefill.places(flags, prefill.state.most_rows)
+        rows, prefill.state.real = prefill.places(flags, prefill.state.most_rows)
+        return rows
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if index - 1 not in self.stage_layers(len(prefill.decoder.layers)):
             return prefill
-        seen = prefill.attention.mean(dim=1) * self.text_rows(prefill)[1][..., None]  # (B, R, S)
+        seen = prefill.attention.mean(dim=1) * prefill.state.real[..., None]  # (B, R, S)
         total, most = seen.sum(dim=1), seen.amax(dim=1)
         owner = prefill.visual_index.clamp(min=0)
         images = total.new_zeros(total.shape[0], prefill.most_images)

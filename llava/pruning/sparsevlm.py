@@ -41,12 +41,14 @@ class SparseState:
     most:   the most of them a row has
     totals: tokens of every image of every row as they entered the decoder
     counts: those that are left
+    asked:  places (B, R) of all rating words in the layer before, and (B, I, R) who rates an image
     """
 
     raters: Tensor
     most: int
     totals: list[list[int]]
     counts: list[list[int]]
+    asked: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass
@@ -155,7 +157,12 @@ class SparseVLM(DecoderStage, Pruner):
     # --- rating -------------------------------------------------------------------------------
 
     def probe(self, num_layers: int) -> Probe:
-        return Probe(self.stage_layers(num_layers), lambda prefill: self.rater_rows(prefill)[0])
+        return Probe(self.stage_layers(num_layers), self.ask)
+
+    def ask(self, prefill: Prefill) -> Tensor:
+        """Places (B, R) of the rating words, which are noted for the hook behind the layer."""
+        prefill.state.asked = self.rater_rows(prefill)
+        return prefill.state.asked[0]
 
     def rater_rows(self, prefill: Prefill) -> tuple[Tensor, Tensor]:
         """Places (B, R) of all rating words now, and (B, I, R) whether one rates an image."""
@@ -199,7 +206,7 @@ class SparseVLM(DecoderStage, Pruner):
         if index - 1 not in layers:
             return prefill
         stage, attention = layers.index(index - 1), prefill.attention
-        rows, weights = self.rater_rows(prefill)
+        rows, weights = prefill.state.asked
         own = own_tokens(prefill, weights.shape[1])
         if self.version == "2.0":
             attention = attention / nearness(prefill.decoder.rotary, prefill.position_ids, rows)

@@ -89,6 +89,7 @@ def test_a_token_falls_when_both_thresholds_say_so_and_it_is_not_marked(model):
         attention=rows[None, None],
     )
     pruner = MustDrop(global_thr=0.2, individual_thr=0.04, pruning_layers=[1])
+    assert pruner.text_rows(prefill).tolist() == [[5, 6]]
     assert pruner.before_layer(2, prefill).index.tolist() == [[0, 2, 3, 4, 5, 6]]
     pruner = MustDrop(global_thr=0.2, individual_thr=0.06, pruning_layers=[1])
     kept = pruner.before_layer(2, prefill)
