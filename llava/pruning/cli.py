@@ -8,6 +8,7 @@ import sys
 
 from ..constants import STRATEGIES
 from . import METHODS, Pruner, all_option_names, build_pruner, can_draft, guess_method, no_drafter
+from .choice import all_names
 
 
 def add_pruning_args(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,7 @@ def add_pruning_args(parser: argparse.ArgumentParser) -> None:
         help=f"how visual tokens are pruned: {', '.join(sorted(METHODS))}, or two in a row as "
         "METHOD+METHOD (default: what the other options belong to, without any: none)",
     )
-    add_option_args(group)
+    add_option_args(parser, group)
     group.add_argument(
         "--generation-strategy",
         "--generation_strategy",
@@ -35,17 +36,18 @@ def add_pruning_args(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_option_args(parser) -> None:
+def add_option_args(parser: argparse.ArgumentParser, group=None) -> None:
     """Adds all of these but --pruning-method and --generation-strategy, for programs that take the
-    method elsewhere."""
-    parser.add_argument(
+    method elsewhere. group: of the parser, where they stand in its help"""
+    group = group or parser
+    group.add_argument(
         "--visual-token-num",
         "--visual_token_num",
         type=int,
         metavar="N",
         help="token budget per image (default: the method's own)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--pruning-arg",
         "--pruning_arg",
         action="append",
@@ -54,8 +56,17 @@ def add_option_args(parser) -> None:
         help="any other option of the method, repeatable; of METHOD+METHOD with the method's name "
         "as a prefix: fastv_layer=3",
     )
-    for name in all_option_names():
-        add_flag(parser, name)
+    for name in all_names(METHODS.own):
+        add_flag(group, name)
+    parse = parser.parse_known_args
+
+    def parse_known_args(*arguments, **more):
+        # Other packages come last: a flag that the program adds after these is its own.
+        for name in all_option_names():
+            add_flag(group, name)
+        return parse(*arguments, **more)
+
+    parser.parse_known_args = parse_known_args
 
 
 def add_flag(parser, option: str) -> None:
@@ -63,9 +74,9 @@ def add_flag(parser, option: str) -> None:
     has such a flag of its own."""
     dashes = "-" if len(option) == 1 else "--"
     flags = dict.fromkeys((dashes + option.replace("_", "-"), dashes + option))
-    if free := [flag for flag in flags if flag not in parser._option_string_actions]:
+    if not any(flag in parser._option_string_actions for flag in flags):
         parser.add_argument(
-            *free,
+            *flags,
             action="append",
             dest="pruning_arg",
             type=lambda text: f"{option}={text}",
@@ -108,8 +119,9 @@ def parse_pair(pair: str) -> tuple[str, object]:
 
 
 def pairs_in(args: object) -> list[str]:
-    """The KEY=VALUE of every attribute of `args` that is an option of a method and not None, except
-    the budget, which programs have an option of their own for."""
-    values = {name: getattr(args, name, None) for name in all_option_names()}
+    """The KEY=VALUE of every attribute of `args` that is not None and an option of a method, except
+    the budget, which programs have an option of their own for. What other packages call an option
+    may be something else to a program, so theirs do not count."""
+    values = {name: getattr(args, name, None) for name in all_names(METHODS.own)}
     values.pop("visual_token_num")
     return [f"{name}={value!r}" for name, value in values.items() if value is not None]

@@ -14,9 +14,10 @@ from llava.eval import run_llava
 from llava.eval.answering import script_args
 from llava.pruning import METHODS, Pruner, build_pruner, guess_method, pruner_from_keywords
 from llava.pruning.__main__ import main
-from llava.pruning.cli import pruner_from_args
+from llava.pruning.cli import pairs_in, pruner_from_args
 from llava.pruning.random import Random
 from llava.pruning.registry import Methods, Unusable
+from llava.serve import model_worker
 from llava.serve.methods import MethodShelf, defaults, file_options, offer
 from tests.paths import ROOT
 from tests.pruning.packages import FIRST, install
@@ -62,6 +63,21 @@ def test_its_options_are_flags_and_its_name_a_word_for_the_shell_scripts(site):
     assert pruner_from_args(parser.parse_args(["--step", "3"])).name == "first"
     words = script_args.read(["64", "step=2", "--limit", "3"], "first", {})
     assert words == ("first", 64, ["step=2"], ["--limit", "3"])
+
+
+def test_an_option_called_like_a_program_s_own_flag_leaves_that_alone(site, capsys):
+    names = "query temperature trained_part generation_strategy layers text_tokens limit port"
+    fields = "".join(f"    {name}: int = 0\n" for name in names.split())
+    source = FIRST.replace("    step: int = 1\n", f"    step: int = 1\n{fields}")
+    install(site, "acme-pruning", {"first": "acme:First"}, acme=source)
+    words = ["--query", "Q", "--temperature", "0", "--generation-strategy", "autoregressive"]
+    args = run_llava.build_parser().parse_args([*words, "--step", "3"])
+    assert (args.query, args.temperature, args.pruning_arg) == ("Q", 0, ["step=3"])
+    args = model_worker.build_parser().parse_args("--port 1 --trained-part a=b".split())
+    assert (args.port, args.trained_part, args.pruning_arg) == (1, ["a=b"], [])
+    main("first --layers 8 --text-tokens 3 --step 2".split())
+    assert "8 layers" in capsys.readouterr().out
+    assert pairs_in(run_llava.build_parser().parse_args(["--temperature", "1"])) == []
 
 
 def test_nothing_is_imported_before_a_method_is_used(site):
