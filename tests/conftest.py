@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
@@ -19,12 +20,17 @@ from llava.pruning.testing.tiny import (  # noqa: F401
     pad_batch,
     with_random_parts,
 )
+from tests.paths import GOLDEN
 
 
 @pytest.fixture(scope="session")
 def tower_dir(tmp_path_factory):
-    """A full CLIP folder with random weights."""
-    return tiny.write_tower(tmp_path_factory.mktemp("tower"))
+    """A full CLIP folder with random weights and the tokenizer of the recorded cases."""
+    source = GOLDEN / "tiny-clip-vit-l14-336"
+    numbers = json.loads((source / "vocab.json").read_text())
+    _, _, merges = (source / "merges.txt").read_text().partition("\n")
+    words = sorted(numbers, key=numbers.get)
+    return tiny.write_tower(tmp_path_factory.mktemp("tower"), words, merges)
 
 
 @pytest.fixture(scope="session")

@@ -60,8 +60,8 @@ TOWER = dict(
     image_size=SIDE,
     patch_size=PATCH,
 )
-#: characters at the end of a word and elsewhere, and two marks
-VOCABULARY = [
+#: characters, those at the end of a word, and two marks: every text is spelled
+LETTERS = [
     *(char for char in bytes_to_unicode().values()),
     *(f"{char}</w>" for char in bytes_to_unicode().values()),
     "<|startoftext|>",
@@ -74,9 +74,6 @@ TEXT_TOWER = dict(
     intermediate_size=32,
     num_hidden_layers=2,
     num_attention_heads=2,
-    vocab_size=len(VOCABULARY),
-    bos_token_id=len(VOCABULARY) - 2,
-    eos_token_id=len(VOCABULARY) - 1,
 )
 PROCESSOR = dict(
     crop_size={"height": SIDE, "width": SIDE},
@@ -87,17 +84,22 @@ PROCESSOR = dict(
 )
 
 
-def write_tower(folder: str | Path) -> str:
-    """Writes a whole CLIP model with random weights, and a tokenizer that spells, into `folder`."""
+def write_tower(folder: str | Path, words: list[str] = LETTERS, merges: str = "") -> str:
+    """Writes a whole CLIP model with random weights and its tokenizer into `folder`.
+
+    words: of the tokenizer, those that begin and end a text last; merges: lines with two words each
+    """
     folder = Path(folder)
     width = {"projection_dim": 20}
-    config = CLIPConfig(vision_config=TOWER | width, text_config=TEXT_TOWER | width, **width)
+    marks = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
+    text = TEXT_TOWER | width | {"vocab_size": len(words), **marks}
+    config = CLIPConfig(vision_config=TOWER | width, text_config=text, **width)
     torch.manual_seed(0)
     CLIPModel(config).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    numbers = {word: number for number, word in enumerate(VOCABULARY)}
+    numbers = {word: number for number, word in enumerate(words)}
     (folder / "vocab.json").write_text(json.dumps(numbers))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}")
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return str(folder)
