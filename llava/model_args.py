@@ -8,7 +8,6 @@ import sys
 
 import torch
 
-from llava.checkpoint_kind import OTHER_FAMILIES, checkpoint_config, family_in
 from llava.conv_mode import AUTO, announce, checkpoint_conv_mode
 from llava.conversation import conv_templates
 from llava.front_end import FrontEnd
@@ -51,20 +50,14 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
         add_option(group, "--" + name.replace("_", "-"), type=int, help=help)
 
 
-def load_from_args(args, path: str, name: str, pruner=None, any_family: bool = False) -> tuple:
+def load_from_args(args, path: str, name: str, pruner=None) -> tuple:
     """(tokenizer, model, image processor) of the checkpoint at `path`, as the options ask for.
 
     name: what the checkpoint is called, which says what kind of model it is
-    any_family: whether the program knows models beside LLaVA
-    Raises ValueError on a model that cannot look at images, or that the program does not know.
+    Raises ValueError on a model that cannot look at images.
     """
     from llava.model.builder import load_pretrained_model
 
-    if not any_family and family_in(checkpoint_config(path)) in OTHER_FAMILIES:
-        raise ValueError(
-            f"{path} is no LLaVA, and this program knows no other models yet: ask it with "
-            "python -m llava.eval.run_llava"
-        )
     tokenizer, model, image_processor, _ = load_pretrained_model(
         path,
         args.model_base,
@@ -105,7 +98,7 @@ def load_front_end(args) -> FrontEnd:
     path = os.path.expanduser(args.model_path or default_model_path())
     name = get_model_name_from_path(path)
     conv_mode = pick_conv_mode(args.conv_mode, path, args.model_base, name)
-    return FrontEnd(*load_from_args(args, path, name, pruner, any_family=True), conv_mode)
+    return FrontEnd(*load_from_args(args, path, name, pruner), conv_mode)
 
 
 def pick_conv_mode(given: str | None, path: str, base: str | None, name: str) -> str:

@@ -92,8 +92,6 @@ def answer(args) -> str:
     text = with_marks(query, len(names))
     images = load_images(names)
     front = load_front_end(args)
-    if args.show_pruning and front.model.patch_grid is None:
-        raise ValueError("--show-pruning is not there yet for models whose images have any grid")
 
     ids = front.encode(front.prompt(text))
     pictures = [front.picture(image) for image in images]

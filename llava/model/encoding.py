@@ -13,6 +13,7 @@ from torch import Tensor
 from ..devices import device_of, moved
 from ..image_settings import ImageSettings
 from ..mm_utils import get_anyres_image_grid_shape
+from ..pruning.cues import cues_for
 from ..pruning.tokens import ImageTokens, VisionTokens
 from .image_layout import flat_layout, image_layout, spatial_layout, with_newline
 from .multimodal_encoder.clip_encoder import CLIPVisionTower
@@ -44,7 +45,7 @@ class ImageEncoding:
         budget = self.crops_in_budget(self.pruner)
         if image_index is None:
             image_index = torch.arange(crops.shape[0], device=crops.device)
-        vision = tower.tokens(crops, stage.needs, stage, budget, image_index)
+        vision = tower.tokens(crops, cues_for(stage, tower), stage, budget, image_index)
         vision.image_index = image_index.to(vision.features.device)
         vision.questions = questions if stage.reads_question else None
         if arrangements is not None:

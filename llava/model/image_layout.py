@@ -65,6 +65,7 @@ def flat_layout(vision: VisionTokens, crops: slice, num_patches: int) -> ImageTo
         extras=_extras(vision, crops),
         blocks=(grid if math.prod(grid) == num_patches else (1, num_patches),) * count,
         crops=count,
+        grid=grid,
     )
     if vision.valid is None:
         return image
@@ -121,6 +122,7 @@ def spatial_layout(
         extras={k: torch.cat([base.extras[k], own]) for k, own in tokens.extras.items()},
         blocks=(*base.blocks, (bottom - top, stride)),
         crops=crops.stop - crops.start,
+        grid=vision.grid,
     )
 
 
@@ -141,7 +143,7 @@ def with_newline(tokens: ImageTokens, newline: Tensor) -> ImageTokens:
     """One newline embedding (D,) after the tokens, as single-crop images of LLaVA-NeXT have it."""
     image = _append(tokens, newline, tokens.offsets.new_full((1,), tokens.length))
     image.length += 1
-    image.blocks = (*tokens.blocks, (1, 1))
+    image.blocks, image.grid = (*tokens.blocks, (1, 1)), tokens.grid
     return image
 
 
@@ -170,3 +172,19 @@ def _patch_numbers(vision, crops: slice, shift: Tensor, num_patches: int) -> Ten
     if MERGED in vision.extras:
         no_patch = no_patch | vision.extras[MERGED][crops]
     return (positions + shift).masked_fill(no_patch, -1).flatten()
+
+
+def own_grid_layout(vision: VisionTokens, number: int, length: int) -> ImageTokens:
+    """An image with a grid of its own, in models whose positions are time, row and column: tokens
+    stand where they are in the grid, and the text goes on behind its longer side. One that stands
+    for no place of the grid gets the last one, or the first where its position is below 0.
+
+    length: tokens of the unpruned image
+    """
+    (height, width), size = vision.grid, math.prod(vision.grid)
+    image = flat_layout(vision, slice(number, number + 1), size)
+    place = image.offsets.clamp(0, size - 1)
+    axes = [torch.zeros_like(place), place // width, place % width]
+    image.positions = torch.stack(axes, dim=1)
+    image.length, image.places = length, max(height, width)
+    return image

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from .encoding import ImageEncoding
 from .image_layout import unpad_image
 from .image_marks import ImageMarks
@@ -20,6 +22,11 @@ class LlavaMetaForCausalLM(ImageEncoding, Splice, ImageMarks, PrunerSlot):
 
     def get_vision_tower(self):
         return self.get_model().get_vision_tower()
+
+    def image_extent(self, pixels: Tensor) -> int:
+        """Positions that an image takes without a method; pixels: (3, S, S) or (crops, 3, S, S)."""
+        crops = pixels.shape[0] if pixels.ndim == 4 else 1
+        return crops * self.get_vision_tower().num_patches
 
     @property
     def patch_grid(self) -> tuple[int, int] | None:

@@ -98,7 +98,8 @@ def build_row(
         tokens = len(image.patches)
         pieces["x"].append(image.embeds.to(embeds.dtype))
         pieces["labels"].append(labels.new_full((tokens,), IGNORE_INDEX))
-        pieces["place"].append(image.offsets + place)
+        own = image.offsets if image.positions is None else image.positions
+        pieces["place"].append(own + place)
         pieces["visual"].append(labels.new_full((tokens,), number))
         pieces["patch"].append(image.patches)
         for name, blank in blanks.items():

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from ..image_settings import ImageSettings
 from ..pruning.base import Pruner
+from ..pruning.cues import check_cues, check_needs
 
 
 class PrunerSlot:
@@ -24,28 +25,41 @@ class PrunerSlot:
     def pruner(self, pruner: Pruner) -> None:
         if not isinstance(pruner, Pruner):
             raise ValueError(f"pruner must come from build_pruner(...), got {pruner!r}")
-        pruner.attach(self)
         tower, depth = self.get_vision_tower(), self.config.num_hidden_layers
         if tower is not None:
-            crops = self.crops_in_budget(pruner)
-            if crops > 1 and not pruner.vision.anyres:
-                raise ValueError(
-                    f"{pruner.name} is defined for one crop per image, but this model cuts images "
-                    f"into up to {crops}"
-                )
-            pruner.check(tower.num_patches, depth, crops)
-            extras = pruner.vision.tower_extras(*tower.depth)
-            if (pruner.vision.needs or extras) and tower.select_feature != "patch":
-                raise ValueError(
-                    f"{pruner!r} works on patches, but mm_vision_select_feature is "
-                    f"{tower.select_feature!r}"
-                )
+            check_needs(pruner.vision, tower)
+        pruner.attach(self)
+        if tower is not None:
+            check_cues(pruner.vision, tower)
+        pruner = self.checked(pruner)
         pruner.decoder.probe(depth).check(depth)
-        side = 0 if tower is None else tower.image_size
-        own = ImageSettings.of_checkpoint(self.config)
-        self.config.image_changes = own.changes_of(pruner, side)
         self._pruner = pruner
         self.pruner_module = pruner.module
+        self.follow_method(pruner)
+
+    def checked(self, pruner: Pruner) -> Pruner:
+        """The method with its budget as a number of tokens, where that is the same for all images.
+
+        Raises ValueError where its setting does not fit the model.
+        """
+        tower, depth = self.get_vision_tower(), self.config.num_hidden_layers
+        if tower is None or tower.grid is None:
+            pruner.check_depth(depth)
+            return pruner
+        crops = self.crops_in_budget(pruner)
+        if crops > 1 and not pruner.vision.anyres:
+            raise ValueError(
+                f"{pruner.name} is defined for one crop per image, but this model cuts images "
+                f"into up to {crops}"
+            )
+        pruner.check(tower.num_patches, depth, crops)
+        return pruner.with_budget_of(tower.num_patches * crops)
+
+    def follow_method(self, pruner: Pruner) -> None:
+        """Called when another method is in use."""
+        tower = self.get_vision_tower()
+        own = ImageSettings.of_checkpoint(self.config)
+        self.config.image_changes = own.changes_of(pruner, 0 if tower is None else tower.image_size)
 
     @contextmanager
     def using(self, pruner: Pruner) -> Iterator[None]:
@@ -54,11 +68,7 @@ class PrunerSlot:
         if pruner is before:  # then it is not ours to put back: others may change it meanwhile
             yield
             return
-        tower = self.get_vision_tower()
-        if tower is not None:
-            crops = self.crops_in_budget(pruner)
-            pruner.check(tower.num_patches, self.config.num_hidden_layers, crops)
-        self._pruner = pruner
+        self._pruner = self.checked(pruner)
         try:
             yield
         finally:

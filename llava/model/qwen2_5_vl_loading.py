@@ -22,12 +22,13 @@ from ..config_file import (
     whole,
 )
 from ..pruning import Pruner
+from ..pruning.cues import check_needs
 from .checkpoint import build_empty, merge_lora, model_config
 from .language_model.qwen2_5_vl import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    check_method,
 )
+from .multimodal_encoder.qwen2_5_vl_encoder import Qwen2_5_VLVisionTower
 from .multimodal_encoder.qwen2_5_vl_images import Qwen2_5_VLImageProcessor
 
 #: what no default may stand for: another value would give answers all the same, wrong ones
@@ -137,7 +138,7 @@ def check_options(
     name: str, kind: Kind, base: str | None, vision_tower: str | None, pruner: Pruner
 ) -> None:
     """Raises ValueError for what cannot be loaded beside the checkpoint called `name`."""
-    check_method(pruner)
+    check_needs(pruner.vision, Qwen2_5_VLVisionTower)
     if base is not None and kind.delta != "lora":
         raise ValueError(f"{name} is no LoRA adapter: Qwen2.5-VL has no other parts to put on top")
     if vision_tower is not None:

@@ -80,7 +80,7 @@ class Splice:
         training = self.as_in_training
         if training is None:
             training = self.training or labels is not None
-        ids, mask = on_host(input_ids, attention_mask)
+        input_ids, ids, mask, labels = self.read_prompts(input_ids, attention_mask, labels, images)
         check_ids(ids, mask, self.config.vocab_size)
         marked = (ids == IMAGE_TOKEN_INDEX) & mask
         num_images = 0 if images is None else len(images)
@@ -97,7 +97,7 @@ class Splice:
             tokens[0].embeds = torch.cat([first, newline[None, :][:0].to(first)])
         if self.pruning_trace is not None and not only_dummies:
             for image in tokens:
-                self.pruning_trace.add_image(image.patches, image.embeds, image.length)
+                self.pruning_trace.add_image(image)
         embeds = self.get_model().embed_tokens(input_ids.clamp(0, self.config.vocab_size - 1))
         if labels is None:
             labels = torch.full_like(input_ids, IGNORE_INDEX)
@@ -123,7 +123,19 @@ class Splice:
         prompt.counts = count_tokens(own_images, texts, limit, side == "left")
         prompt.image_extras = image_numbers(own_images)
         prompt.num_positions = max(positions)
+        prompt.token_ids = self.ids_for_rules(prompt, ids, mask)
         return prompt
+
+    def read_prompts(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, images
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(ids as they came, ids and mask on the host, labels) of prompts (B, L) in which every
+        image has one mark. A family may take them in other forms."""
+        return input_ids, *on_host(input_ids, attention_mask), labels
+
+    def ids_for_rules(self, prompt: Prompt, ids: Tensor, mask: Tensor) -> Tensor | None:
+        """`Prompt.token_ids`, from what `read_prompts` gave."""
+        return None
 
     def prepare_inputs_labels_for_multimodal(
         self,

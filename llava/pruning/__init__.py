@@ -6,7 +6,7 @@ from .adaptprune import AdaptPrune
 from .base import DecoderPruner, Pruner, SelectPruner, option_names
 from .cdpruner import CDPruner
 from .chain import Chain, split_options
-from .choice import all_names, as_published, choose, open_group, translate
+from .choice import BUDGETS, all_names, as_published, choose, open_group, translate
 from .divprune import DivPrune
 from .downsample import Downsample
 from .fastervlm import FasterVLM
@@ -77,6 +77,11 @@ def build_pruner(name: str = "none", **options) -> Pruner:
         raise ValueError(
             f"unknown option {', '.join(map(repr, unknown))} for pruning method {name!r}, "
             f"choose from {', '.join(known) or 'none (it has no options)'}"
+        )
+    if len(given := [key for key in options if key in BUDGETS and options[key] is not None]) > 1:
+        raise ValueError(
+            f"{' and '.join(f'{key} ({options[key]})' for key in given)} both say how many tokens "
+            "to keep: give one of them"
         )
     return method(**options)
 

@@ -63,7 +63,7 @@ class AdaptPrune(DecoderPruner):
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
         if self.keep_ratio is not None:  # the budget is not used
-            self = replace(self, keep_ratio=None, visual_token_num=crops)
+            self = replace(self, keep_ratio=None, visual_token_num=crops, visual_token_ratio=None)
         super().check(num_patches, num_layers, crops)
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
@@ -72,7 +72,7 @@ class AdaptPrune(DecoderPruner):
 
     def num_keep(self, count: int) -> int:
         """Tokens to keep of an image with `count`."""
-        return self.visual_token_num if self.keep_ratio is None else int(count * self.keep_ratio)
+        return self.tokens_of(count) if self.keep_ratio is None else int(count * self.keep_ratio)
 
     def before_prompt(self, image: ImageTokens) -> ImageTokens:
         return replace(image, extras={**image.extras, CELL: cells_of(image)})
@@ -95,8 +95,10 @@ class AdaptPrune(DecoderPruner):
             prefill.hidden_states[row, place]
         )
         order = self.pick(attention, keys, prefill.extras[CELL][row, place], rounds)
-        ranks = torch.arange(rounds, 0, -1, device=order.device).expand_as(order)
-        return score.index_put((row.expand_as(order), place.gather(1, order)), ranks)
+        ranks = torch.arange(rounds, 0, -1, device=order.device) * real.gather(1, order)
+        # Added: what pads an image with few tokens may be a token of another.
+        where = row.expand_as(order), place.gather(1, order)
+        return score.index_put(where, ranks, accumulate=True)
 
     def pick(self, attention: Tensor, keys: Tensor, cells: Tensor, rounds: int) -> Tensor:
         """(G, rounds) places of the picks in order, from attention (G, V), -inf on padding, keys

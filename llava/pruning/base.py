@@ -6,8 +6,8 @@ Where a method acts, see `llava.pruning.stages`. Shapes use the letters of `llav
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from itertools import zip_longest
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .ops import scale_layer
 from .prefill import Prefill
 from .published import Published
 from .stages import DecoderStage, Probe, VisionStage
-from .tokens import VisionTokens
+from .tokens import ImageTokens, VisionTokens
 
 
 class Pruner:
@@ -73,12 +73,22 @@ class Pruner:
         """Folders of the trained parts that this method reads for the model of `model_path`."""
         return []
 
+    def check_depth(self, num_layers: int) -> None:
+        """Raises ValueError when this setting cannot run in a decoder of so many layers."""
+
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
         """Raises ValueError when this setting cannot run on a model of that shape.
 
         num_patches: patches of one crop; crops: crops of an image (5 on LLaVA-NeXT, else 1).
-        Called when the method is assigned to a model, so that errors come at load time.
+        Called when the method is assigned to a model, so that errors come at load time; where
+        images have grids of their own, `check_depth` is called then, and this for every image.
         """
+        self.check_depth(num_layers)
+
+    def with_budget_of(self, num_tokens: int) -> Pruner:
+        """The method for images of `num_tokens` tokens: with a number in place of a share, and none
+        above what they have."""
+        return self
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         """Visual tokens entering each decoder layer for one image of `crops` crops; where that
@@ -93,12 +103,45 @@ NO_VISION_STAGE, NO_DECODER_STAGE = VisionStage(), DecoderStage()
 
 
 @dataclass
-class BudgetPruner(Pruner):
+class ShareOption:
+    """Mixin of methods whose budget `visual_token_num` may be given as a share.
+
+    visual_token_ratio: share of an image's tokens in place of `visual_token_num`, above 0 to 1;
+                        rounded (halves to even), at least one token. None: the number counts
+    """
+
+    visual_token_num: int | None = None
+    visual_token_ratio: float | None = field(default=None, kw_only=True)
+
+    def check_share(self) -> None:
+        """Raises ValueError on a share that is none."""
+        share = self.visual_token_ratio
+        if share is not None and (isinstance(share, bool) or not 0 < share <= 1):
+            raise ValueError(f"visual_token_ratio ({share!r}) must lie above 0 and up to 1")
+
+    def tokens_of(self, num_tokens: int) -> int | None:
+        """The budget of an image that has `num_tokens`; it may be more than those. None: there is
+        no budget."""
+        share = self.visual_token_ratio
+        return self.visual_token_num if share is None else max(1, round(share * num_tokens))
+
+    def with_budget_of(self, num_tokens: int) -> Pruner:
+        budget = self.tokens_of(num_tokens)
+        if self.visual_token_ratio is None and (budget is None or budget <= num_tokens):
+            return self
+        own = copy(self)
+        own.visual_token_num, own.visual_token_ratio = min(budget, num_tokens), None
+        return own
+
+
+@dataclass
+class BudgetPruner(ShareOption, Pruner):
     """A method with a token budget."""
 
     visual_token_num: int = 64
 
     def __post_init__(self):
+        self.check_share()
         number = self.visual_token_num
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(
@@ -110,7 +153,8 @@ class BudgetPruner(Pruner):
         return self.visual_token_num // crops
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
-        check_budget(self.visual_token_num, num_patches, crops)
+        super().check(num_patches, num_layers, crops)
+        check_budget(self.tokens_of(num_patches * crops), num_patches, crops)
 
 
 def check_budget(visual_token_num: int, num_patches: int, crops: int) -> None:
@@ -148,7 +192,8 @@ class SelectPruner(VisionStage, BudgetPruner):
         return vision.keep(self.select(vision).sort(dim=1).values)
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
-        return [min(self.tokens_per_crop(crops), num_patches) * crops] * num_layers
+        own = self.with_budget_of(num_patches * crops)
+        return [min(own.tokens_per_crop(crops), num_patches) * crops] * num_layers
 
 
 @dataclass
@@ -179,8 +224,7 @@ class DecoderPruner(DecoderStage, BudgetPruner):
         """(B, S) importance of every token; values on text are ignored."""
         return prefill.attention[:, :, -1].mean(dim=1)
 
-    def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
-        super().check(num_patches, num_layers, crops)
+    def check_depth(self, num_layers: int) -> None:
         if not 1 <= self.cut_layer(num_layers) < num_layers:
             raise ValueError(f"layer ({self.layer}) must be below the {num_layers} decoder layers")
 
@@ -190,7 +234,13 @@ class DecoderPruner(DecoderStage, BudgetPruner):
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if index != self.cut_layer(len(prefill.decoder.layers)):
             return prefill
-        return prefill.keep_visual(self.score(prefill), self.visual_token_num)
+        return prefill.keep_visual(self.score(prefill), self.budgets(prefill))
+
+    def budgets(self, prefill: Prefill) -> int | list[list[int]]:
+        """Tokens to keep of every image, one number where it is the same for all."""
+        if self.visual_token_ratio is None:
+            return self.visual_token_num
+        return [[self.tokens_of(count) for count in row] for row in prefill.counts.images]
 
     def reusable_layers(self, prefill: Prefill) -> int:
         num_layers = len(prefill.decoder.layers)
@@ -198,12 +248,14 @@ class DecoderPruner(DecoderStage, BudgetPruner):
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         dense, layer = num_patches * crops, self.cut_layer(num_layers)
-        kept = min(self.visual_token_num, dense)
+        kept = min(self.tokens_of(dense), dense)
         return [dense] * layer + [kept] * (num_layers - layer)
 
 
 #: the number of an image that says how many of its tokens a `StagedPruner` may keep
 BUDGET = "budget"
+#: the number of an image that says how many patches its crops have
+PATCHES = "patches"
 
 
 @dataclass
@@ -237,6 +289,10 @@ class StagedPruner(DecoderStage, Pruner):
         """
         raise NotImplementedError(f"{type(self).__name__} must define image_schedule()")
 
+    def before_prompt(self, image: ImageTokens) -> ImageTokens:
+        """Leaves how many patches a crop of the image has."""
+        return replace(image, image_extras={**image.image_extras, PATCHES: math.prod(image.grid)})
+
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if index == 0:
             prefill.state = self._plan(prefill)
@@ -251,19 +307,24 @@ class StagedPruner(DecoderStage, Pruner):
 
     def _plan(self, prefill: Prefill) -> StagedPlan:
         num_layers, counts = len(prefill.decoder.layers), prefill.counts.images
-        budgets = prefill.image_extras.get(BUDGET, [[]] * len(counts))
-        plan, cuts, num_patches = [], set(), math.prod(prefill.grid)
-        for row, own in zip(counts, budgets, strict=True):
-            pairs = zip_longest(row, own[: len(row)], fillvalue=0)
-            schedules = [self.image_schedule(n, num_layers, num_patches, b) for n, b in pairs]
-            for count, schedule in zip(row, schedules, strict=True):
-                before = [count, *schedule[:-1]]
-                cuts |= {n for n in range(num_layers) if schedule[n] < before[n]}
-            plan.append(schedules)
+        nothing = [[0] * len(row) for row in counts]
+        budgets, patches = (
+            prefill.image_numbers(name) if name in prefill.image_extras else nothing
+            for name in (BUDGET, PATCHES)
+        )
+        plan, cuts = [], set()
+        for images in map(zip, counts, patches, budgets):
+            plan.append(schedules := [])
+            for count, num_patches, budget in images:
+                own = self.with_budget_of(count)
+                schedules.append(own.image_schedule(count, num_layers, num_patches, budget))
+                before = [count, *schedules[-1][:-1]]
+                cuts |= {n for n in range(num_layers) if schedules[-1][n] < before[n]}
         return StagedPlan(cuts, plan)
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
-        return self.image_schedule(num_patches * crops, num_layers, num_patches)
+        own = self.with_budget_of(num_patches * crops)
+        return own.image_schedule(num_patches * crops, num_layers, num_patches)
 
 
 def option_names(method: type[Pruner]) -> list[str]:

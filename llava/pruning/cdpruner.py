@@ -47,6 +47,7 @@ class CDPruner(SelectPruner):
     theta: float | None = None
 
     name = "cdpruner"
+    needs = frozenset({"text_tower"})
     reads_question = True
     anyres_tiles = (2, 2)
 

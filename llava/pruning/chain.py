@@ -86,6 +86,10 @@ class Chain(Pruner):
     def part_folders(self, model_path: str) -> list[str]:
         return [folder for method in self.methods for folder in method.part_folders(model_path)]
 
+    def check_depth(self, num_layers: int) -> None:
+        for method in self.methods:
+            method.check_depth(num_layers)
+
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
         self.first.check(num_patches, num_layers, crops)
         left, crops = self.left_by_first(num_patches, num_layers, crops)
@@ -96,6 +100,13 @@ class Chain(Pruner):
                 f"{self.second.name}, on the {left * crops} tokens that {self.first.name} leaves: "
                 f"{error}"
             ) from error
+
+    def with_budget_of(self, num_tokens: int) -> Chain:
+        first = self.first.with_budget_of(num_tokens)
+        left = first.token_schedule(num_tokens, 1)[0]
+        second = self.second.with_budget_of(left)
+        same = first is self.first and second is self.second
+        return self if same else replace(self, first=first, second=second)
 
     def left_by_first(self, num_patches: int, num_layers: int, crops: int) -> tuple[int, int]:
         """(tokens per crop, crops) that the second method starts from."""

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from .base import Pruner, option_names
 
 Methods = Mapping[str, type[Pruner]]
+#: options that say how many tokens stay, of which one can be given
+BUDGETS = frozenset({"visual_token_num", "visual_token_ratio"})
 
 
 def names_of(method: type[Pruner]) -> dict[str, str]:
@@ -31,7 +33,7 @@ def choose(methods: Methods, options: Mapping[str, object], default: str) -> str
 
     Raises ValueError, naming the owners, when several methods or none have them all.
     """
-    if set(options) == {"visual_token_num"}:
+    if set(options) <= BUDGETS:
         return default
     owners = {key: [n for n, cls in methods.items() if key in names_of(cls)] for key in options}
     if unknown := [key for key, names in owners.items() if not names]:
@@ -39,7 +41,7 @@ def choose(methods: Methods, options: Mapping[str, object], default: str) -> str
     able = [name for name in methods if all(name in names for names in owners.values())]
     if len(able) == 1:
         return able[0]
-    special = {key: names for key, names in owners.items() if key != "visual_token_num"}
+    special = {key: names for key, names in owners.items() if key not in BUDGETS}
     said = "; ".join(f"{key!r} belongs to {', '.join(names)}" for key, names in special.items())
     raise ValueError(
         f"{said}: name one method (pruning method, pruner= or METHOD)"

@@ -44,7 +44,7 @@ class DivPrune(SelectPruner):
     def num_tokens(self, available: int) -> int:
         """Tokens to keep of an image that has `available`."""
         if self.subset_ratio is None:
-            return min(self.visual_token_num, available)
+            return min(self.tokens_of(available), available)
         return max(round(self.subset_ratio * available), 1)
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:

@@ -1,7 +1,8 @@
 """Downsample: a smaller image into the vision tower, the control that saves work there as well.
 
 Every crop is resized so that its patches make up the budget; position embeddings are interpolated
-to the smaller grid. No paper.
+to the smaller grid. An image with a grid of its own keeps its proportions, as with a bound on its
+pixels. No paper.
 """
 
 import math
@@ -24,19 +25,26 @@ class Downsample(SelectPruner):
     name = "downsample"
     anyres_tiles = (2, 2)
 
-    def side(self, crops: int) -> int:
-        """Patches per side of a crop."""
-        return math.isqrt(self.tokens_per_crop(crops))
+    def sides(self, grid: tuple[int, int], crops: int) -> tuple[int, int]:
+        """(h, w) of the largest grid of about the proportions of `grid` within the budget of a
+        crop."""
+        budget, (height, width) = self.tokens_per_crop(crops), grid
+        rows = min(max(1, math.isqrt(budget * height // width)), budget)
+        return rows, max(1, min(budget // rows, math.isqrt(budget * width // height)))
 
     def before_tower(self, images: Tensor, patch_size: int, crops: int = 1) -> Tensor:
-        size = self.side(crops) * patch_size
-        if size >= images.shape[-1]:
+        grid = tuple(side // patch_size for side in images.shape[2:])
+        if self.tokens_per_crop(crops) >= math.prod(grid):
             return images
-        small = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+        size = tuple(side * patch_size for side in self.sides(grid, crops))
+        small = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
         return small.to(images.dtype)
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
         return vision
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
-        return [min(self.side(crops) ** 2, num_patches) * crops] * num_layers
+        own, side = self.with_budget_of(num_patches * crops), math.isqrt(num_patches)
+        if own.tokens_per_crop(crops) < num_patches:
+            num_patches = math.prod(own.sides((side, side), crops))
+        return [num_patches * crops] * num_layers

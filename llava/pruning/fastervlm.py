@@ -5,7 +5,8 @@ Faster, https://arxiv.org/abs/2412.01818v1
 
 Differs from the release: scores stay fp32 with stable ties (there, they are rounded to half
 precision first, and equal ones fall as the device likes); one row of one layer is computed (there,
-the maps of all layers); a budget must be given as a number that fits (there, the default crashes).
+the maps of all layers); a budget must be given as a number that fits (there, the default crashes);
+in a tower without a class token the attention that a patch receives from all takes its place.
 """
 
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ class FasterVLM(SelectPruner):
     visual_token_num: int = 144
 
     name = "fastervlm"
-    needs = frozenset({"cls_attention"})
+    needs = frozenset({"salience"})
     anyres_config = {"anyres_selection": "fill", "mm_patch_merge_type": "spatial"}
 
     def select(self, vision: VisionTokens) -> Tensor:
-        return top_stable(vision.cls_attention.float().mean(dim=1), self.num_keep(vision))
+        return top_stable(vision.salience, self.num_keep(vision))

@@ -37,7 +37,9 @@ class FastV(DecoderPruner):
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
         if self.ratio is not None:  # the budget is not used
-            replace(self, ratio=None, visual_token_num=crops).check(num_patches, num_layers, crops)
+            replace(self, ratio=None, visual_token_num=crops, visual_token_ratio=None).check(
+                num_patches, num_layers, crops
+            )
         else:
             super().check(num_patches, num_layers, crops)
 

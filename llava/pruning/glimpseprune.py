@@ -90,6 +90,7 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
         options={"new_modules_dir": "new_modules"},
         environment={"MAX_REMAIN_RATIO": "max_remain_ratio", "MIN_REMAIN_NUM": "min_remain_num"},
     )
+    needs = frozenset({"one_grid"})
     adaptive = True
     reads_text = True
 

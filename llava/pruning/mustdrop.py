@@ -95,7 +95,7 @@ class MustDrop(VisionStage, DecoderStage, Pruner):
         if not 0 <= self.key_ratio <= 1:
             raise ValueError(f"key_ratio ({self.key_ratio}) must lie between 0 and 1")
 
-    def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
+    def check_depth(self, num_layers: int) -> None:
         layers = self.stage_layers(num_layers)
         if not 0 <= layers[0] or layers[-1] > num_layers - 2 or list(layers) != sorted(set(layers)):
             raise ValueError(

@@ -135,6 +135,7 @@ class Nuwa(VisionStage, DecoderPruner):
         return min(count, 2 * total - self.tokens_per_crop(num_patches, 1))
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
+        self = self.with_budget_of(num_patches * crops)
         first, layer = self.tokens_per_crop(num_patches, crops) * crops, self.cut_layer(num_layers)
         second = self.stage2_tokens(first, num_patches, crops)
         return [first] * layer + [second] * (num_layers - layer)

@@ -50,7 +50,7 @@ def crop_boxes(size: tuple[int, int], settings: ImageSettings, tower) -> list[np
     on padding lie outside of the image.
     """
     width, height = size
-    cells, side = tower.num_patches_per_side, tower.image_size
+    cells, side = (tower.num_patches_per_side,) * 2, tower.image_size
     mode = settings.image_aspect_ratio
     if mode == "anyres":
         pinpoints, selection = settings.image_grid_pinpoints, settings.anyres_selection
@@ -68,10 +68,22 @@ def crop_boxes(size: tuple[int, int], settings: ImageSettings, tower) -> list[np
     return [_grid(cells, (width - square) / 2, (height - square) / 2, square, square)]
 
 
-def _grid(cells: int, left: float, top: float, width: float, height: float) -> np.ndarray:
-    row, column = np.divmod(np.arange(cells * cells), cells)
-    x, y = left + column * width / cells, top + row * height / cells
-    return np.stack([x, y, x + width / cells, y + height / cells], axis=1)
+def token_boxes(size: tuple[int, int], model, grid: tuple[int, int] | None) -> list[np.ndarray]:
+    """As `crop_boxes`, for the method in use; where images have grids of their own, that of this
+    one is `grid`, and lies on all of it."""
+    tower = model.get_vision_tower()
+    if tower.grid is None:
+        return [_grid(grid, 0, 0, *size)]
+    return crop_boxes(size, model.image_settings, tower)
+
+
+def _grid(
+    grid: tuple[int, int], left: float, top: float, width: float, height: float
+) -> np.ndarray:
+    rows, columns = grid
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    x, y = left + column * width / columns, top + row * height / rows
+    return np.stack([x, y, x + width / columns, y + height / rows], axis=1)
 
 
 def draw_image(image: Image.Image, patches: Tensor, boxes: list[np.ndarray]) -> list[Image.Image]:
@@ -184,10 +196,9 @@ def show_pruning(
     input_ids: (L,) ids of the prompt. text: goes into the caption behind method and token counts.
     """
     survivors = surviving_patches(trace, input_ids)
-    tower = model.get_vision_tower()
     panels, total, maps = [], 0, trace.importance
     for number, (image, patches) in enumerate(zip(images, survivors, strict=True)):
-        boxes = crop_boxes(image.size, model.image_settings, tower)
+        boxes = token_boxes(image.size, model, trace.grids[number])
         count = sum(len(crop) for crop in boxes)
         total += count
         panels += draw_image(image, patches, boxes)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import SelectPruner
-from .tokens import MERGED, VisionTokens
+from .tokens import MERGED, VisionTokens, without_cues
 
 
 @dataclass
@@ -35,12 +35,10 @@ class Pool(SelectPruner):
         features = (share @ vision.features.float()).to(vision.features.dtype)
         batch = len(features)
         return replace(
-            vision,
+            without_cues(vision),
             features=features,
             positions=centre.expand(batch, -1),
             extras={MERGED: (share.amax(dim=1) < 1).expand(batch, -1)},
-            cls_attention=None,
-            keys=None,
         )
 
 

@@ -25,13 +25,14 @@ class Prefill:
     decoder:       the language model (embeddings, layers), for methods that read or run layers
     layer:         index of the layer about to run
     hidden_states: (B, S, D)
-    position_ids:  (B, S) positions seen by RoPE; they may have gaps
+    position_ids:  (B, S) positions seen by RoPE, (B, S, A) on A axes; they may have gaps
     visual_index:  (B, S) which image of the row a token belongs to (0, 1, ...); -1 on text
     patch_index:   (B, S) crop * N + patch of a visual token; -1 on text, newline and merged tokens
     index:         (B, S) place of each token in the prompt that entered layer 0; negative on tokens
                    that were blended inside the decoder
     valid:         (B, S) False on padding; None: every place is a token
-    grid:          (h, w) patches per side of one crop before any pruning
+    grid:          (h, w) patches per side of one crop before any pruning; None where images have
+                   grids of their own, which `DecoderStage.before_prompt` sees
     extras:        name -> (B, S, ...) values that the method left in `VisionTokens.extras` or
                    `ImageTokens.extras`, zeros on all other tokens; "key_bias" is read by the
                    layers, see `key_bias`
@@ -203,7 +204,8 @@ class Prefill:
         """Only the tokens where `mask` (B, S) is True, in their order.
 
         Rows may keep different counts: shorter ones are padded on the left. Positions stay as they
-        are (gaps are legal) unless `renumber`, which counts 0, 1, 2, ... again in every row.
+        are (gaps are legal) unless `renumber`, which counts 0, 1, 2, ... again in every row; those
+        of several axes, which are places in a picture, stay in any case.
         counts: of the tokens that stay; None: the device is asked, and waited for
         """
         if self.valid is not None:
@@ -261,7 +263,7 @@ class Prefill:
             attention=None,
             drafter_row=None,
         )
-        if renumber:
+        if renumber and self.position_ids.ndim == 2:
             ones = torch.ones_like(order) if valid is None else valid.long()
             kept.position_ids = (ones.cumsum(dim=1) - 1).clamp(min=0)
             kept.next_position = None
@@ -305,7 +307,9 @@ class Prefill:
         order = key.masked_fill(~alive, -1).argsort(dim=1, stable=True)
         order = order[:, order.shape[1] - counts.longest :]
         valid = None if counts.even else alive.gather(1, order)
-        grown = self._with(tokens, ends.gather(1, image), image)
+        # Those of several axes stand where the last token of their image does.
+        positions = at(ends.gather(1, image))(self.position_ids, 1)
+        grown = self._with(tokens, positions, image)
         return grown.take(order, valid, renumber, counts)
 
     def append(self, tokens: Tensor) -> Prefill:
@@ -320,11 +324,15 @@ class Prefill:
         follows = self.next_position
         if follows is None:
             places = self.position_ids
+            places = places if places.ndim == 2 else places.amax(dim=2)
             if self.valid is not None:
                 places = places.masked_fill(~self.valid, -1)
             follows = places.amax(dim=1) + 1
         number = torch.arange(count, device=none.device)
-        grown = self._with(tokens, follows[:, None] + number, none)
+        positions = follows[:, None] + number
+        if self.position_ids.ndim == 3:
+            positions = positions[..., None].expand(-1, -1, self.position_ids.shape[2])
+        grown = self._with(tokens, positions, none)
         if self.valid is not None:
             real = torch.ones_like(none, dtype=torch.bool)
             grown.valid = torch.cat([self.valid, real], dim=1)
@@ -333,7 +341,8 @@ class Prefill:
         return grown
 
     def _with(self, tokens: Tensor, positions: Tensor, image: Tensor) -> Prefill:
-        """New tokens (B, M, D) at the end, `valid` not yet adjusted; positions, image: (B, M)."""
+        """New tokens (B, M, D) at the end, `valid` not yet adjusted; image: (B, M), positions as
+        in `position_ids`."""
         batch, count = image.shape
         none = self.index.new_full((batch, count), -1)
         index = none - self.num_blended - torch.arange(count, device=none.device)

@@ -13,7 +13,7 @@ query rows of conversations in training are not used. `visual_token_num` is our 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .base import StagedPruner, check_budget
+from .base import ShareOption, StagedPruner, check_budget
 from .ops import scale_layers
 
 #: layers of the cuts in a 32-layer decoder, the published ones first, earlier ones for less
@@ -24,7 +24,7 @@ HEAD_SHARE = 0.6
 
 
 @dataclass
-class PyramidDrop(StagedPruner):
+class PyramidDrop(ShareOption, StagedPruner):
     """
     visual_token_num:       tokens per image, averaged over the decoder layers: the shares are
                             x, x^2, x^3, ... with the x that gives this average. None: the shares
@@ -42,6 +42,7 @@ class PyramidDrop(StagedPruner):
     name = "pyramiddrop"
 
     def __post_init__(self):
+        self.check_share()
         number, layers, ratios = (
             self.visual_token_num,
             self.layer_list,
@@ -49,6 +50,12 @@ class PyramidDrop(StagedPruner):
         )
         if number is not None and number < 1:
             raise ValueError(f"visual_token_num ({number}) must be at least 1 token on average")
+        if number is not None and self.visual_token_ratio is not None:
+            raise ValueError(
+                f"visual_token_num ({number}) and visual_token_ratio ({self.visual_token_ratio}) "
+                "both say how many tokens to keep: give one of them"
+            )
+        number = self.tokens_of(1)
         if number is not None and ratios is not None:
             raise ValueError(
                 f"visual_token_num ({number}) and image_token_ratio_list ({ratios}) both say how "
@@ -66,8 +73,17 @@ class PyramidDrop(StagedPruner):
         if layers is not None and (not layers or min(layers) < 0 or not _rising(layers)):
             raise ValueError(f"layer_list ({layers}) must name layers from 0 on, ascending")
 
+    def check_depth(self, num_layers: int) -> None:
+        layers = self.layer_list or ()
+        if layers and layers[-1] >= num_layers:
+            raise ValueError(f"layer_list {layers} must stay below the {num_layers} decoder layers")
+
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
-        total, budget = num_patches * crops, self.visual_token_num
+        super().check(num_patches, num_layers, crops)
+        total = num_patches * crops
+        budget = self.tokens_of(total)
+        if self.visual_token_ratio is not None:
+            return self.with_budget_of(total).check(num_patches, num_layers, crops)
         layers = self.cut_layers(total, num_layers)
         if layers[-1] >= num_layers:
             raise ValueError(f"layer_list {layers} must stay below the {num_layers} decoder layers")

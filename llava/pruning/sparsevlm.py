@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Pruner, check_budget
+from .base import Pruner, ShareOption, check_budget
 from .density_peaks import cluster
 from .ops import gather_tokens, on_device, rank_within_groups, scale_layers, top_stable
 from .prefill import Prefill
@@ -52,7 +52,7 @@ class SparseState:
 
 
 @dataclass
-class SparseVLM(DecoderStage, Pruner):
+class SparseVLM(ShareOption, DecoderStage, Pruner):
     """
     visual_token_num:   label of the published settings, 192, 128, 96 and 64 of 576 tokens; between
                         them the tokens of each stage are interpolated. More tokens than this enter
@@ -81,6 +81,7 @@ class SparseVLM(DecoderStage, Pruner):
     reads_text = True
 
     def __post_init__(self):
+        self.check_share()
         if isinstance(self.retained_tokens, int):
             self.visual_token_num, self.retained_tokens = self.retained_tokens, None
         self.version = str(self.version)
@@ -105,8 +106,11 @@ class SparseVLM(DecoderStage, Pruner):
         return self.version == "1.0"
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
+        super().check(num_patches, num_layers, crops)
         if self.retained_tokens is None and not self.adaptive:
-            check_budget(self.visual_token_num, num_patches, crops)
+            check_budget(self.tokens_of(num_patches * crops), num_patches, crops)
+
+    def check_depth(self, num_layers: int) -> None:
         layers = self.stage_layers(num_layers)
         if not 0 <= layers[0] or layers[-1] > num_layers - 2 or list(layers) != sorted(set(layers)):
             raise ValueError(
@@ -120,7 +124,7 @@ class SparseVLM(DecoderStage, Pruner):
 
     def allowed(self, total: int) -> tuple[int, ...]:
         """Tokens left at each stage of an image of `total` tokens, merged ones not counted."""
-        budget = self.visual_token_num
+        budget = self.tokens_of(total)
         if self.retained_tokens is not None:
             wanted = self.retained_tokens
         elif budget >= total:

@@ -24,13 +24,16 @@ class VisionStage:
     """From the vision tower to the prompt. The hooks stand in the order in which they run."""
 
     name: ClassVar[str] = "none"
-    #: extras wanted from the selected layer of the vision tower: "cls_attention", "keys",
-    #: "cls_token", and "fingerprint" of the pixels
+    #: cues that the vision tower has to provide, see `llava.pruning.cues`: "salience", "keys",
+    #: "cls_attention", ..., of the layer of the features, and "fingerprint" of the pixels
     needs: ClassVar[frozenset[str]] = frozenset()
+    #: cues that are taken where the tower has them
+    wants: ClassVar[frozenset[str]] = frozenset()
     #: a hook reads `VisionTokens.questions`; other methods are not given them
     reads_question: ClassVar[bool] = False
     #: "sequence": kept visual tokens are counted 0, 1, 2, ...; "grid": they stay where the unpruned
-    #: image would have put them, and the text after the image stays where it was
+    #: image would have put them, and the text after the image stays where it was. Where positions
+    #: have several axes, which are places in a picture, all methods are "grid"
     position_policy: ClassVar[str] = "sequence"
     #: False where the method is defined for one crop per image only
     anyres: ClassVar[bool] = True
@@ -42,18 +45,19 @@ class VisionStage:
     anyres_config: ClassVar[dict] = {}
 
     def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
-        """Extras wanted from other tower layers (0-based): "cls_attention" (B, H, N), "keys"
-        (B, N, C), "cls_query" and "cls_key" (B, C), "attention_mean" (B, N) (column mean of the map
-        over heads and all queries), "output" (B, N, C). They come in `VisionTokens.layers`.
+        """Cues wanted from tower layers (0-based), see `llava.pruning.cues`: "salience",
+        "cls_attention", "keys", "cls_query", "cls_key", "attention_mean", "output". They come in
+        `VisionTokens.layers`.
 
         selected: the layer whose output are the features.
         """
         return {}
 
     def before_tower(self, images: Tensor, patch_size: int, crops: int = 1) -> Tensor:
-        """Crops (B, 3, S, S) before the tower, `crops` of them sharing a budget. A smaller side, a
-        multiple of `patch_size`, gives fewer tokens; each gets the place in the full grid that its
-        centre lies on."""
+        """Crops (B, 3, S, S) before the tower, `crops` of them sharing a budget; where images have
+        grids of their own, one image (1, 3, height, width). Smaller sides, multiples of
+        `patch_size` pixels, give fewer tokens; in a crop each gets the place in the full grid that
+        its centre lies on, an image of its own grid is a smaller image."""
         return images
 
     def before_tower_layer(self, index: int, tokens: TowerTokens) -> TowerTokens:

@@ -3,7 +3,9 @@
 Letters in shapes, here and in every method:
 `B` crops or prompts, `N` patches before and `T` tokens after selection, `S` tokens of a prompt,
 `H` heads, `C` vision width, `D` language-model width, `h, w` patch grid of one crop. Layers count
-from 0; "before layer K" means that layer K already sees fewer tokens.
+from 0; "before layer K" means that layer K already sees fewer tokens. Where a projector merges
+blocks of patches into one token each, everything here counts blocks: `N` is their number, `h, w`
+their grid, and `C` the width of their patches side by side.
 
 Values of a method's own travel in `extras`, by name: one for each token, (B, N, ...) here and
 (B, S, ...) in the `Prefill`, zeros on tokens that are none of the method's (text, newlines). What
@@ -73,7 +75,7 @@ class ImageTokens:
 
     embeds:  (n, D)
     patches: (n,) crop * N + patch; -1 on newline and merged tokens
-    offsets: (n,) place in the sequence of the unpruned image; (n, A) where positions have A axes
+    offsets: (n,) place in the sequence of the unpruned image
     length:  tokens of the unpruned image
     extras:  name -> (n, ...) as in `VisionTokens`, 0 on newlines
     image_extras: name -> a number of the method for this image
@@ -81,6 +83,9 @@ class ImageTokens:
              row by row; newlines are the last column of theirs
     crops:   crops the image was cut into
     places:  positions that the unpruned image takes; None: one for each token
+    positions: (n, A) where the tokens stand, from where the image begins, in models whose positions
+             have A axes; None: at their offsets
+    grid:    (h, w) of one crop
     """
 
     embeds: Tensor = per_token(0)
@@ -92,6 +97,8 @@ class ImageTokens:
     blocks: tuple[tuple[int, int], ...] = ()
     crops: int = 1
     places: int | None = None
+    positions: Tensor | None = per_token(0, default=None)
+    grid: tuple[int, int] | None = None
 
     @property
     def extent(self) -> int:
@@ -118,11 +125,11 @@ class VisionTokens:
     layouts:       one per image; None: every crop is an image
     crops_in_budget: crops that share `visual_token_num`: 5 on LLaVA-NeXT (640 = 5 x 128), else 1
     valid:         (B, N) False on padding where crops keep different counts; None: all are tokens
-    cls_attention: (B, H, N) what the class token attends to, per head      } None unless the
-    keys:          (B, N, C) attention keys of the selected tower layer     } method asks for
-    fingerprint:   (B,) integer that depends on the pixels alone            } them in `needs`
-    cls_token:     (B, 1, C) the class token of the selected layer          }
-    layers:        tower layer -> its extras, for what `tower_extras` asks
+    block:         patches that a token stands for; above 1 the projector merges them into one
+    num_heads:     attention heads of the tower
+    salience, cls_attention, keys, cls_token, fingerprint: the cues that the method asks for in
+                   `needs` and `wants`, see `llava.pruning.cues`; None: not asked for, or not there
+    layers:        tower layer -> its cues, for what `tower_extras` asks
     questions:     one string per image, for methods with `reads_question`; None unless provided
     extras:        name -> (B, N, ...) values of the method, which travel with the tokens into the
                    decoder. "merged" is read on the way: True marks tokens blended from several
@@ -141,6 +148,9 @@ class VisionTokens:
     layouts: list[ImageLayout] | None = None
     crops_in_budget: int = 1
     valid: Tensor | None = per_token(default=None)
+    block: int = 1
+    num_heads: int = 1
+    salience: Tensor | None = per_token(default=None)
     cls_attention: Tensor | None = per_token(2, default=None)
     keys: Tensor | None = per_token(default=None)
     fingerprint: Tensor | None = None
@@ -186,3 +196,8 @@ class VisionTokens:
         kept = replace(self, **mapped(self, at(order), without=("valid",)), valid=valid)
         kept.known = Known((valid,), counts)
         return kept
+
+
+def without_cues(vision: VisionTokens) -> VisionTokens:
+    """For methods that blend tokens: what a tower says of each token does not hold for blends."""
+    return replace(vision, salience=None, cls_attention=None, keys=None)

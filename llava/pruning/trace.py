@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cost import DecoderShape, kv_cache_bytes, prefill_flops
+from .tokens import ImageTokens
 
 
 @dataclass
@@ -20,8 +21,10 @@ class PruningTrace:
     visual_positions: one tensor per image: row-major patch index (crop * N + patch) of every visual
                       token that enters the decoder; -1 on merged and newline tokens
     visual_embeds:    one (n, D) tensor per image, only with `trace_pruning(model, embeds=True)`
+    unpruned_lengths: per image the tokens it has without a method
+    grids:            per image the (h, w) grid of each of its crops that positions count in
     The other fields describe the latest prefill:
-    position_ids:     (B, S) positions seen by RoPE
+    position_ids:     (B, S) positions seen by RoPE; (B, S, A) where they have A axes
     decoder_keep:     layer -> one index tensor per row into the prompt that entered layer 0, for
                       every layer where the set of tokens changed
     visual_tokens:    per decoder layer a (B,) tensor: visual tokens entering it
@@ -40,6 +43,7 @@ class PruningTrace:
     attention_layers: frozenset[int] = frozenset()
     visual_positions: list[Tensor] = field(default_factory=list)
     unpruned_lengths: list[int] = field(default_factory=list)
+    grids: list[tuple[int, int] | None] = field(default_factory=list)
     visual_embeds: list[Tensor] = field(default_factory=list)
     position_ids: Tensor | None = None
     decoder_keep: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -67,11 +71,13 @@ class PruningTrace:
             return self.cache_bytes
         return sum(kv_cache_bytes(self.shape, t.sum().item()) for t in self.prompt_tokens)
 
-    def add_image(self, positions: Tensor, embeds: Tensor, unpruned_length: int) -> None:
-        self.visual_positions.append(positions.detach().cpu())
-        self.unpruned_lengths.append(unpruned_length)
+    def add_image(self, image: ImageTokens) -> None:
+        """An image as it enters the decoder."""
+        self.visual_positions.append(image.patches.detach().cpu())
+        self.unpruned_lengths.append(image.length)
+        self.grids.append(image.grid)
         if self.keep_embeds:
-            self.visual_embeds.append(embeds.detach().cpu())
+            self.visual_embeds.append(image.embeds.detach().cpu())
 
     def start_prefill(self, shape: DecoderShape, position_ids: Tensor) -> None:
         self.shape, self.position_ids = shape, position_ids.detach().cpu()
@@ -116,7 +122,10 @@ class PruningTrace:
         self.importance = [image for row in rows for image in row.importance or []] or None
         size = max(row.position_ids.shape[1] for row in rows)
         positions = [row.position_ids for row in rows]
-        self.position_ids = torch.cat([F.pad(p, (size - p.shape[1], 0)) for p in positions])
+        missing = [(0, 0) * (p.ndim - 2) + (size - p.shape[1], 0) for p in positions]
+        self.position_ids = torch.cat(
+            [F.pad(p, n) for p, n in zip(positions, missing, strict=True)]
+        )
         kept = [torch.arange(p.shape[1]) for p in positions]
         for layer in sorted({layer for row in rows for layer in row.decoder_keep}):
             kept = [

@@ -172,25 +172,27 @@ class TwigVLM(DecoderStage, BudgetPruner):
         layer = min(scale_layer(WIPE_LAYER, num_layers), WIPE_LAYER)
         return max(layer, self.shared_layers(num_layers) + 1)
 
-    def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
+    def check_depth(self, num_layers: int) -> None:
         first, wipe = self.shared_layers(num_layers), self.wipe_layer(num_layers)
         if not 0 <= first < wipe <= num_layers:
             raise ValueError(
                 f"twig_K ({first}) must be at least 0 and below final_wipe_layer ({wipe}), which "
                 f"must not exceed the {num_layers} decoder layers"
             )
+
+    def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
         if not self.enable_pruning:
-            return
+            return self.check_depth(num_layers)
         super().check(num_patches, num_layers, crops)
-        total = num_patches * crops
-        least = -(-first * total // num_layers)
-        if self.visual_token_num >= least:
+        total, first = num_patches * crops, self.shared_layers(num_layers)
+        least, budget = -(-first * total // num_layers), self.tokens_of(total)
+        if budget >= least:
             return
         message = (
-            f"visual_token_num ({self.visual_token_num}) is out of reach: all {total} tokens enter "
+            f"visual_token_num ({budget}) is out of reach: all {total} tokens enter "
             f"the first {first} of {num_layers} layers, which alone are {least} on average"
         )
-        if crops == 1 or self.visual_token_num * num_layers < first * num_patches:
+        if crops == 1 or budget * num_layers < first * num_patches:
             raise ValueError(message)
         warnings.warn(f"for the largest images {message}; they keep none after those", stacklevel=2)
 
@@ -203,7 +205,7 @@ class TwigVLM(DecoderStage, BudgetPruner):
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         total = torch.tensor(num_patches * crops)
-        budget = torch.tensor(self.visual_token_num)
+        budget = torch.tensor(self.tokens_of(int(total)))
         if not self.enable_pruning or budget >= total:
             return [int(total)] * num_layers
         first, wipe = self.shared_layers(num_layers), self.wipe_layer(num_layers)
@@ -231,8 +233,9 @@ class TwigVLM(DecoderStage, BudgetPruner):
         return self.shared_layers(num_layers) if self.enable_pruning else num_layers
 
     def _choose(self, prefill: Prefill, num_layers: int) -> Prefill:
-        images = torch.tensor(prefill.counts.images)  # (B, I) on the host, as what follows
-        total, budget = images.sum(dim=1), self.visual_token_num * (images > 0).sum(dim=1)
+        images = prefill.counts.images  # on the host, as what follows
+        total = torch.tensor([sum(row) for row in images])
+        budget = torch.tensor([sum(self.tokens_of(n) for n in row if n) for row in images])
         wiped = budget < total
         if not wiped.any():
             return prefill

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .base import SelectPruner
 from .ops import gather_tokens, normalize, top_stable
-from .tokens import MERGED, VisionTokens
+from .tokens import MERGED, VisionTokens, without_cues
 
 
 @dataclass
@@ -35,7 +35,8 @@ class VisionZip(SelectPruner):
     contextual: int | None = None
 
     name = "visionzip"
-    needs = frozenset({"cls_attention", "keys", "cls_token"})
+    needs = frozenset({"salience", "keys"})
+    wants = frozenset({"cls_token"})
     anyres_config = {"mm_patch_merge_type": "spatial"}
 
     def __post_init__(self):
@@ -51,14 +52,19 @@ class VisionZip(SelectPruner):
                 f"({self.contextual}) at least 0"
             )
 
-    def counts(self, num_patches: int, crops: int) -> tuple[int, int]:
-        """(dominant patches, contextual tokens) of one crop; the class token comes on top."""
+    def counts(self, num_patches: int, crops: int, classless: bool = False) -> tuple[int, int]:
+        """(dominant patches, contextual tokens) of one crop; a class token comes on top of them.
+
+        classless: the tower has none. As released for those, contextual tokens are a twentieth of
+        all patches.
+        """
         dominant, contextual = self.dominant, self.contextual
         if dominant is None:
             total = self.tokens_per_crop(crops)
-            contextual = min(max(1, round(total * 5 / 32)), total - 1)
+            wanted = int(num_patches / 20) if classless else round(total * 5 / 32)
+            contextual = min(max(1, wanted), total - 1)
             dominant = total - contextual
-        patches = min(dominant - 1, num_patches)
+        patches = min(dominant - (not classless), num_patches)
         return patches, min(contextual, num_patches - patches)
 
     def keeps_all(self, num_patches: int, crops: int) -> bool:
@@ -70,26 +76,43 @@ class VisionZip(SelectPruner):
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
         size, crops = vision.features.shape[1], vision.crops_in_budget
-        if self.keeps_all(size, crops):
+        if vision.block > 1 or self.keeps_all(size, crops):
             return vision
-        attention = vision.cls_attention.float().sum(dim=1)
-        keys = vision.keys.float().unflatten(-1, (vision.cls_attention.shape[1], -1)).mean(dim=2)
-        patches, tokens = compress(vision.features, attention, keys, *self.counts(size, crops))
-        batch, num_merged = len(patches), tokens.shape[1] - patches.shape[1]
-        positions = vision.positions
-        merged = size + torch.arange(num_merged, device=positions.device)
-        positions = [positions.new_full((batch, 1), -1), patches, merged.expand(batch, -1)]
+        patches, targets, tokens = self.compress(vision)
+        batch, num_merged = targets.shape
+        merged = size + torch.arange(num_merged, device=patches.device)
+        positions = [patches.new_full((batch, 1), -1), patches, merged.expand(batch, -1)]
         positions = torch.cat(positions, dim=1)
+        tokens = torch.cat([vision.cls_token, tokens], dim=1)
         return replace(
-            vision,
-            features=torch.cat([vision.cls_token, tokens], dim=1),
+            without_cues(vision),
+            features=tokens,
             positions=positions,
             extras={MERGED: positions >= size},
-            cls_attention=None,
-            keys=None,
         )
 
+    def after_projector(self, vision: VisionTokens) -> VisionTokens:
+        """Where blocks of patches become tokens here, those are merged, each at its target."""
+        if vision.block == 1 or self.keeps_all(vision.features.shape[1], vision.crops_in_budget):
+            return vision
+        patches, targets, tokens = self.compress(vision)
+        positions = torch.cat([patches, targets], dim=1)
+        merged = torch.zeros_like(positions, dtype=torch.bool)
+        merged[:, patches.shape[1] :] = True
+        compressed = replace(
+            without_cues(vision), features=tokens, positions=positions, extras={MERGED: merged}
+        )
+        return compressed.keep(positions.argsort(dim=1))
+
+    def compress(self, vision: VisionTokens) -> tuple[Tensor, Tensor, Tensor]:
+        """As `compress`, for the tokens as they are here."""
+        keys = vision.keys.float().unflatten(-1, (vision.num_heads, -1)).mean(dim=2)
+        size, classless = vision.features.shape[1], vision.cls_token is None
+        counts = self.counts(size, vision.crops_in_budget, classless)
+        return compress(vision.features, vision.salience, keys, *counts)
+
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
+        self = self.with_budget_of(num_patches * crops)
         if self.keeps_all(num_patches, crops):
             return [num_patches * crops] * num_layers
         return [(1 + sum(self.counts(num_patches, crops))) * crops] * num_layers
@@ -97,8 +120,9 @@ class VisionZip(SelectPruner):
 
 def compress(
     features: Tensor, score: Tensor, keys: Tensor, dominant: int, contextual: int
-) -> tuple[Tensor, Tensor]:
-    """(patches kept (B, dominant), tokens (B, dominant + contextual, C)) of features (B, N, C).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(patches kept (B, dominant), patches others are merged into (B, contextual), tokens (B,
+    dominant + contextual, C)) of features (B, N, C).
 
     score: (B, N), the highest ones are dominant; keys: (B, N, d), what the rest is matched by.
     A contextual token is its target plus the mean of what was assigned to it.
@@ -109,17 +133,16 @@ def compress(
     patches, rest = order[:, :dominant], order[:, dominant:]  # both in raster order
     kept = gather_tokens(features, patches)
     if contextual == 0:
-        return patches, kept
+        return patches, patches[:, :0], kept
     is_target, nearest = assign(gather_tokens(keys, rest), contextual)
     wide = gather_tokens(features, rest).float()
     weight = (~is_target).to(wide.dtype).expand(len(wide), -1)  # targets are assigned to nothing
     count = wide.new_zeros(len(wide), contextual).scatter_add_(1, nearest, weight)
     places = nearest[..., None].expand_as(wide)
     total = torch.zeros_like(wide[:, :contextual]).scatter_add_(1, places, wide * weight[..., None])
-    merged = (
-        wide[:, target_places(rest.shape[1], contextual)] + total / count.clamp(min=1)[..., None]
-    )
-    return patches, torch.cat([kept, merged.to(features.dtype)], dim=1)
+    targets = target_places(rest.shape[1], contextual)
+    merged = wide[:, targets] + total / count.clamp(min=1)[..., None]
+    return patches, rest[:, targets], torch.cat([kept, merged.to(features.dtype)], dim=1)
 
 
 def target_places(num_rest: int, contextual: int) -> slice:

@@ -1,4 +1,6 @@
-"""VisPruner: class-token attention picks the important patches, de-duplication the diverse ones.
+"""VisPruner: attention picks the important patches, de-duplication the diverse ones.
+
+The attention is that of the class token or, in a tower without one, what patches receive from all.
 
 Paper: Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in
 Vision-Language Models, https://arxiv.org/abs/2412.01818
@@ -34,7 +36,7 @@ class VisPruner(SelectPruner):
 
     name = "vispruner"
     published = Published(positional=("visual_token_num", "important_ratio"))
-    needs = frozenset({"cls_attention"})
+    needs = frozenset({"salience"})
     anyres_tiles = (2, 2)
 
     def __post_init__(self):
@@ -47,8 +49,7 @@ class VisPruner(SelectPruner):
     def select(self, vision: VisionTokens) -> Tensor:
         num_keep = self.num_keep(vision)
         num_important = int(num_keep * self.important_ratio)
-        attention = vision.cls_attention.float().mean(dim=1)
-        order = top_stable(attention, attention.shape[1])  # (B, N)
+        order = top_stable(vision.salience, vision.salience.shape[1])  # (B, N)
         important, rest = order[:, :num_important], order[:, num_important:]
         diverse = self.drop_duplicates(vision.features, rest, num_keep - num_important)
         return torch.cat([important, diverse], dim=1)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import BUDGET, StagedPruner, check_budget
+from .base import BUDGET, ShareOption, StagedPruner, check_budget
 from .ops import gather_tokens, normalize, rank_within_groups, scale_layer, scale_layers, top_stable
 from .published import Published
 from .stages import VisionStage
@@ -26,10 +26,12 @@ from .tokens import VisionTokens
 
 #: the local layer counts in a 24-layer tower, the cut in a 32-layer decoder
 LOCAL_LAYER, TOWER_DEPTH, CUT_LAYERS = 5, 24, (16,)
+#: side of the windows where a token is a block of patches
+BLOCK_WINDOW = 4
 
 
 @dataclass
-class VScan(VisionStage, StagedPruner):
+class VScan(ShareOption, VisionStage, StagedPruner):
     """
     visual_token_num:  tokens per image, averaged over the decoder layers; on LLaVA-NeXT the sum
                        over its crops. The two counts below follow from it unless they are given
@@ -40,7 +42,8 @@ class VScan(VisionStage, StagedPruner):
     image_token_list:  tokens per crop left after each cut; an image of several crops keeps that
                        share of its tokens. None: what gives the average, 0.5 x the budget
     local_layer:       tower layer (0-based) of the local picks. None: 5 of 24, scaled
-    window:            side of the windows that share the local picks, in patches
+    window:            side of the windows that share the local picks, in patches; where tokens are
+                       blocks of patches, windows are 4 x 4 blocks
     """
 
     visual_token_num: int = 64
@@ -52,9 +55,10 @@ class VScan(VisionStage, StagedPruner):
 
     name = "vscan"
     published = Published(meaning={"visual_token_num": "encoder_token_num"})
-    needs = frozenset({"cls_attention"})
+    needs = frozenset({"salience"})
 
     def __post_init__(self):
+        self.check_share()
         numbers = [self.visual_token_num, self.encoder_token_num or 1]
         if min([*numbers, *(self.image_token_list or ())]) < 1:
             raise ValueError(
@@ -71,16 +75,19 @@ class VScan(VisionStage, StagedPruner):
             )
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
-        check_budget(self.visual_token_num, num_patches, crops)
+        super().check(num_patches, num_layers, crops)
+        check_budget(self.tokens_of(num_patches * crops), num_patches, crops)
         if (self.encoder_token_num or 1) > num_patches:
             raise ValueError(
                 f"encoder_token_num ({self.encoder_token_num}) exceeds the {num_patches} patches "
                 "of a crop"
             )
+        self.token_schedule(num_patches, num_layers, crops)
+
+    def check_depth(self, num_layers: int) -> None:
         layers = self.cut_layers(num_layers)
         if not 0 <= min(layers) <= max(layers) < num_layers or list(layers) != sorted(set(layers)):
             raise ValueError(f"layer_list {layers} must ascend below the {num_layers} layers")
-        self.token_schedule(num_patches, num_layers, crops)
 
     def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
         local = self.local_layer
@@ -88,7 +95,7 @@ class VScan(VisionStage, StagedPruner):
             local = min(scale_layer(LOCAL_LAYER, num_layers, TOWER_DEPTH), selected)
         if not 0 <= local <= selected:
             raise ValueError(f"local_layer ({local}) must be one of the {selected + 1} layers run")
-        return {local: frozenset({"cls_attention"})}
+        return {local: frozenset({"salience"})}
 
     def cut_layers(self, num_layers: int) -> tuple[int, ...]:
         return tuple(self.layer_list or scale_layers(CUT_LAYERS, num_layers))
@@ -114,23 +121,35 @@ class VScan(VisionStage, StagedPruner):
         return kept
 
     def select(self, vision: VisionTokens, wanted: int) -> Tensor:
-        """(B, K) patches to keep, ascending; K = `num_selected`."""
-        local, best = self.local_picks(vision, wanted), vision.cls_attention.float().mean(dim=1)
-        rest = best.masked_fill(local, -1.0)  # below any attention
+        """(B, K) patches to keep, ascending; K = `num_selected`, or `wanted` of blocks."""
+        blocks = vision.block > 1
+        local = self.block_picks(vision, wanted) if blocks else self.local_picks(vision, wanted)
+        rest = vision.salience.masked_fill(local, -1.0)  # below any attention
         best = top_stable(rest, wanted - wanted // 2)
-        count = self.num_selected(wanted, vision.grid)
+        count = wanted if blocks else self.num_selected(wanted, vision.grid)
         mask = local.scatter(1, best, True).to(torch.uint8)
         return mask.argsort(dim=1, descending=True, stable=True)[:, :count].sort(dim=1).values
 
     def local_picks(self, vision: VisionTokens, wanted: int) -> Tensor:
         """(B, N) True on the patches of every window that the shallow layer looks at most."""
-        found = (vision.layers[layer] for layer in sorted(vision.layers))
-        score = next(extras["cls_attention"] for extras in found if "cls_attention" in extras)
-        score = score.float().mean(dim=1)
         row, column = vision.positions // vision.grid[1], vision.positions % vision.grid[1]
         across = math.ceil(vision.grid[1] / self.window)
         group = row // self.window * across + column // self.window
-        return rank_within_groups(score, group) < wanted // 2 // self.num_windows(vision.grid)
+        quota = wanted // 2 // self.num_windows(vision.grid)
+        return rank_within_groups(local_score(vision), group) < quota
+
+    def block_picks(self, vision: VisionTokens, wanted: int) -> Tensor:
+        """(B, N) True on the half of the tokens that the shallow layer looks at most, no more than
+        its share in any window. As released for towers whose tokens are blocks of patches: windows
+        of 4 x 4 blocks, of which incomplete ones join the last full one."""
+        side, (rows, columns) = BLOCK_WINDOW, vision.grid
+        down, across = max(1, rows // side), max(1, columns // side)
+        row = (vision.positions // columns // side).clamp(max=down - 1)
+        column = (vision.positions % columns // side).clamp(max=across - 1)
+        score, half = local_score(vision), wanted // 2
+        fits = rank_within_groups(score, row * across + column) < math.ceil(half / (down * across))
+        picks = top_stable(score.masked_fill(~fits, -1.0), half)
+        return torch.zeros_like(fits).scatter(1, picks, True)
 
     def num_windows(self, grid: tuple[int, int]) -> int:
         return math.prod(math.ceil(side / self.window) for side in grid)
@@ -164,10 +183,17 @@ class VScan(VisionStage, StagedPruner):
         return plan
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
-        budget, side = self.visual_token_num // crops, math.isqrt(num_patches)
+        self, side = self.with_budget_of(num_patches * crops), math.isqrt(num_patches)
+        budget = self.visual_token_num // crops
         wanted = self.encoder_tokens(budget, num_patches)
         kept = self.num_selected(wanted, (side, side))
         return self.image_schedule(kept * crops, num_layers, num_patches, budget)
+
+
+def local_score(vision: VisionTokens) -> Tensor:
+    """(B, N) attention that patches receive in the shallow layer."""
+    found = (vision.layers[layer] for layer in sorted(vision.layers))
+    return next(cues["salience"] for cues in found if "salience" in cues)
 
 
 def absorb(features: Tensor, index: Tensor) -> Tensor:

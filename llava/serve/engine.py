@@ -92,10 +92,15 @@ class Engine:
         return {
             "pruning_methods": self.methods,
             "default_pruning": {"method": default.name, "options": settings(default)},
-            "num_patches": self.model.get_vision_tower().num_patches,
+            "num_patches": self._patches(),
             "context_length": self._context_length(),
             "conv_mode": self.conv_mode.name,
         }
+
+    def _patches(self) -> int | None:
+        """Patches of a crop; None where every image has its own number."""
+        tower = self.model.get_vision_tower()
+        return None if tower.grid is None else tower.num_patches
 
     def _context_length(self) -> int:
         return position_limit(self.model.config) or 2048
@@ -149,12 +154,13 @@ class Engine:
         pictures = [self.front.picture(image, image_settings) for image in images]
         inputs = self.front.inputs([ids], [pictures], [question])
         tower = self.model.get_vision_tower()
-        geometry = [image_geometry(image.size, image_settings, tower) for image in images]
-        crops = 0
-        if seat.pruner.name == Pruner.name:  # a method leaves fewer: `generate` counts them
-            crops = sum(p.pixels.shape[0] if p.pixels.ndim == 4 else 1 for p in pictures)
+        geometry = [
+            image_geometry(image.size, image_settings, tower, picture.pixels)
+            for image, picture in zip(images, pictures, strict=True)
+        ]
         room = self._context_length() - len(ids)
-        room -= crops * tower.num_patches
+        if seat.pruner.name == Pruner.name:  # a method leaves fewer: `generate` counts them
+            room -= sum(self.model.image_extent(picture.pixels) for picture in pictures)
         most = min(request.max_new_tokens, self.limits.new_tokens, room)
         place = placement(image_settings)
         return Job(request, request_id, seat, ids, inputs, most, geometry, place)

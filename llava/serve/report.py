@@ -14,13 +14,19 @@ from .methods import settings
 PLACEMENT = ("image_aspect_ratio", "image_grid_pinpoints")
 
 
-def image_geometry(size: tuple[int, int], image_settings: ImageSettings, tower) -> dict:
+def image_geometry(
+    size: tuple[int, int], image_settings: ImageSettings, tower, pixels: Tensor
+) -> dict:
     """Where the patches of an image of (width, height) come from, for a picture of them.
+
+    pixels: as the tower takes them
 
     grid:  (h, w) patches of a crop
     crops: per crop (left, top, right, bottom) as shares of the image's width and height; outside
            of 0..1 is padding
     """
+    if tower.grid is None:
+        return {"grid": list(pixels.shape[:2]), "crops": [[0.0, 0.0, 1.0, 1.0]]}
     side = tower.num_patches_per_side
     width, height = size
     crops = []
@@ -45,6 +51,8 @@ def pruning_report(
     geometry:  one per image, see `image_geometry`
     place:     see `placement`
     """
+    shapes = zip(geometry, trace.grids, strict=True)  # a method may have made an image smaller
+    geometry = [{**shape, "grid": list(grid)} for shape, grid in shapes]
     tokens = [int(layer[0]) for layer in trace.visual_tokens]
     text = int(trace.prompt_tokens[0][0]) - tokens[0]
     dense = sum(trace.unpruned_lengths)

@@ -65,6 +65,7 @@ class Seat:
         try:
             if model.pruner is not self.pruner:
                 model.pruner = self.pruner
+                self.pruner = model.pruner  # a share of tokens may be a number by now
             model.pruning_trace = self.trace
         except BaseException:
             self.turns._lock.release()

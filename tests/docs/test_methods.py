@@ -8,12 +8,15 @@ from dataclasses import fields, is_dataclass
 import pytest
 
 from llava.pruning import METHODS, DecoderStage, Pruner, VisionStage
+from llava.pruning.choice import BUDGETS
+from llava.pruning.cues import check_cues
 from llava.pruning.stages import fills
+from llava.pruning.testing.tiny import make_own_grids_model
 from tests.paths import ROOT
 
 PAGE = (ROOT / "docs" / "Methods.md").read_text(encoding="utf-8")
-COLUMNS = ("method", "where it acts", "what its budget counts", "needs text?", "trained?")
-COLUMNS += ("paper", "file", "differences from the release")
+COLUMNS = ("method", "where it acts", "what its budget counts", "families", "needs text?")
+COLUMNS += ("trained?", "paper", "file", "differences from the release")
 
 
 def table() -> dict[str, dict[str, str]]:
@@ -56,6 +59,16 @@ def test_text_and_training_are_what_the_class_says(name):
 
 
 @pytest.mark.parametrize("name", METHODS.own)
+def test_families_are_those_whose_tower_has_what_the_method_needs(name):
+    try:
+        check_cues(METHODS[name]().vision, make_own_grids_model().visual)
+    except ValueError:
+        assert table()[name]["families"] == "LLaVA"
+    else:
+        assert table()[name]["families"] == "all"
+
+
+@pytest.mark.parametrize("name", METHODS.own)
 def test_where_a_method_acts_is_where_it_has_hooks(name):
     method, where = METHODS[name], table()[name]["where it acts"]
     in_decoder = issubclass(method, DecoderStage)
@@ -73,7 +86,7 @@ def test_a_method_s_section_names_all_its_options(name):
     text, method = section(name), METHODS[name]
     options = [f.name for f in fields(method) if f.init] if is_dataclass(method) else []
     missing = [option for option in options if f"`{option}`" not in text]
-    assert not [o for o in missing if o != "visual_token_num"], "options without a word on them"
+    assert not [o for o in missing if o not in BUDGETS], "options without a word on them"
 
 
 @pytest.mark.parametrize("name", METHODS.own)

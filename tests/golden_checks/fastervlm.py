@@ -13,5 +13,5 @@ def build(case, folder):
 def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
     crops = pixels.flatten(0, -4)
     vision = model.get_vision_tower().tokens(crops, pruner.needs)
-    report.close("attn_cls", vision.cls_attention.mean(dim=1), recorded["attn_cls"], SCORES_ATOL)
+    report.close("attn_cls", vision.salience, recorded["attn_cls"], SCORES_ATOL)
     return True

@@ -17,10 +17,10 @@ def build(case, folder) -> Pruner:
 
 
 def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
-    vision = model.get_vision_tower().tokens(pixels.flatten(0, -4), pruner.needs)
+    vision = model.get_vision_tower().tokens(pixels.flatten(0, -4), pruner.needs | pruner.wants)
     vision.crops_in_budget = len(vision.features)
-    attention = vision.cls_attention.sum(dim=1)
-    heads = vision.cls_attention.shape[1]
+    heads = vision.num_heads
+    attention = vision.salience * heads
     keys = vision.keys.unflatten(-1, (heads, -1)).mean(dim=2)
     report.close("cls_attn_sum", attention, recorded["cls_attn_sum"], SCORES_ATOL)
     report.close("metric", keys, recorded["metric"][:, 1:], SCORES_ATOL)
@@ -45,7 +45,7 @@ def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
 
 def compare(features, score, keys, dominant, contextual, recorded, report):
     """Patches and assignment against the recorded ones; functions record more than one answer."""
-    patches, _ = compress(features, score, keys, dominant, contextual)
+    patches, _, _ = compress(features, score, keys, dominant, contextual)
     report.equal(
         "dominant", patches, named(recorded, "expected_dominant", "dominant_patch_indices")
     )
@@ -81,7 +81,7 @@ def check_compress(case, folder, recorded, report):
     )
     counts = pruner.counts(features.shape[1], 1)
     compare(features, score, keys, *counts, recorded, report)
-    _, tokens = compress(features, score, keys, *counts)
+    _, _, tokens = compress(features, score, keys, *counts)
     tokens = torch.cat([hidden[:, :1], tokens], dim=1)
     report.close("expected_tokens", tokens, recorded["expected_tokens"], TOKENS_ATOL)
 

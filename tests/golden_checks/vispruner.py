@@ -28,7 +28,7 @@ def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
     crops = pixels.flatten(0, -4)
     vision = model.get_vision_tower().tokens(crops, pruner.needs)
     vision.crops_in_budget = len(crops)
-    attention = vision.cls_attention.mean(dim=1)
+    attention = vision.salience
     report.close("attn_cls", attention, recorded["attn_cls"], SCORES_ATOL)
     num_crops, num_patches = recorded["keep_mask"].shape
     kept = torch.zeros(num_crops * num_patches, dtype=torch.bool)
@@ -87,7 +87,7 @@ def check_select(case, folder, recorded, report):
         features=features,
         positions=torch.arange(count).expand(len(features), -1),
         grid=(1, count),
-        cls_attention=attention,
+        salience=attention.mean(dim=1),
     )
     keep = build(case, folder).select(vision).sort(dim=1).values
     report.equal("expected_keep", keep, recorded["expected_keep"].reshape(keep.shape[0], -1))

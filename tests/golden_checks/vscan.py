@@ -28,9 +28,9 @@ def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
     """Attention of both tower layers, local picks and kept patches of every crop."""
     crops = pixels.flatten(0, -4) if isinstance(pixels, torch.Tensor) else torch.cat(pixels)
     vision = model.get_vision_tower().tokens(crops, pruner.needs, pruner)
-    shallow = vision.layers[5]["cls_attention"].mean(dim=1)
+    shallow = vision.layers[5]["salience"]
     report.close("cls_attn_layer5", shallow, recorded["cls_attn_layer5"], SCORES_ATOL)
-    deep = vision.cls_attention.mean(dim=1)
+    deep = vision.salience
     report.close("cls_attn_layer22", deep, recorded["cls_attn_layer22"], SCORES_ATOL)
     wanted = case["args"]["visual_token_num"]
     kept = pruner.select(vision, wanted)

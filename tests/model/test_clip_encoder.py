@@ -35,7 +35,8 @@ def test_features_are_those_of_the_selected_layer(tower, images, layer):
 
 def test_extras_are_the_row_and_keys_of_the_selected_layer(tower, images):
     out = reference(tower, images)
-    vision = tower.tokens(images, frozenset({"cls_attention", "keys"}))
+    vision = tower.tokens(images, frozenset({"cls_attention", "keys", "salience"}))
+    torch.testing.assert_close(vision.salience, vision.cls_attention.mean(dim=1))
     expected = out.attentions[-2][:, :, 0, 1:]
     torch.testing.assert_close(vision.cls_attention, expected, atol=1e-6, rtol=1e-4)
     layer = tower.vision_tower.vision_model.encoder.layers[-2]
@@ -94,5 +95,7 @@ def test_the_multi_scale_tower_refuses_methods_inside_it(tower_dir, images):
             return tokens
 
     assert tower.tokens(images, stage=Pruner().vision).features.shape[0] == 2
-    with pytest.raises(ValueError, match="Inside.* acts between tower layers, which the multi-sca"):
+    with pytest.raises(
+        ValueError, match="'tower_tokens'.* which the multi-scale tower does not pr"
+    ):
         tower.tokens(images, stage=Inside())

@@ -14,11 +14,10 @@ from llava.model.inputs import Picture, generate_inputs
 from llava.model.language_model.qwen2_5_vl import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    grid_offsets,
 )
 from llava.model.multimodal_encoder.qwen2_5_vl_encoder import plan_images, window_order
 from llava.model.reuse import PrefixCache
-from llava.pruning import METHODS, build_pruner, trace_pruning
+from llava.pruning import trace_pruning
 from tests.conftest import pad_batch
 from tests.second_device import SECOND, THIRD, devices, place
 
@@ -190,7 +189,6 @@ def test_text_goes_on_behind_the_longer_side_of_an_image(model):
     expected += [(6, 6, 6), (6, 7, 6), (6, 8, 6), (9, 9, 9), (10, 10, 10)]
     assert [tuple(row) for row in made.position_ids[0].tolist()] == expected
     assert made.num_positions == 11
-    assert grid_offsets(1, 2).tolist() == [[0, 0, 0], [0, 0, 1]]
 
 
 def test_the_prompt_brings_the_ids_that_rules_look_at(model):
@@ -394,14 +392,6 @@ def test_a_model_survives_saving(model, tmp_path):
 def test_sections_that_are_not_the_width_of_a_head_are_refused():
     with pytest.raises(ValueError, match="is about 5 frequencies.*have 4"):
         build(rope_scaling={"type": "mrope", "mrope_section": [1, 2, 2]})
-
-
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"none"}))
-def test_pruning_methods_are_refused_when_assigned(model, name):
-    with pytest.raises(ValueError, match=f"{name} is not yet defined for Qwen2.5-VL"):
-        model.pruner = build_pruner(name)
-    assert model.pruner.name == "none"
-    model.pruner = build_pruner("none")
 
 
 @pytest.mark.parametrize("where", ["one", "several"])

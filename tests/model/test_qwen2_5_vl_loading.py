@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,8 +17,8 @@ from llava.eval import run_llava
 from llava.eval.model_vqa_loader import main as answer_questions
 from llava.front_end import FrontEnd
 from llava.model.language_model.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from llava.pruning.picture import OUTLINE
 from llava.serve.cli import Chat
-from llava.serve.model_worker import main as serve
 from llava.train.model_setup import checkpoint_kind
 from tests.model.checkpoint_tools import load, same
 from tests.paths import GOLDEN
@@ -220,8 +221,8 @@ def test_impossible_image_settings_are_refused(folder, values, says):
 
 def test_what_is_not_there_yet_is_refused_before_the_weights_are_read(folder):
     (folder / "model.safetensors").write_bytes(b"not read")
-    with pytest.raises(ValueError, match="vispruner is not yet defined for Qwen2.5-VL"):
-        load(folder, pruner="vispruner")
+    with pytest.raises(ValueError, match="mustdrop needs 'tower_tokens'"):
+        load(folder, pruner="mustdrop")
     with pytest.raises(ValueError, match="brings its own vision tower"):
         load(folder, vision_tower="elsewhere")
     (folder / "mm_projector.bin").write_bytes(b"not read")
@@ -262,8 +263,8 @@ def test_run_llava_asks_it_in_its_own_template(monkeypatch, capsys, loaded):
         (template.format(f"{mark}What color is it?"), [shape]),
         (template.format(f"{mark} or {mark}?"), [shape, shape]),
     ]
-    with pytest.raises(SystemExit, match="random is not yet defined for Qwen2.5-VL"):
-        run(monkeypatch, capsys, run_llava.main, *words, "--pruning-method", "random")
+    with pytest.raises(SystemExit, match="mustdrop needs 'tower_tokens'.*the vision tower of Qwen"):
+        run(monkeypatch, capsys, run_llava.main, *words, "--pruning-method", "mustdrop")
 
 
 def test_the_chat_puts_the_mark_of_the_image_right_before_the_question(loaded):
@@ -307,19 +308,25 @@ def test_benchmark_programs_ask_it(monkeypatch, capsys, tmp_path, reuse):
     assert seen == {form.format(text): tokens[image] for image, text in asked}
 
 
-def test_bounds_of_the_image_area_are_options_and_pictures_are_not(monkeypatch, capsys):
+def test_a_picture_shows_the_tokens_that_stay_where_they_are(monkeypatch, capsys, tmp_path):
+    words = ["--model-path", CHECKPOINT, "--image-file", PICTURE, "--query", "What?"]
+    words += ["--max-new-tokens", 1, "--device", "cpu", "--temperature", 0]
+    words += ["--pruning-method", "fastervlm", "--show-pruning", tmp_path / "kept.png"]
+    run(monkeypatch, capsys, run_llava.main, *words, "--visual-token-ratio", 0.222)
+    sheet = np.asarray(Image.open(tmp_path / "kept.png").convert("RGB")).astype(int)
+    outline = (np.abs(sheet - OUTLINE).sum(axis=2) == 0).sum()
+    with Image.open(PICTURE) as picture:
+        width, height = picture.size
+    cell = 560 / max(width, height) * np.array([width / 23, height / 13])  # of 13 x 23 tokens
+    kept = round(0.222 * 13 * 23)
+    assert abs(outline / (2 * cell.sum() * kept) - 1) < 0.1
+
+
+def test_bounds_of_the_image_area_are_options(monkeypatch, capsys):
     words = ["--model-path", CHECKPOINT, "--image-file", PICTURE, "--query", "What?"]
     words += ["--max-new-tokens", 1, "--device", "cpu"]
     with pytest.raises(SystemExit, match="max_pixels 100 leave no size"):
         run(monkeypatch, capsys, run_llava.main, *words, "--max-pixels", 100)
-    with pytest.raises(SystemExit, match="--show-pruning is not there yet"):
-        run(monkeypatch, capsys, run_llava.main, *words, "--show-pruning", "kept.png")
     words[1] = GOLDEN / "tiny-llava-v1.5"
     with pytest.raises(SystemExit, match="--min-pixels: images for .* have one size, its own"):
         run(monkeypatch, capsys, run_llava.main, *words, "--min-pixels", 100)
-
-
-def test_programs_that_do_not_know_it_say_so(monkeypatch, capsys):
-    words = ["--model-path", CHECKPOINT, "--device", "cpu", "--no-register"]
-    with pytest.raises(SystemExit, match="this program knows no other models yet"):
-        run(monkeypatch, capsys, serve, *words)

@@ -20,7 +20,9 @@ class TestEveryMethod(MethodContract):
 def test_an_unknown_method_or_option_lists_the_choices():
     with pytest.raises(ValueError, match="unknown pruning method 'nope', choose from none, random"):
         build_pruner("nope")
-    with pytest.raises(ValueError, match="unknown option 'budget'.*visual_token_num, seed"):
+    with pytest.raises(
+        ValueError, match="unknown option 'budget'.*visual_token_num, visual_token_ratio, seed"
+    ):
         build_pruner("random", budget=3)
     with pytest.raises(ValueError, match="has no options"):
         build_pruner("none", visual_token_num=3)

@@ -17,12 +17,12 @@ def vision(attention, **options):
         features=torch.zeros(batch, count, 1),
         positions=torch.arange(count).expand(batch, -1),
         grid=(1, count),
-        cls_attention=attention,
+        salience=attention.mean(dim=1),
         **options,
     )
 
 
-def test_attention_is_averaged_over_the_heads():
+def test_the_most_attended_patches_stay_best_first():
     tokens = vision([[[0.9, 0.0, 0.3, 0.5], [0.0, 0.7, 0.4, 0.5]]])
     assert FasterVLM(visual_token_num=2).select(tokens).tolist() == [[3, 0]]
 

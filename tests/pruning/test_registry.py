@@ -41,7 +41,9 @@ def test_a_method_of_a_package_is_one_like_ours(site, capsys):
     install(site, "acme-pruning", {"first": "acme:First"}, acme=FIRST)
     assert list(METHODS) == [*METHODS.own, "first"] and len(METHODS) == len(METHODS.own) + 1
     pruner = build_pruner("first", visual_token_num=7)
-    assert repr(pruner) == "First(visual_token_num=7, step=1, list_file=None, folder=None)"
+    assert repr(pruner) == (
+        "First(visual_token_num=7, visual_token_ratio=None, step=1, list_file=None, folder=None)"
+    )
     assert METHODS["first"] is type(pruner)
     assert build_pruner("first+fastv", first_step=2).first.step == 2
     with pytest.raises(ValueError, match="choose from none, .*, first"):
@@ -161,7 +163,11 @@ def test_a_worker_offers_it_and_tells_why_it_does_not(site, model):
     install(site, "acme-pruning", {"first": "acme:First", "broken": "nowhere:X"}, acme=FIRST)
     found = {one["name"]: one for one in offer(model, MethodShelf(model.pruner))}
     assert found["first"]["available"] and found["first"]["place"] == "first"
-    assert found["first"]["options"] == {"visual_token_num": 16, "step": 1}
+    assert found["first"]["options"] == {
+        "visual_token_num": 16,
+        "visual_token_ratio": None,
+        "step": 1,
+    }
     assert not found["broken"]["available"] and found["broken"]["options"] == {}
     assert "'broken' of acme-pruning 1.0" in found["broken"]["reason"]
     assert "No module named 'nowhere'" in found["broken"]["reason"]
@@ -174,7 +180,7 @@ def test_requests_cannot_name_files_for_it(site):
     install(site, "acme-pruning", {"first": "acme:First"}, acme=FIRST)
     shelf = MethodShelf(build_pruner("none"))
     assert file_options("first") == ["list_file", "folder"]
-    assert defaults("first").keys() == {"visual_token_num", "step"}
+    assert defaults("first").keys() == {"visual_token_num", "visual_token_ratio", "step"}
     for option in ("list_file", "folder"):
         with pytest.raises(ServeError, match="is the server's to set"):
             shelf.get(PruningRequest(method="first", options={option: "/etc/passwd"}))

@@ -37,6 +37,7 @@ def test_the_stages_of_a_chain_are_those_of_its_methods():
     hooks = [(stage.name, hook) for stage, hook in filled_hooks(chain.vision, chain.decoder)]
     assert hooks == [
         ("visionzip", "after_encoder"),
+        ("visionzip", "after_projector"),
         ("adaptprune", "before_prompt"),
         ("adaptprune", "before_layer"),
     ]

@@ -14,7 +14,7 @@ def select(pruner, features, attention):
         features=features,
         positions=torch.arange(features.shape[1])[None],
         grid=(1, features.shape[1]),
-        cls_attention=torch.as_tensor(attention, dtype=torch.float32)[None, None],
+        salience=torch.as_tensor(attention, dtype=torch.float32)[None],
     )
     return sorted(pruner.select(vision)[0].tolist())
 
@@ -51,7 +51,7 @@ def test_the_important_share_is_truncated():
             features=torch.eye(8)[None],
             positions=torch.arange(8)[None],
             grid=(2, 4),
-            cls_attention=torch.arange(8.0).view(1, 1, 8),
+            salience=torch.arange(8.0).view(1, 8),
         )
     )
     assert order[0, :2].tolist() == [7, 6]

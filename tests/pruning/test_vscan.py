@@ -14,8 +14,8 @@ def vision(local, best, grid, **extras):
         features=torch.eye(count)[None],
         positions=row,
         grid=grid,
-        cls_attention=torch.as_tensor(best, dtype=torch.float32)[None, None],
-        layers={1: {"cls_attention": torch.as_tensor(local, dtype=torch.float32)[None, None]}},
+        salience=torch.as_tensor(best, dtype=torch.float32)[None],
+        layers={1: {"salience": torch.as_tensor(local, dtype=torch.float32)[None]}},
         **extras,
     )
 

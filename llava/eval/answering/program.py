@@ -92,7 +92,7 @@ def load_loop(args) -> AnswerLoop:
     have their defaults.
     """
     pruner = getattr(args, "pruner", None)
-    loaded = load_from_args(args, args.model_path, args.model_name, pruner, any_family=True)
+    loaded = load_from_args(args, args.model_path, args.model_name, pruner)
     front = FrontEnd(*loaded, args.conv_mode)
     given = {field.name for field in fields(AnswerLoop)} & vars(args).keys()
     options = {name: getattr(args, name) for name in given}

@@ -101,6 +101,7 @@ def time_llava(
 ) -> dict[str, float]:
     """Seconds of every stage of `STAGES` for one call of `generate`."""
     model.pruner = pruner
+    pruner = model.pruner  # a share of tokens is a number by now
     watch = Stopwatch(model.device)
     hooks = filled_hooks(pruner.vision, pruner.decoder)
     methods = [(stage, hook, "select") for stage, hook in hooks]

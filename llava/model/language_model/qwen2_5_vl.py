@@ -12,15 +12,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from ...constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from ...devices import device_of
 from ...pruning.base import Pruner
 from ...pruning.tokens import ImageTokens
+from ..block_encoding import BlockEncoding
 from ..kv_cache import holds_tokens
 from ..multimodal_encoder.qwen2_5_vl_encoder import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionTower
 from ..multimodal_encoder.qwen2_5_vl_images import VIDEOS, split_images
 from ..prompt import Prompt
 from ..pruner_slot import PrunerSlot
-from ..splice import Splice
+from ..splice import Splice, on_host
 from .causal_lm import VisionLanguageForCausalLM
 from .modeling_llama import LlamaModel
 
@@ -63,13 +63,15 @@ class Qwen2_5_VLTextModel(LlamaModel):
     config_class = Qwen2_5_VLConfig
 
 
-class Qwen2_5_VLForConditionalGeneration(Splice, PrunerSlot, VisionLanguageForCausalLM):
-    """The whole model, without a pruning method: see `pruner`."""
+class Qwen2_5_VLForConditionalGeneration(
+    BlockEncoding, Splice, PrunerSlot, VisionLanguageForCausalLM
+):
+    """The whole model, with a pruning method in use: see `pruner`."""
 
     config_class = Qwen2_5_VLConfig
     model_class = Qwen2_5_VLTextModel
     position_axes = (3,)
-    position_policy = "grid"  # what "sequence" means on three axes is not defined
+    position_policy = "grid"  # of every method: see `VisionStage.position_policy`
     _no_split_modules = ["DecoderLayer", "Qwen2_5_VLVisionTower"]
 
     def __init__(self, config: Qwen2_5_VLConfig):
@@ -88,15 +90,8 @@ class Qwen2_5_VLForConditionalGeneration(Splice, PrunerSlot, VisionLanguageForCa
         """Every image has a grid of its own."""
         return None
 
-    @property
-    def pruner(self) -> Pruner:
-        """The method called "none", the only one that this family knows yet."""
-        return self._pruner
-
-    @pruner.setter
-    def pruner(self, pruner: Pruner) -> None:
-        check_method(pruner)
-        self._pruner, self.pruner_module = pruner, None
+    def follow_method(self, pruner: Pruner) -> None:
+        """Images are the same for every method."""
 
     def forward(
         self, input_ids=None, *args, pixel_values=None, image_grid_thw=None, images=None, **kwargs
@@ -126,53 +121,21 @@ class Qwen2_5_VLForConditionalGeneration(Splice, PrunerSlot, VisionLanguageForCa
             raise ValueError("pass either images, or pixel_values together with image_grid_thw")
         return split_images(pixel_values, image_grid_thw, self.visual.config.spatial_merge_size)
 
-    def image_tokens(self, images, image_sizes=None, questions=None) -> list[ImageTokens]:
-        """Tokens of every image; images: (h, w, 4, values) each."""
-        home = device_of(self.get_input_embeddings())
-        tokens: dict[int, ImageTokens] = {}
-        for group in self.visual.features(images):
-            h, w = group.grid
-            offsets, patches = grid_offsets(h, w).to(home), torch.arange(h * w, device=home)
-            embeds = self.visual.merger(group.features).to(home)
-            for number, own in zip(group.images, embeds, strict=True):
-                tokens[number] = ImageTokens(
-                    own, patches, offsets, h * w, blocks=((h, w),), places=max(h, w)
-                )
-        return [tokens[number] for number in range(len(images))]
-
-    def build_prompt(
-        self, input_ids: Tensor, attention_mask=None, labels=None, images=None, *args, **kwargs
-    ) -> Prompt:
-        """As of the other families; runs of `image_token_id` are taken for marks, and the prompt
-        brings the ids that transformers would have had."""
-        ids, mask = input_ids.cpu(), None if attention_mask is None else attention_mask.bool().cpu()
-        config, shown = self.config, ids if mask is None else ids.masked_fill(~mask, 0)
+    def read_prompts(self, input_ids, attention_mask, labels, images):
+        """As of the other families; runs of `image_token_id` are taken for marks."""
+        ids, mask = on_host(input_ids, attention_mask)
+        config, shown = self.config, ids.masked_fill(~mask, 0)
         if (shown == config.video_token_id).any():
             raise ValueError(f"the prompt holds <|video_pad|> tokens: {VIDEOS}")
         if (shown == config.image_token_id).any():
-            mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
             counts = [image_length(image) for image in (() if images is None else images)]
             ids, mask, labels = runs_to_marks(ids, mask, labels, counts, config.image_token_id)
-            input_ids, attention_mask = ids.to(input_ids.device), mask
-        prompt = super().build_prompt(input_ids, attention_mask, labels, images, *args, **kwargs)
-        prompt.token_ids = expanded_ids(prompt, ids, mask, config.image_token_id)
-        return prompt
+            input_ids = ids.to(input_ids.device)
+        return input_ids, ids, mask, labels
 
-
-def check_method(pruner: Pruner) -> None:
-    """Raises ValueError for every pruning method but "none"."""
-    if type(pruner) is not Pruner:
-        name = getattr(pruner, "name", None) or repr(pruner)
-        raise ValueError(
-            f"the pruning method {name} is not yet defined for Qwen2.5-VL: choose none, or a LLaVA "
-            "model"
-        )
-
-
-def grid_offsets(h: int, w: int) -> Tensor:
-    """(h * w, 3) positions of an image's tokens from where it begins: one time, row and column."""
-    row, column = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
-    return torch.stack([torch.zeros_like(row), row, column], dim=1)
+    def ids_for_rules(self, prompt: Prompt, ids: Tensor, mask: Tensor) -> Tensor:
+        """What transformers would have had."""
+        return expanded_ids(prompt, ids, mask, self.config.image_token_id)
 
 
 def image_length(image: Tensor | ImageTokens) -> int:
@@ -220,13 +183,13 @@ def runs_to_marks(
     return ids, mask, labels
 
 
-def expanded_ids(prompt: Prompt, ids: Tensor, mask: Tensor | None, image_id: int) -> Tensor:
+def expanded_ids(prompt: Prompt, ids: Tensor, mask: Tensor, image_id: int) -> Tensor:
     """(B, S) ids of the prompts as the decoder sees them, `image_id` for every token of an image.
     Padding repeats the first token of its row, so that it adds nothing a rule could look at.
 
     ids, mask: (B, L) with marks, on the host
     """
-    text = ids != IMAGE_TOKEN_INDEX if mask is None else (ids != IMAGE_TOKEN_INDEX) & mask
+    text = (ids != IMAGE_TOKEN_INDEX) & mask
     order = (~text).to(torch.uint8).argsort(dim=1, stable=True)
     packed = ids.gather(1, order).clamp(min=0).to(prompt.visual_index.device)
     is_text = prompt.attention_mask & (prompt.visual_index < 0)

@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from ...devices import device_of
+from ...pruning.cues import fingerprint
 from ...pruning.ops import middle_places
 from ...pruning.stages import VisionStage
 from ...pruning.tokens import TowerTokens, VisionTokens
 from .clip_files import read_image_processor, read_vision_config, read_vision_model
 
-EXTRAS = frozenset({"cls_attention", "keys", "cls_token", "fingerprint"})
-LAYER_EXTRAS = frozenset(
-    {"cls_attention", "keys", "cls_query", "cls_key", "attention_mean", "output"}
+LAYER_CUES = frozenset(
+    {"salience", "cls_attention", "keys", "cls_query", "cls_key", "attention_mean", "output"}
 )
+#: those that the layer of the features gives beside its output
+OWN_CUES = frozenset({"salience", "cls_attention", "keys"})
+CUES = OWN_CUES | {"cls_token", "fingerprint", "tower_tokens", "text_tower", "one_grid"}
 
 
 class CLIPVisionTower(nn.Module):
@@ -33,6 +36,9 @@ class CLIPVisionTower(nn.Module):
                   "cls_patch") and `unfreeze_mm_vision_tower`
     delay_load:   read the config only; `load_model` reads the weights
     """
+
+    title = "a CLIP vision tower"
+    provides, provides_in_layers = CUES, LAYER_CUES
 
     def __init__(self, vision_tower: str, args, delay_load: bool = False):
         super().__init__()
@@ -86,11 +92,11 @@ class CLIPVisionTower(nn.Module):
         image_index: (B,) image each crop belongs to (default: one crop per image).
         """
         stage, images = stage or VisionStage(), images.to(self.device)
-        if unknown := needs - EXTRAS:
-            raise ValueError(f"unknown extras {sorted(unknown)}, choose from {sorted(EXTRAS)}")
+        if unknown := needs - self.provides:
+            raise ValueError(f"unknown cues {sorted(unknown)}, choose from {sorted(self.provides)}")
         total, selected = self.depth
         wanted = stage.tower_extras(total, selected)
-        own = needs & LAYER_EXTRAS
+        own = needs & OWN_CUES
         patch_size = self.config.patch_size
         grid = (images.shape[-1] // patch_size,) * 2
         images = stage.before_tower(images, patch_size, crops_in_budget)
@@ -117,6 +123,8 @@ class CLIPVisionTower(nn.Module):
             valid=tokens.valid,
             all_patches=tokens.all_patches,
             known=tokens.known,
+            num_heads=self.config.num_attention_heads,
+            salience=extras.get("salience"),
             cls_attention=extras.get("cls_attention"),
             keys=extras.get("keys"),
             extras=tokens.extras,
@@ -147,9 +155,9 @@ class CLIPVisionTower(nn.Module):
         for number, layer in enumerate(model.encoder.layers[: last + 1]):
             tokens = stage.before_tower_layer(number, tokens)
             names = wanted.get(number, frozenset())
-            if unknown := names - LAYER_EXTRAS:
+            if unknown := names - LAYER_CUES:
                 raise ValueError(
-                    f"unknown extras {sorted(unknown)}, choose from {sorted(LAYER_EXTRAS)}"
+                    f"unknown cues {sorted(unknown)}, choose from {sorted(LAYER_CUES)}"
                 )
             x = tokens.hidden_states
             normed = layer.layer_norm1(x)
@@ -188,6 +196,11 @@ class CLIPVisionTower(nn.Module):
     def depth(self) -> tuple[int, int]:
         """(number of tower layers, 0-based layer whose output are the features)."""
         return self.config.num_hidden_layers, self.num_run_layers - 1
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) patches of every crop."""
+        return (self.num_patches_per_side,) * 2
 
     @property
     def num_run_layers(self) -> int:
@@ -269,11 +282,12 @@ def self_attention(attention, x: Tensor, q: Tensor, k: Tensor, mask: Tensor | No
 def attention_extras(
     attention, q: Tensor, k: Tensor, names: frozenset[str], mask: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The extras of one layer that its queries and keys (B, 1 + N, C) give, in fp32; `mask`
+    """The cues of one layer that its queries and keys (B, 1 + N, C) give, in fp32; `mask`
     (B, 1 + N) as `key_mask` gives it.
 
     cls_attention (B, H, N) is a softmax over all keys of which the class token's own share is cut
-    off; attention_mean (B, N) is the column mean of the map over heads and all queries.
+    off, salience (B, N) its mean over heads; attention_mean (B, N) is the column mean of the map
+    over heads and all queries.
     """
     found: dict[str, Tensor] = {}
     if "keys" in names:
@@ -283,7 +297,7 @@ def attention_extras(
     if "cls_key" in names:
         found["cls_key"] = k[:, 0]
     heads = attention.num_heads
-    if names & {"cls_attention", "attention_mean"}:
+    if names & {"salience", "cls_attention", "attention_mean"}:
         queries, keys = (split_heads(t, heads).float() for t in (q, k))
         keys = keys.transpose(2, 3) * attention.scale
         real = None
@@ -295,8 +309,10 @@ def attention_extras(
     def weights(scores: Tensor) -> Tensor:
         return (scores if mask is None else scores + mask).softmax(dim=-1)
 
-    if "cls_attention" in names:
-        found["cls_attention"] = weights(queries[:, :, :1] @ keys)[:, :, 0, 1:]
+    if names & {"salience", "cls_attention"}:
+        row = weights(queries[:, :, :1] @ keys)[:, :, 0, 1:]
+        cues = {"cls_attention": row, "salience": row.mean(dim=1)}
+        found |= {name: cue for name, cue in cues.items() if name in names}
     if "attention_mean" in names:  # head by head: one map at a time is enough memory
         share = None if real is None else (real / real.sum(dim=1, keepdim=True))[:, None]
         total = 0
@@ -305,11 +321,3 @@ def attention_extras(
             total = total + (rows.mean(dim=1) if share is None else (share @ rows)[:, 0])
         found["attention_mean"] = (total / heads)[:, 1:]
     return found
-
-
-def fingerprint(images: Tensor) -> Tensor:
-    """(B,) integers that depend on the pixels of each crop alone (exact, any device and batch)."""
-    # A power of two as factor keeps float32 exact, and no device lacks it.
-    pixels = (images.float() * 4096).round().long().flatten(1)
-    weights = torch.arange(1, pixels.shape[1] + 1, device=images.device) * 2654435761
-    return (pixels * weights).sum(dim=1)

@@ -8,7 +8,7 @@ grid of an image, in blocks of `M` = 4 patches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,11 @@ from ...devices import device_of
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10000.0
+#: cue of a layer -> what its attention says of the patches
+KINDS = {"salience": "received", "attention_mean": "received", "keys": "keys"}
+LAYER_CUES = frozenset(KINDS)
+#: products of queries and keys that are in memory at a time, in fp32
+MAP_ENTRIES = 2**24
 
 
 class Qwen2_5_VLVisionConfig(PretrainedConfig):
@@ -68,11 +73,13 @@ class BlockFeatures:
     images:   which images of the call, in order
     grid:     (h, w) blocks
     features: (B, h * w, M, C) patches of every block; blocks row by row
+    cues:     layer -> the cues (B, h * w, ...) of its blocks that were asked for
     """
 
     images: list[int]
     grid: tuple[int, int]
     features: Tensor
+    cues: dict[int, dict[str, Tensor]]
 
 
 @dataclass
@@ -106,7 +113,17 @@ class Plan:
 
 
 class Qwen2_5_VLVisionTower(nn.Module):
-    """Patches of images to tokens of the language model; parameter names as released."""
+    """Patches of images to tokens of the language model; parameter names as released.
+
+    What it says of itself is that of `llava.pruning.cues.Tower`. Cues about attention come from
+    layers that see whole images: one that does not stands for the next that does.
+    """
+
+    title = "the vision tower of Qwen2.5-VL"
+    provides = LAYER_CUES | {"fingerprint"}
+    provides_in_layers = LAYER_CUES
+    select_feature = "patch"
+    grid = None  # every image has its own
 
     def __init__(self, config: Qwen2_5_VLVisionConfig):
         super().__init__()
@@ -123,6 +140,11 @@ class Qwen2_5_VLVisionTower(nn.Module):
     def device(self) -> torch.device:
         return device_of(self)
 
+    @property
+    def depth(self) -> tuple[int, int]:
+        """(number of layers, 0-based layer whose output are the features)."""
+        return self.config.depth, self.config.depth - 1
+
     def forward(self, images: list[Tensor]) -> list[Tensor]:
         """Tokens (h * w, D) of every image, its blocks row by row; images as in `features`."""
         tokens: dict[int, Tensor] = {}
@@ -130,10 +152,14 @@ class Qwen2_5_VLVisionTower(nn.Module):
             tokens.update(zip(group.images, self.merger(group.features), strict=True))
         return [tokens[number] for number in range(len(images))]
 
-    def features(self, images: list[Tensor]) -> list[BlockFeatures]:
+    def features(
+        self, images: list[Tensor], wanted: Mapping[int, frozenset[str]] | None = None
+    ) -> list[BlockFeatures]:
         """What the layers make of the images, one entry for each grid there is.
 
-        images: one tensor (h, w, M, values of a patch) each, as the image processor makes them.
+        images: one tensor (h, w, M, values of a patch) each, as the image processor makes them
+        wanted: layer -> its cues: "salience" or "attention_mean", which are the same here, and
+                "keys", with their rotation; each the mean over the patches of a block
         The merger works block by block: whoever drops blocks first saves its work and changes
         nothing else. Raises ValueError for tensors of another shape.
         """
@@ -143,16 +169,47 @@ class Qwen2_5_VLVisionTower(nn.Module):
         x = self.patch_embed(pixels)[plan.blocks].flatten(0, 1)
         angles = torch.cat([plan.angles, plan.angles], dim=-1)[:, None]
         rope = angles.cos(), angles.sin()
-        full = set(self.config.fullatt_block_indexes)
+        full, sources = set(self.config.fullatt_block_indexes), self._sources(wanted or {})
+        found: dict[int, dict[str, Tensor]] = {number: {} for number in sources}
         for number, block in enumerate(self.blocks):
-            x = block(x, rope, plan.wholes if number in full else plan.windows)
-        x = x.unflatten(0, (-1, self.config.spatial_merge_size**2))
-        x = torch.empty_like(x).index_copy_(0, plan.blocks, x)
-        parts = x.split([h * w for h, w in grids])
-        return [
-            BlockFeatures(numbers, grid, torch.stack([parts[number] for number in numbers]))
-            for grid, numbers in same_grids(grids)
-        ]
+            segments = plan.wholes if number in full else plan.windows
+            x = block(x, rope, segments, found.get(number))
+        per_block, sizes = self.config.spatial_merge_size**2, [h * w for h, w in grids]
+
+        def by_image(x: Tensor) -> tuple[Tensor, ...]:
+            """Blocks (n / M, ...) in the sequence of the layers -> those of every image."""
+            return torch.empty_like(x).index_copy_(0, plan.blocks, x).split(sizes)
+
+        parts = by_image(x.unflatten(0, (-1, per_block)))
+        cues = {
+            (layer, name): by_image(
+                found[source][KINDS[name]].unflatten(0, (-1, per_block)).mean(1)
+            )
+            for source, asked in sources.items()
+            for layer, names in asked.items()
+            for name in names
+        }
+        groups = []
+        for grid, numbers in same_grids(grids):
+            group = BlockFeatures(numbers, grid, torch.stack([parts[n] for n in numbers]), {})
+            for (layer, name), own in cues.items():
+                group.cues.setdefault(layer, {})[name] = torch.stack([own[n] for n in numbers])
+            groups.append(group)
+        return groups
+
+    def _sources(self, wanted: Mapping[int, frozenset[str]]) -> dict[int, dict[int, frozenset]]:
+        """Layer that gives cues -> the layers it gives them for, each with their names."""
+        sources: dict[int, dict[int, frozenset]] = {}
+        for layer, names in wanted.items():
+            whole = [n for n in self.config.fullatt_block_indexes if n >= layer]
+            if names and not whole:
+                raise ValueError(
+                    f"cues of layer {layer} are asked for, but the last layer of {self.title} that "
+                    f"sees whole images is {max(self.config.fullatt_block_indexes)}"
+                )
+            if names:
+                sources.setdefault(min(whole), {})[layer] = names
+        return sources
 
     def _grid(self, image: Tensor, number: int) -> tuple[int, int]:
         wanted = self.config.spatial_merge_size**2, self.config.patch_values
@@ -186,8 +243,8 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
-        x = x + self.attn(self.norm1(x), rope, segments)
+    def forward(self, x: Tensor, rope: tuple, segments: Segments, cues: dict | None) -> Tensor:
+        x = x + self.attn(self.norm1(x), rope, segments, cues)
         return x + self.mlp(self.norm2(x))
 
 
@@ -200,10 +257,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
-        """x (n, C) -> the same shape."""
+    def forward(self, x: Tensor, rope: tuple, segments: Segments, cues: dict | None) -> Tensor:
+        """x (n, C) -> the same shape; a dict takes what `KINDS` names of the patches (n, ...)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (n, 3, H, d)
         q, k = rotate(qkv[:, 0], rope), rotate(qkv[:, 1], rope)
+        if cues is not None:
+            cues["received"], cues["keys"] = attention_received(q, k, segments), k.flatten(1)
         out = attend_within(q, k, qkv[:, 2], segments)
         return self.proj(out.flatten(1))
 
@@ -234,6 +293,27 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor
         rows = (x[run].unflatten(0, (count, size)).transpose(1, 2) for x in (q, k, v))
         out.append(F.scaled_dot_product_attention(*rows).transpose(1, 2).flatten(0, 1))
     whole = out[0] if len(out) == 1 else torch.cat(out)
+    return whole if segments.back is None else whole[segments.back]
+
+
+def attention_received(q: Tensor, k: Tensor, segments: Segments) -> Tensor:
+    """(n,) fp32 attention that every patch receives inside its segment, mean over heads and
+    queries, from q and k (n, H, d). No more than `MAP_ENTRIES` products are there at a time."""
+    if segments.order is not None:
+        q, k = q[segments.order], k[segments.order]
+    scale, heads = q.shape[-1] ** -0.5, q.shape[1]
+    out, start = [], 0
+    for count, size in segments.runs:
+        run = slice(start, start := start + count * size)
+        rows, keys = (x[run].unflatten(0, (count, size)).transpose(1, 2).float() for x in (q, k))
+        keys = keys.transpose(2, 3) * scale
+        queries = min(size, max(1, MAP_ENTRIES // (heads * size)))
+        together = max(1, MAP_ENTRIES // (heads * size * queries))
+        for few, theirs in zip(rows.split(together), keys.split(together), strict=True):
+            parts = few.split(queries, dim=2)
+            total = sum((part @ theirs).softmax(dim=-1).sum(dim=(1, 2)) for part in parts)
+            out.append((total / (heads * size)).flatten())
+    whole = torch.cat(out)
     return whole if segments.back is None else whole[segments.back]
 
 

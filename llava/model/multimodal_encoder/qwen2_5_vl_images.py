@@ -125,6 +125,23 @@ def split_images(pixel_values: Tensor, image_grid_thw: Tensor, merge: int = 2) -
     ]
 
 
+def pixels_of_blocks(blocks: Tensor, merge: int, patch: int) -> Tensor:
+    """(3, height, width) of an image in blocks (h, w, M, values)."""
+    frames = blocks.unflatten(3, (3, -1, patch, patch)).unflatten(2, (merge, merge))
+    h, w = blocks.shape[:2]
+    # (h, w, row, column, channel, y, x) of the first frame, which the others repeat
+    pixels = frames[:, :, :, :, :, 0].permute(4, 0, 2, 5, 1, 3, 6)
+    return pixels.reshape(3, h * merge * patch, w * merge * patch)
+
+
+def blocks_of_pixels(pixels: Tensor, merge: int, patch: int, frames: int = 2) -> Tensor:
+    """The way back."""
+    h, w = (side // (merge * patch) for side in pixels.shape[1:])
+    blocks = pixels.reshape(3, h, merge, patch, w, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
+    blocks = blocks[:, :, :, :, :, None].expand(-1, -1, -1, -1, -1, frames, -1, -1)
+    return blocks.reshape(h, w, merge * merge, -1)
+
+
 def smart_resize(
     height: int, width: int, factor: int = 28, min_pixels: int = 56 * 56, max_pixels: int = 12845056
 ) -> tuple[int, int]:

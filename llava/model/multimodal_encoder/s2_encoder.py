@@ -10,16 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPImageProcessor
 
-from ...pruning.stages import VisionStage, fills
+from ...pruning.cues import check_cues, fingerprint
+from ...pruning.stages import VisionStage
 from ...pruning.tokens import VisionTokens
-from .clip_encoder import CLIPVisionTower, fingerprint
+from .clip_encoder import CLIPVisionTower
 
 
 class CLIPVisionTowerS2(CLIPVisionTower):
     """CLIP features at every scale of `args.s2_scales` (pixels, "336,672,1008").
 
-    The smallest scale is the tower's own input size. Pixels arrive at the largest one.
+    The smallest scale is the tower's own input size. Pixels arrive at the largest one. Cues of
+    layers are not there: layers run once for every scale.
     """
+
+    title = "the multi-scale tower"
+    provides, provides_in_layers = frozenset({"fingerprint", "one_grid"}), frozenset()
 
     def __init__(self, vision_tower: str, args, delay_load: bool = False):
         self.s2_scales = sorted(
@@ -45,14 +50,8 @@ class CLIPVisionTowerS2(CLIPVisionTower):
         images = images.to(self.device)
         if images.shape[-1] != images.shape[-2]:
             raise ValueError(f"the multi-scale tower needs square images, got {images.shape[-2:]}")
-        inner = {} if stage is None else stage.tower_extras(*self.depth)
-        if extra := (needs | frozenset().union(*inner.values())) - {"fingerprint"}:
-            raise ValueError(f"the multi-scale tower cannot provide {sorted(extra)}")
-        if stage is not None and fills(type(stage), VisionStage, "before_tower_layer"):
-            raise ValueError(
-                f"{stage!r} acts between tower layers, which the multi-scale tower runs once for "
-                "every scale: choose a method that does not"
-            )
+        if stage is not None:
+            check_cues(stage, self)
         before = (
             images
             if stage is None

@@ -1,18 +1,24 @@
 """What a pruning method promises, as tests that any package can run on a method of its own.
 
-    from llava.pruning.testing import MethodContract
+    from llava.pruning.testing import MethodContract, OwnGridsContract
 
 
     class TestUniform(MethodContract):
         method = "uniform"
 
-Needs pytest and nothing else beside this package: the model is a tiny random one, made in memory.
+
+    class TestUniformOnOwnGrids(OwnGridsContract):
+        method = "uniform"
+
+The first is about LLaVA, the second about models whose images have grids of their own. Needs pytest
+and nothing else beside this package: the models are tiny random ones, made in memory.
 """
 
 import pytest
 
-pytest.register_assert_rewrite("llava.pruning.testing.contract")
+pytest.register_assert_rewrite("llava.pruning.testing.contract", "llava.pruning.testing.own_grids")
 
 from .contract import MethodContract  # noqa: E402
+from .own_grids import OwnGridsContract  # noqa: E402
 
-__all__ = ["MethodContract"]
+__all__ = ["MethodContract", "OwnGridsContract"]

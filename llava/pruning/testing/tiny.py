@@ -21,6 +21,10 @@ from llava.model import (
     LlavaMistralConfig,
     LlavaMistralForCausalLM,
 )
+from llava.model.language_model.qwen2_5_vl import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from .. import METHODS, Pruner, build_pruner
 from ..base import option_names
@@ -117,6 +121,43 @@ def make_model(tower: str, mistral: bool = False, **config):
     if hasattr(model.model, "image_newline"):
         model.model.image_newline.data.normal_()
     return model.eval()
+
+
+#: a model whose images have grids of their own: in place of the values of `TINY`, and its tower
+OWN_GRIDS = dict(
+    num_key_value_heads=2,
+    rope_scaling={"type": "mrope", "mrope_section": [2, 1, 1]},
+    vocab_size=92,
+    image_token_id=90,
+    video_token_id=91,
+)
+OWN_GRIDS_TOWER = dict(
+    depth=4,
+    hidden_size=16,
+    intermediate_size=24,
+    num_heads=2,
+    out_hidden_size=TINY["hidden_size"],
+    patch_size=2,
+    window_size=16,
+    fullatt_block_indexes=[1, 3],
+)
+#: numbers of a patch of such an image
+VALUES = 3 * 2 * OWN_GRIDS_TOWER["patch_size"] ** 2
+
+
+def make_own_grids_model():
+    """A random model in eval mode whose images have their own grids, and positions three axes."""
+    torch.manual_seed(0)
+    config = {**TINY, **OWN_GRIDS, "vision_config": OWN_GRIDS_TOWER}
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config)).eval()
+    model.lm_head.weight.data[OWN_GRIDS["image_token_id"] :] = 0  # answers hold no marks
+    return model
+
+
+def picture(h: int, w: int, seed: int = 0) -> Tensor:
+    """A random image of h x w tokens for such a model."""
+    generator = torch.Generator().manual_seed(10000 * seed + 100 * h + w)
+    return torch.randn(h, w, 4, VALUES, generator=generator)
 
 
 @dataclass

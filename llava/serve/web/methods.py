@@ -9,6 +9,8 @@ from ..limits import OPTION_CHARS
 from .failures import Failure
 
 BUDGET = "visual_token_num"
+#: the budget in another form, which would contradict the one of the slider
+SHARE = "visual_token_ratio"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Method:
     @property
     def extra(self) -> dict:
         """The options beside the budget."""
-        return {name: default for name, default in self.options.items() if name != BUDGET}
+        own = self.options.items()
+        return {name: default for name, default in own if name not in (BUDGET, SHARE)}
 
 
 def offered(status: dict) -> dict[str, Method]:

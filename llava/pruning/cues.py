@@ -1,0 +1,97 @@
+"""Cues: what a vision tower can tell a method about the tokens, beside their features.
+
+A tower says which ones it has (`provides`, `provides_in_layers`), a method which ones it cannot do
+without (`needs`, `tower_extras`) and which ones it takes where they are there (`wants`). Both are
+compared when the method is assigned. Letters in shapes as in `llava.pruning.tokens`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .stages import VisionStage, fills
+
+#: cue -> what it is
+CUES = {
+    "salience": "(B, N) fp32, how much attention a token receives: from the class token, mean over "
+    "heads; in a tower without one from all patches, mean over heads",
+    "cls_attention": "(B, H, N) fp32, what the class token attends to",
+    "cls_token": "(B, 1, C), the class token",
+    "cls_query": "(B, C), the query of the class token",
+    "cls_key": "(B, C), the key of the class token",
+    "keys": "(B, N, width), attention keys",
+    "attention_mean": "(B, N) fp32, how much attention a token receives, mean over heads and all "
+    "queries",
+    "output": "(B, N, C), what a layer gives",
+    "fingerprint": "(B,) an integer that depends on the pixels alone",
+    "tower_tokens": "the tokens between layers, to be changed there",
+    "one_grid": "one grid of patches for all images",
+    "text_tower": "a text tower that reads questions in the space of the patches",
+}
+
+
+class Tower(Protocol):
+    """What a vision tower says of itself.
+
+    title:    what messages call it
+    provides: cues of the layer whose output are the features, and of the tower as a whole
+    provides_in_layers: cues of any layer; a layer that sees parts of an image alone stands for the
+              next one that sees all of it where attention is asked for
+    depth:    (number of layers, 0-based layer whose output are the features)
+    grid:     (h, w) of every crop; None: images have grids of their own
+    select_feature: "patch", or "cls_patch" where the class token is a token like any other
+    """
+
+    title: str
+    provides: frozenset[str]
+    provides_in_layers: frozenset[str]
+    select_feature: str
+
+    @property
+    def depth(self) -> tuple[int, int]: ...
+
+    @property
+    def grid(self) -> tuple[int, int] | None: ...
+
+
+def check_needs(stage: VisionStage, tower: Tower) -> None:
+    """Raises ValueError where a method needs what the tower does not have."""
+    acts = fills(type(stage), VisionStage, "before_tower_layer")
+    _check(stage, tower, stage.needs | ({"tower_tokens"} if acts else set()), tower.provides)
+
+
+def check_cues(stage: VisionStage, tower: Tower) -> None:
+    """Likewise, what it needs of single layers included."""
+    check_needs(stage, tower)
+    found = stage.tower_extras(*tower.depth)
+    _check(stage, tower, frozenset().union(*found.values()), tower.provides_in_layers)
+    if (stage.needs or found) and tower.select_feature != "patch":
+        raise ValueError(
+            f"{stage.name} works on patches, but mm_vision_select_feature is "
+            f"{tower.select_feature!r}"
+        )
+
+
+def _check(stage: VisionStage, tower: Tower, needs: frozenset[str], known: frozenset[str]) -> None:
+    for cue in sorted(needs - known):
+        what = CUES.get(cue, "which no tower has")
+        raise ValueError(
+            f"{stage.name} needs {cue!r} ({what}), which {tower.title} does not provide: choose "
+            "another method, or a model with another tower"
+        )
+
+
+def cues_for(stage: VisionStage, tower: Tower) -> frozenset[str]:
+    """The cues that `tower` computes for a method."""
+    return stage.needs | (stage.wants & tower.provides)
+
+
+def fingerprint(images: Tensor) -> Tensor:
+    """(B,) integers that depend on the pixels of each crop alone (exact, any device and batch)."""
+    # A power of two as factor keeps float32 exact, and no device lacks it.
+    pixels = (images.float() * 4096).round().long().flatten(1)
+    weights = torch.arange(1, pixels.shape[1] + 1, device=images.device) * 2654435761
+    return (pixels * weights).sum(dim=1)

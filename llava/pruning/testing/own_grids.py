@@ -1,0 +1,245 @@
+"""The contract of a pruning method on models whose images have grids of their own."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+
+from llava.model.inputs import Picture
+from llava.model.reuse import PrefixCache
+
+from .. import Chain, Pruner, build_pruner, option_names
+from .contract import GREEDY, LAYERS, generate
+from .tiny import make_own_grids_model, make_pruner, pad_batch, picture, sample
+
+#: grids of the images in the tests, which no two tests of a method share by chance
+WIDE, TALL, SMALL = (4, 9), (7, 5), (2, 3)
+QUESTION = "What is it?"
+
+
+class OwnGridsContract:
+    """Derive a class whose name starts with Test, and name the method.
+
+    method, options, least_budget: as in `MethodContract`
+    refused: whether the method is none for such models: then it has to say so when it is assigned
+    """
+
+    method: ClassVar[str]
+    options: ClassVar[dict] = {}
+    least_budget: ClassVar[int] = 1
+    refused: ClassVar[bool] = False
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def plain_model(cls):
+        return make_own_grids_model()
+
+    @pytest.fixture
+    def pruner(self):
+        return self.make(self.method)
+
+    @pytest.fixture
+    def model(self, plain_model, pruner):
+        """A tiny model without pruning; the test is skipped for a method that is refused."""
+        plain_model.pruner = build_pruner("none")
+        try:
+            plain_model.pruner = pruner
+        except ValueError as error:
+            pytest.skip(str(error))
+        plain_model.pruner = build_pruner("none")
+        return plain_model
+
+    def make(self, name: str, visual_token_num: int = 10) -> Pruner:
+        return make_pruner(name, visual_token_num, self.least_budget, **self.options)
+
+    def is_refused(self, pruner: Pruner) -> bool:
+        return self.refused
+
+    def test_it_is_accepted_or_says_what_it_lacks(self, plain_model, pruner):
+        if not self.is_refused(pruner):
+            plain_model.pruner = pruner
+            return
+        with pytest.raises(
+            ValueError, match=f"{pruner.name} needs '.*tower of .* does not provide"
+        ):
+            plain_model.pruner = pruner
+
+    def test_every_image_is_pruned_to_its_budget(self, model, pruner):
+        model.pruner = pruner
+        prompt = sample(4, "image", 2, "image", 5)
+        _, _, trace = generate(model, prompt.ids, [picture(*WIDE), picture(*TALL)])
+        assert trace.grids == [WIDE, TALL] or pruner.name == "downsample"
+        assert trace.unpruned_lengths == [36, 35]
+        assert len(trace.visual_positions) == 2
+        pairs = zip(
+            *(pruner.with_budget_of(n).token_schedule(n, LAYERS) for n in (36, 35)), strict=True
+        )
+        seen = [int(tokens[0]) for tokens in trace.visual_tokens]
+        for kept, both in zip(seen, map(sum, pairs), strict=True):
+            assert kept <= both
+        assert pruner.name == "none" or min(seen) < 71
+
+    def test_kept_tokens_stay_where_they_are(self, model, pruner):
+        """In the picture and in raster order, and the text behind goes on from there."""
+        prompt = sample(4, "image", 5)
+        _, _, dense = generate(model, prompt.ids, [picture(*WIDE)])
+        model.pruner = pruner
+        _, _, trace = generate(model, prompt.ids, [picture(*WIDE)])
+        (_, columns), kept = trace.grids[0], trace.visual_positions[0]
+        places = trace.position_ids[0, 5 : 5 + len(kept)]
+        assert places.shape[1] == 3
+        known = kept >= 0
+        assert torch.equal(places[known, 1] - 5, kept[known] // columns)
+        assert torch.equal(places[known, 2] - 5, kept[known] % columns)
+        order = places[:, 1] * 1000 + places[:, 2]
+        assert torch.equal(order, order.sort().values)
+        if trace.grids[0] == WIDE:
+            assert torch.equal(trace.position_ids[0, -5:], dense.position_ids[0, -5:])
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_batching_changes_nothing(self, model, pruner, side):
+        model.pruner = pruner
+        prompts = [
+            sample(3, "image", 9, seed=1),
+            sample(5, seed=3),
+            sample(2, "image", 1, "image", 4),
+        ]
+        images = [[picture(*WIDE)], [], [picture(*TALL), picture(*WIDE, seed=1)]]
+        alone = [
+            generate(model, p.ids, own or None) for p, own in zip(prompts, images, strict=True)
+        ]
+        ids, mask = pad_batch([p.ids for p in prompts], side)
+        together = [image for own in images for image in own]
+        tokens, logits, trace = generate(model, ids, together, attention_mask=mask)
+        for row, (own_tokens, own_logits, own_trace) in enumerate(alone):
+            assert torch.equal(tokens[row], own_tokens[0])
+            torch.testing.assert_close(logits[row], own_logits[0], atol=1e-4, rtol=1e-4)
+            for layer, lengths in enumerate(own_trace.kv_lengths):
+                assert trace.kv_lengths[layer][row] == lengths[0]
+        single = [positions for *_, own in alone for positions in own.visual_positions]
+        assert all(map(torch.equal, trace.visual_positions, single))
+
+    def test_images_at_the_end_and_side_by_side_run(self, model, pruner):
+        prompts = [sample(2, "image"), sample("image", "image", 1, seed=3)]
+        images = [picture(*WIDE), picture(*SMALL), picture(*TALL)]
+        for budget in (1, 7):
+            model.pruner = self.make(pruner.name, budget) if pruner.name != "twigvlm" else pruner
+            ids, mask = pad_batch([p.ids for p in prompts])
+            tokens, logits, _ = generate(model, ids, images, attention_mask=mask)
+            alone = generate(model, prompts[1].ids, images[1:])
+            torch.testing.assert_close(logits[1], alone[1][0], atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize("budget", [36, 1000])
+    def test_a_budget_of_all_tokens_or_more_is_the_dense_model(self, model, pruner, budget):
+        if pruner.adaptive:
+            pytest.skip("the budget of this method is the label of a published setting")
+        prompt = sample(4, "image", 3, "image", 5)
+        images = [picture(*WIDE), picture(*SMALL)]
+        dense = generate(model, prompt.ids, images)
+        model.pruner = self.make(pruner.name, budget)
+        full = generate(model, prompt.ids, images)
+        torch.testing.assert_close(full[1], dense[1], atol=1e-5, rtol=1e-5)
+        assert torch.equal(full[0], dense[0])
+
+    def test_a_share_is_a_number_for_every_image(self, model, pruner):
+        if "visual_token_ratio" not in option_names(type(pruner)):
+            pytest.skip("this method takes no share")
+        prompt = sample(4, "image", 5)
+        for grid in (WIDE, TALL):
+            found = []
+            for setting in (
+                {"visual_token_ratio": 0.4},
+                {"visual_token_num": round(0.4 * grid[0] * grid[1])},
+            ):
+                own = make_pruner(pruner.name, 1, **self.options)
+                model.pruner = (
+                    own.rebuilt(**setting)
+                    if hasattr(own, "rebuilt")
+                    else self.with_setting(own, setting)
+                )
+                found.append(generate(model, prompt.ids, [picture(*grid)]))
+            assert torch.equal(found[0][1], found[1][1])
+            assert torch.equal(found[0][0], found[1][0])
+
+    def test_text_only_prompts_are_untouched(self, model, pruner):
+        prompt = sample(7)
+        dense = generate(model, prompt.ids, None)
+        model.pruner = pruner
+        pruned = generate(model, prompt.ids, None)
+        assert torch.equal(dense[0], pruned[0])
+        assert torch.equal(dense[1], pruned[1])
+
+    def test_switching_off_restores_the_model(self, model, pruner):
+        prompt, images = sample(4, "image", 5), [picture(*WIDE)]
+        before = generate(model, prompt.ids, images)
+        model.pruner = pruner
+        generate(model, prompt.ids, images)
+        model.pruner = build_pruner("none")
+        after = generate(model, prompt.ids, images)
+        assert torch.equal(before[1], after[1])
+        assert torch.equal(before[0], after[0])
+
+    def test_decoding_equals_running_the_whole_answer_again(self, model, pruner):
+        model.pruner = pruner
+        prompt, images = sample(4, "image", 5), [picture(*WIDE)]
+        cached, _, _ = generate(model, prompt.ids, images)
+        slow, _, _ = generate(model, prompt.ids, images, use_cache=False)
+        assert torch.equal(cached, slow) or pruner.decoder.reads_text
+
+    def test_beam_search_sampling_and_streaming_run(self, model, pruner):
+        model.pruner = pruner
+        prompts = [sample(3, "image", 9, seed=1), sample(6, "image", 2, seed=2)]
+        ids, mask = pad_batch([p.ids for p in prompts])
+        images = [picture(*WIDE), picture(*TALL)]
+        options = dict(attention_mask=mask, max_new_tokens=5, eos_token_id=-1)
+        beams = model.generate(ids, images=images, num_beams=3, do_sample=False, **options)
+        torch.manual_seed(0)
+        drawn = model.generate(ids, images=images, do_sample=True, top_p=0.9, **options)
+        assert beams.shape == drawn.shape == (2, 5)
+        streamer = Words()
+        answer = model.generate(prompts[0].ids, images=images[:1], streamer=streamer, **GREEDY)
+        assert streamer.tokens[-GREEDY["max_new_tokens"] :] == answer[0].tolist()
+
+    def test_questions_about_one_image_share_its_beginning(self, model, pruner):
+        model.pruner = pruner
+        first, second = Picture(picture(*WIDE), (9, 4)), Picture(picture(*TALL), (5, 7))
+        cache = PrefixCache(model)
+        for batch in ([(first, 1), (second, 2)], [(first, 3), (first, 4)], [(second, 5)]):
+            prompts = [
+                torch.cat([sample(3, "image").ids[0], sample(n + 2, seed=n).ids[0]])
+                for _, n in batch
+            ]
+            own = [[image] for image, _ in batch]
+            questions = [QUESTION] * len(batch)
+            options = dict(GREEDY, pad_token_id=0)
+            found = cache.generate(prompts, own, questions, **options)
+            for row, (ids, (image, _)) in enumerate(zip(prompts, batch, strict=True)):
+                alone = model.generate(
+                    ids[None], images=[image.pixels], questions=[QUESTION], **options
+                )
+                assert torch.equal(found[row], alone[0])
+
+    @staticmethod
+    def with_setting(pruner: Pruner, setting: dict) -> Pruner:
+        """The method with another budget."""
+        assert not isinstance(pruner, Chain)
+        budgets = {"visual_token_num": None, "visual_token_ratio": None}
+        default = type(pruner)().visual_token_num
+        for name, value in {**budgets, "visual_token_num": default, **setting}.items():
+            setattr(pruner, name, value)
+        return pruner
+
+
+class Words:
+    """Takes the tokens that an answer is streamed as."""
+
+    def __init__(self):
+        self.tokens: list[int] = []
+
+    def put(self, value) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        pass

@@ -1,0 +1,194 @@
+"""What a method is given of images with grids of their own, and what becomes of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llava.blocks import rotate
+from llava.model.multimodal_encoder import qwen2_5_vl_encoder
+from llava.model.multimodal_encoder.qwen2_5_vl_encoder import patch_angles
+from llava.model.multimodal_encoder.qwen2_5_vl_images import blocks_of_pixels, pixels_of_blocks
+from llava.pruning import METHODS, Pruner, SelectPruner, VisionStage, build_pruner, trace_pruning
+from llava.pruning.testing.tiny import make_own_grids_model, picture, sample
+from tests.conftest import make_pruner
+from tests.second_device import SECOND, Elsewhere, devices, place
+
+GRIDS = [(4, 9), (7, 5), (4, 9)]
+CUES = frozenset({"salience", "keys"})
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return make_own_grids_model()
+
+
+@pytest.fixture
+def model(shared):
+    shared.pruner = build_pruner("none")
+    return shared
+
+
+def slow_cues(tower, image: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(attention received (n,), keys (n, C)) of the blocks, from a whole map of a full layer."""
+    h, w = image.shape[:2]
+    inputs = []
+    hook = tower.blocks[layer].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    tower.features([image])
+    hook.remove()
+    plan = qwen2_5_vl_encoder.plan_images([(h, w)], tower.config, "cpu")
+    block = tower.blocks[layer]
+    x = torch.empty_like(inputs[0]).unflatten(0, (-1, 4))
+    x[plan.blocks] = inputs[0].unflatten(0, (-1, 4))
+    qkv = block.attn.qkv(block.norm1(x.flatten(0, 1))).unflatten(
+        -1, (3, tower.config.num_heads, -1)
+    )
+    angles = patch_angles(h, w, tower.config).flatten(0, 1).repeat(1, 2)[:, None]
+    q, k = (rotate(qkv[:, n], (angles.cos(), angles.sin())).transpose(0, 1) for n in (0, 1))
+    rows = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    received = rows.mean(dim=(0, 1)).unflatten(0, (h * w, 4)).mean(dim=1)
+    return received, k.transpose(0, 1).flatten(1).unflatten(0, (h * w, 4)).mean(dim=1)
+
+
+@pytest.mark.parametrize("entries", [2**24, 100])
+@torch.no_grad()
+def test_cues_are_those_of_a_whole_map_of_attention(model, entries, monkeypatch):
+    monkeypatch.setattr(qwen2_5_vl_encoder, "MAP_ENTRIES", entries)
+    images = [picture(h, w, seed) for seed, (h, w) in enumerate(GRIDS)]
+    for group in model.visual.features(images, {3: CUES, 1: CUES}):
+        for place_, number in enumerate(group.images):
+            for layer in (1, 3):
+                received, keys = slow_cues(model.visual, images[number], layer)
+                cues = group.cues[layer]
+                torch.testing.assert_close(cues["salience"][place_], received, atol=1e-6, rtol=1e-4)
+                torch.testing.assert_close(cues["keys"][place_], keys, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_layer_that_sees_windows_stands_for_the_next_that_sees_the_image(model):
+    images = [picture(4, 9)]
+    (group,) = model.visual.features(images, {0: CUES, 1: CUES, 2: CUES})
+    assert torch.equal(group.cues[0]["salience"], group.cues[1]["salience"])
+    assert not torch.equal(group.cues[2]["salience"], group.cues[1]["salience"])
+
+
+class Spy(VisionStage, Pruner):
+    """Writes down what its hooks are given."""
+
+    name = "spy"
+    needs = frozenset({"salience", "keys", "fingerprint"})
+    reads_question = True
+
+    def __init__(self):
+        self.seen = []
+
+    def after_encoder(self, vision):
+        self.seen.append(vision)
+        return vision
+
+    def after_projector(self, vision):
+        self.seen.append(vision)
+        return vision
+
+    def after_layout(self, image):
+        self.seen.append(image)
+        return image
+
+
+@torch.no_grad()
+def test_hooks_run_once_for_each_grid_and_nothing_is_padded(model):
+    model.pruner = spy = Spy()
+    images = [picture(h, w, seed) for seed, (h, w) in enumerate(GRIDS)]
+    model.image_tokens(images, questions=["a", "b", "c"])
+    wide, merged, *layouts, tall, _, _ = spy.seen
+    assert (wide.grid, tall.grid) == ((4, 9), (7, 5))
+    assert wide.features.shape == (2, 36, 4 * 16) and merged.features.shape == (2, 36, 32)
+    assert wide.salience.shape == (2, 36) and wide.keys.shape == (2, 36, 16)
+    assert wide.questions == ["a", "c"] and tall.questions == ["b"]
+    assert wide.image_index.tolist() == [0, 1] and wide.block == 4 and wide.valid is None
+    assert len(set(wide.fingerprint.tolist() + tall.fingerprint.tolist())) == 3
+    assert [image.grid for image in layouts] == [(4, 9), (4, 9)]
+
+
+@torch.no_grad()
+def test_pruning_before_the_merger_changes_nothing_else(model):
+    images = [picture(h, w, seed) for seed, (h, w) in enumerate(GRIDS)]
+    dense = model.image_tokens(images)
+    model.pruner = build_pruner("random", visual_token_num=9)
+    for whole, kept in zip(dense, model.image_tokens(images), strict=True):
+        assert len(kept.patches) == 9 and kept.extent == whole.extent
+        torch.testing.assert_close(kept.embeds, whole.embeds[kept.patches], atol=1e-6, rtol=1e-5)
+        assert torch.equal(kept.positions, whole.positions[kept.patches])
+
+
+def test_a_smaller_image_is_one_with_a_smaller_grid(model):
+    blocks = picture(4, 9)
+    blocks = blocks.unflatten(3, (3, 2, 2, 2))[:, :, :, :, :1].expand(-1, -1, -1, -1, 2, -1, -1)
+    blocks = blocks.reshape(4, 9, 4, -1)
+    pixels = pixels_of_blocks(blocks, 2, 2)
+    assert pixels.shape == (3, 16, 36)
+    assert torch.equal(blocks_of_pixels(pixels, 2, 2), blocks)
+    model.pruner = build_pruner("downsample", visual_token_num=12)
+    prompt = sample(4, "image", 5)
+    with trace_pruning(model) as trace:
+        model.generate(prompt.ids, images=[blocks], max_new_tokens=1)
+    assert trace.grids == [(2, 5)] and trace.unpruned_lengths == [36]
+    assert trace.visual_positions[0].tolist() == list(range(10))
+    assert trace.position_ids[0, -5:, 0].tolist() == [10, 11, 12, 13, 14]
+
+
+def test_a_budget_that_does_not_fit_an_image_names_it(model):
+    class Two(SelectPruner):
+        name = "two"
+
+        def check(self, num_patches, num_layers, crops=1):
+            if num_patches < 30:
+                raise ValueError("too small")
+
+        def select(self, vision):
+            return torch.zeros(len(vision.features), 1, dtype=torch.long)
+
+    model.pruner = Two(visual_token_num=1)
+    with pytest.raises(ValueError, match="image 1, of 2 x 3 tokens: too small"):
+        model.image_tokens([picture(4, 9), picture(2, 3)])
+
+
+@pytest.mark.parametrize("name", ["vispruner", "divprune", "fastv", "sparsevlm", "pyramiddrop"])
+def test_number_and_share_exclude_each_other(name):
+    with pytest.raises(
+        ValueError, match=r"visual_token_num \(5\) and visual_token_ratio \(0.5\) both"
+    ):
+        build_pruner(name, visual_token_num=5, visual_token_ratio=0.5)
+    for share in (0, 1.5, True):
+        with pytest.raises(ValueError, match="visual_token_ratio .* above 0 and up to 1"):
+            build_pruner(name, visual_token_ratio=share)
+
+
+def test_layers_that_are_not_there_are_refused_when_assigned(model):
+    with pytest.raises(ValueError, match="must be below the 6 decoder layers"):
+        model.pruner = build_pruner("fastv", layer=6)
+
+
+WORKS = [*sorted(set(METHODS) - {"cdpruner", "glimpseprune", "mustdrop", "nuwa", "prumerge"})]
+
+
+@pytest.mark.parametrize("name", [*WORKS, "vispruner+fastv", "pool+pyramiddrop"])
+def test_a_prompt_waits_for_the_device_no_more_than_it_has_to(name):
+    model = make_own_grids_model()
+    model.pruner = make_pruner(name)
+    place(model, SECOND)
+    ids = sample(4, "image", 5).ids
+    mask, ids = (Elsewhere(x, SECOND) for x in (torch.ones_like(ids), ids))
+    images = [Elsewhere(picture(4, 9), SECOND)]
+    with torch.no_grad(), devices() as log:
+        model.generate(
+            ids,
+            attention_mask=mask,
+            images=images,
+            questions=["What is it?"],
+            do_sample=False,
+            max_new_tokens=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    assert 0 < len(log.waits) <= (2 if name == "none" else 4), "\n".join(log.waits)

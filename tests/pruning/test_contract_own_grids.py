@@ -1,0 +1,22 @@
+"""What every method in METHODS promises where images have grids of their own."""
+
+import pytest
+
+from llava.pruning import METHODS
+from llava.pruning.testing import OwnGridsContract
+from tests.conftest import make_pruner
+from tests.pruning.test_contract import CHAINS
+
+#: methods that need what only a CLIP tower has
+REFUSED = {"cdpruner", "glimpseprune", "mustdrop", "nuwa", "prumerge"}
+
+
+class TestEveryMethod(OwnGridsContract):
+    make = staticmethod(make_pruner)
+
+    @pytest.fixture(params=[*sorted(METHODS), *CHAINS])
+    def pruner(self, request):
+        return make_pruner(request.param)
+
+    def is_refused(self, pruner):
+        return pruner.name in REFUSED
