@@ -24,6 +24,11 @@ class Published:
     group: str | None = None
     positional: tuple[str, ...] = ("visual_token_num",)
 
+    def __post_init__(self):
+        for name in ("options", "meaning", "environment"):
+            if not isinstance(value := getattr(self, name), Mapping):
+                raise TypeError(f"{name} of Published must be a dict, not {value!r}")
+
     def for_call(self, pruner, keywords: dict) -> tuple:
         """The method and the keywords of one `generate` call, from the method in use and those that
         the caller gave: the release may have keywords of its own."""

@@ -15,15 +15,19 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, MutableMapping
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import ClassVar
 
 from .base import Pruner
+from .published import Published
 
 GROUP = "llava.pruning"
 #: what a method may be called: its name becomes part of options, folders and requests
 NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
+#: default and default factory of a field that has none
+NEITHER = (MISSING, MISSING)
 
 
 class Unusable(Pruner):
@@ -111,13 +115,27 @@ def load(points: list[EntryPoint]) -> type[Pruner]:
     try:
         method = point.load()
     except (Exception, SystemExit) as error:  # whatever a package does when it is imported
-        reason = f"cannot be loaded: {type(error).__name__}: {error}"
+        said = " ".join(str(error).split())
+        reason = f"cannot be loaded: {type(error).__name__}: {said}"
         return unusable(point, f"{source(point)} {reason}", error)
-    if not (isinstance(method, type) and issubclass(method, Pruner)):
-        return unusable(point, f"{source(point)} is no subclass of llava.pruning.Pruner")
-    if method.name != point.name:
-        return unusable(point, f"{source(point)} calls itself {method.name!r}: name both alike")
+    if fault := fault_of(method, point.name):
+        return unusable(point, f"{source(point)} {fault}")
     return method
+
+
+def fault_of(method: object, name: str) -> str | None:
+    """What a package offers as the method called `name` instead of one: whoever lists the options
+    of all methods relies on what is settled here."""
+    if not (isinstance(method, type) and issubclass(method, Pruner)):
+        return "is no subclass of llava.pruning.Pruner"
+    if method.name != name:
+        return f"calls itself {method.name!r}: name both alike"
+    if not isinstance(method.published, Published):
+        return f"has published = {method.published!r}, which must be a llava.pruning.Published"
+    options = fields(method) if is_dataclass(method) else ()
+    if bare := [f.name for f in options if f.init and (f.default, f.default_factory) == NEITHER]:
+        return f"has no default for its option {', '.join(bare)}"
+    return None
 
 
 def source(point: EntryPoint) -> str:

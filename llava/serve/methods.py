@@ -186,10 +186,10 @@ def file_options(name: str) -> list[str]:
 
 def _type(name: str, key: str):
     """The type of an option; `object`, which no value from a request is of, where its annotation
-    means nothing outside of its file."""
+    means nothing outside of its file, as a package may write it."""
     try:
         return get_type_hints(METHODS[name])[key]
-    except NameError:
+    except Exception:  # reading it runs it
         return object
 
 

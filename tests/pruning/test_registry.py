@@ -111,6 +111,17 @@ BROKEN = {
     "cannot be loaded: AttributeError: module 'acme' has no attribute 'First'": "",
     "is no subclass of llava.pruning.Pruner": "First = print",
     "calls itself 'late': name both alike": FIRST.replace('"first"', '"late"'),
+    "has published = {'options': {}}, which must be a llava.pruning.Published": FIRST.replace(
+        'name = "first"', 'name, published = "first", {"options": {}}'
+    ),
+    "has no default for its option seed": f"{FIRST}\n\n"
+    "@dataclass(kw_only=True)\nclass First(First):\n    seed: int\n",
+    "cannot be loaded: TypeError: options of Published must be a dict, not None": (
+        "from llava.pruning import Published\nPublished(options=None)"
+    ),
+    "cannot be loaded: RuntimeError: no wheel for this machine": (
+        "raise RuntimeError('no wheel\\nfor this\\n machine')"
+    ),
 }
 
 
@@ -123,7 +134,7 @@ def test_a_package_that_cannot_be_used_is_listed_and_says_why(site, said, source
         with pytest.raises(ValueError) as refused:
             build_pruner("first", **options)
         assert str(refused.value) == whole
-    with pytest.raises(ValueError, match="cannot be loaded|is no subclass|calls itself"):
+    with pytest.raises(ValueError, match="cannot be loaded|is no subclass|calls itself|has "):
         METHODS["first"]()
     parser = run_llava.build_parser()  # other methods are used as if it were not there
     assert pruner_from_args(parser.parse_args(["--important-ratio", "1"])).name == "vispruner"
@@ -171,6 +182,14 @@ def test_a_worker_offers_it_and_tells_why_it_does_not(site, model):
     assert not found["broken"]["available"] and found["broken"]["options"] == {}
     assert "'broken' of acme-pruning 1.0" in found["broken"]["reason"]
     assert "No module named 'nowhere'" in found["broken"]["reason"]
+
+
+def test_a_worker_offers_methods_whose_options_have_types_that_mean_nothing(site, model):
+    future = "from __future__ import annotations\n"
+    source = future + FIRST.replace("step: int", "step: torch.nothing")
+    install(site, "acme-pruning", {"first": "acme:First"}, acme=source)
+    found = {one["name"]: one for one in offer(model, MethodShelf(model.pruner))}
+    assert found["first"]["available"] and found.keys() == METHODS.keys()
 
 
 def test_requests_cannot_name_files_for_it(site):

@@ -30,11 +30,19 @@ def generate(model, ids, images, **kwargs):
         out = model.generate(
             ids,
             images=images,
+            questions=questions_about(images),
             output_scores=True,
             return_dict_in_generate=True,
             **{**GREEDY, **kwargs},
         )
     return out.sequences, out.scores[0], trace
+
+
+def questions_about(images) -> list[str] | None:
+    """One for each image, the same whenever it is the same image, for methods that read them."""
+    if images is None:
+        return None
+    return [f"Is it larger than {float(pixels.sum()):.2f}?" for pixels in images]
 
 
 class MethodContract:
@@ -218,6 +226,7 @@ class MethodContract:
         ids, mask = pad_batch([p.ids for p in prompts])
         images = torch.cat([p.images for p in prompts])
         options = dict(attention_mask=mask, max_new_tokens=5, eos_token_id=-1)
+        options["questions"] = questions_about(images)
         beams = model.generate(ids, images=images, num_beams=3, do_sample=False, **options)
         torch.manual_seed(0)
         drawn = model.generate(ids, images=images, do_sample=True, top_p=0.9, **options)
@@ -243,5 +252,6 @@ class MethodContract:
         assert int(trace.visual_tokens[0][0]) == len(trace.visual_positions[0])
 
     def test_a_printed_method_builds_itself_again(self, pruner):
-        namespace = {cls.__name__: cls for cls in (*METHODS.values(), Chain)}
+        classes = (Chain, *(METHODS[part] for part in pruner.name.split("+")))
+        namespace = {cls.__name__: cls for cls in classes}
         assert repr(eval(repr(pruner), namespace)) == repr(pruner)
