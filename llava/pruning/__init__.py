@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .adaptprune import AdaptPrune
-from .base import DecoderPruner, Pruner, SelectPruner, option_names
+from .base import DecoderPruner, Pruner, SelectPruner, option_names, two_budgets
 from .cdpruner import CDPruner
 from .chain import Chain, split_options
 from .choice import BUDGETS, all_names, as_published, choose, open_group, translate
@@ -78,11 +78,8 @@ def build_pruner(name: str = "none", **options) -> Pruner:
             f"unknown option {', '.join(map(repr, unknown))} for pruning method {name!r}, "
             f"choose from {', '.join(known) or 'none (it has no options)'}"
         )
-    if len(given := [key for key in options if key in BUDGETS and options[key] is not None]) > 1:
-        raise ValueError(
-            f"{' and '.join(f'{key} ({options[key]})' for key in given)} both say how many tokens "
-            "to keep: give one of them"
-        )
+    if len(given := [options[key] for key in BUDGETS if options.get(key) is not None]) > 1:
+        raise ValueError(two_budgets(*given))
     return method(**options)
 
 

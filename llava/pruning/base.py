@@ -106,18 +106,24 @@ NO_VISION_STAGE, NO_DECODER_STAGE = VisionStage(), DecoderStage()
 class ShareOption:
     """Mixin of methods whose budget `visual_token_num` may be given as a share.
 
-    visual_token_ratio: share of an image's tokens in place of `visual_token_num`, above 0 to 1;
-                        rounded (halves to even), at least one token. None: the number counts
+    visual_token_ratio: share of an image's tokens in place of `visual_token_num`, which is None
+                        then; above 0 to 1, rounded (halves to even), at least one token
     """
 
     visual_token_num: int | None = None
     visual_token_ratio: float | None = field(default=None, kw_only=True)
 
     def check_share(self) -> None:
-        """Raises ValueError on a share that is none."""
-        share = self.visual_token_ratio
-        if share is not None and (isinstance(share, bool) or not 0 < share <= 1):
+        """Makes the share take the place of the default number. Raises ValueError on one that is no
+        share, or stands beside another number."""
+        share, number = self.visual_token_ratio, self.visual_token_num
+        if share is None:
+            return
+        if isinstance(share, bool) or not 0 < share <= 1:
             raise ValueError(f"visual_token_ratio ({share!r}) must lie above 0 and up to 1")
+        if number not in (None, type(self).visual_token_num):
+            raise ValueError(two_budgets(number, share))
+        self.visual_token_num = None
 
     def tokens_of(self, num_tokens: int) -> int | None:
         """The budget of an image that has `num_tokens`; it may be more than those. None: there is
@@ -134,6 +140,14 @@ class ShareOption:
         return own
 
 
+def two_budgets(number: int, share: float) -> str:
+    """What to say to someone who gives both."""
+    return (
+        f"visual_token_num ({number}) and visual_token_ratio ({share}) both say how many tokens to "
+        "keep: give one of them"
+    )
+
+
 @dataclass
 class BudgetPruner(ShareOption, Pruner):
     """A method with a token budget."""
@@ -142,7 +156,7 @@ class BudgetPruner(ShareOption, Pruner):
 
     def __post_init__(self):
         self.check_share()
-        number = self.visual_token_num
+        number = self.tokens_of(1)
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(
                 f"visual_token_num ({number!r}) must be a whole number of at least 1 token"

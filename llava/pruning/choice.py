@@ -14,7 +14,7 @@ from .base import Pruner, option_names
 
 Methods = Mapping[str, type[Pruner]]
 #: options that say how many tokens stay, of which one can be given
-BUDGETS = frozenset({"visual_token_num", "visual_token_ratio"})
+BUDGETS = ("visual_token_num", "visual_token_ratio")
 
 
 def names_of(method: type[Pruner]) -> dict[str, str]:
@@ -33,7 +33,7 @@ def choose(methods: Methods, options: Mapping[str, object], default: str) -> str
 
     Raises ValueError, naming the owners, when several methods or none have them all.
     """
-    if set(options) <= BUDGETS:
+    if set(options) <= set(BUDGETS):
         return default
     owners = {key: [n for n, cls in methods.items() if key in names_of(cls)] for key in options}
     if unknown := [key for key, names in owners.items() if not names]:

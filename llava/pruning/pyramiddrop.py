@@ -43,19 +43,9 @@ class PyramidDrop(ShareOption, StagedPruner):
 
     def __post_init__(self):
         self.check_share()
-        number, layers, ratios = (
-            self.visual_token_num,
-            self.layer_list,
-            self.image_token_ratio_list,
-        )
+        number, layers, ratios = self.tokens_of(1), self.layer_list, self.image_token_ratio_list
         if number is not None and number < 1:
             raise ValueError(f"visual_token_num ({number}) must be at least 1 token on average")
-        if number is not None and self.visual_token_ratio is not None:
-            raise ValueError(
-                f"visual_token_num ({number}) and visual_token_ratio ({self.visual_token_ratio}) "
-                "both say how many tokens to keep: give one of them"
-            )
-        number = self.tokens_of(1)
         if number is not None and ratios is not None:
             raise ValueError(
                 f"visual_token_num ({number}) and image_token_ratio_list ({ratios}) both say how "

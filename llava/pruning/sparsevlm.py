@@ -87,7 +87,7 @@ class SparseVLM(ShareOption, DecoderStage, Pruner):
         self.version = str(self.version)
         if self.version not in LAYERS:
             raise ValueError(f"unknown version {self.version!r}, choose from {', '.join(LAYERS)}")
-        if self.visual_token_num < 1 or self.num_selected_heads < 1:
+        if self.tokens_of(1) < 1 or self.num_selected_heads < 1:
             raise ValueError(
                 f"visual_token_num ({self.visual_token_num}) and num_selected_heads "
                 f"({self.num_selected_heads}) must be at least 1"

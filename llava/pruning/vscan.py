@@ -59,7 +59,7 @@ class VScan(ShareOption, VisionStage, StagedPruner):
 
     def __post_init__(self):
         self.check_share()
-        numbers = [self.visual_token_num, self.encoder_token_num or 1]
+        numbers = [self.tokens_of(1), self.encoder_token_num or 1]
         if min([*numbers, *(self.image_token_list or ())]) < 1:
             raise ValueError(
                 f"visual_token_num, encoder_token_num and image_token_list must be at least 1 "

@@ -277,9 +277,11 @@ def test_the_chat_puts_the_mark_of_the_image_right_before_the_question(loaded):
     assert first == "<|vision_start|><image><|vision_end|>What?" and second == "And now?"
 
 
+@pytest.mark.parametrize("share", [None, 0.25])
 @pytest.mark.parametrize("reuse", ["--reuse", "--no-reuse"])
-def test_benchmark_programs_ask_it(monkeypatch, capsys, tmp_path, reuse):
-    """The same prompts as of `run_llava`, in batches of images of different sizes."""
+def test_benchmark_programs_ask_it(monkeypatch, capsys, tmp_path, reuse, share):
+    """The same prompts as of `run_llava`, in batches of images of different sizes, plain and with a
+    method."""
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     asked = [("img0_336x336", "What?"), ("img2_300x480", "Is it red?"), ("img0_336x336", "Why?")]
     lines = [
@@ -297,15 +299,22 @@ def test_benchmark_programs_ask_it(monkeypatch, capsys, tmp_path, reuse):
     monkeypatch.setattr(Qwen2_5_VLForConditionalGeneration, "generate_from", listen)
     words = ["--model-path", CHECKPOINT, "--question-file", questions, "--answers-file", answers]
     words += ["--image-folder", PICTURE.parent, "--max_new_tokens", 2, "--batch-size", 3, reuse]
-    run(monkeypatch, capsys, answer_questions, *words, "--max-pixels", 28 * 28 * 64)
-    assert len(answers.read_text().splitlines()) == 3
+    words += ["--max-pixels", 28 * 28 * 64]
+    if share is not None:
+        words += ["--pruning-method", "vispruner", "--visual-token-ratio", share]
+    run(monkeypatch, capsys, answer_questions, *words)
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert len(lines) == 3
+    if share is not None:
+        assert [line["metadata"]["visual_tokens_unpruned"] for line in lines] == [64, 60, 64]
     tokenizer, seen = load(CHECKPOINT)[0], {}
     for ids in prompts:
         text = tokenizer.decode([i for i in ids if i != 652]).partition("<|im_start|>user\n")[2]
         seen[text] = ids.count(652)
     form = "<|vision_start|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
     tokens = {"img0_336x336": 64, "img2_300x480": 60}
-    assert seen == {form.format(text): tokens[image] for image, text in asked}
+    kept = {image: round((share or 1) * count) for image, count in tokens.items()}
+    assert seen == {form.format(text): kept[image] for image, text in asked}
 
 
 def test_a_picture_shows_the_tokens_that_stay_where_they_are(monkeypatch, capsys, tmp_path):

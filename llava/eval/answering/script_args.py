@@ -3,9 +3,10 @@
 python -m llava.eval.answering.script_args METHOD [TOKENS [NUMBER ...]] [KEY=VALUE ...] [options]
 
 Prints assignments for the shell: METHOD, TOKENS ("" for the method's own budget), PAIRS (options of
-the method as KEY=VALUE) and REST (what belongs to the answering program). An empty METHOD is the
-one that the options belong to. Numbers in front are the options that the method's published scripts
-take by place, and its published environment variables count where the words say nothing.
+the method as KEY=VALUE) and REST (what belongs to the answering program). TOKENS below 1 are a
+share of an image's tokens, and become a pair. An empty METHOD is the one that the options belong
+to. Numbers in front are the options that the method's published scripts take by place, and its
+published environment variables count where the words say nothing.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from collections.abc import Mapping, Sequence
 
 from llava.errors import errors_as_messages
 from llava.pruning import METHODS, Pruner, guess_method
-from llava.pruning.choice import translate
+from llava.pruning.choice import BUDGETS, translate
 from llava.pruning.cli import add_pruning_args, parse_pair
 
 NUMBER = re.compile(r"\d+(\.\d+)?|\.\d+")
 PAIR = re.compile(r"[a-zA-Z_]\w*=.+", re.DOTALL)
-BUDGET = "visual_token_num"
+BUDGET, SHARE = BUDGETS
 
 
 def read(words: list[str], method: str, environment: Mapping[str, str]) -> tuple:
@@ -47,7 +48,8 @@ def read(words: list[str], method: str, environment: Mapping[str, str]) -> tuple
     options = dict(map(parse_pair, pairs))
     if args.visual_token_num is not None:
         options[BUDGET] = args.visual_token_num
-    by_place(options, (BUDGET,), numbers[:1])
+    first = SHARE if numbers and 0 < float(numbers[0]) < 1 else BUDGET
+    by_place(options, (first,), numbers[:1])
     name = args.pruning_method or method
     if not name:
         name, options = guess_method(options)

@@ -256,6 +256,11 @@ def prepare(args) -> tuple[AnswerLoop, list[Run], dict[Benchmark, Records], Work
     args.device = args.device or workers.device()
     args.model_path = local_folder(args.model_path)
     loop = load_loop(args)
+    if loop.model.get_vision_tower().grid is None:
+        raise ValueError(
+            "the suite compares budgets with the number of tokens of an image, and those of this "
+            "model have no one number: run a benchmark's script for every budget"
+        )
     crops = loop.model.crops_in_budget(build_pruner())
     runs = plan(args, crops * loop.model.get_vision_tower().num_patches)
     try_out(loop.model, runs, args.model_path)

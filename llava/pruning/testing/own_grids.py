@@ -10,11 +10,12 @@ import torch
 from llava.model.inputs import Picture
 from llava.model.reuse import PrefixCache
 
-from .. import Chain, Pruner, build_pruner, option_names
+from .. import METHODS, Pruner, build_pruner
+from ..base import option_names
 from .contract import GREEDY, LAYERS, generate
 from .tiny import make_own_grids_model, make_pruner, pad_batch, picture, sample
 
-#: grids of the images in the tests, which no two tests of a method share by chance
+#: grids of the images in the tests
 WIDE, TALL, SMALL = (4, 9), (7, 5), (2, 3)
 QUESTION = "What is it?"
 
@@ -144,21 +145,17 @@ class OwnGridsContract:
         assert torch.equal(full[0], dense[0])
 
     def test_a_share_is_a_number_for_every_image(self, model, pruner):
-        if "visual_token_ratio" not in option_names(type(pruner)):
+        if pruner.name not in METHODS or "visual_token_ratio" not in option_names(type(pruner)):
             pytest.skip("this method takes no share")
         prompt = sample(4, "image", 5)
         for grid in (WIDE, TALL):
+            number, share = round(0.4 * grid[0] * grid[1]), {"visual_token_ratio": 0.4}
+            settings = (
+                make_pruner(pruner.name, number, **self.options),
+                make_pruner(pruner.name, **self.options, **share),
+            )
             found = []
-            for setting in (
-                {"visual_token_ratio": 0.4},
-                {"visual_token_num": round(0.4 * grid[0] * grid[1])},
-            ):
-                own = make_pruner(pruner.name, 1, **self.options)
-                model.pruner = (
-                    own.rebuilt(**setting)
-                    if hasattr(own, "rebuilt")
-                    else self.with_setting(own, setting)
-                )
+            for model.pruner in settings:
                 found.append(generate(model, prompt.ids, [picture(*grid)]))
             assert torch.equal(found[0][1], found[1][1])
             assert torch.equal(found[0][0], found[1][0])
@@ -220,16 +217,6 @@ class OwnGridsContract:
                     ids[None], images=[image.pixels], questions=[QUESTION], **options
                 )
                 assert torch.equal(found[row], alone[0])
-
-    @staticmethod
-    def with_setting(pruner: Pruner, setting: dict) -> Pruner:
-        """The method with another budget."""
-        assert not isinstance(pruner, Chain)
-        budgets = {"visual_token_num": None, "visual_token_ratio": None}
-        default = type(pruner)().visual_token_num
-        for name, value in {**budgets, "visual_token_num": default, **setting}.items():
-            setattr(pruner, name, value)
-        return pruner
 
 
 class Words:

@@ -198,12 +198,15 @@ def pad_batch(rows: list[Tensor], side: str = "left") -> tuple[Tensor, Tensor]:
 def make_pruner(name: str, visual_token_num: int = 10, least: int = 1, **options: object) -> Pruner:
     """A method with a small budget where it takes one, and random weights where it has none.
 
-    least: budget that the method cannot go below; options: further ones of the method
+    least: budget that the method cannot go below; options: further ones of the method, a share of
+    tokens among them
     """
     if "+" in name:  # the first leaves more than the second where the budget is small
         first, second = name.split("+")
         budgets = {first: max(visual_token_num, 30), second: visual_token_num}
         options |= {f"{method}_visual_token_num": n for method, n in budgets.items()}
+    elif "visual_token_ratio" in options:
+        pass
     elif "visual_token_num" in option_names(METHODS.usable(name)):
         if not build_pruner(name, **options).adaptive:
             number = max(visual_token_num, least) if visual_token_num > 0 else visual_token_num

@@ -19,6 +19,8 @@ MEANT = {
     "--twig a/b --retained_tokens 96": ("twigvlm", 96, ["twig=a/b"]),
     "96 --twig a/b": ("twigvlm", 96, ["twig=a/b"]),
     "--visual-token-num 96 --pruning-method pool": ("pool", 96, []),
+    "0.222": ("vispruner", None, ["visual_token_ratio=0.222"]),
+    "0.222 0.7": ("vispruner", None, ["visual_token_ratio=0.222", "important_ratio=0.7"]),
     "": ("none", None, []),
 }
 
