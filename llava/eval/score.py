@@ -4,7 +4,7 @@ python -m llava.eval.score pope --data-dir playground/data/eval --answers-file A
 
 The same object, with all details, is written beside the answers as `A.score.json`. Where a server
 scores, its upload file is written; where a judge does, it is asked if the environment names one
-(OPENAI_API_KEY or OPENAI_BASE_URL), and otherwise `score` is null.
+(OPENAI_API_KEY or OPENAI_BASE_URL), and otherwise `score` is null, and `why` says the reason.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from llava.eval.benchmarks.benchmark import Benchmark, JudgedRun
 from llava.eval.files import budgets
 from llava.eval.files.answer_lines import failed_sentence, is_failed, read_lines
 from llava.eval.files.records import Records
-from llava.eval.scoring.judge import add_judge_args, has_endpoint, judge_from_args
+from llava.eval.scoring.judge import CACHE_NAME, add_judge_args, has_endpoint, judge_from_args
 from llava.eval.scoring.units import Units
 
 SUMMARY = ("benchmark", "metric", "score", "percent", "count")
@@ -44,7 +44,7 @@ def elsewhere(answers_file: str, folder: str, ending: str) -> str:
 def shared_cache(answers_file: str) -> str:
     """One file of verdicts per benchmark: many answers of two methods are the same."""
     folder = (_split(answers_file) or [os.path.dirname(answers_file)])[0]
-    return os.path.join(folder, "judge_cache.jsonl")
+    return os.path.join(folder, CACHE_NAME)
 
 
 def ask_judge(benchmark: Benchmark, args, asked: Records, answers: Records) -> Units | None:
@@ -100,7 +100,8 @@ def score(benchmark: Benchmark, args, asked: Records, records: list[dict]) -> di
         print(report(units), end="")
         result = units.result() | {"interval": units.draws.range, "images": units.draws.images}
     else:
-        result = {"score": None, "percent": None, "count": len(answers)}
+        why = "no judge" if benchmark.judge else "answers not public"
+        result = {"score": None, "percent": None, "count": len(answers), "why": why}
     result = benchmark.head() | result | benchmark.failures(records, answers)
     if result.get("interval"):
         low, high = result["interval"]

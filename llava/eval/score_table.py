@@ -28,7 +28,7 @@ def _tokens(result: dict) -> str:
 def _score(result: dict) -> str:
     if result["score"] is not None:
         return f"{result['score']:.2f}"
-    return "by its server" if "upload" in result else "no judge"
+    return "by its server" if "upload" in result else result.get("why", "no judge")
 
 
 def _count(result: dict) -> str:

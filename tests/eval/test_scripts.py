@@ -109,6 +109,12 @@ def test_the_file_for_a_server_lies_in_place_of_the_answers(run, data, folder):
     assert (summary["score"] is None) == (script in ("vizwiz", "mmvet"))
 
 
+def test_the_table_takes_no_hidden_answers_for_a_judge_that_is_missing(run):
+    path = Path(last_line(run("v1_5/eval/qbench.sh", "test", LIMIT="2"))["answers_file"])
+    result = json.loads(path.with_suffix(".score.json").read_text())
+    assert result["score"] is None and result["why"] == "answers not public"
+
+
 def test_without_tokens_a_method_has_its_own_budget_and_the_summary_says_what_it_kept(run, data):
     done = run("v1_5/eval/refcocog.sh", "threshold=0.4", METHOD="fastervlm", SPLIT="test")
     summary = last_line(done)

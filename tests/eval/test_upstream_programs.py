@@ -149,3 +149,16 @@ def test_text_questions_are_answered_without_their_images(tmp_path):
     assert all(line["model_id"] == "llava-v1.5-playground" for line in lines)
     settings = json.loads((tmp_path / "a.settings.json").read_text())
     assert settings["temperature"] == 0.7
+
+
+def test_a_folder_of_reviews_is_summarized_without_the_cache_of_the_judge(tmp_path):
+    review = {"question_id": 1, "category": "conv", "tuple": [8, 6]}
+    write(tmp_path / "reviews/a.jsonl", [review])
+    write(tmp_path / "reviews/judge_cache.jsonl", [{"key": "k", "model": "m", "reply": "8 6"}])
+    done = run("summarize_gpt_review", "-d", "reviews", folder=tmp_path)
+    assert done.stdout.splitlines()[:2] == ["a", "all 75.0 80.0 60.0"] and not done.stderr
+    for words in (["-d", "."], ["-d", "reviews", "-s", "b"]):
+        done = run("summarize_gpt_review", *words, folder=tmp_path)
+        assert done.returncode == 1 and done.stderr.startswith(
+            f"error: {words[1]} holds no reviews"
+        )

@@ -18,7 +18,7 @@ from functools import partial
 from llava.eval.answering.settings import differences
 from llava.eval.files.answer_lines import check_line, is_failed, parse_line
 from llava.eval.files.records import kind_of, parse_json, read_json
-from llava.eval.files.safe_writing import Lock, replace_file, sync
+from llava.eval.files.safe_writing import Lock, errors_with_name, replace_file, sync
 
 SECONDS_BETWEEN_SYNCS = 1.0
 JOURNAL = re.compile(r"\d+\.jsonl")
@@ -164,8 +164,10 @@ class AnswersFile:
         return self
 
     def __exit__(self, *_):
-        self.journal.close()
-        self.lock.release()
+        try:
+            self.journal.close()
+        finally:
+            self.lock.release()
 
 
 class Journal:
@@ -180,8 +182,9 @@ class Journal:
             os.makedirs(os.path.dirname(self.name), exist_ok=True)
             self.file = open(self.name, "a", encoding="utf-8", newline="\n")
             self.synced = time.monotonic()
-        self.file.write(journal_line(number, line))
-        self.file.flush()
+        with errors_with_name(self.name):
+            self.file.write(journal_line(number, line))
+            self.file.flush()
         if time.monotonic() - self.synced > SECONDS_BETWEEN_SYNCS:
             sync(self.file)
             self.synced = time.monotonic()

@@ -16,21 +16,30 @@ import numpy as np
 
 from llava.errors import errors_as_messages
 from llava.eval.files.records import read_jsonl
+from llava.eval.scoring.judge import CACHE_NAME
 
 PREFIX = "gpt4_text_"
 RULE = "=" * 33
 
 
 def find_files(folder: str, words: list[str]) -> list[str]:
-    """Returns the review files of a folder whose names hold all `words`."""
+    """Returns the review files of a folder whose names hold all `words`. Raises ValueError when
+    there are none."""
     in_reviews = "review" in os.path.basename(os.path.abspath(folder))
     starts = ("gpt4_text", "reviews_", "review_")
     names = [
         name
         for name in os.listdir(folder)
         if name.endswith(".jsonl") and (in_reviews or name.startswith(starts))
+        if name != CACHE_NAME and all(word in name for word in words)
     ]
-    return [os.path.join(folder, name) for name in names if all(word in name for word in words)]
+    if not names:
+        raise ValueError(
+            f"{folder} holds no reviews, which are *.jsonl in a folder called review..., and "
+            f"{', '.join(f'{start}*.jsonl' for start in starts)} elsewhere"
+            + (f", with {' and '.join(words)} in their names" if words else "")
+        )
+    return [os.path.join(folder, name) for name in names]
 
 
 def config_name(path: str) -> str:

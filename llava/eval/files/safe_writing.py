@@ -6,7 +6,7 @@ import errno
 import functools
 import os
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 try:
     import fcntl
@@ -19,14 +19,25 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
+@contextmanager
+def errors_with_name(path: str):
+    """Names the file in an OSError of writing, such as a full disk: Python does in opening only."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
+
+
 def sync(file) -> None:
     """Waits until what was written survives a crash of the machine, where its disk can tell."""
-    file.flush()
-    try:
-        os.fsync(file.fileno())
-    except OSError as error:
-        if error.errno not in NO_SYNC:
-            raise
+    with errors_with_name(file.name):
+        file.flush()
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in NO_SYNC:
+                raise
 
 
 def replace_file(path: str, text: str, temporary: str) -> None:
@@ -34,7 +45,10 @@ def replace_file(path: str, text: str, temporary: str) -> None:
 
     temporary: name it is written under first, on the same file system
     """
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+    with (
+        errors_with_name(path),
+        open(temporary, "w", encoding="utf-8", newline="\n") as file,
+    ):
         file.write(text)
         sync(file)
     os.replace(temporary, path)

@@ -22,6 +22,7 @@ import llava
 from llava.eval.files.records import parse_json
 
 OPENAI_URL = "https://api.openai.com/v1"
+CACHE_NAME = "judge_cache.jsonl"
 FIRST_PAUSE = 0.5  # seconds, doubled after every failed attempt but the first
 LONGEST_PAUSE, LONGEST_WISH = 30.0, 60.0  # seconds: of our own, and that an endpoint asks for
 BUSY = frozenset((408, 409, 425, 429, *range(500, 600)))  # worth another attempt
@@ -255,7 +256,7 @@ def judge_from_args(args: argparse.Namespace, output: str) -> Judge:
         )
     if args.judge_workers < 1:
         raise ValueError(f"--judge-workers must be at least 1, got {args.judge_workers}")
-    path = args.judge_cache or os.path.join(os.path.dirname(output) or ".", "judge_cache.jsonl")
+    path = args.judge_cache or os.path.join(os.path.dirname(output) or ".", CACHE_NAME)
     return Judge(
         args.judge_model,
         args.judge_url,

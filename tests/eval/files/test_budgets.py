@@ -62,6 +62,7 @@ def test_the_table_has_a_row_per_benchmark_and_the_mean_of_a_family():
         [
             {"benchmark": "gqa", "score": 61.234} | row,
             {"benchmark": "vizwiz", "score": None, "upload": "x.json"} | row,
+            {"benchmark": "qbench_test", "score": None, "why": "answers not public"} | row,
             {"benchmark": "mmvet", "score": None} | row,
             {"benchmark": "viscot_gqa", "score": 50.0} | row,
             {"benchmark": "viscot_cub", "score": 70.0} | row,
@@ -70,6 +71,7 @@ def test_the_table_has_a_row_per_benchmark_and_the_mean_of_a_family():
     assert text.splitlines()[2:] == [
         "| gqa | accuracy | 61.23 | 5 | 42.2 |",
         "| vizwiz | accuracy | by its server | 5 | 42.2 |",
+        "| qbench_test | accuracy | answers not public | 5 | 42.2 |",
         "| mmvet | accuracy | no judge | 5 | 42.2 |",
         "| viscot_gqa | accuracy | 50.00 | 5 | 42.2 |",
         "| viscot_cub | accuracy | 70.00 | 5 | 42.2 |",

@@ -3,9 +3,12 @@
 import builtins
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
+from llava.eval.answering import answers_file
+from llava.eval.answering.answers_file import AnswersFile
 from llava.eval.files import safe_writing
 from llava.eval.files.safe_writing import Lock, replace_file
 
@@ -68,3 +71,20 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "before"
     replace_file(str(path), "after", str(temporary))
     assert path.read_text() == "after" and not temporary.exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_named_with_the_file_and_the_lock_is_let_go(tmp_path, monkeypatch):
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.txt'"):
+        replace_file(str(tmp_path / "a.txt"), "text", "/dev/full")
+    path = str(tmp_path / "a.jsonl")
+    full = SimpleNamespace(open=lambda name, mode, **kwargs: open("/dev/full", mode, **kwargs))
+    with (
+        pytest.raises(OSError, match="No space left on device: '.*full'"),
+        AnswersFile(path, [{"question_id": 1}], {}) as answers,
+    ):
+        monkeypatch.setattr(answers_file, "open", full.open, raising=False)
+        answers.put(0, {"question_id": 1, "text": "x"})
+    monkeypatch.undo()
+    with AnswersFile(path, [{"question_id": 1}], {}) as answers:
+        assert answers.missing == [0]
