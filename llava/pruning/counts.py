@@ -1,13 +1,14 @@
 """How many tokens there are, as numbers of the host, so that nobody has to ask the device.
 
-A number is known for as long as the tensors that it is about are the very same objects: whoever
-replaces one of them need not know of the numbers, they are then asked for anew.
+A number is known for as long as the tensors that it is about are the very same objects, and nobody
+wrote into them: whoever changes one of them need not know of the numbers, they are then asked for
+anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ class TokenCounts:
 class Known:
     """What the host knows of tensors.
 
-    about:  those tensors
+    about:  those tensors; where they are `counted`, what is written to them is noticed
     counts: `TokenCounts` of prompts, or the number of tokens of every crop; None: not known
     hides:  whether padding stands before tokens of its row; None: not known
     """
@@ -107,6 +108,27 @@ class Known:
     about: tuple[Tensor | None, ...]
     counts: TokenCounts | list[int] | None = None
     hides: bool | None = None
+    versions: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "versions", tuple(map(version, self.about)))
 
     def holds_for(self, *tensors: Tensor | None) -> bool:
-        return all(own is tensor for own, tensor in zip(self.about, tensors, strict=True))
+        same = all(own is tensor for own, tensor in zip(self.about, tensors, strict=True))
+        return same and self.versions == tuple(map(version, tensors))
+
+
+def version(value: Tensor | None) -> int:
+    """How often a tensor was written to, as far as it counts."""
+    return 0 if value is None or value.is_inference() else value._version
+
+
+def counted(value: Tensor | None) -> Tensor | None:
+    """The same memory as a tensor that counts writes, which those of inference mode do not; the
+    tensor itself where it does."""
+    if type(value) is not Tensor or not value.is_inference():
+        return value
+    with torch.inference_mode(False):
+        alias = torch.empty(0, dtype=value.dtype, device=value.device)
+        layout = value.storage_offset(), value.size(), value.stride()
+        return alias.set_(value.untyped_storage(), *layout)

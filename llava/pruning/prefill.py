@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .counts import PADDING, Known, TokenCounts
+from .counts import PADDING, Known, TokenCounts, counted
 from .ops import on_device, rank_within_groups
 from .per_token import at, each, mapped, per_token, with_zeros
 from .tokens import KEY_BIAS
@@ -101,6 +101,7 @@ class Prefill:
 
     def know(self, counts: TokenCounts | None, hides: bool | None) -> None:
         """Remembers numbers about the tokens as they are now; see `Known`."""
+        self.visual_index, self.valid = counted(self.visual_index), counted(self.valid)
         self.known = Known((self.visual_index, self.valid), counts, hides)
 
     def what_is_known(self) -> Known:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .counts import Known
+from .counts import Known, counted
 from .per_token import at, mapped, per_token
 
 #: the extra that is True on tokens blended from several patches; it ends where prompts are made
@@ -173,6 +173,7 @@ class VisionTokens:
         if self.valid is None:
             return [self.features.shape[1]] * self.features.shape[0]
         if self.known is None or not self.known.holds_for(self.valid):
+            self.valid = counted(self.valid)
             self.known = Known((self.valid,), self.valid.sum(dim=1).tolist())
         return self.known.counts
 
@@ -192,7 +193,7 @@ class VisionTokens:
             counts = mask.sum(dim=1).tolist()
         order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
         order = order[:, : max(counts)]
-        valid = None if min(counts) == max(counts) else mask.gather(1, order)
+        valid = None if min(counts) == max(counts) else counted(mask.gather(1, order))
         kept = replace(self, **mapped(self, at(order), without=("valid",)), valid=valid)
         kept.known = Known((valid,), counts)
         return kept

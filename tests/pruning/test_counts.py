@@ -151,6 +151,34 @@ def test_crops_know_how_many_tokens_they_keep():
     assert vision.crop_counts() == [4, 4]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nor_is_what_is_known_true_of_tensors_that_were_written_to(model, sample, mode):
+    with mode():
+        vision = VisionTokens(torch.randn(2, 4, 3), torch.arange(4).expand(2, -1), grid=(2, 2))
+        vision = vision.keep_mask(torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]]).bool())
+        for valid in (vision.valid, vision.valid.clone()):
+            vision.valid = valid
+            before = vision.crop_counts()[0]
+            vision.valid[0, before - 1] = False
+            assert vision.crop_counts()[0] == before - 1
+
+    def written(prefill):
+        prefill = prefill.keep(prefill.index > 5)
+        for valid in (prefill.valid, prefill.valid.clone()):
+            prefill.valid = valid
+            before = prefill.counts.lengths
+            prefill.valid[0, -before[0]] = False
+            assert prefill.counts == counted(prefill)
+            assert prefill.counts.lengths == (before[0] - 1, before[1])
+        return prefill
+
+    model.pruner = Cut(written)
+    ids, mask = pad_batch([sample(4, "image", 3).ids, sample(15, "image", 2).ids])
+    images = sample("image", "image").images
+    with mode():
+        model(ids, attention_mask=mask, images=images)
+
+
 def test_a_prompt_without_images_has_counts_as_well(model, sample):
     counts = model.build_prompt(sample(7).ids).counts
     assert counts == TokenCounts((8,), (0,), ((0,),), (8,), left=False)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...pruning.counts import counted, version
 from ...pruning.per_token import each, mapped, tensors_of
 from ...pruning.prefill import Prefill
 
@@ -82,21 +83,6 @@ def count_writes(prefill: Prefill) -> None:
     for field, value in values.items():
         setattr(prefill, field, value)
     prefill.know(known.counts, known.hides)
-
-
-def version(value: Tensor) -> int:
-    """How often a tensor was written to, as far as it counts."""
-    return 0 if value.is_inference() else value._version
-
-
-def counted(value: Tensor) -> Tensor:
-    """The same memory as a tensor that counts writes; the tensor itself where it does."""
-    if type(value) is not Tensor or not value.is_inference():
-        return value
-    with torch.inference_mode(False):
-        alias = torch.empty(0, dtype=value.dtype, device=value.device)
-        layout = value.storage_offset(), value.size(), value.stride()
-        return alias.set_(value.untyped_storage(), *layout)
 
 
 def check(prefill: Prefill, name: str) -> None:
