@@ -7,9 +7,21 @@ import torch
 
 from llava.blocks import rotate
 from llava.model.multimodal_encoder import qwen2_5_vl_encoder
-from llava.model.multimodal_encoder.qwen2_5_vl_encoder import patch_angles
+from llava.model.multimodal_encoder.qwen2_5_vl_encoder import (
+    Qwen2_5_VLVisionConfig,
+    Qwen2_5_VLVisionTower,
+    patch_angles,
+)
 from llava.model.multimodal_encoder.qwen2_5_vl_images import blocks_of_pixels, pixels_of_blocks
-from llava.pruning import METHODS, Pruner, SelectPruner, VisionStage, build_pruner, trace_pruning
+from llava.pruning import (
+    METHODS,
+    Pruner,
+    SelectPruner,
+    VisionStage,
+    VisionTokens,
+    build_pruner,
+    trace_pruning,
+)
 from llava.pruning.testing.tiny import make_own_grids_model, picture, sample
 from tests.conftest import make_pruner
 from tests.second_device import SECOND, Elsewhere, devices, place
@@ -192,3 +204,55 @@ def test_a_prompt_waits_for_the_device_no_more_than_it_has_to(name):
             pad_token_id=0,
         )
     assert 0 < len(log.waits) <= (2 if name == "none" else 4), "\n".join(log.waits)
+
+
+# Methods that are a little different where tokens are blocks of patches.
+
+
+def blocks(grid: tuple[int, int], **values) -> VisionTokens:
+    """Tokens behind the merger, on which a tower without a class token says `values`."""
+    count = grid[0] * grid[1]
+    return VisionTokens(
+        features=torch.eye(count)[None],
+        positions=torch.arange(count)[None],
+        grid=grid,
+        block=4,
+        **values,
+    )
+
+
+def test_published_layers_are_those_that_see_whole_images():
+    small = dict(hidden_size=16, intermediate_size=8, num_heads=2, out_hidden_size=8, patch_size=2)
+    tower = Qwen2_5_VLVisionTower(Qwen2_5_VLVisionConfig(depth=32, window_size=16, **small))
+    for name, layers in {"hiprune": {15, 31}, "vscan": {7}}.items():
+        assert tower._sources(build_pruner(name).tower_extras(*tower.depth)).keys() == layers
+
+
+def test_half_of_the_tokens_of_vscan_come_from_windows_with_a_share_each():
+    local = torch.zeros(1, 4 * 9)
+    local[0, [0, 1, 2, 3]] = torch.tensor([0.9, 0.8, 0.7, 0.6])  # all in the first window
+    local[0, [8, 35]] = torch.tensor([0.5, 0.4])  # the last column joins the second window
+    salience = torch.zeros(1, 36)
+    salience[0, [0, 2, 20]] = torch.tensor([0.9, 0.8, 0.7])
+    tokens = blocks((4, 9), salience=salience, layers={1: {"salience": local}})
+    pruner = build_pruner("vscan")
+    assert pruner.block_picks(tokens, 8)[0].nonzero()[:, 0].tolist() == [0, 1, 8, 35]
+    # of the others the best, then the lowest places
+    assert pruner.select(tokens, 8)[0].tolist() == [0, 1, 2, 3, 4, 8, 20, 35]
+
+
+def test_visionzip_without_a_class_token_merges_into_tokens_that_stay_in_place():
+    salience = torch.arange(40.0, 0.0, -1.0)[None]  # the first ones are dominant
+    keys = torch.zeros(1, 40, 2)
+    keys[0, :, 0], keys[0, 20:, 1] = 1.0, 9.0  # the second half looks another way
+    tokens = blocks((5, 8), salience=salience, keys=keys)
+    pruner = build_pruner("visionzip", visual_token_num=10)
+    assert pruner.after_encoder(tokens) is tokens
+    kept = pruner.after_projector(tokens)
+    # 2 of 10 are a twentieth of 40; the targets are every 16th of the 32 that are left
+    assert kept.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 24]
+    assert kept.extras["merged"][0].tolist() == [False] * 8 + [True] * 2
+    first, second = kept.features[0, 8:]
+    assert first.nonzero()[:, 0].tolist() == list(range(8, 20))
+    assert second.nonzero()[:, 0].tolist() == list(range(20, 40))
+    torch.testing.assert_close(first[8:20], torch.tensor([1.0] + [1 / 11] * 11))

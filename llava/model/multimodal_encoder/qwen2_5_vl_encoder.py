@@ -262,7 +262,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (n, 3, H, d)
         q, k = rotate(qkv[:, 0], rope), rotate(qkv[:, 1], rope)
         if cues is not None:
-            cues["received"], cues["keys"] = attention_received(q, k, segments), k.flatten(1)
+            cues["received"] = attention_received(q.detach(), k.detach(), segments)
+            cues["keys"] = k.flatten(1)
         out = attend_within(q, k, qkv[:, 2], segments)
         return self.proj(out.flatten(1))
 

@@ -1,0 +1,47 @@
+"""A share of an image's tokens as budget, on models whose images have one size."""
+
+import pytest
+
+from llava.pruning import METHODS, build_pruner, trace_pruning
+from llava.pruning.base import option_names
+
+SHARED = [name for name in METHODS.own if "visual_token_ratio" in option_names(METHODS[name])]
+PUBLISHED = {0.111: 64, 0.222: 128, 0.333: 192}
+
+
+def test_all_methods_with_a_number_of_tokens_take_a_share():
+    budgets = {name for name in METHODS.own if "visual_token_num" in option_names(METHODS[name])}
+    # label of published thresholds, a cap, and a number that is only one of three ways
+    assert budgets - set(SHARED) == {"mustdrop", "glimpseprune", "prumerge"}
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("share", PUBLISHED)
+def test_a_share_is_scheduled_as_the_number_it_comes_to(name, share):
+    number = build_pruner(name, visual_token_num=PUBLISHED[share])
+    method = build_pruner(name, visual_token_ratio=share)
+    assert method.token_schedule(576, 32) == number.token_schedule(576, 32)
+    method.check(576, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("vispruner", 0.25), ("fastv", 0.25), ("divprune", 0.01), ("pool", 1.0)]
+)
+def test_a_model_of_one_image_size_makes_it_a_number(model, sample, name, share):
+    model.pruner = build_pruner(name, visual_token_ratio=share)
+    wanted = max(1, round(share * 36))
+    assert model.pruner.visual_token_num == wanted and model.pruner.visual_token_ratio is None
+    with trace_pruning(model) as trace:
+        model.generate(sample(4, "image", 5).ids, images=sample("image").images, max_new_tokens=1)
+    assert int(trace.visual_tokens[-1][0]) == wanted
+
+
+def test_on_llava_next_it_is_a_share_of_all_crops(anyres_model):
+    anyres_model.pruner = build_pruner("vispruner", visual_token_ratio=0.25)
+    assert anyres_model.pruner.visual_token_num == 45  # of 5 x 36
+
+
+def test_both_methods_of_a_combination_take_one(model):
+    options = {"vispruner_visual_token_ratio": 0.5, "fastv_visual_token_ratio": 0.5}
+    model.pruner = build_pruner("vispruner+fastv", **options)
+    assert [method.visual_token_num for method in model.pruner.methods] == [18, 9]
