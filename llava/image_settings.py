@@ -28,9 +28,11 @@ class ImageSettings:
         anything else, its values. Raises ValueError when it lacks the resolutions."""
         if isinstance(config, cls):
             return config
-        own = cls.of_checkpoint(config)
-        changes = getattr(config, "image_changes", {})
-        return replace(own, **changes) if own.image_aspect_ratio == "anyres" else own
+        return cls.of_checkpoint(config).changed(getattr(config, "image_changes", {}))
+
+    def changed(self, changes: dict) -> ImageSettings:
+        """With other values for images that are cut into tiles; the same for others."""
+        return replace(self, **changes) if self.image_aspect_ratio == "anyres" else self
 
     @classmethod
     def of_checkpoint(cls, config) -> ImageSettings:

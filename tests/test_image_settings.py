@@ -138,3 +138,12 @@ def test_a_method_may_set_nothing_but_settings(anyres_model):
 
     with pytest.raises(ValueError, match="odd sets image_size in anyres_config, choose"):
         anyres_model.pruner = Odd()
+
+
+def test_two_models_with_one_config_each_keep_the_settings_of_their_method(anyres_model):
+    other = type(anyres_model)(anyres_model.config)
+    assert other.config is anyres_model.config
+    other.pruner = build_pruner("vispruner", visual_token_num=50)
+    tiled = other.image_settings
+    anyres_model.pruner = build_pruner("none")
+    assert other.image_settings == tiled != anyres_model.image_settings

@@ -15,6 +15,7 @@ class PrunerSlot:
     """Mixin of models with `config` and `get_vision_tower()`: holds the pruning method."""
 
     _pruner: Pruner = Pruner()
+    _image_changes: dict = {}
 
     @property
     def pruner(self) -> Pruner:
@@ -59,7 +60,9 @@ class PrunerSlot:
         """Called when another method is in use."""
         tower = self.get_vision_tower()
         own = ImageSettings.of_checkpoint(self.config)
-        self.config.image_changes = own.changes_of(pruner, 0 if tower is None else tower.image_size)
+        changes = own.changes_of(pruner, 0 if tower is None else tower.image_size)
+        # Models may share a config; it tells what the method asks for that was assigned last.
+        self._image_changes = self.config.image_changes = changes
 
     @contextmanager
     def using(self, pruner: Pruner) -> Iterator[None]:
@@ -78,7 +81,7 @@ class PrunerSlot:
     def image_settings(self) -> ImageSettings:
         """How images are cut for the method in use and how their tokens are laid out:
         `process_images(images, image_processor, model.image_settings)`."""
-        return ImageSettings.of(self.config)
+        return ImageSettings.of_checkpoint(self.config).changed(self._image_changes)
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """Saves the model without the parts of the method in use."""

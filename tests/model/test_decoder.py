@@ -9,7 +9,7 @@ from llava.model.language_model.attention import attend, attention_rows, padded_
 from llava.model.language_model.modeling_llama import Rotary, next_position
 from llava.pruning import DecoderStage
 from llava.pruning.base import DecoderPruner, Pruner
-from tests.conftest import TINY
+from tests.conftest import TINY, make_pruner, pad_batch
 
 
 def stock_twin(model, mistral=False):
@@ -226,3 +226,21 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, sample):
         model(input_ids=prompt.ids, images=prompt.images, labels=labels).loss.backward()
         grads.append(model.model.layers[0].mlp.up_proj.weight.grad)
     torch.testing.assert_close(*grads)
+
+
+@torch.no_grad()
+def test_the_loss_of_a_pruned_batch_is_that_of_its_prompts(model, sample):
+    """Rows of different length are padded on the left, where nothing predicts their first token."""
+    model.pruner = make_pruner("fastv")
+    prompts = [sample(3, "image", 9, seed=1), sample(12, "image", 2, seed=2)]
+    total = count = 0
+    for prompt in prompts:
+        labels = prompt.ids.masked_fill(prompt.ids < 0, -100)
+        supervised = int((labels[:, 1:] != -100).sum())
+        total += float(model(prompt.ids, labels=labels, images=prompt.images).loss) * supervised
+        count += supervised
+    ids, mask = pad_batch([prompt.ids for prompt in prompts], "right")
+    labels = ids.masked_fill((ids < 0) | (mask == 0), -100)
+    images = torch.cat([prompt.images for prompt in prompts])
+    loss = model(ids, attention_mask=mask, labels=labels, images=images).loss
+    assert float(loss) == pytest.approx(total / count, rel=1e-5)

@@ -141,8 +141,9 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         if labels is not None and out.index is not None:
             labels = labels.gather(1, out.index.clamp(min=0))
             labels = labels.masked_fill(out.index < 0, IGNORE_INDEX)
-            if out.valid is not None:
-                labels = labels.masked_fill(~out.valid, IGNORE_INDEX)
+            if out.valid is not None:  # what stands behind padding is predicted by nothing
+                real = out.valid & out.valid.roll(1, dims=1)
+                labels = labels.masked_fill(~real, IGNORE_INDEX)
         if labels is not None and self.training:
             loss = self._loss(hidden, labels)
         else:
