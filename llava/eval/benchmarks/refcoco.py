@@ -14,7 +14,7 @@ from llava.eval.benchmarks.benchmark import COCO, Benchmark
 from llava.eval.files.matching import by_id, check_known, source, texts_by_id
 from llava.eval.files.records import Records, read_jsonl
 from llava.eval.scoring.cli import run_scorer
-from llava.eval.scoring.units import COUNTS, Unit, Units
+from llava.eval.scoring.units import Unit, Units
 
 THRESHOLD = 0.5
 NUMBER = r"\s*(-?\d*\.?\d+)\s*"
@@ -51,25 +51,28 @@ def area(box: Box) -> float:
 
 
 def units(annotations: list[dict], answers: list[dict]) -> Units:
-    """Returns whether every answered box hits, and counts its IoU and answers without a box.
+    """Returns whether every answered box hits; the details hold the mean IoU and how many answers
+    have no box.
 
     Raises ValueError when a question is not annotated, or has two different answers.
     """
-    truth, found = by_id(annotations), []
+    truth, found, overlaps, unreadable = by_id(annotations), [], [], 0
     check_known(answers, truth, source(annotations))
     for key, text in texts_by_id(answers).items():
         record, box = truth[key], parse_box(text)
         target = to_padded_square(record["bbox"], record["width"], record["height"])
-        overlap = iou(box, target) if box else 0.0
-        found.append(Unit(key, overlap >= THRESHOLD, text, counts=(overlap, box is None)))
-    return Units(found)
+        overlaps.append(iou(box, target) if box else 0.0)
+        unreadable += box is None
+        found.append(Unit(key, overlaps[-1] >= THRESHOLD, text))
+    mean_iou = sum(overlaps) / max(len(overlaps), 1)
+    return Units(found, details={"mean_iou": mean_iou, "unreadable": unreadable})
 
 
 def report(units: Units) -> str:
-    overlap, unreadable = units.sums[COUNTS:] if units.found else (0, 0)
+    mean_iou, unreadable = units.details["mean_iou"], units.details["unreadable"]
     return (
         f"Samples: {units.count}, without a box: {unreadable}\n"
-        f"Mean IoU: {overlap / max(units.count, 1):.4f}\nAcc@{THRESHOLD}: {units.percent:.2f}%\n"
+        f"Mean IoU: {mean_iou:.4f}\nAcc@{THRESHOLD}: {units.percent:.2f}%\n"
     )
 
 

@@ -24,7 +24,7 @@ from llava.eval.files.matching import (
 from llava.eval.files.records import Records, complete, read_json_list, read_jsonl
 from llava.eval.files.writing import write_json
 from llava.eval.scoring.m4c import EvalAIAnswerProcessor, TextVQAAccuracyEvaluator
-from llava.eval.scoring.units import COUNTS, Unit, Units, accuracy_report
+from llava.eval.scoring.units import Unit, Units, accuracy_report
 
 FIELDS = ("question_id", "image")
 
@@ -36,25 +36,26 @@ def read_annotations(path: str) -> dict[str, list[str]]:
 
 
 def units(humans: dict[str, list[str]], questions: list[dict], answers: list[dict]) -> Units:
-    """Returns the soft accuracy of every answer, and counts those that are "unanswerable".
+    """Returns the soft accuracy of every answer; the details hold the share in percent of those
+    that are "unanswerable".
 
     Raises ValueError when a question has no annotated image, or two different answers.
     """
     images = {key: question["image"] for key, question in by_id(questions).items()}
-    score, found = TextVQAAccuracyEvaluator().score, []
+    score, found, gave_up = TextVQAAccuracyEvaluator().score, [], 0
     for key, answer in unique(answers).items():
         image, text = images.get(key), answer["text"]
         if image not in humans:
             raise ValueError(
                 f"{source(answers)}: question {answer['question_id']!r}: no annotation of {image!r}"
             )
-        gave_up = text.strip(" \t\r\n.").lower() == "unanswerable"
-        found.append(Unit(key, score(text, humans[image]), text, image, counts=(gave_up,)))
-    return Units(found)
+        gave_up += text.strip(" \t\r\n.").lower() == "unanswerable"
+        found.append(Unit(key, score(text, humans[image]), text, image))
+    return Units(found, details={"said_unanswerable": 100 * gave_up / max(len(found), 1)})
 
 
 def report(units: Units) -> str:
-    share = 100 * units.sums[COUNTS] / units.count if units.count else 0.0
+    share = units.details["said_unanswerable"]
     return f"{accuracy_report(units)}Answered 'unanswerable': {share:.2f}%\n"
 
 

@@ -104,6 +104,7 @@ def test_refcoco_compares_in_the_padded_square():
     assert eval_refcoco.units([record], unpadded).percent == 100  # IoU is exactly one half
     none = eval_refcoco.units([record], [{"question_id": 1, "text": "left"}])
     assert none.percent == 0 and "without a box: 1\n" in eval_refcoco.report(none)
+    assert none.result()["unreadable"] == 1 and none.result()["mean_iou"] == 0
 
 
 PROGRAMS = {
@@ -144,6 +145,7 @@ def test_vizwiz_answers_meet_their_image_and_unanswerable_ones_are_counted():
     # two of ten said so: a held-out one leaves 1 of 3, the other eight leave 2 of 3
     assert units.percent == pytest.approx(100 * (1 + (2 / 3 * 8 + 1 / 3 * 2) / 10) / 2)
     assert "Answered 'unanswerable': 50.00%" in eval_vizwiz.report(units) and units.count == 2
+    assert units.result()["said_unanswerable"] == 50
     with pytest.raises(ValueError, match="question 9: no annotation"):
         eval_vizwiz.units(humans, questions, [{"question_id": 9, "text": "x"}])
 
