@@ -40,24 +40,24 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Causal attention of a prefix, and of turns that see the prefix and themselves."""
 
-    def __init__(self):
+    def __init__(self, bias: bool = False):
         super().__init__()
-        self.q_proj, self.k_proj = _linear(WIDTH, WIDTH), _linear(WIDTH, WIDTH)
-        self.v_proj, self.o_proj = _linear(WIDTH, WIDTH), _linear(WIDTH, WIDTH)
+        self.q_proj, self.k_proj = _linear(WIDTH, WIDTH, bias), _linear(WIDTH, WIDTH, bias)
+        self.v_proj, self.o_proj = _linear(WIDTH, WIDTH, bias), _linear(WIDTH, WIDTH)
 
-    def forward(self, x, rope, prefix: int) -> torch.Tensor:
+    def forward(self, x, rope, prefix: int, buckets=BUCKETS) -> torch.Tensor:
         """x (batch, prefix + turns, width)."""
         shape = (*x.shape[:2], HEADS, -1)
         q, k, v = (
             f(x).view(shape).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, *rope) * q.shape[-1] ** -0.5, rotate(k, *rope)
-        sizes = [prefix, *(turns * length for turns, length in BUCKETS)]
+        sizes = [prefix, *(turns * length for turns, length in buckets)]
         parts = list(zip(*(t.split(sizes, 2) for t in (q, k, v)), strict=True))
         head_q, head_k, head_v = parts[0]
         logits = head_q @ head_k.transpose(-1, -2) + causal(prefix, q.dtype)
         mixed = [logits.softmax(-1).to(v.dtype) @ head_v]
-        for part, bucket in zip(parts[1:], BUCKETS, strict=True):
+        for part, bucket in zip(parts[1:], buckets, strict=True):
             mixed.append(_attend_turns(*part, head_k, head_v, bucket))
         return self.o_proj(torch.cat(mixed, 2).transpose(1, 2).flatten(2))
 
@@ -99,13 +99,13 @@ class Mlp(nn.Module):
 class Layer(nn.Module):
     """One Llama layer; names as in the published checkpoints."""
 
-    def __init__(self):
+    def __init__(self, bias: bool = False):
         super().__init__()
-        self.self_attn, self.mlp = Attention(), Mlp()
+        self.self_attn, self.mlp = Attention(bias), Mlp()
         self.input_layernorm, self.post_attention_layernorm = Norm(), Norm()
 
-    def forward(self, x, rope, prefix: int) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, prefix)
+    def forward(self, x, rope, prefix: int, buckets=BUCKETS) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, prefix, buckets)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -163,16 +163,20 @@ class Decoder(nn.Module):
 
 
 def rope_tables(positions: torch.Tensor):
-    """Cosines and sines (batch, 1, tokens, d) in bf16 of positions (batch, tokens)."""
+    """Cosines and sines (batch, 1, tokens, d) in bf16 of positions (batch, tokens), or (batch,
+    tokens, d / 2) where they differ from frequency to frequency."""
     d = WIDTH // HEADS
     rates = ROPE_BASE ** (-torch.arange(0, d, 2) / d)
-    angles = (positions[..., None] * rates).repeat(1, 1, 2)[:, None]
+    positions = positions if positions.ndim == 3 else positions[..., None]
+    angles = (positions * rates).repeat(1, 1, 2)[:, None]
     return angles.cos().bfloat16(), angles.sin().bfloat16()
 
 
-def _linear(inputs: int, outputs: int) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs, bias=False)
+def _linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, bias=bias)
     nn.init.trunc_normal_(layer.weight, std=0.5 / math.sqrt(inputs))
+    if bias:
+        nn.init.zeros_(layer.bias)
     return layer
 
 

@@ -33,7 +33,7 @@ from playground.decoder_model import (
     Decoder,
     align_projector,
 )
-from playground.decoder_text import BUCKETS, fill_buckets, pieces, prefix_ids, turn_ids
+from playground.decoder_text import BUCKETS, LLAVA, Wording, fill_buckets, pieces, prefix_ids
 from playground.tower_model import IGNORE, MEAN, PATCH, PATCHES, SIDE, STD, Tower
 from playground.tower_model import WIDTH as TOWER_WIDTH
 from playground.train_tower import patch_targets, schedule
@@ -156,14 +156,14 @@ def states_and_labels(model: Decoder, features: torch.Tensor, batch: dict):
     return logits, labels[mask], middle[names].float(), boxes[names]
 
 
-def answer_weights(batch: dict) -> torch.Tensor:
+def answer_weights(batch: dict, end: int = LLAVA.end) -> torch.Tensor:
     """Weight of every supervised id (n,): long answers (boxes, descriptions) must not drown the one
     word of a short answer, and end marks are easy."""
     found = []
     for labels in batch["labels"]:
         labels = torch.from_numpy(labels)
         count = (labels != IGNORE).sum(dim=-1, keepdim=True).clamp(min=1)
-        weights = (count**-0.5).expand(labels.shape) * (1 - 0.7 * (labels == 2).float())
+        weights = (count**-0.5).expand(labels.shape) * (1 - 0.7 * (labels == end).float())
         found.append(weights.flatten(1))
     mask = torch.cat([torch.from_numpy(x).flatten(1) for x in batch["labels"]], 1) != IGNORE
     return torch.cat(found, 1)[mask]
@@ -175,24 +175,37 @@ def evaluate(model: Decoder, features: torch.Tensor, batches: list[dict]) -> dic
     hits: dict[str, list[float]] = {}
     for batch in batches:
         logits, labels, _, _ = states_and_labels(model, features, batch)
-        guesses, position = logits.argmax(-1).tolist(), 0
-        wanted = labels.tolist()
-        for found in batch["asked"]:
-            for question in found:
-                ids, asked = turn_ids(question)
-                size = len(ids) - asked
-                guess, truth = (x[position : position + size] for x in (guesses, wanted))
-                position += size
-                right = guess == truth
-                if question.box:
-                    right = iou(parse_box(guess), question.box) >= 0.5
-                hits.setdefault(question.task, []).append(float(right))
+        judge(logits, labels, batch["asked"], hits)
     return {task: float(np.mean(values)) for task, values in sorted(hits.items())}
+
+
+def judge(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    asked: list[list],
+    hits: dict[str, list[float]],
+    wording: Wording = LLAVA,
+) -> None:
+    """Add to the hits of every task whether the answers are right.
+
+    logits (n, vocabulary), labels (n,): at the supervised places, picture by picture
+    """
+    guesses, wanted, position = logits.argmax(-1).tolist(), labels.tolist(), 0
+    for question in (question for found in asked for question in found):
+        ids, start = wording.turn(question)
+        size = len(ids) - start
+        guess, truth = (x[position : position + size] for x in (guesses, wanted))
+        position += size
+        right = guess == truth
+        if question.box:
+            right = iou(parse_box(guess), question.box) >= 0.5
+        hits.setdefault(question.task, []).append(float(right))
 
 
 def parse_box(ids: list[int]) -> list[float]:
     """Four numbers of an answer's ids; an empty box if there are not four."""
-    text = pieces().decode([i for i in ids if i != 2]).strip(" []")
+    known = range(LLAVA.end + 1, pieces().vocab_size())  # without marks
+    text = pieces().decode([i for i in ids if i in known]).strip(" []")
     try:
         values = [float(value) for value in text.split(",")]
     except ValueError:

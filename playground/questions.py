@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from playground.scenes import COLORS, IMAGE_SIZE, KINDS, SIGN_COLORS, WORDS, Scene, Sign, Thing
+from playground.scenes import COLORS, KINDS, SIGN_COLORS, WORDS, Scene, Sign, Thing
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -176,13 +176,20 @@ def any_statement(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def box(scene: Scene, rng: np.random.Generator, short: bool = False) -> Question:
-    """RefCOCO: the box of a named thing or sign, as shares of the picture's side."""
+    """RefCOCO: the box of a named thing or sign, as shares of the side of the padded square."""
     item = _pick(rng, (*scene.things, *scene.signs))
-    shares = tuple(edge / IMAGE_SIZE for edge in item.box)
+    shares = box_shares(scene, item.box)
     answer = "[" + ", ".join(f"{share:.2f}" for share in shares) + "]"
     kind = "thing" if isinstance(item, Thing) else "sign"
     name = short_name(scene, item) if short else item.name
     return Question("box", BOX.format(name=name), answer, kind, box=shares)
+
+
+def box_shares(scene: Scene, box: tuple[int, int, int, int]) -> tuple[float, ...]:
+    """Edges as shares of the side of the square that the picture is padded to."""
+    side = max(scene.size)
+    left, top = ((side - length) // 2 for length in scene.size)
+    return tuple((edge + pad) / side for edge, pad in zip(box, (left, top) * 2, strict=True))
 
 
 def short_box(scene: Scene, rng: np.random.Generator) -> Question:

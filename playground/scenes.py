@@ -77,38 +77,40 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
-    """The annotation of one picture."""
+    """The annotation of one picture; size is (width, height) in px."""
 
     seed: int
     things: tuple[Thing, ...]
     signs: tuple[Sign, ...]
+    size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)
 
 
-def make_scene(seed: int) -> Scene:
-    """The annotation of the scene with this seed: 3 to 7 things, no two alike, and 1 or 2 signs."""
+def make_scene(seed: int, size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)) -> Scene:
+    """The annotation of the scene with this seed: 3 to 7 things, no two alike, and 1 or 2 signs;
+    fewer where a picture of this (width, height) has no room for them."""
     rng = np.random.default_rng(seed)
     boxes: list[tuple[int, int, int, int]] = []
     signs = []
     colors = rng.permutation(SIGN_COLORS)
     for index in range(1 + int(rng.random() < 0.4)):
         text = _sign_text(rng)
-        size = (CELL * len(text) + 2 * PLATE_MARGIN, CELL_HEIGHT + 2 * PLATE_MARGIN)
-        box = _place(rng, boxes, *size)
+        plate = (CELL * len(text) + 2 * PLATE_MARGIN, CELL_HEIGHT + 2 * PLATE_MARGIN)
+        box = _place(rng, boxes, plate, size)
         if box is not None:
             signs.append(Sign(str(colors[index]), text, box))
     things = []
     for color, kind in _thing_names(rng, int(rng.integers(3, 8))):
-        size = int(rng.choice(SIZES))
-        box = _place(rng, boxes, size, size)
+        side = int(rng.choice(SIZES))
+        box = _place(rng, boxes, (side, side), size)
         if box is not None:
             things.append(Thing(color, kind, box))
-    return Scene(seed, tuple(things), tuple(signs))
+    return Scene(seed, tuple(things), tuple(signs), size)
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The picture of a scene, (336, 336, 3) uint8."""
+    """The picture of a scene, (height, width, 3) uint8."""
     rng = np.random.default_rng((scene.seed, 1))
-    image = _background(rng)
+    image = _background(rng, scene.size)
     for thing in scene.things:
         left, top, right, bottom = thing.box
         ink = np.clip(np.array(COLORS[thing.color]) + rng.integers(-10, 11, 3), 0, 255)
@@ -136,11 +138,13 @@ def _thing_names(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
     return [pairs[i] for i in rng.permutation(len(pairs))[:count]]
 
 
-def _place(rng, boxes: list, width: int, height: int) -> tuple[int, int, int, int] | None:
-    """A free place for a box of this size, added to boxes; None after 60 failed tries."""
+def _place(rng, boxes: list, item: tuple, size: tuple) -> tuple[int, int, int, int] | None:
+    """A free place for an item (width, height) in a picture of that size, added to boxes; None
+    after 60 failed tries."""
+    width, height = item
     for _ in range(60):
-        left = int(rng.integers(2, IMAGE_SIZE - width - 1))
-        top = int(rng.integers(2, IMAGE_SIZE - height - 1))
+        left = int(rng.integers(2, size[0] - width - 1))
+        top = int(rng.integers(2, size[1] - height - 1))
         box = (left, top, left + width, top + height)
         if not any(_near(box, other) for other in boxes):
             boxes.append(box)
@@ -163,18 +167,19 @@ def _blend(area: np.ndarray, mask: np.ndarray, ink: np.ndarray) -> None:
     area[:] = (area * (1 - alpha) + ink * alpha).astype(np.uint8)
 
 
-def _background(rng: np.random.Generator) -> np.ndarray:
+def _background(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     """Soft gradient, low-contrast blotches and fine noise around a middle grey."""
     coarse = rng.uniform(110, 165) + rng.uniform(-14, 14, (5, 5, 3))
-    small = _enlarge(coarse.astype(np.uint8), 28) + rng.normal(0, 7, (28, 28, 1))
-    large = _enlarge(np.clip(small, 0, 240).astype(np.uint8), IMAGE_SIZE)
+    small = _enlarge(coarse.astype(np.uint8), (28, 28)) + rng.normal(0, 7, (28, 28, 1))
+    large = _enlarge(np.clip(small, 0, 240).astype(np.uint8), size)
     top, left = rng.integers(0, 64, 2)
-    noise = _noise_pool()[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE, None]
-    return large + noise  # the grey stays far from 255, so uint8 cannot wrap
+    noise = _noise_pool().take(range(top, top + size[1]), 0, mode="wrap")
+    noise = noise.take(range(left, left + size[0]), 1, mode="wrap")
+    return large + noise[..., None]  # the grey stays far from 255, so uint8 cannot wrap
 
 
-def _enlarge(image: np.ndarray, size: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+def _enlarge(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
 
 @lru_cache

@@ -17,19 +17,20 @@ PHRASES = [(color, kind) for color in COLORS for kind in KINDS]
 PHRASES += [(color, "sign") for color in scenes.SIGN_COLORS]
 BACKGROUND = len(KINDS) + 1  # patch kinds: the ten things, the sign, the background
 IGNORE = -100
+LONG_ROW = 400  # tokens
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
 
 def attend(q, k, v, causal: bool) -> torch.Tensor:
     """Attention; plain for short rows, whose backward pass is far faster than SDPA's on a CPU."""
-    if q.shape[-2] > 256:
+    if q.shape[-2] > LONG_ROW:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if causal:
         hidden = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
         logits = logits.masked_fill(hidden, float("-inf"))
-    return logits.softmax(-1) @ v
+    return logits.softmax(-1).to(v.dtype) @ v
 
 
 class Block(nn.Module):

@@ -39,7 +39,7 @@ TURNS = {"finetune": 6, "twig": 12}  # of a conversation at most
 def tower(args: argparse.Namespace) -> None:
     """Stage 1."""
     words = {"output": TOWER, "keep": 128, "dense-share": 0.2}
-    _run("playground.train_tower", words | {"minutes": args.minutes or MINUTES["tower"]})
+    run("playground.train_tower", words | {"minutes": args.minutes or MINUTES["tower"]})
 
 
 def decoder(args: argparse.Namespace) -> None:
@@ -47,7 +47,7 @@ def decoder(args: argparse.Namespace) -> None:
     words = {"tower": TOWER, "output": LLAVA, "features": DATA / "features"}
     words |= {"first": DECODER_SCENES, "pictures": 20_000, "dense-share": 0.13}
     words |= {"minutes": args.minutes or MINUTES["decoder"]}
-    _run("playground.fast_train", words, "--compile")
+    run("playground.fast_train", words, "--compile")
 
 
 def finetune(args: argparse.Namespace) -> None:
@@ -60,7 +60,7 @@ def finetune(args: argparse.Namespace) -> None:
         "vision_tower": TOWER,
         "learning_rate": 3e-5,
     }
-    _run("llava.train.train", options | {"max_steps": args.steps or 300})
+    run("llava.train.train", options | {"max_steps": args.steps or 300})
     save_mean(start / WEIGHTS, output / WEIGHTS, LLAVA / WEIGHTS)
 
 
@@ -81,7 +81,7 @@ def twig(args: argparse.Namespace) -> None:
         "twig_T": 2,
         "learning_rate": 1e-3,
     }
-    _run("llava.train.train_twigvlm", options | {"max_steps": args.steps or 4000})
+    run("llava.train.train_twigvlm", options | {"max_steps": args.steps or 4000})
     _publish_part(output, "twigvlm")
 
 
@@ -103,7 +103,7 @@ def glimpse(args: argparse.Namespace) -> None:
         "learning_rate": 1e-3,
         "max_steps": args.steps or 900,
     }
-    _run("llava.train.train_glimpseprune", options | here(output))
+    run("llava.train.train_glimpseprune", options | here(output))
     _publish_part(output, "glimpseprune")
 
 
@@ -147,7 +147,8 @@ def _publish_part(trained: Path, method: str) -> None:
         shutil.copy(trained / name, folder / name)
 
 
-def _run(module: str, options: dict, *flags: str) -> None:
+def run(module: str, options: dict, *flags: str) -> None:
+    """Run a module with options as a program of its own."""
     subprocess.run([sys.executable, "-m", module, *as_words(options), *flags], check=True)
 
 

@@ -39,13 +39,15 @@ from playground.tower_model import (
 
 
 def patch_targets(scene: scenes.Scene) -> dict[str, np.ndarray]:
-    """Dense targets of one scene, each (576, ...): kind, color, phrase, box, digits, char, slot."""
-    kind = np.full((SIDE, SIDE), BACKGROUND, np.int64)
-    color, phrase, char, slot = (np.full((SIDE, SIDE), IGNORE, np.int64) for _ in range(4))
-    box = np.zeros((SIDE, SIDE, 4), np.float32)
-    best = np.zeros((SIDE, SIDE))
+    """Dense targets of one scene, each (patches, ...), row by row: kind, color, phrase, box,
+    digits, char, slot."""
+    grid = scene.size[1] // PATCH, scene.size[0] // PATCH
+    kind = np.full(grid, BACKGROUND, np.int64)
+    color, phrase, char, slot = (np.full(grid, IGNORE, np.int64) for _ in range(4))
+    box = np.zeros((*grid, 4), np.float32)
+    best = np.zeros(grid)
     for item in (*scene.things, *scene.signs):
-        share = _covered(item.box)
+        share = _covered(item.box, grid)
         mine = (share > 0) & (share > best)
         best[mine] = share[mine]
         name = item.kind if isinstance(item, scenes.Thing) else "sign"
@@ -64,31 +66,31 @@ def patch_targets(scene: scenes.Scene) -> dict[str, np.ndarray]:
         "kind": kind.ravel(),
         "color": color.ravel(),
         "phrase": phrase.ravel(),
-        "box": box.reshape(PATCHES, 4),
-        "hundredths": hundredths.reshape(PATCHES, 4),
+        "box": box.reshape(-1, 4),
+        "hundredths": hundredths.reshape(-1, 4),
         "char": char.ravel(),
         "slot": slot.ravel(),
         "foreground": (best > 0).ravel(),
     }
 
 
-def _covered(box) -> np.ndarray:
-    """Share of every patch (24, 24) that a box covers."""
-    edges = np.arange(SIDE) * PATCH
+def _covered(box, grid: tuple[int, int]) -> np.ndarray:
+    """Share of every patch of a grid (rows, columns) that a box covers."""
 
-    def span(low, high):
+    def span(low, high, count):
+        edges = np.arange(count) * PATCH
         return np.clip(np.minimum(edges + PATCH, high) - np.maximum(edges, low), 0, PATCH) / PATCH
 
-    return np.outer(span(box[1], box[3]), span(box[0], box[2]))
+    return np.outer(span(box[1], box[3], grid[0]), span(box[0], box[2], grid[1]))
 
 
 def _mark_characters(sign: scenes.Sign, char: np.ndarray, slot: np.ndarray) -> None:
     """Give the two rows of patches at a sign's text the character nearest to their centre."""
     for index, letter in enumerate(sign.text):
         x, y = sign.character_center(index)
-        for row in range(SIDE):
+        for row in range(char.shape[0]):
             for column in (int(x) // PATCH - 1, int(x) // PATCH, int(x) // PATCH + 1):
-                if not 0 <= column < SIDE:
+                if not 0 <= column < char.shape[1]:
                     continue
                 dx, dy = column * PATCH + 7 - x, row * PATCH + 7 - y
                 if abs(dx) <= 7 and abs(dy) <= 9:

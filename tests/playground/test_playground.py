@@ -194,7 +194,7 @@ def test_the_stages_of_the_training_name_options_that_exist(tmp_path, monkeypatc
         ran.append(module)
 
     monkeypatch.setattr(train, "DATA", tmp_path)
-    monkeypatch.setattr(train, "_run", parse)
+    monkeypatch.setattr(train, "run", parse)
     monkeypatch.setattr(train, "_publish_part", lambda *_: None)
     monkeypatch.setattr(train, "save_mean", lambda *_: None)
     monkeypatch.setattr(make_data, "write_training", lambda *_: None)
