@@ -1,4 +1,4 @@
-# Sourced by scripts/v1_5/eval/*.sh (and through them by scripts/v1_6/eval/*.sh):
+# Sourced by scripts/v1_5/eval/*.sh (and through them by those of v1_6 and qwen2_5_vl):
 #
 #     bash scripts/v1_5/eval/pope.sh [TOKENS] [KEY=VALUE ...] [further options]
 #
@@ -14,7 +14,8 @@
 #   METHOD       pruning method (default: the one that the options belong to, with TOKENS alone
 #                vispruner); none: the unpruned model
 #   CKPT         checkpoint: a folder, a name inside CKPT_DIR, or a name on the hub
-#                (default: the playground's; with CKPT_DIR: the published 7B model)
+#                (default: the playground's; with CKPT_DIR: the published 7B model; of
+#                scripts/qwen2_5_vl: Qwen/Qwen2.5-VL-7B-Instruct)
 #   CKPT_DIR     folder of the checkpoints
 #   DATA_DIR     evaluation data and answers: playground/data/eval/README.md has its layout. Not
 #                set: playground/data/eval, where a benchmark that is not there is replaced by the
@@ -74,11 +75,16 @@ if [ -n "${LIMIT:-}" ]; then
 fi
 
 # --- the checkpoint: sets MODEL and MODEL_NAME ---
+# OWNER of published models on the hub. scripts/qwen2_5_vl has no playground: its model is another's.
+OWNER=liuhaotian DEFAULT_CKPT=${DEFAULT_CKPT:-llava-v1.5-7b}
+if [ "${MODEL_FAMILY:-}" = qwen2_5_vl ]; then
+    OWNER=Qwen DEFAULT_CKPT=Qwen2.5-VL-7B-Instruct PLAYGROUND_MODEL=$OWNER/$DEFAULT_CKPT
+fi
 if [ -n "${CKPT_DIR:-}" ]; then
-    MODEL=$CKPT_DIR/${CKPT:-${DEFAULT_CKPT:-llava-v1.5-7b}}
+    MODEL=$CKPT_DIR/${CKPT:-$DEFAULT_CKPT}
     if [ ! -d "$MODEL" ]; then
         echo "error: there is no checkpoint $MODEL; the published ones are at" \
-            "https://huggingface.co/liuhaotian/$(basename "$MODEL")" >&2
+            "https://huggingface.co/$OWNER/$(basename "$MODEL")" >&2
         exit 1
     fi
 elif [ -z "${CKPT:-}" ]; then
@@ -86,7 +92,7 @@ elif [ -z "${CKPT:-}" ]; then
 elif [ -d "$CKPT" ] || [[ $CKPT == */* ]]; then
     MODEL=$CKPT
 else
-    MODEL=liuhaotian/$CKPT
+    MODEL=$OWNER/$CKPT
 fi
 MODEL_NAME=$(basename "$MODEL")
 

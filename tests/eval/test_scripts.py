@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,67 @@ def test_the_table_takes_no_hidden_answers_for_a_judge_that_is_missing(run):
     path = Path(last_line(run("v1_5/eval/qbench.sh", "test", LIMIT="2"))["answers_file"])
     result = json.loads(path.with_suffix(".score.json").read_text())
     assert result["score"] is None and result["why"] == "answers not public"
+
+
+def test_every_script_of_a_generation_is_there_for_the_others():
+    names = {path.name for path in (ROOT / "scripts/v1_5/eval").iterdir()}
+    for family in ("v1_6", "qwen2_5_vl"):
+        folder = ROOT / "scripts" / family / "eval"
+        assert {path.name for path in folder.iterdir()} == names
+        for path in folder.iterdir():
+            assert f'v1_5/eval/{path.name}" "$@"' in path.read_text() and os.access(path, os.X_OK)
+
+
+QWEN_BUDGETS = {
+    "tokens": (["128"], {}, "--visual-token-num 128", "vispruner/n_128"),
+    "a share": (
+        ["visual_token_ratio=0.222"],
+        {"METHOD": "divprune"},
+        "--pruning-arg visual_token_ratio=0.222",
+        "divprune/n_default_visual_token_ratio=0.222",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "words, environment, given, label", QWEN_BUDGETS.values(), ids=QWEN_BUDGETS
+)
+def test_scripts_of_qwen_ask_its_published_model(run, words, environment, given, label):
+    done = run("qwen2_5_vl/eval/pope.sh", *words, LIMIT="2", **environment)
+    path = Path(last_line(done)["answers_file"])
+    assert str(path).endswith(f"/Qwen2.5-VL-7B-Instruct/{label}_limit2.jsonl")
+    argv = " ".join(json.loads(path.with_suffix(".argv.json").read_text()))
+    assert "--model-path Qwen/Qwen2.5-VL-7B-Instruct " in argv and given in argv
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"])
+def test_another_model_of_qwen_is_named_by_ckpt(run, name):
+    path = Path(last_line(run("qwen2_5_vl/eval/pope.sh", CKPT=name, LIMIT="2"))["answers_file"])
+    argv = json.loads(path.with_suffix(".argv.json").read_text())
+    assert argv[argv.index("--model-path") + 1] == "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
+def test_a_missing_folder_of_qwen_says_where_the_published_one_is(run, tmp_path):
+    done = run("qwen2_5_vl/eval/pope.sh", CKPT_DIR=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"error: there is no checkpoint {tmp_path}/Qwen2.5-VL-7B-Instruct; the published ones are "
+        "at https://huggingface.co/Qwen/Qwen2.5-VL-7B-Instruct\n"
+    )
+
+
+def test_a_script_of_qwen_answers_with_a_model(run, data):
+    done = run(
+        "qwen2_5_vl/eval/pope.sh",
+        "4",
+        LIMIT="2",
+        PYTHON=sys.executable,
+        CKPT=str(ROOT / "tests/golden/tiny-qwen2.5-vl-cut"),
+        EXTRA="--device cpu --max_new_tokens 2 --max-pixels 6272",  # 8 tokens an image
+    )
+    summary = last_line(done)
+    assert summary["visual_tokens"] == 4.0
+    assert len(Path(summary["answers_file"]).read_text().splitlines()) == 2
 
 
 def test_without_tokens_a_method_has_its_own_budget_and_the_summary_says_what_it_kept(run, data):

@@ -34,6 +34,35 @@ def fill_in_questions(args: argparse.Namespace, questions: str) -> None:
     args.conv_mode = resolve_conv_mode(args.conv_mode, args.model_name, path, args.model_base)
 
 
+def add_shape_args(parser) -> None:
+    """What is cut, or varies, of a model with random weights and its images."""
+    parser.add_argument(
+        "--layers", type=int, help="so many decoder layers of the --config, in place of all"
+    )
+    parser.add_argument(
+        "--image-size",
+        "--image_size",
+        type=image_size,
+        metavar="WIDTHxHEIGHT",
+        help="pixels of an image, for models whose images have grids of their own "
+        "(Qwen2.5-VL: 672x672, which is 576 tokens)",
+    )
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """(width, height) of words such as 1024x768."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 1024x768")
+    return int(parts[0]), int(parts[1])
+
+
+def check_layers(layers: int | None) -> None:
+    """Raises ValueError for a number of layers that leaves none."""
+    if layers is not None and layers < 1:
+        raise ValueError(f"--layers ({layers}) must be at least 1")
+
+
 def placed(args: argparse.Namespace) -> dict:
     """`dtype` and `device` of a model of random weights: those asked for, else what is fast."""
     device = choose_device(args.device)

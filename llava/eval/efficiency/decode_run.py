@@ -105,7 +105,7 @@ def measure(model, variants: list[Variant], prompts: list[Callable[[], dict]], l
                 variant.clocks, variant.answers, variant.logs = [], [], []
 
 
-def made_up(model, prompt_length: int) -> dict:
+def made_up(model, prompt_length: int, image_size: tuple[int, int] | None = None) -> dict:
     """The arguments of `generate` for an image and `prompt_length` text tokens, all random."""
-    work = Workload.random(model, 1, prompt_length, 1)
+    work = Workload.random(model, 1, prompt_length, 1, image_size)
     return {"input_ids": work.input_ids, "images": work.images, "image_sizes": work.image_sizes}

@@ -30,6 +30,8 @@ from llava.eval.answering.program import load_loop
 from llava.eval.answering.questions import Question
 from llava.eval.efficiency.arguments import (
     add_question_args,
+    add_shape_args,
+    check_layers,
     fill_in_questions,
     placed,
     write_json,
@@ -66,12 +68,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--acceptance", type=float, default=0.8, help="share of right guesses (default: 0.8)"
     )
     random.add_argument("--prompt-length", type=int, default=64, help="text tokens (default: 64)")
+    add_shape_args(random)
     add_model_args(parser)
     args = parser.parse_args(argv)
     if args.limit < 1 or args.max_new_tokens < 2 or args.prompt_length < 1:
         parser.error("--limit and --prompt-length must be at least 1, --max-new-tokens 2")
     if not 0 <= args.acceptance <= 1:
         parser.error(f"--acceptance ({args.acceptance}) must lie between 0 and 1")
+    check_layers(args.layers)
+    if args.config is None and (args.layers or args.image_size):
+        parser.error("--layers and --image-size are for random weights: name their --config")
     if args.config is None:
         args.model_path = args.model_path or default_model_path()
         fill_in_questions(args, QUESTIONS)
@@ -109,13 +115,14 @@ def trained_model(args) -> tuple:
 def random_model(args) -> tuple:
     """The same with random weights of the sizes `args.config`."""
     options = options_by_method(args.pruning_arg)
-    model = build_random_model(*shapes(args.config), **placed(args))
+    model = build_random_model(*shapes(args.config, args.layers), **placed(args))
     model.token_choice = partial(ChanceChoice, acceptance=args.acceptance)
     pruners = {
         name: make_pruner(name, args.visual_token_num, model, **options.get(name, {}))
         for name in args.methods
     }
-    return model, pruners, [partial(made_up, model, args.prompt_length)] * args.limit
+    prompt = partial(made_up, model, args.prompt_length, args.image_size)
+    return model, pruners, [prompt] * args.limit
 
 
 def about(args, model, tokens: float) -> dict:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.eval.efficiency.memory import peak_bytes
-from llava.eval.efficiency.oracle import Oracle, watch_schedule
+from llava.eval.efficiency.oracle import Oracle, imitation, watch_schedule
 from llava.eval.efficiency.stock import stock_decoder, time_stock
 from llava.eval.efficiency.stopwatch import Stopwatch
-from llava.model import LlavaLlamaForCausalLM
+from llava.model.multimodal_encoder.qwen2_5_vl_images import smart_resize
 from llava.pruning import METHODS, Pruner, build_pruner, trace_pruning
 from llava.pruning.base import option_names
 from llava.pruning.cost import FORMULAS, prefill_flops
+from llava.pruning.cues import check_needs
 from llava.pruning.stages import filled_hooks
 
 STAGES = {
@@ -30,6 +31,8 @@ STAGES = {
     "end_to_end": "from pixels and token ids to the last token",
 }
 DENSE, ORACLE, STOCK = "dense", "oracle", "stock"
+#: (width, height) in pixels of an image, where every image has a grid of its own
+IMAGE_SIZE = (672, 672)
 
 
 @dataclass
@@ -37,7 +40,8 @@ class Workload:
     """What the model is asked to do.
 
     input_ids:   (B, L) prompts with one image each
-    images:      (B, 3, S, S) pixels, (B, crops, 3, S, S), or one (crops, 3, S, S) per image
+    images:      (B, 3, S, S) pixels, (B, crops, 3, S, S), or one (crops, 3, S, S) per image; as
+                 the model's image processor makes them
     image_sizes: (width, height) of every image
     num_tokens:  tokens that every prompt is answered with
     """
@@ -49,16 +53,27 @@ class Workload:
     asked: int = 0
 
     @classmethod
-    def random(cls, model, batch_size: int, prompt_length: int, num_tokens: int) -> Workload:
-        """`prompt_length` text tokens around each image, half of them before it."""
+    def random(
+        cls,
+        model,
+        batch_size: int,
+        prompt_length: int,
+        num_tokens: int,
+        image_size: tuple[int, int] | None = None,
+    ) -> Workload:
+        """`prompt_length` text tokens around each image, half of them before it.
+
+        image_size: (width, height) in pixels, `IMAGE_SIZE` by default, of models whose images have
+                    grids of their own; ValueError with others
+        """
         generator = torch.Generator().manual_seed(0)
-        side, crops = model.get_vision_tower().image_size, model.crops_in_budget(Pruner())
-        shape = (3, side, side) if crops == 1 else (crops, 3, side, side)
+        shape, size = image_shape(model, image_size)
         images = torch.randn(batch_size, *shape, generator=generator)
-        high = model.config.vocab_size
+        config = model.config
+        marks = (getattr(config, f"{kind}_token_id", None) for kind in ("image", "video"))
+        high = min([config.vocab_size, *(mark for mark in marks if mark is not None)])
         ids = torch.randint(3, high, (batch_size, prompt_length + 1), generator=generator)
         ids[:, prompt_length // 2] = IMAGE_TOKEN_INDEX
-        size = (side, side) if crops == 1 else (2 * side, 2 * side)
         return cls(
             ids.to(model.device),
             images.to(model.device, model.dtype),
@@ -71,7 +86,7 @@ class Workload:
         self.asked += 1
         return [f"What is {self.asked}-{row}?" for row in range(len(self.image_sizes))]
 
-    def run(self, model: LlavaLlamaForCausalLM, num_tokens: int | None = None) -> None:
+    def run(self, model, num_tokens: int | None = None) -> None:
         model.generate(
             self.input_ids,
             images=self.images,
@@ -80,6 +95,30 @@ class Workload:
             do_sample=False,
             max_new_tokens=num_tokens or self.num_tokens,
         )
+
+
+def image_shape(
+    model, image_size: tuple[int, int] | None = None
+) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """(shape of the tensor of an image, its (width, height) in pixels), as in `Workload.random`."""
+    tower = model.get_vision_tower()
+    if tower.grid is None:
+        config = tower.config
+        side = config.patch_size * config.spatial_merge_size
+        width, height = image_size or IMAGE_SIZE
+        bounds = 4 * side**2, 16384 * side**2  # of the released image processor
+        height, width = smart_resize(height, width, side, *bounds)
+        block = (config.spatial_merge_size**2, config.patch_values)
+        return (height // side, width // side, *block), (width, height)
+    side, crops = tower.image_size, model.crops_in_budget(Pruner())
+    if image_size is not None:
+        raise ValueError(
+            f"--image-size has no place here: the tower of this model sees crops of {side} x {side}"
+            " pixels, whatever the image"
+        )
+    if crops == 1:
+        return (3, side, side), (side, side)
+    return (crops, 3, side, side), (2 * side, 2 * side)
 
 
 @dataclass
@@ -96,16 +135,15 @@ class Variant:
     rounds: list[dict[str, float]] = field(default_factory=list)
 
 
-def time_llava(
-    model: LlavaLlamaForCausalLM, pruner: Pruner, workload: Workload
-) -> dict[str, float]:
+def time_llava(model, pruner: Pruner, workload: Workload) -> dict[str, float]:
     """Seconds of every stage of `STAGES` for one call of `generate`."""
     model.pruner = pruner
     pruner = model.pruner  # a share of tokens is a number by now
     watch = Stopwatch(model.device)
     hooks = filled_hooks(pruner.vision, pruner.decoder)
     methods = [(stage, hook, "select") for stage, hook in hooks]
-    methods.append((model.get_vision_tower(), "tokens", "vision"))
+    tower = model.get_vision_tower()
+    methods.append((tower, "features" if tower.grid is None else "tokens", "vision"))
     methods.append((model, "forward", lambda: "decode" if watch.count("prefill") else "prefill"))
     with watch.watch(methods), watch.span("rest") as whole:
         workload.run(model)
@@ -119,7 +157,7 @@ def time_llava(
     return seconds
 
 
-def llava_facts(model: LlavaLlamaForCausalLM, pruner: Pruner, workload: Workload) -> dict:
+def llava_facts(model, pruner: Pruner, workload: Workload) -> dict:
     """`facts`: tokens, cache bytes (measured on its tensors) and operations of one batch;
     `schedule`: the token counts to imitate."""
     model.pruner = pruner
@@ -156,14 +194,24 @@ def make_pruner(name: str, visual_token_num: int, model, **options) -> Pruner:
     Raises ValueError where the method does not know the budget, or the model.
     """
     pruner = with_budget(name, visual_token_num, **options)
+    check_needs(pruner.vision, model.get_vision_tower())
     pruner.use_random_parts(model)
     model.pruner = pruner
     return pruner
 
 
+def check_image(pruner: Pruner, model, image_size: tuple[int, int] | None) -> None:
+    """Raises ValueError where a setting cannot run on an image of this size: with a grid for every
+    image that is known no earlier."""
+    if model.get_vision_tower().grid is None:
+        rows, columns = image_shape(model, image_size)[0][:2]
+        own = pruner.with_budget_of(rows * columns)
+        own.check(rows * columns, model.config.num_hidden_layers)
+
+
 @torch.no_grad()
 def build_variants(
-    model: LlavaLlamaForCausalLM,
+    model,
     workload: Workload,
     pruners: dict[str, Pruner],
     visual_token_num: int,
@@ -191,7 +239,7 @@ def build_variants(
     groups: dict[str, list] = {ORACLE: []}
     for name, pruner in pruners.items():
         found = llava_facts(model, pruner, workload)
-        own = Oracle(found["schedule"], like=pruner)
+        own = imitation(found["schedule"], like=pruner)
         known = (key for key, oracle in oracles.items() if oracle.does_the_same_as(own, crops > 1))
         key = next(known, f"{ORACLE} of {name}")
         oracles.setdefault(key, own)

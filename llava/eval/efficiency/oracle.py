@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from llava.eval.efficiency.wrapping import wrapped
 from llava.pruning import (
     DecoderStage,
     ImageTokens,
@@ -30,7 +32,7 @@ Counts = tuple[int, ...]
 class Schedule:
     """How many tokens a method let pass on one workload, at every stage where it changed them.
 
-    side:      pixels per side of the crops that entered the tower; None: as they were
+    size:      (height, width) in pixels of what entered the tower; None: as it was
     tower:     tower layer -> patches of each crop that entered it
     encoder:   tokens of each crop that entered the projector; None: all
     projector: tokens of each crop after it; None: all
@@ -39,7 +41,7 @@ class Schedule:
     renumber:  those of `layers` at which positions were counted anew
     """
 
-    side: int | None = None
+    size: tuple[int, int] | None = None
     tower: dict[int, Counts] = field(default_factory=dict)
     encoder: Counts | None = None
     projector: Counts | None = None
@@ -48,8 +50,8 @@ class Schedule:
     renumber: set[int] = field(default_factory=set)
 
     def before_tower(self, result: Tensor, images: Tensor, *_, **__) -> None:
-        if result.shape[-1] != images.shape[-1]:
-            self.side = result.shape[-1]
+        if result.shape != images.shape:
+            self.size = tuple(result.shape[-2:])
 
     def before_tower_layer(self, result: TowerTokens, index: int, tokens: TowerTokens) -> None:
         if result is not tokens:
@@ -87,23 +89,20 @@ def watch_schedule(pruner: Pruner) -> Iterator[Schedule]:
     """Fills the schedule while the model runs with `pruner` inside the block."""
     schedule = Schedule()
 
-    def watched(hook, note):
-        def call(*args, **kwargs):
-            result = hook(*args, **kwargs)
+    def noted(hook, note):
+        def call(stage, *args, **kwargs):
+            result = hook(stage, *args, **kwargs)
             note(result, *args, **kwargs)
             return result
 
         return call
 
     hooks = filled_hooks(pruner.vision, pruner.decoder)
-    hooks = [(stage, name) for stage, name in hooks if hasattr(schedule, name)]
-    for stage, name in hooks:
-        setattr(stage, name, watched(getattr(stage, name), getattr(schedule, name)))
-    try:
+    known = [(stage, name) for stage, name in hooks if hasattr(schedule, name)]
+    with wrapped(
+        [(stage, name, partial(noted, note=getattr(schedule, name))) for stage, name in known]
+    ):
         yield schedule
-    finally:
-        for stage, name in hooks:
-            delattr(stage, name)  # the method of the class shows again
 
 
 class Oracle(VisionStage, DecoderStage, Pruner):
@@ -135,19 +134,10 @@ class Oracle(VisionStage, DecoderStage, Pruner):
         return self.schedule, self.position_policy, tiles, type(self.like.decoder).pruned_caches
 
     def before_tower(self, images: Tensor, patch_size: int, crops: int = 1) -> Tensor:
-        side = self.schedule.side
-        return images if side is None else images[..., :side, :side]
-
-    def before_tower_layer(self, index: int, tokens: TowerTokens) -> TowerTokens:
-        counts = self.schedule.tower.get(index)
-        if counts is None:
-            return tokens
-        return replace(
-            tokens,
-            hidden_states=tokens.hidden_states[:, : 1 + max(counts)],
-            positions=tokens.positions[:, : max(counts)],
-            valid=_valid(counts, tokens.positions.device),
-        )
+        if self.schedule.size is None:
+            return images
+        height, width = self.schedule.size
+        return images[..., :height, :width]
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
         return _first(vision, self.schedule.encoder)
@@ -171,6 +161,27 @@ class Oracle(VisionStage, DecoderStage, Pruner):
 
     def pruned_caches(self, index: int, num_layers: int) -> range:
         return self.like.decoder.pruned_caches(index, num_layers)
+
+
+class TowerOracle(Oracle):
+    """Between tower layers as well."""
+
+    def before_tower_layer(self, index: int, tokens: TowerTokens) -> TowerTokens:
+        counts = self.schedule.tower.get(index)
+        if counts is None:
+            return tokens
+        return replace(
+            tokens,
+            hidden_states=tokens.hidden_states[:, : 1 + max(counts)],
+            positions=tokens.positions[:, : max(counts)],
+            valid=_valid(counts, tokens.positions.device),
+        )
+
+
+def imitation(schedule: Schedule, like: Pruner | None = None) -> Oracle:
+    """The oracle of a schedule. Only a tower whose tokens can change between its layers takes one
+    that changes them."""
+    return (TowerOracle if schedule.tower else Oracle)(schedule, like)
 
 
 def _first(vision: VisionTokens, counts: Counts | None) -> VisionTokens:

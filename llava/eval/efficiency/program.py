@@ -24,12 +24,14 @@ from transformers import __version__ as transformers_version
 
 from llava.errors import errors_as_messages
 from llava.eval.efficiency import decode_speed
-from llava.eval.efficiency.arguments import placed, write_json
+from llava.eval.efficiency.arguments import add_shape_args, check_layers, placed, write_json
 from llava.eval.efficiency.measure import (
     STAGES,
     Workload,
     build_variants,
+    check_image,
     check_same_tokens,
+    image_shape,
     make_pruner,
     measure,
 )
@@ -50,7 +52,7 @@ ALL = "all"
 
 
 def methods_to_measure(
-    names: str, visual_token_num: int, model
+    names: str, visual_token_num: int, model, image_size: tuple[int, int] | None = None
 ) -> tuple[dict[str, Pruner], dict[str, str]]:
     """(pruners by name, reasons by name why a method is not measured).
 
@@ -64,7 +66,9 @@ def methods_to_measure(
     pruners, refused = {}, {}
     for name in wanted:
         try:
-            pruners[name] = make_pruner(name, visual_token_num, model)
+            pruner = make_pruner(name, visual_token_num, model)
+            check_image(pruner, model, image_size)
+            pruners[name] = pruner
         except ValueError as error:
             if not every:
                 raise
@@ -86,6 +90,8 @@ def describe(args: argparse.Namespace, model, command: list[str]) -> dict:
         if cuda
         else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "layers": model.config.num_hidden_layers,
+        "image_size": "x".join(map(str, image_shape(model, args.image_size)[1])),
         "visual_token_num": args.visual_token_num,
         "prompt_length": args.prompt_length,
         "repeats": args.repeats,
@@ -113,6 +119,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = partial(add_option, parser)
     sizes = f"{', '.join(CONFIGS)}, playground, or a checkpoint folder"
     add("--config", default="playground", help=f"sizes to measure: {sizes} (default: playground)")
+    add_shape_args(parser)
     add(
         "--method",
         default=ALL,
@@ -151,6 +158,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("repeats", "prompt_length", "visual_token_num"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    check_layers(args.layers)
     if args.warmup < 0:
         raise ValueError("--warmup must not be negative")
     for file in filter(None, (args.json, args.markdown, args.plot)):
@@ -162,7 +170,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run_workload(args, model, pruners: dict[str, Pruner], batch_size: int, length: int) -> dict:
     """Measures everything with one batch size and one length of the answers."""
-    workload = Workload.random(model, batch_size, args.prompt_length, length)
+    workload = Workload.random(model, batch_size, args.prompt_length, length, args.image_size)
     variants = build_variants(model, workload, pruners, args.visual_token_num, args.stock)
     by_name = {variant.name: variant for variant in variants}
     for variant in variants:
@@ -181,6 +189,8 @@ def decode_words(args) -> list[str]:
         "--dtype": args.dtype,
         "--device": args.device,
         "--json": args.json,
+        "--layers": args.layers,
+        "--image-size": args.image_size and "x".join(map(str, args.image_size)),
     }
     if args.config != "playground":
         words["--config" if args.config in CONFIGS else "--model-path"] = args.config
@@ -197,8 +207,10 @@ def main(argv: list[str] | None = None) -> dict:
     if args.decode:
         return decode_speed.main(decode_words(args))
     name = default_model_path() if args.config == "playground" else args.config
-    model = build_random_model(*shapes(name), **placed(args))
-    pruners, refused = methods_to_measure(args.method, args.visual_token_num, model)
+    model = build_random_model(*shapes(name, args.layers), **placed(args))
+    pruners, refused = methods_to_measure(
+        args.method, args.visual_token_num, model, args.image_size
+    )
     about = describe(args, model, sys.argv[1:] if argv is None else argv)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     for method, reason in refused.items():

@@ -1,4 +1,4 @@
-"""LLaVA models of any size with random weights, built in memory: for measuring, not for answers."""
+"""Models of any size with random weights, built in memory: for measuring, not for answers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ import torch
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig
 
+from llava.checkpoint_kind import OTHER_FAMILIES, family_in
+from llava.config_file import read_config
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.qwen2_5_vl import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 from llava.model.multimodal_encoder.builder import resolve_tower_path
+from llava.model.qwen2_5_vl_loading import checked_config
 
 #: decoder sizes: hidden_size, intermediate_size, num_hidden_layers, attention heads, key heads
 DECODERS = {
@@ -24,6 +31,12 @@ DECODERS = {
 NEXT = "next-"
 CONFIGS = [*(name for name in DECODERS if name != "mistral-7b")]
 CONFIGS += [NEXT + name for name in ("1b", "7b", "13b", "mistral-7b")]
+#: Qwen2.5-VL: sizes of the decoder, and whether it shares embeddings and head; towers are alike
+QWEN = {
+    "qwen2.5-vl-3b": (2048, 11008, 36, 16, 2, 151936, True),
+    "qwen2.5-vl-7b": (3584, 18944, 28, 28, 4, 152064, False),
+}
+CONFIGS += QWEN
 #: CLIP ViT-L/14 at 336 pixels
 CLIP_LARGE = {
     "hidden_size": 1024,
@@ -37,10 +50,36 @@ CLIP_LARGE = {
 POOL_NUMBERS = 2**22 - 1  # odd, so that rows of a weight do not repeat each other
 
 
-def shapes(name: str) -> tuple[LlavaConfig, CLIPVisionConfig]:
-    """Configs of decoder and tower: one of `CONFIGS`, a decoder behind a CLIP-L tower as LLaVA-1.5
-    or, with "next-", LLaVA-NeXT; or the sizes of the checkpoint in folder `name` (whose weights are
-    not read)."""
+def shapes(
+    name: str, layers: int | None = None
+) -> tuple[LlavaConfig | Qwen2_5_VLConfig, CLIPVisionConfig | None]:
+    """Configs of the model, and of its tower where that has one of its own.
+
+    name:   one of `CONFIGS` (a decoder behind a CLIP-L tower as LLaVA-1.5 or, with "next-",
+            LLaVA-NeXT; or Qwen2.5-VL), or a folder with a checkpoint, whose weights are not read
+    layers: so many decoder layers in place of all
+    """
+    config, tower = _shapes(name)
+    if layers is not None:
+        config.num_hidden_layers = layers
+    return config, tower
+
+
+def _shapes(name: str):
+    if name in QWEN:
+        width, inner, layers, heads, key_heads, vocabulary, tied = QWEN[name]
+        return Qwen2_5_VLConfig(
+            vision_config={"out_hidden_size": width},
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_heads,
+            vocab_size=vocabulary,
+            tie_word_embeddings=tied,
+            max_position_embeddings=128000,
+            rope_theta=1e6,
+        ), None
     if name in CONFIGS:
         width, inner, layers, heads, key_heads = DECODERS[name.removeprefix(NEXT)]
         config = LlavaConfig(
@@ -69,19 +108,38 @@ def shapes(name: str) -> tuple[LlavaConfig, CLIPVisionConfig]:
             f"unknown --config {name!r}, choose {', '.join(CONFIGS)}, playground or a folder with "
             "a checkpoint"
         )
+    values = read_config(name)
+    if family_in(values) in OTHER_FAMILIES:
+        return Qwen2_5_VLConfig(**checked_config(values, f"{name}/config.json")), None
     config = LlavaConfig.from_pretrained(name)
     tower = resolve_tower_path(config.mm_vision_tower, name)
     return config, CLIPVisionConfig.from_pretrained(tower)
 
 
 def build_random_model(
-    config: LlavaConfig,
-    tower: CLIPVisionConfig,
+    config: LlavaConfig | Qwen2_5_VLConfig,
+    tower: CLIPVisionConfig | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
-) -> LlavaLlamaForCausalLM:
+) -> LlavaLlamaForCausalLM | Qwen2_5_VLForConditionalGeneration:
     """A model of these shapes with small random weights; no token ends its answers."""
+    model = _empty_qwen(config) if tower is None else _empty_llava(config, tower)
+    model = model.to(dtype).to_empty(device=device).eval()
+    if config.tie_word_embeddings:
+        model.tie_weights()
+    fill_randomly(model, seed)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def _empty_qwen(config: Qwen2_5_VLConfig) -> Qwen2_5_VLForConditionalGeneration:
+    with torch.device("meta"):
+        return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _empty_llava(config: LlavaConfig, tower: CLIPVisionConfig) -> LlavaLlamaForCausalLM:
     with tempfile.TemporaryDirectory() as folder:
         tower.save_pretrained(folder)
         side = tower.image_size
@@ -91,12 +149,7 @@ def build_random_model(
         config.mm_vision_tower = folder
         config.unfreeze_mm_vision_tower = True  # the tower is made here, not loaded from files
         with torch.device("meta"):
-            model = LlavaLlamaForCausalLM(config)
-    model = model.to(dtype).to_empty(device=device).eval()
-    fill_randomly(model, seed)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
+            return LlavaLlamaForCausalLM(config)
 
 
 @torch.no_grad()

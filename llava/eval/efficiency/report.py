@@ -88,7 +88,8 @@ def markdown(result: dict) -> str:
         "",
         f"{about['device']}, {about['threads']} threads, {about['dtype']}, {about['attention']} "
         f"attention, {about['parameters'] / 1e9:.2f} billion weights (`{about['config']}`), "
-        f"{about['prompt_length']} text tokens and one image per prompt, {about['repeats']} "
+        f"{about['layers']} layers, {about['prompt_length']} text tokens and one image "
+        f"({about['image_size']}) per prompt, {about['repeats']} "
         f"rounds, torch {about['torch']}, transformers {about['transformers']}.",
     ]
     for run in result["runs"]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial, wraps
 
 import torch
+
+from llava.eval.efficiency.wrapping import wrapped
 
 
 @dataclass
@@ -49,16 +51,13 @@ class Stopwatch:
     def watch(self, methods: list[tuple[object, str, str | Callable[[], str]]]) -> Iterator[None]:
         """Times the calls of methods inside the block: (object, method name, stage), where stage
         may be a function that names the stage of the call at hand."""
-        for owner, name, stage in methods:
-            setattr(owner, name, self._timed(getattr(owner, name), stage))
-        try:
+        with wrapped(
+            [(owner, name, partial(self._timed, stage=stage)) for owner, name, stage in methods]
+        ):
             yield
-        finally:
-            for owner, name, _ in methods:
-                delattr(owner, name)  # the method of the class shows again
 
     def _timed(self, method: Callable, stage: str | Callable[[], str]) -> Callable:
-        @functools.wraps(method)  # transformers reads the signature of `forward`
+        @wraps(method)  # transformers reads the signature of `forward`
         def call(*args, **kwargs):
             with self.span(stage if isinstance(stage, str) else stage()):
                 return method(*args, **kwargs)

@@ -31,10 +31,11 @@ from llava.eval.efficiency.arguments import (
     write_json,
 )
 from llava.eval.efficiency.measure import with_budget
-from llava.eval.efficiency.random_model import build_random_model, shapes
+from llava.eval.efficiency.random_model import CONFIGS, build_random_model, shapes
 from llava.eval.files.records import read_jsonl
 from llava.front_end import FrontEnd
-from llava.model_args import add_model_args
+from llava.model.multimodal_encoder.qwen2_5_vl_images import Qwen2_5_VLImageProcessor
+from llava.model_args import PIXELS, add_model_args
 from llava.playground import default_model_path
 from llava.pruning import METHODS
 
@@ -138,9 +139,18 @@ def random_loop(args) -> AnswerLoop:
     config.vocab_size = playground.model.config.vocab_size
     model = build_random_model(config, tower, **placed(args))
     options = {"workers": args.workers, "max_new_tokens": args.max_new_tokens}
-    processor = model.get_vision_tower().image_processor
+    processor = image_processor_of(model, args)
     front = FrontEnd(playground.front.tokenizer, model, processor, args.conv_mode)
     return AnswerLoop(front, **options)
+
+
+def image_processor_of(model, args):
+    """What prepares images for a model of random weights."""
+    tower = model.get_vision_tower()
+    if tower.grid is not None:
+        return tower.image_processor
+    bounds = {name: getattr(args, name) for name in PIXELS if getattr(args, name) is not None}
+    return Qwen2_5_VLImageProcessor(**bounds)
 
 
 def table(speeds: list[Speed]) -> str:
@@ -159,8 +169,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--config",
         default="moderate",
-        help="sizes of random weights when there is no --model-path: moderate, 1b, 7b, 13b or the "
-        "folder of a checkpoint",
+        help="sizes of random weights when there is no --model-path: moderate, "
+        f"{', '.join(CONFIGS)}, or the folder of a checkpoint",
     )
     parser.add_argument("--methods", nargs="+", default=["none"], choices=sorted(METHODS))
     parser.add_argument("--visual-token-num", type=int, help="default: each method's own")

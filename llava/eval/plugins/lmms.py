@@ -1,4 +1,4 @@
-"""The model `llava_pruning` of lmms-eval: LLaVA with any pruning method.
+"""The model `llava_pruning` of lmms-eval: LLaVA or Qwen2.5-VL with any pruning method.
 
     python -m lmms_eval --model llava_pruning --tasks pope --batch_size 8 \\
         --model_args pretrained=liuhaotian/llava-v1.5-7b,method=vispruner,visual_token_num=64
@@ -45,6 +45,7 @@ class LlavaPruning(lmms):
     pruning_args:     its other options, KEY=VALUE with semicolons between them
     options:          the same, one by one: important_ratio=0.5
     conv_template:    prompt template; "auto" is what the checkpoint says of itself
+    min_pixels, max_pixels: bounds of the area of an image, for Qwen2.5-VL
     """
 
     is_simple = True
@@ -58,6 +59,8 @@ class LlavaPruning(lmms):
         conv_template: str = "auto",
         model_base: str | None = None,
         vision_tower: str | None = None,
+        min_pixels: int | str | None = None,
+        max_pixels: int | str | None = None,
         device: str | None = None,
         dtype: str | None = None,
         batch_size: int | str = 1,
@@ -78,6 +81,8 @@ class LlavaPruning(lmms):
             device or own_gpu(),  # lmms-eval shares the requests among the processes itself
             dtype,
             vision_tower,
+            min_pixels,
+            max_pixels,
         )
 
     def generate_until(self, requests: list) -> list[str]:
@@ -123,7 +128,9 @@ class LlavaPruning(lmms):
         images = self._pictures(doc_to_visual, doc_id, task, split)
         pictures = [front.picture(to_rgb(image, background=None)) for image in images]
         prompt = front.prompt(context, len(images))
-        before, whole = front.encode(prompt), front.encode(f"{prompt} {target.strip()}")
+        # A template that ends in a line break has the answer begin right behind it.
+        space = "" if prompt[-1:].isspace() else " "
+        before, whole = front.encode(prompt), front.encode(f"{prompt}{space}{target.strip()}")
         count = len(whole) - len(before)
         inputs = generate_inputs(self.loop.model, [whole], [pictures], [context])
         out = self.loop.model(**inputs, use_cache=False)

@@ -47,8 +47,14 @@ def open_loop(
     device: str | None = None,
     dtype: str | None = None,
     vision_tower: str | None = None,
+    min_pixels: int | str | None = None,
+    max_pixels: int | str | None = None,
 ) -> AnswerLoop:
-    """Loads a model; without a path the playground's. dtype: a name in `DTYPES`."""
+    """Loads a model; without a path the playground's.
+
+    dtype: a name in `DTYPES`
+    min_pixels, max_pixels: bounds of the area of an image, for Qwen2.5-VL
+    """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}, choose from {', '.join(DTYPES)}")
     if model_path is None:
@@ -68,6 +74,8 @@ def open_loop(
         load_8bit=False,
         load_4bit=False,
         attn_implementation=None,
+        min_pixels=None if min_pixels is None else int(min_pixels),
+        max_pixels=None if max_pixels is None else int(max_pixels),
     )
     return load_loop(args)
 

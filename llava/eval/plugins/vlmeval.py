@@ -1,4 +1,4 @@
-"""A model for VLMEvalKit: LLaVA with any pruning method.
+"""A model for VLMEvalKit: LLaVA or Qwen2.5-VL with any pruning method.
 
     # run_pruned.py, beside VLMEvalKit's run.py
     from llava.eval.plugins.vlmeval import register
@@ -36,6 +36,7 @@ class LlavaPruning(BaseModel):
     visual_token_num: its budget; None: the method's own
     pruning_args:     its other options, KEY=VALUE with semicolons between them
     max_new_tokens:   length at which an answer is cut
+    options:          further ones of `llava.eval.plugins.model.open_loop`, such as max_pixels
     """
 
     INTERLEAVE = True

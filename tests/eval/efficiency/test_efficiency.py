@@ -16,15 +16,18 @@ from llava.eval.efficiency.measure import (
     llava_facts,
     make_pruner,
     measure,
+    time_llava,
 )
 from llava.eval.efficiency.memory import peak_bytes
-from llava.eval.efficiency.oracle import Oracle
+from llava.eval.efficiency.oracle import Oracle, imitation
 from llava.eval.efficiency.random_model import CONFIGS, DECODERS, build_random_model, shapes
 from llava.eval.efficiency.report import spread, summarize, write_between_marks
 from llava.eval.efficiency.stock import stock_decoder
 from llava.eval.efficiency.stopwatch import Stopwatch
 from llava.model import LlavaConfig
+from llava.model.language_model.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from llava.pruning import METHODS, Pruner, build_pruner
+from llava.pruning.testing.tiny import make_own_grids_model
 from tests.conftest import PATCH, SIDE, TINY, TOWER
 from tests.paths import GOLDEN
 
@@ -37,6 +40,11 @@ BUDGETS = {"pyramiddrop": 20}
 @pytest.fixture(scope="module")
 def model():
     return build_random_model(LlavaConfig(**TINY), CLIPVisionConfig(**TOWER))
+
+
+@pytest.fixture(scope="module")
+def own_grids_model():
+    return make_own_grids_model()
 
 
 @pytest.fixture(scope="module")
@@ -106,26 +114,85 @@ def test_methods_share_an_oracle_exactly_where_their_token_counts_are_equal(rows
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "none"])
-@pytest.mark.parametrize("kind", ["model", "anyres_model"])
+@pytest.mark.parametrize("kind", ["model", "anyres_model", "own_grids_model"])
 def test_every_method_has_an_oracle_with_its_token_counts(kind, name, request):
     """In every layer and cache, on one crop per image and on several, and with the same
     positions."""
     model = request.getfixturevalue(kind)
-    workload = Workload.random(model, batch_size=2, prompt_length=TEXT, num_tokens=2)
+    size = (40, 36) if kind == "own_grids_model" else None  # of tiny patches: 90 tokens
+    workload = Workload.random(model, 2, prompt_length=TEXT, num_tokens=2, image_size=size)
     crops = model.crops_in_budget(Pruner())
     try:
-        pruner = make_pruner(name, 64 if name == "mustdrop" else 10 * crops, model)
+        pruner = make_pruner(name, 64 if name == "mustdrop" else 15 * crops, model)
+        efficiency.check_image(pruner, model, size)
     except ValueError as error:
-        if "one crop per image" in str(error) or "out of reach" in str(error):
+        reasons = ("one crop per image", "out of reach", "does not provide")
+        if any(reason in str(error) for reason in reasons):
             pytest.skip(str(error))
         raise
     found = llava_facts(model, pruner, workload)
-    oracle = llava_facts(model, Oracle(found["schedule"], like=pruner), workload)
+    oracle = llava_facts(model, imitation(found["schedule"], like=pruner), workload)
     for fact in ("visual_tokens_per_layer", "kv_bytes"):
         assert oracle["facts"][fact] == found["facts"][fact]
     assert oracle["schedule"].layers == found["schedule"].layers
     assert oracle["schedule"].renumber == found["schedule"].renumber
     model.pruner = build_pruner("none")
+
+
+def test_a_budget_above_what_an_image_has_is_watched_in_the_copy_that_runs(own_grids_model):
+    """The host runs a copy of the method for every grid; an oracle must see what that does."""
+    workload = Workload.random(own_grids_model, 1, TEXT, 2, image_size=(12, 8))  # 3 x 2 tokens
+    pruner = make_pruner("vispruner", 9, own_grids_model)
+    found = llava_facts(own_grids_model, pruner, workload)["facts"]
+    assert found["visual_tokens_first_layer"] == 6
+    share = build_pruner("vispruner", visual_token_ratio=0.5)
+    found = llava_facts(own_grids_model, share, workload)
+    assert found["facts"]["visual_tokens_first_layer"] == 3
+    assert found["schedule"].encoder == (3,)
+    assert time_llava(own_grids_model, share, workload)["select"] > 0
+
+
+def test_images_have_the_size_that_was_asked_for(own_grids_model, model):
+    workload = Workload.random(own_grids_model, 2, TEXT, 1, image_size=(41, 23))
+    assert workload.images.shape[:3] == (2, 6, 10)  # in whole blocks of 4 pixels
+    assert workload.image_sizes == [(40, 24)] * 2
+    with pytest.raises(ValueError, match="--image-size has no place here"):
+        Workload.random(model, 1, TEXT, 1, image_size=(41, 23))
+
+
+@pytest.mark.parametrize(
+    "name, layers, billions", [("qwen2.5-vl-3b", 36, 3.75), ("qwen2.5-vl-7b", 28, 8.29)]
+)
+def test_shapes_of_qwen_have_the_parameters_of_the_release(name, layers, billions):
+    config, tower = shapes(name)
+    assert tower is None and config.num_hidden_layers == layers
+    with torch.device("meta"):
+        whole = Qwen2_5_VLForConditionalGeneration(config)
+    assert sum(p.numel() for p in whole.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+    assert shapes(name, layers=8)[0].num_hidden_layers == 8
+
+
+def test_qwen_is_measured_beside_dense_oracle_and_the_decoder_of_transformers(capsys):
+    argv = f"--config {GOLDEN / 'tiny-qwen2.5-vl-cut'} --layers 3 --image-size 168x140 --stock"
+    argv += " --method vispruner,fastv --visual-token-num 9 --dtype fp32 --repeats 1 --warmup 0"
+    result = efficiency.main([*argv.split(), "--output-tokens", "2"])
+    rows = {row["variant"]: row for row in result["runs"][0]["variants"]}
+    assert list(rows) == ["dense", "oracle", "vispruner", "oracle of fastv", "fastv", "stock"]
+    assert result["about"]["image_size"] == "168x140" and result["about"]["layers"] == 3
+    assert rows["dense"]["visual_tokens_mean"] == 30
+    assert rows["fastv"]["visual_tokens_per_layer"] == [30, 9, 9]
+    assert rows["vispruner"]["ms"]["vision"]["median"] > 0
+    with pytest.raises(SystemExit, match="cdpruner needs 'text_tower'"):
+        efficiency.main([*argv.replace("vispruner,fastv", "cdpruner").split()])
+
+
+def test_stock_computes_what_ours_does_on_qwens_weights(own_grids_model):
+    """On text, where all axes of a position are equal."""
+    stock = stock_decoder(own_grids_model)
+    embeds = torch.randn(1, 5, own_grids_model.config.hidden_size)
+    positions = torch.arange(5).view(1, 5, 1).expand(1, 5, 3)
+    ours = own_grids_model.model(embeds, position_ids=positions).hidden_states
+    assert torch.allclose(stock.model(inputs_embeds=embeds).last_hidden_state, ours, atol=1e-5)
 
 
 def test_the_oracle_watches_the_run_and_not_the_name(model, workload):

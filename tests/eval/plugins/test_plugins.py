@@ -232,6 +232,50 @@ def test_vlmevalkit_knows_a_registered_setting_by_name(shim, expected):
     assert model.generate(message) == expected[0]
 
 
+QWEN = str(ROOT / "tests" / "golden" / "tiny-qwen2.5-vl-cut")
+
+
+def test_qwen_answers_through_both_plug_ins_as_through_the_answer_loop(lmms, shim):
+    pruner = build_pruner("random", visual_token_num=3, seed=3)
+    loop = open_loop(QWEN, pruner=pruner, max_pixels=8 * 28 * 28, **OPTIONS)
+    expected = [
+        ask(loop, [("What is this?", [Image.open(path)])], max_new_tokens=4)[0] for path in IMAGES
+    ]
+    assert loop.front.picture(Image.open(IMAGES[0])).pixels[..., 0, 0].numel() <= 8
+    model = lmms.LlavaPruning(
+        QWEN, "random", "3", "seed=3", batch_size="2", max_pixels=str(8 * 28 * 28), **OPTIONS
+    )
+    model.task_dict = {"pope": {"test": [[Image.open(path)] for path in IMAGES]}}
+    requests = [
+        SimpleNamespace(
+            args=("What is this?", {"max_new_tokens": 4}, lambda doc: doc, doc, "pope", "test")
+        )
+        for doc in range(2)
+    ]
+    assert model.generate_until(requests) == expected
+    shim.register("q", QWEN, "random", 3, pruning_args="seed=3", max_pixels=6272, **OPTIONS)
+    kit = shim.supported_VLM["q"](max_new_tokens=4)
+    picture = {"type": "image", "value": str(IMAGES[0])}
+    assert kit.generate([picture, {"type": "text", "value": "What is this?"}]) == expected[0]
+
+
+def test_a_choice_of_qwen_begins_right_behind_the_template(lmms):
+    """Whose last sign is a line break: a space would be another token than the model's own."""
+    model = lmms.LlavaPruning(QWEN, max_pixels=6272, **OPTIONS)
+    image = Image.open(IMAGES[0])
+    model.task_dict = {"t": {"s": [[image]]}}
+    request = SimpleNamespace(args=("What?", " yes", lambda doc: doc, 0, "t", "s"))
+    ((loss, _),) = model.loglikelihood([request])
+    front = model.loop.front
+    prompt = front.prompt("What?", num_images=1)
+    context, whole = front.encode(prompt), front.encode(prompt + "yes")
+    labels = whole[None].clone()
+    labels[:, : len(context)] = -100
+    pixels = [front.picture(image.convert("RGB")).pixels]
+    expected = front.model(whole[None], images=pixels, labels=labels).loss
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_options_come_as_strings():
     pruner = read_pruner("vispruner", "32", "important_ratio=0.25; drop_per_round=4")
     assert pruner == build_pruner(
