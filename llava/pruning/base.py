@@ -102,7 +102,7 @@ class Pruner:
 NO_VISION_STAGE, NO_DECODER_STAGE = VisionStage(), DecoderStage()
 
 
-@dataclass
+@dataclass(repr=False)
 class ShareOption:
     """Mixin of methods whose budget `visual_token_num` may be given as a share.
 
@@ -112,6 +112,17 @@ class ShareOption:
 
     visual_token_num: int | None = None
     visual_token_ratio: float | None = field(default=None, kw_only=True)
+
+    def __init_subclass__(cls, **keywords):
+        super().__init_subclass__(**keywords)
+        cls.__repr__ = cls.__repr__  # a dataclass would write one of its own
+
+    def __repr__(self) -> str:
+        """The options, of the two budgets the one that counts."""
+        values = {option.name: getattr(self, option.name) for option in fields(self) if option.repr}
+        unset = ("visual_token_num", "visual_token_ratio")
+        shown = (f"{k}={v!r}" for k, v in values.items() if v is not None or k not in unset)
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def check_share(self) -> None:
         """Makes the share take the place of the default number. Raises ValueError on one that is no

@@ -41,9 +41,7 @@ def test_a_method_of_a_package_is_one_like_ours(site, capsys):
     install(site, "acme-pruning", {"first": "acme:First"}, acme=FIRST)
     assert list(METHODS) == [*METHODS.own, "first"] and len(METHODS) == len(METHODS.own) + 1
     pruner = build_pruner("first", visual_token_num=7)
-    assert repr(pruner) == (
-        "First(visual_token_num=7, visual_token_ratio=None, step=1, list_file=None, folder=None)"
-    )
+    assert repr(pruner) == "First(visual_token_num=7, step=1, list_file=None, folder=None)"
     assert METHODS["first"] is type(pruner)
     assert build_pruner("first+fastv", first_step=2).first.step == 2
     with pytest.raises(ValueError, match="choose from none, .*, first"):

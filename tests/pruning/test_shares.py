@@ -45,3 +45,10 @@ def test_both_methods_of_a_combination_take_one(model):
     options = {"vispruner_visual_token_ratio": 0.5, "fastv_visual_token_ratio": 0.5}
     model.pruner = build_pruner("vispruner+fastv", **options)
     assert [method.visual_token_num for method in model.pruner.methods] == [18, 9]
+
+
+def test_a_method_shows_the_budget_that_counts():
+    number, share = build_pruner("fastv"), build_pruner("fastv", visual_token_ratio=0.222)
+    assert repr(number).startswith("FastV(visual_token_num=64, layer=None")
+    assert repr(share).startswith("FastV(") and "visual_token_ratio=0.222" in repr(share)
+    assert "visual_token_ratio" not in repr(number) and "visual_token_num" not in repr(share)
