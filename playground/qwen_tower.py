@@ -221,7 +221,8 @@ def losses(out, data: dict[str, Tensor], named: dict[str, Tensor]) -> dict[str, 
     want = wanted_tokens(data, named)
     found = {"tokens": 2 * F.mse_loss(tokens[clear].float(), want[clear]) / want[clear].var()}
     shown = data["color"] != IGNORE
-    edges = (tokens[shown].float() @ code_directions())[:, EDGES] - data["code"][shown][:, EDGES]
+    # Words reach into the directions of the code, so what is wanted there is not the code alone.
+    edges = ((tokens[shown].float() - want[shown]) @ code_directions())[:, EDGES]
     # in units of 56 px, as for the tower of the playground's LLaVA
     edges = edges * (NEAR / CODE_SCALE / 56)
     found["edges"] = 4 * F.smooth_l1_loss(edges, torch.zeros_like(edges), beta=0.05)
@@ -248,7 +249,7 @@ def evaluate(model: TrainedTower, checks: list, named: dict[str, Tensor]) -> dic
         want, seen = wanted_tokens(data, named), data["color"] != IGNORE
         miss = (tokens.float() - want)[seen].square() / want[seen].var()
         hits.setdefault("missed", []).append(miss.flatten())
-        error = ((tokens.float() @ code_directions()) - data["code"])[seen][:, EDGES]
+        error = ((tokens.float() - want)[seen] @ code_directions())[:, EDGES]
         hits.setdefault("edge_px", []).append(error.abs().flatten() * NEAR / CODE_SCALE)
     return {name: float(torch.cat(values).mean()) for name, values in hits.items()}
 

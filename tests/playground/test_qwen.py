@@ -186,6 +186,16 @@ def test_tokens_to_learn_tell_edges_from_the_middle_of_the_token():
     np.testing.assert_allclose(code * qwen_tower.NEAR + middle, thing.box, atol=1e-3)
 
 
+def test_no_loss_of_the_tower_pulls_away_from_the_wanted_tokens():
+    words = qwen_tower.words(load_file(LLAVA_WEIGHTS)["model.embed_tokens.weight"])
+    found = qwen_tower.targets(scenes.make_scene(SEED, SIZE))
+    data = qwen_tower.tensors({name: value[None] for name, value in found.items()})
+    want = qwen_tower.wanted_tokens(data, words)
+    logits = torch.zeros(*want.shape[:2], sum(qwen_tower.CLASSES.values()))
+    losses = qwen_tower.losses((want, logits), data, words)
+    assert losses["tokens"] == losses["edges"] == 0
+
+
 def test_a_step_of_the_last_stage_trains_tower_and_decoder(monkeypatch, tmp_path):
     scene = scenes.make_scene(SEED, SIZE)
     monkeypatch.setattr(train_qwen, "SQUARE", GRID)
