@@ -23,6 +23,7 @@ from torch import nn
 
 from llava.model.placement import cpu_multiplies_bfloat16
 from playground import scenes, tokenizer
+from playground.clock import descend, resume, save_state, write_line
 from playground.decoder_model import (
     EPS,
     HEADS,
@@ -305,7 +306,6 @@ class Trainer:
         if args.compile:
             for layer in self.model.model.layers:
                 layer.compile(dynamic=False)
-        self.step, self.spent = 0, 0.0
         first = scenes.HELD_OUT_SEEDS + 400_000_000
         self.held_out = tower_features(tower, range(first, first + 48))
         chunks = np.arange(48).reshape(6, 8)
@@ -316,11 +316,10 @@ class Trainer:
         self.features = kept_features(tower, seeds, args.features)
         print(f"features of {len(seeds)} pictures: {time.monotonic() - began:.0f} s", flush=True)
         self.state_file = args.output / "training_state.pt"
-        if self.state_file.exists():
-            self._resume()
-        else:
+        if not self.state_file.exists():
             left = align_projector(self.model, self.features, seeds[:3000])
             print(f"projector aligned, variance left {left:.3f}", flush=True)
+        self.step, self.spent = resume(self.state_file, self._modules(), self.optimizers)
 
     def run(self) -> None:
         """Train until the time budget is spent."""
@@ -349,19 +348,13 @@ class Trainer:
         self._save()
 
     def _update(self, batch: dict, factor: float) -> tuple[float, float]:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.args.lr * factor * group.get("rate", 1.0)
         logits, labels, middle, boxes = states_and_labels(self.model, self.features, batch)
         loss = F.cross_entropy(logits, labels, reduction="none")
         weights = answer_weights(batch)
         loss = (loss * weights).sum() / weights.sum()
         miss = F.smooth_l1_loss(self.finder(middle), boxes, beta=0.02)
-        (loss + FINDER_WEIGHT * miss).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        total = loss + FINDER_WEIGHT * miss
+        descend(total, self.model, self.optimizers, self.args.lr * factor)
         self.step += 1
         return float(loss.detach()), float(miss.detach())
 
@@ -372,25 +365,14 @@ class Trainer:
         if recent:
             line["loss"], line["miss"] = np.mean(recent, axis=0).round(4).tolist()
         line["held_out"] = {name: round(value, 3) for name, value in scores.items()}
-        text = json.dumps(line)
-        print(text, flush=True)
-        with open(self.args.output / "training_log.jsonl", "a") as log:
-            log.write(text + "\n")
+        write_line(line, self.args.output / "training_log.jsonl")
 
     def _save(self) -> None:
         save_checkpoint(self.model, self.args.output)
-        state = {"model": self.model.state_dict(), "step": self.step, "spent": self.spent}
-        state["finder"] = self.finder.state_dict()
-        state["optimizers"] = [o.state_dict() for o in self.optimizers]
-        torch.save(state, self.state_file)
+        save_state(self.state_file, self._modules(), self.optimizers, self.step, self.spent)
 
-    def _resume(self) -> None:
-        state = torch.load(self.state_file, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.finder.load_state_dict(state["finder"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.spent = state["step"], state["spent"]
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model, "finder": self.finder}
 
 
 def main() -> None:

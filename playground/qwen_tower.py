@@ -12,7 +12,6 @@ token shows nothing.
 """
 
 import argparse
-import json
 import math
 import multiprocessing as mp
 import time
@@ -35,6 +34,7 @@ from llava.model.multimodal_encoder.qwen2_5_vl_encoder import (
 )
 from llava.model.placement import cpu_multiplies_bfloat16
 from playground import scenes
+from playground.clock import descend, resume, save_state, write_line
 from playground.decoder_model import CODE_SCALE, PLACE_PERIODS, WIDTH, code_directions, place_code
 from playground.decoder_text import pieces
 from playground.tower_model import BACKGROUND, CHARACTERS, COLORS, IGNORE, MEAN, PATCH, STD, attend
@@ -290,10 +290,8 @@ class Trainer:
             (grid, tensors(batch(first + 100 * i, 400 // math.prod(grid) * 4 or 2, grid)))
             for i, grid in enumerate(grids)
         ]
-        self.step, self.spent = 0, 0.0
         self.state_file = args.output / "tower_state.pt"
-        if self.state_file.exists():
-            self._resume()
+        self.step, self.spent = resume(self.state_file, self._modules(), self.optimizers)
 
     def run(self) -> None:
         """Train until the time budget is spent, saving on the way."""
@@ -321,17 +319,10 @@ class Trainer:
         self._save()
 
     def _update(self, grid, data: dict[str, np.ndarray], factor: float) -> dict[str, float]:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.args.lr * factor
         data = tensors(data)
         with torch.autocast("cpu", torch.bfloat16, enabled=cpu_multiplies_bfloat16()):
             found = losses(self.model(data["patches"], grid), data, self.words)
-        sum(found.values()).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        descend(sum(found.values()), self.model, self.optimizers, self.args.lr * factor)
         self.step += 1
         return {name: float(value.detach()) for name, value in found.items()}
 
@@ -342,24 +333,13 @@ class Trainer:
             line["loss"] = {n: round(float(np.mean([r[n] for r in recent])), 3) for n in names}
         scores = evaluate(self.model, self.checks, self.words)
         line["held_out"] = {name: round(value, 3) for name, value in scores.items()}
-        text = json.dumps(line)
-        print(text, flush=True)
-        with open(self.args.output / "tower_log.jsonl", "a") as log:
-            log.write(text + "\n")
+        write_line(line, self.args.output / "tower_log.jsonl")
 
     def _save(self) -> None:
-        state = {"model": self.model.state_dict(), "step": self.step, "spent": self.spent}
-        state["optimizers"] = [o.state_dict() for o in self.optimizers]
-        part = self.state_file.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(self.state_file)
+        save_state(self.state_file, self._modules(), self.optimizers, self.step, self.spent)
 
-    def _resume(self) -> None:
-        state = torch.load(self.state_file, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.spent = state["step"], state["spent"]
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model}
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ Every stage has a time budget (--minutes, earlier runs count) and continues wher
 """
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from llava.model.placement import cpu_multiplies_bfloat16
 from playground import qwen_files, qwen_tower, scenes
+from playground.clock import descend, resume, save_state, write_line
 from playground.decoder_model import WIDTH
 from playground.decoder_text import fill_buckets
 from playground.fast_train import FINDER_WEIGHT, answer_weights, judge, load_tower, tower_features
@@ -264,41 +264,22 @@ def train(stage, folder: Path, minutes: float, log_every: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{stage.name}_state.pt"
     optimizer_list = optimizers(stage.trained, stage.rate)
-    step, earlier = 0, 0.0
-    if file.exists():
-        state = reached(folder, stage.name)
-        stage.trained.load_state_dict(state["trained"])
-        for optimizer, saved in zip(optimizer_list, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step, earlier = state["step"], state["spent"]
+    modules = {"trained": stage.trained}
+    step, earlier = resume(file, modules, optimizer_list)
     began = kept = time.monotonic()
     recent: list[dict[str, float]] = []
-
-    def keep(spent: float) -> None:
-        state = {"trained": stage.trained.state_dict(), "step": step, "spent": spent}
-        state["optimizers"] = [o.state_dict() for o in optimizer_list]
-        torch.save(state, file.with_suffix(".part"))
-        file.with_suffix(".part").replace(file)
-
     while (spent := earlier + time.monotonic() - began) < 60 * minutes:
-        for optimizer in optimizer_list:
-            for group in optimizer.param_groups:
-                group["lr"] = stage.rate * schedule(spent / (60 * minutes))
-        found = stage.loss(step)
-        sum(found.values()).backward()
-        nn.utils.clip_grad_norm_(stage.trained.parameters(), 1.0)
-        for optimizer in optimizer_list:
-            optimizer.step()
-            optimizer.zero_grad()
+        found, rate = stage.loss(step), stage.rate * schedule(spent / (60 * minutes))
+        descend(sum(found.values()), stage.trained, optimizer_list, rate)
         step += 1
         recent.append({name: float(value.detach()) for name, value in found.items()})
         if step % log_every == 0:
             log(folder / f"{stage.name}_log.jsonl", step, spent, recent, stage.scores())
             recent = []
         if time.monotonic() - kept > 120:
-            keep(spent)
+            save_state(file, modules, optimizer_list, step, spent)
             kept = time.monotonic()
-    keep(spent)
+    save_state(file, modules, optimizer_list, step, spent)
     log(folder / f"{stage.name}_log.jsonl", step, spent, recent, stage.scores())
 
 
@@ -317,10 +298,7 @@ def log(file: Path, step: int, spent: float, recent: list[dict], scores: dict) -
         means = {name: float(np.mean([r[name] for r in recent])) for name in recent[0]}
         line["loss"] = {name: round(value, 4) for name, value in means.items()}
     line["held_out"] = {name: round(value, 3) for name, value in scores.items()}
-    text = json.dumps(line)
-    print(text, flush=True)
-    with open(file, "a") as lines:
-        lines.write(text + "\n")
+    write_line(line, file)
 
 
 def tower(args: argparse.Namespace) -> None:

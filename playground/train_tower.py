@@ -9,7 +9,6 @@ background patches at their true positions, the last part all 576.
 """
 
 import argparse
-import json
 import multiprocessing as mp
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import nn
 from llava.model.placement import cpu_multiplies_bfloat16
 from playground import scenes
 from playground.clip_files import phrase_ids, save_clip
+from playground.clock import descend, resume, save_state, write_line
 from playground.tower_model import (
     BACKGROUND,
     CHARACTERS,
@@ -290,10 +290,8 @@ class Trainer:
         self.model = Playground(int(self.phrases.max()) + 1)
         self.optimizers = make_optimizers(self.model, args.lr)
         self.held_out = batch(scenes.HELD_OUT_SEEDS + 500_000_000, 96, PATCHES)
-        self.step, self.spent = 0, 0.0
         self.state_file = args.output / "training_state.pt"
-        if self.state_file.exists():
-            self._resume()
+        self.step, self.spent = resume(self.state_file, self._modules(), self.optimizers)
 
     def run(self) -> None:
         """Train until the time budget is spent, then save the CLIP folder."""
@@ -326,15 +324,8 @@ class Trainer:
             return losses(self.model, out, data, self.phrases)
 
     def _update(self, step_function, data: dict, factor: float) -> dict[str, torch.Tensor]:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.args.lr * factor
         found = step_function(data)
-        sum(found.values()).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        descend(sum(found.values()), self.model, self.optimizers, self.args.lr * factor)
         self.step += 1
         return found
 
@@ -344,29 +335,14 @@ class Trainer:
         line["images"] = self.step * self.args.batch
         line["loss"] = {name: round(float(value.detach()), 3) for name, value in found.items()}
         line["held_out"] = {name: round(value, 3) for name, value in scores.items()}
-        text = json.dumps(line)
-        print(text, flush=True)
-        with open(self.args.output / "training_log.jsonl", "a") as log:
-            log.write(text + "\n")
+        write_line(line, self.args.output / "training_log.jsonl")
 
     def _save(self) -> None:
         save_clip(self.model, self.args.output)
-        torch.save(
-            {
-                "model": self.model.state_dict(),
-                "optimizers": [o.state_dict() for o in self.optimizers],
-                "step": self.step,
-                "spent": self.spent,
-            },
-            self.state_file,
-        )
+        save_state(self.state_file, self._modules(), self.optimizers, self.step, self.spent)
 
-    def _resume(self) -> None:
-        state = torch.load(self.state_file, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.spent = state["step"], state["spent"]
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model}
 
 
 if __name__ == "__main__":
