@@ -65,8 +65,13 @@ class BlockEncoding:
         vision = stage.after_encoder(vision)
         if (device := device_of(merger)) != vision.features.device:
             vision = moved(vision, device)
-        features = merger(vision.features.unflatten(-1, (vision.block, -1)))
-        vision = stage.after_projector(replace(vision, features=features))
+        block = vision.block
+
+        def project(features: Tensor) -> Tensor:
+            return merger(features.unflatten(-1, (block, -1)))
+
+        features = project(vision.features)
+        vision = stage.after_projector(replace(vision, features=features, project=project))
         home = device_of(self.get_input_embeddings())
         return vision if vision.features.device == home else moved(vision, home)
 

@@ -58,7 +58,7 @@ class ImageEncoding:
         if weight is not None and (device := device_of(projector)) != vision.features.device:
             vision = moved(vision, device)
         features = vision.features if weight is None else vision.features.to(weight.dtype)
-        vision.features = projector(features)
+        vision.features, vision.project = projector(features), projector
         vision, home = stage.after_projector(vision), device_of(self.get_input_embeddings())
         return vision if vision.features.device == home else moved(vision, home)
 

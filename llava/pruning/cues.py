@@ -7,6 +7,7 @@ compared when the method is assigned. Letters in shapes as in `llava.pruning.tok
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -26,6 +27,8 @@ CUES = {
     "attention_mean": "(B, N) fp32, how much attention a token receives, mean over heads and all "
     "queries",
     "output": "(B, N, C), what a layer gives",
+    "output_mean": "(B, N, C) fp32, the mean of what all those layers give that it is asked of; it "
+    "stands at the last of them",
     "fingerprint": "(B,) an integer that depends on the pixels alone",
     "tower_tokens": "the tokens between layers, to be changed there",
     "one_grid": "one grid of patches for all images",
@@ -87,6 +90,27 @@ def _check(stage: VisionStage, tower: Tower, needs: frozenset[str], known: froze
 def cues_for(stage: VisionStage, tower: Tower) -> frozenset[str]:
     """The cues that `tower` computes for a method."""
     return stage.needs | (stage.wants & tower.provides)
+
+
+class OutputMean:
+    """The cue "output_mean", added up layer by layer, so that no output is kept for it.
+
+    wanted: layer -> its cues
+    """
+
+    def __init__(self, wanted: Mapping[int, frozenset[str]]):
+        self.layers = {layer for layer, names in wanted.items() if "output_mean" in names}
+        self.total: Tensor | None = None
+
+    def add(self, layer: int, output: Tensor) -> Tensor | None:
+        """What a layer gives; the mean comes back from the last one that it is asked of."""
+        if layer not in self.layers:
+            return None
+        if self.total is None:
+            self.total = output.detach().to(torch.float32, copy=True)
+        else:
+            self.total += output.detach()
+        return self.total / len(self.layers) if layer == max(self.layers) else None
 
 
 def fingerprint(images: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ class VisionStage:
 
     def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
         """Cues wanted from tower layers (0-based), see `llava.pruning.cues`: "salience",
-        "cls_attention", "keys", "cls_query", "cls_key", "attention_mean", "output". They come in
-        `VisionTokens.layers`.
+        "cls_attention", "keys", "cls_query", "cls_key", "attention_mean", "output",
+        "output_mean". They come in `VisionTokens.layers`.
 
         selected: the layer whose output are the features.
         """

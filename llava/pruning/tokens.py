@@ -14,6 +14,7 @@ holds for a whole image is a number of the host and travels in `image_extras`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -127,6 +128,8 @@ class VisionTokens:
     valid:         (B, N) False on padding where crops keep different counts; None: all are tokens
     block:         patches that a token stands for; above 1 the projector merges them into one
     num_heads:     attention heads of the tower
+    project:       in `after_projector`, the projector: further features (..., N, C) of the tower to
+                   (..., N, D), as it made `features` of those in front of it
     salience, cls_attention, keys, cls_token, fingerprint: the cues that the method asks for in
                    `needs` and `wants`, see `llava.pruning.cues`; None: not asked for, or not there
     layers:        tower layer -> its cues, for what `tower_extras` asks
@@ -150,6 +153,7 @@ class VisionTokens:
     valid: Tensor | None = per_token(default=None)
     block: int = 1
     num_heads: int = 1
+    project: Callable[[Tensor], Tensor] | None = None
     salience: Tensor | None = per_token(default=None)
     cls_attention: Tensor | None = per_token(2, default=None)
     keys: Tensor | None = per_token(default=None)

@@ -23,7 +23,7 @@ from llava.pruning import (
     trace_pruning,
 )
 from llava.pruning.testing.tiny import make_own_grids_model, picture, sample
-from tests.conftest import make_pruner
+from tests.conftest import SIDE, make_pruner
 from tests.second_device import SECOND, Elsewhere, devices, place
 
 GRIDS = [(4, 9), (7, 5), (4, 9)]
@@ -82,6 +82,44 @@ def test_a_layer_that_sees_windows_stands_for_the_next_that_sees_the_image(model
     (group,) = model.visual.features(images, {0: CUES, 1: CUES, 2: CUES})
     assert torch.equal(group.cues[0]["salience"], group.cues[1]["salience"])
     assert not torch.equal(group.cues[2]["salience"], group.cues[1]["salience"])
+
+
+@torch.no_grad()
+def test_what_layers_give_is_read_as_the_features_are(model):
+    """And its mean over layers, whether they see windows or whole images."""
+    images = [picture(h, w, seed) for seed, (h, w) in enumerate(GRIDS)]
+    both = frozenset({"output", "output_mean"})
+    wanted = {0: both, 2: both, 3: frozenset({"output"})}
+    for group in model.visual.features(images, wanted):
+        first, third, last = (group.cues[layer]["output"] for layer in (0, 2, 3))
+        torch.testing.assert_close(last.unflatten(2, (4, -1)), group.features)
+        assert not torch.equal(first, third)
+        mean = group.cues[2]["output_mean"]
+        torch.testing.assert_close(mean, (first + third) / 2)
+        assert mean.dtype == torch.float32 and "output_mean" not in group.cues[0]
+
+
+class Projecting(VisionStage, Pruner):
+    """Projects the features once more."""
+
+    name = "projecting"
+
+    def after_encoder(self, vision):
+        self.features = vision.features
+        return vision
+
+    def after_projector(self, vision):
+        self.pair = vision.project(self.features), vision.features
+        return vision
+
+
+@torch.no_grad()
+def test_a_method_may_project_features_of_its_own(model, make_model):
+    clip, images = make_model(), torch.randn(2, 3, SIDE, SIDE)
+    for own, encode in ((model, [picture(4, 9)]), (clip, images)):
+        own.pruner = method = Projecting()
+        own.image_tokens(encode)
+        assert torch.equal(*method.pair)
 
 
 class Spy(VisionStage, Pruner):

@@ -44,6 +44,20 @@ def test_extras_are_the_row_and_keys_of_the_selected_layer(tower, images):
     torch.testing.assert_close(vision.keys, keys, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("layers", [(1, 2), (2, 3), (3,)])
+def test_the_mean_of_outputs_stands_at_the_last_layer_it_is_asked_of(tower, images, layers):
+    """Layers behind that of the features run for it."""
+    stage = VisionStage()
+    stage.tower_extras = lambda *_: dict.fromkeys(layers, frozenset({"output_mean"}))
+    vision = tower.tokens(images, stage=stage)
+    states = reference(tower, images).hidden_states
+    expected = torch.stack([states[layer + 1][:, 1:] for layer in layers]).mean(dim=0)
+    torch.testing.assert_close(
+        vision.layers[layers[-1]]["output_mean"], expected, atol=1e-5, rtol=1e-4
+    )
+    assert "output_mean" not in vision.layers[layers[0]] or len(layers) == 1
+
+
 def test_only_what_was_asked_for_comes_back(tower, images):
     vision = tower.tokens(images)
     assert vision.cls_attention is None and vision.keys is None and vision.fingerprint is None

@@ -14,17 +14,28 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from ...devices import device_of
-from ...pruning.cues import fingerprint
+from ...pruning.cues import OutputMean, fingerprint
 from ...pruning.ops import middle_places
 from ...pruning.stages import VisionStage
 from ...pruning.tokens import TowerTokens, VisionTokens
 from .clip_files import read_image_processor, read_vision_config, read_vision_model
 
 LAYER_CUES = frozenset(
-    {"salience", "cls_attention", "keys", "cls_query", "cls_key", "attention_mean", "output"}
+    {
+        "salience",
+        "cls_attention",
+        "keys",
+        "cls_query",
+        "cls_key",
+        "attention_mean",
+        "output",
+        "output_mean",
+    }
 )
 #: those that the layer of the features gives beside its output
 OWN_CUES = frozenset({"salience", "cls_attention", "keys"})
+#: those that take a whole layer, not its projections alone
+OUTPUTS = frozenset({"output", "output_mean"})
 CUES = OWN_CUES | {"cls_token", "fingerprint", "tower_tokens", "text_tower", "one_grid"}
 
 
@@ -151,6 +162,7 @@ class CLIPVisionTower(nn.Module):
         places = torch.arange(count, device=x.device).expand(x.shape[0], -1)
         tokens = TowerTokens(x, places, image_index.to(x.device), all_patches=places)
         chosen = tokens if self.num_run_layers == 0 else None
+        means = OutputMean(wanted)
         last = max([self.num_run_layers - 1, *(n for n, names in wanted.items() if names)])
         for number, layer in enumerate(model.encoder.layers[: last + 1]):
             tokens = stage.before_tower_layer(number, tokens)
@@ -161,7 +173,7 @@ class CLIPVisionTower(nn.Module):
                 )
             x = tokens.hidden_states
             normed = layer.layer_norm1(x)
-            needs_output = number < last or number < self.num_run_layers or "output" in names
+            needs_output = number < max(last, self.num_run_layers) or names & OUTPUTS
             attention = layer.self_attn
             q, k = attention.q_proj(normed), attention.k_proj(normed)
             mask = key_mask(tokens)
@@ -173,6 +185,8 @@ class CLIPVisionTower(nn.Module):
             tokens = replace(tokens, hidden_states=x)
             if "output" in names:
                 found[number]["output"] = x[:, 1:]
+            if (mean := means.add(number, x[:, 1:])) is not None:
+                found[number]["output_mean"] = mean
             if number == self.num_run_layers - 1:
                 chosen = tokens
         return chosen

@@ -18,12 +18,13 @@ from transformers import PretrainedConfig
 
 from ...blocks import GatedMLP, RMSNorm, rotate
 from ...devices import device_of
+from ...pruning.cues import OutputMean
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10000.0
 #: cue of a layer -> what its attention says of the patches
 KINDS = {"salience": "received", "attention_mean": "received", "keys": "keys"}
-LAYER_CUES = frozenset(KINDS)
+LAYER_CUES = frozenset(KINDS) | {"output", "output_mean"}
 #: products of queries and keys that are in memory at a time, in fp32
 MAP_ENTRIES = 2**24
 
@@ -159,7 +160,8 @@ class Qwen2_5_VLVisionTower(nn.Module):
 
         images: one tensor (h, w, M, values of a patch) each, as the image processor makes them
         wanted: layer -> its cues: "salience" or "attention_mean", which are the same here, and
-                "keys", with their rotation; each the mean over the patches of a block
+                "keys", with their rotation, each the mean over the patches of a block; "output" and
+                "output_mean", those patches side by side
         The merger works block by block: whoever drops blocks first saves its work and changes
         nothing else. Raises ValueError for tensors of another shape.
         """
@@ -169,11 +171,17 @@ class Qwen2_5_VLVisionTower(nn.Module):
         x = self.patch_embed(pixels)[plan.blocks].flatten(0, 1)
         angles = torch.cat([plan.angles, plan.angles], dim=-1)[:, None]
         rope = angles.cos(), angles.sin()
-        full, sources = set(self.config.fullatt_block_indexes), self._sources(wanted or {})
+        wanted = wanted or {}
+        full, sources = set(self.config.fullatt_block_indexes), self._sources(wanted)
         found: dict[int, dict[str, Tensor]] = {number: {} for number in sources}
+        means, outputs = OutputMean(wanted), {}
         for number, block in enumerate(self.blocks):
             segments = plan.wholes if number in full else plan.windows
             x = block(x, rope, segments, found.get(number))
+            if "output" in wanted.get(number, ()):
+                outputs[number, "output"] = x.detach()
+            if (mean := means.add(number, x)) is not None:
+                outputs[number, "output_mean"] = mean
         per_block, sizes = self.config.spatial_merge_size**2, [h * w for h, w in grids]
 
         def by_image(x: Tensor) -> tuple[Tensor, ...]:
@@ -189,6 +197,8 @@ class Qwen2_5_VLVisionTower(nn.Module):
             for layer, names in asked.items()
             for name in names
         }
+        for key, output in outputs.items():
+            cues[key] = by_image(output.unflatten(0, (-1, per_block)).flatten(1))
         groups = []
         for grid, numbers in same_grids(grids):
             group = BlockFeatures(numbers, grid, torch.stack([parts[n] for n in numbers]), {})
@@ -201,6 +211,7 @@ class Qwen2_5_VLVisionTower(nn.Module):
         """Layer that gives cues -> the layers it gives them for, each with their names."""
         sources: dict[int, dict[int, frozenset]] = {}
         for layer, names in wanted.items():
+            names = names & KINDS.keys()
             whole = [n for n in self.config.fullatt_block_indexes if n >= layer]
             if names and not whole:
                 raise ValueError(
