@@ -14,10 +14,10 @@ import argparse
 import glob
 import json
 import os
-import re
 from collections.abc import Iterator
 from functools import partial
 
+from llava.answer_scores import JUDGE_MODEL, judge_question, judged_score, scores_in
 from llava.errors import errors_as_messages
 from llava.eval.answering.questions import Question, questions_of
 from llava.eval.benchmarks.benchmark import Benchmark, Judged, JudgedRun
@@ -48,17 +48,7 @@ SETS = (
     "sroie",
     "infographicsvqa",
 )
-SYSTEM = (
-    "\nYou are responsible for proofreading the answers, you need to give a score to the model's "
-    "answer by referring to the standard answer, based on the given question. The full score is 1 "
-    "point and the minimum score is 0 points. Please output the score in the form "
-    '"score: <score>". The evaluation criteria require that the closer the model\'s answer is to '
-    "the standard answer, the higher the score.\n"
-)
-USER = "\nquestion: {question}\nstandard answer: {answer}\nmodel's answer: {text}\n"
-SCORE = re.compile(r"score: ([\d\.]+)")
 FIELDS = ("question_id", "prompt", "text", "answer")
-MODEL = "Qwen/Qwen2.5-32B-Instruct-GPTQ-Int8"
 
 
 def viscot_questions(record: dict, brief: bool = False) -> Iterator[Question]:
@@ -108,21 +98,7 @@ def _present(image: str, folder: str) -> str:
 def judge_prompt(record: dict) -> Prompt:
     """What the judge is asked about one answer line."""
     question = record["prompt"].removesuffix(BRIEF)
-    user = USER.format(question=question, answer=record["answer"], text=record["text"])
-    return SYSTEM, user
-
-
-def scores_in(reply: str) -> list[str]:
-    return SCORE.findall(reply.lower())
-
-
-def parse_score(reply: str) -> float:
-    """Returns the score in a reply, within 0 and 1; 0 when it does not name exactly one."""
-    found = scores_in(reply)
-    try:
-        return min(max(float(found[0]), 0.0), 1.0) if len(found) == 1 else 0.0
-    except ValueError:  # such as "1.0."
-        return 0.0
+    return judge_question(question, record["answer"], record["text"])
 
 
 def precise_match(record: dict) -> float:
@@ -142,7 +118,7 @@ def units(answers: Records, judge: Judge | None, images: dict | None = None) -> 
     given = unique(answers, lambda answer: (*asked(answer), answer["answer"]))
     if judge:
         replies = judge.ask_all(map(judge_prompt, given.values()))
-        verdicts = [{"score": parse_score(reply), "verdict": reply} for reply in replies]
+        verdicts = [{"score": judged_score(reply), "verdict": reply} for reply in replies]
     else:
         verdicts = [{"score": precise_match(answer)} for answer in given.values()]
     lines = [answer | verdict for answer, verdict in zip(given.values(), verdicts, strict=True)]
@@ -179,7 +155,7 @@ def score(judge: Judge, run: JudgedRun) -> Units:
     return units(run.answers, judge, images)
 
 
-JUDGED = Judged(MODEL, 512, 0.0, None, score, report)
+JUDGED = Judged(JUDGE_MODEL, 512, 0.0, None, score, report)
 CODE = "https://huggingface.co/datasets/deepcs233/Visual-CoT"
 SOURCES = {
     "viscot": f"{CODE} (folder cot)",
@@ -208,7 +184,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--result-file", required=True, help="answers of model_vqa_viscot")
     parser.add_argument("--score-func", default="judge", choices=("judge", "precise_match"))
-    add_judge_args(parser, MODEL, max_tokens=512, temperature=0.0)
+    add_judge_args(parser, JUDGE_MODEL, max_tokens=512, temperature=0.0)
     args = parser.parse_args()
     judge = judge_from_args(args, args.result_file) if args.score_func == "judge" else None
     found = units(read_answers(args.result_file, FIELDS), judge)

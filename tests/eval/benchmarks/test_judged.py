@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from llava import answer_scores
 from llava.eval import score
 from llava.eval.benchmarks import find_benchmark
 from llava.eval.benchmarks import mmvet as eval_mmvet
@@ -36,12 +37,13 @@ def number_of(body):
         ("score: 7", 1.0),
         ("score: 0.2 or score: 0.3", 0.0),
         ("0.7", 0.0),
-        ("score: 0.5.", 0.0),
+        ("score: 0.5.", 0.5),
+        ("score: 0.5.1", 0.0),
         ("score: -1", 0.0),
     ],
 )
 def test_a_verdict_is_a_number_after_the_word_score_once(reply, score):
-    assert eval_viscot.parse_score(reply) == score
+    assert answer_scores.judged_score(reply) == score
 
 
 def test_the_judge_reads_the_question_without_the_request_to_be_brief():
