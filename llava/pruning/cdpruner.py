@@ -235,33 +235,56 @@ def scale_per_image(score: Tensor, image_index: Tensor) -> Tensor:
     return torch.where(span > NEGLIGIBLE, (score - low + 1e-6) / span, 1.0)
 
 
+@torch.no_grad()
 def largest_volume(features: Tensor, relevance: Tensor, count: int) -> Tensor:
     """Places (B, count) in the order a greedy search for the largest determinant picks them.
 
     The kernel of features (B, N, C) and relevance (B, N) > 0 is relevance_i cos_ij relevance_j. A
     pick's gain is its squared distance to the span of the picks before it; one row of an
-    incremental Cholesky factor per pick keeps all gains current. Ties go to the lower place.
+    incremental factor per pick keeps all gains current. What lies in that span comes last, most
+    relevant first. Ties go to the lower place.
     """
-    count = min(count, features.shape[1])
+    size = features.shape[1]
+    count = min(count, size)
     unit = normalize(features)
-    similarity = unit @ unit.transpose(1, 2)  # (B, N, N)
     # The diagonal is 1 by definition; as computed, rounding would decide ties. 0 for zero features.
     weight = relevance.square() * unit.any(dim=2)
-    gain, taken = weight, torch.zeros_like(weight, dtype=torch.bool)
-    rows = weight.new_zeros(len(unit), count, weight.shape[1])
-    picks = []
-    for number in range(count):
-        independent = gain > NEGLIGIBLE * weight
-        score = torch.where(independent, gain, -1 / relevance).masked_fill(taken, -torch.inf)
-        pick = score.argmax(dim=1, keepdim=True)
-        place = pick[..., None]
-        row = similarity.gather(1, place.expand(-1, 1, weight.shape[1]))[:, 0]
-        row = row * relevance * relevance.gather(1, pick)
-        known = rows[:, :number]
-        at_pick = known.gather(2, place.expand(-1, number, 1))
-        row = (row - (at_pick * known).sum(dim=1)) * gain.gather(1, pick).clamp(min=0).rsqrt()
-        row = torch.where(independent.gather(1, pick), row, 0.0)
-        rows[:, number] = row
-        gain, taken = gain - row.square(), taken.scatter(1, pick, True)
+    # A column holds all that is needed of a pick: its row of the kernel, its entries in the factor
+    # so far, what counts as no gain, and the gain above that.
+    table = weight.new_empty(len(unit), size + count + 2, size)
+    kernel, factor, nothing, above = table.split([size, count, 1, 1], dim=1)
+    torch.mul(unit @ unit.transpose(1, 2), relevance[:, :, None], out=kernel)
+    kernel *= relevance[:, None]
+    # Gains are kept apart. Twice the diagonal leaves a pick a gain far below zero.
+    kernel.diagonal(dim1=1, dim2=2).copy_(2 * weight)
+    torch.mul(weight[:, None], NEGLIGIBLE, out=nothing)
+    torch.sub(weight[:, None], nothing, out=above)
+    undivided = torch.empty_like(factor)  # by the gain of the pick
+    picks, gains = [], []
+    for number in range(count):  # six small operations
+        gain, pick = above.max(dim=2, keepdim=True)
+        column = table.gather(2, pick.expand(-1, table.shape[1], 1))
+        known = column[:, size : size + number].transpose(1, 2)
+        row, divided = undivided[:, number : number + 1], factor[:, number : number + 1]
+        own = column[:, :size].transpose(1, 2)
+        torch.baddbmm(own, known, undivided[:, :number], alpha=-1, out=row)
+        torch.div(row, column[:, -2:-1] + column[:, -1:], out=divided)
+        above.addcmul_(row, divided, value=-1)
         picks.append(pick)
-    return torch.cat(picks, dim=1)
+        gains.append(gain)
+    if not picks:
+        return features.new_empty(len(unit), 0, dtype=torch.long)
+    picks, gains = (torch.cat(parts, dim=1).squeeze(2) for parts in (picks, gains))
+    return spanned_last(picks, (gains > 0).cumprod(dim=1), relevance)
+
+
+def spanned_last(picks: Tensor, independent: Tensor, relevance: Tensor) -> Tensor:
+    """(B, count) `picks` as long as they are `independent` (ones, then zeros); from there on the
+    places that are not among them, by falling relevance (B, N)."""
+    taken = torch.zeros_like(relevance, dtype=torch.long).scatter_reduce(
+        1, picks, independent, "amax"
+    )
+    by_relevance = relevance.argsort(dim=1, descending=True, stable=True)
+    others = by_relevance.gather(1, taken.gather(1, by_relevance).argsort(dim=1, stable=True))
+    rank = torch.arange(picks.shape[1], device=picks.device) - independent.sum(dim=1, keepdim=True)
+    return torch.where(independent.bool(), picks, others.gather(1, rank.clamp(min=0)))

@@ -66,15 +66,14 @@ class VisPruner(SelectPruner):
         if index.shape[1] == num_keep:
             return index
         unit = normalize(features)
-        count = unit.shape[1]
-        similarity = (unit @ unit.transpose(1, 2)).flatten(1)  # (B, N * N)
-        while (excess := index.shape[1] - num_keep) > 0:
+        similarity = unit @ unit.transpose(1, 2)  # (B, N, N)
+        row = torch.arange(len(unit), device=unit.device)[:, None, None]
+        while (excess := index.shape[1] - num_keep) > 0:  # five small operations
             even, odd = index[:, ::2], index[:, 1::2]
             num_drop = min(self.drop_per_round, excess, even.shape[1])
             if odd.shape[1] == 0:  # a single patch has nothing to resemble
                 return index[:, :num_keep]
-            pairs = (even[:, :, None] * count + odd[:, None, :]).flatten(1)
-            redundancy = similarity.gather(1, pairs).unflatten(1, (even.shape[1], -1)).amax(dim=-1)
+            redundancy = similarity[row, even[:, :, None], odd[:, None]].amax(dim=2)
             survivors = top_stable(redundancy, even.shape[1])[:, num_drop:]
             index = torch.cat([even.gather(1, survivors), odd], dim=1)
         return index
