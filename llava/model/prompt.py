@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..constants import IGNORE_INDEX
 from ..pruning.counts import TokenCounts
-from ..pruning.tokens import ImageTokens
+from ..pruning.tokens import GRID, ImageTokens
 
 PIECES = ("x", "labels", "place", "visual", "patch")
 
@@ -142,12 +142,14 @@ def count_tokens(
 
 
 def image_numbers(rows: list[list[ImageTokens]]) -> dict[str, list[list[int | float]]]:
-    """Name -> the `image_extras` of the images of every row; 0 where an image lacks what another
-    has."""
-    names = dict.fromkeys(name for row in rows for image in row for name in image.image_extras)
-    return {
-        name: [[image.image_extras.get(name, 0) for image in row] for row in rows] for name in names
-    }
+    """Name -> the `image_extras` of the images of every row, their grids among them; 0 where an
+    image lacks what another has."""
+    numbers = [
+        [dict(zip(GRID, image.grid or (0, 0), strict=True)) | image.image_extras for image in row]
+        for row in rows
+    ]
+    names = dict.fromkeys(name for row in numbers for image in row for name in image)
+    return {name: [[image.get(name, 0) for image in row] for row in numbers] for name in names}
 
 
 def zeros(like: Tensor, count: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .counts import PADDING, Known, TokenCounts, counted
 from .ops import on_device, rank_within_groups
 from .per_token import at, each, mapped, per_token, with_zeros
-from .tokens import KEY_BIAS
+from .tokens import GRID, KEY_BIAS
 
 #: tokens of a batch up to which a layer mostly reads its weights, so that a few more cost next to
 #: nothing: less than to wait for the device
@@ -32,7 +32,7 @@ class Prefill:
                    that were blended inside the decoder
     valid:         (B, S) False on padding; None: every place is a token
     grid:          (h, w) patches per side of one crop before any pruning; None where images have
-                   grids of their own, which `DecoderStage.before_prompt` sees
+                   grids of their own, see `grids`
     extras:        name -> (B, S, ...) values that the method left in `VisionTokens.extras` or
                    `ImageTokens.extras`, zeros on all other tokens; "key_bias" is read by the
                    layers, see `key_bias`
@@ -171,6 +171,13 @@ class Prefill:
         rows = self.image_extras[name]
         most = max(self.most_images, *map(len, rows))
         return [[*row, *[0] * (most - len(row))] for row in rows]
+
+    @property
+    def grids(self) -> list[list[tuple[int, int]]]:
+        """(h, w) of one crop of every image of every row, before any pruning; (0, 0) where a row
+        has no such image."""
+        rows, columns = map(self.image_numbers, GRID)
+        return [list(zip(*sides, strict=True)) for sides in zip(rows, columns, strict=True)]
 
     def image_values(self, name: str) -> Tensor:
         """(B, I) `image_numbers` on the device."""

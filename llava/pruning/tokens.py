@@ -27,6 +27,8 @@ from .per_token import at, mapped, per_token
 MERGED = "merged"
 #: the extra that is added to attention to a token in the decoder, see `Prefill.key_bias`
 KEY_BIAS = "key_bias"
+#: numbers of an image that the model itself leaves, see `Prefill.grids`
+GRID = ("grid_rows", "grid_columns")
 
 
 @dataclass

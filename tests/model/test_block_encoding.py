@@ -15,6 +15,7 @@ from llava.model.multimodal_encoder.qwen2_5_vl_encoder import (
 from llava.model.multimodal_encoder.qwen2_5_vl_images import blocks_of_pixels, pixels_of_blocks
 from llava.pruning import (
     METHODS,
+    DecoderStage,
     Pruner,
     SelectPruner,
     VisionStage,
@@ -23,7 +24,7 @@ from llava.pruning import (
     trace_pruning,
 )
 from llava.pruning.testing.tiny import make_own_grids_model, picture, sample
-from tests.conftest import SIDE, make_pruner
+from tests.conftest import SIDE, make_pruner, pad_batch
 from tests.second_device import SECOND, Elsewhere, devices, place
 
 GRIDS = [(4, 9), (7, 5), (4, 9)]
@@ -185,6 +186,24 @@ def test_a_smaller_image_is_one_with_a_smaller_grid(model):
     assert trace.grids == [(2, 5)] and trace.unpruned_lengths == [36]
     assert trace.visual_positions[0].tolist() == list(range(10))
     assert trace.position_ids[0, -5:, 0].tolist() == [10, 11, 12, 13, 14]
+
+
+def test_methods_in_the_decoder_know_the_grid_of_every_image(model):
+    class Looks(DecoderStage, Pruner):
+        name = "looks"
+        seen = []
+
+        def before_layer(self, index, prefill):
+            self.seen.append(prefill.grids)
+            return prefill
+
+    model.pruner = Looks()
+    prompts = [sample(4, "image", 5, "image", 2), sample(9, seed=1), sample(2, "image", 3, seed=2)]
+    ids, mask = pad_batch([prompt.ids for prompt in prompts])
+    images = [picture(*grid) for grid in GRIDS]
+    model.generate(ids, images=images, attention_mask=mask, max_new_tokens=1, num_beams=2)
+    rows = [[(4, 9), (7, 5)], [(0, 0), (0, 0)], [(4, 9), (0, 0)]]
+    assert Looks.seen[0] == [row for row in rows for _ in range(2)]
 
 
 def test_a_budget_that_does_not_fit_an_image_names_it(model):

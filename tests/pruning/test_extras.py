@@ -50,6 +50,7 @@ class Marking(VisionStage, DecoderStage, Pruner):
             size = max(map(len, lengths))
             padded = [row + [0] * (size - len(row)) for row in lengths] if size else [[0]]
             assert prefill.image_values("length").tolist() == padded
+            assert prefill.grids == [[(6, 6) if n else (0, 0) for n in row] for row in padded]
             self.seen.append(len(lengths))
         if index == 2:
             prefill = prefill.keep(~prefill.is_visual | (prefill.patch_index % 4 != 1))
