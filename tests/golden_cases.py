@@ -60,8 +60,10 @@ def load_cases(folder: str | Path, every: bool = False) -> list[dict]:
 
 def completed(case: dict) -> dict:
     """A case with the fields that some folders leave out."""
-    plain_qwen = is_qwen(case) and case.get("method") == "none"
-    kind = case.get("kind") or ("qwen-plain" if plain_qwen else "e2e")
+    whole = "e2e"
+    if is_qwen(case):
+        whole = "qwen-plain" if case.get("method") == "none" else "qwen"
+    kind = case.get("kind") or whole
     return {**case, "kind": KIND_NAMES.get(kind, kind), "args": case.get("args") or {}}
 
 
@@ -69,7 +71,7 @@ def no_target(case: dict) -> str | None:
     """Why a case is not to be matched, or None."""
     if case["args"].get("variant") == "released":
         return "records defects of a release"
-    if is_qwen(case) and case.get("method") != "none":
+    if case["kind"] == "qwen" and check_of(case) is None:
         return "needs a pruning method on Qwen2.5-VL"
     return None
 

@@ -45,6 +45,9 @@ class Tower(Protocol):
               next one that sees all of it where attention is asked for
     depth:    (number of layers, 0-based layer whose output are the features)
     grid:     (h, w) of every crop; None: images have grids of their own
+    hidden_size: width of a patch in the layers
+    window_side: tokens along a side of the windows that patches attend in where a layer does not
+              see all of an image; None: all layers do. `whole_layers` are those that do
     select_feature: "patch", or "cls_patch" where the class token is a token like any other
     """
 
@@ -58,6 +61,15 @@ class Tower(Protocol):
 
     @property
     def grid(self) -> tuple[int, int] | None: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def window_side(self) -> int | None: ...
+
+    @property
+    def whole_layers(self) -> list[int]: ...
 
 
 def check_needs(stage: VisionStage, tower: Tower) -> None:

@@ -8,15 +8,15 @@ with hidden states of the vision tower, goes through a small transformer that gi
 token a probability of being needed. After `reduce_layer` the tokens below the threshold leave the
 hidden states and the caches of all layers, and the glimpse leaves with them. Positions stay.
 
-Differs from the release: attention rows and angles are fp32; any attention backend; batches,
-several images and LLaVA-NeXT work: every crop is judged by itself, cap and minimum are those of the
-whole prompt, and a newline token stays when a token of its row does. No `use_zero_masks` (a
-threshold of 1 does the same) and no `AttnFuserDummy`.
+Differs from the release: attention rows and angles are fp32; any attention backend; batches (on
+Qwen2.5-VL in decoding, too), several images and LLaVA-NeXT work: every crop is judged by itself,
+cap and minimum are those of the whole prompt, and a newline token stays when a token of its row
+does. What the release keeps on its model from call to call is said in the call. No `use_zero_masks`
+(a threshold of 1 does the same) and no `AttnFuserDummy`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -25,13 +25,15 @@ from torch import Tensor, nn
 
 from ..devices import device_of, empty_like_weights, moved
 from .base import Pruner
+from .glimpseprune_call import GlimpseRelease
 from .glimpseprune_modules import PAPER_LAYER, Glimpse, GlimpseConfig
+from .glimpseprune_reference import check_boxes, reference_cells
+from .glimpseprune_views import CROPS, Views, shapes_of
 from .learned import WEIGHTS_FILE, build_part, part_folder, read_part, read_part_config
-from .ops import lookup, rank_within_groups, scale_layer, share_down
+from .ops import lookup, on_device, rank_within_groups, scale_layer, share_down
 from .prefill import Prefill
-from .published import Published
 from .stages import DecoderStage, Probe, VisionStage
-from .tokens import VisionTokens
+from .tokens import ImageTokens, VisionTokens
 
 #: weight files, ours and the published ones
 WEIGHTS_FILES = (WEIGHTS_FILE, "new_modules_gp.safetensors", "new_modules_gp.pt")
@@ -71,10 +73,14 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     new_modules:      folder of the trained part, ours or the published layout, or hub repository;
                       None: the one of the playground, on the playground's model
     ref_boxes:        diagnosis, in place of the glimpse: what these boxes cover stays; boxes are
-                      (left, top, right, bottom), as shares of the picture the tower sees
+                      (left, top, right, bottom), as shares of the picture the tower sees. They hold
+                      for all images, or are one list for each image of a call (None: all of it)
+    ref_masks:        likewise, one for each image of a call: True where a token stays (h, w), or a
+                      picture that is bright there
 
     None for `reduce_threshold`, `min_remain_num`, `max_remain_ratio` and `anchor_positions` is what
-    the trained part says; the paper: 0.5, 1, no cap, none.
+    the trained part says; the paper: 0.5, 1, no cap, none. All but `new_modules` may be given to
+    `generate` for one call, which may also say `do_selection=False`. Videos are not pruned.
     """
 
     visual_token_num: int | None = None
@@ -83,14 +89,11 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     min_remain_num: int | None = None
     anchor_positions: Sequence[str] | None = None
     new_modules: str | None = None
-    ref_boxes: Sequence[Sequence[float]] | None = None
+    ref_boxes: Sequence | None = None
+    ref_masks: Sequence | None = None
 
     name = "glimpseprune"
-    published = Published(
-        options={"new_modules_dir": "new_modules"},
-        environment={"MAX_REMAIN_RATIO": "max_remain_ratio", "MIN_REMAIN_NUM": "min_remain_num"},
-    )
-    needs = frozenset({"one_grid"})
+    published = GlimpseRelease()
     adaptive = True
     reads_text = True
 
@@ -108,6 +111,21 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
             raise ValueError(
                 f"anchor_positions {sorted(unknown)} are unknown, choose from {', '.join(ANCHORS)}"
             )
+        if self.ref_boxes is not None and self.ref_masks is not None:
+            raise ValueError("ref_boxes and ref_masks both say which tokens stay: give one of them")
+        if self.ref_boxes is not None:
+            check_boxes(self.ref_boxes)
+
+    @property
+    def asks_glimpse(self) -> bool:
+        """Whether there is no reference in its place."""
+        return self.ref_boxes is None and self.ref_masks is None
+
+    def with_options(self, **options) -> GlimpsePrune:
+        """The same method with other options and the same trained part."""
+        other = replace(self, **options)
+        other.module, other.saved = self.module, self.saved
+        return other
 
     def setting(self, name: str):
         """The caller's value of an option, else that of the trained part, else the paper's."""
@@ -159,28 +177,34 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     # --- before the decoder -------------------------------------------------------------------
 
     def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
-        states = () if self.module is None else self.module.config.selected_visual_layers
-        return {state - 1: frozenset({"output"}) for state in states}
+        layers = () if self.module is None else self.module.config.tower_layers
+        return {layer: frozenset({"output"}) for layer in layers}
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
-        chosen, here = self.module.config.selected_visual_layers, vision.features.device
-        states = [vision.layers[state - 1]["output"] for state in chosen]
+        chosen, here = self.module.config.tower_layers, vision.features.device
+        states = [vision.layers[layer]["output"] for layer in chosen]
+        if vision.block > 1:
+            states = [x.unflatten(-1, (vision.block, -1)).mean(dim=-2) for x in states]
         states = moved(states, device_of(self.module))
         conditions = self.module.attn_fuser.conditions(states).to(here)
         return replace(vision, extras={**vision.extras, CONDITIONS: conditions})
 
+    def before_prompt(self, image: ImageTokens) -> ImageTokens:
+        return replace(image, image_extras={**image.image_extras, CROPS: image.crops})
+
     # --- inside the decoder -------------------------------------------------------------------
 
     def probe(self, num_layers: int) -> Probe:
-        if self.ref_boxes is not None:
+        if not self.asks_glimpse:
             return Probe()
         config = self.module.config
         form = "scores" if config.use_attention_logits else "log_weights"
         return Probe(config.selected_layers, form=form)
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
-        if index == 0 and self.ref_boxes is None:
-            return self.add_glimpse(prefill)
+        if index == 0:
+            self.check_anchors(prefill)
+            return self.add_glimpse(prefill) if self.asks_glimpse else prefill
         prefill = self.remember_row(index, prefill)
         if index == self.last_dense_layer(len(prefill.decoder.layers)) + 1:
             return self.reduce(prefill)
@@ -195,11 +219,22 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     def pruned_caches(self, index: int, num_layers: int) -> range:
         return range(index) if index == self.last_dense_layer(num_layers) + 1 else range(0)
 
+    def check_anchors(self, prefill: Prefill) -> None:
+        """Raises ValueError for corners of several images that have grids of their own."""
+        several = [len(row) for row in prefill.image_extras[CROPS] if len(row) > 1]
+        if prefill.grid is None and several and self.setting("anchor_positions"):
+            raise ValueError(
+                f"anchor_positions are defined for one image in a prompt, but one holds "
+                f"{several[0]}: leave them out (anchor_positions=())"
+            )
+
     def add_glimpse(self, prefill: Prefill) -> Prefill:
         vectors = self.module.vectors()
         last = self.last_dense_layer(len(prefill.decoder.layers))
         used = {layer: vector for layer, vector in vectors.items() if layer <= last}
         prefill.state = GlimpseState(moved(used, prefill.index.device))
+        if not vectors:
+            return prefill
         start = vectors[0]
         return prefill.append(start.expand(len(prefill.hidden_states), *start.shape))
 
@@ -212,30 +247,30 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     def reduce(self, prefill: Prefill) -> Prefill:
         """Without the glimpse and without the visual tokens that are not needed."""
         judged = prefill.patch_index >= 0
-        if self.ref_boxes is None:
-            chance = self.importance(prefill).sigmoid()
+        views = Views.of(
+            prefill.visual_index, prefill.patch_index, prefill.image_extras, prefill.counts
+        )
+        if self.asks_glimpse:
+            chance = self.importance(prefill, views).sigmoid()
         else:
-            cells = boxes_to_cells(self.ref_boxes, prefill.grid).to(judged.device)
-            places = prefill.patch_index.clamp(min=0) % cells.numel()
-            chance = cells.flatten()[places].float()
+            images = shapes_of(prefill.image_extras)
+            cells = reference_cells(self.ref_boxes, self.ref_masks, images)
+            chance = views.scatter(cells.float().to(judged.device, non_blocking=True))
         chance = chance.masked_fill(~judged, 0)
         prefill.record_importance(chance.masked_fill(~judged, float("nan")))
         kept = self.choose(chance, judged, prefill)
-        kept = kept | self.newlines(kept, prefill)
+        if prefill.grid is not None:
+            kept = kept | self.newlines(kept, prefill)
         text = ~prefill.is_visual & (prefill.index >= 0)
         extras = {name: own for name, own in prefill.extras.items() if name != CONDITIONS}
         return replace(prefill, extras=extras).keep(text | kept)
 
-    def importance(self, prefill: Prefill) -> Tensor:
+    def importance(self, prefill: Prefill, views: Views) -> Tensor:
         """(B, S) logits of the visual tokens; values on other tokens mean nothing."""
         rows = [prefill.state.rows[layer] for layer in self.module.config.selected_layers]
-        inputs = rows, prefill.extras[CONDITIONS], prefill.visual_index, prefill.patch_index
-        outputs, place = self.module.judge(*moved(inputs, device_of(self.module)), prefill.grid)
-        outputs, place = moved((outputs[-1:], place), prefill.index.device)
-        patch = prefill.patch_index
-        size = patch.shape[1]
-        found = outputs[-1].new_zeros(len(patch), size + 1)  # the last column is for no token
-        return found.scatter(1, place, outputs[-1])[:, :size]
+        inputs = moved((rows, prefill.extras[CONDITIONS], views), device_of(self.module))
+        logits = self.module.judge(*inputs)[-1]
+        return views.scatter(logits.to(prefill.index.device))
 
     def choose(self, chance: Tensor, judged: Tensor, prefill: Prefill) -> Tensor:
         """(B, S) True on the visual tokens that stay: threshold, cap, minimum, anchors."""
@@ -247,22 +282,26 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
             kept = torch.where(over[:, None], capped, kept)
         least = self.setting("min_remain_num") or 0
         kept = kept | (judged & (rank < least) & (kept.sum(dim=1) < least)[:, None])
-        rows, columns = prefill.grid
         for name in self.setting("anchor_positions") or ():
             down, across = ANCHORS[name]
-            corner = down * (rows - 1) * columns + across * (columns - 1)
-            kept = kept | (prefill.patch_index == corner)
+            corners = [
+                [(down * (h - 1) * w + across * (w - 1)) if h else -1 for h, w in row]
+                for row in prefill.grids
+            ]
+            corner = prefill.at_tokens(on_device(corners, judged.device))
+            kept = kept | (judged & (prefill.patch_index == corner))
         return kept
 
     def caps(self, count: Tensor, total: Tensor, prefill: Prefill):
         """Which prompts (B,) exceed a cap, and what they may keep (B,); one pair for each cap."""
         if (ratio := self.setting("max_remain_ratio")) is not None:
-            size = prefill.index.shape[1]
+            # A few sizes, so that prompts of other lengths find the tables that are there.
+            size = 1 << prefill.index.shape[1].bit_length()
             share = lookup(share_down, total, ratio, size)
             yield count > lookup(most_within, total, ratio, size), share
         if self.visual_token_num is not None:
-            images = (prefill.image_counts() > 0).sum(dim=1)
-            most = self.visual_token_num * images
+            own = [[min(n, self.visual_token_num) for n in row] for row in prefill.counts.images]
+            most = on_device([sum(row) for row in own], total.device)
             if ratio is not None:
                 most = torch.minimum(most, share)
             yield count > most, most
@@ -270,9 +309,9 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     def newlines(self, kept: Tensor, prefill: Prefill) -> Tensor:
         """(B, S) True on the newline tokens whose row of patches keeps one."""
         newline = prefill.is_visual & (prefill.patch_index < 0)
-        per_crop = math.prod(prefill.grid)
+        rows, columns = prefill.grid
         # The overview in front of the tiles has no newlines: its tokens are no part of a row.
-        tile = prefill.patch_index >= per_crop
+        tile = prefill.patch_index >= rows * columns
         behind_tile = tile.roll(1, dims=1)
         row = newline.long().cumsum(dim=1) - newline.long()
         group = 2 * row + torch.where(newline, behind_tile, tile).long()
@@ -308,17 +347,3 @@ def add_to_glimpse(prefill: Prefill, vector: Tensor) -> Prefill:
         return prefill
     glimpse = x[:, -count:] + vector.to(x.dtype)
     return replace(prefill, hidden_states=torch.cat([x[:, :-count], glimpse], dim=1))
-
-
-def boxes_to_cells(boxes: Sequence[Sequence[float]], grid: tuple[int, int]) -> Tensor:
-    """(h, w) True where a box lies; boxes are (left, top, right, bottom), shares of the picture.
-
-    Both ends count, so that even a box without area marks a cell.
-    """
-    rows, columns = grid
-    cells = torch.zeros(grid, dtype=torch.bool)
-    for left, top, right, bottom in boxes:
-        down = slice(int(top * rows), min(int(bottom * rows), rows - 1) + 1)
-        across = slice(int(left * columns), min(int(right * columns), columns - 1) + 1)
-        cells[down, across] = True
-    return cells

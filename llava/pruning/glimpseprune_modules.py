@@ -6,7 +6,6 @@ config.json), so that both load as they are.
 
 from __future__ import annotations
 
-import math
 from dataclasses import MISSING, asdict, dataclass, fields
 
 import torch
@@ -15,12 +14,19 @@ from torch import Tensor, nn
 
 from ..blocks import RMSNorm
 from .glimpseprune_predictor import ImportancePredictor
-from .ops import gather_tokens, scale_layer
+from .glimpseprune_views import Views
+from .ops import scale_layer
 
 #: layers of the paper: glimpse row and cut of 32 decoder layers, hidden states of a 24-layer tower
 #: of which LLaVA reads the one numbered `PAPER_FEATURES`
 PAPER_LAYER, PAPER_TOWER_STATES, PAPER_FEATURES = 21, (23, 17, 11, 5), 23
+#: with a tower that looks through windows: of so many layers; all layers that see whole images
+WINDOWED_PAPER_LAYER = 18, 28
 PREDICTOR = "AttnFuserV1"
+NORMS = ("rmsnorm", "layernorm")
+#: values of a `GlimpseConfig` that follow from the model
+OF_THE_MODEL = ("hidden_size", "num_attention_heads", "mm_hidden_size", "rms_norm_eps")
+OF_THE_MODEL += ("first_state", "window_side")
 
 
 @dataclass(frozen=True)
@@ -33,17 +39,23 @@ class GlimpseConfig:
     rms_norm_eps:           of the decoder, used for the glimpse vectors
     le_layers:              decoder layers in front of which a learned vector is added to the
                             glimpse; 0 is the one that makes it
-    le_length:              glimpse tokens
+    le_length:              glimpse tokens; with none, or without `le_layers`, there is no glimpse
+                            and the last prompt token's row is read
+    le_norm_type:           norm of the glimpse vectors, "rmsnorm" or "layernorm"
     le_dropout_prob:        dropout of the glimpse vectors, in training
     selected_layers:        decoder layers of which the glimpse's attention row is read
     reduce_layer:           last decoder layer that sees all visual tokens
     selected_visual_layers: hidden states of the tower that condition the predictor, one for each of
-                            its layers; 0 is the embeddings, so n is the output of layer n - 1
+                            its layers; `first_state` is the output of the tower's first layer
     attn_fuse_size:         width of the predictor
     visual_cond_size:       width of a condition
     attn_fuse_num_heads:    heads of the predictor
+    attn_fuse_global:       it attends in whole views, else in the windows of the tower
     use_attention_logits:   it reads scaled products instead of the logarithm of attention weights
     deep_supervision:       every layer of it has an output, for the training loss
+    first_state, window_side: of the model: 1 where state 0 is the embeddings (LLaVA), 0 where
+                            published parts count outputs alone (Qwen2.5-VL); tokens along a side of
+                            the tower's windows, None where it has none
     """
 
     hidden_size: int
@@ -61,6 +73,10 @@ class GlimpseConfig:
     attn_fuse_num_heads: int = 4
     use_attention_logits: bool = False
     deep_supervision: bool = False
+    le_norm_type: str = "rmsnorm"
+    attn_fuse_global: bool = True
+    first_state: int = 1
+    window_side: int | None = None
 
     def __post_init__(self):
         width, heads = self.attn_fuse_size + self.visual_cond_size, self.attn_fuse_num_heads
@@ -69,33 +85,53 @@ class GlimpseConfig:
                 f"attn_fuse_num_heads ({heads}) must divide attn_fuse_size ({self.attn_fuse_size}) "
                 f"and, four times, attn_fuse_size + visual_cond_size ({width})"
             )
-        if self.le_length < 1:
-            raise ValueError(f"le_length ({self.le_length}) must be at least 1 glimpse token")
-        if 0 not in self.le_layers:
+        if self.le_norm_type not in NORMS:
+            raise ValueError(
+                f"le_norm_type {self.le_norm_type!r} is unknown, choose from {', '.join(NORMS)}"
+            )
+        if self.le_length < 0:
+            raise ValueError(f"le_length ({self.le_length}) must not be negative")
+        if self.has_glimpse and 0 not in self.le_layers:
             raise ValueError(f"le_layers {self.le_layers} must contain 0, where the glimpse starts")
         if not self.selected_layers or max(self.selected_layers) > self.reduce_layer:
             raise ValueError(
                 f"selected_layers {self.selected_layers} must not lie behind reduce_layer "
                 f"({self.reduce_layer})"
             )
-        if min(self.selected_visual_layers, default=0) < 1:
+        if min(self.tower_layers, default=-1) < 0:
             raise ValueError(
-                f"selected_visual_layers {self.selected_visual_layers} must be 1 (output of the "
-                "first layer) or above"
+                f"selected_visual_layers {self.selected_visual_layers} must be {self.first_state} "
+                "(output of the first layer) or above"
             )
+
+    @property
+    def has_glimpse(self) -> bool:
+        """Whether there are glimpse tokens at all."""
+        return self.le_length > 0 and bool(self.le_layers)
+
+    @property
+    def tower_layers(self) -> tuple[int, ...]:
+        """Layers of the tower, from 0, whose outputs are `selected_visual_layers`."""
+        return tuple(state - self.first_state for state in self.selected_visual_layers)
 
     @classmethod
     def for_model(cls, model: nn.Module, **changes) -> GlimpseConfig:
         """The paper's setting, its layers scaled to the depth of `model`; `changes` replace it."""
-        config, tower = model.config, model.get_vision_tower()
-        depth, states = config.num_hidden_layers, tower.depth[1] + 1
-        layer = scale_layer(PAPER_LAYER, depth)
-        tower_states = (scale_layer(n, states + 1, PAPER_FEATURES + 1) for n in PAPER_TOWER_STATES)
-        paper = {
+        tower, depth = model.get_vision_tower(), model.config.num_hidden_layers
+        if tower.window_side is None:
+            states = tower.depth[1] + 1
+            layer = scale_layer(PAPER_LAYER, depth)
+            seen = [scale_layer(n, states + 1, PAPER_FEATURES + 1) for n in PAPER_TOWER_STATES]
+            paper = {"selected_visual_layers": tuple(seen)}
+        else:
+            layer = scale_layer(WINDOWED_PAPER_LAYER[0], depth, WINDOWED_PAPER_LAYER[1])
+            seen = tuple(reversed(tower.whole_layers))
+            paper = {"selected_visual_layers": seen, "use_attention_logits": True}
+            paper |= {"attn_fuse_global": True}
+        paper |= {
             "le_layers": tuple(range(depth)),
             "selected_layers": (layer,),
             "reduce_layer": layer,
-            "selected_visual_layers": tuple(tower_states),
         }
         return cls.from_values({**paper, **changes}, model)
 
@@ -119,7 +155,13 @@ class GlimpseConfig:
             "num_attention_heads": config.num_attention_heads,
             "mm_hidden_size": tower.hidden_size,
             "rms_norm_eps": config.rms_norm_eps,
+            "window_side": tower.window_side,
+            "first_state": 1 if tower.window_side is None else 0,
         }
+        if tower.window_side is None:
+            given["attn_fuse_global"] = True
+        else:  # what the release assumes
+            given.setdefault("attn_fuse_global", False)
         if missing := [f.name for f in fields(cls) if f.name not in given and f.default is MISSING]:
             raise ValueError(f"the config of the trained part lacks {', '.join(missing)}")
         made = cls(**given)
@@ -131,54 +173,54 @@ class GlimpseConfig:
         for name, last in (
             ("le_layers", num_layers - 1),
             ("selected_layers", num_layers - 1),
-            ("selected_visual_layers", tower_layers),
+            ("selected_visual_layers", tower_layers - 1 + self.first_state),
         ):
-            if not 0 <= max(layers := getattr(self, name)) <= last:
-                raise ValueError(f"{name} {layers} must not exceed {last} on this model")
+            layers = getattr(self, name)
+            if not all(0 <= layer <= last for layer in layers):
+                raise ValueError(
+                    f"{name} {layers} must not exceed {last} on this model, nor be negative"
+                )
 
     def values(self) -> dict:
         """What belongs into a config.json: everything the base model does not say."""
-        base = ("hidden_size", "num_attention_heads", "mm_hidden_size", "rms_norm_eps")
-        return {key: value for key, value in asdict(self).items() if key not in base}
+        return {key: value for key, value in asdict(self).items() if key not in OF_THE_MODEL}
 
 
 class Glimpse(nn.Module):
-    """Everything GlimpsePrune trains."""
+    """Everything GlimpsePrune trains; without a glimpse the predictor alone."""
 
     def __init__(self, config: GlimpseConfig):
         super().__init__()
         self.config = config
-        width = config.hidden_size
-        shape = len(config.le_layers), config.le_length, width
-        self.learnable_embeddings = nn.Parameter(torch.empty(shape))
-        self.le_proj = nn.Linear(width, width)
-        self.le_norm = RMSNorm(width, config.rms_norm_eps)
+        if config.has_glimpse:
+            width = config.hidden_size
+            shape = len(config.le_layers), config.le_length, width
+            self.learnable_embeddings = nn.Parameter(torch.empty(shape))
+            self.le_proj = nn.Linear(width, width)
+            layer_norm = config.le_norm_type == "layernorm"
+            self.le_norm = (
+                nn.LayerNorm(width) if layer_norm else RMSNorm(width, config.rms_norm_eps)
+            )
         self.attn_fuser = ImportancePredictor(config)
 
     def vectors(self) -> dict[int, Tensor]:
         """Decoder layer -> (le_length, D) that the glimpse starts from there, or is added to it."""
+        if not self.config.has_glimpse:
+            return {}
         made = self.le_norm(self.le_proj(self.learnable_embeddings))
         made = F.dropout(made, self.config.le_dropout_prob, self.training)
         return dict(zip(self.config.le_layers, made, strict=True))
 
-    def judge(
-        self, rows: list[Tensor], context: Tensor, image: Tensor, patch: Tensor, grid
-    ) -> tuple[list[Tensor], Tensor]:
-        """Logits (B, V * N) of every output for all patches of all views, and their places.
+    def judge(self, rows: list[Tensor], context: Tensor, views: Views) -> list[Tensor]:
+        """fp32 logits (n,) of every output for all patches of the views, the one that decides last.
 
         rows:    per selected layer (B, H, S), what the last glimpse token pays each token
         context: (B, S, J * C), the conditions of each token
-        image, patch: (B, S) `visual_index` and `patch_index` of the prompts
-        Places (B, V * N) are S where there is no token, see `view_places`.
         """
-        place = view_places(image, patch, grid)
-        size, shape = patch.shape[1], (-1, math.prod(grid))
-        seen, real = place.clamp(max=size - 1), place < size
-        rows = torch.cat([row.transpose(1, 2) for row in rows], dim=-1)
-        rows = gather_tokens(rows, seen).masked_fill(~real[..., None], 0)
-        inputs = (x.unflatten(1, shape).flatten(0, 1) for x in (rows, gather_tokens(context, seen)))
-        outputs = self.attn_fuser(*inputs, grid, real.unflatten(1, shape).flatten(0, 1))
-        return [logits.float().view(place.shape) for logits in outputs], place
+        rows = views.gather(torch.cat([row.transpose(1, 2) for row in rows], dim=-1))
+        real = None if views.complete else views.real
+        outputs = self.attn_fuser(rows, views.gather(context), views.grids, real)
+        return [logits.float() for logits in outputs]
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -192,19 +234,3 @@ class Glimpse(nn.Module):
                 parameter.fill_(1)
             else:
                 nn.init.xavier_uniform_(parameter)
-
-
-def view_places(image: Tensor, patch: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Place (B, V * N) in the prompt of every patch of every view, S where there is none.
-
-    image, patch (B, S) as in `Prefill`; V counts images x crops, view after view. Patches that were
-    cut off as padding and views that a row does not have are not there.
-    """
-    batch, size = patch.shape
-    per_crop = math.prod(grid)
-    images, crops = torch.stack([image.amax() + 1, patch.amax() // per_crop + 1]).tolist()
-    total = images * crops * per_crop
-    slot = torch.where(patch >= 0, image * crops * per_crop + patch, total)
-    places = torch.arange(size, device=patch.device).expand(batch, -1)
-    table = torch.full((batch, total + 1), size, device=patch.device)
-    return table.scatter(1, slot, places)[:, :total]

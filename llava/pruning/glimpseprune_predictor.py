@@ -1,19 +1,24 @@
 """GlimpsePrune's visual importance predictor: attention of the glimpse in, one logit a patch out.
 
-`config` is the `GlimpseConfig` of the trained part that the predictor belongs to.
+`config` is the `GlimpseConfig` of the trained part that the predictor belongs to. Patches of all
+views are one sequence, see `llava.pruning.glimpseprune_views`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import GatedMLP, RMSNorm, rotate
+from ..segments import Segments, attend_within
+from .glimpseprune_views import Grid, grid_angles, neighbours
 
 
 class ImportancePredictor(nn.Module):
-    """A small transformer over the patches of one view: attention of the glimpse in, logits out.
+    """A small transformer over the patches of views: attention of the glimpse in, logits out.
 
     Queries and keys also see a hidden state of the vision tower, and where on the grid they are.
     """
@@ -32,6 +37,7 @@ class ImportancePredictor(nn.Module):
             for j in range(count)
         )
         self.all_outputs = config.deep_supervision
+        self.window_side = None if config.attn_fuse_global else config.window_side
         self.head_width = (width + config.visual_cond_size) // config.attn_fuse_num_heads
 
     def conditions(self, states: list[Tensor]) -> Tensor:
@@ -40,24 +46,26 @@ class ImportancePredictor(nn.Module):
         return torch.cat([project(x.to(project.weight.dtype)) for project, x in parts], dim=-1)
 
     def forward(
-        self, rows: Tensor, conditions: Tensor, grid: tuple[int, int], real: Tensor | None = None
+        self,
+        rows: Tensor,
+        conditions: Tensor,
+        grids: Sequence[Grid],
+        real: Tensor | None = None,
     ) -> list[Tensor]:
-        """Logits (V, N) of every output, the one that decides last.
+        """Logits (n,) of every output, the one that decides last.
 
-        rows:       (V, N, layers * heads) what the glimpse pays each patch of V views
-        conditions: (V, N, J * C) of `conditions`
-        grid:       (h, w) patches of a view, N = h * w
-        real:       (V, N) False where there is no token; None: everywhere is one
+        rows:       (n, layers * heads) what the glimpse pays each patch of all views
+        conditions: (n, J * C) of `conditions`
+        grids:      (h, w) patches of every view
+        real:       (n,) False where there is no patch; None: everywhere is one
         """
         x = self.attn_in_proj(rows.to(self.attn_in_proj.weight.dtype))
-        rope = grid_angles(grid, self.head_width, x.device)
-        mask = None
-        if real is not None:  # a view without tokens sees everything, so that no NaN comes up
-            mask = (real | ~real.any(dim=1, keepdim=True))[:, None, None]
+        rope = grid_angles(grids, self.head_width, x.device)
+        segments = neighbours(grids, self.window_side, x.device)
         outputs = []
         parts = conditions.to(x.dtype).chunk(len(self.layers), dim=-1)
         for layer, condition, head in zip(self.layers, parts, self.attn_out_projs, strict=True):
-            x = layer(x, condition, rope, mask)
+            x = layer(x, condition, rope, segments, real)
             if self.all_outputs or layer is self.layers[-1]:
                 outputs.append(head(x)[..., 0])
         return outputs
@@ -73,14 +81,16 @@ class PredictorLayer(nn.Module):
         self.attn = PredictorAttention(config)
         self.mlp = GatedMLP(width, 2 * width, bias=True)
 
-    def forward(self, x: Tensor, condition: Tensor, rope, mask: Tensor | None) -> Tensor:
-        """x (V, N, F) and condition (V, N, C) -> (V, N, F)."""
-        x = x + self.attn(self.norm1(x), condition, rope, mask)
+    def forward(
+        self, x: Tensor, condition: Tensor, rope: tuple, segments: Segments, real: Tensor | None
+    ) -> Tensor:
+        """x (n, F) and condition (n, C) -> (n, F)."""
+        x = x + self.attn(self.norm1(x), condition, rope, segments, real)
         return x + self.mlp(self.norm2(x))
 
 
 class PredictorAttention(nn.Module):
-    """Attention in which every patch of a view sees every other; values see no condition."""
+    """Attention in which every patch sees all of its segment; values see no condition."""
 
     def __init__(self, config):
         super().__init__()
@@ -91,25 +101,16 @@ class PredictorAttention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, condition: Tensor, rope, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, condition: Tensor, rope: tuple, segments: Segments, real: Tensor | None
+    ) -> Tensor:
         seen = torch.cat([x, condition], dim=-1)
         q, k = (rotate(self._split(p(seen)), rope) for p in (self.q_proj, self.k_proj))
         v = self._split(self.v_proj(x))
         # Fast kernels want values as wide as keys, the others write out the whole attention map.
         wide = F.pad(v, (0, k.shape[-1] - v.shape[-1]))
-        out = F.scaled_dot_product_attention(q, k, wide, attn_mask=mask)[..., : v.shape[-1]]
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        out = attend_within(q, k, wide, segments, real)[..., : v.shape[-1]]
+        return self.o_proj(out.flatten(1))
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-
-def grid_angles(grid: tuple[int, int], width: int, device) -> tuple[Tensor, Tensor]:
-    """fp32 cos and sin (N, width) of 2D RoPE: half of the angles turn with the row, half with the
-    column."""
-    even = torch.arange(width // 4, device=device, dtype=torch.float32)
-    frequency = 10000.0 ** (-4 * even / width)
-    row, column = (torch.arange(side, device=device)[:, None] * frequency for side in grid)
-    angle = torch.cat([row.repeat_interleave(grid[1], dim=0), column.repeat(grid[0], 1)], dim=1)
-    angle = torch.cat([angle, angle], dim=1)
-    return angle.cos(), angle.sin()
+        return x.unflatten(-1, (self.num_heads, -1))

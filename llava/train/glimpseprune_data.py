@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Conversation
 from llava.mm_utils import load_image, process_images
-from llava.pruning.glimpseprune import boxes_to_cells
+from llava.pruning.cells import boxes_to_cells
 
 from .labels import preprocess
 from .samples import Findings, is_number, is_unicode, missing_files, read_rows

@@ -19,6 +19,7 @@ from llava.model.kv_cache import KVCache
 from llava.model.language_model.attention import padded_causal_mask
 from llava.model.language_model.modeling_llama import Step
 from llava.pruning.glimpseprune import CONDITIONS
+from llava.pruning.glimpseprune_views import Views
 
 MASK_LOSSES = ("MaskLoss", "DiceLoss", "BCELoss")
 
@@ -90,16 +91,17 @@ class GlimpseObjective(nn.Module):
             input_ids, attention_mask, images=images, padding_side="left"
         )
         hidden, rows = self._run(prompt, answer_ids, answer_mask)
-        grid = tuple(masks.shape[1:])
-        outputs, place = self.glimpse.judge(
-            rows, prompt.extras[CONDITIONS], prompt.visual_index, prompt.patch_index, grid
+        views = Views.of(
+            prompt.visual_index, prompt.patch_index, prompt.image_extras, prompt.counts
         )
-        wanted = masks.flatten(1).float()
-        if place.shape != wanted.shape or bool((place == prompt.patch_index.shape[1]).any()):
+        if not views.complete or views.grids != (tuple(masks.shape[1:]),) * len(masks):
             raise ValueError(
-                f"every prompt must hold one whole image of one crop; {tuple(place.shape)} patches "
-                f"were found for masks of {tuple(masks.shape)}"
+                f"every prompt must hold one whole image of one crop; views of {views.grids} "
+                f"patches were found for masks of {tuple(masks.shape)}"
             )
+        outputs = self.glimpse.judge(rows, prompt.extras[CONDITIONS], views)
+        wanted = masks.flatten(1).float()
+        outputs = [logits.view(wanted.shape) for logits in outputs]
         answer = self._answer_loss(hidden, labels)
         parts = [(dice_loss(out, wanted), bce_loss(out, wanted)) for out in outputs]
         located = sum(self.weights.mask_loss(*pair) for pair in parts)

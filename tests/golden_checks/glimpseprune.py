@@ -1,5 +1,7 @@
 """GlimpsePrune: the glimpse's attention, importance logits, masks, batches, and what is oracle."""
 
+from copy import copy
+
 import numpy as np
 import torch
 
@@ -16,6 +18,8 @@ from tests.golden_checks.e2e import (
 )
 from tests.golden_checks.methods import given
 from tests.golden_checks.models import load_checkpoint, open_images, prepare
+from tests.golden_checks.qwen2_5_vl import EMBEDS_ATOL, marked_ids
+from tests.golden_checks.qwen2_5_vl import LOGITS_ATOL as QWEN_ATOL
 
 OPTIONS = (
     "visual_token_num",
@@ -45,13 +49,16 @@ class Spy:
     """Keeps what the predictor got and gave, layer by layer."""
 
     def __init__(self, pruner):
-        fuser = pruner.module.attn_fuser
+        self.fuser = pruner.module.attn_fuser
         self.rows = self.logits = None
         self.hidden = []
+
+    def __enter__(self):
         self.handles = [
-            fuser.register_forward_hook(self.seen),
-            *(layer.register_forward_hook(self.layer) for layer in fuser.layers),
+            self.fuser.register_forward_hook(self.seen),
+            *(layer.register_forward_hook(self.layer) for layer in self.fuser.layers),
         ]
+        return self
 
     def seen(self, _, inputs, output):
         self.rows, self.logits = inputs[0], output[-1]
@@ -59,7 +66,7 @@ class Spy:
     def layer(self, _, inputs, output):
         self.hidden.append(output)
 
-    def remove(self):
+    def __exit__(self, *_):
         for handle in self.handles:
             handle.remove()
 
@@ -82,17 +89,15 @@ def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
 def check_importance(case, recorded, model, pruner, pixels, trace, report):
     chance = 1 / (1 + np.exp(-recorded["vip_logits"]))
     report.close("importance in the trace", trace.importance[0], chance, IMPORTANCE_ATOL)
-    spy = Spy(pruner)
     ids = torch.tensor(recorded["input_ids"])[None]
-    with torch.no_grad():
+    with torch.no_grad(), Spy(pruner) as spy:
         model(ids, images=pixels, **question_of(case, pixels))
-    spy.remove()
-    report.close("glimpse_attn", spy.rows[0], recorded["glimpse_attn"], IMPORTANCE_ATOL)
-    report.close("vip_logits", spy.logits[0], recorded["vip_logits"], IMPORTANCE_ATOL)
+    report.close("glimpse_attn", spy.rows, recorded["glimpse_attn"], IMPORTANCE_ATOL)
+    report.close("vip_logits", spy.logits, recorded["vip_logits"], IMPORTANCE_ATOL)
     for number, hidden in enumerate(spy.hidden):
         if f"vip_hidden_{number}" in recorded:
             wanted = recorded[f"vip_hidden_{number}"]
-            report.close(f"vip_hidden_{number}", hidden[0], wanted, IMPORTANCE_ATOL)
+            report.close(f"vip_hidden_{number}", hidden, wanted, IMPORTANCE_ATOL)
     if "glimpse_vectors" in recorded:
         vectors = torch.stack(list(pruner.module.vectors().values()))
         report.close("glimpse_vectors", vectors, recorded["glimpse_vectors"], SCORES_ATOL)
@@ -152,3 +157,103 @@ def check_rows(case, folder, report):
     report.prefix = ""
     longest = [int(n.max()) for n in trace.kv_lengths]
     report.equal("kv_len", longest, recorded["kv_len"].tolist())
+
+
+# --- Qwen2.5-VL -----------------------------------------------------------------------------------
+
+
+def check_qwen(case, folder, report):
+    """One prompt, or a batch, on images with grids of their own."""
+    recorded = load_arrays(case, folder)
+    tokenizer, model, processor = load_checkpoint(case["checkpoint"], folder)
+    model.pruner = pruner = build(case, folder)
+    batch = isinstance(case["question"], list)
+    names = case["image"] if batch else [case["image"]]
+    ids, mask = marked_ids({**case, "args": {"batch_images": names}}, tokenizer, model)
+    images = qwen_images(case, folder, processor, sum(names, []))
+    options = dict(
+        attention_mask=mask,
+        images=images,
+        do_sample=False,
+        max_new_tokens=recorded["output_ids"].shape[-1],
+        eos_token_id=-1,
+        pad_token_id=0,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    with trace_pruning(model, embeds=True) as trace, Spy(pruner) as spy:
+        output = model.generate(ids, **options)
+    prompt = model.build_prompt(ids, mask, images=images, padding_side="left")
+    tokens = torch.tensor(np.atleast_2d(recorded.get("attention_mask", np.ones(ids.shape[1]))))
+    tokens = tokens.bool() if batch else prompt.attention_mask
+    wanted = torch.tensor(np.atleast_2d(recorded["input_ids"]))
+    report.equal("input_ids", prompt.token_ids[tokens], wanted[tokens])
+    grids = [[1, 2 * h, 2 * w] for h, w in trace.grids]
+    report.equal("image_grid_thw", grids, recorded["image_grid_thw"].tolist())
+    layer = pruner.last_dense_layer(model.config.num_hidden_layers) + 1
+    owner, kept = prompt.visual_index >= 0, torch.zeros_like(prompt.attention_mask)
+    for row, places in enumerate(trace.decoder_keep[layer]):
+        kept[row, places] = True
+    report.equal("keep_mask", kept[owner], recorded["keep_mask"])
+    check_positions(prompt, kept, recorded, report)
+    if not batch:
+        report.equal("keep_indices", kept[owner].nonzero()[:, 0], recorded["keep_indices"])
+        name = f"decoder_keep_L{layer}"
+        report.equal(name, trace.decoder_keep[layer][0], recorded[name])
+        embeds = torch.cat(trace.visual_embeds)
+        report.close("visual_embeds", embeds, recorded["visual_embeds"], EMBEDS_ATOL)
+        with torch.no_grad():
+            plain = model.generate(ids, **options | {"max_new_tokens": 1, "do_selection": False})
+        logits = plain.scores[0][0]
+        report.close("first_logits_noprune", logits, recorded["first_logits_noprune"], QWEN_ATOL)
+    longest = [int(n.max()) for n in trace.kv_lengths]
+    report.equal("kv_len", longest, recorded["kv_len"].tolist())
+    scores = torch.stack(output.scores, dim=1)
+    report.close("first_logits", scores[:, 0], np.atleast_2d(recorded["first_logits"]), QWEN_ATOL)
+    keys = ("output_ids", "step_gaps")
+    answers = {key: np.atleast_2d(recorded[key]) for key in keys if key in recorded}
+    for row, answer in enumerate(output.sequences):
+        check_tokens(answer, scores[row], answers, report, row)
+    if "vip_logits" in recorded:
+        chance = 1 / (1 + np.exp(-recorded["vip_logits"]))
+        importance = torch.cat(trace.importance)
+        report.close("importance in the trace", importance, chance, IMPORTANCE_ATOL)
+        check_predictor(spy, pruner, recorded, report)
+    if "vip_cond" in recorded:
+        check_conditions(model, images, pruner, recorded, report)
+
+
+def qwen_images(case, folder, processor, names):
+    processor = copy(processor)
+    processor.max_pixels = case["args"].get("max_pixels", processor.max_pixels)
+    return processor.process_images(open_images(names, folder))
+
+
+def check_positions(prompt, kept, recorded, report):
+    """Positions of what stayed, on tokens."""
+    wanted = torch.tensor(recorded["position_ids"]).movedim(0, -1)
+    if wanted.ndim == 3:
+        wanted = wanted[torch.tensor(recorded["attention_mask_kept"]).bool()]
+    report.equal("position_ids", prompt.position_ids[kept], wanted)
+
+
+def check_predictor(spy, pruner, recorded, report):
+    """What it got and gave, layer by layer; hidden states are recorded window by window."""
+    report.close("glimpse_attn", spy.rows, recorded["glimpse_attn"], QWEN_ATOL)
+    report.close("vip_logits", spy.logits, recorded["vip_logits"], QWEN_ATOL)
+    for number, hidden in enumerate(spy.hidden):
+        if (name := f"vip_hidden_{number}") in recorded:
+            report.close(name, hidden[recorded["window_index"]], recorded[name], QWEN_ATOL)
+    if "glimpse_vectors" in recorded:
+        vectors = torch.stack(list(pruner.module.vectors().values()))
+        report.close("glimpse_vectors", vectors, recorded["glimpse_vectors"], SCORES_ATOL)
+
+
+def check_conditions(model, images, pruner, recorded, report):
+    """The hidden states of the tower that the predictor is given, row by row."""
+    layers = pruner.module.config.tower_layers
+    wanted = dict.fromkeys(layers, frozenset({"output"}))
+    (group,) = model.visual.features(images, wanted)
+    for number, layer in enumerate(layers):
+        output = group.cues[layer]["output"][0].unflatten(-1, (4, -1)).mean(dim=1)
+        report.close(f"vip_cond {number}", output, recorded["vip_cond"][number], EMBEDS_ATOL)

@@ -7,7 +7,7 @@ import torch
 
 from llava.constants import IGNORE_INDEX
 from llava.pruning import build_pruner
-from llava.pruning.glimpseprune import boxes_to_cells
+from llava.pruning.cells import boxes_to_cells
 from llava.train.glimpseprune_loss import GlimpseObjective, LossWeights
 from tests.golden_cases import load_arrays, locate
 from tests.golden_checks.e2e import image_names

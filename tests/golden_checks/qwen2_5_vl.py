@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from llava.front_end import FrontEnd
-from llava.model.multimodal_encoder.qwen2_5_vl_encoder import plan_images, window_order
+from llava.model.multimodal_encoder.qwen2_5_vl_encoder import plan_images
 from llava.pruning import trace_pruning
+from llava.segments import window_order
 from tests.conftest import pad_batch
 from tests.golden_cases import load_arrays
 from tests.golden_checks.e2e import check_tokens
@@ -143,11 +144,11 @@ def check_windows(grids, recorded, report) -> None:
 def marked_ids(case, tokenizer, model) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts (B, L) with a mark for every image, padded on the left, and their mask."""
     questions = case["question"] if isinstance(case["question"], list) else [case["question"]]
-    images = case["args"].get("batch_images", [case["image"]])
+    images = case["args"].get("batch_images") or [case["image"]]
     front, rows = FrontEnd(tokenizer, model, None, "qwen2_5_vl"), []
     for question, own in zip(questions, images, strict=True):
         talk = front.conversation()
-        if case["args"]["system"]:
+        if case["args"].get("system"):
             talk.system = f"<|im_start|>system\n{case['args']['system']}"
         talk.append_message(talk.roles[0], front.marked(question, len(own)))
         talk.append_message(talk.roles[1], None)

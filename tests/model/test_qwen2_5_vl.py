@@ -15,9 +15,10 @@ from llava.model.language_model.qwen2_5_vl import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
-from llava.model.multimodal_encoder.qwen2_5_vl_encoder import plan_images, window_order
+from llava.model.multimodal_encoder.qwen2_5_vl_encoder import plan_images
 from llava.model.reuse import PrefixCache
 from llava.pruning import trace_pruning
+from llava.segments import window_order
 from tests.conftest import pad_batch
 from tests.second_device import SECOND, THIRD, devices, place
 

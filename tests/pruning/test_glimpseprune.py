@@ -10,11 +10,13 @@ from PIL import Image
 
 from llava.eval import run_llava
 from llava.pruning import Prefill, build_pruner, trace_pruning
-from llava.pruning.glimpseprune import GlimpsePrune, boxes_to_cells
-from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig, view_places
-from llava.pruning.glimpseprune_predictor import grid_angles
+from llava.pruning.cells import boxes_to_cells
+from llava.pruning.glimpseprune import GlimpsePrune
+from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
+from llava.pruning.glimpseprune_views import CROPS, Views, grid_angles
 from llava.pruning.learned import save_part
 from llava.pruning.picture import PANEL_SIDE, importance_of_patches
+from llava.pruning.tokens import GRID as GRID_NUMBERS
 from tests.conftest import SIDE, pad_batch, with_random_parts
 from tests.golden_data import GOLDEN, golden_json
 
@@ -40,7 +42,15 @@ def prefill(images, before=1, after=2, newlines=()):
         index=places,
         valid=None,
         grid=GRID,
+        image_extras=numbers(images),
     )
+
+
+def numbers(images):
+    """Numbers of images of 2 x 3 patches a crop, as the prompt has them."""
+    crops = [max(patches) // 6 + 1 for patches in images]
+    sides = [[side] * len(images) for side in GRID]
+    return {name: [own] for name, own in zip((*GRID_NUMBERS, CROPS), (*sides, crops), strict=True)}
 
 
 def kept(pruner, chance, prompt=None):
@@ -166,36 +176,41 @@ def test_a_prompt_that_is_padded_on_the_right_gets_its_glimpse_at_its_own_positi
 
 def test_every_view_has_a_full_grid_of_places():
     prompt = prefill([[0, 1, 2, 3, 4, 5], [0, 2, 4, 7, 11]])
-    place = view_places(prompt.visual_index, prompt.patch_index, GRID)
+    views = Views.of(prompt.visual_index, prompt.patch_index, prompt.image_extras, prompt.counts)
     none = prompt.patch_index.shape[1]
-    assert place.view(-1, 6).tolist() == [
+    assert views.grids == (GRID,) * 3 and not views.complete
+    assert views.place.view(-1, 6).tolist() == [
         [1, 2, 3, 4, 5, 6],
-        [none] * 6,
         [7, none, 8, none, 9, none],
         [none, 10, none, none, none, 11],
     ]
+    values = torch.arange(1.0, 19)
+    assert views.scatter(values).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 9, 11, 14, 18, 0, 0]]
+    known = views.gather(torch.arange(14.0)[None, :, None])
+    assert known.flatten().tolist()[6:] == [7, 0, 8, 0, 9, 0, 0, 10, 0, 0, 0, 11]
 
 
 def test_half_of_the_angles_turn_with_the_row():
-    cos, sin = grid_angles((2, 3), 8, None)
+    cos, sin = (x[:, 0] for x in grid_angles([(2, 3), (1, 2)], 8, None))
     angle = torch.atan2(sin, cos)
-    assert angle[:, 0].tolist() == pytest.approx([0, 0, 0, 1, 1, 1])
-    assert angle[:, 2].tolist() == pytest.approx([0, 1, 2, 0, 1, 2])
+    assert angle[:, 0].tolist() == pytest.approx([0, 0, 0, 1, 1, 1, 0, 0])
+    assert angle[:, 2].tolist() == pytest.approx([0, 1, 2, 0, 1, 2, 0, 1])
     assert torch.equal(angle[:, :4], angle[:, 4:])
 
 
 def test_cut_off_patches_change_no_other_view(model):
     pruner = random_method(model)
-    fuser = pruner.module.attn_fuser
-    rows, context = torch.randn(2, 36, 4), torch.randn(2, 36, 4 * 512)
-    real = torch.ones(2, 36, dtype=torch.bool)
-    whole = fuser(rows, context, (6, 6), real)[-1]
-    real[1, 30:] = False
-    cut = fuser(rows, context, (6, 6), real)[-1]
-    torch.testing.assert_close(cut[0], whole[0])
-    assert not torch.allclose(cut[1, :30], whole[1, :30])
-    real[1] = False
-    assert fuser(rows, context, (6, 6), real)[-1].isfinite().all()
+    fuser, grids = pruner.module.attn_fuser, [(6, 6)] * 2
+    rows, context = torch.randn(72, 4), torch.randn(72, 4 * 512)
+    real = torch.ones(72, dtype=torch.bool)
+    whole = fuser(rows, context, grids)[-1]
+    torch.testing.assert_close(fuser(rows, context, grids, real)[-1], whole)
+    real[66:] = False
+    cut = fuser(rows, context, grids, real)[-1]
+    torch.testing.assert_close(cut[:36], whole[:36])
+    assert not torch.allclose(cut[36:66], whole[36:66])
+    real[36:] = False
+    assert fuser(rows, context, grids, real)[-1].isfinite().all()
 
 
 # --- in the model -------------------------------------------------------------------------------
@@ -326,7 +341,7 @@ def test_a_part_for_another_model_is_refused(model, tmp_path):
         ({"le_layers": (1, 2)}, "must contain 0"),
         ({"le_layers": (0, 6)}, "must not exceed 5"),
         ({"selected_visual_layers": (0,)}, "must be 1"),
-        ({"le_length": 0}, "at least 1 glimpse token"),
+        ({"le_length": -1}, "must not be negative"),
         ({"attn_fuse_num_heads": 5}, "must divide"),
         ({"attn_fuse_type": "AttnFuserDummy"}, "not supported"),
     ],

@@ -50,6 +50,7 @@ class CLIPVisionTower(nn.Module):
 
     title = "a CLIP vision tower"
     provides, provides_in_layers = CUES, LAYER_CUES
+    window_side = None
 
     def __init__(self, vision_tower: str, args, delay_load: bool = False):
         super().__init__()
@@ -246,6 +247,10 @@ class CLIPVisionTower(nn.Module):
     @property
     def hidden_size(self) -> int:
         return self.config.hidden_size
+
+    @property
+    def whole_layers(self) -> list[int]:
+        return list(range(self.config.num_hidden_layers))
 
     @property
     def image_size(self) -> int:

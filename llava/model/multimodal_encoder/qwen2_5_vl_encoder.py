@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from ...blocks import GatedMLP, RMSNorm, rotate
 from ...devices import device_of
 from ...pruning.cues import OutputMean
+from ...segments import Segments, attend_within, segments_of, window_order
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10000.0
@@ -84,20 +85,6 @@ class BlockFeatures:
 
 
 @dataclass
-class Segments:
-    """Which patches attend to one another: those of a segment, and nobody else.
-
-    order: (n,) the sequence with segments of equal size side by side; None: it is as it should be
-    back:  (n,) the way back
-    runs:  (segments, patches of each), in that order
-    """
-
-    order: Tensor | None
-    back: Tensor | None
-    runs: list[tuple[int, int]]
-
-
-@dataclass
 class Plan:
     """How the images of a call run through the tower.
 
@@ -145,6 +132,18 @@ class Qwen2_5_VLVisionTower(nn.Module):
     def depth(self) -> tuple[int, int]:
         """(number of layers, 0-based layer whose output are the features)."""
         return self.config.depth, self.config.depth - 1
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def window_side(self) -> int:
+        return self.config.window_side
+
+    @property
+    def whole_layers(self) -> list[int]:
+        return sorted(self.config.fullatt_block_indexes)
 
     def forward(self, images: list[Tensor]) -> list[Tensor]:
         """Tokens (h * w, D) of every image, its blocks row by row; images as in `features`."""
@@ -295,19 +294,6 @@ class Merger(nn.Module):
         return self.mlp(self.ln_q(features).flatten(-2))
 
 
-def attend_within(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """Attention (n, H, d) of q, k, v (n, H, d) inside segments; those of one size are one batch."""
-    if segments.order is not None:
-        q, k, v = (x[segments.order] for x in (q, k, v))
-    out, start = [], 0
-    for count, size in segments.runs:
-        run = slice(start, start := start + count * size)
-        rows = (x[run].unflatten(0, (count, size)).transpose(1, 2) for x in (q, k, v))
-        out.append(F.scaled_dot_product_attention(*rows).transpose(1, 2).flatten(0, 1))
-    whole = out[0] if len(out) == 1 else torch.cat(out)
-    return whole if segments.back is None else whole[segments.back]
-
-
 def attention_received(q: Tensor, k: Tensor, segments: Segments) -> Tensor:
     """(n,) fp32 attention that every patch receives inside its segment, mean over heads and
     queries, from q and k (n, H, d). No more than `MAP_ENTRIES` products are there at a time."""
@@ -349,39 +335,15 @@ def plan_images(grids: list[tuple[int, int]], config: Qwen2_5_VLVisionConfig, de
     blocks = torch.cat(orders)[by_size]
 
     areas = torch.tensor([h * w for h, w in grids])
-    whole = _segments(areas[image[blocks]], image[blocks], per_block)
+    wholes = segments_of(areas[image[blocks]], image[blocks], per_block)
     angles = torch.cat([patch_angles(h, w, config) for h, w in grids])[blocks].flatten(0, 1)
     counts = [(int((size == own).sum()), own * per_block) for own in size.unique().tolist()]
     return Plan(
         blocks=blocks.to(device),
         angles=angles.to(device),
         windows=Segments(None, None, counts),
-        wholes=Segments(
-            None if whole.order is None else whole.order.to(device),
-            None if whole.back is None else whole.back.to(device),
-            whole.runs,
-        ),
+        wholes=wholes.to(device),
     )
-
-
-def _segments(size: Tensor, owner: Tensor, per_block: int) -> Segments:
-    """Segments of blocks: `owner` (m,) says which one has a block, `size` (m,) how large it is."""
-    by_owner = owner.argsort(stable=True)
-    order = by_owner[size[by_owner].argsort(stable=True)]
-    runs = [(int((size == own).sum()) // own, own * per_block) for own in size.unique().tolist()]
-    if torch.equal(order, torch.arange(len(order))):
-        return Segments(None, None, runs)
-    patches = (order[:, None] * per_block + torch.arange(per_block)).flatten()
-    return Segments(patches, patches.argsort(), runs)
-
-
-def window_order(h: int, w: int, side: int) -> tuple[Tensor, Tensor]:
-    """Windows of an h x w grid of blocks: (h * w,) row-major places of the blocks window by window,
-    and (windows,) blocks of each. Windows start at the top left, so that the last of a row or
-    column may be smaller."""
-    row, column = torch.arange(h)[:, None], torch.arange(w)
-    window = (row // side * -(-w // side) + column // side).flatten()
-    return window.argsort(stable=True), window.bincount()
 
 
 def patch_angles(h: int, w: int, config: Qwen2_5_VLVisionConfig) -> Tensor:

@@ -1,0 +1,91 @@
+"""Reference in place of GlimpsePrune's glimpse: boxes or masks that say which tokens stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from numbers import Real
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .cells import boxes_to_cells
+from .glimpseprune_views import Grid
+
+Box = Sequence[float]
+#: brightness above which a pixel of a mask stays
+HALF = 127
+
+
+def check_boxes(boxes: Sequence) -> None:
+    """Raises ValueError unless `boxes` are those of all images, or a list or None for each."""
+    own = [boxes] if is_one_list(boxes) else [entry for entry in boxes if entry is not None]
+    if odd := [entry for entry in own if not isinstance(entry, (list, tuple))]:
+        raise ValueError(f"ref_boxes hold {odd[0]!r}: give a list of boxes, or one for each image")
+    for box in chain(*own):
+        if not is_box(box) or not all(0 <= edge <= 1 for edge in box):
+            raise ValueError(
+                f"ref_boxes hold {box!r}: a box is (left, top, right, bottom) as shares of the "
+                "picture, from 0 to 1"
+            )
+
+
+def is_box(value) -> bool:
+    sequence = isinstance(value, (list, tuple)) and len(value) == 4
+    return sequence and all(isinstance(edge, Real) for edge in value)
+
+
+def is_one_list(boxes: Sequence) -> bool:
+    """Whether boxes hold for all images, as they are not sorted by image."""
+    return all(map(is_box, boxes))
+
+
+def reference_cells(
+    boxes: Sequence | None, masks: Sequence | None, images: list[list[tuple[Grid, int]]]
+) -> Tensor:
+    """(n,) True on the patches that stay, those of all views one behind the other.
+
+    boxes, masks: the options `ref_boxes` and `ref_masks`
+    images: ((h, w) of a crop, crops) of every image of every row; rows may be repeated (beams)
+    """
+    if masks is None and is_one_list(boxes):
+        return _joined([(boxes_to_cells(boxes, grid), n) for row in images for grid, n in row])
+    given, name = (boxes, "ref_boxes") if masks is None else (masks, "ref_masks")
+    total = sum(map(len, images))
+    repeats = max(1, total // max(1, len(given)))
+    if repeats * len(given) != total or images[::repeats] != images[repeats - 1 :: repeats]:
+        raise ValueError(f"{name} are given for {len(given)} images, the prompts hold {total}")
+    parts, number = [], 0
+    for row in images[::repeats]:
+        cells = []
+        for grid, crops in row:
+            own = given[number]
+            number += 1
+            cells.append((_of_boxes(own, grid) if masks is None else _of_mask(own, grid), crops))
+        parts += cells * repeats
+    return _joined(parts)
+
+
+def _joined(parts: list[tuple[Tensor, int]]) -> Tensor:
+    return torch.cat([cells.flatten().repeat(crops) for cells, crops in parts])
+
+
+def _of_boxes(boxes: Sequence[Box] | None, grid: Grid) -> Tensor:
+    """None stands for the whole image."""
+    return torch.ones(grid, dtype=torch.bool) if boxes is None else boxes_to_cells(boxes, grid)
+
+
+def _of_mask(mask, grid: Grid) -> Tensor:
+    if isinstance(mask, Image.Image):
+        rows, columns = grid
+        small = mask.convert("L").resize((columns, rows), Image.Resampling.NEAREST)
+        return torch.from_numpy(np.asarray(small) > HALF)
+    cells = torch.as_tensor(mask).cpu()
+    if tuple(cells.shape) != grid or cells.is_floating_point():
+        raise ValueError(
+            f"a mask of ref_masks is {tuple(cells.shape)} of {cells.dtype}, but its image has "
+            f"{grid[0]} x {grid[1]} tokens: give True or False for each, or a picture"
+        )
+    return cells.bool()
