@@ -3,30 +3,35 @@
 Stage 1, after the encoder: every 2 x 2 cell offers its most salient patches, the best of all cells
 stay. The more salient of them (pillars) stay as they are, the others (collectors) add up what is
 near and similar. Stage 2, at half the depth of the decoder: those the last prompt token attends to
-most stay. Every token keeps the position it has in the unpruned prompt.
+most stay. Every token keeps the position it has in the unpruned prompt. On Qwen2.5-VL, which was
+released apart, cells and neighbours are tokens of the language model, most of them are pillars, and
+the last three prompt tokens ask.
 
 Paper: https://arxiv.org/abs/2602.02951
 
 Differs from the release: image spans come from the prompt (there, place 35); images of a prompt
 and prompts of a batch are pruned one by one (there, they share one budget and one set of
 positions); LLaVA-NeXT runs, with tile rows and columns in the right order and newlines in the
-positions and in stage 2; any budget works; every layer is causal; single attention rows instead of
-maps; another `distance` takes effect at once; fp32 arithmetic with stable ties.
+positions and in stage 2; any budget works; every layer is causal (there, one layer of Qwen2.5-VL
+is not); what says how alike tokens are is in their order (there, on Qwen2.5-VL, in that of the
+tower's windows); single attention rows instead of maps; another `distance` takes effect at once;
+fp32 arithmetic with stable ties.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import DecoderPruner
-from .ops import normalize, rank_within_groups, scale_layer, top_stable
+from .ops import gather_tokens, normalize, rank_within_groups, scale_layer, top_stable
 from .prefill import Prefill
 from .published import Published
 from .random import scramble
-from .stages import Probe, VisionStage
+from .stages import Probe, VisionStage, last_token
 from .tokens import ImageLayout, ImageTokens, VisionTokens
 
 CELL = 2  # patches along the side of a cell
@@ -37,6 +42,44 @@ NEXT_TOP = {64: 1, 128: 2, 160: 2, 192: 3, 320: 3, 640: 3}
 KEPT = "kept"
 
 
+@dataclass(frozen=True)
+class Variant:
+    """How the method was released for a kind of model.
+
+    similar: first and last tower layer whose outputs say, on average, how alike patches are, and of
+             how many layers
+    cut:     first decoder layer that sees the tokens of stage 2, and of how many
+    queries: gives the places of the tokens at the end of the prompt that are asked in stage 2
+    """
+
+    similar: tuple[int, int, int]
+    cut: tuple[int, int]
+    queries: Callable[[Prefill], Tensor]
+
+
+def last_three(prefill: Prefill) -> Tensor:
+    """(B, 3) places of the last prompt tokens; of a shorter prompt the first stands for those that
+    are missing."""
+    places = prefill.last[:, None] - torch.arange(2, -1, -1, device=prefill.index.device)
+    if prefill.valid is None:
+        return places.clamp(min=0)
+    return places.maximum(prefill.valid.to(torch.uint8).argmax(dim=1, keepdim=True))
+
+
+LLAVA = Variant(similar=(15, 23, 24), cut=(16, 32), queries=last_token)
+#: where images have grids of their own and tokens are blocks of patches
+QWEN = Variant(similar=(7, 23, 32), cut=(15, 28), queries=last_three)
+#: the square of the radius on LLaVA, in patches
+DISTANCE = 280.0
+#: average share of an image's tokens -> the share that enters the decoder of Qwen2.5-VL, and how
+#: much of that stage 2 leaves, as the release has them
+QWEN_SHARES = {0.25: (0.35, 0.42), 0.5: (0.6, 0.66), 0.75: (0.85, 0.7)}
+#: patches that a cell offers there, at least
+QWEN_TOP = 3
+#: the radius there, as a share of the diagonal
+QWEN_RADIUS = 0.8
+
+
 class View(NamedTuple):
     """A grid that is pruned as one.
 
@@ -44,6 +87,8 @@ class View(NamedTuple):
     top:       patches that a cell offers; 0: there are no cells
     quantile:  share of the kept patches that are collectors
     untouched: nothing is dropped or blended
+    blocks:    it is a grid of tokens that are blocks of patches: those beside the last whole cell
+               are cells, too, and the weights of a collector add up to 1, its own included
     """
 
     rows: int
@@ -52,6 +97,7 @@ class View(NamedTuple):
     top: int
     quantile: float
     untouched: bool = False
+    blocks: bool = False
 
 
 @dataclass
@@ -59,22 +105,28 @@ class Nuwa(VisionStage, DecoderPruner):
     """
     visual_token_num:  tokens per image, averaged over the decoder layers: 7/4 of them enter it, 1/4
                        stay from `layer` on (64 = 112 and 16). On LLaVA-NeXT the sum over the crops,
-                       newlines not counted: 20/11 enter, and a tenth of those stays
+                       newlines not counted: 20/11 enter, and a tenth of those stays. On Qwen2.5-VL
+                       a tenth of the image more enters (at most 7/4), and what stays gives the
+                       average; a number that is 0.25, 0.5 or 0.75 of the image's tokens, rounded,
+                       is the released setting of that name
     layer:             first decoder layer that sees the tokens of stage 2; None: 16 of 32 layers,
-                       scaled to the depth of the decoder
-    distance:          square of the radius, in patches, within which a collector collects (280:
-                       16.7 patches; 1058 is the diagonal of a 24 x 24 grid)
-    pillar_quantile:   share of the kept patches that are collectors; None: 0.55, on LLaVA-NeXT 0.5
-    pillar_mode:       what pillars lead in: "salience" (class-token attention), "l2norm" (of the
-                       feature), or "none": all are collectors
+                       on Qwen2.5-VL 15 of 28, scaled to the depth of the decoder
+    distance:          square of the radius, in patches, within which a collector collects (1058 is
+                       the diagonal of a 24 x 24 grid); None: 280, that is 16.7 patches, on
+                       Qwen2.5-VL 0.8 of the diagonal of the image
+    pillar_quantile:   share of the kept patches that are collectors; None: 0.55, on LLaVA-NeXT 0.5,
+                       on Qwen2.5-VL 0.1
+    pillar_mode:       what pillars lead in: "salience" (attention received, from the class token
+                       where there is one), "l2norm" (of the feature), or "none": all are collectors
     region:            keep the best of every 2 x 2 cell; False: the best of the whole image
     top_per_region:    patches a cell offers; None: the fewest that fill the budget, on LLaVA-NeXT
-                       at least 2 (budgets up to 160; 64: 1) or 3 (192 and above 160)
-    stage2:            "attention" of the last prompt token, "random" or "off"
+                       at least 2 (budgets up to 160; 64: 1) or 3 (192 and above 160), on Qwen2.5-VL
+                       at least 3
+    stage2:            "attention" of the end of the prompt, "random" or "off"
     seed:              of stage2="random"
     """
 
-    distance: float = 280.0
+    distance: float | None = None
     pillar_quantile: float | None = None
     pillar_mode: str = "salience"
     region: bool = True
@@ -90,11 +142,13 @@ class Nuwa(VisionStage, DecoderPruner):
             "DIST": "distance",
             "THRE": "pillar_quantile",
             "REGION": "region",
+            "QWEN_VISION_TOKEN_KEEP_RATIO": "visual_token_ratio",
         },
     )
-    needs = frozenset({"cls_attention"})
+    needs = frozenset({"salience"})
     position_policy = "grid"
-    paper_layer = 16
+    #: that of the model it is assigned to
+    variant = LLAVA
 
     def __post_init__(self):
         super().__post_init__()
@@ -104,13 +158,17 @@ class Nuwa(VisionStage, DecoderPruner):
         ):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"unknown {name} {value!r}, choose from {', '.join(choices)}")
-        if self.distance <= 0:
+        if self.distance is not None and self.distance <= 0:
             raise ValueError(f"distance ({self.distance}) must be above 0 squared patches")
         quantile = self.pillar_quantile
         if quantile is not None and not 0 <= quantile <= 1:
             raise ValueError(f"pillar_quantile ({quantile}) must lie between 0 and 1")
         if self.top_per_region not in (None, 1, 2, 3, 4):
             raise ValueError(f"top_per_region ({self.top_per_region}) must be 1 to {CELL**2}")
+
+    def attach(self, model: nn.Module) -> None:
+        tower = model.get_vision_tower()
+        self.variant = QWEN if tower is not None and tower.grid is None else LLAVA
 
     # --- budgets ------------------------------------------------------------------------------
 
@@ -119,6 +177,8 @@ class Nuwa(VisionStage, DecoderPruner):
         total, side = self.visual_token_num, math.isqrt(num_patches)
         if total >= num_patches * crops:
             return num_patches
+        if self.variant is QWEN:
+            return self.block_tokens(num_patches)
         wanted = min(round(7 * total / 4), 2 * total - 1)
         if crops > 1:
             wanted = max(1, NEXT_TOKENS.get(total, round(20 * total / 11)) // crops)
@@ -130,9 +190,35 @@ class Nuwa(VisionStage, DecoderPruner):
         total = self.visual_token_num
         if self.stage2 == "off" or total >= num_patches * crops:
             return count
+        if self.variant is QWEN:
+            return self.stage2_blocks(count, num_patches)
         if crops > 1:
             return max(1, count // 10)
         return min(count, 2 * total - self.tokens_per_crop(num_patches, 1))
+
+    def block_tokens(self, count: int) -> int:
+        """Tokens of stage 1 of an image of `count` tokens that are blocks of patches."""
+        total = self.visual_token_num
+        if (released := self.released_shares(count)) is not None:
+            return math.ceil(count * released[0])
+        share, (layer, layers) = total / count, QWEN.cut
+        wanted = math.ceil(count * min(share + 0.1, 7 * share / 4, 1))
+        return min(wanted, (layers * total - (layers - layer)) // layer)  # stage 2 leaves one
+
+    def stage2_blocks(self, entered: int, count: int) -> int:
+        """Tokens of stage 2 of such an image, of which `entered` are in the decoder."""
+        if (released := self.released_shares(count)) is not None:
+            return max(1, int(entered * released[1]))
+        layer, layers = QWEN.cut
+        rest = layers * self.visual_token_num - layer * entered
+        return min(max(1, round(rest / (layers - layer))), entered)
+
+    def released_shares(self, count: int) -> tuple[float, float] | None:
+        """The entry of `QWEN_SHARES` that the budget stands for, of an image of `count` tokens."""
+        total = self.visual_token_num
+        shares = [share for share in QWEN_SHARES if max(1, round(share * count)) == total]
+        nearest = min(shares, key=lambda share: abs(share - total / count), default=None)
+        return None if nearest is None else QWEN_SHARES[nearest]
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         self = self.with_budget_of(num_patches * crops)
@@ -140,16 +226,30 @@ class Nuwa(VisionStage, DecoderPruner):
         second = self.stage2_tokens(first, num_patches, crops)
         return [first] * layer + [second] * (num_layers - layer)
 
+    def cut_layer(self, num_layers: int) -> int:
+        if self.layer is not None:
+            return self.layer
+        layer, layers = self.variant.cut
+        return scale_layer(layer, num_layers, layers)
+
     # --- stage 1 ------------------------------------------------------------------------------
 
     def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
-        return {layer: frozenset({"output"}) for layer in similarity_layers(num_layers)}
+        *ends, depth = self.variant.similar
+        first, last = (scale_layer(layer, num_layers, depth) for layer in ends)
+        return {layer: frozenset({"output_mean"}) for layer in range(first, last + 1)}
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
-        layers = similarity_layers(max(vision.layers) + 1)
-        similar = sum(vision.layers[n]["output"].float() for n in layers) / len(layers)
-        similar = similar.flatten(0, 1)  # (B * N, C)
-        salience = vision.cls_attention.float().sum(dim=1).flatten()
+        blocks = vision.block > 1
+        if blocks is not (self.variant is QWEN):
+            raise ValueError(
+                f"this {self.name} was assigned to another kind of model meanwhile: make one for "
+                "each model"
+            )
+        if blocks:
+            return vision
+        similar = mean_output(vision).flatten(0, 1)  # (B * N, C)
+        salience = vision.salience.flatten()
         features = vision.features.flatten(0, 1).clone()
         kept = torch.zeros_like(salience, dtype=torch.bool)
         for view, places in self.views(vision).items():
@@ -164,6 +264,31 @@ class Nuwa(VisionStage, DecoderPruner):
             features[chosen], kept[chosen] = blended.to(features.dtype), True
         vision = replace(vision, features=features.view_as(vision.features), layers={})
         return vision.keep_mask(kept.view(vision.positions.shape))
+
+    def after_projector(self, vision: VisionTokens) -> VisionTokens:
+        """Where blocks of patches become tokens here, it is those that are kept and blended."""
+        if vision.block == 1:
+            return vision
+        view = self.block_view(*vision.grid)
+        if view.untouched:
+            return replace(vision, layers={})
+        features, salience = vision.features, vision.salience
+        similar = vision.project(mean_output(vision).to(features.dtype))
+        chosen = choose(salience, view)
+        blended, _ = self.collect(features, similar, salience, chosen, view)
+        kept = replace(vision, layers={}).keep(chosen)
+        kept.features = blended.to(features.dtype)
+        return kept
+
+    def block_view(self, rows: int, columns: int) -> View:
+        """The grid of an image whose tokens are blocks of patches."""
+        count = rows * columns
+        keep = self.block_tokens(count)
+        top = self.top_per_region or max(QWEN_TOP, min(math.ceil(keep * CELL**2 / count), CELL**2))
+        quantile = 0.1 if self.pillar_quantile is None else self.pillar_quantile
+        untouched = self.visual_token_num >= count
+        top = top if self.region else 0
+        return View(rows, columns, keep, top, quantile, untouched, blocks=True)
 
     def views(self, vision: VisionTokens) -> dict[View, list[Tensor]]:
         """What is pruned as one grid, by shape and budget: single crops, and the tiles of an image
@@ -214,33 +339,59 @@ class Nuwa(VisionStage, DecoderPruner):
     ) -> tuple[Tensor, Tensor]:
         """Features (G, K, C) in fp32 of the patches at `chosen` (G, K), and (G, K) which of them
         are pillars. features, similar (G, V, C) and salience (G, V) are those of whole grids."""
-        features, own = features.float(), chosen[..., None]
-        plain = features.take_along_dim(own, dim=1)
+        features, count = features.float(), chosen.shape[1]
+        plain = gather_tokens(features, chosen)
         lead = salience.gather(1, chosen) if self.pillar_mode == "salience" else plain.norm(dim=-1)
         threshold = lead.quantile(view.quantile, dim=1, keepdim=True)
-        pillar = lead >= threshold if self.pillar_mode != "none" else torch.zeros_like(lead).bool()
+        pillar = lead >= threshold
+        # Those below a quantile are among so many of the last; the others need no weights.
+        below = min(math.floor(view.quantile * (count - 1)) + 2, count)
+        if self.pillar_mode == "none":
+            pillar, below = torch.zeros_like(pillar), count
+        last = lead.argsort(dim=1, stable=True)[:, :below]
+        own = chosen.gather(1, last)
         unit = normalize(similar)
-        weight = (unit.take_along_dim(own, dim=1) @ unit.transpose(1, 2)).relu()  # (G, K, V)
-        weight = weight * proximity(chosen, view, self.distance)
+        weight = (gather_tokens(unit, own) @ unit.transpose(1, 2)).relu()  # (G, L, V)
+        weight = weight * proximity(own, view, self.squared_radius(view))
         weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-8)
-        weight = weight.scatter(2, own, 1.0)  # a collector counts in full beside what it collects
-        return torch.where(pillar[..., None], plain, weight @ features), pillar
+        if not view.blocks:  # a collector counts in full beside what it collects
+            weight = weight.scatter(2, own[..., None], 1.0)
+        places = last[..., None].expand(-1, -1, features.shape[-1])
+        blended = plain.scatter(1, places, weight @ features)
+        return torch.where(pillar[..., None], plain, blended), pillar
+
+    def squared_radius(self, view: View) -> float:
+        """`distance` in a grid."""
+        if self.distance is not None:
+            return self.distance
+        if not view.blocks:
+            return DISTANCE
+        sides = (side + side % CELL - 1 for side in (view.rows, view.columns))
+        return QWEN_RADIUS**2 * sum(side**2 for side in sides)
 
     # --- stage 2 ------------------------------------------------------------------------------
 
     def before_prompt(self, image: ImageTokens) -> ImageTokens:
         """How many of its tokens stay; newlines compete as well."""
-        rows, columns = image.blocks[0]
-        count = self.stage2_tokens(len(image.patches), rows * columns, image.crops)
+        num_patches, own = math.prod(image.blocks[0]), self
+        if self.variant is QWEN:
+            own = self.with_budget_of(num_patches)
+        count = own.stage2_tokens(len(image.patches), num_patches, image.crops)
         return replace(image, image_extras={**image.image_extras, KEPT: count})
 
     def probe(self, num_layers: int) -> Probe:
-        return super().probe(num_layers) if self.stage2 == "attention" else Probe()
+        if self.stage2 != "attention":
+            return Probe()
+        return Probe((self.cut_layer(num_layers) - 1,), self.variant.queries)
 
     def score(self, prefill: Prefill) -> Tensor:
         if self.stage2 == "attention":
-            return super().score(prefill)
-        return scramble(scramble(prefill.position_ids) + self.seed)
+            rows = prefill.attention.mean(dim=2)  # (B, H, S)
+            return rows.mean(dim=1) if self.variant is LLAVA else rows.amax(dim=1)
+        places, draw = prefill.position_ids, self.seed
+        for axis in places.unbind(dim=2) if places.ndim == 3 else [places]:
+            draw = scramble(scramble(axis) + draw)
+        return draw
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if self.stage2 == "off" or index != self.cut_layer(len(prefill.decoder.layers)):
@@ -248,9 +399,9 @@ class Nuwa(VisionStage, DecoderPruner):
         return prefill.keep_visual(self.score(prefill), prefill.image_numbers(KEPT))
 
 
-def similarity_layers(num_layers: int) -> range:
-    """Tower layers whose mean output says how alike patches are: 15 to 23 of 24."""
-    return range(scale_layer(15, num_layers, reference=24), num_layers)
+def mean_output(vision: VisionTokens) -> Tensor:
+    """(B, N, C) fp32 what says how alike patches are."""
+    return next(cues["output_mean"] for cues in vision.layers.values() if "output_mean" in cues)
 
 
 def choose(salience: Tensor, view: View) -> Tensor:
@@ -258,19 +409,26 @@ def choose(salience: Tensor, view: View) -> Tensor:
     place = torch.arange(salience.shape[1], device=salience.device)
     count = view.keep
     if view.top:
-        cells_across, rows, columns = (
-            view.columns // CELL,
-            place // view.columns,
-            place % view.columns,
-        )
-        cell = (rows // CELL * cells_across + columns // CELL).expand_as(salience)
-        # An odd last row or column belongs to no cell.
-        inside = (rows < view.rows // CELL * CELL) & (columns < cells_across * CELL)
-        salience = salience.masked_fill(~inside, -torch.inf)
-        offered = rank_within_groups(salience, cell.masked_fill(~inside, -1)) < view.top
+        row, column = place // view.columns, place % view.columns
+        cell = (row // CELL * math.ceil(view.columns / CELL) + column // CELL).expand_as(salience)
+        rows, columns = view.rows, view.columns
+        if not view.blocks:  # an odd last row or column belongs to no cell
+            rows, columns = rows // CELL * CELL, columns // CELL * CELL
+            outside = (row >= rows) | (column >= columns)
+            salience = salience.masked_fill(outside, -torch.inf)
+            cell = cell.masked_fill(outside, -1)
+        offered = rank_within_groups(salience, cell) < view.top
         salience = salience.masked_fill(~offered, -torch.inf)
-        count = min(count, view.rows // CELL * cells_across * view.top)
+        count = min(count, offers(rows, columns, view.top))
     return top_stable(salience, count).sort(dim=1).values
+
+
+def offers(rows: int, columns: int, top: int) -> int:
+    """How many patches the cells of a grid offer; a cell at the border may be smaller."""
+    sides = [
+        [min(CELL, side - start) for start in range(0, side, CELL)] for side in (rows, columns)
+    ]
+    return sum(min(top, height * width) for height in sides[0] for width in sides[1])
 
 
 def proximity(chosen: Tensor, view: View, distance: float) -> Tensor:

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import torch
 
+from llava.front_end import FrontEnd
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.image_layout import image_layout, spatial_layout
-from llava.pruning import VisionTokens, build_pruner
+from llava.pruning import VisionTokens, build_pruner, trace_pruning
 from llava.pruning.nuwa import View, choose, proximity
 from tests.golden_cases import load_arrays
 from tests.golden_checks import e2e
@@ -16,10 +17,14 @@ from tests.golden_checks.methods import given
 from tests.golden_checks.models import load_checkpoint, open_images, prepare
 
 OPTIONS = ("visual_token_num", "distance", "pillar_quantile")
+#: of logits behind 28 layers
+LOGITS_ATOL = 1e-3
 
 
 def build(case, folder):
     args = case["args"]
+    if "keep_ratio" in args:
+        return build_pruner("nuwa", visual_token_ratio=args["keep_ratio"])
     options = given(args, *OPTIONS)
     if args.get("tower") == "ablation":
         mode = "l2norm" if args.get("l2norm", False) else "none"
@@ -45,7 +50,7 @@ def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
     crops = pixels.flatten(0, -4)
     extras = tower.tokens(crops, pruner.needs, pruner)
     if "cls_score" in recorded:
-        salience = extras.cls_attention.sum(dim=1)
+        salience = extras.salience * extras.num_heads
         report.close("cls_score", salience, recorded["cls_score"], SCORES_ATOL)
     marks = (recorded["input_ids"] == e2e.IMAGE_TOKEN_INDEX).nonzero()[0]
     start, kept = int(marks[0]), trace.visual_positions[0]
@@ -69,6 +74,78 @@ def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
         following = int(trace.position_ids.max()) + 1
         report.equal("decode_position_first", following, int(recorded["decode_position_first"]))
     return True
+
+
+def check_qwen(case, folder, report):
+    """Qwen2.5-VL: what stage 1 was given, did and left, and what stage 2 kept of that."""
+    recorded = load_arrays(case, folder)
+    tokenizer, model, processor = load_checkpoint(case["checkpoint"], folder)
+    pictures = processor.preprocess(open_images([case["image"]], folder))
+    report.equal("image_grid_thw", pictures["image_grid_thw"], recorded["image_grid_thw"])
+    images = processor.split(pictures["pixel_values"], pictures["image_grid_thw"])
+    front = FrontEnd(tokenizer, model, processor, "qwen2_5_vl")
+    ids = front.encode(front.prompt(case["question"], 1))[None]
+    dense = model.build_prompt(ids, images=model.image_tokens(images))
+    report.equal("input_ids", dense.token_ids[0], recorded["input_ids"])
+    pruner, stage1, stage2 = build(case, folder), [], []
+    pruner.collect = remembering(pruner.collect, stage1)
+    pruner.score = remembering(pruner.score, stage2)
+    model.pruner = pruner
+    with trace_pruning(model, embeds=True) as trace:
+        output = model.generate(
+            ids,
+            images=images,
+            do_sample=False,
+            max_new_tokens=len(recorded["output_ids"]),
+            eos_token_id=-1,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    ((features, similar, salience, chosen, view), (_, pillar)) = stage1[0]
+    patches = 4 * view.rows * view.columns
+    report.close("score", salience[0] * patches, recorded["score"], 1e-4, 1e-4)
+    report.close("merged_features", features[0], recorded["merged_features"], 2e-4)
+    report.close("similarity_features", similar[0], recorded["similarity_features"], 2e-4)
+    report.equal("keep_indices", chosen[0], recorded["keep_indices"])
+    report.equal("pillar_mask", pillar[0], recorded["pillar_mask"])
+    (kept,), (embeds,) = trace.visual_positions, trace.visual_embeds
+    report.equal("kept places", kept, recorded["keep_indices"])
+    report.close("visual_embeds", embeds, recorded["visual_embeds"], 2e-4)
+    report.equal("position_ids", trace.position_ids[0].T, recorded["position_ids"])
+    following = int(trace.position_ids.max()) + 1
+    report.equal("decode_position_first", following, int(recorded["decode_position_first"]))
+    ((prefill,), scores) = stage2[0]
+    report.close("stage2_score", scores[prefill.is_visual], recorded["stage2_score"], 5e-5)
+    report.equal("decoder_keep_L15", e2e.entering(trace, 15), recorded["decoder_keep_L15"])
+    lengths = [int(length) for length in trace.kv_lengths]
+    report.equal("kv_len", lengths, recorded["kv_len"].tolist())
+    scores = torch.stack(output.scores, dim=1)[0]
+    report.close("first_logits", scores[0], recorded["first_logits"], LOGITS_ATOL)
+    e2e.check_tokens(output.sequences[0], scores, recorded, report)
+
+
+def remembering(function, calls: list):
+    """`function`, of which every call leaves its arguments and its result."""
+
+    def call(*args):
+        calls.append((args, result := function(*args)))
+        return result
+
+    return call
+
+
+def check_blocks(case, folder, recorded, report):
+    """Stage 1 of Qwen2.5-VL on recorded tokens."""
+    pruner = build(case, folder)
+    rows, columns = (int(side) // 2 for side in recorded["image_grid_thw"][0, 1:])
+    view = pruner.with_budget_of(rows * columns).block_view(rows, columns)
+    names = ("merged_features", "similarity_features", "score")
+    features, similar, score = (torch.tensor(recorded[name])[None] for name in names)
+    chosen = choose(score, view)
+    report.equal("keep_indices", chosen[0], recorded["keep_indices"])
+    blended, pillar = pruner.collect(features, similar, score, chosen, view)
+    report.equal("pillar_mask", pillar[0], recorded["pillar_mask"])
+    report.close("visual_embeds", blended[0], recorded["visual_embeds"], 1e-4)
 
 
 def build_view(args) -> View:
@@ -142,7 +219,7 @@ def check_batch(case, folder, recorded, report):
     pixels, _ = prepare(images, model, processor)
     pruner = model.pruner = build(case, folder)
     vision = model.get_vision_tower().tokens(pixels, pruner.needs, pruner)
-    salience = vision.cls_attention.sum(dim=1)
+    salience = vision.salience * vision.num_heads
     report.close("cls_score", salience, recorded["cls_score"], SCORES_ATOL)
     keep = recorded["keep_indices"].shape[1]
     quantile = 0.55 if pruner.pillar_quantile is None else pruner.pillar_quantile
@@ -157,6 +234,7 @@ def check_batch(case, folder, recorded, report):
 
 FUNCTIONS = {
     "stage1_aggregate": check_stage1,
+    "stage1_blocks": check_blocks,
     "proximity_kernel": check_kernel,
     "anyres_layout": check_anyres,
     "vision_tower_batch": check_batch,

@@ -25,6 +25,7 @@ from llava.pruning import (
 )
 from llava.pruning.testing.tiny import make_own_grids_model, picture, sample
 from tests.conftest import SIDE, make_pruner, pad_batch
+from tests.pruning.test_contract_own_grids import REFUSED
 from tests.second_device import SECOND, Elsewhere, devices, place
 
 GRIDS = [(4, 9), (7, 5), (4, 9)]
@@ -238,7 +239,7 @@ def test_layers_that_are_not_there_are_refused_when_assigned(model):
         model.pruner = build_pruner("fastv", layer=6)
 
 
-WORKS = [*sorted(set(METHODS) - {"cdpruner", "glimpseprune", "mustdrop", "nuwa", "prumerge"})]
+WORKS = sorted(set(METHODS) - REFUSED)
 
 
 @pytest.mark.parametrize("name", [*WORKS, "vispruner+fastv", "pool+pyramiddrop"])

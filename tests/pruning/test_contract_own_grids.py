@@ -8,7 +8,7 @@ from tests.conftest import make_pruner
 from tests.pruning.test_contract import CHAINS
 
 #: methods that need what only a CLIP tower has
-REFUSED = {"cdpruner", "mustdrop", "nuwa", "prumerge"}
+REFUSED = {"cdpruner", "mustdrop", "prumerge"}
 
 
 class TestEveryMethod(OwnGridsContract):

@@ -47,6 +47,8 @@ def test_environment_variables_of_published_scripts_belong_to_their_method():
     environment = {"NT": "128", "DIST": "148", "MAX_REMAIN_RATIO": "0.2"}
     assert read([], "nuwa", environment) == ("nuwa", 128, ["distance=148"], [])
     assert read(["96", "distance=18"], "nuwa", environment)[1:3] == (96, ["distance=18"])
+    share = {"QWEN_VISION_TOKEN_KEEP_RATIO": "0.25"}
+    assert read([], "nuwa", share) == ("nuwa", None, ["visual_token_ratio=0.25"], [])
     assert read([], "glimpseprune", environment)[2] == ["max_remain_ratio=0.2"]
     assert read(["64"], "fastv", environment) == ("fastv", 64, [], [])
 
