@@ -62,9 +62,7 @@ class FrontEnd:
     def marked(self, text: str, num_images: int = 0) -> str:
         """The text with a mark for every image: where it says `<image>`, or else in front."""
         if DEFAULT_IMAGE_TOKEN in text:
-            # Questions are written for LLaVA, with a line break behind an image.
-            text = text.replace(f"{DEFAULT_IMAGE_TOKEN}\n", DEFAULT_IMAGE_TOKEN + self.separator)
-            return text.replace(DEFAULT_IMAGE_TOKEN, self.mark)
+            return with_marks(text, self.mark, self.separator)
         return (self.mark + self.separator) * num_images + text
 
     def prompt(self, text: str, num_images: int = 0) -> str:
@@ -104,3 +102,10 @@ class FrontEnd:
         """The texts of new tokens (B, n)."""
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+
+def with_marks(text: str, mark: str, separator: str) -> str:
+    """The text with `mark` for every `<image>`, and `separator` for the line break behind it, with
+    which texts are written for LLaVA."""
+    text = text.replace(f"{DEFAULT_IMAGE_TOKEN}\n", DEFAULT_IMAGE_TOKEN + separator)
+    return text.replace(DEFAULT_IMAGE_TOKEN, mark)

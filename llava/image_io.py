@@ -179,6 +179,24 @@ def decode_image(data: bytes, source: str, max_pixels: int | None = None) -> Ima
     raise ValueError(f"image {source} has {num_pixels} pixels, the limit is {max_pixels}")
 
 
+def image_size(path: str) -> tuple[int, int]:
+    """(width, height) of an image file, as stored, from its head alone.
+
+    Raises ValueError for anything that is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError as error:
+        if not isinstance(error, UnidentifiedImageError):
+            raise
+        with open(path, "rb") as file:
+            kind = _kind_of(file.read(2048))
+        raise ValueError(f"cannot read image {path}: it is {kind}") from error
+    except Exception as error:  # as in `decode_image`
+        raise ValueError(f"cannot read image {path}: {_reason(error)}") from error
+
+
 def _kind_of(data: bytes) -> str:
     """What a file is that Pillow does not know."""
     if data[4:8] == b"ftyp":

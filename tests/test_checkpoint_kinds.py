@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.utils import auto_upgrade
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.model_setup import checkpoint_kind, load_model
+from llava.train.model_setup import checkpoint_kind, choose_family
 from tests.model.checkpoint_tools import CHECKPOINT, NEXT, TOWER, copy_of, load, same, write_adapter
 
 
@@ -164,13 +164,19 @@ def test_a_file_in_place_of_a_folder_is_named():
 def test_training_refuses_a_decoder_of_another_size_than_its_config(tmp_path):
     folder = copy_of(CHECKPOINT, tmp_path / "m", weights=True, num_hidden_layers=31)
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+
+    def load_to_train():
+        model_args, data_args, training_args = parser.parse_args_into_dataclasses(args=words)
+        family = choose_family(model_args, training_args, set())
+        family.load_model(model_args, data_args, training_args, set())
+
     words = ["--model_name_or_path", str(folder), "--output_dir", str(tmp_path), "--use_cpu", "1"]
     with pytest.raises(ValueError, match="without a place.*model.layers.31"):
-        load_model(*parser.parse_args_into_dataclasses(args=words), set())
+        load_to_train()
     config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 33}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="lacks .*model.layers.32"):
-        load_model(*parser.parse_args_into_dataclasses(args=words), set())
+        load_to_train()
 
 
 # Adapters and projectors.

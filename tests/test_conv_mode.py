@@ -23,7 +23,7 @@ from llava.mm_utils import get_model_name_from_path, infer_conv_mode
 from llava.model import LlavaConfig, LlavaMistralConfig
 from llava.model_args import pick_conv_mode
 from llava.serve.engine import Engine
-from llava.train.train import choose_template
+from llava.train.llava_family import LlavaFamily
 from tests.model.checkpoint_tools import CHECKPOINT, NEXT, copy_of
 
 LLAMA = {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava"}
@@ -162,11 +162,11 @@ def test_the_worker_answers_in_the_template_of_its_model_and_says_which(model):
 def test_training_writes_its_template_into_the_config(version, name):
     tokenizer = SimpleNamespace(pad_token="<pad>", unk_token="<unk>")
     model = SimpleNamespace(config=LlamaConfig())
-    assert choose_template(tokenizer, model, version) is conv_templates[name]
+    assert LlavaFamily().choose_template(tokenizer, model, version) is conv_templates[name]
     saved = json.loads(model.config.to_json_string())
     assert saved["conv_mode"] == name and infer_conv_mode("llava-v0", saved) == name
     with pytest.raises(ValueError, match="unknown version 'v1.5', choose from v0.5, "):
-        choose_template(tokenizer, model, "v1.5")
+        LlavaFamily().choose_template(tokenizer, model, "v1.5")
 
 
 # The playground under other names.

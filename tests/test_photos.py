@@ -22,7 +22,7 @@ from llava.image_io import TURNS, load_image, load_image_from_base64, to_rgb
 from llava.image_settings import ImageSettings
 from llava.mm_utils import process_images
 from llava.serve.images import decode_images
-from llava.train.data import LazySupervisedDataset
+from llava.train.sample_images import SampleImages
 
 SIZE = (40, 20)
 
@@ -221,11 +221,8 @@ def test_deep_images_look_alike_in_training_and_inference(tmp_path, processor, n
 
     config = SimpleNamespace(image_aspect_ratio="pad")
     (wanted,) = process_images([load_image(tmp_path / name)], processor, config)
-    args = SimpleNamespace(
-        image_folder=str(tmp_path), image_processor=processor, image_aspect_ratio="pad"
-    )
-    training = SimpleNamespace(data_args=args)
-    pixels = LazySupervisedDataset._image(training, {"image": name})["image"]
+    args = SimpleNamespace(image_processor=processor, image_aspect_ratio="pad")
+    pixels = SampleImages(args).item([str(tmp_path / name)])["image"]
     assert torch.equal(pixels, wanted)
     assert torch.equal(process_images([Image.open(tmp_path / name)], processor, config)[0], wanted)
 

@@ -38,7 +38,7 @@ class BlockEncoding:
         cues = cues_for(stage, tower)
         wanted = dict(stage.tower_extras(*tower.depth))
         wanted[last] = wanted.get(last, frozenset()) | (cues & tower.provides_in_layers)
-        tokens: dict[int, ImageTokens] = {}
+        methods, groups, parts = [], [], []
         for group in tower.features(images, wanted):
             own = self._fitted(group.grid, group.images[0])
             vision = group_tokens(group, last, tower.config.num_heads)
@@ -47,11 +47,18 @@ class BlockEncoding:
                 vision.fingerprint = fingerprint(pixels.to(vision.features.device))
             if stage.reads_question and questions is not None:
                 vision.questions = [questions[number] for number in group.images]
-            vision = self._through(own.vision, vision)
-            for place, number in enumerate(group.images):
+            methods.append(own)
+            groups.append(group.images)
+            parts.append(own.vision.after_encoder(vision))
+        tokens: dict[int, ImageTokens] = {}
+        for own, numbers, vision in zip(methods, groups, self._merged(parts), strict=True):
+            vision = own.vision.after_projector(vision)
+            home = device_of(self.get_input_embeddings())
+            vision = vision if vision.features.device == home else moved(vision, home)
+            for place, number in enumerate(numbers):
                 image = own_grid_layout(vision, place, lengths[number])
-                numbers = {name: values[place] for name, values in vision.image_extras.items()}
-                image = own.vision.after_layout(replace(image, image_extras=numbers))
+                extras = {name: values[place] for name, values in vision.image_extras.items()}
+                image = own.vision.after_layout(replace(image, image_extras=extras))
                 tokens[number] = pruner.decoder.before_prompt(image)
         return [tokens[number] for number in range(len(images))]
 
@@ -59,21 +66,28 @@ class BlockEncoding:
         """Positions that an image takes without a method; pixels: (h, w, M, values)."""
         return max(pixels.shape[:2])
 
-    def _through(self, stage: VisionStage, vision: VisionTokens) -> VisionTokens:
-        """The hooks of a method around the merger."""
+    def _merged(self, groups: list[VisionTokens]) -> list[VisionTokens]:
+        """Groups of images behind the merger.
+
+        It is called once, whatever grids there are: processes that train together and hold its
+        weights in pieces wait for each other at every call.
+        """
         merger = self.get_vision_tower().merger
-        vision = stage.after_encoder(vision)
-        if (device := device_of(merger)) != vision.features.device:
-            vision = moved(vision, device)
-        block = vision.block
+        device = device_of(merger)
+        groups = [g if g.features.device == device else moved(g, device) for g in groups]
 
         def project(features: Tensor) -> Tensor:
-            return merger(features.unflatten(-1, (block, -1)))
+            """(..., M * C) -> (..., D)"""
+            return merger(features.unflatten(-1, (groups[0].block, -1)))
 
-        features = project(vision.features)
-        vision = stage.after_projector(replace(vision, features=features, project=project))
-        home = device_of(self.get_input_embeddings())
-        return vision if vision.features.device == home else moved(vision, home)
+        rows = [group.features.flatten(0, -2) for group in groups]
+        merged = project(rows[0] if len(rows) == 1 else torch.cat(rows))
+        merged = merged.split([len(part) for part in rows])
+        pairs = zip(groups, merged, strict=True)
+        return [
+            replace(group, features=part.unflatten(0, group.features.shape[:-1]), project=project)
+            for group, part in pairs
+        ]
 
     def _fitted(self, grid: tuple[int, int], number: int) -> Pruner:
         """The method for images of this grid, of which `number` is the first."""

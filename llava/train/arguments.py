@@ -59,6 +59,11 @@ class DataArguments:
     is_multimodal: bool = False
     image_folder: str | None = None
     image_aspect_ratio: str = "square"
+    min_pixels: int | None = field(
+        default=None,
+        metadata={"help": "added: least area of an image (Qwen2.5-VL: 784 pixels are a token)"},
+    )
+    max_pixels: int | None = field(default=None, metadata={"help": "added: largest area"})
     skip_bad_samples: bool = field(
         default=False,
         metadata={"help": "added: leave out samples with mistakes instead of stopping"},

@@ -91,17 +91,17 @@ def token_spans(text: str, ids: list[int], tokenizer) -> list[Span]:
 
 
 def _walk(text: bytes, pieces: list[str], tokenizer) -> list[Span] | None:
-    """Byte spans of sentencepiece pieces laid over the text they came from, None if they differ.
+    """Byte spans of pieces laid over the text they came from, None if they differ.
 
-    A piece may begin with a space the text lacks: the tokenizer puts one in front of its input and
-    behind special tokens. Such a space has no width.
+    A piece of sentencepiece may begin with a space the text lacks: the tokenizer puts one in front
+    of its input and behind special tokens. Such a space has no width.
     """
     spans, at = [], 0
     for piece in pieces:
         if at == 0 and piece == tokenizer.bos_token:
             spans.append((0, 0))
             continue
-        span = _place(text, at, _piece_bytes(piece))
+        span = _place(text, at, _piece_bytes(piece, tokenizer))
         if span is None:
             return None
         spans.append(span)
@@ -109,7 +109,10 @@ def _walk(text: bytes, pieces: list[str], tokenizer) -> list[Span] | None:
     return None if text[at:].strip() else spans
 
 
-def _piece_bytes(piece: str) -> bytes:
+def _piece_bytes(piece: str, tokenizer) -> bytes:
+    table = getattr(tokenizer, "byte_decoder", None)  # of a tokenizer whose pieces are bytes
+    if table is not None and all(char in table for char in piece):
+        return bytes(table[char] for char in piece)
     if len(piece) == 6 and piece.startswith("<0x"):
         return bytes.fromhex(piece[3:5])
     return piece.replace("\u2581", " ").encode()

@@ -1,4 +1,4 @@
-"""The Trainer of transformers with LLaVA's sampler, learning-rate groups and checkpoints."""
+"""The Trainer of transformers with our sampler, learning-rate groups and checkpoints."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import GradientAccumulationPlugin
 from transformers import Trainer, TrainerCallback
 
+from .family import FULL, LORA, PROJECTOR, Family
+from .llava_family import LlavaFamily
 from .optimizer import MuonWith, decoder_matrices, parameter_groups, split_matrices
 from .sampler import EpochRandomSampler, LengthGroupedSampler
 from .saving import (
     NON_LORA_FILE,
     PROJECTOR_FILE,
     PRUNER_FILE,
+    is_written,
     lora_state,
     non_lora_state,
     projector_state,
@@ -39,14 +42,15 @@ class SamplerEpochs(TrainerCallback):
 
 
 class LLaVATrainer(Trainer):
-    """Trains a LLaVA model; `args` are `llava.train.arguments.TrainingArguments`.
+    """Trains a model of `family`; `args` are `llava.train.arguments.TrainingArguments`.
 
     The order of samples depends on seed and epoch only, so a resumed run sees the same batches.
     """
 
     _final = False
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, family: Family | None = None, **kwargs):
+        self.family = family or LlavaFamily()
         super().__init__(*args, **kwargs)
         settle_sizes(self.args, self.hidden_size)
 
@@ -102,7 +106,11 @@ class LLaVATrainer(Trainer):
             return self.optimizer
         args = self.args
         groups = parameter_groups(
-            self.model, args.weight_decay, args.mm_projector_lr, args.mm_vision_tower_lr
+            self.model,
+            args.weight_decay,
+            args.mm_projector_lr,
+            args.mm_vision_tower_lr,
+            self.family.part_of,
         )
         if args.matrix_optim not in ("same", "muon"):
             raise ValueError(f"matrix_optim {args.matrix_optim!r} is unknown, choose same or muon")
@@ -135,11 +143,8 @@ class LLaVATrainer(Trainer):
 
     @property
     def saved_part(self) -> str:
-        """What checkpoints hold: "lora", "projector" or "full"."""
-        if hasattr(self.model, "peft_config"):
-            return "lora"
-        tune = getattr(self.model.config, "tune_mm_mlp_adapter", False)
-        return "projector" if tune else "full"
+        """What checkpoints hold, see `Family.saved_part`."""
+        return self.family.saved_part(self.model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the trained part of the model; called by every process.
@@ -148,7 +153,7 @@ class LLaVATrainer(Trainer):
         is written in the compute precision, and its projector file beside a `checkpoint-N` folder.
         """
         folder = output_dir or self.args.output_dir
-        if self.saved_part == "full":
+        if self.saved_part == FULL:
             self._final = not _internal_call
             # What is split between processes is collected by all of them, in the first alone.
             split = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -156,13 +161,13 @@ class LLaVATrainer(Trainer):
             if self.args.should_save:
                 self._save(folder, state)
             return
-        if self.saved_part == "lora":
+        if self.saved_part == LORA:
             states = lora_state(self.model), non_lora_state(self.model)
         else:
             states = (projector_state(self.model),)
         if self.args.should_save:
             os.makedirs(folder, exist_ok=True)
-            if self.saved_part == "lora":
+            if self.saved_part == LORA:
                 save_lora(self.model, folder, *states)
             else:
                 save_projector(self.model, folder, *states, beside=not _internal_call)
@@ -172,12 +177,12 @@ class LLaVATrainer(Trainer):
         folder = output_dir or self.args.output_dir
         os.makedirs(folder, exist_ok=True)
         state = self.model.state_dict() if state_dict is None else state_dict
-        save_full(self.model, folder, state, self.args.compute_dtype if self._final else None)
+        dtype = self.args.compute_dtype if self._final else None
+        save_full(self.model, folder, state, dtype, self.family)
         self._save_extras(folder)
 
     def _save_extras(self, folder: str) -> None:
-        if self.tokenizer is not None and self.saved_part == "full":
-            self.tokenizer.save_pretrained(folder)
+        self.family.save_beside(folder, self.saved_part, self.tokenizer)
         if weights := self._pruner_state():
             torch.save(weights, os.path.join(folder, PRUNER_FILE))
 
@@ -191,9 +196,9 @@ class LLaVATrainer(Trainer):
             return torch.load(path, map_location="cpu", weights_only=True)
 
         model = self.model if model is None else model
-        if self.saved_part == "full":
+        if self.saved_part == FULL:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif self.saved_part == "projector":
+        elif self.saved_part == PROJECTOR:
             load_some(model, read(PROJECTOR_FILE))
         else:
             from peft import load_peft_weights, set_peft_model_state_dict
@@ -205,12 +210,7 @@ class LLaVATrainer(Trainer):
             unwrapped(model).pruner_module.load_state_dict(read(PRUNER_FILE))
 
     def _issue_warnings_after_load(self, load_result) -> None:
-        # A frozen tower and a pruning method are not part of a checkpoint.
-        kept = [
-            name
-            for name in load_result.missing_keys
-            if "vision_tower." not in name and not name.startswith("pruner_module.")
-        ]
+        kept = [n for n in load_result.missing_keys if is_written(self.model, n, self.family)]
         load_result.missing_keys[:] = kept
         super()._issue_warnings_after_load(load_result)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import nn
+
+from .llava_family import LlavaFamily
 
 DECODER_MATRIX = re.compile(r"(^|\.)model\.layers\.\d+\..*weight$")
 
@@ -15,20 +18,23 @@ def parameter_groups(
     weight_decay: float,
     mm_projector_lr: float | None = None,
     mm_vision_tower_lr: float | None = None,
+    part_of: Callable[[str], str] | None = None,
 ) -> list[dict]:
     """Optimizer groups of all trainable parameters.
 
     Two groups, with weight decay and without (norms and biases); two more for the projector, and
     for the vision tower, if they have their own learning rate. None of them is empty.
+    part_of: as of a `Family`; None: LLaVA's
     """
-    own_lr = {"mm_projector": mm_projector_lr, "vision_tower": mm_vision_tower_lr}
+    part_of = part_of or LlavaFamily().part_of
+    own_lr = {"projector": mm_projector_lr, "tower": mm_vision_tower_lr}
     own_lr = {part: lr for part, lr in own_lr.items() if lr is not None}
     no_decay = undecayed_names(model)
     parameters: dict[str, list] = {part: [] for part in ("", *own_lr)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = next((part for part in own_lr if part in name), "")
-            parameters[part].append((name, parameter))
+            part = part_of(name)
+            parameters[part if part in own_lr else ""].append((name, parameter))
     groups = []
     for part, members in parameters.items():
         lr = {"lr": own_lr[part]} if part else {}

@@ -46,7 +46,8 @@ def render(messages: Sequence[dict], conv: Conversation) -> Rendered:
         if i % 2 == 1:
             open_turn = len(conv.get_prompt())
             conv.messages[-1][1] = value
-            answers.append((open_turn, len(conv.get_prompt())))
+            # A line break behind the end mark belongs to the next turn: generation stops before it.
+            answers.append((open_turn, len(conv.get_prompt().rstrip("\n"))))
     return Rendered(conv.get_prompt(), answers)
 
 

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, SeparatorStyle
@@ -113,19 +113,28 @@ def name(number: int, sample) -> str:
 
 
 def check_conversations(
-    samples: list, numbers: list[int], conv: Conversation, findings: Findings
+    samples: list,
+    numbers: list[int],
+    conv: Conversation,
+    findings: Findings,
+    several: bool = False,
+    reserved: Sequence[str] = (),
 ) -> None:
     """Notes what is wrong with LLaVA conversations, and brings them into one form, in place.
 
-    numbers: place of each sample in its file. One form: roles "human", "gpt" and (a first turn)
-    "system", texts for values, no key `image` or the path of one.
+    numbers: place of each sample in its file; several: whether a sample may have several images;
+    reserved: what stands for images behind the tokenizer, and may not be written in a text.
+    One form: roles "human", "gpt" and (a first turn) "system", texts for values, no key `image`, or
+    the path of one, or a list of several.
     """
     alternate = conv.sep_style != SeparatorStyle.SINGLE
     plain = conv.sep_style == SeparatorStyle.PLAIN
     for number, sample in zip(numbers, samples, strict=True):
-        problem = settle_image(sample) or settle_messages(sample)
+        problem = settle_image(sample, several) or settle_messages(sample)
         if problem is None:
-            problem = check_marks(sample, number, findings, plain)
+            problem = check_marks(sample, number, findings, plain, several)
+        if problem is None and reserved:
+            problem = check_texts(sample["conversations"], reserved)
         if problem is None:
             messages = sample["conversations"]
             problem = check_turns(messages, alternate, plain)
@@ -143,8 +152,8 @@ def check_conversations(
             findings.mistake(number, sample, problem)
 
 
-def settle_image(sample) -> str | None:
-    """Makes `image` one path, or no key at all; says what is wrong."""
+def settle_image(sample, several: bool = False) -> str | None:
+    """Makes `image` one path, a list of several, or no key at all; says what is wrong."""
     if not isinstance(sample, dict):
         return f"is a {type(sample).__name__}, expected an object"
     if other := OTHER_IMAGE_KEYS & sample.keys():
@@ -156,8 +165,11 @@ def settle_image(sample) -> str | None:
         image = sample["image"] = image[0]
     if image is None or image == []:
         del sample["image"]
+    elif isinstance(image, list) and several:
+        if odd := [path for path in image if not isinstance(path, str) or not path]:
+            return f"image holds {odd[0]!r}, expected paths"
     elif isinstance(image, list):
-        return f"has {len(image)} images, but training takes one per sample"
+        return f"has {len(image)} images, but training takes one per sample for this model"
     elif not isinstance(image, str) or not image:
         return f"image is {image!r}, expected a path"
     return None
@@ -212,8 +224,10 @@ def is_unicode(text: str) -> bool:
         return False
 
 
-def check_marks(sample: dict, number: int, findings: Findings, plain: bool) -> str | None:
-    """Whether image and `<image>` go together."""
+def check_marks(
+    sample: dict, number: int, findings: Findings, plain: bool, several: bool = False
+) -> str | None:
+    """Whether images and `<image>` go together."""
     marked = [m["from"] for m in sample["conversations"] if DEFAULT_IMAGE_TOKEN in m["value"]]
     if "image" not in sample:
         if plain:
@@ -225,10 +239,32 @@ def check_marks(sample: dict, number: int, findings: Findings, plain: bool) -> s
         return None
     if not marked:
         return f"has an image, but no message holds {DEFAULT_IMAGE_TOKEN}"
-    if len(marked) > 1:
+    if len(marked) > 1 and not several:
         return f"{len(marked)} messages hold {DEFAULT_IMAGE_TOKEN}, but a sample has one image"
-    if marked == ["gpt"]:
+    if set(marked) != {"human"} and (several or marked == ["gpt"]):
         return f"{DEFAULT_IMAGE_TOKEN} stands in an answer: it belongs into the question"
+    if several:
+        count = sum(m["value"].count(DEFAULT_IMAGE_TOKEN) for m in sample["conversations"])
+        images = len(paths_of(sample))
+        if count != images:
+            return (
+                f"has {images} image{'s' * (images > 1)}, but its messages hold "
+                f"{DEFAULT_IMAGE_TOKEN} {count} times: write it once for each"
+            )
+    return None
+
+
+def paths_of(sample: dict) -> list[str]:
+    """The images of a sample, as it names them."""
+    image = sample.get("image", [])
+    return [image] if isinstance(image, str) else image
+
+
+def check_texts(messages: list[dict], reserved: Sequence[str]) -> str | None:
+    """Whether no text holds what the tokenizer takes for a part of an image."""
+    for i, message in enumerate(messages):
+        if odd := [mark for mark in reserved if mark in message["value"]]:
+            return f"message {i} holds {odd[0]}: write {DEFAULT_IMAGE_TOKEN} where an image goes"
     return None
 
 

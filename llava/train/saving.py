@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from llava.model.split_parameters import whole
 
+from .family import Family
+from .llava_family import LlavaFamily
+
 ADAPTER_PARTS = ("mm_projector", "vision_resampler", "image_newline")
 PROJECTOR_FILE = "mm_projector.bin"
 NON_LORA_FILE = "non_lora_trainables.bin"
@@ -82,18 +85,29 @@ def save_lora(model: nn.Module, folder: str, adapter: dict, others: dict) -> Non
     torch.save(others, os.path.join(folder, NON_LORA_FILE))
 
 
+def is_written(model: nn.Module, name: str, family: Family) -> bool:
+    """Whether the weight `name` is in the files of a whole model: a head that is the table of
+    embeddings is there once."""
+    tied = getattr(model.config, "tie_word_embeddings", False) and model._tied_weights_keys
+    return family.is_saved(model, name) and name not in (tied or ())
+
+
 def save_full(
-    model: nn.Module, folder: str, state: dict[str, Tensor], dtype: torch.dtype | None = None
+    model: nn.Module,
+    folder: str,
+    state: dict[str, Tensor],
+    dtype: torch.dtype | None = None,
+    family: Family | None = None,
 ) -> None:
     """Writes config.json and safetensors of the whole model, in `dtype` if given.
 
-    A frozen tower is left out: the config names it. A pruning method's own weights are left out.
-    Raises ValueError when a parameter of the model is missing in what was written.
+    What the family does not save (a tower that the config names) and a pruning method's own weights
+    are left out. Raises ValueError when a parameter of the model is missing in what was written.
     """
-    tower = getattr(model.config, "unfreeze_mm_vision_tower", False)
+    family = family or LlavaFamily()
 
     def wanted(name: str) -> bool:
-        return not name.startswith("pruner_module.") and (tower or "vision_tower." not in name)
+        return is_written(model, name, family)
 
     state = {
         name: value.to(dtype) if dtype is not None and value.is_floating_point() else value

@@ -1,4 +1,4 @@
-"""Trains LLaVA: projector pretraining, full fine-tuning or LoRA.
+"""Trains LLaVA and Qwen2.5-VL: projector pretraining, full fine-tuning or LoRA.
 
     python -m llava.train.train --model_name_or_path CHECKPOINT --version v1 --data_path data.json \
         --image_folder images --vision_tower openai/clip-vit-large-patch14-336 --output_dir OUT ...
@@ -18,18 +18,16 @@ from contextlib import contextmanager
 import transformers
 from accelerate.state import AcceleratorState
 
-from llava.conv_mode import CONFIG_KEY, DEFAULT
-from llava.conversation import Conversation, conv_templates
-from llava.model.split_parameters import whole
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.data import make_supervised_data_module
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.model_setup import (
     add_lora,
     add_pruner,
-    add_vision,
-    freeze_backbone,
-    load_model,
+    check_trained,
+    choose_family,
+    ready_backbone,
+    sees,
     settle_dtypes,
 )
 from llava.train.processes import leave_group
@@ -74,65 +72,27 @@ def prepare(
     if training_args.fsdp and (training_args.lora_enable or model_args.tune_mm_mlp_adapter):
         refuse_fsdp("LoRA or the projector alone")
     join_processes(training_args)
-    model = load_model(model_args, data_args, training_args, given, attn_implementation)
-    llava = model
-    freeze_backbone(model, model_args, training_args)
+    family = choose_family(model_args, training_args, given)
+    model = family.load_model(model_args, data_args, training_args, given, attn_implementation)
+    whole = model
+    ready_backbone(family, model, model_args, training_args)
     if training_args.lora_enable:
-        model = add_lora(model, training_args)
-    tokenizer = load_tokenizer(model_args, training_args)
-    conv = choose_template(tokenizer, llava, model_args.version)
-    if model_args.vision_tower is not None:
-        add_vision(llava, tokenizer, model_args, data_args, training_args)
-        add_pruner(llava, model_args, data_args, pruner)
+        model = add_lora(family, model, training_args)
+    tokenizer = family.load_tokenizer(training_args)
+    conv = family.choose_template(tokenizer, whole, model_args.version)
+    family.add_vision(whole, tokenizer, model_args, data_args, training_args)
+    if sees(whole):
+        add_pruner(whole, model_args, data_args, pruner)
     settle_dtypes(model, training_args)
+    check_trained(model)
     return LLaVATrainer(
+        family=family,
         model=model,
         tokenizer=tokenizer,
         args=training_args,
         callbacks=list(callbacks),
         **make_supervised_data_module(tokenizer, data_args, conv),
     )
-
-
-def load_tokenizer(model_args, training_args):
-    """The checkpoint's slow tokenizer, padding on the right."""
-    return transformers.AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        cache_dir=training_args.cache_dir,
-        model_max_length=training_args.model_max_length,
-        padding_side="right",
-        use_fast=False,
-    )
-
-
-def choose_template(tokenizer, model, version: str) -> Conversation:
-    """The prompt template of `--version`; gives the tokenizer its padding token.
-
-    Its name goes into the model's config, so that whoever loads the result asks in its words.
-    Raises ValueError on an unknown version.
-    """
-    name = {"v0": DEFAULT, "v0.5": DEFAULT, "v1": DEFAULT}.get(version, version)
-    if name not in conv_templates:
-        raise ValueError(
-            f"unknown version {version!r}, choose from v0.5, {', '.join(conv_templates)}"
-        )
-    if version != "v0":
-        tokenizer.pad_token = tokenizer.unk_token
-    elif tokenizer.pad_token is None:
-        add_token_rows(tokenizer, model, {"pad_token": "[PAD]"})
-    setattr(model.config, CONFIG_KEY, name)
-    return conv_templates[name]
-
-
-def add_token_rows(tokenizer, model, special_tokens: dict[str, str]) -> None:
-    """Adds special tokens; their embeddings start as the mean of all others."""
-    added = tokenizer.add_special_tokens(special_tokens)
-    model.resize_token_embeddings(len(tokenizer))
-    if added:
-        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-            with whole([table.weight], change=True):
-                weight = table.weight.data
-                weight[-added:] = weight[:-added].mean(dim=0, keepdim=True)
 
 
 @contextmanager

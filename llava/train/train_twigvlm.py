@@ -28,10 +28,10 @@ from llava.pruning.twigvlm import Twig, grow_twig, published_name, save_twig
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.data import make_supervised_data_module
 from llava.train.llava_trainer import LLaVATrainer
-from llava.train.model_setup import add_vision, load_model
+from llava.train.model_setup import choose_family
 from llava.train.processes import leave_group
 from llava.train.saving import gathered
-from llava.train.train import choose_template, load_tokenizer, own_precision
+from llava.train.train import own_precision
 from llava.train.zero import join_processes, kept_whole, refuse_fsdp
 
 
@@ -158,11 +158,12 @@ def prepare(
     if training_args.fsdp:
         refuse_fsdp("a twig")
     join_processes(training_args)
+    family = choose_family(model_args, training_args, given)
     with kept_whole(training_args):
-        model = load_model(model_args, data_args, training_args, given, attn_implementation)
-        tokenizer = load_tokenizer(model_args, training_args)
-        conv = choose_template(tokenizer, model, model_args.version)
-        add_vision(model, tokenizer, model_args, data_args, training_args)
+        model = family.load_model(model_args, data_args, training_args, given, attn_implementation)
+        tokenizer = family.load_tokenizer(training_args)
+        conv = family.choose_template(tokenizer, model, model_args.version)
+        family.add_vision(model, tokenizer, model_args, data_args, training_args)
     data_args.image_grid_pinpoints = getattr(model.config, "image_grid_pinpoints", None)
     training = TwigTraining(model.to(training_args.device), twig_args.twig_K, twig_args.twig_T)
     if not training_args.deepspeed:  # which keeps float32 copies itself

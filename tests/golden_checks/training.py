@@ -10,14 +10,11 @@ from transformers import AutoTokenizer, LlamaTokenizer
 
 from llava.conversation import conv_templates
 from llava.model.builder import load_pretrained_model
-from llava.train.data import (
-    DataCollatorForSupervisedDataset,
-    LazySupervisedDataset,
-    preprocess_multimodal,
-)
+from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from llava.train.labels import preprocess
 from llava.train.model_setup import find_all_linear_names
 from llava.train.optimizer import parameter_groups
+from llava.train.sample_images import preprocess_multimodal
 from llava.train.sampler import (
     LengthGroupedSampler,
     get_length_grouped_indices,

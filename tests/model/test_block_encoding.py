@@ -152,7 +152,7 @@ def test_hooks_run_once_for_each_grid_and_nothing_is_padded(model):
     model.pruner = spy = Spy()
     images = [picture(h, w, seed) for seed, (h, w) in enumerate(GRIDS)]
     model.image_tokens(images, questions=["a", "b", "c"])
-    wide, merged, *layouts, tall, _, _ = spy.seen
+    wide, tall, merged, *layouts, _, _ = spy.seen
     assert (wide.grid, tall.grid) == ((4, 9), (7, 5))
     assert wide.features.shape == (2, 36, 4 * 16) and merged.features.shape == (2, 36, 32)
     assert wide.salience.shape == (2, 36) and wide.keys.shape == (2, 36, 16)
@@ -160,6 +160,18 @@ def test_hooks_run_once_for_each_grid_and_nothing_is_padded(model):
     assert wide.image_index.tolist() == [0, 1] and wide.block == 4 and wide.valid is None
     assert len(set(wide.fingerprint.tolist() + tall.fingerprint.tolist())) == 3
     assert [image.grid for image in layouts] == [(4, 9), (4, 9)]
+
+
+def test_the_merger_is_called_once_whatever_grids_there_are(model):
+    calls, merger = [], model.visual.merger
+    handle = merger.register_forward_hook(lambda *_: calls.append(1))
+    images = [picture(h, w, seed) for seed, (h, w) in enumerate(GRIDS)]
+    together = [image.embeds for image in model.image_tokens(images)]
+    assert len(calls) == 1  # processes that share its weights would wait for one another
+    handle.remove()
+    for image, embeds in zip(images, together, strict=True):
+        alone = model.image_tokens([image])[0].embeds
+        torch.testing.assert_close(embeds, alone, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

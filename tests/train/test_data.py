@@ -10,13 +10,10 @@ from transformers import AutoTokenizer, CLIPImageProcessor
 
 from llava.conversation import conv_templates
 from llava.model import LlavaLlamaForCausalLM
-from llava.train.data import (
-    DataCollatorForSupervisedDataset,
-    LazySupervisedDataset,
-    preprocess_multimodal,
-)
+from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from llava.train.model_setup import find_all_linear_names
 from llava.train.optimizer import parameter_groups
+from llava.train.sample_images import preprocess_multimodal
 from llava.train.sampler import (
     EpochRandomSampler,
     LengthGroupedSampler,

@@ -8,8 +8,8 @@ from transformers import LlamaTokenizer
 from llava.constants import IGNORE_INDEX
 from llava.conversation import SeparatorStyle, conv_templates
 from llava.train import labels
-from llava.train.data import preprocess_multimodal
 from llava.train.labels import preprocess, token_spans, tokenize_with_spans
+from llava.train.sample_images import preprocess_multimodal
 from tests.golden_data import GOLDEN, golden_json
 
 RECORDED = golden_json("llava-base/train_labels.json")

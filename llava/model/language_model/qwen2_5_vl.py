@@ -58,6 +58,10 @@ class Qwen2_5_VLConfig(Qwen2Config):
         self.vision_start_token_id = vision_start_token_id
         self.vision_end_token_id = vision_end_token_id
 
+    def to_diff_dict(self) -> dict:
+        """What is saved: every size of the tower, as other programs may have other defaults."""
+        return super().to_diff_dict() | {"vision_config": self.vision_config.to_diff_dict()}
+
 
 class Qwen2_5_VLTextModel(LlamaModel):
     config_class = Qwen2_5_VLConfig

@@ -119,6 +119,7 @@ class Qwen2_5_VLVisionTower(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.merger = Merger(config)
+        self.gradient_checkpointing = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -176,7 +177,7 @@ class Qwen2_5_VLVisionTower(nn.Module):
         means, outputs = OutputMean(wanted), {}
         for number, block in enumerate(self.blocks):
             segments = plan.wholes if number in full else plan.windows
-            x = block(x, rope, segments, found.get(number))
+            x = self._run(block, x, rope, segments, found.get(number))
             if "output" in wanted.get(number, ()):
                 outputs[number, "output"] = x.detach()
             if (mean := means.add(number, x)) is not None:
@@ -205,6 +206,12 @@ class Qwen2_5_VLVisionTower(nn.Module):
                 group.cues.setdefault(layer, {})[name] = torch.stack([own[n] for n in numbers])
             groups.append(group)
         return groups
+
+    def _run(self, block: Block, x: Tensor, *args) -> Tensor:
+        """A layer, with a checkpoint for the gradients where training asks."""
+        if self.gradient_checkpointing and self.training and x.requires_grad:
+            return self._gradient_checkpointing_func(block.__call__, x, *args)
+        return block(x, *args)
 
     def _sources(self, wanted: Mapping[int, frozenset[str]]) -> dict[int, dict[int, frozenset]]:
         """Layer that gives cues -> the layers it gives them for, each with their names."""
@@ -237,10 +244,17 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: Qwen2_5_VLVisionConfig):
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(3, config.hidden_size, kernel, stride=kernel, bias=False)
+        self.proj = FlatConvolution(3, config.hidden_size, kernel, stride=kernel, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return F.linear(pixels, self.proj.weight.flatten(1))
+        return self.proj(pixels)
+
+
+class FlatConvolution(nn.Conv3d):
+    """A convolution over patches that come one by one, as rows of numbers: a product."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return F.linear(pixels, self.weight.flatten(1))
 
 
 class Block(nn.Module):

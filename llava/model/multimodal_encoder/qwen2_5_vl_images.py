@@ -76,6 +76,16 @@ class Qwen2_5_VLImageProcessor:
             )
         return [self._patches(image) for image in images]
 
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) tokens that a picture of this (width, height) becomes.
+
+        Raises ValueError where it is too small or too thin, see `smart_resize`.
+        """
+        width, height = size
+        block = self.patch_size * self.merge_size
+        height, width = smart_resize(height, width, block, self.min_pixels, self.max_pixels)
+        return height // block, width // block
+
     def split(self, pixel_values: Tensor, image_grid_thw: Tensor) -> list[Tensor]:
         """What `process_images` gives, from what `preprocess` gives."""
         return split_images(pixel_values, image_grid_thw, self.merge_size)
@@ -86,13 +96,10 @@ class Qwen2_5_VLImageProcessor:
             what = VIDEOS if video else f"an image must be a PIL image, not {type(image).__name__}"
             raise ValueError(what)
         image = to_rgb(image)
-        width, height = image.size
-        height, width = smart_resize(
-            height, width, self.patch_size * self.merge_size, self.min_pixels, self.max_pixels
-        )
-        levels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+        h, w = self.grid(image.size)
         patch, merge = self.patch_size, self.merge_size
-        h, w = height // (patch * merge), width // (patch * merge)
+        size = w * patch * merge, h * patch * merge
+        levels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
         # (h, inner row, y, w, inner column, x, channel) -> (h, w, row, column, channel, y, x)
         levels = levels.reshape(h, merge, patch, w, merge, patch, 3).transpose(0, 3, 1, 4, 6, 2, 5)
         values = np.empty((h, w, merge, merge, 3, self.temporal_patch_size, patch, patch), "f4")
