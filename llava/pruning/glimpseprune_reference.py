@@ -6,17 +6,13 @@ from collections.abc import Sequence
 from itertools import chain
 from numbers import Real
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from .cells import boxes_to_cells
+from .cells import boxes_to_cells, mask_to_cells
 from .glimpseprune_views import Grid
 
 Box = Sequence[float]
-#: brightness above which a pixel of a mask stays
-HALF = 127
 
 
 def check_boxes(boxes: Sequence) -> None:
@@ -57,13 +53,9 @@ def reference_cells(
     repeats = max(1, total // max(1, len(given)))
     if repeats * len(given) != total or images[::repeats] != images[repeats - 1 :: repeats]:
         raise ValueError(f"{name} are given for {len(given)} images, the prompts hold {total}")
-    parts, number = [], 0
+    parts, left = [], iter(given)
     for row in images[::repeats]:
-        cells = []
-        for grid, crops in row:
-            own = given[number]
-            number += 1
-            cells.append((_of_boxes(own, grid) if masks is None else _of_mask(own, grid), crops))
+        cells = [(_cells(next(left), grid, masks is None), crops) for grid, crops in row]
         parts += cells * repeats
     return _joined(parts)
 
@@ -72,20 +64,8 @@ def _joined(parts: list[tuple[Tensor, int]]) -> Tensor:
     return torch.cat([cells.flatten().repeat(crops) for cells, crops in parts])
 
 
-def _of_boxes(boxes: Sequence[Box] | None, grid: Grid) -> Tensor:
-    """None stands for the whole image."""
-    return torch.ones(grid, dtype=torch.bool) if boxes is None else boxes_to_cells(boxes, grid)
-
-
-def _of_mask(mask, grid: Grid) -> Tensor:
-    if isinstance(mask, Image.Image):
-        rows, columns = grid
-        small = mask.convert("L").resize((columns, rows), Image.Resampling.NEAREST)
-        return torch.from_numpy(np.asarray(small) > HALF)
-    cells = torch.as_tensor(mask).cpu()
-    if tuple(cells.shape) != grid or cells.is_floating_point():
-        raise ValueError(
-            f"a mask of ref_masks is {tuple(cells.shape)} of {cells.dtype}, but its image has "
-            f"{grid[0]} x {grid[1]} tokens: give True or False for each, or a picture"
-        )
-    return cells.bool()
+def _cells(given, grid: Grid, are_boxes: bool) -> Tensor:
+    """Boxes, None (all of the image) or a mask."""
+    if given is None:
+        return torch.ones(grid, dtype=torch.bool)
+    return boxes_to_cells(given, grid) if are_boxes else mask_to_cells(given, grid)

@@ -1,11 +1,20 @@
 """GlimpsePrune: the glimpse's attention, importance logits, masks, batches, and what is oracle."""
 
+import json
 from copy import copy
 
 import numpy as np
 import torch
 
-from llava.pruning import build_pruner, trace_pruning
+from llava.model.language_model.qwen2_5_vl import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+from llava.pruning import Prefill, build_pruner, trace_pruning
+from llava.pruning.glimpseprune import CONDITIONS, WEIGHTS_FILES, GlimpseState
+from llava.pruning.glimpseprune_views import CROPS
+from llava.pruning.learned import read_part
+from llava.pruning.tokens import GRID
 from tests.golden_cases import build_from_case, load_arrays, locate
 from tests.golden_checks.compare import SCORES_ATOL
 from tests.golden_checks.e2e import (
@@ -257,3 +266,50 @@ def check_conditions(model, images, pruner, recorded, report):
     for number, layer in enumerate(layers):
         output = group.cues[layer]["output"][0].unflatten(-1, (4, -1)).mean(dim=1)
         report.close(f"vip_cond {number}", output, recorded["vip_cond"][number], EMBEDS_ATOL)
+
+
+def check_around_predictor(case, folder, recorded, report):
+    """What stays, from recorded attention of the glimpse and recorded states of the tower; no
+    weights of the model are there."""
+    values = json.loads((locate(case["args"]["new_modules"], folder) / "config.json").read_text())
+    values["rope_scaling"]["type"] = "mrope"
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**values))
+    pruner = build(case, folder)
+    pruner.module = pruner.load(model).to_empty(device="cpu")
+    _, tensors = read_part(pruner.new_modules, WEIGHTS_FILES)
+    pruner.module.load_state_dict(tensors)
+    config = pruner.module.config
+    is_image = torch.tensor(recorded["input_ids"] == values["image_token_id"])
+    rows = torch.zeros(len(is_image), recorded["glimpse_attn"].shape[1])
+    rows[is_image] = torch.tensor(recorded["glimpse_attn"])
+    states = torch.tensor(recorded["vip_cond"])[:, None]
+    conditions = pruner.module.attn_fuser.conditions(list(states))
+    context = conditions.new_zeros(1, len(is_image), conditions.shape[-1])
+    context[0, is_image] = conditions[0]
+    places = torch.arange(len(is_image))[None]
+    _, h, w = recorded["image_grid_thw"][0].tolist()
+    prefill = Prefill(
+        decoder=None,
+        layer=config.reduce_layer + 1,
+        hidden_states=torch.zeros(1, len(is_image), 1),
+        position_ids=places,
+        visual_index=is_image.long()[None] - 1,
+        patch_index=torch.where(is_image, is_image.cumsum(0), 0)[None] - 1,
+        index=places,
+        valid=None,
+        grid=None,
+        extras={CONDITIONS: context},
+        image_extras=dict(zip((*GRID, CROPS), ([[h // 2]], [[w // 2]], [[1]]), strict=True)),
+    )
+    parts = rows.T.unflatten(0, (len(config.selected_layers), 1, -1))
+    prefill.state = GlimpseState({}, dict(zip(config.selected_layers, parts, strict=True)))
+    with Spy(pruner) as spy:
+        left = pruner.reduce(prefill)
+    check_predictor(spy, pruner, recorded, report)
+    name = f"decoder_keep_L{prefill.layer}"
+    report.equal(name, left.index[0], recorded[name])
+    report.equal("keep_mask", (left.visual_index >= 0).sum(), recorded["keep_mask"].sum())
+
+
+FUNCTIONS = {"predictor": check_around_predictor}

@@ -144,7 +144,6 @@ def test_boxes_mark_every_cell_they_touch():
     assert boxes_to_cells([[0, 0, 1, 1]], (2, 4)).all()
 
 
-@pytest.mark.skipif(not (GOLDEN / "glimpseprune-qwen").is_dir(), reason="not shipped")
 def test_boxes_become_the_recorded_cells():
     for case in golden_json("glimpseprune-qwen/utils.json")["box_to_mask"]:
         cells = boxes_to_cells(case["normed_bboxes"], tuple(case["grid_hw"]))
