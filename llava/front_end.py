@@ -6,16 +6,23 @@ Programs call these methods and know no family: what differs from LLaVA is said 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from PIL import Image
 from torch import Tensor
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+    DEFAULT_VIDEO_TOKEN,
+)
 from llava.conversation import Conversation, conv_templates
 from llava.image_settings import ImageSettings
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.inputs import Picture, generate_inputs
+from llava.video_io import Clip
 
 
 @dataclass
@@ -59,16 +66,26 @@ class FrontEnd:
         """A new dialogue in the prompt template."""
         return conv_templates[self.conv_mode].copy()
 
-    def marked(self, text: str, num_images: int = 0) -> str:
-        """The text with a mark for every image: where it says `<image>`, or else in front."""
+    def marked(self, text: str, num_images: int = 0, num_videos: int = 0) -> str:
+        """The text with a mark for every image: where it says `<image>`, or else in front; with
+        videos also where it says `<video>`, or else behind the images."""
+        if num_videos:
+            if DEFAULT_VIDEO_TOKEN not in text and DEFAULT_IMAGE_TOKEN in text:
+                raise ValueError(
+                    f"the text says where images go ({DEFAULT_IMAGE_TOKEN}), but not where the "
+                    f"{num_videos} videos do: write {DEFAULT_VIDEO_TOKEN} once for each"
+                )
+            num_images += num_videos
+            text = text.replace(DEFAULT_VIDEO_TOKEN, DEFAULT_IMAGE_TOKEN)
         if DEFAULT_IMAGE_TOKEN in text:
             return with_marks(text, self.mark, self.separator)
         return (self.mark + self.separator) * num_images + text
 
-    def prompt(self, text: str, num_images: int = 0) -> str:
-        """The whole prompt: a text about so many images as one turn of the user."""
+    def prompt(self, text: str, num_images: int = 0, num_videos: int = 0) -> str:
+        """The whole prompt: a text about so many images and videos as one turn of the user."""
         conversation = self.conversation()
-        conversation.append_message(conversation.roles[0], self.marked(text, num_images))
+        marked = self.marked(text, num_images, num_videos)
+        conversation.append_message(conversation.roles[0], marked)
         conversation.append_message(conversation.roles[1], None)
         return conversation.get_prompt()
 
@@ -86,6 +103,19 @@ class FrontEnd:
         settings = settings or self.model.image_settings
         return Picture(process_images([image], self.image_processor, settings)[0], image.size)
 
+    def video(self, clip: Clip) -> Picture:
+        """A video as the vision tower takes it, which has a mark like an image.
+
+        Raises ValueError where the model takes images alone.
+        """
+        process = getattr(self.image_processor, "process_video", None)
+        if process is None:
+            raise ValueError(
+                f"{type(self.model).__name__} takes no videos: give single frames as images, one "
+                f"{DEFAULT_IMAGE_TOKEN} each"
+            )
+        return Picture(process(clip.frames, clip.fps), clip.frames[0].size)
+
     def inputs(
         self, prompts: list[Tensor], pictures: list[list[Picture]], questions: list[str]
     ) -> dict:
@@ -102,6 +132,23 @@ class FrontEnd:
         """The texts of new tokens (B, n)."""
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+
+def in_order(text: str, images: list, videos: list) -> list:
+    """Images and videos as `text` says `<image>` and `<video>`; without, images first.
+
+    Raises ValueError unless the text has a place for each, or none at all.
+    """
+    marks = re.findall(f"{DEFAULT_IMAGE_TOKEN}|{DEFAULT_VIDEO_TOKEN}", text)
+    if not marks:
+        return images + videos
+    for mark, own in ((DEFAULT_IMAGE_TOKEN, images), (DEFAULT_VIDEO_TOKEN, videos)):
+        if (count := marks.count(mark)) != len(own):
+            raise ValueError(
+                f"the text says {mark} {count} times, for {len(own)} of them: write it once each"
+            )
+    left = {DEFAULT_IMAGE_TOKEN: iter(images), DEFAULT_VIDEO_TOKEN: iter(videos)}
+    return [next(left[mark]) for mark in marks]
 
 
 def with_marks(text: str, mark: str, separator: str) -> str:

@@ -26,7 +26,7 @@ DTYPES = {
 
 
 #: settings of image processors that keep the proportions of an image
-PIXELS = ("min_pixels", "max_pixels")
+PIXELS = ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels")
 
 
 def add_option(parser, flag: str, **kwargs) -> None:
@@ -46,7 +46,8 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     add_option(group, "--load-4bit", action="store_true")
     add_option(group, "--attn-implementation", help="sdpa, flash_attention_2 or eager")
     for name in PIXELS:
-        help = "bound of the area an image is resized to (Qwen2.5-VL: 784 pixels are a token)"
+        what = "a frame of a video" if name.startswith("video") else "an image"
+        help = f"bound of the area {what} is resized to (Qwen2.5-VL: 784 pixels are a token)"
         add_option(group, "--" + name.replace("_", "-"), type=int, help=help)
 
 

@@ -99,6 +99,20 @@ def test_kept_patches_of_several_anyres_images_are_drawn(run, tmp_path):
     assert (pixels == [255, 200, 0]).all(axis=2).any()
 
 
+def test_a_question_about_a_video_and_an_image(run, tmp_path):
+    frames = [Image.new("RGB", (168, 112), (12 * n, 90, 0)) for n in range(17)]
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:], duration=250)
+    picture = tmp_path / "kept.png"
+    options = ["--video-file", tmp_path / "clip.gif", "--fps", 8, "--num-frames", 14]
+    options += ["--video-min-pixels", 8 * 784, "--pruning-method", "vispruner"]
+    query = "<video-placeholder> and <image-placeholder>: which?"
+    more = ["--visual-token-num", 14, "--show-pruning", picture]
+    run(*ask(*options, *more, model=str(GOLDEN / "tiny-qwen2.5-vl-cut"), query=query))
+    pixels = np.asarray(Image.open(picture))
+    assert pixels.shape[1] == 7 * 560 + 8 * 12  # six of the seven pairs of frames, the image
+    assert (pixels == [255, 200, 0]).all(axis=2).any()
+
+
 def test_a_prompt_that_is_too_long_ends_with_both_numbers(run):
     with pytest.raises(SystemExit, match=r"takes \d+ positions, and the model has \d+ "):
         run(*ask(query="word " * 6000))
@@ -122,6 +136,17 @@ BAD = {
         "1 images, but the query has places for 2",
     ),
     "no question": (["--image-file", IMAGE], "--query is missing"),
+    "a video for a model of images": (
+        ask(
+            "--video-file", str(GOLDEN / "images"), query="<video-placeholder> <image-placeholder>"
+        ),
+        "takes no videos: give single frames as images",
+    ),
+    "a video without a place": (
+        ask("--video-file", IMAGE, query="What is <image-placeholder>?"),
+        "1 videos, but the query has places for 0: write <video-placeholder>",
+    ),
+    "frames without a video": (ask("--num-frames", 4), "there is no --video-file"),
     "a picture of no type": (ask("--show-pruning", "kept"), "must end in .png"),
     "a model that is not there": (ask(model="./nowhere"), "./nowhere"),
 }

@@ -11,9 +11,10 @@ from PIL import Image
 
 from llava.conversation import conv_templates
 from llava.eval.run_llava import build_parser
-from llava.front_end import FrontEnd
+from llava.front_end import FrontEnd, in_order
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model_args import load_front_end
+from llava.video_io import Clip
 from tests.paths import GOLDEN, ROOT
 
 NAMES = ("img0_336x336.png", "img1_640x360.png", "img2_300x480.png")
@@ -88,6 +89,38 @@ def test_marks_stand_where_the_text_has_them_or_in_front(front, monkeypatch):
     wrapped = "<im_start><image><im_end>"
     assert front.marked("Why?", 1) == f"{wrapped}\nWhy?"
     assert front.marked("Is <image> red?", 1) == f"Is {wrapped} red?"
+
+
+@pytest.fixture(scope="module")
+def own_grids():
+    return load("tiny-qwen2.5-vl-cut")
+
+
+def test_videos_have_marks_like_images_behind_them(own_grids):
+    mark = "<|vision_start|><image><|vision_end|>"
+    assert own_grids.marked("Why?", 1, 2) == f"{mark * 3}Why?"
+    assert own_grids.marked("<video>\nas <image>", 1, 1) == f"{mark}\nas {mark}".replace("\n", "")
+    assert own_grids.marked("What is <video>?") == "What is <video>?"  # there is none
+    with pytest.raises(ValueError, match="not where the 1 videos do: write <video>"):
+        own_grids.marked("Is it <image>?", 1, 1)
+
+
+def test_a_text_says_the_order_of_images_and_videos():
+    assert in_order("Why?", ["a"], ["b"]) == ["a", "b"]
+    assert in_order("<video> <image> <video>", ["a"], ["b", "c"]) == ["b", "a", "c"]
+    with pytest.raises(ValueError, match="says <video> 1 times, for 2 of them"):
+        in_order("<video> <image>", ["a"], ["b", "c"])
+
+
+def test_a_video_is_prepared_with_its_rate(own_grids, front):
+    clip = Clip([image.resize((112, 84)) for image in IMAGES], fps=1.5)
+    shown = own_grids.video(clip)
+    assert len(shown.pixels) == 2 and shown.pixels.seconds == 2 / 1.5 and shown.size == (112, 84)
+    ids = own_grids.encode(own_grids.prompt("Why?", num_videos=1))
+    inputs = own_grids.inputs([ids], [[shown]], ["Why?"])
+    assert own_grids.model.generate(**inputs, max_new_tokens=2).shape[0] == 1
+    with pytest.raises(ValueError, match="LlavaLlamaForCausalLM takes no videos: give single"):
+        front.video(clip)
 
 
 def test_only_so_many_marks_of_a_prompt_are_images(front):

@@ -1,9 +1,10 @@
-"""Asks a model one question about one or several images, and prints its answer.
+"""Asks a model one question about one or several images or videos, and prints its answer.
 
     python -m llava.eval.run_llava --model-path liuhaotian/llava-v1.5-7b --image-file view.jpg \
         --query "What is shown here?" --pruning-method vispruner --show-pruning kept.png
 
-Without a model the playground's is used, without an image one of its benchmark.
+Without a model the playground's is used, without an image one of its benchmark. Videos
+(`--video-file clip.gif`, or a folder of frames) are for models that take them, such as Qwen2.5-VL.
 """
 
 from __future__ import annotations
@@ -16,14 +17,21 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+from llava.constants import (
+    DEFAULT_IMAGE_TOKEN,
+    DEFAULT_VIDEO_TOKEN,
+    IMAGE_PLACEHOLDER,
+    VIDEO_PLACEHOLDER,
+)
 from llava.errors import errors_as_messages
+from llava.front_end import in_order
 from llava.mm_utils import load_image
 from llava.model_args import add_asking_args, add_option, load_front_end, sampling
 from llava.playground import default_image
 from llava.pruning import trace_pruning
 from llava.pruning.cli import pairs_in
 from llava.pruning.picture import show_pruning
+from llava.video_io import load_video
 
 DEFAULT_QUERY = "What color is the ring?\nAnswer the question using a single word or phrase."
 PICTURE_TYPES = (".png", ".jpg", ".webp")
@@ -42,8 +50,12 @@ def load_images(image_files: list[str]) -> list[Image.Image]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_option(parser, "--image-file", help="file or URL; several with --sep between them")
-    add_option(parser, "--query", help=f"{IMAGE_PLACEHOLDER} in it says where an image goes")
-    add_option(parser, "--sep", default=",", help="between image files (default: a comma)")
+    add_option(parser, "--video-file", help="file, or folder of frames; several like image files")
+    add_option(parser, "--fps", type=float, help="frames a second to take of a video (2)")
+    add_option(parser, "--num-frames", type=int, help="the most frames to take of a video (768)")
+    places = f"{IMAGE_PLACEHOLDER} and {VIDEO_PLACEHOLDER} in it say where images and videos go"
+    add_option(parser, "--query", help=places)
+    add_option(parser, "--sep", default=",", help="between files (default: a comma)")
     add_option(parser, "--temperature", type=float, default=0.2, help="0: no sampling")
     add_option(parser, "--top-p", type=float)
     add_option(parser, "--num-beams", type=int, default=1)
@@ -53,19 +65,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def with_marks(query: str, num_images: int) -> str:
-    """The query with an image token for every placeholder, or one in front if it has none.
+def with_marks(query: str, num_images: int, num_videos: int = 0) -> str:
+    """The query with a token for every placeholder of an image or a video, or, if it has none, one
+    for each kind in front.
 
-    Raises ValueError unless it has a place for every image.
+    Raises ValueError unless it has a place for every image and video.
     """
     marked = query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
-    if IMAGE_PLACEHOLDER not in query:
-        marked = f"{DEFAULT_IMAGE_TOKEN}\n{query}"
-    if (num_marks := marked.count(DEFAULT_IMAGE_TOKEN)) != num_images:
-        raise ValueError(
-            f"{num_images} images, but the query has places for {num_marks}: write "
-            f"{IMAGE_PLACEHOLDER} into it once for each image"
-        )
+    marked = marked.replace(VIDEO_PLACEHOLDER, DEFAULT_VIDEO_TOKEN)
+    if IMAGE_PLACEHOLDER not in query and VIDEO_PLACEHOLDER not in query:
+        kinds = ((DEFAULT_IMAGE_TOKEN, num_images), (DEFAULT_VIDEO_TOKEN, num_videos))
+        marked = "".join(f"{mark}\n" for mark, count in kinds if count) + query
+    for placeholder, mark, count in (
+        (IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN, num_images),
+        (VIDEO_PLACEHOLDER, DEFAULT_VIDEO_TOKEN, num_videos),
+    ):
+        places = marked.count(mark) if count or placeholder in query else 0
+        if places != count:
+            kind = "images" if mark == DEFAULT_IMAGE_TOKEN else "videos"
+            raise ValueError(
+                f"{count} {kind}, but the query has places for {places}: write {placeholder} into "
+                "it once for each"
+            )
     return marked
 
 
@@ -82,28 +103,34 @@ def check_picture_name(path: str | None) -> None:
 @torch.inference_mode()
 def answer(args) -> str:
     """The model's answer; also draws the picture of `args.show_pruning`."""
-    if args.query is None and args.image_file is not None:
+    given = args.image_file is not None or args.video_file is not None
+    if args.query is None and given:
         raise ValueError("--query is missing: what should be asked about the image?")
+    if args.video_file is None and (args.fps is not None or args.num_frames is not None):
+        raise ValueError("--fps and --num-frames are about videos: there is no --video-file")
     check_picture_name(args.show_pruning)
     query = DEFAULT_QUERY if args.query is None else args.query
-    names = image_parser(args) if args.image_file else [default_image()]
-    if args.image_file is None:
+    names = image_parser(args) if args.image_file else [] if given else [default_image()]
+    if not given:
         print(f"image: {names[0]}; question: {query.splitlines()[0]}", file=sys.stderr)
-    text = with_marks(query, len(names))
+    videos = args.video_file.split(args.sep) if args.video_file else []
+    text = with_marks(query, len(names), len(videos))
     images = load_images(names)
+    clips = [load_video(name, args.fps, args.num_frames) for name in videos]
     front = load_front_end(args)
 
-    ids = front.encode(front.prompt(text))
-    pictures = [front.picture(image) for image in images]
-    asked = query.replace(IMAGE_PLACEHOLDER, "").strip()
+    ids = front.encode(front.prompt(text, len(images), len(clips)))
+    pictures = in_order(text, list(map(front.picture, images)), list(map(front.video, clips)))
+    asked = query.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip()
     with trace_pruning(front.model) as trace:
         inputs = front.inputs([ids], [pictures], [asked])
         output = front.model.generate(**inputs, **sampling(args))
     found = front.decode(output)[0]
     if args.show_pruning:
-        asked = query.replace(IMAGE_PLACEHOLDER, "...")
+        asked = query.replace(IMAGE_PLACEHOLDER, "...").replace(VIDEO_PLACEHOLDER, "...")
         caption = f"Question: {asked} Answer: {found}"
-        show_pruning(images, trace, ids, front.model, caption).save(args.show_pruning)
+        shown = in_order(text, images, [clip.frames for clip in clips])
+        show_pruning(shown, trace, ids, front.model, caption).save(args.show_pruning)
     return found
 
 

@@ -2,12 +2,14 @@
 token of every block of patches.
 
 A pruning method is called as in `llava.model.encoding`, once for all images with equal grids, and
-its budget is a number of tokens by then. Behind the encoder a token is its block's patches side by
-side: what is dropped there is not merged, which changes nothing else.
+its budget is a number of tokens by then. A video is as many images as it has pairs of frames, which
+share its budget equally; in the prompt it is one. Behind the encoder a token is its block's patches
+side by side: what is dropped there is not merged, which changes nothing else.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -21,50 +23,70 @@ from ..pruning.tokens import ImageTokens, VisionTokens
 from .image_layout import own_grid_layout
 from .multimodal_encoder.qwen2_5_vl_encoder import BlockFeatures
 from .multimodal_encoder.qwen2_5_vl_images import blocks_of_pixels, pixels_of_blocks
+from .multimodal_encoder.qwen2_5_vl_videos import Video
 
 
 class BlockEncoding:
     """Mixin of models with `get_vision_tower()`, and a pruning method in use."""
 
     def image_tokens(self, images, image_sizes=None, questions=None) -> list[ImageTokens]:
-        """Tokens of every image; images: (h, w, M, values) each, questions: as in `generate`."""
+        """Tokens of every image; images: (h, w, M, values) each, or a `Video`, of which the tower
+        and the method see every pair of frames as an image; questions: as in `generate`."""
         if questions is not None and len(questions) != len(images):
             raise ValueError(f"{len(questions)} questions for {len(images)} images: give one each")
         pruner, tower = self.pruner, self.get_vision_tower()
         stage, (_, last) = pruner.vision, tower.depth
-        lengths = [image.shape[0] * image.shape[1] for image in images]
+        lengths = [image_length(image) for image in images]
         if fills(type(stage), VisionStage, "before_tower"):
             images = [self._before_tower(image, number) for number, image in enumerate(images)]
+        parts, owner, pairs = [], [], []
+        for number, image in enumerate(images):
+            own = parts_of(image)
+            parts += own
+            owner += [number] * len(own)
+            pairs += [len(own)] * len(own)
         cues = cues_for(stage, tower)
         wanted = dict(stage.tower_extras(*tower.depth))
         wanted[last] = wanted.get(last, frozenset()) | (cues & tower.provides_in_layers)
-        methods, groups, parts = [], [], []
-        for group in tower.features(images, wanted):
-            own = self._fitted(group.grid, group.images[0])
+        batches, encoded = [], []
+        for group in tower.features(parts, wanted, pairs):
+            numbers, count = [owner[part] for part in group.images], pairs[group.images[0]]
+            own = self._fitted(group.grid, count, numbers[0])
             vision = group_tokens(group, last, tower.config.num_heads)
             if "fingerprint" in cues:
-                pixels = torch.stack([images[number] for number in group.images])
+                pixels = torch.stack([parts[part] for part in group.images])
                 vision.fingerprint = fingerprint(pixels.to(vision.features.device))
             if stage.reads_question and questions is not None:
-                vision.questions = [questions[number] for number in group.images]
-            methods.append(own)
-            groups.append(group.images)
-            parts.append(own.vision.after_encoder(vision))
+                vision.questions = [questions[number] for number in numbers]
+            one = own.for_part(count).vision
+            batches.append((own, one, numbers, count))
+            encoded.append(one.after_encoder(vision))
         tokens: dict[int, ImageTokens] = {}
-        for own, numbers, vision in zip(methods, groups, self._merged(parts), strict=True):
-            vision = own.vision.after_projector(vision)
+        for batch, vision in zip(batches, self._merged(encoded), strict=True):
+            own, one, numbers, count = batch
+            vision = one.after_projector(vision)
             home = device_of(self.get_input_embeddings())
             vision = vision if vision.features.device == home else moved(vision, home)
-            for place, number in enumerate(numbers):
-                image = own_grid_layout(vision, place, lengths[number])
-                extras = {name: values[place] for name, values in vision.image_extras.items()}
+            for start in range(0, len(numbers), count):
+                crops, number = slice(start, start + count), numbers[start]
+                image = own_grid_layout(vision, crops, lengths[number], self._times(images[number]))
+                extras = {
+                    name: one_for_all(name, values[crops], number)
+                    for name, values in vision.image_extras.items()
+                }
                 image = own.vision.after_layout(replace(image, image_extras=extras))
                 tokens[number] = pruner.decoder.before_prompt(image)
         return [tokens[number] for number in range(len(images))]
 
-    def image_extent(self, pixels: Tensor) -> int:
-        """Positions that an image takes without a method; pixels: (h, w, M, values)."""
-        return max(pixels.shape[:2])
+    def image_extent(self, image: Tensor | Video) -> int:
+        """Positions that an image or a video takes without a method."""
+        return max(*image.shape[-4:-2], (self._times(image) or [0])[-1] + 1)
+
+    def _times(self, image: Tensor | Video) -> list[int] | None:
+        """Positions in time of the pairs of frames of a video; None: it is an image."""
+        if not isinstance(image, Video):
+            return None
+        return image.times(self.get_vision_tower().config.tokens_per_second)
 
     def _merged(self, groups: list[VisionTokens]) -> list[VisionTokens]:
         """Groups of images behind the merger.
@@ -89,24 +111,53 @@ class BlockEncoding:
             for group, part in pairs
         ]
 
-    def _fitted(self, grid: tuple[int, int], number: int) -> Pruner:
-        """The method for images of this grid, of which `number` is the first."""
+    def _fitted(self, grid: tuple[int, int], pairs: int, number: int) -> Pruner:
+        """The method for images of this grid, of which `number` is the first, or for videos of
+        several pairs of frames of this grid."""
         count = grid[0] * grid[1]
-        own = self.pruner.with_budget_of(count)
+        own = self.pruner.with_budget_of(count * pairs, pairs)
         try:
-            own.check(count, self.config.num_hidden_layers)
+            own.check(count, self.config.num_hidden_layers, pairs)
         except ValueError as error:
-            raise ValueError(f"image {number}, of {grid[0]} x {grid[1]} tokens: {error}") from error
+            times = "" if pairs == 1 else f"{pairs} x "
+            raise ValueError(
+                f"image {number}, of {times}{grid[0]} x {grid[1]} tokens: {error}"
+            ) from error
         return own
 
-    def _before_tower(self, image: Tensor, number: int) -> Tensor:
-        """An image as a method leaves it to the tower."""
-        stage = self._fitted(tuple(image.shape[:2]), number).vision
-        config = self.get_vision_tower().config
-        merge, patch = config.spatial_merge_size, config.patch_size
-        pixels = pixels_of_blocks(image, merge, patch)[None]
-        changed = stage.before_tower(pixels, merge * patch)
-        return image if changed is pixels else blocks_of_pixels(changed[0], merge, patch)
+    def _before_tower(self, image: Tensor | Video, number: int) -> Tensor | Video:
+        """An image, or all frames of a video, as a method leaves them to the tower."""
+        parts, config = parts_of(image), self.get_vision_tower().config
+        own = self._fitted(tuple(parts[0].shape[:2]), len(parts), number).for_part(len(parts))
+        merge, patch, frames = config.spatial_merge_size, config.patch_size, 1
+        if isinstance(image, Video):
+            frames = config.temporal_patch_size
+        pixels = torch.cat([pixels_of_blocks(part, merge, patch, frames) for part in parts])
+        changed = own.vision.before_tower(pixels, merge * patch)
+        if changed is pixels:
+            return image
+        smaller = [blocks_of_pixels(part, merge, patch) for part in changed.split(frames)]
+        return replace(image, pixels=torch.stack(smaller)) if frames > 1 else smaller[0]
+
+
+def parts_of(image: Tensor | Video) -> list[Tensor]:
+    """What the tower sees as an image each, (h, w, M, values): the pairs of frames of a video."""
+    return list(image.pixels) if isinstance(image, Video) else [image]
+
+
+def image_length(image: Tensor | Video | ImageTokens) -> int:
+    """Tokens that an image or a video takes in a prompt without a method."""
+    return image.length if isinstance(image, ImageTokens) else math.prod(image.shape[:-2])
+
+
+def one_for_all(name: str, values: list, number: int):
+    """What a method left for an image, from what it left for each pair of frames of a video."""
+    if len(set(values)) > 1:
+        raise ValueError(
+            f"image_extras[{name!r}] differs between the pairs of frames of video {number}: a "
+            "number of its own for each image has no meaning for videos"
+        )
+    return values[0]
 
 
 def group_tokens(group: BlockFeatures, last: int, num_heads: int) -> VisionTokens:

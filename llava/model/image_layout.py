@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..pruning.ops import on_device
 from ..pruning.per_token import each, with_zeros
 from ..pruning.tokens import MERGED, ImageLayout, ImageTokens, VisionTokens
 
@@ -52,8 +53,10 @@ def unpad_image(tensor: Tensor, original_size: tuple[int, int]) -> Tensor:
     return tensor[:, top:bottom, left:right]
 
 
-def flat_layout(vision: VisionTokens, crops: slice, num_patches: int) -> ImageTokens:
-    """Crop after crop, tokens of a crop in their order."""
+def flat_layout(
+    vision: VisionTokens, crops: slice, num_patches: int, axes: Tensor | None = None
+) -> ImageTokens:
+    """Crop after crop, tokens of a crop in their order; axes: their `ImageTokens.positions`."""
     positions, grid = vision.positions[crops], vision.grid
     count = positions.shape[0]
     shift = torch.arange(count, device=positions.device)[:, None] * num_patches
@@ -65,6 +68,7 @@ def flat_layout(vision: VisionTokens, crops: slice, num_patches: int) -> ImageTo
         extras=_extras(vision, crops),
         blocks=(grid if math.prod(grid) == num_patches else (1, num_patches),) * count,
         crops=count,
+        positions=axes,
         grid=grid,
     )
     if vision.valid is None:
@@ -174,17 +178,25 @@ def _patch_numbers(vision, crops: slice, shift: Tensor, num_patches: int) -> Ten
     return (positions + shift).masked_fill(no_patch, -1).flatten()
 
 
-def own_grid_layout(vision: VisionTokens, number: int, length: int) -> ImageTokens:
+def own_grid_layout(
+    vision: VisionTokens, crops: slice, length: int, times: list[int] | None = None
+) -> ImageTokens:
     """An image with a grid of its own, in models whose positions are time, row and column: tokens
     stand where they are in the grid, and the text goes on behind its longer side. One that stands
     for no place of the grid gets the last one, or the first where its position is below 0.
 
+    crops:  the image, or the pairs of frames of a video
     length: tokens of the unpruned image
+    times:  of a video, position in time of every pair; None: this is an image
     """
     (height, width), size = vision.grid, math.prod(vision.grid)
-    image = flat_layout(vision, slice(number, number + 1), size)
-    place = image.offsets.clamp(0, size - 1)
-    axes = [torch.zeros_like(place), place // width, place % width]
-    image.positions = torch.stack(axes, dim=1)
+    place = vision.positions[crops].clamp(0, size - 1)  # (t, T)
+    time = torch.zeros_like(place)
+    if times is not None:
+        time = on_device(times, place.device)[:, None].expand_as(place)
+    axes = torch.stack([time, place // width, place % width], dim=-1)
+    image = flat_layout(vision, crops, size, axes.flatten(0, 1))
     image.length, image.places = length, max(height, width)
+    if times is not None:
+        image.frame_pairs, image.places = len(times), max(image.places, times[-1] + 1)
     return image

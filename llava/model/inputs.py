@@ -14,7 +14,8 @@ from ..devices import device_of
 class Picture:
     """An image ready for the model; the same object stands for the same image.
 
-    pixels: (3, S, S), or (crops, 3, S, S)
+    pixels: (3, S, S), (crops, 3, S, S), or what else the image processor makes of an image or a
+            video: something with `shape` and `to`
     size:   (width, height) of the original
     """
 
@@ -52,7 +53,8 @@ def stack_pixels(model, pictures: list[Picture]) -> Tensor | list[Tensor]:
     """The pixels on the device and in the type of the model; one tensor where shapes are equal."""
     device, dtype = device_of(model.get_vision_tower()), model.dtype
     pixels = [picture.pixels.to(device, dtype, non_blocking=True) for picture in pictures]
-    return torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
+    alike = len({p.shape for p in pixels}) == 1 and all(isinstance(p, Tensor) for p in pixels)
+    return torch.stack(pixels) if alike else pixels
 
 
 def pad_left(rows: list[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..constants import IGNORE_INDEX
 from ..pruning.counts import TokenCounts
-from ..pruning.tokens import GRID, ImageTokens
+from ..pruning.tokens import GRID, PAIRS, ImageTokens
 
 PIECES = ("x", "labels", "place", "visual", "patch")
 
@@ -142,10 +142,17 @@ def count_tokens(
 
 
 def image_numbers(rows: list[list[ImageTokens]]) -> dict[str, list[list[int | float]]]:
-    """Name -> the `image_extras` of the images of every row, their grids among them; 0 where an
-    image lacks what another has."""
+    """Name -> the `image_extras` of the images of every row, and what `Prefill` says of all; 0
+    where an image lacks what another has."""
     numbers = [
-        [dict(zip(GRID, image.grid or (0, 0), strict=True)) | image.image_extras for image in row]
+        [
+            {
+                **dict(zip(GRID, image.grid or (0, 0), strict=True)),
+                PAIRS: image.frame_pairs,
+                **image.image_extras,
+            }
+            for image in row
+        ]
         for row in rows
     ]
     names = dict.fromkeys(name for row in numbers for image in row for name in image)

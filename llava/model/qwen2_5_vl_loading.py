@@ -45,6 +45,7 @@ VISION_RULES = {
     "num_heads": whole(1, 2**12),
     "patch_size": whole(1, 2**10),
     "window_size": whole(1, 2**14),
+    "tokens_per_second": number(0, 1e3),
     "fullatt_block_indexes": Rule(
         "a list of layers",
         lambda value: isinstance(value, list) and all(type(v) is int and v >= 0 for v in value),

@@ -85,9 +85,16 @@ class Pruner:
         """
         self.check_depth(num_layers)
 
-    def with_budget_of(self, num_tokens: int) -> Pruner:
+    def with_budget_of(self, num_tokens: int, parts: int = 1) -> Pruner:
         """The method for images of `num_tokens` tokens: with a number in place of a share, and none
-        above what they have."""
+        above what they have.
+
+        parts: pairs of frames of a video; a share of its tokens is at least one of each
+        """
+        return self
+
+    def for_part(self, parts: int) -> Pruner:
+        """The method for one of the `parts` equal parts that share the budget of an image."""
         return self
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
@@ -142,12 +149,22 @@ class ShareOption:
         share = self.visual_token_ratio
         return self.visual_token_num if share is None else max(1, round(share * num_tokens))
 
-    def with_budget_of(self, num_tokens: int) -> Pruner:
+    def with_budget_of(self, num_tokens: int, parts: int = 1) -> Pruner:
         budget = self.tokens_of(num_tokens)
         if self.visual_token_ratio is None and (budget is None or budget <= num_tokens):
             return self
+        least = 1 if self.visual_token_ratio is None else parts
+        return self._with_number(max(least, min(budget, num_tokens)))
+
+    def for_part(self, parts: int) -> Pruner:
+        number = self.visual_token_num
+        if parts == 1 or number is None:
+            return self
+        return self._with_number(max(1, number // parts))
+
+    def _with_number(self, visual_token_num: int) -> Pruner:
         own = copy(self)
-        own.visual_token_num, own.visual_token_ratio = min(budget, num_tokens), None
+        own.visual_token_num, own.visual_token_ratio = visual_token_num, None
         return own
 
 

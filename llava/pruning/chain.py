@@ -101,12 +101,16 @@ class Chain(Pruner):
                 f"{error}"
             ) from error
 
-    def with_budget_of(self, num_tokens: int) -> Chain:
-        first = self.first.with_budget_of(num_tokens)
-        left = first.token_schedule(num_tokens, 1)[0]
-        second = self.second.with_budget_of(left)
+    def with_budget_of(self, num_tokens: int, parts: int = 1) -> Chain:
+        first = self.first.with_budget_of(num_tokens, parts)
+        left = first.token_schedule(num_tokens // parts, 1, parts)[0]
+        second = self.second.with_budget_of(left, parts)
         same = first is self.first and second is self.second
         return self if same else replace(self, first=first, second=second)
+
+    def for_part(self, parts: int) -> Chain:
+        first, second = (method.for_part(parts) for method in self.methods)
+        return replace(self, first=first, second=second)
 
     def left_by_first(self, num_patches: int, num_layers: int, crops: int) -> tuple[int, int]:
         """(tokens per crop, crops) that the second method starts from."""

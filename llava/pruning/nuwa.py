@@ -178,7 +178,7 @@ class Nuwa(VisionStage, DecoderPruner):
         if total >= num_patches * crops:
             return num_patches
         if self.variant is QWEN:
-            return self.block_tokens(num_patches)
+            return self.for_part(crops).block_tokens(num_patches)
         wanted = min(round(7 * total / 4), 2 * total - 1)
         if crops > 1:
             wanted = max(1, NEXT_TOKENS.get(total, round(20 * total / 11)) // crops)
@@ -191,7 +191,7 @@ class Nuwa(VisionStage, DecoderPruner):
         if self.stage2 == "off" or total >= num_patches * crops:
             return count
         if self.variant is QWEN:
-            return self.stage2_blocks(count, num_patches)
+            return self.for_part(crops).stage2_blocks(count // crops, num_patches) * crops
         if crops > 1:
             return max(1, count // 10)
         return min(count, 2 * total - self.tokens_per_crop(num_patches, 1))
@@ -375,7 +375,7 @@ class Nuwa(VisionStage, DecoderPruner):
         """How many of its tokens stay; newlines compete as well."""
         num_patches, own = math.prod(image.blocks[0]), self
         if self.variant is QWEN:
-            own = self.with_budget_of(num_patches)
+            own = self.with_budget_of(num_patches * image.crops, image.crops)
         count = own.stage2_tokens(len(image.patches), num_patches, image.crops)
         return replace(image, image_extras={**image.image_extras, KEPT: count})
 

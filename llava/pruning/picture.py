@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ GAP = 12  # pixels between panels and around the text
 TEXT_SIZE = 18
 DIM = 0.25  # brightness that a dropped patch keeps
 OUTLINE = (255, 200, 0)
+SHOTS = 6  # frames of a video that are drawn
 HEAT = 0.5  # share of the colour in a map of importance
 
 
@@ -186,25 +188,73 @@ def _wrap(text: str, font, width: int) -> list[str]:
     return lines
 
 
+@dataclass
+class Shot:
+    """An image, or a pair of frames of a video by its first one.
+
+    patches:   patches of what is left of it
+    positions: those of all its visual tokens that entered the decoder
+    values:    how important the method finds each of these; None: it does not say
+    """
+
+    image: Image.Image
+    patches: Tensor
+    positions: Tensor
+    values: Tensor | None
+
+
+def shots_of_video(frames: list[Image.Image], whole: Shot, size: int) -> list[Shot]:
+    """Up to `SHOTS` pairs of frames of a video, spread uniformly; size: patches of a pair."""
+    pairs = math.ceil(len(frames) / 2)
+    count = min(pairs, SHOTS)
+    shots = []
+    for pair in (round(shot * (pairs - 1) / max(1, count - 1)) for shot in range(count)):
+        kept, own = (x // size == pair for x in (whole.patches, whole.positions))
+        values = None if whole.values is None else whole.values[own]
+        shots.append(
+            Shot(
+                frames[2 * pair],
+                whole.patches[kept] % size,
+                whole.positions[own] % size,
+                values,
+            )
+        )
+    return shots
+
+
 def show_pruning(
-    images: list[Image.Image], trace: PruningTrace, input_ids: Tensor, model, text: str = ""
+    images: list[Image.Image | list[Image.Image]],
+    trace: PruningTrace,
+    input_ids: Tensor,
+    model,
+    text: str = "",
 ) -> Image.Image:
-    """The images of one prompt, side by side, with what the traced `generate` call kept of them.
+    """The images of one prompt, side by side, with what the traced `generate` call kept of them;
+    of a video, which is a list of frames, some pairs of frames.
 
     Where the method says how important it found every patch, a map of that follows each image.
 
     input_ids: (L,) ids of the prompt. text: goes into the caption behind method and token counts.
     """
     survivors = surviving_patches(trace, input_ids)
-    panels, total, maps = [], 0, trace.importance
+    panels, total, maps, extra = [], 0, trace.importance, ""
     for number, (image, patches) in enumerate(zip(images, survivors, strict=True)):
-        boxes = token_boxes(image.size, model, trace.grids[number])
-        count = sum(len(crop) for crop in boxes)
-        total += count
-        panels += draw_image(image, patches, boxes)
-        if maps is not None:
-            values = importance_of_patches(maps[number], trace.visual_positions[number], count)
-            panels += draw_importance(image, values, boxes)
+        values, grid = None if maps is None else maps[number], trace.grids[number]
+        whole, times = Shot(image, patches, trace.visual_positions[number], values), 1
+        shots = [whole]
+        if isinstance(image, list):
+            shots, times = shots_of_video(image, whole, math.prod(grid)), math.ceil(len(image) / 2)
+            extra = f"; {len(shots)} of the {times} pairs of frames of a video"
+        for shot in shots:
+            boxes = token_boxes(shot.image.size, model, grid)
+            count = sum(map(len, boxes))
+            panels += draw_image(shot.image, shot.patches, boxes)
+            if len(boxes) > 1:
+                extra = "; each image twice: patches of the overview, patches of the tiles"
+            if shot.values is not None:
+                values = importance_of_patches(shot.values, shot.positions, count)
+                panels += draw_importance(shot.image, values, boxes)
+        total += count * times
     caption = f"{model.pruner!r}: {sum(map(len, survivors))} visual tokens of {total} patches"
     mean = sum(int(tokens[0]) for tokens in trace.visual_tokens) / len(trace.visual_tokens)
     if trace.decoder_keep:
@@ -214,6 +264,4 @@ def show_pruning(
         caption += f" ({merged} of them, merged or newline tokens, have no place of their own)"
     if maps is not None:
         caption += "; coloured: how important the method finds each patch, from blue to red"
-    if len(panels) > len(images) * (1 if maps is None else 2):
-        caption += "; each image twice: patches of the overview, patches of the tiles"
-    return side_by_side(panels, f"{caption}. {text}".strip())
+    return side_by_side(panels, f"{caption}{extra}. {text}".strip())

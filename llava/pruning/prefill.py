@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .counts import PADDING, Known, TokenCounts, counted
 from .ops import on_device, rank_within_groups
 from .per_token import at, each, mapped, per_token, with_zeros
-from .tokens import GRID, KEY_BIAS
+from .tokens import GRID, KEY_BIAS, PAIRS
 
 #: tokens of a batch up to which a layer mostly reads its weights, so that a few more cost next to
 #: nothing: less than to wait for the device
@@ -178,6 +178,11 @@ class Prefill:
         has no such image."""
         rows, columns = map(self.image_numbers, GRID)
         return [list(zip(*sides, strict=True)) for sides in zip(rows, columns, strict=True)]
+
+    @property
+    def frame_pairs(self) -> list[list[int]]:
+        """Pairs of frames of every video of every row, each of them a crop; 0 for images."""
+        return self.image_numbers(PAIRS)
 
     def image_values(self, name: str) -> Tensor:
         """(B, I) `image_numbers` on the device."""

@@ -55,9 +55,9 @@ class VisionStage:
 
     def before_tower(self, images: Tensor, patch_size: int, crops: int = 1) -> Tensor:
         """Crops (B, 3, S, S) before the tower, `crops` of them sharing a budget; where images have
-        grids of their own, one image (1, 3, height, width). Smaller sides, multiples of
-        `patch_size` pixels, give fewer tokens; in a crop each gets the place in the full grid that
-        its centre lies on, an image of its own grid is a smaller image."""
+        grids of their own, one image (1, 3, height, width), or all frames of a video. Smaller
+        sides, multiples of `patch_size` pixels, give fewer tokens; in a crop each gets the place in
+        the full grid that its centre lies on, an image of its own grid is a smaller image."""
         return images
 
     def before_tower_layer(self, index: int, tokens: TowerTokens) -> TowerTokens:

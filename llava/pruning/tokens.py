@@ -27,8 +27,8 @@ from .per_token import at, mapped, per_token
 MERGED = "merged"
 #: the extra that is added to attention to a token in the decoder, see `Prefill.key_bias`
 KEY_BIAS = "key_bias"
-#: numbers of an image that the model itself leaves, see `Prefill.grids`
-GRID = ("grid_rows", "grid_columns")
+#: numbers of an image that the model itself leaves, see `Prefill.grids` and `Prefill.frame_pairs`
+GRID, PAIRS = ("grid_rows", "grid_columns"), "frame_pairs"
 
 
 @dataclass
@@ -89,6 +89,7 @@ class ImageTokens:
     positions: (n, A) where the tokens stand, from where the image begins, in models whose positions
              have A axes; None: at their offsets
     grid:    (h, w) of one crop
+    frame_pairs: pairs of frames of a video, which are its crops; 0: this is an image
     """
 
     embeds: Tensor = per_token(0)
@@ -102,6 +103,7 @@ class ImageTokens:
     places: int | None = None
     positions: Tensor | None = per_token(0, default=None)
     grid: tuple[int, int] | None = None
+    frame_pairs: int = 0
 
     @property
     def extent(self) -> int:

@@ -190,7 +190,7 @@ def test_a_smaller_image_is_one_with_a_smaller_grid(model):
     blocks = blocks.unflatten(3, (3, 2, 2, 2))[:, :, :, :, :1].expand(-1, -1, -1, -1, 2, -1, -1)
     blocks = blocks.reshape(4, 9, 4, -1)
     pixels = pixels_of_blocks(blocks, 2, 2)
-    assert pixels.shape == (3, 16, 36)
+    assert pixels.shape == (1, 3, 16, 36)
     assert torch.equal(blocks_of_pixels(pixels, 2, 2), blocks)
     model.pruner = build_pruner("downsample", visual_token_num=12)
     prompt = sample(4, "image", 5)

@@ -229,13 +229,21 @@ def test_prompts_of_transformers_give_the_same_answers(model):
 @pytest.mark.parametrize(
     "ids, images, says",
     [
-        (with_runs(prompt(2, "image", 2), 5), [(2, 3)], "do not fit 1 images of 6 tokens"),
-        (with_runs(prompt(2, "image", 2), 7), [(2, 3)], "do not fit 1 images of 6 tokens"),
-        (with_runs(prompt(2, "image", 1, "image"), 3, 3), [(2, 3)], "every image needs a run"),
-        (with_runs(prompt(2, "image"), 2), None, "do not fit 0 images of no tokens"),
+        (
+            with_runs(prompt(2, "image", 2), 5),
+            [(2, 3)],
+            "1 images and videos, which need 6 <.image",
+        ),
+        (
+            with_runs(prompt(2, "image", 2), 7),
+            [(2, 3)],
+            "1 images and videos, which need 6 <.image",
+        ),
+        (with_runs(prompt(2, "image", 1, "image"), 3, 3), [(2, 3)], "which need 6 <.image_pad.>"),
+        (with_runs(prompt(2, "image"), 2), None, "0 images and videos, which need none"),
         (torch.cat([prompt("image"), with_runs(prompt("image"), 1)], 1), [(1, 1)] * 2, "use one"),
         (prompt(2, "image"), [(1, 1)] * 2, "2 images for 1 <image> marks"),
-        (torch.tensor([[3, VIDEO, 4]]), None, "videos are not supported"),
+        (torch.tensor([[3, VIDEO, 4]]), [(1, 1)], "which need 1 <.image_pad.>, in this order"),
     ],
     ids=["short", "long", "torn", "no-image", "both", "too-many", "video"],
 )

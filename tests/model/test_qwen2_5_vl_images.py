@@ -85,14 +85,11 @@ def test_the_form_of_transformers_and_back():
         split_images(batch["pixel_values"], batch["image_grid_thw"][:1])
 
 
-def test_videos_and_other_things_are_refused():
+def test_other_things_than_pictures_are_refused():
     processor, frame = Qwen2_5_VLImageProcessor(), Image.new("RGB", (56, 56))
-    for refuse in (
-        lambda: processor.process_images([[frame, frame]]),
-        lambda: processor(videos=[[frame]], images=None),
-        lambda: split_images(torch.ones(8, 1176), torch.tensor([[2, 2, 2]])),
-    ):
-        with pytest.raises(ValueError, match="videos are not supported.*give single frames"):
-            refuse()
+    with pytest.raises(ValueError, match="must be a PIL image, not list: videos go to process_"):
+        processor.process_images([[frame, frame]])
     with pytest.raises(ValueError, match="must be a PIL image, not str"):
         processor.process_images(["picture.png"])
+    with pytest.raises(ValueError, match="2 pairs of frames: videos come as pixel_values_videos"):
+        split_images(torch.ones(8, 1176), torch.tensor([[2, 2, 2]]))

@@ -1,7 +1,8 @@
 """Qwen2.5-VL: a vision tower for images of any grid before a decoder with positions on three axes.
 
-Prompts are those of the other families, with -200 where an image goes; prompts in the form of
-transformers, with a run of `image_token_id` for every image, are taken as well.
+Prompts are those of the other families, with -200 where an image or a video goes; prompts in the
+form of transformers, with a run of `image_token_id` for every image and of `video_token_id` for
+every video, are taken as well.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from ...constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from ...pruning.base import Pruner
-from ...pruning.tokens import ImageTokens
-from ..block_encoding import BlockEncoding
+from ...pruning.tokens import PAIRS, ImageTokens
+from ..block_encoding import BlockEncoding, image_length
 from ..kv_cache import holds_tokens
 from ..multimodal_encoder.qwen2_5_vl_encoder import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionTower
-from ..multimodal_encoder.qwen2_5_vl_images import VIDEOS, split_images
+from ..multimodal_encoder.qwen2_5_vl_images import split_images
+from ..multimodal_encoder.qwen2_5_vl_videos import Video, split_videos
 from ..prompt import Prompt
 from ..pruner_slot import PrunerSlot
 from ..splice import Splice, on_host
 from .causal_lm import VisionLanguageForCausalLM
 from .modeling_llama import LlamaModel
 
+#: images and videos as the processor of transformers names them
+NAMED_PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+NAMED_PIXELS += ("second_per_grid_ts",)
 #: frequencies that time, height and width turn in the released models
 RELEASED_SECTIONS = (16, 24, 24)
 
@@ -34,7 +39,7 @@ class Qwen2_5_VLConfig(Qwen2Config):
     model_type = "qwen2_5_vl"
     #: queries, keys and values have biases, the output has none
     qkv_bias = True
-    #: what stands for an image in a prompt, and between that and the question
+    #: what stands for an image or a video in a prompt, and between that and the question
     image_mark = f"<|vision_start|>{DEFAULT_IMAGE_TOKEN}<|vision_end|>"
     image_separator = ""
 
@@ -97,82 +102,125 @@ class Qwen2_5_VLForConditionalGeneration(
     def follow_method(self, pruner: Pruner) -> None:
         """Images are the same for every method."""
 
-    def forward(
-        self, input_ids=None, *args, pixel_values=None, image_grid_thw=None, images=None, **kwargs
-    ):
-        """As of the other families; images may also come as transformers has them: `pixel_values`
-        (patches, values) and `image_grid_thw` (images, 3)."""
-        images = self._images(images, pixel_values, image_grid_thw)
+    def forward(self, input_ids=None, *args, images=None, **kwargs):
+        """As of the other families; images and videos may also come as transformers has them, see
+        `NAMED_PIXELS`."""
+        images = self._images(input_ids, images, kwargs)
         continues = holds_tokens(kwargs.get("past_key_values"))
         if images is None and input_ids is not None and not continues:
-            if (input_ids == self.config.image_token_id).any():
-                raise ValueError("the prompt holds <|image_pad|> tokens, but no images were given")
+            for token, what in self._pads().items():
+                if (input_ids == token).any():
+                    raise ValueError(f"the prompt holds {what} tokens, but no images were given")
         return super().forward(input_ids, *args, images=images, **kwargs)
 
     @torch.no_grad()
-    def generate(
-        self, inputs=None, images=None, *, pixel_values=None, image_grid_thw=None, **kwargs
-    ):
+    def generate(self, inputs=None, images=None, **kwargs):
         """As of the other families, with `images` as `process_images` makes them, (h, w, 4, values)
-        each, or `pixel_values` and `image_grid_thw` as transformers has them."""
-        images = self._images(images, pixel_values, image_grid_thw)
+        each, videos as `process_video` does, or both as transformers has them: `pixel_values`
+        (patches, values) and `image_grid_thw` (images, 3), `pixel_values_videos`, `video_grid_thw`
+        and `second_per_grid_ts` (seconds that a pair of frames lasts; 1 without it). `questions`
+        follow the order of images and videos in the prompts."""
+        images = self._images(kwargs.get("input_ids", inputs), images, kwargs)
         return super().generate(inputs, images=images, **kwargs)
 
-    def _images(self, images, pixel_values, image_grid_thw):
-        if pixel_values is None:
+    def _pads(self) -> dict[int, str]:
+        """The tokens that stand for images and videos in prompts of transformers."""
+        return {
+            self.config.image_token_id: "<|image_pad|>",
+            self.config.video_token_id: "<|video_pad|>",
+        }
+
+    def _images(self, input_ids: Tensor | None, images, keywords: dict):
+        """`images` in the order of the prompts, from what `keywords` have of `NAMED_PIXELS`, which
+        is taken out of them."""
+        given = {name: keywords.pop(name, None) for name in NAMED_PIXELS}
+        pixels, grids, video_pixels, video_grids, seconds = given.values()
+        if pixels is None and video_pixels is None:
             return images
-        if images is not None or image_grid_thw is None:
-            raise ValueError("pass either images, or pixel_values together with image_grid_thw")
-        return split_images(pixel_values, image_grid_thw, self.visual.config.spatial_merge_size)
+        unequal = (pixels is None) != (grids is None)
+        if images is not None or unequal or (video_pixels is None) != (video_grids is None):
+            raise ValueError(
+                "pass either images, or pixel_values together with image_grid_thw, and "
+                "pixel_values_videos together with video_grid_thw"
+            )
+        merge = self.visual.config.spatial_merge_size
+        found = [] if pixels is None else split_images(pixels, grids, merge)
+        if video_pixels is None:
+            return found
+        videos = split_videos(video_pixels, video_grids, seconds, merge)
+        if not found or input_ids is None:
+            return found + videos
+        return in_order(input_ids, found, videos, *self._pads())
 
     def read_prompts(self, input_ids, attention_mask, labels, images):
-        """As of the other families; runs of `image_token_id` are taken for marks."""
+        """As of the other families; runs of `image_token_id` and `video_token_id` are taken for
+        marks."""
         ids, mask = on_host(input_ids, attention_mask)
-        config, shown = self.config, ids.masked_fill(~mask, 0)
-        if (shown == config.video_token_id).any():
-            raise ValueError(f"the prompt holds <|video_pad|> tokens: {VIDEOS}")
-        if (shown == config.image_token_id).any():
-            counts = [image_length(image) for image in (() if images is None else images)]
-            ids, mask, labels = runs_to_marks(ids, mask, labels, counts, config.image_token_id)
+        shown = ids.masked_fill(~mask, 0)
+        if any((shown == token).any() for token in self._pads()):
+            runs = [
+                (self._pad_of(image), image_length(image))
+                for image in (() if images is None else images)
+            ]
+            ids, mask, labels = runs_to_marks(ids, mask, labels, runs, self._pads())
             input_ids = ids.to(input_ids.device)
         return input_ids, ids, mask, labels
 
+    def _pad_of(self, image: Tensor | Video | ImageTokens) -> int:
+        """The token that stands for this image or video."""
+        video = isinstance(image, Video) or getattr(image, "frame_pairs", 0)
+        return self.config.video_token_id if video else self.config.image_token_id
+
     def ids_for_rules(self, prompt: Prompt, ids: Tensor, mask: Tensor) -> Tensor:
         """What transformers would have had."""
-        return expanded_ids(prompt, ids, mask, self.config.image_token_id)
+        return expanded_ids(prompt, ids, mask, *self._pads())
 
 
-def image_length(image: Tensor | ImageTokens) -> int:
-    """Tokens that an image takes in a prompt."""
-    return image.length if isinstance(image, ImageTokens) else image.shape[0] * image.shape[1]
+def in_order(
+    input_ids: Tensor, images: list[Tensor], videos: list[Video], image_id: int, video_id: int
+) -> list[Tensor | Video]:
+    """Images and videos as their runs stand in prompts (B, L), row after row; what has no run comes
+    last."""
+    left = {image_id: list(images), video_id: list(videos)}
+    ordered, rows = [], input_ids.cpu()
+    marks = rows[(rows == image_id) | (rows == video_id)].tolist()
+    place = 0
+    while place < len(marks) and left[marks[place]]:
+        ordered.append(left[marks[place]].pop(0))
+        place += image_length(ordered[-1])
+    return ordered + left[image_id] + left[video_id]
 
 
 def runs_to_marks(
-    ids: Tensor, mask: Tensor, labels: Tensor | None, counts: list[int], image_id: int
+    ids: Tensor,
+    mask: Tensor,
+    labels: Tensor | None,
+    runs: list[tuple[int, int]],
+    pads: dict[int, str],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(ids, mask, labels) with one mark in place of every run of `image_id`, padded on the left.
+    """(ids, mask, labels) with one mark in place of every run of a pad, padded on the left.
 
-    ids, mask, labels: (B, L), the first two on the host; counts: tokens of every image, in order
-    Raises ValueError where the runs are not those of the images.
+    ids, mask, labels: (B, L), the first two on the host
+    runs: (pad, tokens) of every image and video, in order
+    pads: what the pads are called
+    Raises ValueError where the runs of the prompts are others.
     """
-    rows, left = [], list(counts)
-    for row, shown in zip(ids.numpy(), mask.numpy(), strict=True):
+    rows, left, kinds = [], list(runs), torch.tensor(list(pads))
+    is_pad = torch.isin(ids, kinds) & mask
+    for row, shown, padded in zip(ids.numpy(), mask.numpy(), is_pad.numpy(), strict=True):
         if (row[shown] == IMAGE_TOKEN_INDEX).any():
+            names = " and ".join(f"{name} ({pad})" for pad, name in pads.items())
             raise ValueError(
-                f"the prompt marks images by {IMAGE_TOKEN_INDEX} as well as by <|image_pad|> "
-                f"({image_id}): use one of them"
+                f"the prompt marks images by {IMAGE_TOKEN_INDEX} as well as by {names}: use one of "
+                "them"
             )
-        places = np.flatnonzero((row == image_id) & shown)
+        places = np.flatnonzero(padded)
         dropped = np.zeros(len(row), dtype=bool)
         while len(places):
-            size = left.pop(0) if left else 0
+            pad, size = left.pop(0) if left else (None, 0)
             run = places[:size]
-            if not size or len(run) < size or run[-1] - run[0] != size - 1:
-                raise ValueError(
-                    f"the <|image_pad|> tokens of the prompts do not fit {len(counts)} images of "
-                    f"{', '.join(map(str, counts)) or 'no'} tokens: every image needs a run of its "
-                    "own length"
-                )
+            if len(run) < max(size, 1) or run[-1] - run[0] != size - 1 or (row[run] != pad).any():
+                raise ValueError(unlike_runs(runs, pads))
             dropped[run[1:]], places = True, places[size:]
         rows.append(np.flatnonzero(shown & ~dropped))
     longest = max(map(len, rows))
@@ -180,25 +228,39 @@ def runs_to_marks(
     lengths = torch.tensor([len(row) for row in rows])[:, None]
     mask = torch.arange(longest) >= longest - lengths
     ids = ids.gather(1, index)
-    ids = ids.masked_fill((ids == image_id) & mask, IMAGE_TOKEN_INDEX)
+    ids = ids.masked_fill(torch.isin(ids, kinds) & mask, IMAGE_TOKEN_INDEX)
     if labels is not None:
         labels = labels.gather(1, index.to(labels.device))
         labels = labels.masked_fill(~mask.to(labels.device), IGNORE_INDEX)
     return ids, mask, labels
 
 
-def expanded_ids(prompt: Prompt, ids: Tensor, mask: Tensor, image_id: int) -> Tensor:
-    """(B, S) ids of the prompts as the decoder sees them, `image_id` for every token of an image.
-    Padding repeats the first token of its row, so that it adds nothing a rule could look at.
+def unlike_runs(runs: list[tuple[int, int]], pads: dict[int, str]) -> str:
+    """What to say where prompts have other runs than those of their images."""
+    needed = [f"{size} {pads[pad]}" for pad, size in runs]
+    return (
+        f"the runs of {' and '.join(pads.values())} in the prompts are not those of the "
+        f"{len(runs)} images and videos, which need {', '.join(needed) or 'none'}, in this order"
+    )
+
+
+def expanded_ids(prompt: Prompt, ids: Tensor, mask: Tensor, image_id: int, video_id: int) -> Tensor:
+    """(B, S) ids of the prompts as the decoder sees them, `image_id` for every token of an image,
+    `video_id` for those of a video. Padding repeats the first token of its row, so that it adds
+    nothing a rule could look at.
 
     ids, mask: (B, L) with marks, on the host
     """
     text = (ids != IMAGE_TOKEN_INDEX) & mask
     order = (~text).to(torch.uint8).argsort(dim=1, stable=True)
-    packed = ids.gather(1, order).clamp(min=0).to(prompt.visual_index.device)
-    is_text = prompt.attention_mask & (prompt.visual_index < 0)
+    owner = prompt.visual_index
+    packed = ids.gather(1, order).clamp(min=0).to(owner.device)
+    is_text = prompt.attention_mask & (owner < 0)
     rank = (is_text.cumsum(dim=1) - 1).clamp(min=0)
-    known = packed.gather(1, rank).masked_fill(prompt.visual_index >= 0, image_id)
+    known = packed.gather(1, rank).masked_fill(owner >= 0, image_id)
+    for row, images in enumerate(prompt.image_extras.get(PAIRS, [])):
+        for number in (number for number, pairs in enumerate(images) if pairs):
+            known[row].masked_fill_(owner[row] == number, video_id)
     first = prompt.attention_mask.to(torch.uint8).argmax(dim=1, keepdim=True)
     return torch.where(prompt.attention_mask, known, known.gather(1, first))
 

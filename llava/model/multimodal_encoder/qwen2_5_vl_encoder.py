@@ -8,7 +8,7 @@ grid of an image, in blocks of `M` = 4 patches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,7 @@ class Qwen2_5_VLVisionConfig(PretrainedConfig):
         temporal_patch_size: int = 2,
         window_size: int = 112,
         fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31),
+        tokens_per_second: float = 2,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -56,6 +57,7 @@ class Qwen2_5_VLVisionConfig(PretrainedConfig):
         self.patch_size, self.temporal_patch_size = patch_size, temporal_patch_size
         self.spatial_merge_size, self.window_size = spatial_merge_size, window_size
         self.fullatt_block_indexes = list(fullatt_block_indexes)
+        self.tokens_per_second = tokens_per_second  # positions in time that a second of video takes
 
     @property
     def patch_values(self) -> int:
@@ -154,7 +156,10 @@ class Qwen2_5_VLVisionTower(nn.Module):
         return [tokens[number] for number in range(len(images))]
 
     def features(
-        self, images: list[Tensor], wanted: Mapping[int, frozenset[str]] | None = None
+        self,
+        images: list[Tensor],
+        wanted: Mapping[int, frozenset[str]] | None = None,
+        kinds: Sequence[int] | None = None,
     ) -> list[BlockFeatures]:
         """What the layers make of the images, one entry for each grid there is.
 
@@ -162,6 +167,7 @@ class Qwen2_5_VLVisionTower(nn.Module):
         wanted: layer -> its cues: "salience" or "attention_mean", which are the same here, and
                 "keys", with their rotation, each the mean over the patches of a block; "output" and
                 "output_mean", those patches side by side
+        kinds:  of every image; those of different kinds are in different entries
         The merger works block by block: whoever drops blocks first saves its work and changes
         nothing else. Raises ValueError for tensors of another shape.
         """
@@ -200,7 +206,7 @@ class Qwen2_5_VLVisionTower(nn.Module):
         for key, output in outputs.items():
             cues[key] = by_image(output.unflatten(0, (-1, per_block)).flatten(1))
         groups = []
-        for grid, numbers in same_grids(grids):
+        for grid, numbers in same_grids(grids, kinds):
             group = BlockFeatures(numbers, grid, torch.stack([parts[n] for n in numbers]), {})
             for (layer, name), own in cues.items():
                 group.cues.setdefault(layer, {})[name] = torch.stack([own[n] for n in numbers])
@@ -375,10 +381,11 @@ def patch_angles(h: int, w: int, config: Qwen2_5_VLVisionConfig) -> Tensor:
 
 
 def same_grids(
-    grids: list[tuple[int, int]],
+    grids: list[tuple[int, int]], kinds: Sequence[int] | None = None
 ) -> Iterator[tuple[tuple[int, int], list[int]]]:
-    """Every grid with the numbers of the images that have it, in order of appearance."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for number, grid in enumerate(grids):
-        groups.setdefault(grid, []).append(number)
-    yield from groups.items()
+    """Every grid with the numbers of the images that have it and are of one kind, in order of
+    appearance."""
+    groups: dict[tuple, list[int]] = {}
+    for number, key in enumerate(zip(grids, kinds or [0] * len(grids), strict=True)):
+        groups.setdefault(key, []).append(number)
+    yield from ((grid, numbers) for (grid, _), numbers in groups.items())

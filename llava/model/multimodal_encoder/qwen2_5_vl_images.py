@@ -1,7 +1,8 @@
 """Pictures to what the tower of Qwen2.5-VL reads: patches of a size that keeps the proportions.
 
 A picture is resized to whole blocks of 2 x 2 patches; its tensor (h, w, 4, values of a patch) says
-by its shape how many rows and columns of blocks it has.
+by its shape how many rows and columns of blocks it has. A patch holds two frames of a video; those
+of a picture are the same.
 """
 
 from __future__ import annotations
@@ -16,12 +17,10 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from ...image_io import to_rgb
+from .qwen2_5_vl_videos import FPS, TOTAL_PIXELS, Video, frame_limits
 
 #: longest side over shortest that is accepted
 MAX_RATIO = 200
-VIDEOS = (
-    "videos are not supported with Qwen2.5-VL here: give single frames as images, one <image> each"
-)
 
 
 class Qwen2_5_VLImageProcessor:
@@ -29,6 +28,10 @@ class Qwen2_5_VLImageProcessor:
 
     min_pixels, max_pixels: bounds of the area that a picture is resized to. A token stands for
         28 x 28 pixels, so `max_pixels=1280 * 28 * 28` is at most 1280 tokens; assign to change them
+    video_min_pixels, video_max_pixels: likewise, of every frame of a video, in which two frames
+        have one set of tokens
+    video_total_pixels: most pixels that the frames of a video have together, as far as
+        `video_min_pixels` allows
     """
 
     model_input_names = ["pixel_values", "image_grid_thw"]
@@ -42,69 +45,136 @@ class Qwen2_5_VLImageProcessor:
         merge_size: int = 2,
         image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),
         image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
+        video_min_pixels: int = 128 * 28 * 28,
+        video_max_pixels: int = 768 * 28 * 28,
+        video_total_pixels: int = TOTAL_PIXELS,
     ):
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.patch_size, self.temporal_patch_size = patch_size, temporal_patch_size
         self.merge_size = merge_size
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
+        self.video_min_pixels, self.video_max_pixels = video_min_pixels, video_max_pixels
+        self.video_total_pixels = video_total_pixels
 
-    def __call__(self, images=None, return_tensors: str = "pt", videos=None) -> BatchFeature:
-        return self.preprocess(images, return_tensors, videos)
+    def __call__(
+        self, images=None, return_tensors: str = "pt", videos=None, fps: float = FPS
+    ) -> BatchFeature:
+        return self.preprocess(images, return_tensors, videos, fps)
 
-    def preprocess(self, images, return_tensors: str = "pt", videos=None) -> BatchFeature:
+    def preprocess(
+        self, images, return_tensors: str = "pt", videos=None, fps: float | Sequence[float] = FPS
+    ) -> BatchFeature:
         """The same in the form of transformers: `pixel_values` (patches, values), those of all
-        pictures one behind the other, and `image_grid_thw` (pictures, 3)."""
+        pictures one behind the other, and `image_grid_thw` (pictures, 3); of videos, which are
+        lists of frames, `pixel_values_videos`, `video_grid_thw` and `second_per_grid_ts`.
+
+        fps: frames a second, of all videos or of each
+        """
+        found = {}
+        if images is not None:
+            parts = self.process_images(images if isinstance(images, (list, tuple)) else [images])
+            found["pixel_values"] = torch.cat([part.flatten(0, 2) for part in parts])
+            found["image_grid_thw"] = torch.tensor([self._grid_thw(part[None]) for part in parts])
         if videos is not None:
-            raise ValueError(VIDEOS)
-        parts = self.process_images(images if isinstance(images, (list, tuple)) else [images])
-        grids = [[1, *(side * self.merge_size for side in part.shape[:2])] for part in parts]
-        return BatchFeature(
-            {
-                "pixel_values": torch.cat([part.flatten(0, 2) for part in parts]),
-                "image_grid_thw": torch.tensor(grids),
-            },
-            tensor_type=return_tensors,
-        )
+            videos = [videos] if isinstance(videos[0], Image.Image) else videos
+            rates = [fps] * len(videos) if isinstance(fps, (int, float)) else fps
+            clips = [self.process_video(*pair) for pair in zip(videos, rates, strict=True)]
+            found["pixel_values_videos"] = torch.cat([clip.pixels.flatten(0, 3) for clip in clips])
+            found["video_grid_thw"] = torch.tensor([self._grid_thw(clip.pixels) for clip in clips])
+            found["second_per_grid_ts"] = [clip.seconds for clip in clips]
+        return BatchFeature(found, tensor_type=return_tensors)
 
     def process_images(self, images: Sequence[Image.Image]) -> list[Tensor]:
         """(h, w, 4, values) float32 of every picture; transparent parts become white."""
-        block = (self.patch_size * self.merge_size) ** 2
-        if not 0 < self.min_pixels <= self.max_pixels or self.max_pixels < block:
+        bounds = self._bounds("", "an image")
+        parts = []
+        for image in images:
+            if not isinstance(image, Image.Image):
+                what = f"an image must be a PIL image, not {type(image).__name__}"
+                hint = ": videos go to process_video" if isinstance(image, (list, tuple)) else ""
+                raise ValueError(what + hint)
+            parts.append(self._patches([self._levels(image, self._grid(image.size, *bounds))]))
+        return parts
+
+    def process_video(self, frames: Sequence[Image.Image], fps: float = FPS) -> Video:
+        """A video of frames of one size, taken `fps` times a second; the last one counts twice
+        where their number is odd. Transparent parts become white."""
+        frames = list(frames)
+        if odd := [type(frame).__name__ for frame in frames if not isinstance(frame, Image.Image)]:
+            raise ValueError(f"a video must be a list of PIL images, its frames, not of {odd[0]}")
+        if not frames:
+            raise ValueError("a video needs at least one frame")
+        if len(sizes := {frame.size for frame in frames}) > 1:
+            first, second = sorted(sizes)[:2]
             raise ValueError(
-                f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels} leave no size for "
-                f"an image: a token stands for {block} pixels"
+                f"the frames of a video must have one size, not {first[0]} x {first[1]} and "
+                f"{second[0]} x {second[1]}"
             )
-        return [self._patches(image) for image in images]
+        if not 0 < fps < math.inf:
+            raise ValueError(f"fps ({fps}) must be above 0: frames a second")
+        low, high = self._bounds("video_", "a frame")
+        bounds = frame_limits(low, high, self.video_total_pixels, len(frames))
+        grid, step = self._grid(frames[0].size, *bounds), self.temporal_patch_size
+        frames += frames[-1:] * (-len(frames) % step)
+        pairs = [
+            self._patches([self._levels(frame, grid) for frame in frames[n : n + step]])
+            for n in range(0, len(frames), step)
+        ]
+        return Video(torch.stack(pairs), step / fps)
+
+    def _bounds(self, prefix: str, what: str) -> tuple[int, int]:
+        """The two settings that bound the area of an image, or of a frame of a video."""
+        names = f"{prefix}min_pixels", f"{prefix}max_pixels"
+        low, high = (getattr(self, name) for name in names)
+        block = (self.patch_size * self.merge_size) ** 2
+        if not 0 < low <= high or high < block:
+            raise ValueError(
+                f"{names[0]} {low} and {names[1]} {high} leave no size for {what}: a token stands "
+                f"for {block} pixels"
+            )
+        return low, high
+
+    def _grid_thw(self, pixels: Tensor) -> list[int]:
+        """Pairs of frames, rows and columns of patches of (t, h, w, M, values)."""
+        pairs, rows, columns = pixels.shape[:3]
+        return [pairs, rows * self.merge_size, columns * self.merge_size]
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """(h, w) tokens that a picture of this (width, height) becomes.
 
         Raises ValueError where it is too small or too thin, see `smart_resize`.
         """
-        width, height = size
+        return self._grid(size, self.min_pixels, self.max_pixels)
+
+    def _grid(self, size: tuple[int, int], low: int, high: float) -> tuple[int, int]:
+        """Likewise, within bounds of the area."""
         block = self.patch_size * self.merge_size
-        height, width = smart_resize(height, width, block, self.min_pixels, self.max_pixels)
+        height, width = smart_resize(size[1], size[0], block, low, high)
         return height // block, width // block
 
     def split(self, pixel_values: Tensor, image_grid_thw: Tensor) -> list[Tensor]:
         """What `process_images` gives, from what `preprocess` gives."""
         return split_images(pixel_values, image_grid_thw, self.merge_size)
 
-    def _patches(self, image: Image.Image) -> Tensor:
-        if not isinstance(image, Image.Image):
-            video = isinstance(image, (list, tuple))
-            what = VIDEOS if video else f"an image must be a PIL image, not {type(image).__name__}"
-            raise ValueError(what)
-        image = to_rgb(image)
-        h, w = self.grid(image.size)
+    def _levels(self, image: Image.Image, grid: tuple[int, int]) -> np.ndarray:
+        """(height, width, 3) levels from 0 to 255 of an image that becomes (h, w) tokens."""
+        block = self.patch_size * self.merge_size
+        size = grid[1] * block, grid[0] * block
+        return np.asarray(to_rgb(image).resize(size, Image.Resampling.BICUBIC))
+
+    def _patches(self, frames: list[np.ndarray]) -> Tensor:
+        """(h, w, M, values) of levels (height, width, 3): one picture, or a pair of frames."""
         patch, merge = self.patch_size, self.merge_size
-        size = w * patch * merge, h * patch * merge
-        levels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-        # (h, inner row, y, w, inner column, x, channel) -> (h, w, row, column, channel, y, x)
-        levels = levels.reshape(h, merge, patch, w, merge, patch, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+        h, w = (side // (patch * merge) for side in frames[0].shape[:2])
         values = np.empty((h, w, merge, merge, 3, self.temporal_patch_size, patch, patch), "f4")
-        for channel, table in enumerate(self._tables()):
-            values[:, :, :, :, channel] = table[levels[:, :, :, :, channel]][:, :, :, :, None]
+        for number, levels in enumerate(frames):
+            levels = levels.reshape(h, merge, patch, w, merge, patch, 3)
+            # (h, inner row, y, w, inner column, x, channel) -> (h, w, row, column, channel, y, x)
+            levels = levels.transpose(0, 3, 1, 4, 6, 2, 5)
+            where = slice(None) if len(frames) == 1 else slice(number, number + 1)
+            for channel, table in enumerate(self._tables()):
+                own = table[levels[:, :, :, :, channel]][:, :, :, :, None]
+                values[:, :, :, :, channel, where] = own
         return torch.from_numpy(values.reshape(h, w, merge * merge, -1))
 
     def _tables(self) -> np.ndarray:
@@ -119,7 +189,10 @@ def split_images(pixel_values: Tensor, image_grid_thw: Tensor, merge: int = 2) -
     as the processor of transformers gives them. Raises ValueError when the two do not fit."""
     grids = image_grid_thw.tolist()
     if odd := [grid for grid in grids if grid[0] != 1]:
-        raise ValueError(f"image_grid_thw holds {odd[0]}, {odd[0][0]} pairs of frames: {VIDEOS}")
+        raise ValueError(
+            f"image_grid_thw holds {odd[0]}, {odd[0][0]} pairs of frames: videos come as "
+            "pixel_values_videos and video_grid_thw"
+        )
     counts = [rows * columns for _, rows, columns in grids]
     if pixel_values.ndim != 2 or sum(counts) != len(pixel_values):
         raise ValueError(
@@ -132,20 +205,21 @@ def split_images(pixel_values: Tensor, image_grid_thw: Tensor, merge: int = 2) -
     ]
 
 
-def pixels_of_blocks(blocks: Tensor, merge: int, patch: int) -> Tensor:
-    """(3, height, width) of an image in blocks (h, w, M, values)."""
-    frames = blocks.unflatten(3, (3, -1, patch, patch)).unflatten(2, (merge, merge))
+def pixels_of_blocks(blocks: Tensor, merge: int, patch: int, frames: int = 1) -> Tensor:
+    """(frames, 3, height, width) of blocks (h, w, M, values): the first frame of an image, whose
+    others are the same, or as many as a video has in its pairs."""
+    values = blocks.unflatten(3, (3, -1, patch, patch)).unflatten(2, (merge, merge))
     h, w = blocks.shape[:2]
-    # (h, w, row, column, channel, y, x) of the first frame, which the others repeat
-    pixels = frames[:, :, :, :, :, 0].permute(4, 0, 2, 5, 1, 3, 6)
-    return pixels.reshape(3, h * merge * patch, w * merge * patch)
+    # (h, w, row, column, channel, frame, y, x) -> (frame, channel, h, row, y, w, column, x)
+    pixels = values[:, :, :, :, :, :frames].permute(5, 4, 0, 2, 6, 1, 3, 7)
+    return pixels.reshape(-1, 3, h * merge * patch, w * merge * patch)
 
 
 def blocks_of_pixels(pixels: Tensor, merge: int, patch: int, frames: int = 2) -> Tensor:
-    """The way back."""
-    h, w = (side // (merge * patch) for side in pixels.shape[1:])
-    blocks = pixels.reshape(3, h, merge, patch, w, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
-    blocks = blocks[:, :, :, :, :, None].expand(-1, -1, -1, -1, -1, frames, -1, -1)
+    """The way back, to blocks of so many frames; one stands for all of them."""
+    h, w = (side // (merge * patch) for side in pixels.shape[2:])
+    blocks = pixels.reshape(-1, 3, h, merge, patch, w, merge, patch)
+    blocks = blocks.expand(frames, *[-1] * 7).permute(2, 5, 3, 6, 1, 0, 4, 7)
     return blocks.reshape(h, w, merge * merge, -1)
 
 

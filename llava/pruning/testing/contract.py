@@ -42,7 +42,8 @@ def questions_about(images) -> list[str] | None:
     """One for each image, the same whenever it is the same image, for methods that read them."""
     if images is None:
         return None
-    return [f"Is it larger than {float(pixels.sum()):.2f}?" for pixels in images]
+    values = (getattr(image, "pixels", image) for image in images)  # videos have them inside
+    return [f"Is it larger than {float(pixels.sum()):.2f}?" for pixels in values]
 
 
 class MethodContract:

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from llava.model.inputs import Picture
+from llava.model.multimodal_encoder.qwen2_5_vl_videos import Video
 from llava.model.reuse import PrefixCache
 
 from .. import METHODS, Pruner, build_pruner
 from ..base import option_names
 from .contract import GREEDY, LAYERS, generate
-from .tiny import make_own_grids_model, make_pruner, pad_batch, picture, sample
+from .tiny import make_own_grids_model, make_pruner, pad_batch, picture, sample, still, video
 
 #: grids of the images in the tests
 WIDE, TALL, SMALL = (4, 9), (7, 5), (2, 3)
@@ -99,6 +100,35 @@ class OwnGridsContract:
         if trace.grids[0] == WIDE:
             assert torch.equal(trace.position_ids[0, -5:], dense.position_ids[0, -5:])
 
+    def test_a_video_of_one_pair_of_frames_is_an_image(self, model, pruner):
+        if pruner.adaptive:
+            pytest.skip("what this method keeps of videos is an option of its own")
+        model.pruner = pruner
+        prompt, image = sample(4, "image", 5), still(*WIDE)
+        expected = generate(model, prompt.ids, [image])
+        found = generate(model, prompt.ids, [Video(image[None], 1.0)])
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+        assert torch.equal(found[2].visual_positions[0], expected[2].visual_positions[0])
+        assert torch.equal(found[2].position_ids, expected[2].position_ids)
+
+    def test_the_pairs_of_frames_of_a_video_share_its_budget(self, model, pruner):
+        if pruner.adaptive:
+            pytest.skip("what this method keeps of videos is an option of its own")
+        model.pruner = pruner
+        _, _, trace = generate(model, sample(4, "image", 5).ids, [video(3, 6, 6)])
+        assert trace.unpruned_lengths == [3 * 36]
+        plan = pruner.with_budget_of(3 * 36, 3).token_schedule(36, LAYERS, 3)
+        seen = [int(tokens[0]) for tokens in trace.visual_tokens]
+        assert all(kept <= planned for kept, planned in zip(seen, plan, strict=True))
+        assert pruner.name == "none" or min(seen) < 3 * 36
+        pair = trace.visual_positions[0]
+        time = trace.position_ids[0, 5 : 5 + len(pair), 0] - 5
+        size = trace.grids[0][0] * trace.grids[0][1]
+        known = pair >= 0
+        assert torch.equal(time[known], 2 * (pair[known] // size))  # two a second
+        for number in range(3):  # no pair of frames is left out in front of the decoder
+            assert (time == 2 * number).any()
+
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_batching_changes_nothing(self, model, pruner, side):
         model.pruner = pruner
@@ -107,7 +137,7 @@ class OwnGridsContract:
             sample(5, seed=3),
             sample(2, "image", 1, "image", 4),
         ]
-        images = [[picture(*WIDE)], [], [picture(*TALL), picture(*WIDE, seed=1)]]
+        images = [[picture(*WIDE)], [], [video(2, *TALL), picture(*WIDE, seed=1)]]
         alone = [
             generate(model, p.ids, own or None) for p, own in zip(prompts, images, strict=True)
         ]

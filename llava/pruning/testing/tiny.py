@@ -25,6 +25,7 @@ from llava.model.language_model.qwen2_5_vl import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+from llava.model.multimodal_encoder.qwen2_5_vl_videos import Video
 
 from .. import METHODS, Pruner, build_pruner
 from ..base import option_names
@@ -158,6 +159,17 @@ def picture(h: int, w: int, seed: int = 0) -> Tensor:
     """A random image of h x w tokens for such a model."""
     generator = torch.Generator().manual_seed(10000 * seed + 100 * h + w)
     return torch.randn(h, w, 4, VALUES, generator=generator)
+
+
+def still(h: int, w: int, seed: int = 0) -> Tensor:
+    """The same with two equal frames, as an image really has them."""
+    frames = picture(h, w, seed).unflatten(-1, (3, 2, -1))
+    return frames[..., :1, :].expand_as(frames).flatten(-3)
+
+
+def video(pairs: int, h: int, w: int, seconds: float = 1.0, seed: int = 0) -> Video:
+    """A random video of so many pairs of frames of h x w tokens, each of which lasts `seconds`."""
+    return Video(torch.stack([picture(h, w, 100 * seed + n) for n in range(pairs)]), seconds)
 
 
 @dataclass
