@@ -2,8 +2,10 @@
 #
 #     bash scripts/v1_5/eval/pope.sh [TOKENS] [KEY=VALUE ...] [further options]
 #
-# TOKENS       visual tokens to keep; left out: the unpruned model, or METHOD's own budget. For a
-#              method that decides per image, TOKENS is the most it may keep
+# TOKENS       visual tokens of an image to keep or, with a decimal point, a share of those it has
+#              (0.222: best where images differ in how many they have, as with Qwen2.5-VL); left out:
+#              the unpruned model, or METHOD's own budget. For a method that decides per image,
+#              TOKENS is the most it may keep
 # KEY=VALUE    options of the pruning method, e.g. important_ratio=0.7; as a flag as well
 #              (--important_ratio 0.7), and where the method's published scripts take them by place
 #              (64 0.7) or from the environment, in that way (docs/Methods.md)
@@ -61,7 +63,6 @@ if [ $# -gt 0 ] || [ -n "$METHOD" ]; then
     eval "$words"
 fi
 METHOD=${METHOD:-none}
-[ "$METHOD" = none ] && TOKENS=
 LABEL=n_${TOKENS:-$([ "$METHOD" = none ] && echo all || echo default)}
 OPTIONS=(--pruning-method "$METHOD" ${TOKENS:+--visual-token-num "$TOKENS"})
 for pair in ${PAIRS[@]+"${PAIRS[@]}"}; do

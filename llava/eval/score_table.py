@@ -5,11 +5,14 @@ python -m llava.eval.score_table A.score.json B.score.json ...
 
 import argparse
 import json
+from types import NoneType
 
 from llava.errors import errors_as_messages
 from llava.eval import markdown
 from llava.eval.files.records import kind_of, read_json
 
+#: what a file must say; what else it says has changed from version to version
+FIELDS = {"benchmark": str, "metric": str, "score": (int, float, NoneType), "count": int}
 HEAD = ("benchmark", "metric", "score", "questions", "visual tokens")
 
 
@@ -21,14 +24,15 @@ def table(results: list[dict]) -> str:
 
 
 def _tokens(result: dict) -> str:
-    tokens = (result.get("visual_tokens") or {}).get("mean")
-    return "" if tokens is None else f"{tokens:.1f}"
+    kept = result.get("visual_tokens")
+    tokens = kept.get("mean") if isinstance(kept, dict) else kept
+    return f"{tokens:.1f}" if isinstance(tokens, int | float) else ""
 
 
 def _score(result: dict) -> str:
     if result["score"] is not None:
         return f"{result['score']:.2f}"
-    return "by its server" if "upload" in result else result.get("why", "no judge")
+    return "by its server" if "upload" in result else result.get("why", "not scored")
 
 
 def _count(result: dict) -> str:
@@ -51,8 +55,11 @@ def read_score(path: str) -> dict:
     result = read_json(path)
     if not isinstance(result, dict):
         raise ValueError(f"{path}: holds {kind_of(result)}, not a score")
-    if missing := [key for key in ("benchmark", "metric", "score", "count") if key not in result]:
+    if missing := [key for key in FIELDS if key not in result]:
         raise ValueError(f"{path}: no field {', '.join(map(repr, missing))}, so it is no score")
+    wrong = (key for key, types in FIELDS.items() if not isinstance(result[key], types))
+    if key := next(wrong, None):
+        raise ValueError(f"{path}: {key!r} is {kind_of(result[key])}, so it is no score")
     return result
 
 

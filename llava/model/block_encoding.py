@@ -26,6 +26,10 @@ from .multimodal_encoder.qwen2_5_vl_images import blocks_of_pixels, pixels_of_bl
 from .multimodal_encoder.qwen2_5_vl_videos import Video
 
 
+class UnfitBudget(ValueError):
+    """A method does not know its budget for an image of this size."""
+
+
 class BlockEncoding:
     """Mixin of models with `get_vision_tower()`, and a pruning method in use."""
 
@@ -120,7 +124,7 @@ class BlockEncoding:
             own.check(count, self.config.num_hidden_layers, pairs)
         except ValueError as error:
             times = "" if pairs == 1 else f"{pairs} x "
-            raise ValueError(
+            raise UnfitBudget(
                 f"image {number}, of {times}{grid[0]} x {grid[1]} tokens: {error}"
             ) from error
         return own

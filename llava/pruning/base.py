@@ -30,6 +30,9 @@ class Pruner:
     #: what an image keeps depends on its content: `token_schedule` is a bound, and
     #: `visual_token_num` the label of a published setting
     adaptive: ClassVar[bool] = False
+    #: it chooses no tokens but has fewer by showing the tower smaller images: the control that says
+    #: which questions of a benchmark are hard
+    makes_images_smaller: ClassVar[bool] = False
     #: how the published programs of the method use it
     published: ClassVar[Published] = Published()
     #: whether `generate` returns what that of the release does

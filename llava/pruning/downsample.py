@@ -23,6 +23,7 @@ class Downsample(SelectPruner):
     """
 
     name = "downsample"
+    makes_images_smaller = True
     anyres_tiles = (2, 2)
 
     def sides(self, grid: tuple[int, int], crops: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+from llava.eval.compare.budget import Budget
 from tests.paths import GOLDEN
 
 IMAGES = GOLDEN / "images"
@@ -15,9 +16,10 @@ TRUTH = ("Yes", "No")
 NAMED = ("pope", "textvqa", "gqa", "vqav2", "mmbench", "mme", "refcoco", "sqa")
 
 
-def suite_args(folder: Path, **options) -> SimpleNamespace:
+def suite_args(folder: Path, tokens: list[int], **options) -> SimpleNamespace:
     """What the command line of a suite on this benchmark says; the data lie below `folder`."""
     return SimpleNamespace(
+        tokens=list(map(Budget, tokens)),
         data_dir=str(build(folder / "data")),
         out=str(folder / "out"),
         limit=None,

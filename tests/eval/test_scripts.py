@@ -127,11 +127,29 @@ def test_every_script_of_a_generation_is_there_for_the_others():
 
 QWEN_BUDGETS = {
     "tokens": (["128"], {}, "--visual-token-num 128", "vispruner/n_128"),
-    "a share": (
+    "a share by its name": (
         ["visual_token_ratio=0.222"],
         {"METHOD": "divprune"},
         "--pruning-arg visual_token_ratio=0.222",
         "divprune/n_default_visual_token_ratio=0.222",
+    ),
+    "a share": (
+        ["0.222"],
+        {"METHOD": "divprune"},
+        "--pruning-arg visual_token_ratio=0.222",
+        "divprune/n_default_visual_token_ratio=0.222",
+    ),
+    "a share, and the next option by place": (
+        ["0.111", "0.7"],
+        {},
+        "--pruning-arg visual_token_ratio=0.111 --pruning-arg important_ratio=0.7",
+        "vispruner/n_default_visual_token_ratio=0.111_important_ratio=0.7",
+    ),
+    "a share of no method": (
+        ["0.222"],
+        {"METHOD": "none"},
+        "--pruning-method none --limit",
+        "none/n_all",
     ),
 }
 
@@ -163,17 +181,18 @@ def test_a_missing_folder_of_qwen_says_where_the_published_one_is(run, tmp_path)
     )
 
 
-def test_a_script_of_qwen_answers_with_a_model(run, data):
+@pytest.mark.parametrize("tokens, kept", [("4", 4.0), ("0.375", 6.0)])
+def test_a_script_of_qwen_answers_with_a_model(run, data, tokens, kept):
     done = run(
         "qwen2_5_vl/eval/pope.sh",
-        "4",
+        tokens,
         LIMIT="2",
         PYTHON=sys.executable,
         CKPT=str(ROOT / "tests/golden/tiny-qwen2.5-vl-cut"),
-        EXTRA="--device cpu --max_new_tokens 2 --max-pixels 6272",  # 8 tokens an image
+        EXTRA="--device cpu --max_new_tokens 2 --max-pixels 18816",  # 16 tokens a square
     )
     summary = last_line(done)
-    assert summary["visual_tokens"] == 4.0
+    assert summary["visual_tokens"] == kept
     assert len(Path(summary["answers_file"]).read_text().splitlines()) == 2
 
 

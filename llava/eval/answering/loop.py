@@ -36,6 +36,8 @@ class AnswerLoop:
     reuse:          what the questions about one image share is computed once; same answers
     skip_bad:       a question that cannot be answered gets a `Failure` and stops nothing
     upright_images: images are turned upright and put on white; published results did neither
+    count_tokens:   answers say how many visual tokens they had also where no method prunes, as
+                    images may differ in that; LLaVA's answers files say nothing there
     """
 
     front: FrontEnd
@@ -47,6 +49,7 @@ class AnswerLoop:
     reuse: bool = True
     skip_bad: bool = False
     upright_images: bool = False
+    count_tokens: bool = False
 
     #: visual tokens per prompt: entering the decoder, and on average over its layers
     visual_tokens: tuple[float, float] | None = None
@@ -154,13 +157,13 @@ class AnswerLoop:
     def generate(self, batch: list[tuple[Question, list[Picture]]]) -> list[Answer]:
         """Returns the answers to one batch; where a method prunes, their metadata says what was
         kept."""
-        pruned = self.model.pruner.name != Pruner.name
+        counted = self.count_tokens or self.model.pruner.name != Pruner.name
         metadata: list[dict] = [{} for _ in batch]
-        if (pruned or self.visual_tokens is None) and any(pictures for _, pictures in batch):
+        if (counted or self.visual_tokens is None) and any(pictures for _, pictures in batch):
             with trace_pruning(self.model) as trace:
                 output = self._generate(batch)
             self.visual_tokens = self.visual_tokens or count_visual_tokens(trace)
-            if pruned:
+            if counted:
                 metadata = kept_tokens([len(pictures) for _, pictures in batch], trace)
         else:
             output = self._generate(batch)

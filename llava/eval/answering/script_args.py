@@ -3,10 +3,10 @@
 python -m llava.eval.answering.script_args METHOD [TOKENS [NUMBER ...]] [KEY=VALUE ...] [options]
 
 Prints assignments for the shell: METHOD, TOKENS ("" for the method's own budget), PAIRS (options of
-the method as KEY=VALUE) and REST (what belongs to the answering program). TOKENS below 1 are a
-share of an image's tokens, and become a pair. An empty METHOD is the one that the options belong
-to. Numbers in front are the options that the method's published scripts take by place, and its
-published environment variables count where the words say nothing.
+the method as KEY=VALUE) and REST (what belongs to the answering program). TOKENS with a decimal
+point are a share of an image's tokens, and become a pair. An empty METHOD is the one that the
+options belong to. Numbers in front are the options that the method's published scripts take by
+place, and its published environment variables count where the words say nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def read(words: list[str], method: str, environment: Mapping[str, str]) -> tuple
     options = dict(map(parse_pair, pairs))
     if args.visual_token_num is not None:
         options[BUDGET] = args.visual_token_num
-    first = SHARE if numbers and 0 < float(numbers[0]) < 1 else BUDGET
+    first = SHARE if numbers and "." in numbers[0] else BUDGET
     by_place(options, (first,), numbers[:1])
     name = args.pruning_method or method
     if not name:
@@ -57,6 +57,8 @@ def read(words: list[str], method: str, environment: Mapping[str, str]) -> tuple
     if len(numbers) > len(places):
         raise ValueError(f"{' '.join(numbers)}: {name} takes {' '.join(places)} by place, no more")
     by_place(options, places[1:], numbers[1:])
+    if name == Pruner.name:  # of a budget, the unpruned model takes none
+        options = {key: value for key, value in options.items() if key not in BUDGETS}
     if name in METHODS:
         options = translate(METHODS[name], options)
         options = {**from_environment(METHODS[name], environment), **options}

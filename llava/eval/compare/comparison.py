@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, field
 from statistics import mean
 
 from llava.eval.benchmarks.benchmark import Benchmark
+from llava.eval.compare.budget import Budget
 from llava.eval.compare.costs import Cost
+from llava.eval.compare.hard import HardCell, average
 from llava.eval.compare.scores import Run, Score
 from llava.eval.compare.suite_report import average_range, not_run
 from llava.eval.scoring.bootstrap import Interval
@@ -25,6 +27,7 @@ class Cell:
     loyalty:  percent of answers that are those of the unpruned model
     count:    questions that the score is of
     failed:   questions that failed, which it is not of
+    hard:     the run on the questions that smaller images get wrong; None: not known
     """
 
     percent: float
@@ -36,18 +39,19 @@ class Cell:
     metric: str = ""
     score: float | None = None
     failed: int = 0
+    hard: HardCell | None = None
 
 
 @dataclass
 class Row:
-    """One method at one budget; tokens is the label, `cells` by benchmark and for the average.
+    """One method at one budget; `cells` by benchmark and for the average.
 
     visual_tokens: kept per prompt on average over layers and over all questions
     answers_per_second: with the batches and the reuse of the run, where nothing interrupted it
     """
 
     method: str
-    tokens: int
+    budget: Budget
     cells: dict[str, Cell]
     cost: Cost
     visual_tokens: float
@@ -84,11 +88,13 @@ def compare_runs(
     """Scores and costs put together."""
     by_run: dict[tuple, list[Score]] = {}
     for score in scores:
-        by_run.setdefault((score.method, score.tokens), []).append(score)
+        by_run.setdefault((score.method, score.budget), []).append(score)
     done = [run for run in runs if run.refused is None]
-    rows = [_row(run, by_run[run.method, run.tokens], costs) for run in done]
-    names = ("model_name", "limit", "batch_size", "conv_mode", "tokens")
-    settings = {name: getattr(args, name) for name in names}
+    rows = [_row(run, by_run[run.method, run.budget], costs) for run in done]
+    names = ("model_name", "limit", "batch_size", "conv_mode")
+    settings = {name: getattr(args, name) for name in names} | {
+        "tokens": list(map(str, args.tokens))
+    }
     return Comparison(settings, rows, not_run(runs))
 
 
@@ -104,16 +110,17 @@ def _row(run: Run, scores: list[Score], costs: dict[tuple, Cost]) -> Row:
             score.metric,
             score.score,
             score.failed,
+            score.hard and score.hard.cell,
         )
         for score in scores
     }
-    cost, counted = costs[run.method, run.tokens], sum(score.count for score in scores)
+    cost, counted = costs[run.method, run.budget], sum(score.count for score in scores)
     seen = [(s.visual_tokens, s.count) for s in scores if s.visual_tokens is not None]
     kept = sum(tokens * count for tokens, count in seen) / max(sum(n for _, n in seen), 1)
     whole = all(score.seconds for score in scores)
     return Row(
         run.method,
-        run.tokens,
+        run.budget,
         {AVERAGE: _average(scores), **cells},
         cost,
         kept if seen else cost.tokens_mean,
@@ -131,4 +138,5 @@ def _average(scores: list[Score]) -> Cell:
         mean(score.same_as_dense for score in scores),
         sum(score.count for score in scores),
         failed=sum(score.failed for score in scores),
+        hard=average([score.hard for score in scores if score.hard]),
     )

@@ -71,7 +71,7 @@ def _workload(loop: AnswerLoop, question, folder: str) -> Workload:
 
 @torch.inference_mode()
 def measure_costs(model, runs: list[Run], prompts: list[Workload]) -> dict[tuple, Cost]:
-    """Costs by (method, tokens) of every run that can run.
+    """Costs by (method, budget) of every run that can run.
 
     Prompt by prompt, all runs in turns, so that a busy machine slows them alike; the first prompt
     is measured twice and counts once.
@@ -81,7 +81,7 @@ def measure_costs(model, runs: list[Run], prompts: list[Workload]) -> dict[tuple
     seconds: dict[tuple, list[float]] = {}
     for number, prompt in enumerate([prompts[0], *prompts]):
         for run in runs:
-            key = run.method, run.tokens
+            key = run.method, run.budget
             if number:
                 facts.setdefault(key, []).append(llava_facts(model, run.pruner, prompt)["facts"])
             spent = time_llava(model, run.pruner, prompt)["first_token"]

@@ -74,8 +74,8 @@ def _panel(axes, comparison: Comparison, task: str, axis: str, large: bool = Fal
         mark_points(axes, points, color, marker, size)
     if axis == "tokens":
         axes.set_xscale("log", base=2)
-        ticks = sorted({row.tokens for row in comparison.rows})
-        axes.set_xticks(ticks, labels=map(str, ticks))
+        ticks = {row.budget.of(dense.visual_tokens): row.budget.label for row in comparison.rows}
+        axes.set_xticks(list(ticks), labels=ticks.values())
         axes.minorticks_off()
     axes.set_title(task, fontsize=11 if large else 9)
     axes.grid(alpha=0.3)

@@ -20,10 +20,11 @@ import sys
 
 from llava.errors import errors_as_messages
 from llava.eval.compare import suite
+from llava.eval.compare.budget import Budget
 from llava.eval.compare.comparison import Comparison, compare_runs
 from llava.eval.compare.costs import measure_costs, sample_prompts
 from llava.eval.compare.plot import plot
-from llava.eval.compare.published import published_table, read_published
+from llava.eval.compare.published import model_beside, published_table, read_published
 from llava.eval.compare.report import by_hand, csv_text, markdown, page
 
 #: what is drawn over what
@@ -37,7 +38,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     suite.add_suite_args(parser, out="runs/compare")
-    parser.set_defaults(tokens=[192, 128, 64, 32])
+    parser.set_defaults(tokens=[Budget(number) for number in (192, 128, 64, 32)])
     group = parser.add_argument_group("comparison")
     group.add_argument(
         "--timed-prompts", type=int, default=8, help="prompts that costs are measured on"
@@ -45,9 +46,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--published",
         nargs="?",
-        const="llava-1.5-7b",
+        const="",
         metavar="MODEL",
-        help="put the literature's numbers for this model beside ours (default: llava-1.5-7b)",
+        help="put the literature's numbers for this model beside ours (default: that of the "
+        "family: llava-1.5-7b, qwen2.5-vl-7b)",
     )
     group.add_argument("--page", metavar="FILE", help="also write the results as a page of docs/")
     args = suite.parse_suite_args(parser, argv)
@@ -74,7 +76,8 @@ def write(comparison: Comparison, args: argparse.Namespace, command: str) -> Non
     if args.page:
         pictures = os.path.join(os.path.dirname(args.page) or ".", os.pardir, "images")
         os.makedirs(pictures, exist_ok=True)
-        names = {axis: f"results_{axis}.png" for axis in AXES}
+        stem = os.path.splitext(os.path.basename(args.page))[0].lower()
+        names = {axis: f"{stem}_{axis}.png" for axis in AXES}
         for axis, name in names.items():
             plot(comparison, axis, os.path.join(pictures, name))
         whole = page(text, names, command) + by_hand(args.page)
@@ -86,6 +89,8 @@ def write(comparison: Comparison, args: argparse.Namespace, command: str) -> Non
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     loop, runs, benchmarks, workers = suite.prepare(args)
+    if args.published is not None:
+        args.published = model_beside(args.published, loop.model.config.model_type)
     scores = suite.run_all(loop, runs, benchmarks, args, workers)
     if not workers.main:
         return

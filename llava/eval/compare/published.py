@@ -6,7 +6,8 @@ import csv
 import os
 from dataclasses import dataclass
 
-from llava.eval.compare.comparison import Comparison
+from llava.eval.compare.budget import Budget
+from llava.eval.compare.comparison import Comparison, Row
 from llava.eval.compare.scores import DENSE
 from llava.eval.markdown import table
 
@@ -15,7 +16,12 @@ FILE = os.path.join(os.path.dirname(__file__), *[os.pardir] * 3, "docs", "publis
 #: said
 STATUSES = ("own", "copied", "rerun", "unstated")
 CONVENTIONS = ("average", "input", "unpruned", "unstated")
-HEAD = ("method", "tokens", "benchmark", "here", "published", "source", "status")
+HEAD = ("method", "tokens", "benchmark", "here", "published", "source", "status", "metric")
+#: what the file says where a source leaves open which metric its number is
+AS_PRINTED = "as printed"
+#: model_type of a config -> the model whose numbers stand beside ours where none is named
+BESIDE = {"qwen2_5_vl": "qwen2.5-vl-7b"}
+BESIDE_OTHERS = "llava-1.5-7b"
 #: our benchmark -> the one of the file that asks the same questions, and the metric of both. The
 #: literature's MMBench numbers are those of its server, which are circular.
 SAME_RULE = {
@@ -69,29 +75,43 @@ def _published(row: dict, where: str) -> Published:
     return found
 
 
-def published_table(comparison: Comparison, rows: list[Published], model: str) -> str:
-    """Markdown: for every run and benchmark that the literature has, our share of the unpruned
-    score beside theirs. Raises ValueError when the file has nothing on `model`."""
+def model_beside(asked: str, model_type: str) -> str:
+    """The model of the file that is meant; asked: "" where nobody named one. Raises ValueError on
+    a name that the file does not have."""
+    found = asked or BESIDE.get(model_type, BESIDE_OTHERS)
+    check_known(read_published(), found)
+    return found
+
+
+def check_known(rows: list[Published], model: str) -> None:
+    """Raises ValueError when none of the rows is about the model."""
     known = sorted({row.model for row in rows})
     if model not in known:
         raise ValueError(f"no published numbers of {model!r}, choose from {', '.join(known)}")
+
+
+def published_table(comparison: Comparison, rows: list[Published], model: str) -> str:
+    """Markdown: for every run and benchmark that the literature has, our share of the unpruned
+    score beside theirs. Raises ValueError when the file has nothing on `model`."""
+    check_known(rows, model)
     rows = [row for row in rows if row.model == model]
     found = []
     for row in comparison.rows:
         for task in comparison.tasks:
-            for entry in _matching(rows, row.method, row.tokens, task, row.cells[task].metric):
+            for entry in _matching(rows, row, task):
                 whole = _unpruned(rows, entry)
                 share = "" if whole is None else f"{100 * entry.value / whole:.1f} "
                 own, dense = row.cells[task].percent, comparison.dense.cells[task].percent
                 here = f"{100 * own / dense:.1f} ({own:.1f})" if dense else f"({own:.1f})"
                 name = f"`{row.method}` {entry.variant}".strip()
                 theirs = f"{share}({entry.value:g})"
-                found.append((name, row.tokens, task, here, theirs, entry.source, entry.status))
+                said = (entry.source, entry.status, entry.metric)
+                found.append((name, row.budget.label, task, here, theirs, *said))
     if found:
         text = (
             f"**Beside the literature** ({model}; scores in percent of the unpruned score of the "
-            "same source and protocol, the score itself in brackets)\n\n"
-            f"{table(HEAD, found, 'lrlrrl')}"
+            "same source and protocol, the score itself in brackets; as printed: the source does "
+            f"not say which metric it is)\n\n{table(HEAD, found, 'lrlrrl')}"
         )
     else:
         text = f"The literature on {model} has no number for these runs."
@@ -109,20 +129,25 @@ def _not_compared(comparison: Comparison) -> list[str]:
     ]
 
 
-def _matching(
-    rows: list[Published], method: str, tokens: int, task: str, metric: str
-) -> list[Published]:
-    """The rows on a method, budget and benchmark that were scored by our rule."""
+def _matching(rows: list[Published], run: Row, task: str) -> list[Published]:
+    """The rows on a method, budget and benchmark that have our metric, as far as they say."""
     rule = SAME_RULE.get(task)
-    if rule is None or rule[1] != metric:
+    if rule is None or rule[1] != run.cells[task].metric or run.method == DENSE:
         return []
     return [
         row
         for row in rows
-        if (row.method, row.budget, row.unit) == (method, tokens, "tokens")
-        and (row.benchmark, row.metric) == rule
-        and method != DENSE
+        if row.method == run.method
+        and _budget(row) == run.budget
+        and row.benchmark == rule[0]
+        and row.metric in (rule[1], AS_PRINTED)
     ]
+
+
+def _budget(row: Published) -> Budget:
+    if row.unit == "tokens":
+        return Budget(tokens=int(row.budget))
+    return Budget(share=round(row.budget / 100, 4))
 
 
 def _unpruned(rows: list[Published], entry: Published) -> float | None:

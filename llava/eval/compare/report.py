@@ -6,16 +6,18 @@ import csv
 import io
 import os
 
+from llava.eval.compare.budget import Budget
 from llava.eval.compare.cells import bold, in_brackets
 from llava.eval.compare.comparison import AVERAGE, Cell, Comparison, Row
+from llava.eval.compare.hard import HardCell
 from llava.eval.compare.scores import DENSE
 from llava.eval.markdown import table
 
 #: a page keeps what stands from this line on when it is written again
 BY_HAND = "<!-- written by hand -->"
 COLUMNS = (
-    "method,tokens,task,metric,score,percent,low,high,change,change_low,change_high,loyalty,count,"
-    "failed,visual_tokens,tokens_in,kv_bytes,flops,seconds_first_token,answers_per_second"
+    "method,tokens,share,task,metric,score,percent,low,high,change,change_low,change_high,loyalty,count,"
+    "failed,hard,hard_change,hard_count,visual_tokens,tokens_in,kv_bytes,flops,seconds_first_token,answers_per_second"
 ).split(",")
 
 
@@ -33,11 +35,21 @@ def csv_text(comparison: Comparison) -> str:
 def _values(row: Row, task: str, cell: Cell) -> list:
     none = (None, None)
     return [
-        *(row.method, row.tokens, task, cell.metric, cell.score, cell.percent),
+        *(
+            row.method,
+            row.budget.tokens,
+            row.budget.share,
+            task,
+            cell.metric,
+            cell.score,
+            cell.percent,
+        ),
         *(cell.range or none),
         cell.change,
         *(cell.change_range or none),
-        *(cell.loyalty, cell.count, cell.failed, row.visual_tokens, row.cost.tokens_in),
+        *(cell.loyalty, cell.count, cell.failed),
+        *((hard.percent, hard.change, hard.count) if (hard := cell.hard) else (None,) * 3),
+        *(row.visual_tokens, row.cost.tokens_in),
         *(row.cost.kv_bytes, row.cost.flops, row.cost.seconds, row.answers_per_second),
     ]
 
@@ -53,6 +65,7 @@ def markdown(comparison: Comparison) -> str:
     dense = comparison.dense
     cell = dense.cells[AVERAGE]
     settings = comparison.settings
+    each = "visual tokens" if dense.budget.tokens else "visual tokens per question on average"
     lines = [
         f"Model `{settings['model_name']}`, {cell.count} questions of {len(comparison.tasks)} "
         f"benchmarks ({', '.join(comparison.tasks)}). Scores are percent of the maximum; the "
@@ -63,28 +76,31 @@ def markdown(comparison: Comparison) -> str:
         "questions.",
         "",
         f"Unpruned: {cell.percent:.1f} {in_brackets(cell.range)}, {dense.visual_tokens:.0f} "
-        f"visual tokens, KV cache {dense.cost.kv_bytes / 1e6:.2f} MB, "
+        f"{each}, KV cache {dense.cost.kv_bytes / 1e6:.2f} MB, "
         f"{dense.cost.flops / 1e9:.2f} GFLOP, first token after {1e3 * dense.cost.seconds:.0f} ms.",
     ]
     if any(row.cells[AVERAGE].failed for row in comparison.rows):
         lines += ["", *_failed_table(comparison)]
     for budget in _budgets(comparison):
         rows = _ranked(comparison, budget)
-        lines += ["", f"**{budget} tokens**", "", _average_table(rows, dense)]
+        lines += ["", f"**{budget.title}**", "", _average_table(rows, dense)]
     for budget in _budgets(comparison):
         rows = _ranked(comparison, budget)
-        lines += ["", f"**{budget} tokens, by benchmark**", "", _task_table(rows, comparison)]
+        lines += ["", f"**{budget.title}, by benchmark**", "", _task_table(rows, comparison)]
+    for budget in _budgets(comparison):
+        lines += _hard_table(_ranked(comparison, budget), comparison.tasks)
     if comparison.missing:
         lines += ["", "**Not run**", "", *comparison.missing]
     return "\n".join(lines) + "\n"
 
 
-def _budgets(comparison: Comparison) -> list[int]:
-    return sorted({row.tokens for row in comparison.rows if row.method != DENSE}, reverse=True)
+def _budgets(comparison: Comparison) -> list[Budget]:
+    found = {row.budget for row in comparison.rows if row.method != DENSE}
+    return sorted(found, key=lambda budget: budget.order, reverse=True)
 
 
-def _ranked(comparison: Comparison, budget: int) -> list[Row]:
-    rows = [r for r in comparison.rows if r.tokens == budget and r.method != DENSE]
+def _ranked(comparison: Comparison, budget: Budget) -> list[Row]:
+    rows = [r for r in comparison.rows if r.budget == budget and r.method != DENSE]
     return sorted(rows, key=lambda row: -row.cells[AVERAGE].percent)
 
 
@@ -120,11 +136,36 @@ def _task_table(rows: list[Row], comparison: Comparison) -> str:
     return table(["method", *tasks], lines, "lr")
 
 
+def _hard_table(rows: list[Row], tasks: list[str]) -> list[str]:
+    """Scores on the questions that smaller images get wrong, best average first; nothing where no
+    run at this budget was on smaller images."""
+    rows = [row for row in rows if row.cells[AVERAGE].hard]
+    if not rows:
+        return []
+    rows.sort(key=lambda row: -row.cells[AVERAGE].hard.percent)
+    own = [[row.cells[task].hard for row in rows] for task in tasks]
+    counts = [max((hard.count for hard in column if hard), default=0) for column in own]
+    names = [AVERAGE, *(task for task, count in zip(tasks, counts, strict=True) if count)]
+    head = [AVERAGE, *(f"{t} ({n})" for t, n in zip(tasks, counts, strict=True) if n)]
+    full = [next(row.cells[name].hard for row in rows if row.cells[name].hard) for name in names]
+    lines = [["unpruned", *(f"{hard.percent - hard.change:.1f}" for hard in full)]]
+    lines += [[_name(row), *(_hard_cell(row.cells[name].hard) for name in names)] for row in rows]
+    title = (
+        f"**Hard questions at {rows[0].budget.title}**: those that smaller images of that many "
+        "tokens get wrong (how many, in brackets)"
+    )
+    return ["", title, "", table(["method", *head], lines, "lr")]
+
+
+def _hard_cell(hard: HardCell | None) -> str:
+    return "" if hard is None else bold(f"{hard.percent:.1f}", hard.change_range)
+
+
 def _failed_table(comparison: Comparison) -> list[str]:
     """Which scores are not of all questions."""
     cells = [(row, task, row.cells[task]) for row in comparison.rows for task in comparison.tasks]
     lines = [
-        (_name(row), row.tokens, task, cell.failed, cell.count)
+        (_name(row), row.budget.label, task, cell.failed, cell.count)
         for row, task, cell in cells
         if cell.failed
     ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
+from llava.eval.compare.budget import Budget
+from llava.eval.compare.hard import Hard
 from llava.eval.scoring.bootstrap import Draws, Interval
 from llava.pruning import Pruner
 
@@ -19,7 +21,7 @@ class Run:
     """
 
     method: str
-    tokens: int
+    budget: Budget
     pruner: Pruner | None
     refused: str | None = None
 
@@ -33,11 +35,12 @@ class Score:
     same_as_dense: share of answers that equal those of the unpruned model, in percent
     visual_tokens: image tokens of a prompt on average over the decoder's layers
     change:        percent minus that of the unpruned model, on the questions that both answered
+    hard:          the same on the questions that smaller images get wrong; None: not known
     draws, change_draws: percent and change on drawn images; None: nothing to draw
     """
 
     method: str
-    tokens: int
+    budget: Budget
     task: str
     metric: str
     score: float
@@ -48,6 +51,7 @@ class Score:
     seconds: float | None = None
     failed: int = 0
     change: float = 0.0
+    hard: Hard | None = None
     draws: Draws | None = field(default=None, repr=False, compare=False)
     change_draws: Draws | None = field(default=None, repr=False, compare=False)
 
@@ -63,6 +67,8 @@ class Score:
 
     def as_dict(self) -> dict:
         """What is written of it: intervals in place of draws."""
-        names = (f.name for f in fields(self) if not f.name.endswith("draws"))
+        names = [f.name for f in fields(self) if not f.name.endswith("draws")]
+        names.remove("budget")
         ranges = {"range": self.range, "change_range": self.change_range}
-        return {name: getattr(self, name) for name in names} | ranges
+        ranges["hard"] = self.hard and asdict(self.hard.cell)
+        return asdict(self.budget) | {name: getattr(self, name) for name in names} | ranges

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+from math import inf
 
 from llava.errors import errors_as_messages
 from llava.eval.answering.loop import AnswerLoop
@@ -26,6 +27,8 @@ from llava.eval.answering.settings import settings_of
 from llava.eval.answering.workers import Workers
 from llava.eval.benchmarks import scored_here
 from llava.eval.benchmarks.benchmark import Benchmark
+from llava.eval.compare.budget import Budget, budget_of
+from llava.eval.compare.hard import HardQuestions
 from llava.eval.compare.scores import DENSE, Run, Score
 from llava.eval.compare.suite_report import not_run, plot, table
 from llava.eval.files import budgets
@@ -35,32 +38,45 @@ from llava.eval.plotting import import_pyplot
 from llava.eval.scoring import paired
 from llava.eval.scoring.units import Units
 from llava.mm_utils import get_model_name_from_path
+from llava.model.block_encoding import UnfitBudget
 from llava.model_args import add_model_args
 from llava.pruning import METHODS, build_pruner
-from llava.pruning.cli import pruner_from_args
+from llava.pruning.base import option_names
+from llava.pruning.cli import parse_pair
 from llava.weight_files import local_folder
 
 
-def plan(args, num_patches: int) -> list[Run]:
-    """Returns the runs in the order of the table: the unpruned model once, then every method.
+def plan(args, num_tokens: int | None) -> list[Run]:
+    """Returns the runs in the order of the table: the unpruned model once, then every method; those
+    that make images smaller come first, as hard questions are what they get wrong.
 
-    num_patches: visual tokens of an image without pruning; budgets from there on are that run.
+    num_tokens: visual tokens of an image without pruning; budgets from there on are that run.
+                None: images differ in how many they have
     A budget that a method does not know is a run that says so. Raises ValueError on an unknown
     option before anything has run.
     """
-    runs = [Run(DENSE, num_patches, build_pruner())]
-    for method in args.methods:
+    runs = [Run(DENSE, Budget(num_tokens), build_pruner())]
+    budgets = {b for b in args.tokens if b != Budget() and (b.tokens or 0) < (num_tokens or inf)}
+    for method in sorted(args.methods, key=lambda name: not METHODS[name].makes_images_smaller):
         prefix = f"{method}."
         own = [arg.removeprefix(prefix) for arg in args.pruning_arg if arg.startswith(prefix)]
-        named = argparse.Namespace(pruning_method=method, visual_token_num=None, pruning_arg=own)
-        pruner_from_args(named)  # without a budget: what is wrong now is an option
-        for tokens in sorted({n for n in args.tokens if n < num_patches}, reverse=True):
-            named.visual_token_num = tokens
+        options = dict(map(parse_pair, own))
+        build_pruner(method, **options)  # without a budget: what is wrong now is an option
+        for budget in sorted(budgets, key=lambda budget: budget.order, reverse=True):
             try:
-                runs.append(Run(method, tokens, pruner_from_args(named)))
+                runs.append(
+                    Run(method, budget, build_pruner(method, **{**options, **budget.options}))
+                )
             except ValueError as error:
-                runs.append(Run(method, tokens, None, str(error)))
+                runs.append(Run(method, budget, None, _reason(error, method, budget)))
     return runs
+
+
+def _reason(error: ValueError, method: str, budget: Budget) -> str:
+    """Why a method does not run at a budget."""
+    if budget.options.keys() <= set(option_names(METHODS[method])):
+        return str(error)
+    return "its budget is a number of tokens, it takes no share of them"
 
 
 def try_out(model, runs: list[Run], model_path: str) -> None:
@@ -76,7 +92,7 @@ def try_out(model, runs: list[Run], model_path: str) -> None:
 
 def answers_path(out: str, run: Run, benchmark: Benchmark) -> str:
     """Where the answers of one run to one benchmark lie."""
-    return os.path.join(out, "answers", run.method, f"n_{run.tokens}", f"{benchmark.name}.jsonl")
+    return os.path.join(out, "answers", run.method, f"n_{run.budget}", f"{benchmark.name}.jsonl")
 
 
 def run_task(
@@ -86,6 +102,7 @@ def run_task(
     asked: Records,
     args,
     dense: dict[str, Units],
+    hard: HardQuestions,
     workers: Workers,
     label: str = "",
 ) -> Score | None:
@@ -94,6 +111,7 @@ def run_task(
 
     asked: the records of the benchmark's question file
     dense: units of the unpruned model, which runs first, by benchmark
+    hard:  what the runs on smaller images left, which come next
     label: what the progress bar says in front of the benchmark's name
     """
     questions = benchmark.select(asked, args.limit, getattr(args, "skip_bad", False))
@@ -110,12 +128,16 @@ def run_task(
     records = read_lines(path)
     units = benchmark.score(args.data_dir, asked, records, args.limit)
     result = units.result()
-    change = paired.compare(units, dense.setdefault(benchmark.name, units))
+    full = dense.setdefault(benchmark.name, units)
+    change = paired.compare(units, full)
+    smaller = type(run.pruner).makes_images_smaller
+    if smaller:
+        hard.add(run.budget, units)
     kept = budgets.summarize(answers_among(records))
     seen = kept["mean"] if kept else done.visual_tokens and done.visual_tokens[1]
     return Score(
         run.method,
-        run.tokens,
+        run.budget,
         benchmark.name,
         result["metric"],
         result["score"],
@@ -126,6 +148,7 @@ def run_task(
         done.seconds,
         result["failed"],
         change.percent,
+        None if smaller else hard.score(run.budget, units, full),
         units.draws,
         change.draws,
     )
@@ -144,27 +167,36 @@ def run_all(
     workers:    processes that share the answering; the first one scores, writes and prints
     """
     workers = workers or Workers()
-    scores, dense = [], {}
+    scores, dense, hard = [], {}, HardQuestions()
     settings = [run for run in runs if run.refused is None]
     if workers.main:
         print(extent(settings, benchmarks, args), flush=True)
     for run in runs:
         if run.refused is not None:
             if workers.main:
-                print(f"{run.method} {run.tokens}: not run: {run.refused}", flush=True)
+                print(f"{run.method} {run.budget}: not run: {run.refused}", flush=True)
             continue
         loop.model.pruner = run.pruner
         number = settings.index(run) + 1
-        label = f"setting {number} of {len(settings)}: {run.method} {run.tokens}"
-        for benchmark, asked in benchmarks.items():
-            score = run_task(loop, run, benchmark, asked, args, dense, workers, label)
-            if workers.main:
-                scores.append(score)
-                write_scores(scores, args)
+        label = f"setting {number} of {len(settings)}: {run.method} {run.budget}"
+        own: list[Score] = []
+        try:
+            for benchmark, asked in benchmarks.items():
+                score = run_task(loop, run, benchmark, asked, args, dense, hard, workers, label)
+                if workers.main:
+                    own.append(score)
+                    write_scores([*scores, *own], args)
+        except ValueError as error:
+            if workers.size > 1 or not isinstance(error.__cause__, UnfitBudget):
+                raise
+            run.refused = str(error)
+            write_scores(scores, args)
+            print(f"{run.method} {run.budget}: stopped: {run.refused}", flush=True)
+            continue
         if workers.main:
-            own = scores[-len(benchmarks) :]
+            scores += own
             line = "  ".join(f"{score.task} {score.percent:.1f}{failures(score)}" for score in own)
-            print(f"{run.method} {run.tokens}: {line}", flush=True)
+            print(f"{run.method} {run.budget}: {line}", flush=True)
     return scores
 
 
@@ -213,7 +245,14 @@ def available(names: list[str] | None, data_dir: str) -> dict[Benchmark, Records
 
 def add_suite_args(parser: argparse.ArgumentParser, out: str) -> None:
     """Adds the options that say what is run; out: folder of the results by default."""
-    parser.add_argument("--tokens", type=int, nargs="+", default=[192, 128, 64])
+    parser.add_argument(
+        "--tokens",
+        type=budget_of,
+        nargs="+",
+        default=[Budget(192), Budget(128), Budget(64)],
+        help="budgets: tokens of an image (64), or a share of those it has (0.222); default: 192 "
+        "128 64",
+    )
     methods = sorted(METHODS.keys() - {DENSE})
     parser.add_argument(
         "--methods", nargs="+", default=methods, choices=methods, help="default: all"
@@ -256,16 +295,20 @@ def prepare(args) -> tuple[AnswerLoop, list[Run], dict[Benchmark, Records], Work
     args.device = args.device or workers.device()
     args.model_path = local_folder(args.model_path)
     loop = load_loop(args)
-    if loop.model.get_vision_tower().grid is None:
-        raise ValueError(
-            "the suite compares budgets with the number of tokens of an image, and those of this "
-            "model have no one number: run a benchmark's script for every budget"
-        )
-    crops = loop.model.crops_in_budget(build_pruner())
-    runs = plan(args, crops * loop.model.get_vision_tower().num_patches)
+    loop.count_tokens = True
+    runs = plan(args, tokens_of_an_image(loop.model))
     try_out(loop.model, runs, args.model_path)
     os.makedirs(args.out, exist_ok=True)
     return loop, runs, benchmarks, workers
+
+
+def tokens_of_an_image(model) -> int | None:
+    """Visual tokens of every image without pruning, as budgets count them; None where images have
+    grids of their own."""
+    tower = model.get_vision_tower()
+    if tower.grid is None:
+        return None
+    return model.crops_in_budget(build_pruner()) * tower.num_patches
 
 
 @errors_as_messages()

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from statistics import mean
 
 from llava.eval import markdown
+from llava.eval.compare.budget import Budget
 from llava.eval.compare.cells import bold, in_brackets
+from llava.eval.compare.hard import average as average_hard
 from llava.eval.compare.scores import DENSE, Run, Score
 from llava.eval.plotting import import_pyplot
 from llava.eval.scoring.bootstrap import Interval, is_significant
@@ -31,9 +33,9 @@ def table(scores: list[Score]) -> str:
 
 def _method_table(method: str, dense: list[Score], scores: list[Score]) -> str:
     own = [score for score in scores if score.method == method and method != DENSE]
-    budgets = sorted({score.tokens for score in own}, reverse=True)
-    columns = [dense] + [[s for s in own if s.tokens == tokens] for tokens in budgets]
-    head = ["task", "metric", *(f"{column[0].tokens} tokens" for column in columns)]
+    budgets = sorted({score.budget for score in own}, key=lambda b: b.order, reverse=True)
+    columns = [dense] + [[s for s in own if s.budget == budget] for budget in budgets]
+    head = ["task", "metric", *(column[0].budget.title for column in columns)]
     rows = [
         [task.task, task.metric, *(_cell(column, task.task) for column in columns)]
         for task in dense
@@ -47,6 +49,10 @@ def _method_table(method: str, dense: list[Score], scores: list[Score]) -> str:
     rows.append(["95 % interval", "", *changes])
     shares = [100 * value / averages[0] if averages[0] else 0.0 for value in averages]
     rows.append(["of the unpruned score", "%", *(f"{share:.1f}" for share in shares)])
+    if any(score.hard for column in columns for score in column):
+        hard = [average_hard([score.hard for score in column if score.hard]) for column in columns]
+        texts = (bold(f"{cell.percent:.1f}", cell.change_range) if cell else "" for cell in hard)
+        rows.append(["on hard questions", "", *texts])
     if any(score.failed for column in columns for score in column):
         rows.append(["questions that failed", "", *(_failed(column) for column in columns)])
     rows.append(["answers as unpruned", "%", *(_mean(c, "same_as_dense") for c in columns)])
@@ -60,15 +66,15 @@ def _method_table(method: str, dense: list[Score], scores: list[Score]) -> str:
 
 def not_run(runs: list[Run]) -> list[str]:
     """Returns one line for every reason why runs are missing, with their budgets."""
-    reasons: dict[tuple[str, str], list[int]] = {}
+    reasons: dict[tuple[str, str], list[str]] = {}
     for run in runs:
         if run.refused is not None:
             # The same reason may name the budget: it is one reason all the same.
-            reason = run.refused.replace(f"({run.tokens})", "(N)")
-            reasons.setdefault((run.method, reason), []).append(run.tokens)
+            reason = run.refused.replace(f"({run.budget})", "(N)")
+            reasons.setdefault((run.method, reason), []).append(run.budget.label)
     return [
-        f"- `{method}` was not run at {', '.join(map(str, tokens))}: {reason}"
-        for (method, reason), tokens in reasons.items()
+        f"- `{method}` was not run at {', '.join(labels)}: {reason}"
+        for (method, reason), labels in reasons.items()
     ]
 
 
@@ -138,7 +144,7 @@ def plot(scores: list[Score], path: str) -> None:
 
 def _panel(axes, scores: list[Score], title: str, band: bool = False) -> None:
     """One set of curves: the mean of `scores` at every budget, by method."""
-    curves = _curves(scores)
+    curves = _curves(scores, _whole(scores))
     full = curves.pop(DENSE)[0]
     axes.axhline(full.percent, color="0.6", linestyle="--", linewidth=1, label="unpruned")
     for method, points in curves.items():
@@ -149,9 +155,9 @@ def _panel(axes, scores: list[Score], title: str, band: bool = False) -> None:
         if band and all(point.range for point in points):
             low, high = zip(*(point.range for point in points), strict=True)
             axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
-    ticks = sorted({point.tokens for points in curves.values() for point in (*points, full)})
+    ticks = {point.tokens: point.label for points in curves.values() for point in (*points, full)}
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, labels=map(str, ticks))
+    axes.set_xticks(list(ticks), labels=ticks.values())
     axes.minorticks_off()
     axes.set_title(title, fontsize=11 if band else 9)
     axes.grid(alpha=0.3)
@@ -171,27 +177,41 @@ def mark_points(
 class Point:
     """The average of a method's scores at one budget.
 
+    tokens:      the budget; of a share, of what the images have on average
+    label:       how the budget is called
     range:       95 % interval of it
     significant: whether its change against the unpruned model is
     """
 
-    tokens: int
+    tokens: float
+    label: str
     percent: float
     range: Interval | None
     significant: bool
 
 
-def _curves(scores: list[Score]) -> dict[str, list[Point]]:
-    """Points by method, small budgets first."""
-    groups: dict[str, dict[int, list[Score]]] = {}
+def _whole(scores: list[Score]) -> float:
+    """Tokens that an image has, or a prompt where images differ, on average over benchmarks."""
+    seen = [s.visual_tokens for s in scores if s.method == DENSE and s.visual_tokens is not None]
+    return mean(seen) if seen else 1.0
+
+
+def _curves(scores: list[Score], whole: float) -> dict[str, list[Point]]:
+    """Points by method, small budgets first; whole: tokens of an image."""
+    groups: dict[str, dict[Budget, list[Score]]] = {}
     for score in scores:
-        groups.setdefault(score.method, {}).setdefault(score.tokens, []).append(score)
+        groups.setdefault(score.method, {}).setdefault(score.budget, []).append(score)
     return {
-        method: [_point(tokens, column) for tokens, column in sorted(budgets.items())]
+        method: sorted(
+            (_point(budget, whole, column) for budget, column in budgets.items()),
+            key=lambda point: point.tokens,
+        )
         for method, budgets in groups.items()
     }
 
 
-def _point(tokens: int, column: list[Score]) -> Point:
-    change = average_range(column, "change_draws")
-    return Point(tokens, average(column), average_range(column), is_significant(change))
+def _point(budget: Budget, whole: float, column: list[Score]) -> Point:
+    significant = is_significant(average_range(column, "change_draws"))
+    return Point(
+        budget.of(whole), budget.label, average(column), average_range(column), significant
+    )

@@ -19,6 +19,7 @@ from llava.eval.benchmarks import qbench as eval_qbench
 from llava.eval.benchmarks import viscot as eval_viscot
 from llava.eval.compare import report as compare_report
 from llava.eval.compare import suite, suite_report
+from llava.eval.compare.budget import Budget
 from llava.eval.compare.comparison import AVERAGE, compare_runs
 from llava.eval.compare.costs import Cost, sample_prompts
 from llava.eval.files.answer_lines import Failure, read_answers
@@ -291,8 +292,8 @@ def args(tmp_path):
 
 def test_the_suite_says_how_many_failed_and_compares_what_both_answered(args):
     runs = [
-        suite.Run("none", 576, build_pruner()),
-        suite.Run("random", 64, build_pruner("random", visual_token_num=64)),
+        suite.Run("none", Budget(576), build_pruner()),
+        suite.Run("random", Budget(64), build_pruner("random", visual_token_num=64)),
     ]
     benchmarks = suite.available(["pope", "gqa"], args.data_dir)
     scores = suite.run_all(Failing(unpruned=(), pruned=(1,)), runs, benchmarks, args)
@@ -307,7 +308,7 @@ def test_the_suite_says_how_many_failed_and_compares_what_both_answered(args):
     written = json.loads(Path(args.out, "scores.json").read_text())["scores"]
     assert [one["failed"] for one in written] == [0, 0, 1, 1]
 
-    costs = {(run.method, run.tokens): Cost(run.tokens, run.tokens, 1e4, 1e9, 0.01) for run in runs}
+    costs = {(run.method, run.budget): Cost(64, 64, 1e4, 1e9, 0.01) for run in runs}
     comparison = compare_runs(runs, scores, costs, benchmarks, args)
     assert comparison.rows[1].cells[AVERAGE].failed == 2
     text = compare_report.markdown(comparison)
@@ -331,7 +332,10 @@ def test_costs_are_measured_on_questions_that_can_be_asked(args):
 
 
 def test_nothing_to_compare_is_said(args):
-    runs = [suite.Run("none", 576, build_pruner()), suite.Run("random", 64, build_pruner("random"))]
+    runs = [
+        suite.Run("none", Budget(576), build_pruner()),
+        suite.Run("random", Budget(64), build_pruner("random")),
+    ]
     benchmarks = suite.available(["pope"], args.data_dir)
     with pytest.raises(ValueError, match="pope: no question was answered by this run and by"):
         suite.run_all(Failing(unpruned=(0,), pruned=(1,)), runs, benchmarks, args)

@@ -20,6 +20,9 @@ MEANT = {
     "96 --twig a/b": ("twigvlm", 96, ["twig=a/b"]),
     "--visual-token-num 96 --pruning-method pool": ("pool", 96, []),
     "0.222": ("vispruner", None, ["visual_token_ratio=0.222"]),
+    ".5": ("vispruner", None, ["visual_token_ratio=0.5"]),
+    "1.0": ("vispruner", None, ["visual_token_ratio=1.0"]),
+    "1": ("vispruner", 1, []),
     "0.222 0.7": ("vispruner", None, ["visual_token_ratio=0.222", "important_ratio=0.7"]),
     "": ("none", None, []),
 }
@@ -41,6 +44,18 @@ def test_a_named_method_keeps_its_name_and_what_it_does_not_know_is_left_to_the_
     assert read(["-R", "64"], "twigvlm", {}) == ("twigvlm", 64, [], [])
     assert read(["speed=3"], "fastv", {}) == ("fastv", None, ["speed=3"], [])
     assert read(["64"], "magic", {}) == ("magic", 64, [], [])
+
+
+def test_the_unpruned_model_takes_any_budget_and_has_none():
+    assert read(["64"], "none", {}) == read(["0.222"], "none", {}) == ("none", None, [], [])
+
+
+def test_a_share_goes_to_the_method_that_is_named():
+    assert read(["0.222"], "divprune", {}) == ("divprune", None, ["visual_token_ratio=0.222"], [])
+    with pytest.raises(
+        ValueError, match="visual_token_ratio is given twice: 0.2 in front, and 0.3"
+    ):
+        read(["0.2", "visual_token_ratio=0.3"], "divprune", {})
 
 
 def test_environment_variables_of_published_scripts_belong_to_their_method():

@@ -14,10 +14,11 @@ import torch
 
 from llava.eval.compare import report as compare_report
 from llava.eval.compare import suite
+from llava.eval.compare.budget import Budget, budget_of
 from llava.eval.compare.comparison import AVERAGE, compare_runs
 from llava.eval.compare.costs import Cost, measure_costs
 from llava.eval.compare.plot import plot
-from llava.eval.compare.published import published_table, read_published
+from llava.eval.compare.published import model_beside, published_table, read_published
 from llava.eval.efficiency.measure import Workload
 from llava.eval.files.answer_lines import Answer
 from llava.eval.files.records import read_jsonl
@@ -64,12 +65,13 @@ def args(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(args):
     """(runs, scores, benchmarks, comparison) of a comparison with invented costs."""
-    runs, loop = suite.plan(args, num_patches=576), FakeLoop()
+    runs, loop = suite.plan(args, num_tokens=576), FakeLoop()
     benchmarks = suite.available(None, args.data_dir)
     scores = suite.run_all(loop, runs, benchmarks, args)
     costs = {
-        (run.method, run.tokens): Cost(run.tokens, run.tokens, 1e4 * run.tokens, 1e9, 0.01)
+        (run.method, run.budget): Cost(tokens, tokens, 1e4 * tokens, 1e9, 0.01)
         for run in runs
+        if (tokens := run.budget.tokens)
     }
     return runs, scores, benchmarks, compare_runs(runs, scores, costs, benchmarks, args)
 
@@ -84,7 +86,7 @@ def test_units_add_up_to_the_score_of_the_benchmark(finished, args):
             questions = os.path.join(args.data_dir, benchmark.questions)
             units = benchmark.units(args.data_dir, benchmark.read(questions), answers)
             (score,) = [
-                s for s in scores if (s.method, s.tokens) == (run.method, run.tokens)
+                s for s in scores if (s.method, s.budget) == (run.method, run.budget)
                 and s.task == benchmark.name
             ]  # fmt: skip
             assert units.percent == pytest.approx(score.percent), benchmark.name
@@ -136,14 +138,16 @@ def test_rows_say_score_change_agreement_and_cost(finished):
     assert cell.loyalty == 50  # the second of two questions is answered otherwise
     assert cell.change == pytest.approx(cell.percent - dense.cells["pope"].percent)
     assert cell.range[0] <= cell.percent <= cell.range[1]
-    average = [score.percent for score in scores if score.method == "random" and score.tokens == 64]
+    average = [
+        score.percent for score in scores if score.method == "random" and score.budget == Budget(64)
+    ]
     assert pruned.cells[AVERAGE].percent == pytest.approx(sum(average) / len(benchmarks))
 
 
 def test_budgets_a_method_does_not_know_are_named_with_the_reason(finished):
     runs, _, _, comparison = finished
     refused = [run for run in runs if run.refused]
-    assert [(run.method, run.tokens) for run in refused] == [("mustdrop", 16)]
+    assert [(run.method, run.budget.tokens) for run in refused] == [("mustdrop", 16)]
     (line,) = comparison.missing
     assert line.startswith("- `mustdrop` was not run at 16:") and "192, 128, 64" in line
     assert line in compare_report.markdown(comparison)
@@ -151,8 +155,8 @@ def test_budgets_a_method_does_not_know_are_named_with_the_reason(finished):
 
 def test_a_method_that_refuses_the_model_is_known_before_anything_runs(model):
     runs = [
-        suite.Run("random", 5, build_pruner("random", visual_token_num=5)),
-        suite.Run("random", 99, build_pruner("random", visual_token_num=99)),
+        suite.Run("random", Budget(5), build_pruner("random", visual_token_num=5)),
+        suite.Run("random", Budget(99), build_pruner("random", visual_token_num=99)),
     ]
     suite.try_out(model, runs, "m")
     assert runs[0].refused is None and "exceeds the 36 patches" in runs[1].refused
@@ -188,12 +192,12 @@ def test_what_was_written_by_hand_survives_the_next_page(tmp_path):
 
 def test_costs_are_measured_on_prompts(model):
     prompts = [Workload.random(model, 1, 8, 1) for _ in range(2)]
-    runs = [suite.Run("none", 36, build_pruner())]
-    runs.append(suite.Run("random", 5, build_pruner("random", visual_token_num=5)))
-    runs.append(suite.Run("fastv", 5, None, "out of reach"))
+    runs = [suite.Run("none", Budget(36), build_pruner())]
+    runs.append(suite.Run("random", Budget(5), build_pruner("random", visual_token_num=5)))
+    runs.append(suite.Run("fastv", Budget(5), None, "out of reach"))
     costs = measure_costs(model, runs, prompts)
-    assert costs.keys() == {("none", 36), ("random", 5)}
-    small, large = costs["random", 5], costs["none", 36]
+    assert costs.keys() == {("none", Budget(36)), ("random", Budget(5))}
+    small, large = costs["random", Budget(5)], costs["none", Budget(36)]
     assert small.tokens_mean == 5 and small.flops < large.flops
     assert small.kv_bytes / large.kv_bytes == pytest.approx((5 + 8) / (36 + 8))
     assert small.seconds > 0 and model.pruner.name == "none"
@@ -255,3 +259,23 @@ def test_published_circular_accuracies_stand_beside_circular_ones_only(finished)
     for one in (row, dense):
         one.cells["mmbench"].metric = "plain accuracy"
     row.method = before
+
+
+def test_published_shares_stand_beside_ours_with_what_their_source_says(finished):
+    comparison = finished[3]
+    row = comparison.rows[1]
+    before = row.method, row.budget
+    row.method, row.budget = "divprune", budget_of("0.222")
+    text = published_table(comparison, read_published(), "qwen2.5-vl-7b")
+    row.method, row.budget = before
+    assert "| `divprune` | 22.2 % | pope |" in text
+    assert "97.0 (84.1) | 2606.01711 | rerun | as printed |" in text
+    assert "25 %" not in text and "| mmbench |" not in text
+
+
+def test_the_literature_beside_a_model_is_that_of_its_family():
+    assert model_beside("", "qwen2_5_vl") == "qwen2.5-vl-7b"
+    assert model_beside("", "llava_llama") == "llava-1.5-7b"
+    assert model_beside("llava-next-7b", "llava_llama") == "llava-next-7b"
+    with pytest.raises(ValueError, match="choose from llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b"):
+        model_beside("gpt-2", "llava_llama")

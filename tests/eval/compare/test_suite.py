@@ -54,8 +54,8 @@ def args(tmp_path):
 
 
 def test_every_method_and_budget_is_scored_on_every_benchmark(args):
-    runs = suite.plan(args, num_patches=576)
-    assert [(run.method, run.tokens) for run in runs] == [
+    runs = suite.plan(args, num_tokens=576)
+    assert [(run.method, run.budget.tokens) for run in runs] == [
         ("none", 576),
         ("vispruner", 64),
         ("vispruner", 16),

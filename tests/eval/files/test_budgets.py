@@ -1,5 +1,7 @@
 """Kept tokens per question: average, share and spread, as the summary of a benchmark shows them."""
 
+import json
+
 import pytest
 
 from llava.eval import score_table
@@ -63,7 +65,7 @@ def test_the_table_has_a_row_per_benchmark_and_the_mean_of_a_family():
             {"benchmark": "gqa", "score": 61.234} | row,
             {"benchmark": "vizwiz", "score": None, "upload": "x.json"} | row,
             {"benchmark": "qbench_test", "score": None, "why": "answers not public"} | row,
-            {"benchmark": "mmvet", "score": None} | row,
+            {"benchmark": "mmvet", "score": None, "why": "no judge"} | row,
             {"benchmark": "viscot_gqa", "score": 50.0} | row,
             {"benchmark": "viscot_cub", "score": 70.0} | row,
         ]
@@ -77,3 +79,46 @@ def test_the_table_has_a_row_per_benchmark_and_the_mean_of_a_family():
         "| viscot_cub | accuracy | 70.00 | 5 | 42.2 |",
         "| viscot, mean | accuracy | 60.00 | 10 |  |",
     ]
+
+
+#: as earlier versions wrote them: parts under other names or none, no reason for a missing score
+EARLIER = {
+    "pope": {"score": 86.2, "percent": 86.2, "count": 9, "categories": {"random": {"f1": 0.862}}},
+    "gqa": {"score": 61.9, "percent": 61.9, "count": 7, "binary": 70.1, "open": 50.0},
+    "mme": {"score": 1480.5, "percent": 74.0, "count": 8, "groups": {"OCR": 140.0}},
+    "seed": {"score": 58.6, "count": 6, "scores": {"total": 58.6}, "visual_tokens": 192.0},
+    "mmvet": {"score": None, "percent": None, "count": 5},
+    "sqa": {"score": 66, "count": 4, "visual_tokens": None, "failed": 0},
+}
+
+
+def test_score_files_of_earlier_versions_keep_their_numbers_in_the_table(tmp_path):
+    paths = []
+    for name, result in EARLIER.items():
+        paths.append(tmp_path / f"{name}.score.json")
+        paths[-1].write_text(json.dumps({"benchmark": name, "metric": "m"} | result))
+    lines = score_table.table([score_table.read_score(str(path)) for path in paths]).splitlines()
+    assert lines[2:] == [
+        "| pope | m | 86.20 | 9 |  |",
+        "| gqa | m | 61.90 | 7 |  |",
+        "| mme | m | 1480.50 | 8 |  |",
+        "| seed | m | 58.60 | 6 | 192.0 |",
+        "| mmvet | m | not scored | 5 |  |",
+        "| sqa | m | 66.00 | 4 |  |",
+    ]
+
+
+NO_SCORES = {
+    "no field 'count'": {"benchmark": "gqa", "metric": "m", "score": 1.0},
+    "'score' is a text": {"benchmark": "gqa", "metric": "m", "score": "61.9 %", "count": 3},
+    "'count' is null": {"benchmark": "gqa", "metric": "m", "score": 61.9, "count": None},
+    "no field 'metric', 'score', 'count'": {"benchmark": "gqa", "accuracy": 61.9},
+}
+
+
+@pytest.mark.parametrize("reason", NO_SCORES)
+def test_a_file_that_is_no_score_is_named_with_what_is_wrong(reason, tmp_path):
+    path = tmp_path / "x.score.json"
+    path.write_text(json.dumps(NO_SCORES[reason]))
+    with pytest.raises(ValueError, match=f"x.score.json: {reason}, so it is no score"):
+        score_table.read_score(str(path))
