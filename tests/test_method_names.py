@@ -15,8 +15,9 @@ NAMES = sorted(METHODS.own.keys() - COMMON)
 WORD = re.compile(rf"(?<![a-z])({'|'.join(NAMES)})(?![a-z])", re.IGNORECASE)
 #: the methods themselves, the training of their parts, and a module that a release calls so
 THEIR_OWN = re.compile(
-    r"llava/pruning/.*|llava/train/(train_)?(twigvlm|glimpseprune)\w*\.py|playground/train\.py"
-    r"|scripts/v1_5/train_(twig|glimpse)\w*\.(sh|yaml)|nuwa\.py"
+    r"llava/pruning/.*|llava/train/(train_)?(twigvlm|glimpseprune)\w*\.py"
+    r"|playground/train(_qwen)?\.py|nuwa\.py"
+    r"|scripts/(v1_5|qwen2_5_vl)/train_(twig|glimpse)\w*\.(sh|yaml)"
 )
 FOLDERS = ("llava", "scripts", "playground", ".ci")
 

@@ -18,18 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import yaml
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
-from llava.conversation import Conversation
-from llava.mm_utils import load_image, process_images
-from llava.pruning.cells import boxes_to_cells
+from llava.constants import DEFAULT_IMAGE_TOKEN
 
-from .labels import preprocess
 from .samples import Findings, is_number, is_unicode, missing_files, read_rows
 
 logger = logging.getLogger(__name__)
@@ -237,106 +229,3 @@ def pixel_box(box: Sequence[float], bbox_type: str, size: tuple[int, int]) -> li
     if bbox_type == "xyxy_norm1000":
         return [edge * side / 1000 for edge, side in zip(box, (*size, *size), strict=True)]
     return list(box)
-
-
-def box_mask(
-    boxes: Sequence[Sequence[float]] | None,
-    size: tuple[int, int],
-    grid: tuple[int, int],
-    mode: str | None,
-    frame: str = "seen",
-) -> Tensor:
-    """(h, w) True on the patches that boxes in pixels of a picture of `size` cover.
-
-    mode:  `image_aspect_ratio` of the model: "pad", or else the middle square is cut out
-    frame: "seen": boxes are placed where the tower sees them; "released": as shares of the picture
-           itself, which is what the published weights were trained with
-    """
-    if boxes is None:
-        return torch.ones(grid, dtype=torch.bool)
-    if frame not in ("seen", "released"):
-        raise ValueError(f"box_frame {frame!r} is unknown, choose seen or released")
-    width, height = size
-    if frame == "released":
-        left, top, across, down = 0, 0, width, height
-    else:
-        side = max(size) if mode == "pad" else min(size)
-        left, top, across, down = -((side - width) // 2), -((side - height) // 2), side, side
-    shares = []
-    for x1, y1, x2, y2 in boxes:
-        box = ((x1 - left) / across, (y1 - top) / down, (x2 - left) / across, (y2 - top) / down)
-        if box[2] >= 0 and box[3] >= 0 and box[0] < 1 and box[1] < 1:
-            shares.append([min(max(edge, 0.0), 1.0) for edge in box])
-    return boxes_to_cells(shares, grid)
-
-
-class BoxDataset(Dataset):
-    """Samples as the training step takes them.
-
-    config: of the model, for `image_aspect_ratio`; grid: (h, w) patches of a picture
-    An item: `prompt`, `answer` and `labels` (ids, cut in front of the first supervised one),
-    `image` (3, S, S) and `mask` (h, w).
-    """
-
-    def __init__(
-        self,
-        samples: list[BoxSample],
-        tokenizer,
-        image_processor,
-        config,
-        grid: tuple[int, int],
-        conv: Conversation,
-        frame: str = "seen",
-    ):
-        self.samples, self.tokenizer, self.conv = samples, tokenizer, conv
-        self.image_processor, self.config = image_processor, config
-        self.grid, self.frame = grid, frame
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        sample = self.samples[i]
-        # Boxes were drawn on the picture as it is stored.
-        image = load_image(sample.path, as_stored=True)
-        messages = [
-            {"from": "human", "value": f"{DEFAULT_IMAGE_TOKEN}\n{sample.question}"},
-            {"from": "gpt", "value": sample.answer},
-        ]
-        item = preprocess(messages, self.tokenizer, self.conv, has_image=True)
-        supervised = (item["labels"] != IGNORE_INDEX).nonzero()
-        if not len(supervised):
-            raise ValueError(f"the answer {sample.answer!r} to {sample.path} has no tokens")
-        first, mode = int(supervised[0]), getattr(self.config, "image_aspect_ratio", None)
-        return {
-            "prompt": item["input_ids"][:first],
-            "answer": item["input_ids"][first:],
-            "labels": item["labels"][first:],
-            "image": process_images([image], self.image_processor, self.config)[0],
-            "mask": box_mask(sample.boxes, image.size, self.grid, mode, self.frame),
-        }
-
-
-@dataclass
-class BoxCollator:
-    """Prompts padded on the left, answers on the right; names as `GlimpseObjective` takes them."""
-
-    pad_token_id: int
-
-    def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        prompts = [item["prompt"].flip(0) for item in items]
-        answers = [item["answer"] for item in items]
-        return {
-            "input_ids": pad_sequence(prompts, True, self.pad_token_id).flip(1),
-            "attention_mask": _marks(prompts).flip(1),
-            "answer_ids": pad_sequence(answers, True, self.pad_token_id),
-            "answer_mask": _marks(answers),
-            "labels": pad_sequence([item["labels"] for item in items], True, IGNORE_INDEX),
-            "images": torch.stack([item["image"] for item in items]),
-            "masks": torch.stack([item["mask"] for item in items]),
-        }
-
-
-def _marks(rows: Sequence[Tensor]) -> Tensor:
-    """(B, L) True on what is not padding behind the rows."""
-    return pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], True, False)

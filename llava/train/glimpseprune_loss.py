@@ -8,6 +8,7 @@ everything.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,7 @@ class LossWeights:
 class GlimpseObjective(nn.Module):
     """The losses of a batch; `llava.pruner` is a GlimpsePrune whose module is trained.
 
-    The rest of `llava` is frozen. Images have one crop each, and a prompt one image.
+    The rest of `llava`, a model of any family, is frozen. Images have one crop each.
     """
 
     def __init__(self, llava: nn.Module, weights: LossWeights | None = None):
@@ -78,14 +79,15 @@ class GlimpseObjective(nn.Module):
         answer_ids: Tensor,
         answer_mask: Tensor,
         labels: Tensor,
-        images: Tensor,
-        masks: Tensor,
+        images: Tensor | list[Tensor],
+        masks: Sequence[Tensor],
     ) -> dict[str, Tensor]:
         """Losses, and counts of hits (3,) (true positive, false positive, false negative tokens).
 
         input_ids, attention_mask:  (B, P) up to the first supervised token, padded on the left
         answer_ids, answer_mask, labels: (B, T) from there on, padded on the right
-        masks: (B, h, w) True on the patches that the question needs
+        images: as `generate` takes them
+        masks:  one (h, w) for each image, True on the tokens that the question needs
         """
         prompt = self.llava.build_prompt(
             input_ids, attention_mask, images=images, padding_side="left"
@@ -94,17 +96,20 @@ class GlimpseObjective(nn.Module):
         views = Views.of(
             prompt.visual_index, prompt.patch_index, prompt.image_extras, prompt.counts
         )
-        if not views.complete or views.grids != (tuple(masks.shape[1:]),) * len(masks):
+        grids = tuple(tuple(mask.shape) for mask in masks)
+        if not views.complete or views.grids != grids:
             raise ValueError(
-                f"every prompt must hold one whole image of one crop; views of {views.grids} "
-                f"patches were found for masks of {tuple(masks.shape)}"
+                f"prompts must hold whole images of one crop each: grids of {views.grids} tokens "
+                f"were found for masks of {grids}"
             )
         outputs = self.glimpse.judge(rows, prompt.extras[CONDITIONS], views)
-        wanted = masks.flatten(1).float()
-        outputs = [logits.view(wanted.shape) for logits in outputs]
+        cells = torch.cat([mask.flatten() for mask in masks]).to(prompt.visual_index.device)
+        wanted, real = views.scatter(cells.bool()), prompt.visual_index >= 0
+        outputs = [views.scatter(logits) for logits in outputs]
         answer = self._answer_loss(hidden, labels)
-        parts = [(dice_loss(out, wanted), bce_loss(out, wanted)) for out in outputs]
-        located = sum(self.weights.mask_loss(*pair) for pair in parts)
+        pair = wanted.float(), real
+        parts = [(dice_loss(out, *pair), bce_loss(out, *pair)) for out in outputs]
+        located = sum(self.weights.mask_loss(*both) for both in parts)
         losses = {
             "loss": self.weights.le_weight * answer + self.weights.loc_weight * located,
             "le_loss": answer.detach(),
@@ -112,25 +117,34 @@ class GlimpseObjective(nn.Module):
             "bce_loss": torch.stack([bce for _, bce in parts]).detach(),
             "loc_loss": located.detach(),
         }
-        return losses | {"hits": hits(outputs[-1].detach(), masks.flatten(1))}
+        return losses | {"hits": hits(outputs[-1].detach(), wanted, real)}
 
     def _run(self, prompt, answer_ids: Tensor, answer_mask: Tensor):
         """Hidden states (B, T, D) that predict the answer, and per selected layer the row (B, H, S)
-        of the last glimpse token over the prompt."""
+        of the last glimpse token over the prompt; without a glimpse that of the last prompt token.
+        """
         decoder, config = self.llava.model, self.glimpse.config
-        vectors, count = self.glimpse.vectors(), config.le_length
-        batch, size = prompt.attention_mask.shape
+        embeds, mask = prompt.inputs_embeds, prompt.attention_mask
+        batch, size = mask.shape
+        dtype, vectors = embeds.dtype, self.glimpse.vectors()
+        vectors = {layer: vector.to(dtype) for layer, vector in vectors.items()}
+        if config.has_glimpse:
+            known, reader = size, vectors[0].expand(batch, -1, -1)
+        else:
+            known, reader = size - 1, embeds[:, -1:]
+        count = reader.shape[1]
         cache = KVCache(len(decoder.layers), reserve=count + answer_ids.shape[1])
         with torch.no_grad():
-            decoder(prompt.inputs_embeds, prompt.attention_mask, prompt.position_ids, cache=cache)
-        dtype = prompt.inputs_embeds.dtype
-        vectors = {layer: vector.to(dtype) for layer, vector in vectors.items()}
-        answer = decoder.embed_tokens(answer_ids)
-        x = torch.cat([vectors[0].expand(batch, -1, -1), answer], dim=1)
-        places = torch.arange(x.shape[1], device=x.device)
-        positions = prompt.position_ids.amax(dim=1, keepdim=True) + 1 + places
+            places = prompt.position_ids[:, :known]
+            decoder(embeds[:, :known], mask[:, :known], places, cache=cache)
+        x = torch.cat([reader, decoder.embed_tokens(answer_ids)], dim=1)
+        # A prompt ends with text, which stands at the same position on all axes.
+        last = prompt.position_ids.flatten(1).amax(dim=1, keepdim=True)
+        positions = last + torch.arange(known, known + x.shape[1], device=x.device) - (size - 1)
+        if prompt.position_ids.ndim == 3:
+            positions = positions[..., None].expand(-1, -1, prompt.position_ids.shape[2])
         ones = answer_mask.new_ones(batch, count)
-        valid = torch.cat([prompt.attention_mask, ones.bool(), answer_mask.bool()], dim=1)
+        valid = torch.cat([mask[:, :known], ones.bool(), answer_mask.bool()], dim=1)
         step = Step(
             rope=decoder.rotary(positions, dtype),
             mask=padded_causal_mask(valid, x.shape[1]),
@@ -155,20 +169,26 @@ class GlimpseObjective(nn.Module):
         return F.cross_entropy(logits, labels[supervised])
 
 
-def dice_loss(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Mean over the batch of 1 - Dice of (B, N) logits and 0/1 masks."""
+def dice_loss(logits: Tensor, wanted: Tensor, real: Tensor | None = None) -> Tensor:
+    """Mean over the batch of 1 - Dice of (B, N) logits and 0/1 masks; real (B, N): False on what is
+    no visual token."""
     chance, smooth = logits.sigmoid(), 1e-6
+    if real is not None:
+        chance = chance.masked_fill(~real, 0)
     overlap = 2 * (chance * wanted).sum(dim=1) + smooth
     return (1 - overlap / (chance.sum(dim=1) + wanted.sum(dim=1) + smooth)).mean()
 
 
-def bce_loss(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Mean binary cross-entropy of (B, N) logits and 0/1 masks."""
-    return F.binary_cross_entropy_with_logits(logits, wanted)
+def bce_loss(logits: Tensor, wanted: Tensor, real: Tensor | None = None) -> Tensor:
+    """Mean over the batch of the mean binary cross-entropy of visual tokens, likewise."""
+    if real is None:
+        return F.binary_cross_entropy_with_logits(logits, wanted)
+    loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    return (loss.masked_fill(~real, 0).sum(dim=1) / real.sum(dim=1)).mean()
 
 
-def hits(logits: Tensor, wanted: Tensor) -> Tensor:
+def hits(logits: Tensor, wanted: Tensor, real: Tensor | None = None) -> Tensor:
     """(3,) tokens found, wrongly found and missed at probability 0.5, over the whole batch."""
-    found = logits > 0
+    found = logits > 0 if real is None else (logits > 0) & real
     pairs = (found & wanted, found & ~wanted, ~found & wanted)
     return torch.stack([pair.sum() for pair in pairs]).float()

@@ -130,3 +130,34 @@ class EpochRandomSampler(Sampler):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(torch.randperm(self.num_samples, generator=generator).tolist())
+
+
+class ChunkSampler(EpochRandomSampler):
+    """The same random order in whole chunks, of which every index comes `repeats` times in a row.
+
+    chunk:   indices, repeats counted, that belong together: those of one step of the optimizer; a
+             last chunk that is not full is left out
+    repeats: the answers that a reinforcement samples for a question, else 1
+    Raises ValueError when the samples do not fill one chunk, or the repeats do not divide it.
+    """
+
+    def __init__(self, num_samples: int, seed: int, chunk: int, repeats: int = 1):
+        super().__init__(num_samples, seed)
+        if chunk % repeats:
+            raise ValueError(
+                f"num_generations {repeats} must divide the {chunk} answers of a step (samples of "
+                "a device x processes x accumulation)"
+            )
+        self.questions, self.repeats = chunk // repeats, repeats
+        if num_samples < self.questions:
+            raise ValueError(
+                f"{num_samples} samples do not fill one step, which takes {self.questions}: use a "
+                "smaller batch, less accumulation, or more data"
+            )
+
+    def __len__(self) -> int:
+        return self.num_samples // self.questions * self.questions * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(super().__iter__())[: len(self) // self.repeats]
+        return (index for index in order for _ in range(self.repeats))

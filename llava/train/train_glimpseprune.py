@@ -4,119 +4,49 @@
         --train_dataset gqa_cot_train.jsonl --img_dir datas --bf16 True --output_dir OUT
     python -m llava.train.train_glimpseprune --config recipe.yaml --output_dir OUT
 
-Keys of the yaml file are the flags; flags on the command line win, `env:` sets environment
-variables. Several processes: `accelerate launch -m llava.train.train_glimpseprune ...`. A run whose
-output folder holds `checkpoint-*` continues from the newest. See docs/Training.md.
+Models of both families, LLaVA-1.5 and Qwen2.5-VL. Keys of the yaml file are the flags; flags on the
+command line win, `env:` sets environment variables. Several processes: `accelerate launch -m
+llava.train.train_glimpseprune ...`. A run whose output folder holds `checkpoint-*` continues from
+the newest. See docs/Training.md.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 import transformers
 
 from llava.conv_mode import CONFIG_KEY, announce, checkpoint_conv_mode
-from llava.conversation import conv_templates
+from llava.front_end import FrontEnd
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
-from llava.pruning.glimpseprune import DEFAULTS, GlimpsePrune
+from llava.pruning.glimpseprune import GlimpsePrune
 from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
 from llava.pruning.learned import read_part, save_part
 from llava.train.processes import leave_group
 
-from .arguments import TrainingArguments
-from .glimpseprune_data import BoxCollator, BoxDataset, read_datasets, read_yaml
-from .glimpseprune_loss import GlimpseObjective, LossWeights
-from .llava_trainer import LLaVATrainer
+from .glimpseprune_arguments import (
+    BoxArguments,
+    GlimpseArguments,
+    GlimpseTrainingArguments,
+    with_config,
+)
+from .glimpseprune_batches import BoxCollator, BoxDataset, LengthLimits, ModelFacts
+from .glimpseprune_data import read_datasets
+from .glimpseprune_loss import GlimpseObjective
+from .glimpseprune_saving import save_released
+from .llava_trainer import LLaVATrainer, SamplerEpochs
+from .sampler import ChunkSampler
 from .saving import gathered
 from .train import own_precision
 from .zero import join_processes, kept_whole, refuse_fsdp, register_parameter
 
-#: fields of `GlimpseArguments` that make the shape of the trained part
-SHAPE = (
-    "selected_layers reduce_layer le_layers le_length le_dropout_prob selected_visual_layers "
-    "attn_fuse_size visual_cond_size attn_fuse_num_heads use_attention_logits deep_supervision"
-).split()
-
-
-@dataclass
-class GlimpseArguments:
-    """The model, and the shape of what is trained; None: the paper's, scaled to the depth."""
-
-    model_name_or_path: str = "liuhaotian/llava-v1.5-7b"
-    attn_implementation: str = "sdpa"
-    load_new_modules: str | None = field(
-        default=None, metadata={"help": "folder of a trained part to start from"}
-    )
-    selected_layers: list[int] | None = field(
-        default=None, metadata={"help": "decoder layers whose attention row is read"}
-    )
-    reduce_layer: int | None = field(
-        default=None, metadata={"help": "last decoder layer that sees all visual tokens"}
-    )
-    le_layers: list[int] | None = field(
-        default=None, metadata={"help": "layers before which a vector joins the glimpse; with 0"}
-    )
-    le_length: int = 1
-    le_dropout_prob: float = 0.1
-    selected_visual_layers: list[int] | None = field(
-        default=None, metadata={"help": "hidden states of the tower, deepest first"}
-    )
-    attn_fuse_size: int = 256
-    visual_cond_size: int = 512
-    attn_fuse_num_heads: int = 4
-    use_attention_logits: bool = False
-    deep_supervision: bool = False
-
-
-@dataclass
-class BoxArguments:
-    """Where questions and boxes come from."""
-
-    train_dataset: str | None = field(
-        default=None, metadata={"help": "yaml with `datasets:`, or a Visual-CoT .jsonl or .json"}
-    )
-    img_dir: str = field(default="datas", metadata={"help": "pictures: IMG_DIR/cot/DATASET/IMAGE"})
-    sampling_seed: int = 42
-    version: str = field(
-        default="auto", metadata={"help": "prompt template; auto: what the checkpoint says"}
-    )
-    box_frame: str = field(
-        default="seen",
-        metadata={"help": "seen, or released: boxes as shares of the picture before padding"},
-    )
-
-
-@dataclass
-class GlimpseTrainingArguments(TrainingArguments):
-    """The Trainer's arguments with the paper's values, and the weights of the losses."""
-
-    learning_rate: float = 1e-4
-    lr_scheduler_type: str = "cosine"
-    warmup_ratio: float = 0.1
-    num_train_epochs: float = 1.0
-    per_device_train_batch_size: int = 1
-    gradient_accumulation_steps: int = 8
-    logging_steps: float = 10
-    save_steps: float = 500
-    le_weight: float = 1.0
-    loc_weight: float = 1.0
-    loc_loss_class: str = field(
-        default="MaskLoss", metadata={"help": "MaskLoss, DiceLoss or BCELoss"}
-    )
-    loc_dice_weight: float = 1.0
-    loc_bce_weight: float = 0.1
-
-    @property
-    def loss_weights(self) -> LossWeights:
-        names = LossWeights.__dataclass_fields__
-        return LossWeights(**{name: getattr(self, name) for name in names})
+logger = logging.getLogger(__name__)
 
 
 def train(args: Sequence[str] | None = None) -> GlimpseTrainer:
@@ -139,92 +69,83 @@ def prepare(words: Sequence[str]) -> GlimpseTrainer:
     classes = (GlimpseArguments, BoxArguments, GlimpseTrainingArguments)
     parser = transformers.HfArgumentParser(classes)
     model_args, box_args, training_args = parser.parse_args_into_dataclasses(with_config(words))
+    training_args.refuse_other_recipes()
     if box_args.train_dataset is None:
         raise ValueError("--train_dataset is missing: a yaml file, or a Visual-CoT .jsonl or .json")
-    name = get_model_name_from_path(model_args.model_name_or_path)
-    version = checkpoint_conv_mode(
-        model_args.model_name_or_path, model_name=name, given=box_args.version
-    )
-    announce(version)
     if training_args.fsdp:
         refuse_fsdp("a glimpse")
     transformers.set_seed(training_args.seed)
     join_processes(training_args)
-    with kept_whole(training_args):  # DeepSpeed splits it later, with all that is trained
-        tokenizer, model, processor, _ = load_pretrained_model(
-            model_args.model_name_or_path,
-            None,
-            name,
-            device_map=None,
-            device=training_args.device,
-            torch_dtype=training_args.compute_dtype,
-            attn_implementation=model_args.attn_implementation,
-        )
-    if getattr(model.config, "image_aspect_ratio", None) == "anyres":
-        raise ValueError(
-            f"{model_args.model_name_or_path} cuts images into tiles (image_aspect_ratio anyres), "
-            "but a glimpse is trained on images of one crop: take a LLaVA-1.5 model"
-        )
-    tower = model.get_vision_tower()
+    front = load_frozen(model_args, box_args, training_args)
+    model = front.model
     model.pruner = fresh_method(model, model_args)
-    samples = read_datasets(box_args.train_dataset, box_args.img_dir, box_args.sampling_seed)
+    front.model = ModelFacts.of(model)
     return GlimpseTrainer(
         model=GlimpseObjective(model, training_args.loss_weights),
         base_model=model_args.model_name_or_path,
-        conv_mode=version.name,
-        tokenizer=tokenizer,
+        saved_values={CONFIG_KEY: front.conv_mode, **model_args.pruning},
+        tokenizer=front.tokenizer,
         args=training_args,
-        train_dataset=BoxDataset(
-            samples,
-            tokenizer,
-            processor,
-            model.config,
-            (tower.num_patches_per_side,) * 2,
-            conv_templates[version.name],
-            box_args.box_frame,
-        ),
-        data_collator=BoxCollator(tokenizer.pad_token_id or 0),
+        train_dataset=box_dataset(box_args.train_dataset, front, box_args),
+        eval_dataset=box_args.eval_dataset and box_dataset(box_args.eval_dataset, front, box_args),
+        data_collator=BoxCollator(front.pad_id),
     )
 
 
-def with_config(words: Sequence[str]) -> list[str]:
-    """The command line with the flags of its `--config FILE.yaml` in front of its own."""
-    words = list(words)
-    if "--config" not in words:
-        return words
-    place = words.index("--config")
-    if place + 1 == len(words):
-        raise ValueError("--config needs the name of a yaml file")
-    path = words[place + 1]
-    values = read_yaml(path)
-    for name, value in (values.pop("env", None) or {}).items():
-        os.environ[name] = str(value)
-    flags = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            raise ValueError(f"{path}: {name} must be a value or a list")
-        if value is not None:
-            several = value if isinstance(value, list) else [value]
-            flags += [f"--{name}", *map(str, several)]
-    return [*flags, *words[:place], *words[place + 2 :]]
+def load_frozen(
+    model_args: GlimpseArguments, box_args: BoxArguments, training_args: GlimpseTrainingArguments
+) -> FrontEnd:
+    """The model that is to be pruned, with what stands in front of it."""
+    path, adapter = model_args.model_name_or_path, model_args.adapter_dir
+    name = get_model_name_from_path(path)
+    version = checkpoint_conv_mode(path, model_name=name, given=box_args.version)
+    announce(version)
+    with kept_whole(training_args):  # DeepSpeed splits it later, with all that is trained
+        tokenizer, model, processor, _ = load_pretrained_model(
+            adapter or path,
+            path if adapter else None,
+            name,
+            device_map=None,
+            device=training_args.device,
+            torch_dtype=model_args.torch_dtype or training_args.compute_dtype,
+            attn_implementation=model_args.attn_implementation,
+        )
+    if model.image_settings.image_aspect_ratio == "anyres":
+        raise ValueError(
+            f"{path} cuts images into tiles (image_aspect_ratio anyres), but a glimpse is trained "
+            "on images of one crop: take a LLaVA-1.5 or Qwen2.5-VL model"
+        )
+    if training_args.gradient_checkpointing:
+        logger.info("gradient_checkpointing: nothing to save, prompts run without gradients")
+        training_args.gradient_checkpointing = False
+    if box_args.max_pixels is not None:
+        if model.patch_grid is None:
+            processor.max_pixels = box_args.max_pixels
+        else:
+            logger.warning("max_pixels: all images of %s have one size, it changes nothing", path)
+    return FrontEnd(tokenizer, model, processor, version.name)
+
+
+def box_dataset(source: str, front: FrontEnd, box_args: BoxArguments) -> BoxDataset:
+    """The samples of a file that are within the limits."""
+    samples = read_datasets(source, box_args.img_dir, box_args.sampling_seed)
+    dataset = BoxDataset(samples, front, box_args.box_frame)
+    limits = LengthLimits(box_args.max_input_seq_length, box_args.max_input_remain_seq_length)
+    dataset.keep_within(limits)
+    return dataset
 
 
 def fresh_method(model, model_args: GlimpseArguments) -> GlimpsePrune:
     """GlimpsePrune for `model` with new weights in fp32, or those of `load_new_modules`."""
-    given = {name: getattr(model_args, name) for name in SHAPE}
-    given = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in given.items()
-        if value is not None
-    }
     if model_args.load_new_modules is not None:
         pruner = GlimpsePrune(new_modules=model_args.load_new_modules)
         pruner.module = pruner.load(model).float()
         return pruner
-    if "selected_layers" in given:
-        given.setdefault("reduce_layer", max(given["selected_layers"]))
+    shape = model_args.shape
+    if "selected_layers" in shape:
+        shape.setdefault("reduce_layer", max(shape["selected_layers"]))
     pruner = GlimpsePrune()
-    pruner.module = Glimpse(GlimpseConfig.for_model(model, **given))
+    pruner.module = Glimpse(GlimpseConfig.for_model(model, **shape))
     pruner.module.initialize()
     pruner.module.to(model.device)
     return pruner
@@ -233,15 +154,19 @@ def fresh_method(model, model_args: GlimpseArguments) -> GlimpsePrune:
 class GlimpseTrainer(LLaVATrainer):
     """Trains and saves the pruning method's part alone; logs its losses and what it finds of boxes.
 
-    model: a `GlimpseObjective`; base_model, conv_mode: what goes into config.json
+    model: a `GlimpseObjective`; base_model: name or folder of its frozen model; saved_values: what
+    else goes into config.json
     """
 
-    def __init__(self, *args, base_model: str, conv_mode: str, **kwargs):
+    def __init__(self, *args, base_model: str, saved_values: dict, **kwargs):
         super().__init__(*args, **kwargs)
-        self.base_model, self.conv_mode = base_model, conv_mode
-        if self.is_deepspeed_enabled:
+        self.base_model, self.saved_values = base_model, saved_values
+        if self.is_deepspeed_enabled and self.part.config.has_glimpse:
             register_parameter(self.model, self.part.learnable_embeddings)
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums: dict[bool, dict[str, torch.Tensor]] = {
+            True: {},
+            False: {},
+        }  # in training, or not
 
     @property
     def hidden_size(self) -> int:
@@ -252,40 +177,67 @@ class GlimpseTrainer(LLaVATrainer):
         """What is trained."""
         return self.accelerator.unwrap_model(self.model).glimpse
 
+    def _get_train_sampler(self):
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        chunk = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        sampler = ChunkSampler(len(self.train_dataset), seed, chunk)
+        self.add_callback(SamplerEpochs(sampler))
+        return sampler
+
     def compute_loss(self, model, inputs, return_outputs: bool = False):
         out = model(**inputs)
+        sums = self._sums[model.training]
         for name, value in out.items():
             if name != "loss":
-                self._sums[name] = self._sums.get(name, 0) + value.float()
-        self._sums["steps"] = self._sums.get("steps", 0) + torch.ones_like(out["loss"]).float()
+                sums[name] = sums.get(name, 0) + value.float()
+        sums["steps"] = sums.get("steps", 0) + torch.ones_like(out["loss"]).float()
         return (out["loss"], out) if return_outputs else out["loss"]
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss alone: what else there is goes into the log."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach().mean(), None, None
+
     def log(self, logs: dict[str, float]) -> None:
-        if self._sums and "loss" in logs:
-            sums = {k: self.accelerator.reduce(v, "sum") for k, v in self._sums.items()}
-            logs = {**logs, **found_boxes(sums.pop("hits").tolist())}
-            steps = sums.pop("steps")
-            for name, total in sums.items():
-                mean = (total / steps).flatten().tolist()
-                names = [name] if len(mean) == 1 else [f"{name}_{i}" for i in range(len(mean))]
-                logs |= {key: round(value, 4) for key, value in zip(names, mean, strict=True)}
-            self._sums = {}
+        if "loss" in logs:
+            logs = {**logs, **self._logged(in_training=True)}
+        elif "eval_loss" in logs:
+            found = self._logged(in_training=False)
+            logs = {**logs, **{f"eval_{name}": value for name, value in found.items()}}
         super().log(logs)
+
+    def _logged(self, in_training: bool) -> dict[str, float]:
+        """What was summed up since the last time, over all processes: means of the losses, and
+        shares of the boxes."""
+        sums, self._sums[in_training] = self._sums[in_training], {}
+        if not sums:
+            return {}
+        sums = {name: self.accelerator.reduce(value, "sum") for name, value in sums.items()}
+        logs, steps = found_boxes(sums.pop("hits").tolist()), sums.pop("steps")
+        for name, total in sums.items():
+            mean = (total / steps).flatten().tolist()
+            names = [name] if len(mean) == 1 else [f"{name}_{i}" for i in range(len(mean))]
+            logs |= {key: round(value, 4) for key, value in zip(names, mean, strict=True)}
+        return logs
 
     # --- checkpoints --------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the trained part: in fp32 during training, at the end in the computing type.
-        Called by every process."""
+        """Writes the trained part: in fp32 during training, at the end in the computing type and
+        the layout that is asked for. Called by every process."""
         weights = {name: gathered(p) for name, p in self.part.named_parameters()}
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir
         dtype = torch.float32 if _internal_call else self.args.compute_dtype
         weights = {name: value.to(dtype) for name, value in weights.items()}
-        values = DEFAULTS | {"anchor_positions": [], CONFIG_KEY: self.conv_mode}
-        values |= self.part.config.values()
-        save_part(folder, GlimpsePrune.name, weights, self.base_model, **values)
+        released = self.args.save_layout == "released" and not _internal_call
+        save = save_released if released else save_part
+        values = self.saved_values | self.part.config.values()
+        save(folder, GlimpsePrune.name, weights, self.base_model, **values)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         _, weights = read_part(resume_from_checkpoint)
@@ -293,7 +245,7 @@ class GlimpseTrainer(LLaVATrainer):
 
 
 def found_boxes(hits: Sequence[float]) -> dict[str, float]:
-    """Precision, recall, F1 and IoU of patches from true positives, false positives, misses."""
+    """Precision, recall, F1 and IoU of tokens from true positives, false positives, misses."""
     right, wrong, missed = hits
     shares = {
         "precision": (right, right + wrong),

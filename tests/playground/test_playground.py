@@ -16,8 +16,12 @@ from llava.eval.benchmarks.refcoco import iou
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.glimpseprune_arguments import (
+    BoxArguments,
+    GlimpseArguments,
+    GlimpseTrainingArguments,
+)
 from llava.train.train import own_precision
-from llava.train.train_glimpseprune import BoxArguments, GlimpseArguments, GlimpseTrainingArguments
 from llava.train.train_twigvlm import TwigArguments
 from playground import (
     clip_files,

@@ -15,7 +15,14 @@ from llava.model import LlavaLlamaForCausalLM
 from llava.pruning import build_pruner
 from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
 from llava.pruning.learned import read_part
-from llava.train.glimpseprune_data import box_mask, pixel_box, read_datasets, sampled
+from llava.train.glimpseprune_arguments import (
+    BoxArguments,
+    GlimpseArguments,
+    GlimpseTrainingArguments,
+    with_config,
+)
+from llava.train.glimpseprune_batches import box_mask
+from llava.train.glimpseprune_data import pixel_box, read_datasets, sampled
 from llava.train.glimpseprune_loss import (
     GlimpseObjective,
     LossWeights,
@@ -23,14 +30,7 @@ from llava.train.glimpseprune_loss import (
     dice_loss,
     hits,
 )
-from llava.train.train_glimpseprune import (
-    BoxArguments,
-    GlimpseArguments,
-    GlimpseTrainingArguments,
-    found_boxes,
-    train,
-    with_config,
-)
+from llava.train.train_glimpseprune import found_boxes, train
 from tests.golden_data import GOLDEN
 from tests.paths import ROOT
 from tests.ports import free_port
@@ -160,11 +160,11 @@ def test_the_predictor_can_learn_where_something_is(model):
     glimpse = Glimpse(GlimpseConfig.for_model(model, **sizes))
     glimpse.initialize()
     fuser = glimpse.attn_fuser
-    rows, states = torch.randn(4, 36, 4) - 6, [torch.randn(4, 36, 24)] * 4
-    wanted = (rows[..., 0] > -5.5).float()
+    rows, states = torch.randn(144, 4) - 6, [torch.randn(144, 24)] * 4
+    wanted = (rows[:, 0] > -5.5).float().view(4, 36)
     optimizer = torch.optim.AdamW(fuser.parameters(), lr=5e-3)
     for _ in range(80):
-        logits = fuser(rows, fuser.conditions(states), (6, 6))[-1]
+        logits = fuser(rows, fuser.conditions(states), [(6, 6)] * 4)[-1].view(4, 36)
         loss = dice_loss(logits, wanted) + 0.1 * bce_loss(logits, wanted)
         optimizer.zero_grad()
         loss.backward()
@@ -304,7 +304,7 @@ def test_models_that_cut_images_into_tiles_are_refused(workplace, tmp_path):
     config |= {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[84, 168]]}
     config["mm_vision_tower"] = str(workplace / "tower")
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="take a LLaVA-1.5 model"):
+    with pytest.raises(ValueError, match="take a LLaVA-1.5 or Qwen2.5-VL model"):
         train([*command_line(workplace, tmp_path / "out"), "--model_name_or_path", str(folder)])
 
 
