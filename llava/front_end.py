@@ -103,6 +103,10 @@ class FrontEnd:
         settings = settings or self.model.image_settings
         return Picture(process_images([image], self.image_processor, settings)[0], image.size)
 
+    def grid(self, picture: Picture) -> tuple[int, int]:
+        """(h, w) visual tokens that each crop of an image has before any method."""
+        return self.model.get_vision_tower().grid or tuple(picture.pixels.shape[:2])
+
     def video(self, clip: Clip) -> Picture:
         """A video as the vision tower takes it, which has a mark like an image.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from playground import questions, scenes
+from playground.glimpse_data import needed
 from playground.make_data import held_out, picture_name, write_json, write_lines
 from playground.questions import LETTER, SHORT, Question
 
@@ -262,16 +263,23 @@ def write_refcoco(folder: Path) -> None:
         write_lines(folder / f"{name}.jsonl", boxes)
 
 
+def around(boxes: list[tuple[int, int, int, int]]) -> list[int]:
+    """The smallest box that holds all of them."""
+    left, top, right, bottom = zip(*boxes, strict=True)
+    return [min(left), min(top), max(right), max(bottom)]
+
+
 def write_viscot(folder: Path) -> None:
-    """Free-form questions; the box is that of a thing or, for reading, the whole picture."""
+    """Free-form questions; the box holds the things and signs that have to be seen."""
     tasks = {"gqa": questions.attribute, "textvqa": questions.reading}
+    scene_of = {picture_name(index): held_out(index) for index in range(PICTURES)}
     for seed, name in enumerate(VISCOT_SETS, start=40):
         records = []
         for number, image, question in asked(tasks[name], seed):
-            box = [0, 0, SIZE, SIZE]
+            box = around(needed(scene_of[image], question))
             turns = (
                 ("human", f"<image>\n{question.bare}{ASKS_FOR_BOX}"),
-                ("gpt", str([0.0, 0.0, 1.0, 1.0])),
+                ("gpt", str([round(edge / SIZE, 3) for edge in box])),
                 ("human", "<image>"),
                 ("gpt", question.answer),
             )

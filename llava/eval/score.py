@@ -15,7 +15,7 @@ from dataclasses import replace
 from llava.errors import errors_as_messages
 from llava.eval.benchmarks import find_benchmark
 from llava.eval.benchmarks.benchmark import Benchmark, JudgedRun
-from llava.eval.files import budgets
+from llava.eval.files import box_counts, budgets
 from llava.eval.files.answer_lines import failed_sentence, is_failed, read_lines
 from llava.eval.files.records import Records
 from llava.eval.scoring.judge import CACHE_NAME, add_judge_args, has_endpoint, judge_from_args
@@ -109,6 +109,9 @@ def score(benchmark: Benchmark, args, asked: Records, records: list[dict]) -> di
     result["visual_tokens"] = budgets.summarize(answers)
     if result["visual_tokens"]:
         print(budgets.report(result["visual_tokens"]), end="")
+    if boxes := box_counts.summarize(answers):
+        result["boxes"] = boxes
+        print(box_counts.report(boxes), end="")
     if failed := [record for record in records if is_failed(record)]:
         print(f"Failed: {failed_sentence(failed, len(records))}")
         if result["left_out"]:

@@ -11,6 +11,8 @@ from llava.errors import errors_as_messages
 from llava.eval import markdown
 from llava.eval.files.records import kind_of, read_json
 
+#: results that published means of their family leave out
+NOT_IN_MEAN = ("viscot_emotic", "viscot_emotic_brief")
 #: what a file must say; what else it says has changed from version to version
 FIELDS = {"benchmark": str, "metric": str, "score": (int, float, NoneType), "count": int}
 HEAD = ("benchmark", "metric", "score", "questions", "visual tokens")
@@ -42,7 +44,12 @@ def _count(result: dict) -> str:
 
 def _family_mean(results: list[dict], prefix: str, name: str) -> list[dict]:
     """The plain mean over the scored members of a family, when there are several."""
-    family = [r for r in results if r["benchmark"].startswith(prefix) and r["score"] is not None]
+    family = [
+        r
+        for r in results
+        if r["benchmark"].startswith(prefix) and r["benchmark"] not in NOT_IN_MEAN
+        if r["score"] is not None
+    ]
     if len(family) < 2:
         return []
     score = sum(r["score"] for r in family) / len(family)

@@ -62,6 +62,18 @@ def prefill_flops(shape: DecoderShape, tokens: Sequence[int], formula: str = "ex
     return float(sum(layer_flops(shape, n, formula) for n in tokens))
 
 
+def decode_flops(
+    shape: DecoderShape, entries: Sequence[int], new_tokens: int, formula: str = "exact"
+) -> float:
+    """Operations of all decoder layers for the tokens of an answer, one after the other: the first
+    looks at `entries[l]` tokens in layer l, each of the others at one more. See `layer_flops`.
+    """
+    rate = {"exact": 4, "fastv": 2}
+    alone = layer_flops(shape, 1, formula) - rate[formula] * shape.hidden_size
+    seen = (new_tokens * held + new_tokens * (new_tokens - 1) // 2 for held in entries)
+    return float(sum(new_tokens * alone + rate[formula] * shape.hidden_size * n for n in seen))
+
+
 def kv_cache_bytes(shape: DecoderShape, entries: int) -> int:
     """Bytes of `entries` cache entries (one token in one layer): a key and a value per head."""
     return 2 * shape.kv_width * shape.bytes_per_value * entries

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.image_settings import ImageSettings
-from llava.mm_utils import get_anyres_image_grid_shape
 from llava.pruning import PruningTrace
+from llava.pruning.frames import crop_frames, image_frames
 
 PANEL_SIDE = 560  # pixels of the longer side of every panel
 GAP = 12  # pixels between panels and around the text
@@ -25,24 +25,35 @@ HEAT = 0.5  # share of the colour in a map of importance
 
 
 def surviving_patches(trace: PruningTrace, input_ids: Tensor) -> list[Tensor]:
-    """Per image the patches, crop * N + patch, of tokens that leave the last layer of the prefill.
+    """As `survivors`, of the one prompt of the trace; input_ids: (L,)"""
+    return survivors(trace, [input_ids])[0]
 
-    input_ids: (L,) the one prompt of the trace. Merged and newline tokens (-1) stay in.
+
+def survivors(trace: PruningTrace, prompts: list[Tensor]) -> list[list[Tensor]]:
+    """Per prompt and image the patches, crop * N + patch, of tokens that leave the last layer of
+    the prefill. Merged and newline tokens (-1) stay in.
+
+    prompts: ids (L,) of those of the trace, -200 for an image
     """
-    total = int(trace.prompt_tokens[0][0])
-    alive = torch.zeros(total, dtype=torch.bool)
-    last = trace.decoder_keep[max(trace.decoder_keep)][0] if trace.decoder_keep else slice(None)
-    alive[last] = True
-    survivors, place = [], 0
-    images = iter(trace.visual_positions)
-    for token in input_ids.tolist():
-        if token != IMAGE_TOKEN_INDEX:
-            place += 1
-            continue
-        patches = next(images)
-        survivors.append(patches[alive[place : place + len(patches)]])
-        place += len(patches)
-    return survivors
+    size, images = trace.position_ids.shape[1], iter(trace.visual_positions)
+    last = trace.decoder_keep[max(trace.decoder_keep)] if trace.decoder_keep else None
+    beams = 1 if last is None else len(last) // len(prompts)
+    found = []
+    for number, ids in enumerate(prompts):
+        alive = torch.full((size,), last is None)
+        if last is not None:
+            kept = last[number * beams]
+            alive[kept[kept >= 0]] = True
+        places = (ids == IMAGE_TOKEN_INDEX).nonzero()[:, 0].tolist()
+        own = [next(images) for _ in places]
+        # An image takes the place of its mark, and prompts are padded on the left.
+        grown = size - (len(ids) - len(own) + sum(map(len, own)))
+        found.append([])
+        for place, patches in zip(places, own, strict=True):
+            start = grown + place
+            found[-1].append(patches[alive[start : start + len(patches)]])
+            grown += len(patches) - 1
+    return found
 
 
 def crop_boxes(size: tuple[int, int], settings: ImageSettings, tower) -> list[np.ndarray]:
@@ -51,32 +62,13 @@ def crop_boxes(size: tuple[int, int], settings: ImageSettings, tower) -> list[np
     One array (N, 4) of left, top, right, bottom per crop, in the order of `process_images`; boxes
     on padding lie outside of the image.
     """
-    width, height = size
-    cells, side = (tower.num_patches_per_side,) * 2, tower.image_size
-    mode = settings.image_aspect_ratio
-    if mode == "anyres":
-        pinpoints, selection = settings.image_grid_pinpoints, settings.anyres_selection
-        across, down = get_anyres_image_grid_shape(size, pinpoints, side, selection)
-        scale = max(width / (across * side), height / (down * side))  # image pixels per tile pixel
-        tile = side * scale
-        left, top = (width - across * tile) / 2, (height - down * tile) / 2
-        tiles = [
-            _grid(cells, left + column * tile, top + row * tile, tile, tile)
-            for row in range(down)
-            for column in range(across)
-        ]
-        return [_grid(cells, 0, 0, width, height), *tiles]
-    square = max(size) if mode == "pad" else min(size)  # padded to it, or cut out of the middle
-    return [_grid(cells, (width - square) / 2, (height - square) / 2, square, square)]
+    cells = (tower.num_patches_per_side,) * 2
+    return [_grid(cells, *frame) for frame in crop_frames(size, settings, tower.image_size)]
 
 
-def token_boxes(size: tuple[int, int], model, grid: tuple[int, int] | None) -> list[np.ndarray]:
-    """As `crop_boxes`, for the method in use; where images have grids of their own, that of this
-    one is `grid`, and lies on all of it."""
-    tower = model.get_vision_tower()
-    if tower.grid is None:
-        return [_grid(grid, 0, 0, *size)]
-    return crop_boxes(size, model.image_settings, tower)
+def token_boxes(size: tuple[int, int], model, grid: tuple[int, int]) -> list[np.ndarray]:
+    """As `crop_boxes`, for the method in use; `grid` is that of the image's crops."""
+    return [_grid(grid, *frame) for frame in image_frames(size, model)]
 
 
 def _grid(
@@ -236,9 +228,9 @@ def show_pruning(
 
     input_ids: (L,) ids of the prompt. text: goes into the caption behind method and token counts.
     """
-    survivors = surviving_patches(trace, input_ids)
+    left = surviving_patches(trace, input_ids)
     panels, total, maps, extra = [], 0, trace.importance, ""
-    for number, (image, patches) in enumerate(zip(images, survivors, strict=True)):
+    for number, (image, patches) in enumerate(zip(images, left, strict=True)):
         values, grid = None if maps is None else maps[number], trace.grids[number]
         whole, times = Shot(image, patches, trace.visual_positions[number], values), 1
         shots = [whole]
@@ -255,11 +247,11 @@ def show_pruning(
                 values = importance_of_patches(shot.values, shot.positions, count)
                 panels += draw_importance(shot.image, values, boxes)
         total += count * times
-    caption = f"{model.pruner!r}: {sum(map(len, survivors))} visual tokens of {total} patches"
+    caption = f"{model.pruner!r}: {sum(map(len, left))} visual tokens of {total} patches"
     mean = sum(int(tokens[0]) for tokens in trace.visual_tokens) / len(trace.visual_tokens)
     if trace.decoder_keep:
         caption += f", {mean:.1f} on average over the decoder's layers"
-    merged = sum(int((patches < 0).sum()) for patches in survivors)
+    merged = sum(int((patches < 0).sum()) for patches in left)
     if merged:
         caption += f" ({merged} of them, merged or newline tokens, have no place of their own)"
     if maps is not None:

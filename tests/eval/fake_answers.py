@@ -8,8 +8,11 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from llava.eval.answering.questions import subset
 from llava.eval.benchmarks import all_benchmarks
+from llava.eval.files import box_counts
 
 
 def interpreter(folder: Path) -> Path:
@@ -44,6 +47,9 @@ def main(argv: list[str]) -> None:
                 line = question.answer_line("A", f"id-{number}", "fake")
                 kept = {"visual_tokens": 32, "visual_tokens_at_end": 32}
                 kept["visual_tokens_unpruned"] = 576
+                if question.boxes:
+                    mask = np.arange(576) < 32
+                    kept[box_counts.KEY] = box_counts.counts(mask, ~mask)
                 file.write(json.dumps(line | {"metadata": kept}) + "\n")
     path.with_suffix(".argv.json").write_text(json.dumps(argv), encoding="utf-8")
 

@@ -238,6 +238,64 @@ def test_words_of_published_scripts_reach_the_program(run, words, environment, l
     ]
 
 
+RELEASED = {
+    "masks alone": (
+        {"DO_GLIMPSE": "1", "SAVE_MASKS": "1", "METHOD": "glimpseprune", "MIN_REMAIN_NUM": "4"},
+        ["--do-func-name glimpse", "--save-masks", "--pruning-arg min_remain_num=4"],
+        "glimpseprune/n_default_min_remain_num=4_limit2_glimpse.jsonl",
+    ),
+    "boxes": (
+        {"USE_REF": "1", "ATTN_IMPL": "eager", "METHOD": "glimpseprune", "BRIEF": "1"},
+        ["--use-ref-masks", "--attn-implementation eager", "--brief"],
+        "glimpseprune/n_default_limit2_use_ref_eager_brief.jsonl",
+    ),
+    "switches that are off": (
+        {"USE_REF": "0", "DO_GLIMPSE": "False", "BRIEF": "0", "TIME_LOGGER": "1"},
+        ["--pruning-method none"],
+        "none/n_all_limit2.jsonl",
+    ),
+}
+
+
+@pytest.mark.parametrize("environment, given, ending", RELEASED.values(), ids=RELEASED)
+@pytest.mark.parametrize("family", ["v1_5", "qwen2_5_vl"])
+def test_variables_of_the_release_reach_visual_cot(run, data, family, environment, given, ending):
+    done = run(f"{family}/eval/viscot.sh", SETS="gqa", NUM_SAMPLES="2", **environment)
+    assert done.returncode == 0, done.stderr
+    model = "llava-v1.5-playground" if family == "v1_5" else "Qwen2.5-VL-7B-Instruct"
+    path = data / "viscot/answers/gqa" / model / ending
+    argv = " ".join(json.loads(path.with_suffix(".argv.json").read_text()))
+    assert all(words in argv for words in given)
+    assert "| gqa | 2 | 0.0 % |" in done.stdout  # the kept tokens lie beside the boxes
+    assert ("viscot_gqa" in done.stdout) == ("glimpse.jsonl" not in ending)
+
+
+def test_folders_of_the_release_are_words_of_visual_cot(run, data, tmp_path):
+    parts, adapter = tmp_path / "parts", tmp_path / "adapter"
+    parts.mkdir(), adapter.mkdir()
+    done = run(
+        "qwen2_5_vl/eval/viscot.sh",
+        *map(str, (parts, adapter)),
+        SETS="gqa",
+        LIMIT="2",
+        BASE_MODEL="Qwen/Qwen2.5-VL-3B-Instruct",
+        ADAPTER_MERGE="0",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "note: ADAPTER_MERGE=0: adapters are merged" in done.stderr
+    (path,) = (data / "viscot/answers/gqa/adapter").rglob("*.argv.json")
+    argv = " ".join(json.loads(path.read_text()))
+    assert f"--model-path {adapter} " in argv
+    assert "--model-base Qwen/Qwen2.5-VL-3B-Instruct" in argv
+    assert f"--pruning-method glimpseprune --pruning-arg new_modules={parts}" in argv
+
+
+def test_generation_without_a_cache_is_refused_with_its_reason(run):
+    done = run("v1_5/eval/viscot.sh", SETS="gqa", NO_CACHE="1")
+    assert done.returncode == 1
+    assert "error: NO_CACHE=1: without a cache a method would choose anew" in done.stderr
+
+
 def test_words_that_could_mean_several_methods_stop_the_script(run):
     done = run("v1_5/eval/pope.sh", "64", "layer=3")
     assert done.returncode == 1 and not done.stdout

@@ -6,18 +6,24 @@ Every benchmark program and the suite run this one loop.
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from llava.eval.answering import kept_masks
+from llava.eval.answering.measuring import Meter, end_tokens, new_tokens, operations
 from llava.eval.answering.questions import Question, load_image
-from llava.eval.files import budgets
+from llava.eval.files import budgets, costs
 from llava.eval.files.answer_lines import Answer, Failure
 from llava.front_end import FrontEnd
 from llava.model.inputs import Picture
 from llava.model.reuse import PrefixCache
 from llava.pruning import Pruner, trace_pruning
+from llava.pruning.frames import image_frames, shares_of
 
+#: option of methods that keep what boxes cover, as shares of the picture
+REFERENCE = "ref_boxes"
 PREPARED_IMAGES = 64  # neighbouring questions are often about one image
 BATCHES_AHEAD = 2
 
@@ -36,6 +42,10 @@ class AnswerLoop:
     reuse:          what the questions about one image share is computed once; same answers
     skip_bad:       a question that cannot be answered gets a `Failure` and stops nothing
     upright_images: images are turned upright and put on white; published results did neither
+    save_masks:     answers say which patches of their images were kept (`Answer.masks`)
+    use_ref_masks:  the method keeps what the boxes of a question cover; it has `ref_boxes` for that
+    only_masks:     nothing is answered: prompts are read, to see what is kept of them
+    measure:        answers say what they cost; measure_memory: on a GPU
     count_tokens:   answers say how many visual tokens they had also where no method prunes, as
                     images may differ in that; LLaVA's answers files say nothing there
     """
@@ -49,6 +59,11 @@ class AnswerLoop:
     reuse: bool = True
     skip_bad: bool = False
     upright_images: bool = False
+    save_masks: bool = False
+    use_ref_masks: bool = False
+    only_masks: bool = False
+    measure: bool = False
+    measure_memory: bool = False
     count_tokens: bool = False
 
     #: visual tokens per prompt: entering the decoder, and on average over its layers
@@ -57,6 +72,12 @@ class AnswerLoop:
     def __post_init__(self):
         self.model = self.front.model
         self.known = PrefixCache(self.model)
+        self.meter = Meter(self.model.device, self.measure_memory)
+        if self.use_ref_masks and not hasattr(self.model.pruner, REFERENCE):
+            raise ValueError(
+                f"reference masks need a pruning method with the option {REFERENCE}, "
+                f"{self.model.pruner.name} has none"
+            )
 
     def run(
         self, batches: Iterable[tuple[list[int], list[Question]]], image_folder: str
@@ -158,29 +179,67 @@ class AnswerLoop:
         """Returns the answers to one batch; where a method prunes, their metadata says what was
         kept."""
         counted = self.count_tokens or self.model.pruner.name != Pruner.name
+        sees = any(pictures for _, pictures in batch)
+        masks = self.save_masks or any(question.boxes for question, _ in batch)
         metadata: list[dict] = [{} for _ in batch]
-        if (counted or self.visual_tokens is None) and any(pictures for _, pictures in batch):
-            with trace_pruning(self.model) as trace:
-                output = self._generate(batch)
+        found: list[tuple | None] = [None for _ in batch]
+        traced = sees and (counted or self.visual_tokens is None or masks or self.measure)
+        with trace_pruning(self.model) if traced else nullcontext() as trace:
+            output, cost = self.meter(lambda: self._generate(batch), len(batch))
+        if traced:
             self.visual_tokens = self.visual_tokens or count_visual_tokens(trace)
-            if counted:
+            if counted or masks:
                 metadata = kept_tokens([len(pictures) for _, pictures in batch], trace)
-        else:
-            output = self._generate(batch)
-        return list(map(Answer, self.front.decode(output), metadata))
+            if masks:
+                found = self.masks(batch, trace)
+        if self.measure:
+            self._add_costs(metadata, batch, output, cost, trace)
+        for own, seen in zip(metadata, found, strict=True):
+            own |= kept_masks.metadata(seen)
+        texts = [""] * len(batch) if self.only_masks else self.front.decode(output)
+        return list(map(Answer, texts, metadata, found))
+
+    def masks(self, batch: list[tuple[Question, list[Picture]]], trace) -> list[tuple | None]:
+        """What was kept of the images of each prompt of a traced batch."""
+        prompts = [self.encode(question) for question, _ in batch]
+        pictures, boxes = [own for _, own in batch], [question.boxes for question, _ in batch]
+        return kept_masks.kept_masks(trace, prompts, pictures, boxes, self.model)
+
+    def _add_costs(self, metadata: list[dict], batch, output: torch.Tensor, cost, trace) -> None:
+        """Writes what each answer of a batch cost into its metadata."""
+        counts = new_tokens(output, end_tokens(self.model))
+        lengths = iter(() if trace is None else trace.unpruned_lengths)
+        for row, (own, count) in enumerate(zip(metadata, counts, strict=True)):
+            own |= {costs.NEW_TOKENS: count, **cost}
+            unpruned = sum(next(lengths) for _ in batch[row][1])
+            if trace is not None and trace.prompt_tokens:
+                own[costs.FLOPS] = operations(trace, row * self.num_beams, count, unpruned)
 
     def _generate(self, batch: list[tuple[Question, list[Picture]]]) -> torch.Tensor:
         """New tokens of a batch, (B, n)."""
         prompts = [self.encode(question) for question, _ in batch]
         pictures, texts = [own for _, own in batch], [question.text for question, _ in batch]
-        options = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams}
+        length = 1 if self.only_masks else self.max_new_tokens
+        options = {"max_new_tokens": length, "num_beams": self.num_beams}
         options |= {"do_sample": False, "use_cache": True}
         if self.temperature > 0:
             options |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        if self.use_ref_masks:
+            options[REFERENCE] = [shares for pair in batch for shares in self.references(*pair)]
         if self.reuse:
             pad_id = self.front.pad_id
             return self.known.generate(prompts, pictures, texts, pad_token_id=pad_id, **options)
         return self.model.generate(**self.front.inputs(prompts, pictures, texts), **options)
+
+    def references(self, question: Question, pictures: list[Picture]) -> list[list[list[float]]]:
+        """The boxes of each image of a question as shares of what the tower sees of it."""
+        if question.boxes is None:
+            raise ValueError("no boxes are known for its images, which reference masks are made of")
+        frames = [image_frames(picture.size, self.model) for picture in pictures]
+        if any(len(own) > 1 for own in frames):
+            raise ValueError("reference masks are for images in one crop, this model makes several")
+        pairs = zip(question.boxes, frames, strict=True)
+        return [shares_of(boxes, frame) for boxes, (frame,) in pairs]
 
     def encode(self, question: Question) -> torch.Tensor:
         """(L,) ids of the prompt that asks a question."""

@@ -38,6 +38,12 @@ def build_parser(
     group.add_argument("--chunk-idx", "--chunk_idx", type=int, default=0)
     group.add_argument("--follow", action="store_true", help="print answers as they come")
     group.add_argument("--limit", type=int, help="about so many questions, evenly spread")
+    group.add_argument(
+        "--save-masks",
+        "--save_masks",
+        action="store_true",
+        help="write what was kept of each image as a picture, one pixel per token",
+    )
     add_speed_args(group)
     add_image_args(group)
 
@@ -147,8 +153,9 @@ def run(
     records: list[dict],
     to_questions: Callable[[dict], Iterator[Question]],
     together: Callable[[dict], object] | None = None,
-) -> None:
-    """Answers the questions of this process's chunk of `records` into `args.answers_file`.
+) -> bool:
+    """Answers the questions of this process's chunk of `records` into `args.answers_file`. Returns
+    whether this process is the one that speaks for all of the run.
 
     together: record -> what it shares with those it must not be parted from by a limit
 
@@ -165,6 +172,7 @@ def run(
         args.model_name,
         settings_of(args, args.pruner),
         follow=args.follow,
+        masks=args.save_masks,
     )
     workers = Workers.from_environment()
     args.device = args.device or workers.device()
@@ -179,3 +187,4 @@ def run(
             "command asks them again",
             file=sys.stderr,
         )
+    return workers.main

@@ -21,6 +21,8 @@ class Question:
     tail:   fields of the answer line that follow the answer
     where:  file and line it comes from
     error:  why it cannot be asked; None: it can
+    boxes:  of each image, (left, top, right, bottom) in its pixels, what the answer is seen from;
+            None: not known
     """
 
     head: dict
@@ -30,6 +32,7 @@ class Question:
     base64: bool = False
     where: str = ""
     error: str | None = None
+    boxes: list[list[list[float]]] | None = None
 
     def answer_line(
         self, text: str, answer_id: str, model_id: str, metadata: dict | None = None

@@ -19,6 +19,7 @@ from llava.eval.answering.loop import AnswerLoop
 from llava.eval.answering.questions import Question
 from llava.eval.answering.workers import Workers
 from llava.eval.files.answer_lines import Answer, Failure
+from llava.eval.files.mask_files import REFERENCE, mask_path, write_mask
 
 FILE_SYSTEM_SECONDS = 90.0
 
@@ -53,6 +54,7 @@ class Task:
     settings: what must be equal for two runs to continue each other (JSON values)
     label:    what the progress bar says; by default the name of the answers file
     follow:   print the lines of the answers file as they come
+    masks:    write the masks of what was kept of each image, see `mask_files`
     """
 
     questions: list[Question]
@@ -62,6 +64,7 @@ class Task:
     settings: dict
     label: str = ""
     follow: bool = False
+    masks: bool = False
 
     def line(self, number: int, answer: Answer | Failure) -> dict:
         """The record for the answers file; its id follows from question and settings, so that a
@@ -71,6 +74,15 @@ class Task:
         if isinstance(answer, Failure):
             return question.failed_line(answer.reason, shortuuid.uuid(name), self.model)
         return question.answer_line(answer.text, shortuuid.uuid(name), self.model, answer.metadata)
+
+    def keep_masks(self, number: int, answer: Answer | Failure) -> None:
+        """Writes the masks of an answer beside the answers file, where they are wanted."""
+        if not self.masks or isinstance(answer, Failure):
+            return
+        for image, mask in enumerate(answer.masks or ()):
+            write_mask(mask.kept, mask_path(self.path, number, image))
+            if mask.reference is not None:
+                write_mask(mask.reference, mask_path(self.path, number, image, REFERENCE))
 
     @cached_property
     def digest(self) -> str:
@@ -134,6 +146,7 @@ def _answer(task, todo: list[Share], make_loop, workers, key: str, put, num_befo
         for numbers, answers in loop.run(asked, task.images):
             for number, answer in zip(numbers, answers, strict=True):
                 line = task.line(number, answer)
+                task.keep_masks(number, answer)
                 put(number, line)
                 if task.follow:
                     progress.write(json.dumps(line), file=sys.stdout)

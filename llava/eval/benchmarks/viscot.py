@@ -6,6 +6,8 @@ The judge is any OpenAI-compatible endpoint (`--help`). The scored lines go to
 `A_judge-0.7613.jsonl`, with the mean in its name. A run that was stopped goes on: what the judge
 has said is kept beside it.
 
+The emotions of `emotic` are answered and judged like the others, but are no part of the mean.
+
 A file is a list of `{question_id, image: [path, "path###[x1, y1, x2, y2]"], conversations}`, the
 conversation being question, box, `<image>` and answer.
 """
@@ -33,7 +35,7 @@ ASKS_FOR_BOX = (
     "question better."
 )
 BRIEF = "\n\nAnswer the question using a single word or phrase."
-#: the sets whose mean is the published number (a thirteenth, emotic, is not evaluated)
+#: the sets whose mean is the published number
 SETS = (
     "flickr30k",
     "visual7w",
@@ -48,6 +50,8 @@ SETS = (
     "sroie",
     "infographicsvqa",
 )
+#: comes with them, and is not evaluated in published tables
+FURTHER_SETS = ("emotic",)
 FIELDS = ("question_id", "prompt", "text", "answer")
 
 
@@ -57,13 +61,34 @@ def viscot_questions(record: dict, brief: bool = False) -> Iterator[Question]:
     text = turns[0].replace("<image>\n", "").replace(ASKS_FOR_BOX, "").strip()
     text += BRIEF if brief else ""
     head = {"question_id": record["question_id"], "prompt": text}
-    yield Question(head, text, [image_of(record)], tail={"answer": turns[-1]})
+    boxes = boxes_of(record)
+    boxes = None if boxes is None else [boxes]
+    yield Question(head, text, [image_of(record)], tail={"answer": turns[-1]}, boxes=boxes)
 
 
 def image_of(record: dict) -> str:
     """Path of the picture, relative to the image folder."""
     image = record["image"]
     return image if isinstance(image, str) else image[0]
+
+
+def boxes_of(record: dict) -> list[list[float]] | None:
+    """The box in pixels of the picture that helps to answer, in a list; None: the record has none.
+
+    Raises ValueError when what stands behind `###` is no box.
+    """
+    image = record["image"]
+    text = image[1].partition("###")[2] if isinstance(image, list) and len(image) > 1 else ""
+    if not text:
+        return None
+    try:
+        box = json.loads(text)
+    except ValueError:
+        box = None
+    numbers = isinstance(box, list) and all(type(edge) in (int, float) for edge in box)
+    if not numbers or len(box) != 4:
+        raise ValueError(f"its box {text!r:.60} is not [x1, y1, x2, y2]")
+    return [box]
 
 
 def read(path: str, folder: str | None = None) -> list[dict]:
@@ -174,7 +199,7 @@ BENCHMARKS = tuple(
         label=label,
         judge=JUDGED,
     )
-    for name in SETS
+    for name in (*SETS, *FURTHER_SETS)
     for label in ("", "_brief")
 )
 

@@ -16,10 +16,15 @@ from llava.eval.files.records import Records, is_id, kind_of, parse_json, read_j
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said; metadata: what was seen meanwhile, such as visual tokens (`budgets`)."""
+    """What a model said.
+
+    metadata: what was seen meanwhile, such as visual tokens (`budgets`)
+    masks:    what was kept of each image, where that was asked for (`kept_masks`)
+    """
 
     text: str
     metadata: dict = field(default_factory=dict)
+    masks: tuple | None = None
 
 
 @dataclass(frozen=True)

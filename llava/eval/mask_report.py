@@ -1,0 +1,79 @@
+"""One Markdown table of how the tokens that were kept meet the boxes of their questions.
+
+python -m llava.eval.mask_report A.jsonl B.jsonl ...
+
+The files are answers of `model_vqa_viscot` (with or without `--do-func-name glimpse`), one for each
+set. Precision, recall, F1 and IoU are from tokens summed over a file, the shares kept and inside
+the boxes are means over its questions; the last row is the plain mean over the files. The last line
+is the same as JSON.
+"""
+
+import argparse
+import json
+import os
+
+from llava.errors import errors_as_messages
+from llava.eval import markdown
+from llava.eval.files import box_counts
+from llava.eval.files.answer_lines import read_answers
+
+COLUMNS = {
+    "precision": "mPrecision",
+    "recall": "mRecall",
+    "F1": "mF1",
+    "IoU": "mIoU",
+    "kept": "mRatio",
+    "inside boxes": "inBoxes",
+}
+
+
+def summaries(paths: list[str]) -> dict[str, dict]:
+    """Name of each file's set -> `box_counts.summarize`, and of several their "mean".
+
+    Raises ValueError when a file says nothing of boxes.
+    """
+    found: dict[str, dict] = {}
+    for path in paths:
+        own = box_counts.summarize(read_answers(path))
+        if own is None:
+            raise ValueError(
+                f"{path}: no answer says how its tokens meet boxes; they do where the questions "
+                "have boxes, as those of Visual-CoT (llava.eval.model_vqa_viscot)"
+            )
+        name = set_name(path)
+        found[name if name not in found else path] = own
+    if len(found) > 1:
+        values = list(found.values())
+        mean = {key: sum(own[key] for own in values) / len(values) for key in COLUMNS.values()}
+        found["mean"] = {**mean, "count": sum(own["count"] for own in values)}
+    return found
+
+
+def set_name(path: str) -> str:
+    """The folder behind `answers` in a path as the scripts write it, else the name of the file."""
+    parts = os.path.splitext(path)[0].split(os.sep)
+    if "answers" in parts[:-2]:
+        return parts[len(parts) - 1 - parts[::-1].index("answers") + 1]
+    return parts[-1]
+
+
+def table(found: dict[str, dict]) -> str:
+    rows = [
+        (name, str(own["count"]), *(f"{100 * own[key]:.1f} %" for key in COLUMNS.values()))
+        for name, own in found.items()
+    ]
+    return markdown.table(("set", "questions", *COLUMNS), rows, "lr")
+
+
+@errors_as_messages()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", help="answers files")
+    args = parser.parse_args()
+    found = summaries([os.path.expanduser(path) for path in args.files])
+    print(table(found))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
