@@ -77,10 +77,12 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
                       for all images, or are one list for each image of a call (None: all of it)
     ref_masks:        likewise, one for each image of a call: True where a token stays (h, w), or a
                       picture that is bright there
+    prune_videos:     every pair of frames of a video is judged as an image is; else videos stay
+                      whole, as in the release
 
     None for `reduce_threshold`, `min_remain_num`, `max_remain_ratio` and `anchor_positions` is what
     the trained part says; the paper: 0.5, 1, no cap, none. All but `new_modules` may be given to
-    `generate` for one call, which may also say `do_selection=False`. Videos are not pruned.
+    `generate` for one call, which may also say `do_selection=False`.
     """
 
     visual_token_num: int | None = None
@@ -91,6 +93,7 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     new_modules: str | None = None
     ref_boxes: Sequence | None = None
     ref_masks: Sequence | None = None
+    prune_videos: bool = False
 
     name = "glimpseprune"
     published = GlimpseRelease()
@@ -190,7 +193,8 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
         return replace(vision, extras={**vision.extras, CONDITIONS: conditions})
 
     def before_prompt(self, image: ImageTokens) -> ImageTokens:
-        return replace(image, image_extras={**image.image_extras, CROPS: image.crops})
+        crops = image.crops if self.prune_videos or not image.frame_pairs else 0
+        return replace(image, image_extras={**image.image_extras, CROPS: crops})
 
     # --- inside the decoder -------------------------------------------------------------------
 
@@ -202,6 +206,8 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
         return Probe(config.selected_layers, form=form)
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
+        if not judges_any(prefill):
+            return prefill
         if index == 0:
             self.check_anchors(prefill)
             return self.add_glimpse(prefill) if self.asks_glimpse else prefill
@@ -212,6 +218,8 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
         return add_to_glimpse(prefill, vectors[index]) if index in vectors else prefill
 
     def after_layers(self, prefill: Prefill) -> Prefill:
+        if not judges_any(prefill):
+            return prefill
         count = len(prefill.decoder.layers)
         prefill = self.remember_row(count, prefill)
         return self.reduce(prefill) if self.last_dense_layer(count) == count - 1 else prefill
@@ -221,7 +229,7 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
 
     def check_anchors(self, prefill: Prefill) -> None:
         """Raises ValueError for corners of several images that have grids of their own."""
-        several = [len(row) for row in prefill.image_extras[CROPS] if len(row) > 1]
+        several = [sum(row) for row in prefill.image_extras[CROPS] if sum(row) > 1]
         if prefill.grid is None and several and self.setting("anchor_positions"):
             raise ValueError(
                 f"anchor_positions are defined for one image in a prompt, but one holds "
@@ -246,9 +254,12 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
 
     def reduce(self, prefill: Prefill) -> Prefill:
         """Without the glimpse and without the visual tokens that are not needed."""
-        judged = prefill.patch_index >= 0
+        patch, judged = prefill.patch_index, is_judged(prefill)
         views = Views.of(
-            prefill.visual_index, prefill.patch_index, prefill.image_extras, prefill.counts
+            prefill.visual_index,
+            patch.masked_fill(~judged, -1),
+            prefill.image_extras,
+            prefill.counts,
         )
         if self.asks_glimpse:
             chance = self.importance(prefill, views).sigmoid()
@@ -261,6 +272,7 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
         kept = self.choose(chance, judged, prefill)
         if prefill.grid is not None:
             kept = kept | self.newlines(kept, prefill)
+        kept = kept | ((patch >= 0) & ~judged)
         text = ~prefill.is_visual & (prefill.index >= 0)
         extras = {name: own for name, own in prefill.extras.items() if name != CONDITIONS}
         return replace(prefill, extras=extras).keep(text | kept)
@@ -300,8 +312,10 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
             share = lookup(share_down, total, ratio, size)
             yield count > lookup(most_within, total, ratio, size), share
         if self.visual_token_num is not None:
-            own = [[min(n, self.visual_token_num) for n in row] for row in prefill.counts.images]
-            most = on_device([sum(row) for row in own], total.device)
+            pairs = zip(prefill.counts.images, prefill.image_numbers(CROPS), strict=True)
+            rows = [[n for n, crops in zip(*row, strict=True) if crops] for row in pairs]
+            most = [sum(min(n, self.visual_token_num) for n in row) for row in rows]
+            most = on_device(most, total.device)
             if ratio is not None:
                 most = torch.minimum(most, share)
             yield count > most, most
@@ -328,6 +342,19 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
         most = max(most, self.setting("min_remain_num") or 0)
         most = min(most + len(self.setting("anchor_positions") or ()), dense)
         return [dense] * (last + 1) + [most] * (num_layers - last - 1)
+
+
+def judges_any(prefill: Prefill) -> bool:
+    """Whether the prompts hold anything that is judged."""
+    return any(map(any, prefill.image_extras.get(CROPS, ())))
+
+
+def is_judged(prefill: Prefill) -> Tensor:
+    """(B, S) True on patches that are judged, which those of videos that stay whole are not."""
+    judged = prefill.patch_index >= 0
+    if all(map(all, prefill.image_extras[CROPS])):
+        return judged
+    return judged & (prefill.at_tokens(prefill.image_values(CROPS)) > 0)
 
 
 def most_within(total: int, share: float) -> int:

@@ -16,6 +16,7 @@ SETTINGS = (
     "anchor_positions",
     "ref_boxes",
     "ref_masks",
+    "prune_videos",
 )
 #: what the release calls what it is given with the images -> our option
 REFERENCES = {

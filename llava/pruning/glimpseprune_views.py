@@ -20,7 +20,7 @@ from .ops import on_device
 from .tokens import GRID
 
 Grid = tuple[int, int]
-#: the number of an image that says how many crops it was cut into
+#: the number of an image that says how many crops of it are judged
 CROPS = "crops"
 
 
@@ -97,7 +97,9 @@ def whole_grids(images, counts: Sequence[Sequence[int]] | None) -> bool:
     if counts is None:
         return False
     pairs = (zip(*row, strict=False) for row in zip(images, counts, strict=True))
-    return all(crops == 1 and h * w == n for row in pairs for ((h, w), crops), n in row)
+    return all(
+        crops == 0 or crops == 1 and h * w == n for row in pairs for ((h, w), crops), n in row
+    )
 
 
 def neighbours(grids: Sequence[Grid], side: int | None, device: torch.device) -> Segments:

@@ -1,17 +1,25 @@
 """GlimpsePrune where images have grids of their own: several in a prompt, windows, calls, files."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from llava.eval import run_llava
 from llava.pruning import build_pruner, trace_pruning
 from llava.pruning.glimpseprune import GlimpsePrune
 from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
 from llava.pruning.learned import save_part
-from llava.pruning.testing.tiny import make_own_grids_model, pad_batch, picture, sample
+from llava.pruning.testing.tiny import make_own_grids_model, pad_batch, picture, sample, video
 from llava.segments import attend_within, segments_of
+from tests.model.checkpoint_tools import load, same
+from tests.paths import GOLDEN
 
+#: parts of the published file beside the embeddings
+MODULES = ("le_proj", "le_norm", "attn_fuser")
 WIDE, TALL, SMALL = (4, 9), (7, 5), (2, 3)
 GREEDY = dict(max_new_tokens=3, do_sample=False, eos_token_id=-1)
 
@@ -91,6 +99,30 @@ def test_corners_are_those_of_the_grid_of_each_prompt(model):
     assert kept(trace) == [[0, 8, 27, 35], [0, 4, 30, 34], []]
     with pytest.raises(ValueError, match="one image in a prompt, but one holds 2: leave them out"):
         generate(model, sample("image", 1, "image").ids, images)
+
+
+@pytest.mark.parametrize("shape", [dict(), dict(reduce_layer=5)], ids=["between", "behind"])
+def test_videos_stay_whole_unless_they_are_asked_for(model, shape):
+    pruner = random_method(model, {"visual_token_num": 9}, **shape)
+    prompts = [sample(3, "image", 1, "image", 9), sample(2, "image", 4, seed=1)]
+    ids, mask = pad_batch([prompt.ids for prompt in prompts])
+    images = [video(2, *SMALL), picture(*WIDE), video(3, *TALL)]
+    answer, trace = generate(model, ids, images, attention_mask=mask)
+    places = kept(trace)
+    assert places[0][:12] == list(range(12)) and 0 < len(places[0]) - 12 <= 9
+    assert places[1] == list(range(3 * 35))
+    assert trace.importance[0].isnan().all() and not trace.importance[1].isnan().any()
+    alone, trace = generate(model, prompts[1].ids, images[2:])
+    assert torch.equal(alone[0], answer[1])
+    assert set(trace.decoder_keep) <= {0} and trace.prompt_tokens[-1].tolist() == [2 + 105 + 5]
+    plain, _ = generate(model, prompts[1].ids, images[2:], do_selection=False)
+    assert torch.equal(alone, plain)
+
+    model.pruner = pruner.with_options(prune_videos=True)
+    _, trace = generate(model, ids, images, attention_mask=mask)
+    assert all(0 < len(own) <= most for own, most in zip(kept(trace), (18, 9), strict=True))
+    found = generate(model, ids, images, attention_mask=mask, prune_videos=False)[0]
+    assert torch.equal(found, answer)
 
 
 # --- the predictor --------------------------------------------------------------------------------
@@ -291,3 +323,50 @@ def test_references_that_do_not_fit_are_refused(model, settings, message):
     random_method(model)
     with pytest.raises(ValueError, match=message):
         generate(model, sample(3, "image", 9).ids, [picture(*WIDE)], **settings)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_the_published_files_load_beside_a_model_and_an_adapter_of_it(tmp_path):
+    """As for GlimpsePrune+: an adapter, and new modules that were trained on the merged model."""
+    base, part = GOLDEN / "tiny-qwen2.5-vl-cut", tmp_path / "new_modules"
+    _, model, _, _ = load(base, name="anything")
+    random_method(model, attn_fuse_size=8, visual_cond_size=8, attn_fuse_num_heads=2)
+    module, values = model.pruner.module, model.pruner.module.config.values()
+    part.mkdir()
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "qwen2_5_vl_gp"}
+    values |= {"attn_fuse_type": "AttnFuserV1", "min_remain_num": 3, "max_remain_ratio": None}
+    (part / "config.json").write_text(json.dumps(config | values))
+    entries = {name: getattr(module, name).state_dict() for name in MODULES}
+    entries["learnable_embeddings"] = module.learnable_embeddings.data
+    torch.save(entries, part / "new_modules_gp.pt")
+
+    adapter, name = tmp_path / "adapter", "model.layers.0.self_attn.q_proj"
+    adapter.mkdir()
+    lora = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(lora))
+    low = {"A": torch.randn(2, 64), "B": torch.randn(64, 2)}
+    tensors = {f"base_model.model.{name}.lora_{k}.weight": own for k, own in low.items()}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+
+    model.get_submodule(name).weight.data += 2 * low["B"] @ low["A"]
+    _, merged, _, _ = load(
+        adapter, base, name="anything", new_modules_dir=str(part), max_remain_ratio=0.05
+    )
+    pruner = merged.pruner
+    assert same(pruner.module, module.state_dict()) and pruner.max_remain_ratio == 0.05
+    assert pruner.setting("min_remain_num") == 3
+    assert pruner.module.config == module.config
+    model.pruner = model.pruner.with_options(max_remain_ratio=0.05, min_remain_num=3)
+    ids = torch.tensor([[5, 6, -200, 7, 8]])
+    images = [torch.randn(6, 7, 4, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(1))]
+    found = [generate(own, ids, images) for own in (model, merged)]
+    assert torch.equal(found[0][0], found[1][0]) and len(kept(found[1][1])[0]) == 3
+
+    words = ["--model-path", adapter, "--model-base", base, "--query", "What is it?"]
+    words += ["--image-file", GOLDEN / "images" / "img1_640x360.png", "--temperature", 0]
+    words += ["--new_modules_dir", part, "--max_remain_ratio", 0.05, "--max-new-tokens", 2]
+    words += ["--show-pruning", tmp_path / "kept.png"]
+    run_llava.answer(run_llava.build_parser().parse_args([str(word) for word in words]))
+    assert (tmp_path / "kept.png").is_file()

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from ...image_io import to_rgb
+from ...pruning.cells import boxes_to_cells, mask_to_cells
 from .qwen2_5_vl_videos import FPS, TOTAL_PIXELS, Video, frame_limits
 
 #: longest side over shortest that is accepted
@@ -57,24 +58,36 @@ class Qwen2_5_VLImageProcessor:
         self.video_total_pixels = video_total_pixels
 
     def __call__(
-        self, images=None, return_tensors: str = "pt", videos=None, fps: float = FPS
+        self, images=None, return_tensors: str = "pt", videos=None, fps: float = FPS, **references
     ) -> BatchFeature:
-        return self.preprocess(images, return_tensors, videos, fps)
+        return self.preprocess(images, return_tensors, videos, fps, **references)
 
     def preprocess(
-        self, images, return_tensors: str = "pt", videos=None, fps: float | Sequence[float] = FPS
+        self,
+        images,
+        return_tensors: str = "pt",
+        videos=None,
+        fps: float | Sequence[float] = FPS,
+        normed_bboxes: Sequence | None = None,
+        ref_image_masks: Sequence | None = None,
     ) -> BatchFeature:
         """The same in the form of transformers: `pixel_values` (patches, values), those of all
         pictures one behind the other, and `image_grid_thw` (pictures, 3); of videos, which are
         lists of frames, `pixel_values_videos`, `video_grid_thw` and `second_per_grid_ts`.
 
         fps: frames a second, of all videos or of each
+        normed_bboxes, ref_image_masks: what is to be known of each picture: boxes (left, top,
+            right, bottom) as shares of it, or a picture that is bright there; they become
+            `ref_token_masks`, per picture a tensor (h, w) that is True on the tokens there (None
+            where it is None)
         """
-        found = {}
+        found, masks = {}, None
         if images is not None:
             parts = self.process_images(images if isinstance(images, (list, tuple)) else [images])
             found["pixel_values"] = torch.cat([part.flatten(0, 2) for part in parts])
             found["image_grid_thw"] = torch.tensor([self._grid_thw(part[None]) for part in parts])
+            grids = [tuple(part.shape[:2]) for part in parts]
+            masks = token_masks(grids, normed_bboxes, ref_image_masks)
         if videos is not None:
             videos = [videos] if isinstance(videos[0], Image.Image) else videos
             rates = [fps] * len(videos) if isinstance(fps, (int, float)) else fps
@@ -82,7 +95,10 @@ class Qwen2_5_VLImageProcessor:
             found["pixel_values_videos"] = torch.cat([clip.pixels.flatten(0, 3) for clip in clips])
             found["video_grid_thw"] = torch.tensor([self._grid_thw(clip.pixels) for clip in clips])
             found["second_per_grid_ts"] = [clip.seconds for clip in clips]
-        return BatchFeature(found, tensor_type=return_tensors)
+        found = BatchFeature(found, tensor_type=return_tensors)
+        if masks is not None:
+            found["ref_token_masks"] = masks
+        return found
 
     def process_images(self, images: Sequence[Image.Image]) -> list[Tensor]:
         """(h, w, 4, values) float32 of every picture; transparent parts become white."""
@@ -182,6 +198,21 @@ class Qwen2_5_VLImageProcessor:
         share = (np.arange(256) * (1 / 255)).astype(np.float32)
         mean, std = (np.array(x, np.float32)[:, None] for x in (self.image_mean, self.image_std))
         return (share - mean) / std
+
+
+def token_masks(
+    grids: list[tuple[int, int]], boxes: Sequence | None, masks: Sequence | None
+) -> list[Tensor | None] | None:
+    """(h, w) True on tokens in the boxes, or where a mask is, of pictures of these grids."""
+    given, to_cells = (boxes, boxes_to_cells) if masks is None else (masks, mask_to_cells)
+    if given is None:
+        return None
+    if boxes is not None and masks is not None:
+        raise ValueError("give normed_bboxes or ref_image_masks, not both")
+    if len(given) != len(grids):
+        raise ValueError(f"{len(given)} boxes or masks for {len(grids)} pictures: give one each")
+    pairs = zip(given, grids, strict=True)
+    return [None if own is None else to_cells(own, grid) for own, grid in pairs]
 
 
 def split_images(pixel_values: Tensor, image_grid_thw: Tensor, merge: int = 2) -> list[Tensor]:
