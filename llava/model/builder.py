@@ -168,7 +168,7 @@ def load_pretrained_model(
     source = config_path(folder, base)
     if kind.family in OTHER_FAMILIES:
         values = qwen2_5_vl_loading.checked_config(values, source)
-        qwen2_5_vl_loading.check_options(model_path, kind, base, vision_tower, pruner)
+        qwen2_5_vl_loading.check_options(model_path, kind, base, vision_tower, pruner, values)
     else:
         values = check_config(values, source, plain=not kind.multimodal)
     dtype = choose_dtype(torch_dtype, values, device, quantized)

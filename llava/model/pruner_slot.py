@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..image_settings import ImageSettings
+from ..pruning import METHODS
 from ..pruning.base import Pruner
 from ..pruning.cues import check_cues, check_needs
 
@@ -28,10 +29,10 @@ class PrunerSlot:
             raise ValueError(f"pruner must come from build_pruner(...), got {pruner!r}")
         tower, depth = self.get_vision_tower(), self.config.num_hidden_layers
         if tower is not None:
-            check_needs(pruner.vision, tower)
+            check_needs(pruner.vision, tower, METHODS.own.values())
         pruner.attach(self)
         if tower is not None:
-            check_cues(pruner.vision, tower)
+            check_cues(pruner.vision, tower, METHODS.own.values())
         pruner = self.checked(pruner)
         pruner.decoder.probe(depth).check(depth)
         self._pruner = pruner

@@ -21,14 +21,14 @@ from ..config_file import (
     shown,
     whole,
 )
-from ..pruning import Pruner
+from ..pruning import METHODS, Pruner
 from ..pruning.cues import check_needs
 from .checkpoint import build_empty, merge_lora, model_config
 from .language_model.qwen2_5_vl import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
-from .multimodal_encoder.qwen2_5_vl_encoder import Qwen2_5_VLVisionTower
+from .multimodal_encoder.qwen2_5_vl_encoder import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionTower
 from .multimodal_encoder.qwen2_5_vl_images import Qwen2_5_VLImageProcessor
 
 #: what no default may stand for: another value would give answers all the same, wrong ones
@@ -136,10 +136,18 @@ def impossible_tower(vision: Mapping, values: Mapping) -> str | None:
 
 
 def check_options(
-    name: str, kind: Kind, base: str | None, vision_tower: str | None, pruner: Pruner
+    name: str,
+    kind: Kind,
+    base: str | None,
+    vision_tower: str | None,
+    pruner: Pruner,
+    values: dict,
 ) -> None:
-    """Raises ValueError for what cannot be loaded beside the checkpoint called `name`."""
-    check_needs(pruner.vision, Qwen2_5_VLVisionTower)
+    """Raises ValueError for what cannot be loaded beside the checkpoint called `name`; values: as
+    `checked_config` gives them."""
+    with torch.device("meta"):
+        tower = Qwen2_5_VLVisionTower(Qwen2_5_VLVisionConfig(**values["vision_config"]))
+    check_needs(pruner.vision, tower, METHODS.own.values())
     if base is not None and kind.delta != "lora":
         raise ValueError(f"{name} is no LoRA adapter: Qwen2.5-VL has no other parts to put on top")
     if vision_tower is not None:

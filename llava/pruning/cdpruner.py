@@ -39,8 +39,9 @@ VOCABULARY = 1024  # of the random text tower
 class CDPruner(SelectPruner):
     """
     visual_token_num: tokens per image; on LLaVA-NeXT the sum over its five crops (640 = 5 x 128)
-    theta:            weight of relevance against diversity, from 0 (none) to below 1; None: the
-                      kernel takes relevance as it is, as in the paper's tables
+    theta:            weight of relevance against diversity, from 0 (none: the question is not read,
+                      and no text tower is needed) to below 1; None: the kernel takes relevance as
+                      it is, as in the paper's tables
     """
 
     visual_token_num: int = 64
@@ -48,6 +49,7 @@ class CDPruner(SelectPruner):
 
     name = "cdpruner"
     needs = frozenset({"text_tower"})
+    does_without = {"text_tower": "theta=0 for diversity alone"}
     reads_question = True
     anyres_tiles = (2, 2)
 
@@ -55,14 +57,18 @@ class CDPruner(SelectPruner):
         super().__post_init__()
         if self.theta is not None and not 0 <= self.theta < 1:
             raise ValueError(f"theta ({self.theta}) must lie from 0 to below 1")
+        if self.theta == 0:
+            self.needs, self.reads_question = frozenset(), False
 
     def use_random_parts(self, model) -> None:
+        if self.theta == 0:
+            return
         tower = model.get_vision_tower()
         self.module = ClipText.random(tower.config)
 
     def attach(self, model: nn.Module) -> None:
         tower = model.get_vision_tower()
-        if tower is not None:
+        if tower is not None and self.theta != 0:
             folder = tower.vision_tower_name
             if self.module is None or self.module.folder not in (None, folder):
                 self.module = ClipText.load(folder)

@@ -7,7 +7,7 @@ compared when the method is assigned. Letters in shapes as in `llava.pruning.tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -72,17 +72,22 @@ class Tower(Protocol):
     def whole_layers(self) -> list[int]: ...
 
 
-def check_needs(stage: VisionStage, tower: Tower) -> None:
-    """Raises ValueError where a method needs what the tower does not have."""
+def check_needs(stage: VisionStage, tower: Tower, methods: Iterable[type] = ()) -> None:
+    """Raises ValueError where a method needs what the tower does not have.
+
+    methods: classes of methods, of which the message names those that work with the tower
+    """
     acts = fills(type(stage), VisionStage, "before_tower_layer")
-    _check(stage, tower, stage.needs | ({"tower_tokens"} if acts else set()), tower.provides)
+    acts = acts and not (stage.merges_blocks and tower.grid is None)
+    needs = stage.needs | ({"tower_tokens"} if acts else set())
+    _check(stage, tower, needs, tower.provides, methods)
 
 
-def check_cues(stage: VisionStage, tower: Tower) -> None:
+def check_cues(stage: VisionStage, tower: Tower, methods: Iterable[type] = ()) -> None:
     """Likewise, what it needs of single layers included."""
-    check_needs(stage, tower)
-    found = stage.tower_extras(*tower.depth)
-    _check(stage, tower, frozenset().union(*found.values()), tower.provides_in_layers)
+    check_needs(stage, tower, methods)
+    found = frozenset().union(*stage.tower_extras(*tower.depth).values())
+    _check(stage, tower, found, tower.provides_in_layers, methods)
     if (stage.needs or found) and tower.select_feature != "patch":
         raise ValueError(
             f"{stage.name} works on patches, but mm_vision_select_feature is "
@@ -90,13 +95,34 @@ def check_cues(stage: VisionStage, tower: Tower) -> None:
         )
 
 
-def _check(stage: VisionStage, tower: Tower, needs: frozenset[str], known: frozenset[str]) -> None:
+def _check(
+    stage: VisionStage,
+    tower: Tower,
+    needs: frozenset[str],
+    known: frozenset[str],
+    methods: Iterable[type],
+) -> None:
     for cue in sorted(needs - known):
         what = CUES.get(cue, "which no tower has")
+        given, works = ", ".join(sorted(tower.provides)), ", ".join(names_for(tower, methods))
+        without = stage.does_without.get(cue)
         raise ValueError(
-            f"{stage.name} needs {cue!r} ({what}), which {tower.title} does not provide: choose "
-            "another method, or a model with another tower"
+            f"{stage.name} needs {cue!r} ({what}), which {tower.title} does not provide (it gives "
+            f"{given}): {'' if without is None else f'set {without}, '}choose another method"
+            f"{works and f' ({works})'}, or a model with another tower"
         )
+
+
+def names_for(tower: Tower, methods: Iterable[type]) -> list[str]:
+    """Of the methods those that find on the tower what they need, with their defaults."""
+    found = []
+    for method in methods:
+        try:
+            check_cues(method().vision, tower)
+        except ValueError:
+            continue
+        found.append(method.name)
+    return found
 
 
 def cues_for(stage: VisionStage, tower: Tower) -> frozenset[str]:

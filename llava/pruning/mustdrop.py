@@ -1,5 +1,7 @@
 """MustDrop: even windows are merged early in the vision tower, then what little text looks at is
-dropped at four decoder layers, by thresholds; the caches follow after the prefill.
+dropped at four decoder layers, by thresholds; the caches follow after the prefill. Where tokens are
+blocks of patches (Qwen2.5-VL, for which nothing was released), even windows are told by the first
+tower layer as well, but merged behind the tower.
 
 Paper: Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model,
 https://arxiv.org/abs/2411.10803
@@ -16,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Pruner
 from .counts import Known
@@ -31,14 +33,20 @@ from .ops import (
 )
 from .prefill import NARROW, Prefill
 from .stages import DecoderStage, Probe, VisionStage
-from .tokens import MERGED, TowerTokens, VisionTokens
+from .tokens import MERGED, ImageTokens, TowerTokens, VisionTokens
 
 LAYERS = (2, 6, 10, 14)
 #: published label -> (global_thr, individual_thr)
 THRESHOLDS = {192: (0.001, 0.001), 128: (0.0012, 0.001), 64: (0.011, 0.01)}
 
+#: tokens of the images that these are for
+PUBLISHED_LENGTH = 576
 #: the extra that is True on the tokens that are never dropped
 KEY = "key"
+#: the extra, on the way, of how much attention a token received in the tower
+SCORE = "score"
+#: the number of an image that says how many tokens it has unpruned
+LENGTH = "length"
 
 
 @dataclass
@@ -63,9 +71,9 @@ class MustDrop(VisionStage, DecoderStage, Pruner):
     individual_thr:    ... and no text token pays it as much attention as this. None: likewise
     spatial_threshold: windows whose patches resemble each other this much on average (cosine, after
                        the first tower layer) become one token
-    window:            side of the windows, in patches
-    key_ratio:         share of the tokens that are never dropped: those the class token attends to
-                       most in the last tower layer
+    window:            side of the windows, in patches; in tokens where those are blocks of patches
+    key_ratio:         share of the tokens that are never dropped: those that receive most attention
+                       in the last tower layer, from the class token where there is one
     pruning_layers:    layers (0-based) of which the attention counts; the layer after each sees
                        fewer tokens. None: 2, 6, 10, 14 of 32 layers, scaled to the depth
     """
@@ -82,6 +90,9 @@ class MustDrop(VisionStage, DecoderStage, Pruner):
     anyres_config = {"mm_patch_merge_type": "flat"}
     adaptive = True
     reads_text = True
+    merges_blocks = True
+    #: the model it is assigned to makes tokens of blocks of patches
+    blocks = False
 
     def __post_init__(self):
         given = (self.global_thr, self.individual_thr)
@@ -111,10 +122,15 @@ class MustDrop(VisionStage, DecoderStage, Pruner):
     def stage_layers(self, num_layers: int) -> tuple[int, ...]:
         return tuple(self.pruning_layers or scale_layers(LAYERS, num_layers))
 
+    def attach(self, model: nn.Module) -> None:
+        tower = model.get_vision_tower()
+        self.blocks = tower is not None and tower.grid is None
+
     # --- vision tower -------------------------------------------------------------------------
 
     def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
-        return {num_layers - 1: frozenset({"cls_attention"})}
+        last = {num_layers - 1: frozenset({"salience"})}
+        return {0: frozenset({"output"}), **last} if self.blocks else last
 
     def before_tower_layer(self, index: int, tokens: TowerTokens) -> TowerTokens:
         if index != 1:
@@ -123,7 +139,7 @@ class MustDrop(VisionStage, DecoderStage, Pruner):
         across = side // self.window
         if across == 0:
             return tokens
-        members = self.windows(side, patches.device)  # (W, w * w)
+        members = self.windows((side, side), patches.device)  # (W, w * w)
         blocks = patches[:, members]  # (B, W, w * w, C)
         evenness = mean_similarity(blocks)
         num_even = (evenness >= self.spatial_threshold).sum(dim=1)
@@ -155,17 +171,48 @@ class MustDrop(VisionStage, DecoderStage, Pruner):
             known=Known((valid,), counts),
         )
 
-    def windows(self, side: int, device) -> Tensor:
-        """(W, window^2) patches of every full window of a side x side grid, row-major."""
-        full = side // self.window * self.window
-        grid = torch.arange(side * side, device=device).view(side, side)[:full, :full]
+    def windows(self, grid: tuple[int, int], device) -> Tensor:
+        """(W, window^2) patches of every full window of an (h, w) grid, row-major."""
+        rows, columns = (side // self.window * self.window for side in grid)
+        grid = torch.arange(math.prod(grid), device=device).view(grid)[:rows, :columns]
         grid = grid.unflatten(1, (-1, self.window)).unflatten(0, (-1, self.window))
         return grid.transpose(1, 2).reshape(-1, self.window**2)
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
         """Marks the tokens that are never dropped."""
-        attention = next(x["cls_attention"] for x in vision.layers.values() if "cls_attention" in x)
-        score = attention.float().mean(dim=1)
+        if (vision.block > 1) is not self.blocks:
+            raise ValueError(
+                f"this {self.name} was assigned to another kind of model meanwhile: make one for "
+                "each model"
+            )
+        return vision if self.blocks else self.with_keys(vision, last_salience(vision))
+
+    def after_projector(self, vision: VisionTokens) -> VisionTokens:
+        """Where tokens are blocks of patches, merges those of even windows, each into the one in
+        the middle, and marks tokens likewise."""
+        if not self.blocks:
+            return vision
+        score, features = last_salience(vision), vision.features
+        members = self.windows(vision.grid, features.device)  # (W, w * w)
+        first, vision = vision.layers[0]["output"], replace(vision, layers={})
+        if not len(members):
+            return self.with_keys(vision, score)
+        even = mean_similarity(first[:, members]) >= self.spatial_threshold  # (B, W)
+        middle = members[:, self.window**2 // 2]
+        whole = features[:, members].float().mean(dim=2).to(features.dtype)
+        features, score, merged = features.clone(), score.clone(), torch.zeros_like(score).bool()
+        features[:, middle] = torch.where(even[..., None], whole, features[:, middle])
+        score[:, middle] = torch.where(even, score[:, members].mean(dim=2), score[:, middle])
+        kept = torch.ones_like(merged)
+        kept[:, members] = ~even[..., None].expand(-1, -1, members.shape[1])
+        kept[:, middle], merged[:, middle] = True, even
+        extras = {**vision.extras, MERGED: merged, SCORE: score}
+        vision = replace(vision, features=features, extras=extras).keep_mask(kept)
+        score = vision.extras.pop(SCORE)
+        return self.with_keys(vision, score)
+
+    def with_keys(self, vision: VisionTokens, score: Tensor) -> VisionTokens:
+        """`vision` with the tokens marked that have the best `score` (B, N)."""
         if vision.valid is None:
             num_keys = share_up(score.shape[1], self.key_ratio)
         else:
@@ -175,6 +222,10 @@ class MustDrop(VisionStage, DecoderStage, Pruner):
         return replace(vision, extras={**vision.extras, KEY: rank < num_keys})
 
     # --- decoder ------------------------------------------------------------------------------
+
+    def before_prompt(self, image: ImageTokens) -> ImageTokens:
+        """Leaves how many tokens the unpruned image has."""
+        return replace(image, image_extras={**image.image_extras, LENGTH: image.length})
 
     def probe(self, num_layers: int) -> Probe:
         return Probe(self.stage_layers(num_layers), self.text_rows)
@@ -197,13 +248,25 @@ class MustDrop(VisionStage, DecoderStage, Pruner):
         owner = prefill.visual_index.clamp(min=0)
         images = total.new_zeros(total.shape[0], prefill.most_images)
         images = images.scatter_add(1, owner, total * prefill.is_visual)
-        share, single = self.thresholds
+        share, single = self.limits(prefill)
         dull = (total < share * prefill.at_tokens(images)) & (most < single)
         kept = ~(prefill.is_visual & dull & ~prefill.extras[KEY])
         last = index - 1 == self.stage_layers(len(prefill.decoder.layers))[-1]
         if not last and kept.numel() <= NARROW:
             return prefill.hide(kept, renumber=True)
         return prefill.keep(kept, renumber=True)
+
+    def limits(self, prefill: Prefill) -> tuple[float | Tensor, float | Tensor]:
+        """`thresholds`; where images have grids of their own, one (B, S) each of those that a label
+        stands for: they are for images of 576 tokens, and shares shrink as images grow."""
+        if not self.blocks:
+            return self.thresholds
+        length = prefill.at_tokens(prefill.image_values(LENGTH)).clamp(min=1)
+        given = (self.global_thr, self.individual_thr)
+        pairs = zip(given, self.thresholds, strict=True)
+        return tuple(
+            PUBLISHED_LENGTH / length * label if own is None else own for own, label in pairs
+        )
 
     def reusable_layers(self, prefill: Prefill) -> int:
         return self.stage_layers(len(prefill.decoder.layers))[0]
@@ -212,6 +275,11 @@ class MustDrop(VisionStage, DecoderStage, Pruner):
         """After the last cut the layers from the first cut on hold its survivors alone."""
         layers = self.stage_layers(num_layers)
         return range(layers[0], index) if index == layers[-1] + 1 else range(0)
+
+
+def last_salience(vision: VisionTokens) -> Tensor:
+    """(B, N) attention that tokens receive in the last tower layer."""
+    return next(cues["salience"] for cues in vision.layers.values() if "salience" in cues)
 
 
 def mean_similarity(blocks: Tensor) -> Tensor:

@@ -29,6 +29,11 @@ class VisionStage:
     needs: ClassVar[frozenset[str]] = frozenset()
     #: cues that are taken where the tower has them
     wants: ClassVar[frozenset[str]] = frozenset()
+    #: cue -> what to set to do without it
+    does_without: ClassVar[dict[str, str]] = {}
+    #: what it does between tower layers it does in `after_projector` where tokens are blocks of
+    #: patches
+    merges_blocks: ClassVar[bool] = False
     #: a hook reads `VisionTokens.questions`; other methods are not given them
     reads_question: ClassVar[bool] = False
     #: "sequence": kept visual tokens are counted 0, 1, 2, ...; "grid": they stay where the unpruned

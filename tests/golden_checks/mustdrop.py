@@ -29,7 +29,7 @@ def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
     vision = tower.tokens(crops, pruner.needs, pruner, image_index=owner)
     vision.image_index = owner
     report.equal("merged windows", (~single).sum(), len(crops) * recorded["num_merged_windows"])
-    attention = vision.layers[tower.depth[0] - 1]["cls_attention"].mean(dim=1)
+    attention = vision.layers[tower.depth[0] - 1]["salience"]
     report.close("cls_attn_last", attention, recorded["cls_attn_last"], SCORES_ATOL)
     keys = pruner.after_encoder(vision).extras[KEY].flatten().nonzero()[:, 0]
     report.equal("key_set", keys, np.sort(recorded["key_set"].reshape(-1)))

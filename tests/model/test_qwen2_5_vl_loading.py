@@ -220,8 +220,8 @@ def test_impossible_image_settings_are_refused(folder, values, says):
 
 def test_what_is_not_there_yet_is_refused_before_the_weights_are_read(folder):
     (folder / "model.safetensors").write_bytes(b"not read")
-    with pytest.raises(ValueError, match="mustdrop needs 'tower_tokens'"):
-        load(folder, pruner="mustdrop")
+    with pytest.raises(ValueError, match="cdpruner needs 'text_tower'.*vispruner"):
+        load(folder, pruner="cdpruner")
     with pytest.raises(ValueError, match="brings its own vision tower"):
         load(folder, vision_tower="elsewhere")
     (folder / "mm_projector.bin").write_bytes(b"not read")
@@ -260,8 +260,8 @@ def test_run_llava_asks_it_in_its_own_template(monkeypatch, capsys, loaded):
         (template.format(f"{mark}What color is it?"), [shape]),
         (template.format(f"{mark} or {mark}?"), [shape, shape]),
     ]
-    with pytest.raises(SystemExit, match="mustdrop needs 'tower_tokens'.*the vision tower of Qwen"):
-        run(monkeypatch, capsys, run_llava.main, *words, "--pruning-method", "mustdrop")
+    with pytest.raises(SystemExit, match="cdpruner needs 'text_tower'.*the vision tower of Qwen"):
+        run(monkeypatch, capsys, run_llava.main, *words, "--pruning-method", "cdpruner")
 
 
 def test_the_chat_puts_the_mark_of_the_image_right_before_the_question(loaded):

@@ -8,7 +8,7 @@ from tests.conftest import make_pruner
 from tests.pruning.test_contract import CHAINS
 
 #: methods that need what only a CLIP tower has
-REFUSED = {"cdpruner", "mustdrop", "prumerge"}
+REFUSED = {"cdpruner", "prumerge"}
 
 
 class TestEveryMethod(OwnGridsContract):
@@ -20,3 +20,11 @@ class TestEveryMethod(OwnGridsContract):
 
     def is_refused(self, pruner):
         return pruner.name in REFUSED
+
+
+class TestCDPrunerOnDiversityAlone(OwnGridsContract):
+    method, options = "cdpruner", {"theta": 0}
+
+
+class TestMustDropWhereWindowsMerge(OwnGridsContract):
+    method, options = "mustdrop", {"spatial_threshold": 0.02}

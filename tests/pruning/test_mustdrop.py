@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from llava.pruning import Prefill, TowerTokens, VisionTokens, trace_pruning
+from llava.pruning import Prefill, Pruner, TowerTokens, VisionTokens, trace_pruning
 from llava.pruning.mustdrop import MustDrop, mean_similarity
+from llava.pruning.testing.tiny import make_own_grids_model, picture
+from llava.pruning.testing.tiny import sample as prompt_of
 
 
 def tower_tokens(patches, image_index):
@@ -20,14 +22,19 @@ def even_window(*windows):
     """Unlike patches of a 4 x 4 grid, except in `windows` (2 x 2 each), where all are alike."""
     patches = torch.eye(16)
     for window in windows:
-        members = MustDrop(window=2).windows(4, patches.device)[window]
+        members = MustDrop(window=2).windows((4, 4), patches.device)[window]
         patches[members] = patches[members[0]].clone()
     return patches
 
 
 def test_windows_are_read_row_by_row():
-    assert MustDrop().windows(6, None)[1].tolist() == [3, 4, 5, 9, 10, 11, 15, 16, 17]
-    assert MustDrop(window=2).windows(5, None).tolist()[-1] == [12, 13, 17, 18]  # border left out
+    assert MustDrop().windows((6, 6), None)[1].tolist() == [3, 4, 5, 9, 10, 11, 15, 16, 17]
+    assert MustDrop(window=2).windows((5, 5), None).tolist()[-1] == [
+        12,
+        13,
+        17,
+        18,
+    ]  # border left out
 
 
 def test_similarity_is_the_mean_over_pairs_of_different_tokens():
@@ -54,14 +61,14 @@ def test_crops_of_an_image_merge_as_many_windows_as_the_least_even_one():
 
 
 def test_the_tokens_the_class_token_looks_at_are_marked():
-    attention = torch.tensor([[[0.1, 0.4, 0.3, 0.2, 0.9]]])
+    attention = torch.tensor([[0.1, 0.4, 0.3, 0.2, 0.9]])
     vision = VisionTokens(
         features=torch.zeros(1, 5, 2),
         positions=torch.arange(5)[None],
         grid=(1, 5),
         image_index=torch.tensor([0]),
         valid=torch.tensor([[True] * 4 + [False]]),
-        layers={0: {}, 3: {"cls_attention": attention}},
+        layers={0: {}, 3: {"salience": attention}},
     )
     # a third of 4 tokens, rounded up; the padded one does not count
     assert MustDrop(key_ratio=1 / 3).after_encoder(vision).extras["key"].tolist() == [
@@ -148,3 +155,56 @@ def test_impossible_layers_are_refused_when_assigned(model):
     for layers in ([2, 6, 10, 14], [3, 3], [5]):
         with pytest.raises(ValueError, match="ascend"):
             model.pruner = MustDrop(pruning_layers=layers)
+
+
+@pytest.fixture(scope="module")
+def own_grids():
+    return make_own_grids_model()
+
+
+@torch.no_grad()
+def test_even_windows_of_blocks_become_the_mean_in_their_middle(own_grids):
+    """What the first tower layer says is even; merged are tokens of the language model."""
+    own_grids.pruner = Pruner()
+    image = picture(7, 8)
+    image[:3, 3:6], image[3:6, 3:6] = image[0, 3], image[3, 3]  # the second and fourth window
+    (dense,) = own_grids.image_tokens([image])
+    own_grids.pruner = MustDrop(spatial_threshold=0.4)
+    (kept,) = own_grids.image_tokens([image])
+    gone = {row * 8 + column for row in range(6) for column in (3, 4, 5)} - {12, 36}
+    left = torch.tensor([place for place in range(56) if place not in gone])
+    assert kept.offsets.tolist() == left.tolist()
+    merged = (left == 12) | (left == 36)
+    assert torch.equal(kept.patches, left.masked_fill(merged, -1))
+    assert torch.equal(kept.positions, dense.positions[left])
+    expected = dense.embeds[left].clone()
+    for middle in (12, 36):
+        window = [middle + down + across for down in (-8, 0, 8) for across in (-1, 0, 1)]
+        expected[left == middle] = dense.embeds[window].mean(dim=0)
+    torch.testing.assert_close(kept.embeds, expected, atol=1e-5, rtol=1e-4)
+    assert int(kept.extras["key"].sum()) == 4  # 0.08 of 40, rounded up
+    assert kept.extent == dense.extent == 8
+
+
+@torch.no_grad()
+def test_a_label_means_shares_of_the_image_where_those_have_their_own_sizes(own_grids):
+    """Those of 576 tokens: 16 times as much of 36. Thresholds that are given stay as they are."""
+    prompt = prompt_of(4, "image", 5)
+    settings = [
+        MustDrop(visual_token_num=128),
+        MustDrop(global_thr=0.0012 * 16, individual_thr=0.001 * 16),
+        MustDrop(global_thr=0.0012, individual_thr=0.001),
+    ]
+    counts = []
+    for own_grids.pruner in settings:
+        _, trace = generate(own_grids, prompt.ids, [picture(4, 9)])
+        counts.append([int(n) for n in trace.visual_tokens])
+    assert counts[0] == counts[1] != counts[2]
+    assert counts[0][-1] < counts[2][-1]
+
+
+def test_one_setting_serves_one_kind_of_model(own_grids, model):
+    own_grids.pruner = pruner = MustDrop()
+    model.pruner = pruner
+    with pytest.raises(ValueError, match="make one for each model"):
+        own_grids.image_tokens([picture(4, 9)])

@@ -194,7 +194,7 @@ def make_pruner(name: str, visual_token_num: int, model, **options) -> Pruner:
     Raises ValueError where the method does not know the budget, or the model.
     """
     pruner = with_budget(name, visual_token_num, **options)
-    check_needs(pruner.vision, model.get_vision_tower())
+    check_needs(pruner.vision, model.get_vision_tower(), METHODS.own.values())
     pruner.use_random_parts(model)
     model.pruner = pruner
     return pruner
