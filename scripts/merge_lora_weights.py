@@ -1,4 +1,4 @@
-"""Merges a LoRA adapter (and the projector trained with it) into its base model.
+"""Merges a LoRA adapter (and the projector or merger trained with it) into its base model.
 
     python scripts/merge_lora_weights.py --model-path ADAPTER --model-base BASE \
         --save-model-path OUT
@@ -8,30 +8,31 @@ The result loads like any other checkpoint, without a base.
 
 import argparse
 
-import torch
-
 from llava.errors import errors_as_messages
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
-from llava.model.checkpoint import TOWER_PREFIX, write_checkpoint
-from llava.train.saving import portable_config
+from llava.model.checkpoint import write_checkpoint
+from llava.train.family import FULL
+from llava.train.model_setup import family_of
+from llava.train.saving import is_written, portable_config
 
 
 def merge_lora(model_path: str, model_base: str, save_model_path: str) -> None:
     name = get_model_name_from_path(model_path)
-    tokenizer, model, _, _ = load_pretrained_model(
-        model_path, model_base, name, device="cpu", torch_dtype=torch.float16
+    family = family_of(model_base)
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        model_path, model_base, name, device="cpu", torch_dtype=family.merged_dtype()
     )
-    own_tower = getattr(model.config, "unfreeze_mm_vision_tower", False)
+    family.processor = image_processor
     tensors = {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if own_tower or not name.startswith(TOWER_PREFIX)
+        if is_written(model, name, family)
     }
     write_checkpoint(save_model_path, tensors)
     portable_config(model, save_model_path).save_pretrained(save_model_path)
     model.generation_config.save_pretrained(save_model_path)
-    tokenizer.save_pretrained(save_model_path)
+    family.save_beside(save_model_path, FULL, tokenizer)
 
 
 @errors_as_messages()

@@ -1,4 +1,4 @@
-# Sourced by the recipes in scripts/v1_5.
+# Sourced by the recipes in scripts/v1_5 and scripts/qwen2_5_vl.
 #
 # BF16=True or False in the environment chooses the precision, PROGRAM=train_mem.py or train.py attention with
 # or without the package flash-attn. Left out, they follow the device at hand: bfloat16 where it is fast (GPUs,
@@ -33,7 +33,7 @@ TRAINER_FLAGS=(
     --report_to "${REPORT_TO:-wandb}"
 )
 
-# ... and what the two stages of LLaVA-1.5 have in common besides.
+# ... what the two stages of LLaVA-1.5 have in common besides ...
 LLAVA_FLAGS=(
     --model_name_or_path "${MODEL:-lmsys/vicuna-13b-v1.5}"
     --vision_tower "${VISION_TOWER:-openai/clip-vit-large-patch14-336}"
@@ -45,4 +45,18 @@ LLAVA_FLAGS=(
     --gradient_checkpointing True
     --per_device_eval_batch_size 4
     "${TRAINER_FLAGS[@]}"
+)
+
+# ... and the recipes of Qwen2.5-VL: an image has at most 1280 tokens, which are 28 x 28 pixels each.
+QWEN_FLAGS=(
+    --model_name_or_path "${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct}"
+    --data_path "${DATA:-./playground/data/llava_v1_5_mix665k.json}"
+    --image_folder "${IMAGES:-./playground/data}"
+    --group_by_modality_length True
+    --per_device_train_batch_size 4
+    --gradient_accumulation_steps 4
+    --gradient_checkpointing True
+    "${TRAINER_FLAGS[@]}"
+    --max_pixels $((1280 * 28 * 28))
+    --model_max_length 4096
 )

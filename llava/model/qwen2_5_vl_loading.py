@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen2TokenizerFast
 
-from ..checkpoint_kind import Kind
+from ..checkpoint_kind import NON_LORA, Kind
 from ..config_file import (
     SIZE,
     Rule,
@@ -23,7 +23,13 @@ from ..config_file import (
 )
 from ..pruning import METHODS, Pruner
 from ..pruning.cues import check_needs
-from .checkpoint import build_empty, merge_lora, model_config
+from .checkpoint import (
+    build_empty,
+    clean_trainable_names,
+    merge_lora,
+    model_config,
+    read_tensors,
+)
 from .language_model.qwen2_5_vl import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -31,6 +37,7 @@ from .language_model.qwen2_5_vl import (
 from .multimodal_encoder.qwen2_5_vl_encoder import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionTower
 from .multimodal_encoder.qwen2_5_vl_images import Qwen2_5_VLImageProcessor
 
+PREPROCESSOR = "preprocessor_config.json"
 #: what no default may stand for: another value would give answers all the same, wrong ones
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rope_theta")
 NEEDED += ("intermediate_size", "num_key_value_heads", "image_token_id", "vision_config")
@@ -168,16 +175,21 @@ def load(
     adapter, folder = (None, folder) if base is None else (folder, base)
     model_class = Qwen2_5_VLForConditionalGeneration
     config = model_config(Qwen2_5_VLConfig, model_class, folder, values, backend)
-    tokenizer, processor = load_tokenizer(folder, config), load_image_processor(folder)
+    trained = [adapter] if adapter and os.path.isfile(os.path.join(adapter, PREPROCESSOR)) else []
+    tokenizer = load_tokenizer(folder, config)
+    processor = load_image_processor(*trained or [folder])
     if processor.patch_size != config.vision_config.patch_size:
         raise ValueError(
-            f"{folder}: preprocessor_config.json has patch_size {processor.patch_size}, "
+            f"{folder}: {PREPROCESSOR} has patch_size {processor.patch_size}, "
             f"config.json {config.vision_config.patch_size}"
         )
     model, filler = build_empty(model_class, config, dtype, device)
     filler.use_safetensors, filler.rename = use_safetensors, released_name
+    if adapter is not None:  # what was trained beside the adapter takes the place of the base's
+        for name, tensor in clean_trainable_names(read_tensors(adapter, NON_LORA)).items():
+            filler.add(name, tensor, adapter)
     filler.add_folder(folder)
-    filler.finish(folder)
+    filler.finish(folder if adapter is None else f"{adapter} with {folder}")
     if adapter is not None:
         merge_lora(model, adapter, released_name)
     return tokenizer, model, processor
@@ -185,7 +197,7 @@ def load(
 
 def load_image_processor(folder: str) -> Qwen2_5_VLImageProcessor:
     """How images are prepared: what preprocessor_config.json says, or the values of the release."""
-    path = os.path.join(folder, "preprocessor_config.json")
+    path = os.path.join(folder, PREPROCESSOR)
     values = read_json(path) if os.path.isfile(path) else {}
     size = values.get("size")
     if isinstance(size, dict):  # as later versions of transformers write it

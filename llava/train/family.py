@@ -78,6 +78,10 @@ class Family(ABC):
         """Whether a whole model is saved with its weight `name`."""
         return not name.startswith("pruner_module.")
 
+    def merged_dtype(self) -> torch.dtype:
+        """In which type a checkpoint is written that an adapter was merged into."""
+        return torch.float16  # as published
+
     @abstractmethod
     def save_beside(self, folder: str, part: str, tokenizer) -> None:
         """Writes what belongs into a folder beside the weights of this part."""

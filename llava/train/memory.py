@@ -1,11 +1,12 @@
 """Memory that a recipe takes on each GPU, by formula: nothing is loaded.
 
     python -m llava.train.memory 13b                                  # every recipe, 8 GPUs
+    python -m llava.train.memory qwen2.5-vl-7b
     python -m llava.train.memory CHECKPOINT --gpus 4 --batch 4 --length 2048
 
 What is counted: weights, gradients, optimizer, and the activations of a step with gradient
-checkpointing (without it for a twig, whose trunk keeps none). Not counted: CUDA itself (about 1 GB)
-and what the allocator loses to fragments; leave a tenth free.
+checkpointing (without it for a twig, whose trunk keeps none). Not counted: the frozen tower at
+work, CUDA itself (about 1 GB) and what the allocator loses to fragments; leave a tenth free.
 """
 
 from __future__ import annotations
@@ -13,12 +14,34 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+
+from llava.model.language_model.qwen2_5_vl import Qwen2_5_VLConfig
+from llava.model.multimodal_encoder.qwen2_5_vl_encoder import Qwen2_5_VLVisionConfig
 
 GB = 1e9
 SIZES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40},
+}
+QWEN_SIZES = {
+    "qwen2.5-vl-3b": {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "vocab_size": 151936,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-vl-7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "vocab_size": 152064,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
 }
 #: parameters of the tower of LLaVA-1.5 and its width
 TOWER_PARAMETERS, TOWER_WIDTH = 303_507_456, 1024
@@ -29,6 +52,7 @@ RECIPES = {
     "finetune_lora": (3, "lora", 16, 2048),
     "train_twig": (2, "twig", 4, 2048),
 }
+QWEN_RECIPES = {"finetune": (3, "all", 4, 4096), "finetune_lora": (3, "lora", 4, 4096)}
 
 
 @dataclass
@@ -42,6 +66,13 @@ class Shape:
     num_attention_heads: int = 32
     num_key_value_heads: int | None = None
     mm_hidden_size: int = TOWER_WIDTH
+    recipes = RECIPES
+    lora_r = 128  # of the recipe
+
+    @property
+    def tower(self) -> int:
+        """Parameters of the tower, without those of the projector."""
+        return TOWER_PARAMETERS
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
@@ -74,6 +105,43 @@ class Shape:
 
 
 @dataclass
+class QwenShape(Shape):
+    """Sizes of a Qwen2.5-VL model, whose projector is the merger; vision_config: as in its file."""
+
+    tie_word_embeddings: bool = False
+    vision_config: dict = field(default_factory=dict)
+    recipes = QWEN_RECIPES
+    lora_r = 64
+
+    def __post_init__(self):
+        config = Qwen2_5_VLVisionConfig(**self.vision_config)
+        self.mm_hidden_size, self.inner = config.hidden_size, config.intermediate_size
+        self.depth, self.patch_values = config.depth, config.patch_values
+
+    @property
+    def layer(self) -> int:
+        biases = self.matrices[:3]  # of queries, keys and values
+        return super().layer + sum(out for _, out in biases)
+
+    @property
+    def projector(self) -> int:
+        """The merger: a norm, and two layers on four patches side by side."""
+        width, four = self.mm_hidden_size, 4 * self.mm_hidden_size
+        return width + (four + 1) * four + (four + 1) * self.hidden_size
+
+    @property
+    def tower(self) -> int:
+        width = self.mm_hidden_size
+        attention = 4 * (width + 1) * width
+        mlp = 2 * (width + 1) * self.inner + (self.inner + 1) * width
+        return self.patch_values * width + self.depth * (attention + mlp + 2 * width)
+
+    @property
+    def language_model(self) -> int:
+        return super().language_model - (self.head if self.tie_word_embeddings else 0)
+
+
+@dataclass
 class Memory:
     """GB on one GPU, and in the memory of the machine per GPU."""
 
@@ -98,14 +166,15 @@ def estimate(
     lora_r: int = 128,
     twig_layers: int = 3,
     offload: bool = False,
-    tower: int = TOWER_PARAMETERS,
+    tower: int | None = None,
 ) -> Memory:
     """Memory of a step in bfloat16 with AdamW.
 
     trained: "projector", "all", "lora" or "twig"; zero: 2 or 3 (DeepSpeed), 0: neither
     batch, length: samples per GPU and the tokens of each; offload: as scripts/zero3_offload.json
-    tower:   parameters of the vision tower, which is frozen
+    tower:   parameters of the vision tower, which is frozen; None: those of the shape
     """
+    tower = shape.tower if tower is None else tower
     if zero not in (0, 2, 3):
         raise ValueError(f"zero {zero} is not a stage of our scripts, choose 0, 2 or 3")
     learned = {
@@ -153,21 +222,28 @@ def activations(shape: Shape, trained: str, batch: int, length: int, twig_layers
 
 
 def read_shape(model: str) -> Shape:
-    """The shape of "7b", "13b" or of a checkpoint folder."""
+    """The shape of a model of `SIZES` or `QWEN_SIZES`, or of a checkpoint folder."""
+    if model in QWEN_SIZES:
+        return QwenShape(**QWEN_SIZES[model])
     if model in SIZES:
         return Shape(**SIZES[model], num_attention_heads=SIZES[model]["hidden_size"] // 128)
     path = os.path.join(model, "config.json")
     if not os.path.isfile(path):
-        raise ValueError(f"{model} is neither a folder with a config.json nor one of 7b, 13b")
+        names = ", ".join([*SIZES, *QWEN_SIZES])
+        raise ValueError(f"{model} is neither a folder with a config.json nor one of {names}")
     with open(path, encoding="utf-8") as file:
         config = json.load(file)
-    known = {field.name for field in fields(Shape)}
-    return Shape(**{key: value for key, value in config.items() if key in known})
+    kind = Shape
+    if config.get("model_type") == Qwen2_5_VLConfig.model_type:
+        kind, config = QwenShape, config | config.get("text_config", {})
+    known = {entry.name for entry in fields(kind)}
+    return kind(**{key: value for key, value in config.items() if key in known})
 
 
 def main(words=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("model", help="7b, 13b or a checkpoint folder")
+    names = ", ".join([*SIZES, *QWEN_SIZES])
+    parser.add_argument("model", help=f"{names}, or a checkpoint folder")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--batch", type=int, help="samples per GPU (default: the recipe's)")
     parser.add_argument("--length", type=int, help="tokens of a sample (default: the recipe's)")
@@ -177,12 +253,13 @@ def main(words=None) -> None:
     except ValueError as error:
         parser.error(str(error))
     print(f"{'GB on each of ' + str(args.gpus) + ' GPUs':34} weights grads optim  acts total   CPU")
-    for recipe, (zero, trained, batch, length) in RECIPES.items():
+    for recipe, (zero, trained, batch, length) in shape.recipes.items():
         variants = [(zero, False)]
         variants += [(3, True)] if trained == "all" else []
         for stage, offload in variants:
             size, tokens = args.batch or batch, args.length or length
-            found = estimate(shape, trained, stage, args.gpus, size, tokens, offload=offload)
+            lora = {"lora_r": shape.lora_r, "offload": offload}
+            found = estimate(shape, trained, stage, args.gpus, size, tokens, **lora)
             label = f"{recipe} (ZeRO-{stage}{', offload' if offload else ''}, batch {size})"
             numbers = (found.weights, found.gradients, found.optimizer, found.activations)
             columns = "".join(f"{value:6.1f}" for value in (*numbers, found.total, found.on_cpu))

@@ -10,7 +10,8 @@ import torch
 import transformers
 from torch import nn
 
-from llava.checkpoint_kind import OTHER_FAMILIES, Kind, family_of, is_multimodal, kind_of
+from llava.checkpoint_kind import OTHER_FAMILIES, Kind, is_multimodal, kind_of
+from llava.checkpoint_kind import family_of as language_model_of
 from llava.config_file import check_config, shown
 from llava.conv_mode import announce, choose_conv_mode
 from llava.mm_utils import get_model_name_from_path
@@ -37,9 +38,14 @@ NOT_ADAPTED = ("vision_resampler", "lm_head")
 def choose_family(model_args, training_args, given: set[str]) -> Family:
     """What trains the checkpoint that the flags name; `--version` becomes its own template unless
     that flag is among those `given`."""
-    path = model_args.model_name_or_path
-    kind, values = checkpoint_kind(path, training_args.cache_dir)
-    settle_version(model_args, values, given)
+    family = family_of(model_args.model_name_or_path, training_args.cache_dir)
+    settle_version(model_args, family.values, given)
+    return family
+
+
+def family_of(path: str, cache_dir: str | None = None) -> Family:
+    """What trains the checkpoint at `path`; errors as of `checkpoint_kind`."""
+    kind, values = checkpoint_kind(path, cache_dir)
     return FAMILIES[kind.family](path, kind, values)
 
 
@@ -54,7 +60,7 @@ def checkpoint_kind(path: str, cache_dir: str | None = None) -> tuple[Kind, dict
         kind, values = kind_of(path)
     else:
         values, _ = transformers.PretrainedConfig.get_config_dict(path, cache_dir=cache_dir)
-        kind = Kind(family_of(values, path), is_multimodal(values))
+        kind = Kind(language_model_of(values, path), is_multimodal(values))
     if kind.family not in FAMILIES:
         raise ValueError(
             f"{path} is a {shown(kind.family)} model; choose a Llama or Mistral model, a LLaVA "

@@ -8,6 +8,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from functools import cached_property
+
+import torch
 
 from llava.config_file import read_json
 from llava.conv_mode import CONFIG_KEY
@@ -17,7 +20,9 @@ from llava.model.language_model.qwen2_5_vl import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+from llava.model.multimodal_encoder.qwen2_5_vl_images import Qwen2_5_VLImageProcessor
 from llava.model.qwen2_5_vl_loading import (
+    PREPROCESSOR,
     checked_config,
     load_image_processor,
     load_tokenizer,
@@ -41,7 +46,6 @@ FOREIGN_FLAGS = (
     "mm_use_im_patch_token",
     "image_aspect_ratio",
 )
-PREPROCESSOR = "preprocessor_config.json"
 #: files of a released folder that training leaves as they are
 KEPT_FILES = (
     "generation_config.json",
@@ -64,23 +68,27 @@ class Qwen2_5_VLFamily(Family):
     tower = "visual."
     not_quantized = ("visual", "lm_head")
 
+    @cached_property
+    def source(self) -> str:
+        """The folder that the files of the checkpoint are in."""
+        return local_copy(self.folder)
+
+    @cached_property
+    def processor(self) -> Qwen2_5_VLImageProcessor:
+        """How images are prepared."""
+        return load_image_processor(self.source)
+
     def load_model(self, model_args, data_args, training_args, given, attention=None):
         if foreign := [name for name in FOREIGN_FLAGS if name in given]:
             raise ValueError(
                 f"--{foreign[0]} has no meaning for {self.folder}: a Qwen2.5-VL model has its own "
                 "vision tower, merger and image tokens"
             )
-        token = CACHE_DIR.set(training_args.cache_dir)
-        try:
-            folder = self.source = local_folder(self.folder)
-        finally:
-            CACHE_DIR.reset(token)
-        source = os.path.join(folder, "config.json")
-        values = checked_config(self.values, source)
+        folder = self.source = local_copy(self.folder, training_args.cache_dir)
+        values = checked_config(self.values, os.path.join(folder, "config.json"))
         values["vision_config"] = self.values["vision_config"]  # other programs read more of it
         model_class = Qwen2_5_VLForConditionalGeneration
         config = model_config(Qwen2_5_VLConfig, model_class, folder, values)
-        self.processor = load_image_processor(folder)
         for name in PIXEL_BOUNDS:
             if (pixels := getattr(data_args, name)) is not None:
                 setattr(self.processor, name, pixels)
@@ -140,12 +148,26 @@ class Qwen2_5_VLFamily(Family):
             data_args, self.processor, model.config.image_mark, model.config.image_separator
         )
 
+    def merged_dtype(self):
+        """What the checkpoint was saved in."""
+        name = self.values.get("torch_dtype") or self.values.get("dtype") or "bfloat16"
+        return getattr(torch, name)
+
     def save_beside(self, folder, part, tokenizer):
         """The files of the release; an adapter has its image settings beside it."""
         save_preprocessor(self.source, folder, self.processor)
         for name in KEPT_FILES if part == FULL else ():
             if os.path.isfile(path := os.path.join(self.source, name)):
                 shutil.copyfile(path, os.path.join(folder, name))
+
+
+def local_copy(name: str, cache_dir: str | None = None) -> str:
+    """`local_folder` of a checkpoint, downloads in `cache_dir`."""
+    token = CACHE_DIR.set(cache_dir)
+    try:
+        return local_folder(name)
+    finally:
+        CACHE_DIR.reset(token)
 
 
 def renamed_weights(folder: str) -> dict | None:

@@ -3,8 +3,9 @@
 import pytest
 
 from llava.model import LlavaLlamaForCausalLM
+from llava.model.language_model.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from llava.train.memory import Shape, estimate, main, read_shape
-from tests.golden_data import GOLDEN
+from tests.golden_data import GOLDEN, SHIPPED
 
 
 def test_parameters_are_counted_as_the_model_has_them():
@@ -16,6 +17,18 @@ def test_parameters_are_counted_as_the_model_has_them():
     assert shape.language_model == sum(counts.values()) - projector
     assert read_shape("7b").language_model == 6_738_415_616
     assert read_shape("13b").language_model == 13_015_864_320
+
+
+def test_parameters_of_qwen2_5_vl_are_counted_as_the_model_has_them():
+    folder = SHIPPED / "tiny-qwen2.5-vl-cut"
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    shape, total = read_shape(str(folder)), sum(p.numel() for p in model.parameters())
+    assert shape.projector == sum(p.numel() for p in model.visual.merger.parameters())
+    assert shape.tower + shape.projector == sum(p.numel() for p in model.visual.parameters())
+    assert shape.language_model == total - shape.tower - shape.projector
+    for size, count in (("3b", 3_754_622_976), ("7b", 8_292_166_656)):
+        shape = read_shape(f"qwen2.5-vl-{size}")
+        assert shape.language_model + shape.tower + shape.projector == count
 
 
 def test_grouped_keys_are_counted():
@@ -65,6 +78,10 @@ def test_the_table_fits_the_machines_that_the_recipes_name(capsys):
     rows = capsys.readouterr().out.splitlines()[1:]
     totals = {row[:34].strip(): float(row.split()[-2]) for row in rows}
     assert len(totals) == 5 and all(total < 80 for total in totals.values())
+    main(["qwen2.5-vl-7b"])
+    rows = capsys.readouterr().out.splitlines()[1:]
+    totals = {row[:34].strip(): float(row.split()[-2]) for row in rows}
+    assert len(totals) == 3 and all(total < 72 for total in totals.values())
     main(["7b", "--gpus", "4"])
     row = next(r for r in capsys.readouterr().out.splitlines() if r.startswith("train_twig"))
     assert float(row.split()[-2]) < 40

@@ -15,6 +15,7 @@ from tests.golden_data import GOLDEN
 from tests.paths import ROOT
 from tests.ports import free_port
 from tests.train import test_train_glimpseprune as glimpse_tests
+from tests.train import test_train_qwen2_5_vl as qwen_tests
 from tests.train.test_run import SAMPLES, workplace  # noqa: F401
 from tests.train.train_tools import write_start
 
@@ -39,6 +40,10 @@ FLAGS = {
     "save_strategy": "no",
     "disable_tqdm": True,
 }
+
+
+RECIPES = ["pretrain", "finetune", "finetune_lora", "train_twig", "train_glimpse"]
+RECIPES += ["../qwen2_5_vl/finetune", "../qwen2_5_vl/finetune_lora"]
 
 
 class Farm:
@@ -90,6 +95,8 @@ def place(workplace, tmp_path_factory):  # noqa: F811
     }
     torch.save(projector, workplace / "mm_projector.bin")
     glimpse_tests.make_workplace(workplace / "boxes")
+    (workplace / "pictures").mkdir()
+    qwen_tests.make_place(workplace / "pictures")
     return workplace
 
 
@@ -99,7 +106,8 @@ def caption(i):
 
 
 def recipe(name, place, output, **changes):
-    """(program, flags) of scripts/v1_5/NAME.sh, on the data of `place`."""
+    """(program, flags) of scripts/v1_5/NAME.sh, or of the folder that the name begins with, on the
+    data of `place`."""
     twig, glimpse = name == "train_twig", name == "train_glimpse"
     environment = {
         "LAUNCHER": r"printf %s\n",
@@ -117,7 +125,10 @@ def recipe(name, place, output, **changes):
     if glimpse:
         environment |= {"DATA": place / "boxes/boxes.jsonl", "IMAGES": place / "boxes"}
         changes = {"attn_fuse_size": 16, "visual_cond_size": 32, "le_dropout_prob": 0} | changes
-    if name == "finetune_lora":
+    if name.startswith("../qwen2_5_vl"):
+        environment |= {"MODEL": qwen_tests.CHECKPOINT, "IMAGES": place / "pictures"}
+        environment["DATA"] = place / "pictures/data.json"
+    if name.endswith("finetune_lora"):
         changes = {"lora_dropout": 0} | changes
     flags = [str(w) for k, v in (FLAGS | changes).items() for w in (f"--{k}", v)]
     output = subprocess.run(
@@ -167,7 +178,8 @@ def single(farm, place, tmp_path_factory):
 
     def result(name):
         if name not in known:
-            known[name] = of_one_process(farm, name, place, tmp_path_factory.mktemp(name))
+            output = tmp_path_factory.mktemp(name.rpartition("/")[2])
+            known[name] = of_one_process(farm, name, place, output)
         return known[name]
 
     return result
@@ -175,9 +187,7 @@ def single(farm, place, tmp_path_factory):
 
 @needs_deepspeed
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
-@pytest.mark.parametrize(
-    "name", ["pretrain", "finetune", "finetune_lora", "train_twig", "train_glimpse"]
-)
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_learns_under_deepspeed_what_one_process_learns(
     farm, place, single, tmp_path, name, zero
 ):
@@ -252,11 +262,12 @@ def test_a_run_under_deepspeed_resumes(farm, place, tmp_path, name, zero):
     assert_same(weights(tmp_path / "rest"), weights(tmp_path / "whole"))
 
 
-def test_fsdp_learns_what_one_process_learns(farm, place, single, tmp_path):
+@pytest.mark.parametrize("name", ["finetune", "../qwen2_5_vl/finetune"])
+def test_fsdp_learns_what_one_process_learns(farm, place, single, tmp_path, name):
     settings = json.loads((ROOT / "scripts/fsdp.json").read_text())
     settings["sync_module_states"] = "false"  # it needs a GPU
     (tmp_path / "fsdp.json").write_text(json.dumps(settings))
     changes = {"deepspeed": "", "fsdp": "full_shard auto_wrap"}
     changes |= {"fsdp_config": tmp_path / "fsdp.json"}
-    farm.run(*recipe("finetune", place, tmp_path / "out", **changes))
-    assert_same(weights(tmp_path / "out"), single("finetune"))
+    farm.run(*recipe(name, place, tmp_path / "out", **changes))
+    assert_same(weights(tmp_path / "out"), single(name))

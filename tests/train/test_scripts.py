@@ -22,6 +22,8 @@ RECIPES = {
     "pretrain": {"tune_mm_mlp_adapter": "True", "learning_rate": "1e-3", "version": "plain"},
     "finetune": {"image_aspect_ratio": "pad", "learning_rate": "2e-5", "version": "v1"},
     "finetune_lora": {"lora_r": "128", "mm_projector_lr": "2e-5", "learning_rate": "2e-4"},
+    "../qwen2_5_vl/finetune": {"learning_rate": "1e-5", "max_pixels": "1003520"},
+    "../qwen2_5_vl/finetune_lora": {"lora_r": "64", "model_max_length": "4096"},
 }
 
 

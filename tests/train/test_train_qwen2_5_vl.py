@@ -51,7 +51,10 @@ SAMPLES = [
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with pictures and the samples about them."""
-    folder = tmp_path_factory.mktemp("data")
+    return make_place(tmp_path_factory.mktemp("data"))
+
+
+def make_place(folder):
     for number, (name, size) in enumerate(SIZES.items()):
         Image.effect_noise(size, 50 + number).convert("RGB").save(folder / name)
     (folder / "data.json").write_text(json.dumps(SAMPLES))

@@ -1,0 +1,17 @@
+#!/bin/bash
+# Qwen2.5-VL with LoRA: an adapter on the language model, and the merger.
+# Made for 8 GPUs with 40 GB. Other settings: MODEL, DATA, IMAGES, OUTPUT, ZERO, LAUNCHER, REPORT_TO, BF16 from
+# the environment, any flag of llava.train.train behind the command.
+# Fewer GPUs: raise --gradient_accumulation_steps so that the global batch stays 128.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/train_common.sh
+
+${LAUNCHER:-deepspeed} llava/train/"$PROGRAM" \
+    --lora_enable True --lora_r 64 --lora_alpha 128 --mm_projector_lr 1e-5 \
+    --deepspeed "${ZERO:-./scripts/zero3.json}" \
+    "${QWEN_FLAGS[@]}" \
+    --learning_rate 1e-4 \
+    --save_steps 1000 \
+    --output_dir "${OUTPUT:-./checkpoints/qwen2.5-vl-7b-lora}" \
+    "$@"
