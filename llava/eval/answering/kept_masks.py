@@ -23,10 +23,12 @@ class KeptMask:
 
     kept:      (rows, columns) True where a token is left behind the last layer
     reference: the same for the boxes; None: none are known
+    frames:    what each crop shows of the image, see `crop_frames`
     """
 
     kept: np.ndarray
     reference: np.ndarray | None = None
+    frames: tuple = ()
 
 
 def kept_masks(
@@ -54,7 +56,7 @@ def kept_masks(
             cells[kept[kept >= 0].numpy()] = True
             reference = None if known is None else covered(known[number], frames, grid)
             reference = None if reference is None else reference.flatten(0, 1).numpy()
-            masks.append(KeptMask(cells.reshape(-1, grid[1]), reference))
+            masks.append(KeptMask(cells.reshape(-1, grid[1]), reference, tuple(frames)))
         placed = any(mask.kept.any() for mask in masks) or not sum(map(len, patches))
         found.append(tuple(masks) if placed else None)
     return found

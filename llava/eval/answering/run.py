@@ -80,9 +80,10 @@ class Task:
         if not self.masks or isinstance(answer, Failure):
             return
         for image, mask in enumerate(answer.masks or ()):
-            write_mask(mask.kept, mask_path(self.path, number, image))
+            write_mask(mask.kept, mask_path(self.path, number, image), mask.frames)
             if mask.reference is not None:
-                write_mask(mask.reference, mask_path(self.path, number, image, REFERENCE))
+                path = mask_path(self.path, number, image, REFERENCE)
+                write_mask(mask.reference, path, mask.frames)
 
     @cached_property
     def digest(self) -> str:

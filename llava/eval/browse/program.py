@@ -1,0 +1,83 @@
+"""Shows answers files side by side in a web page, with images, boxes and the tokens that were kept.
+
+python -m llava.eval.browse A.jsonl [B.jsonl ...]
+
+The files are those of any benchmark here; where they lie as the scripts put them, questions and
+images are found. Kept tokens are shown where the answering program was told to `--save-masks`,
+scores where a judge has scored the file or the right answers are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from llava.errors import errors_as_messages
+from llava.eval.browse.runs import Run, find_source
+from llava.model_args import add_option
+
+LOCAL = "127.0.0.1"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", help="answers files; the first two are shown first")
+    add_option(parser, "--benchmark", help="name of the benchmark (default: by the files' folders)")
+    add_option(parser, "--data-dir", help="folder of its data (default: where the files lie)")
+    add_option(parser, "--question-file", help="default: the benchmark's, in the data folder")
+    add_option(parser, "--image-folder", help="default: the benchmark's; nothing else is shown")
+    add_option(parser, "--host", default=LOCAL, help="default: this machine alone can see the page")
+    add_option(parser, "--port", type=int, default=7861)
+    return parser
+
+
+def read_runs(args) -> dict[str, Run]:
+    """The files by what they are called on the page."""
+    runs: dict[str, Run] = {}
+    options = (args.benchmark, args.data_dir, args.question_file, args.image_folder)
+    for path in dict.fromkeys(map(os.path.expanduser, args.files)):
+        run = Run.read(path, find_source(path, *options))
+        runs[run.name if run.name not in runs else path] = run
+    return runs
+
+
+def launch(args):
+    """Starts the page in threads of its own; returns (gradio application, address)."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "the page needs the packages of the extra `serve`: pip install -e '.[serve]'"
+        ) from error
+    from llava.eval.browse.page import CSS, THEME, Page
+
+    blocks = Page(read_runs(args)).blocks
+    _, address, _ = blocks.launch(
+        server_name=args.host,
+        server_port=args.port,
+        share=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        allowed_paths=[],
+        footer_links=[],
+        ssr_mode=False,
+        enable_monitoring=False,
+        css=CSS,
+        theme=THEME,
+    )
+    return blocks, address
+
+
+@errors_as_messages()
+def main() -> None:
+    blocks, address = launch(build_parser().parse_args())
+    print(f"The page is at {address}", flush=True)
+    try:
+        blocks.block_thread()
+    finally:
+        blocks.close(verbose=False)
+
+
+if __name__ == "__main__":
+    main()
