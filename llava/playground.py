@@ -7,6 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1] / "playground"
 CHECKPOINT = "checkpoints/llava-v1.5-playground"
 BENCHMARK = "benchmark"
+#: checkpoint -> what stands between the method and "playground" in the name of its trained parts
+PARTS = {CHECKPOINT: "", "checkpoints/qwen2.5-vl-playground": "qwen2.5-vl-"}
 
 
 def default_model_path() -> str:
@@ -29,14 +31,16 @@ def default_image() -> str:
 
 
 def trained_part(method: str, model_path: str) -> str | None:
-    """Folder of the trained part of a pruning method that comes with the playground checkpoint.
+    """Folder of the trained part of a pruning method that comes with a playground checkpoint.
 
-    None unless `model_path` is that checkpoint and the part is there: what was trained on one model
-    fits no other, so a learned method never falls back to it elsewhere.
+    None unless `model_path` is such a checkpoint and the part is there: what was trained on one
+    model fits no other, so a learned method never falls back to it elsewhere.
     """
-    folder = ROOT / f"checkpoints/{method}-playground"
-    own = bool(model_path) and Path(model_path).resolve() == (ROOT / CHECKPOINT).resolve()
-    return str(folder) if own and folder.is_dir() else None
+    for checkpoint, own in PARTS.items():
+        if model_path and Path(model_path).resolve() == (ROOT / checkpoint).resolve():
+            folder = ROOT / f"checkpoints/{method}-{own}playground"
+            return str(folder) if folder.is_dir() else None
+    return None
 
 
 def _existing(name: str) -> Path:

@@ -1,4 +1,5 @@
-"""What trainings against the clock share: a step, a log line, and a state that survives a kill."""
+"""What trainings against the clock share: precision, a step, a log line, a state that survives a
+kill."""
 
 from __future__ import annotations
 
@@ -8,6 +9,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from llava.model.placement import cpu_multiplies_bfloat16
+
+
+def half_precision() -> torch.autocast:
+    """Where matrices are multiplied in bf16, if this CPU does that."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_multiplies_bfloat16())
 
 
 def descend(

@@ -6,6 +6,7 @@
     python -m playground.train_qwen answers              # stage 3: the decoder on questions
     python -m playground.train_qwen whole                # stage 4: everything on questions
     python -m playground.train_qwen save                 # write the checkpoint as it is now
+    python -m playground.train_qwen glimpse              # a glimpse for it: see qwen_glimpse
 
 Every stage has a time budget (--minutes, earlier runs count) and continues where it stopped.
 """
@@ -21,9 +22,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llava.model.placement import cpu_multiplies_bfloat16
-from playground import qwen_files, qwen_tower, scenes
-from playground.clock import descend, resume, save_state, write_line
+from playground import qwen_files, qwen_glimpse, qwen_tower, scenes
+from playground.clock import descend, half_precision, resume, save_state, write_line
 from playground.decoder_model import WIDTH
 from playground.decoder_text import fill_buckets
 from playground.fast_train import FINDER_WEIGHT, answer_weights, judge, load_tower, tower_features
@@ -37,7 +37,7 @@ from playground.train_tower import patch_targets, schedule
 
 OUTPUT = CHECKPOINTS / "qwen2.5-vl-playground"
 STATE = DATA / "qwen"
-MINUTES = {"tower": 60, "places": 15, "answers": 60, "whole": 60}
+MINUTES = {"tower": 60, "places": 15, "answers": 60, "whole": 60, "glimpse": 45}
 SQUARE = LARGE_GRIDS[0]  # what the tower of the playground's LLaVA sees
 PICTURES = 3_000_000  # first of the training scenes of stages 2 and 3
 HELD_OUT = scenes.HELD_OUT_SEEDS + 700_000_000
@@ -121,11 +121,6 @@ def teach(pictures: int, words: dict[str, Tensor], weights: dict[str, Tensor]):
 def places_of(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """(..., 2) rows and columns of tokens (...)."""
     return torch.stack([tokens // grid[1], tokens % grid[1]], -1)
-
-
-def half_precision():
-    """Where matrices are multiplied in bf16, if this CPU does that."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_multiplies_bfloat16())
 
 
 # Stages 3 and 4: answers ---------------------------------------------------------------------
@@ -344,7 +339,15 @@ def write(decoder: QwenDecoder, visual: nn.Module, folder: Path) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-STAGES = {f.__name__: f for f in (tower, places, answers, whole, save)}
+def glimpse(args: argparse.Namespace) -> None:
+    """A trained part of GlimpsePrune for the finished checkpoint, in the folder beside it."""
+    stage = qwen_glimpse.Glimpse(args)
+    train(stage, args.state, args.minutes or MINUTES["glimpse"], args.log_every)
+    folder = args.output.parent / f"glimpseprune-{args.output.name}"
+    qwen_glimpse.save(stage, args.output, folder)
+
+
+STAGES = {f.__name__: f for f in (tower, places, answers, whole, save, glimpse)}
 
 
 def main() -> None:
