@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import Pruner
 from .counts import Known
@@ -31,6 +31,7 @@ from .ops import (
     share_up,
     top_stable,
 )
+from .own_grids import OwnGrids
 from .prefill import NARROW, Prefill
 from .stages import DecoderStage, Probe, VisionStage
 from .tokens import MERGED, ImageTokens, TowerTokens, VisionTokens
@@ -62,7 +63,7 @@ class MustDropState:
 
 
 @dataclass
-class MustDrop(VisionStage, DecoderStage, Pruner):
+class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
     """
     visual_token_num:  label of a published setting of the two thresholds: 192, 128 or 64 tokens on
                        average. How many are really kept depends on image and question
@@ -91,8 +92,6 @@ class MustDrop(VisionStage, DecoderStage, Pruner):
     adaptive = True
     reads_text = True
     merges_blocks = True
-    #: the model it is assigned to makes tokens of blocks of patches
-    blocks = False
 
     def __post_init__(self):
         given = (self.global_thr, self.individual_thr)
@@ -122,15 +121,11 @@ class MustDrop(VisionStage, DecoderStage, Pruner):
     def stage_layers(self, num_layers: int) -> tuple[int, ...]:
         return tuple(self.pruning_layers or scale_layers(LAYERS, num_layers))
 
-    def attach(self, model: nn.Module) -> None:
-        tower = model.get_vision_tower()
-        self.blocks = tower is not None and tower.grid is None
-
     # --- vision tower -------------------------------------------------------------------------
 
     def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
         last = {num_layers - 1: frozenset({"salience"})}
-        return {0: frozenset({"output"}), **last} if self.blocks else last
+        return {0: frozenset({"output"}), **last} if self.own_grids else last
 
     def before_tower_layer(self, index: int, tokens: TowerTokens) -> TowerTokens:
         if index != 1:
@@ -180,17 +175,13 @@ class MustDrop(VisionStage, DecoderStage, Pruner):
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
         """Marks the tokens that are never dropped."""
-        if (vision.block > 1) is not self.blocks:
-            raise ValueError(
-                f"this {self.name} was assigned to another kind of model meanwhile: make one for "
-                "each model"
-            )
-        return vision if self.blocks else self.with_keys(vision, last_salience(vision))
+        self.check_model(vision)
+        return vision if self.own_grids else self.with_keys(vision, last_salience(vision))
 
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
         """Where tokens are blocks of patches, merges those of even windows, each into the one in
         the middle, and marks tokens likewise."""
-        if not self.blocks:
+        if not self.own_grids:
             return vision
         score, features = last_salience(vision), vision.features
         members = self.windows(vision.grid, features.device)  # (W, w * w)
@@ -259,7 +250,7 @@ class MustDrop(VisionStage, DecoderStage, Pruner):
     def limits(self, prefill: Prefill) -> tuple[float | Tensor, float | Tensor]:
         """`thresholds`; where images have grids of their own, one (B, S) each of those that a label
         stands for: they are for images of 576 tokens, and shares shrink as images grow."""
-        if not self.blocks:
+        if not self.own_grids:
             return self.thresholds
         length = prefill.at_tokens(prefill.image_values(LENGTH)).clamp(min=1)
         given = (self.global_thr, self.individual_thr)

@@ -24,10 +24,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import DecoderPruner
 from .ops import gather_tokens, normalize, rank_within_groups, scale_layer, top_stable
+from .own_grids import OwnGrids
 from .prefill import Prefill
 from .published import Published
 from .random import scramble
@@ -101,7 +102,7 @@ class View(NamedTuple):
 
 
 @dataclass
-class Nuwa(VisionStage, DecoderPruner):
+class Nuwa(OwnGrids, VisionStage, DecoderPruner):
     """
     visual_token_num:  tokens per image, averaged over the decoder layers: 7/4 of them enter it, 1/4
                        stay from `layer` on (64 = 112 and 16). On LLaVA-NeXT the sum over the crops,
@@ -147,8 +148,6 @@ class Nuwa(VisionStage, DecoderPruner):
     )
     needs = frozenset({"salience"})
     position_policy = "grid"
-    #: that of the model it is assigned to
-    variant = LLAVA
 
     def __post_init__(self):
         super().__post_init__()
@@ -166,9 +165,9 @@ class Nuwa(VisionStage, DecoderPruner):
         if self.top_per_region not in (None, 1, 2, 3, 4):
             raise ValueError(f"top_per_region ({self.top_per_region}) must be 1 to {CELL**2}")
 
-    def attach(self, model: nn.Module) -> None:
-        tower = model.get_vision_tower()
-        self.variant = QWEN if tower is not None and tower.grid is None else LLAVA
+    @property
+    def variant(self) -> Variant:
+        return QWEN if self.own_grids else LLAVA
 
     # --- budgets ------------------------------------------------------------------------------
 
@@ -177,7 +176,7 @@ class Nuwa(VisionStage, DecoderPruner):
         total, side = self.visual_token_num, math.isqrt(num_patches)
         if total >= num_patches * crops:
             return num_patches
-        if self.variant is QWEN:
+        if self.own_grids:
             return self.for_part(crops).block_tokens(num_patches)
         wanted = min(round(7 * total / 4), 2 * total - 1)
         if crops > 1:
@@ -190,7 +189,7 @@ class Nuwa(VisionStage, DecoderPruner):
         total = self.visual_token_num
         if self.stage2 == "off" or total >= num_patches * crops:
             return count
-        if self.variant is QWEN:
+        if self.own_grids:
             return self.for_part(crops).stage2_blocks(count // crops, num_patches) * crops
         if crops > 1:
             return max(1, count // 10)
@@ -240,13 +239,8 @@ class Nuwa(VisionStage, DecoderPruner):
         return {layer: frozenset({"output_mean"}) for layer in range(first, last + 1)}
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
-        blocks = vision.block > 1
-        if blocks is not (self.variant is QWEN):
-            raise ValueError(
-                f"this {self.name} was assigned to another kind of model meanwhile: make one for "
-                "each model"
-            )
-        if blocks:
+        self.check_model(vision)
+        if self.own_grids:
             return vision
         similar = mean_output(vision).flatten(0, 1)  # (B * N, C)
         salience = vision.salience.flatten()
@@ -267,7 +261,7 @@ class Nuwa(VisionStage, DecoderPruner):
 
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
         """Where blocks of patches become tokens here, it is those that are kept and blended."""
-        if vision.block == 1:
+        if not self.own_grids:
             return vision
         view = self.block_view(*vision.grid)
         if view.untouched:
@@ -374,7 +368,7 @@ class Nuwa(VisionStage, DecoderPruner):
     def before_prompt(self, image: ImageTokens) -> ImageTokens:
         """How many of its tokens stay; newlines compete as well."""
         num_patches, own = math.prod(image.blocks[0]), self
-        if self.variant is QWEN:
+        if self.own_grids:
             own = self.with_budget_of(num_patches * image.crops, image.crops)
         count = own.stage2_tokens(len(image.patches), num_patches, image.crops)
         return replace(image, image_extras={**image.image_extras, KEPT: count})
@@ -387,7 +381,7 @@ class Nuwa(VisionStage, DecoderPruner):
     def score(self, prefill: Prefill) -> Tensor:
         if self.stage2 == "attention":
             rows = prefill.attention.mean(dim=2)  # (B, H, S)
-            return rows.mean(dim=1) if self.variant is LLAVA else rows.amax(dim=1)
+            return rows.amax(dim=1) if self.own_grids else rows.mean(dim=1)
         places, draw = prefill.position_ids, self.seed
         for axis in places.unbind(dim=2) if places.ndim == 3 else [places]:
             draw = scramble(scramble(axis) + draw)

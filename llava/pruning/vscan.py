@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .base import BUDGET, ShareOption, StagedPruner, check_budget
 from .ops import gather_tokens, normalize, rank_within_groups, scale_layer, scale_layers, top_stable
+from .own_grids import OwnGrids
 from .published import Published
 from .stages import VisionStage
 from .tokens import VisionTokens
@@ -31,16 +32,20 @@ BLOCK_WINDOW = 4
 
 
 @dataclass
-class VScan(ShareOption, VisionStage, StagedPruner):
+class VScan(OwnGrids, ShareOption, VisionStage, StagedPruner):
     """
     visual_token_num:  tokens per image, averaged over the decoder layers; on LLaVA-NeXT the sum
                        over its crops. The two counts below follow from it unless they are given
     encoder_token_num: tokens of each crop that leave the vision stage (less where half of them is
                        no multiple of the windows: 150 of 576 become 139). None: 1.5 x the budget
+    encoder_token_ratio: the same as a share of the patches, rounded down (on Qwen2.5-VL 0.167, for
+                       finding things 0.6, in the release)
     layer_list:        decoder layers that see fewer tokens than the one before. None: 16 of 32
                        layers, scaled to the depth
     image_token_list:  tokens per crop left after each cut; an image of several crops keeps that
                        share of its tokens. None: what gives the average, 0.5 x the budget
+    cut_ratio_list:    the same as shares of what an image had before each cut, rounded down (on
+                       Qwen2.5-VL 0.333, or 0.67, in the release)
     local_layer:       tower layer (0-based) of the local picks. None: 5 of 24, scaled
     window:            side of the windows that share the local picks, in patches; where tokens are
                        blocks of patches, windows are 4 x 4 blocks
@@ -48,13 +53,18 @@ class VScan(ShareOption, VisionStage, StagedPruner):
 
     visual_token_num: int = 64
     encoder_token_num: int | None = None
+    encoder_token_ratio: float | None = None
     layer_list: Sequence[int] | None = None
     image_token_list: Sequence[int] | None = None
+    cut_ratio_list: Sequence[float] | None = None
     local_layer: int | None = None
     window: int = 6
 
     name = "vscan"
-    published = Published(meaning={"visual_token_num": "encoder_token_num"})
+    published = Published(
+        options={"image_token_ratio": "encoder_token_ratio"},
+        meaning={"visual_token_num": "encoder_token_num"},
+    )
     needs = frozenset({"salience"})
 
     def __post_init__(self):
@@ -68,11 +78,27 @@ class VScan(ShareOption, VisionStage, StagedPruner):
         if self.window < 1:
             raise ValueError(f"window ({self.window}) must be at least 1 patch")
         stages = len(self.layer_list or CUT_LAYERS)
-        if stages != len(self.image_token_list or [1]):
+        left = self.image_token_list or self.cut_ratio_list or [1]
+        if stages != len(left):
             raise ValueError(
-                f"layer_list ({self.layer_list}) and image_token_list ({self.image_token_list}) "
-                "must have one entry per cut each"
+                f"layer_list ({self.layer_list}) and image_token_list ({self.image_token_list}) or "
+                f"cut_ratio_list ({self.cut_ratio_list}) must have one entry per cut each"
             )
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        pairs = (
+            ("encoder_token_num", "encoder_token_ratio"),
+            ("image_token_list", "cut_ratio_list"),
+        )
+        for number, share in pairs:
+            if None not in (getattr(self, number), getattr(self, share)):
+                raise ValueError(f"{number} and {share} say the same: give one of them")
+        given = [("encoder_token_ratio", self.encoder_token_ratio)]
+        given += [("cut_ratio_list", share) for share in self.cut_ratio_list or ()]
+        for name, share in given:
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"{name} ({share}) must lie above 0 and up to 1")
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
         super().check(num_patches, num_layers, crops)
@@ -102,7 +128,10 @@ class VScan(ShareOption, VisionStage, StagedPruner):
 
     def encoder_tokens(self, budget: int, num_patches: int) -> int:
         """T, the tokens a crop is asked to keep in the vision stage; `budget` is that of a crop."""
-        return min(self.encoder_token_num or max(1, int(1.5 * budget)), num_patches)
+        wanted = self.encoder_token_num or max(1, int(1.5 * budget))
+        if self.encoder_token_ratio is not None:
+            wanted = max(1, int(self.encoder_token_ratio * num_patches))
+        return min(wanted, num_patches)
 
     # --- vision stage -------------------------------------------------------------------------
 
@@ -110,6 +139,7 @@ class VScan(ShareOption, VisionStage, StagedPruner):
         num_patches = vision.features.shape[1]
         budget = self.visual_token_num // vision.crops_in_budget
         wanted = self.encoder_tokens(budget, num_patches)
+        self.check_model(vision)
         if wanted == num_patches:
             kept = vision
         else:
@@ -172,11 +202,15 @@ class VScan(ShareOption, VisionStage, StagedPruner):
         self, count: int, num_layers: int, num_patches: int, budget: int = 0
     ) -> list[int]:
         layers, wanted = self.cut_layers(num_layers), self.encoder_tokens(budget, num_patches)
+        plan = [count] * num_layers
+        if self.cut_ratio_list is not None:
+            for layer, share in zip(layers, self.cut_ratio_list, strict=True):
+                plan[layer:] = [max(1, int(share * plan[layer]))] * (num_layers - layer)
+            return plan
         left = self.image_token_list
         if left is None:
             rest = budget * num_layers - wanted * layers[0]
             left = [max(1, rest // (num_layers - layers[0]))]
-        plan = [count] * num_layers
         for layer, number in zip(layers, left, strict=True):
             number = number if count <= wanted else count * number // wanted
             plan[layer:] = [min(plan[layer], number)] * (num_layers - layer)
@@ -186,7 +220,7 @@ class VScan(ShareOption, VisionStage, StagedPruner):
         self, side = self.with_budget_of(num_patches * crops), math.isqrt(num_patches)
         budget = self.visual_token_num // crops
         wanted = self.encoder_tokens(budget, num_patches)
-        kept = self.num_selected(wanted, (side, side))
+        kept = wanted if self.own_grids else self.num_selected(wanted, (side, side))
         return self.image_schedule(kept * crops, num_layers, num_patches, budget)
 
 

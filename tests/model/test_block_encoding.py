@@ -8,8 +8,6 @@ import torch
 from llava.blocks import rotate
 from llava.model.multimodal_encoder import qwen2_5_vl_encoder
 from llava.model.multimodal_encoder.qwen2_5_vl_encoder import (
-    Qwen2_5_VLVisionConfig,
-    Qwen2_5_VLVisionTower,
     patch_angles,
 )
 from llava.model.multimodal_encoder.qwen2_5_vl_images import blocks_of_pixels, pixels_of_blocks
@@ -289,13 +287,6 @@ def blocks(grid: tuple[int, int], **values) -> VisionTokens:
         block=4,
         **values,
     )
-
-
-def test_published_layers_are_those_that_see_whole_images():
-    small = dict(hidden_size=16, intermediate_size=8, num_heads=2, out_hidden_size=8, patch_size=2)
-    tower = Qwen2_5_VLVisionTower(Qwen2_5_VLVisionConfig(depth=32, window_size=16, **small))
-    for name, layers in {"hiprune": {15, 31}, "vscan": {7}}.items():
-        assert tower._sources(build_pruner(name).tower_extras(*tower.depth)).keys() == layers
 
 
 def test_half_of_the_tokens_of_vscan_come_from_windows_with_a_share_each():

@@ -7,7 +7,7 @@ import torch
 
 from llava.pruning import build_pruner, trace_pruning
 from llava.pruning.nuwa import QWEN, Nuwa, View, choose, last_three, proximity
-from llava.pruning.testing.tiny import make_own_grids_model, pad_batch, picture, sample
+from llava.pruning.testing.tiny import make_own_grids_model, pad_batch, picture, sample, video
 from tests.conftest import SIDE
 
 
@@ -205,6 +205,20 @@ def test_the_second_stage_can_be_random_or_off(model):
     assert kept["off"] == {}
     assert len(kept["random"][3][0]) == len(kept["attention"][3][0])
     assert not torch.equal(kept["random"][3][0], kept["attention"][3][0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "budget, first, second",
+    [({"visual_token_num": 30}, 14, 5), ({"visual_token_ratio": 0.5}, 22, 14)],
+)
+def test_pairs_of_frames_share_both_stages_of_a_video(model, budget, first, second):
+    """A pair of 36 tokens has 10 of 30, or the released share of it."""
+    model.pruner = Nuwa(**budget)
+    with trace_pruning(model) as trace:
+        model(sample(4, "image", 5).ids, images=[video(3, 6, 6)])
+    schedule = model.pruner.with_budget_of(108, 3).token_schedule(36, 6, 3)
+    assert [int(n) for n in trace.visual_tokens] == schedule == [3 * first] * 3 + [3 * second] * 3
 
 
 def test_it_is_another_variant_after_it_was_on_llava(model, make_model):
