@@ -18,6 +18,8 @@ SETTINGS = (
     "ref_masks",
     "prune_videos",
 )
+#: what other methods call a share of the tokens -> our option
+SHARE = {"visual_token_ratio": "max_remain_ratio"}
 #: what the release calls what it is given with the images -> our option
 REFERENCES = {
     "normed_bboxes": "ref_boxes",
@@ -32,7 +34,7 @@ class GlimpseRelease(Published):
 
     def __init__(self):
         super().__init__(
-            options={"new_modules_dir": "new_modules"},
+            options={"new_modules_dir": "new_modules", **SHARE},
             environment={
                 "MAX_REMAIN_RATIO": "max_remain_ratio",
                 "MIN_REMAIN_NUM": "min_remain_num",
@@ -40,7 +42,7 @@ class GlimpseRelease(Published):
         )
 
     def for_call(self, pruner, keywords: dict) -> tuple:
-        names = {name: name for name in SETTINGS} | REFERENCES
+        names = {name: name for name in SETTINGS} | REFERENCES | SHARE
         keywords, changes = dict(keywords), {}
         selects = keywords.pop(SELECTION, None)
         for name in names.keys() & keywords.keys():

@@ -105,6 +105,9 @@ def whole_grids(images, counts: Sequence[Sequence[int]] | None) -> bool:
 def neighbours(grids: Sequence[Grid], side: int | None, device: torch.device) -> Segments:
     """Which patches see one another: those of a view, or, with `side`, of its windows of so many
     rows and columns."""
+    sizes = {h * w for h, w in grids}
+    if side is None and len(sizes) == 1:
+        return Segments(None, None, [(len(grids), sizes.pop())])
     if side is None:
         size = torch.tensor([h * w for h, w in grids])
         owner = torch.arange(len(grids)).repeat_interleave(size)

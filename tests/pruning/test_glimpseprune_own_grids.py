@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from llava.eval import run_llava
 from llava.pruning import build_pruner, trace_pruning
+from llava.pruning.cost import DecoderShape, prefill_flops
 from llava.pruning.glimpseprune import GlimpsePrune
 from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
 from llava.pruning.learned import save_part
@@ -20,6 +22,8 @@ from tests.paths import GOLDEN
 
 #: parts of the published file beside the embeddings
 MODULES = ("le_proj", "le_norm", "attn_fuser")
+#: a small predictor
+PREDICTOR = dict(attn_fuse_size=16, visual_cond_size=24, attn_fuse_num_heads=2)
 WIDE, TALL, SMALL = (4, 9), (7, 5), (2, 3)
 GREEDY = dict(max_new_tokens=3, do_sample=False, eos_token_id=-1)
 
@@ -39,7 +43,8 @@ def random_method(model, options=(), **changes):
     """A method with random weights on `model`, and its config changed."""
     torch.manual_seed(0)
     pruner = GlimpsePrune(**dict(options))
-    pruner.module = Glimpse(GlimpseConfig.for_model(model, **changes)).requires_grad_(False)
+    config = GlimpseConfig.for_model(model, **PREDICTOR, **changes)
+    pruner.module = Glimpse(config).requires_grad_(False)
     pruner.module.initialize()
     model.pruner = pruner
     return pruner
@@ -169,7 +174,7 @@ def test_patches_see_their_own_image_or_window_and_no_other(model, whole):
     fuser, grids = pruner.module.attn_fuser, [WIDE, TALL, SMALL, WIDE]
     assert fuser.window_side == (None if whole else 4)
     sizes = [h * w for h, w in grids]
-    rows, conditions = torch.randn(sum(sizes), 4), torch.randn(sum(sizes), 2 * 512)
+    rows, conditions = torch.randn(sum(sizes), 4), torch.randn(sum(sizes), 2 * 24)
     found = fuser(rows, conditions, grids)[-1].split(sizes)
     parts = zip(found, rows.split(sizes), conditions.split(sizes), grids, strict=True)
     for own, row, condition, grid in parts:
@@ -203,6 +208,38 @@ def test_the_setting_of_the_paper_follows_the_tower_and_the_depth(model):
         GlimpseConfig.for_model(model, selected_visual_layers=(4,))
     with pytest.raises(ValueError, match="must be 0 .output of the first layer. or above"):
         GlimpseConfig.for_model(model, selected_visual_layers=(1, -1))
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "layers", "inner", "key_heads", "row"),
+    [(3584, 28, 28, 18944, 4, 18), (2048, 16, 36, 11008, 2, 23)],
+    ids=["7b", "3b"],
+)
+@pytest.mark.parametrize(("grid", "most"), [((24, 24), 0.01), ((40, 50), 0.01), ((128, 128), 0.04)])
+def test_what_the_method_adds_is_small_beside_the_decoder(
+    width, heads, layers, inner, key_heads, row, grid, most
+):
+    config = GlimpseConfig(
+        hidden_size=width,
+        num_attention_heads=heads,
+        mm_hidden_size=1280,
+        le_layers=tuple(range(layers)),
+        selected_layers=(row,),
+        reduce_layer=row,
+        selected_visual_layers=(31, 23, 15, 7),
+        first_state=0,
+        window_side=4,
+    )
+    count = grid[0] * grid[1]
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        module = Glimpse(config)
+        conditions = module.attn_fuser.conditions([torch.empty(1, count, 1280)] * 4)[0]
+        module.attn_fuser(torch.empty(count, heads), conditions, [grid])
+        module.vectors()
+    shape = DecoderShape(width, inner, layers, heads, key_heads)
+    kept = int(0.074 * count) + 64
+    oracle = prefill_flops(shape, [count + 64] * (row + 1) + [kept] * (layers - row - 1))
+    assert 0 < counter.get_total_flops() < most * oracle
 
 
 # --- parts of other shapes ------------------------------------------------------------------------
@@ -261,9 +298,11 @@ def test_settings_of_a_call_are_gone_behind_it(model):
     ids, images = sample(3, "image", 9).ids, [picture(*WIDE)]
     before, _ = generate(model, ids, images)
     counts = []
-    for settings in ({}, {"max_remain_ratio": 0.1}, {"visual_token_num": 2}):
+    ratios = ({"max_remain_ratio": 0.1}, {"visual_token_ratio": 0.1})
+    for settings in ({}, {"visual_token_num": 2}, *ratios):
         counts.append(len(kept(generate(model, ids, images, **settings)[1])[0]))
-    assert counts[0] > counts[1] == 3 and counts[2] == 2
+    assert counts[0] > 3 and counts[1:] == [2, 3, 3]
+    assert build_pruner("glimpseprune", visual_token_ratio=0.1).max_remain_ratio == 0.1
     plain, trace = generate(model, ids, images, do_selection=False)
     assert not trace.decoder_keep
     assert model.pruner is pruner and pruner.max_remain_ratio is None
@@ -332,7 +371,7 @@ def test_the_published_files_load_beside_a_model_and_an_adapter_of_it(tmp_path):
     """As for GlimpsePrune+: an adapter, and new modules that were trained on the merged model."""
     base, part = GOLDEN / "tiny-qwen2.5-vl-cut", tmp_path / "new_modules"
     _, model, _, _ = load(base, name="anything")
-    random_method(model, attn_fuse_size=8, visual_cond_size=8, attn_fuse_num_heads=2)
+    random_method(model)
     module, values = model.pruner.module, model.pruner.module.config.values()
     part.mkdir()
     config = json.loads((base / "config.json").read_text()) | {"model_type": "qwen2_5_vl_gp"}
