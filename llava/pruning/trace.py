@@ -36,6 +36,8 @@ class PruningTrace:
                       token of the answer follows from, attends to there, over the prompt that
                       entered layer 0; 0 on padding and dropped tokens. Only for the layers of
                       `trace_pruning(model, attention=[...])`
+    answer_attention: decoder layer -> the same for every answer token after which another followed,
+                      in order, without what it attends to among the answer
     visual_index:     (B, S) which image of the row a token of that prompt belongs to, -1 on text
     """
 
@@ -52,6 +54,8 @@ class PruningTrace:
     kv_lengths: list[Tensor] = field(default_factory=list)
     importance: list[Tensor] | None = None
     attention: dict[int, Tensor] = field(default_factory=dict)
+    answer_attention: dict[int, list[Tensor]] = field(default_factory=dict)
+    held: dict[int, Tensor] = field(default_factory=dict)
     visual_index: Tensor | None = None
     shape: DecoderShape | None = None
     cache_bytes: int = 0
@@ -84,6 +88,7 @@ class PruningTrace:
         self.decoder_keep, self.visual_tokens, self.prompt_tokens = {}, [], []
         self.kv_lengths, self.cache_bytes, self.importance = [], 0, None
         self.attention, self.visual_index = {}, None
+        self.answer_attention, self.held = {}, {}
 
     def add_layer(self, visual_index: Tensor | None, valid: Tensor | None, size: Tensor) -> None:
         """One layer of the prefill; `size` (B, S) only lends its shape and device."""
@@ -95,16 +100,40 @@ class PruningTrace:
     def add_attention(self, layer: int, row: Tensor, index: Tensor) -> None:
         """row (B, H, S') of the tokens that stood at `index` (B, S') in the prompt of layer 0;
         what tokens blended inside the decoder (negative places) are paid is left out."""
+        self.attention[layer] = self._over_prompt(row, index)
+
+    def hold(self, layers: Iterable[int], index: Tensor, valid: Tensor | None) -> None:
+        """The caches of `layers` hold the tokens that stood at `index` (B, n) in that prompt."""
+        for layer in self.attention_layers.intersection(layers):
+            self.held[layer] = index if valid is None else index.masked_fill(~valid, -1)
+
+    def add_answer_attention(self, layer: int, rows: Tensor) -> None:
+        """rows (B, H, q, K) of the next q tokens of the answer over all that a cache holds."""
+        index = self.held[layer].to(rows.device)
+        seen = rows[..., : index.shape[1]]
+        found = self.answer_attention.setdefault(layer, [])
+        found += [self._over_prompt(seen[:, :, n], index) for n in range(seen.shape[2])]
+
+    def _over_prompt(self, row: Tensor, index: Tensor) -> Tensor:
         size = self.position_ids.shape[1]
         places = torch.where(index < 0, size, index)[:, None].expand_as(row)
         whole = row.new_zeros(*row.shape[:2], size + 1)  # padding adds its zeros somewhere
-        self.attention[layer] = whole.scatter_add_(2, places, row)[..., :size].detach().cpu()
+        return whole.scatter_add_(2, places, row)[..., :size].detach().cpu()
 
     def image_attention(self, layer: int) -> list[Tensor]:
         """Of `attention` in one layer what goes to each image: (H, n) aligned with the entries of
         `visual_positions`, image after image of all prompts."""
+        return self._of_images(self.attention[layer])
+
+    def answer_image_attention(self, layer: int) -> list[list[Tensor]]:
+        """As `image_attention`, for every token of the answer: what the token that it follows from
+        attends to. The first follows from the last prompt token."""
+        rows = [self.attention[layer], *self.answer_attention.get(layer, [])]
+        return list(map(self._of_images, rows))
+
+    def _of_images(self, rows: Tensor) -> list[Tensor]:
         found = []
-        for row, owner in zip(self.attention[layer], self.visual_index, strict=True):
+        for row, owner in zip(rows, self.visual_index, strict=True):
             found += [row[:, owner == image] for image in range(int(owner.amax()) + 1)]
         return found
 
@@ -170,8 +199,9 @@ def trace_pruning(
     """Records what the calls of `model` inside the block keep, see `PruningTrace`.
 
     embeds:    also keep the embeddings of the visual tokens
-    attention: decoder layers of which the attention of the last prompt token is recorded, with any
-               method and attention backend; negative numbers count from the last layer
+    attention: decoder layers of which the attention of the last prompt token and of the answer's
+               tokens is recorded, one row for each, with any method and attention backend; negative
+               numbers count from the last layer
     Raises ValueError for a layer that the decoder does not have.
     """
     depth = model.config.num_hidden_layers

@@ -8,7 +8,7 @@ every layer of a prefill that holds an image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ class LlamaModel(LlamaPreTrainedModel):
         """
         collect: list[Tensor] | None = [] if output_hidden_states else None
         if cache is not None and len(cache):
-            x = self._continue(inputs_embeds, cache, collect)
+            x = self._continue(inputs_embeds, cache, collect, trace)
             index = valid = None
         else:
             places = None if visual_index is None else (visual_index, patch_index)
@@ -267,8 +267,9 @@ class LlamaModel(LlamaPreTrainedModel):
         q = attention.queries(gather_tokens(x, rows), rope)
         return rows_of(q, k, rows, valid, bias=bias).to(home)
 
-    def _continue(self, x: Tensor, cache: KVCache, collect) -> Tensor:
+    def _continue(self, x: Tensor, cache: KVCache, collect, trace=None) -> Tensor:
         """All layers on the (B, q) tokens that follow those in the cache."""
+        recorded = frozenset() if trace is None else trace.attention_layers
         count = x.shape[1]
         steps: dict[int, Step] = {}  # layers that hold the same tokens share one
         for number, layer in enumerate(self.layers):
@@ -284,10 +285,23 @@ class LlamaModel(LlamaPreTrainedModel):
                 steps[id(state)] = Step(self.rotary(positions, x.dtype), mask, state=state)
             if collect is not None:
                 collect.append(x)
-            x, _ = layer(x, steps[id(state)], cache)
+            step = steps[id(state)]
+            if number in recorded:
+                step = self._with_rows(step, cache.lengths[number] + count, count)
+            x, rows = layer(x, step, cache)
+            if number in recorded:
+                trace.add_answer_attention(number, rows)
         for step in steps.values():
             step.state.next_position = step.state.next_position + count
         return x
+
+    def _with_rows(self, step: Step, length: int, count: int) -> Step:
+        """The same for a layer that holds `length` tokens and records what the last `count` of them
+        attend to."""
+        batch = step.state.next_position.shape[0]
+        rows = torch.arange(count, device=step.state.next_position.device).expand(batch, -1)
+        valid, bias = step.state.mask(length), step.state.key_bias(length)
+        return replace(step, rows=rows, valid=valid, bias=bias)
 
     def run_layer(
         self, layer: DecoderLayer, x: Tensor, step: Step, cache: KVCache | None

@@ -92,6 +92,8 @@ class PrefillLoop:
         if self.cache is not None:
             layers = self.stage.pruned_caches(number, len(self.decoder.layers))
             drop_from_caches(self.cache, layers, self.held, prefill)
+            if self.trace is not None:
+                self.trace.hold(layers, prefill.index, prefill.valid)
         if self.trace is not None:
             self.trace.add_change(number, prefill.index, prefill.valid)
 
@@ -103,6 +105,7 @@ class PrefillLoop:
             if number in trace.attention_layers:
                 row = prefill.attention_rows(number, prefill.last[:, None])[:, :, 0]
                 trace.add_attention(number, row, prefill.index)
+                trace.hold([number], prefill.index, prefill.valid)
         if self.collect is not None:
             self.collect.append(prefill.hidden_states)
 
