@@ -7,6 +7,7 @@ the same answers.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -83,6 +84,33 @@ def checkpoint_conv_mode(
         _known(given, "conv mode", (AUTO,))  # before a look at the hub
     config = next(filter(None, map(checkpoint_config, filter(None, (model_path, model_base)))), {})
     return choose_conv_mode(config, model_name, given)
+
+
+def resolve_conv_mode(
+    conv_mode: str | None,
+    model_name: str,
+    model_path: str | None = None,
+    model_base: str | None = None,
+    compare: bool = False,
+) -> str:
+    """The name of the template for a program's `--conv-mode`; raises ValueError on an unknown one.
+
+    "auto" and None are what the checkpoint at `model_path` says of itself, with the reason in one
+    line. A projector without a tuned language model behind it, called "plain", was trained with
+    the `_mmtag` variant of its template.
+    compare: another template than the checkpoint's own is said, and used all the same
+    """
+    choice = checkpoint_conv_mode(model_path, model_base, model_name, conv_mode)
+    announce(choice)
+    if compare and choice.source == "given":
+        own = checkpoint_conv_mode(model_path, model_base, model_name).name
+        if own != choice.name:
+            print(
+                f"[WARNING] the auto inferred conversation mode is {own}, while `--conv-mode` is "
+                f"{choice.name}, using {choice.name}",
+                file=sys.stderr,
+            )
+    return choice.name
 
 
 def announce(choice: ConvMode) -> None:

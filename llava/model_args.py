@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 import torch
 
-from llava.conv_mode import AUTO, announce, checkpoint_conv_mode
-from llava.conversation import conv_templates
+from llava.conv_mode import resolve_conv_mode
 from llava.front_end import FrontEnd
 from llava.mm_utils import get_model_name_from_path
 from llava.playground import default_model_path
@@ -98,25 +96,8 @@ def load_front_end(args) -> FrontEnd:
     pruner = pruner_from_args(args)  # before the model: a typing error should not cost a minute
     path = os.path.expanduser(args.model_path or default_model_path())
     name = get_model_name_from_path(path)
-    conv_mode = pick_conv_mode(args.conv_mode, path, args.model_base, name)
+    conv_mode = resolve_conv_mode(args.conv_mode, name, path, args.model_base, compare=True)
     return FrontEnd(*load_from_args(args, path, name, pruner), conv_mode)
-
-
-def pick_conv_mode(given: str | None, path: str, base: str | None, name: str) -> str:
-    """The template that was asked for, or else the checkpoint's own; a difference is said."""
-    if given not in (None, AUTO, *conv_templates):
-        raise ValueError(f"unknown --conv-mode {given!r}, choose from {', '.join(conv_templates)}")
-    inferred = checkpoint_conv_mode(path, base, name)
-    if given in (None, AUTO):
-        announce(inferred)
-        return inferred.name
-    if given != inferred.name:
-        print(
-            f"[WARNING] the auto inferred conversation mode is {inferred.name}, while "
-            f"`--conv-mode` is {given}, using {given}",
-            file=sys.stderr,
-        )
-    return given
 
 
 def sampling(args) -> dict:

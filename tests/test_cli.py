@@ -121,7 +121,7 @@ def test_a_prompt_that_is_too_long_ends_with_both_numbers(run):
 BAD = {
     "a missing image": (ask(image="no.png"), "image file not found: no.png"),
     "an unknown method": (ask("--pruning-method", "magic"), "unknown pruning method 'magic'"),
-    "an unknown template": (ask("--conv-mode", "magic"), "unknown --conv-mode 'magic'"),
+    "an unknown template": (ask("--conv-mode", "magic"), "unknown conv mode 'magic'"),
     "budget 0": (
         ask("--pruning-method", "random", "--visual-token-num", 0),
         "visual_token_num (0) must be a whole number of at least 1",

@@ -13,15 +13,13 @@ import torch
 from transformers import LlamaConfig
 
 from llava import playground
-from llava.conv_mode import checkpoint_conv_mode, choose_conv_mode
+from llava.conv_mode import checkpoint_conv_mode, choose_conv_mode, resolve_conv_mode
 from llava.conversation import conv_templates
 from llava.eval import model_vqa_loader, model_vqa_science, run_llava
-from llava.eval.answering.program import resolve_conv_mode
 from llava.eval.compare import suite
 from llava.eval.efficiency.arguments import fill_in_questions
 from llava.mm_utils import get_model_name_from_path, infer_conv_mode
 from llava.model import LlavaConfig, LlavaMistralConfig
-from llava.model_args import pick_conv_mode
 from llava.serve.engine import Engine
 from llava.train.llava_family import LlavaFamily
 from tests.model.checkpoint_tools import CHECKPOINT, NEXT, copy_of
@@ -96,7 +94,7 @@ def test_copies_of_any_name_get_one_template_and_one_line(tmp_path, capsys, name
     assert resolve_conv_mode("auto", model_name, str(folder)) == "vicuna_v1"
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("prompt template vicuna_v1: config.json describes a LLaVA-1.5")
-    assert pick_conv_mode(None, str(folder), None, model_name) == "vicuna_v1"
+    assert resolve_conv_mode(None, model_name, str(folder), compare=True) == "vicuna_v1"
     assert capsys.readouterr().err == line + "\n"
 
 
@@ -106,6 +104,15 @@ def test_nothing_is_said_where_the_name_or_the_user_decided(tmp_path, capsys, mo
     monkeypatch.setenv("RANK", "1")  # one process of several speaks
     assert resolve_conv_mode("auto", "my-llava", str(CHECKPOINT)) == "vicuna_v1"
     assert capsys.readouterr().err == ""
+
+
+def test_another_template_than_the_checkpoints_own_is_said_where_a_program_compares(capsys):
+    for compare, lines in ((False, 0), (True, 1)):
+        asked = resolve_conv_mode("mpt", "my-llava", str(CHECKPOINT), compare=compare)
+        said = capsys.readouterr().err.splitlines()
+        assert asked == "mpt" and len(said) == lines
+    assert "inferred conversation mode is vicuna_v1, while `--conv-mode` is mpt" in said[0]
+    assert resolve_conv_mode("v1", "my-plain-7b", compare=True) == "v1_mmtag"
 
 
 def test_an_adapter_without_a_config_has_the_template_of_its_base(tmp_path):

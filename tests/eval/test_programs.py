@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from llava.conv_mode import resolve_conv_mode
 from llava.eval import model_vqa_loader, run_llava
-from llava.eval.answering.program import resolve_conv_mode
 from llava.eval.compare import suite
 
 

@@ -222,6 +222,7 @@ def test_a_projector_alone_loads_onto_the_language_model_it_was_trained_with(wor
         (["--bits", "3"], "choose 4, 8 or 16"),
         (["--label_masks", "none"], "'exact' or 'released'"),
         (["--pruning_method", "nothing"], "unknown pruning method"),
+        (["--max_pixels", "9000"], "--max_pixels: images for .*start have one size"),
     ],
 )
 def test_wrong_flags_are_explained(workplace, tmp_path, flags, message):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.pruning import build_pruner
+from llava.train import train_twigvlm
 from llava.train.model_setup import FAMILIES
 from llava.train.optimizer import parameter_groups
 from llava.train.train import prepare
@@ -198,10 +199,19 @@ def test_flags_of_other_models_are_explained(place, tmp_path, flags, message):  
         prepare(command_line(place, tmp_path, *flags))
 
 
-def test_a_pruning_method_can_be_trained_with(place, tmp_path, monkeypatch):  # noqa: F811
+def test_a_pruning_method_can_be_trained_with(place, tmp_path):  # noqa: F811
     trainer = run(place, tmp_path, "--pruning_method", "random", "--visual_token_num", 3)
     assert repr(trainer.model.pruner) == repr(build_pruner("random", visual_token_num=3))
     assert len(losses(trainer)) == 3
+
+
+def test_a_twig_grows_from_it(place, tmp_path):  # noqa: F811
+    words = command_line(place, tmp_path, "--twig_K", 0, "--twig_T", 1, "--max_steps", 6)
+    trainer = train_twigvlm.train(words)
+    assert losses(trainer)[-1] < 0.9 * losses(trainer)[0]
+    model = load(CHECKPOINT, pruner="twigvlm", twig=str(tmp_path), visual_token_num=10)[1]
+    twig = trainer.model.twig.state_dict()
+    assert all(torch.equal(p, twig[name]) for name, p in model.pruner_module.state_dict().items())
 
 
 @pytest.mark.slow

@@ -7,11 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch.nn.functional import scaled_dot_product_attention
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.front_end import FrontEnd
+from llava.model.language_model import modeling_llama
 from llava.model.language_model.qwen2_5_vl import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -259,6 +262,23 @@ def test_the_loss_of_a_batch_is_that_of_its_samples(model, data):
     counts = torch.tensor([int((item["labels"][1:] >= 0).sum()) for item in items])
     expected = (torch.stack(alone) * counts).sum() / counts.sum()
     assert together.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_no_mask_of_tokens_by_tokens_is_made(model, data, monkeypatch):
+    shapes = []
+    monkeypatch.setattr(modeling_llama, "padded_causal_mask", lambda *_: pytest.fail("a mask"))
+
+    def attend(q, k, v, attn_mask=None, **options):
+        shapes.append(None if attn_mask is None else attn_mask.shape)
+        return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    items = [data["train_dataset"][i] for i in range(len(SAMPLES))]
+    assert len({len(item["input_ids"]) for item in items}) > 3
+    model(**data["data_collator"](items)).loss.backward()
+    model.zero_grad()
+    layers = model.config.num_hidden_layers + model.visual.config.depth
+    assert len(shapes) >= layers and set(shapes) == {None}
 
 
 def test_a_batch_of_texts_gives_the_merger_gradients_of_zeros(model, data):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
 
-from llava.conv_mode import announce, checkpoint_conv_mode
+from llava.conv_mode import resolve_conv_mode
 from llava.eval.answering.loop import AnswerLoop
 from llava.eval.answering.questions import Question, get_chunk, questions_of, subset
 from llava.eval.answering.run import Task, answer_questions
@@ -103,20 +103,6 @@ def load_loop(args) -> AnswerLoop:
     given = {field.name for field in fields(AnswerLoop)} & vars(args).keys()
     options = {name: getattr(args, name) for name in given}
     return AnswerLoop(front, **options)
-
-
-def resolve_conv_mode(
-    conv_mode: str, model_name: str, model_path: str | None = None, model_base: str | None = None
-) -> str:
-    """Returns the template name; raises ValueError on an unknown one.
-
-    "auto" is what the checkpoint at `model_path` says of itself, with the reason in one line. A
-    projector without a tuned language model behind it, called "plain", was trained with the
-    `_mmtag` variant of its template.
-    """
-    choice = checkpoint_conv_mode(model_path, model_base, model_name, conv_mode)
-    announce(choice)
-    return choice.name
 
 
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -14,13 +14,13 @@ import os
 import sys
 from math import inf
 
+from llava.conv_mode import resolve_conv_mode
 from llava.errors import errors_as_messages
 from llava.eval.answering.loop import AnswerLoop
 from llava.eval.answering.program import (
     add_image_args,
     add_speed_args,
     load_loop,
-    resolve_conv_mode,
 )
 from llava.eval.answering.run import Task, answer_questions
 from llava.eval.answering.settings import settings_of

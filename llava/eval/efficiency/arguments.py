@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 
-from llava.eval.answering.program import resolve_conv_mode
+from llava.conv_mode import resolve_conv_mode
 from llava.mm_utils import get_model_name_from_path
 from llava.model.placement import choose_device, fast_dtype
 from llava.model_args import DTYPES

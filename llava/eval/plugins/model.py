@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 from PIL import Image
 
+from llava.conv_mode import resolve_conv_mode
 from llava.eval.answering.loop import AnswerLoop
-from llava.eval.answering.program import load_loop, resolve_conv_mode
+from llava.eval.answering.program import load_loop
 from llava.eval.answering.questions import Question
 from llava.image_io import to_rgb
 from llava.mm_utils import get_model_name_from_path
