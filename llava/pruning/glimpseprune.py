@@ -92,7 +92,7 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     anchor_positions: Sequence[str] | None = None
     new_modules: str | None = None
     ref_boxes: Sequence | None = None
-    ref_masks: Sequence | None = None
+    ref_masks: Sequence | None = field(default=None, repr=False)
     prune_videos: bool = False
 
     name = "glimpseprune"

@@ -143,6 +143,8 @@ class GlimpseConfig:
         """
         if (kind := values.get("attn_fuse_type", PREDICTOR)) != PREDICTOR:
             raise ValueError(f"attn_fuse_type {kind!r} is not supported, choose {PREDICTOR!r}")
+        if (act := values.get("attn_fuse_hidden_act", "silu")) != "silu":
+            raise ValueError(f"attn_fuse_hidden_act {act!r} is not supported, choose 'silu'")
         config, tower = model.config, model.get_vision_tower()
         known = {f.name for f in fields(cls)}
         given = {

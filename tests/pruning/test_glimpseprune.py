@@ -343,6 +343,9 @@ def test_a_part_for_another_model_is_refused(model, tmp_path):
         ({"le_length": -1}, "must not be negative"),
         ({"attn_fuse_num_heads": 5}, "must divide"),
         ({"attn_fuse_type": "AttnFuserDummy"}, "not supported"),
+        ({"attn_fuse_hidden_act": "gelu"}, "attn_fuse_hidden_act 'gelu' is not supported"),
+        ({"le_norm_type": "batchnorm"}, "le_norm_type 'batchnorm' is unknown"),
+        ({"selected_layers": (-1,)}, "nor be negative"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(model, changes, message):
