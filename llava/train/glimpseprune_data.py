@@ -43,12 +43,13 @@ DATASET_KEYS = (
 @dataclass
 class BoxSample:
     """A question about a picture, with boxes (left, top, right, bottom) in its pixels around what
-    the answer needs; None: all of it."""
+    the answer needs; None: all of it. score_funcs: what an answer is rewarded for."""
 
     question: str
     answer: str
     path: str
     boxes: list[list[float]] | None
+    score_funcs: tuple[str, ...] = ()
 
 
 def read_datasets(source: str, img_dir: str, seed: int) -> list[BoxSample]:
@@ -115,6 +116,9 @@ def read_dataset(entry: dict, img_dir: str, seed: int) -> list[BoxSample]:
     for key in ("json_path", "img_dir", "prompt", "bbox_type"):
         if not isinstance(value := entry.get(key) or "", str):
             raise ValueError(f"{key} is {value!r}, expected text")
+    rewards = entry.get("score_funcs") or []
+    if not isinstance(rewards, list) or not all(isinstance(name, str) for name in rewards):
+        raise ValueError(f"score_funcs is {rewards!r}, expected a list of names")
     rows = list(enumerate(read_rows(path)))
     total, rows = len(rows), sampled(rows, entry.get("sampling_strategy"), seed)
     folder, template = entry.get("img_dir") or img_dir, entry.get("prompt") or "{}"
@@ -141,6 +145,7 @@ def read_dataset(entry: dict, img_dir: str, seed: int) -> list[BoxSample]:
     findings.report(total)
     for sample in samples:
         sample.question = template.replace("{}", sample.question)
+        sample.score_funcs = tuple(rewards)
         if mapper == "cot_train_fullmask":
             sample.boxes = None
     return samples
