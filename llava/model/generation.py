@@ -19,7 +19,6 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationM
 from ..constants import STRATEGIES
 from ..pruning import PruningTrace, no_drafter
 from ..pruning.drafter import Drafter
-from ..pruning.per_token import each
 from .patches import replacement
 from .self_speculative import Speculation, SpeculationLog
 from .token_choice import TokenChoice
@@ -27,7 +26,7 @@ from .token_choice import TokenChoice
 #: keywords of `generate` that replace options of the drafter
 DRAFTER_OPTIONS = ("num_speculations", "draft_stop_prob")
 #: arguments of the decoder that `generate` passes on
-PROMPT_TENSORS = ("inputs_embeds", "position_ids", "visual_index", "patch_index")
+PROMPT_TENSORS = ("inputs_embeds", "position_ids")
 #: keywords of `generate` that cannot be followed, and why
 NOT_TAKEN = {
     "inputs_embeds": "pass input_ids and images, or give embedded prompts to generate_from",
@@ -105,24 +104,13 @@ class GenerationStrategies:
 
     @staticmethod
     def _expand_inputs_for_generation(expand_size: int = 1, *args, **keywords):
-        """Every row `expand_size` times (beams), in the extras of the pruning method as well, which
-        transformers, looking at tensors alone, leaves as they are."""
-        extras, numbers = keywords.get("extras"), keywords.get("image_extras")
+        """Every row `expand_size` times (beams), in what is known of images as well, which
+        transformers, looking at tensors alone, leaves as it is."""
         ids, expanded = GenerationMixin._expand_inputs_for_generation(
             expand_size, *args, **keywords
         )
-        if expand_size > 1:
-            if extras:
-                repeated = each(extras, lambda x, _: x.repeat_interleave(expand_size, dim=0))
-                expanded["extras"] = repeated
-            if numbers:
-                expanded["image_extras"] = {
-                    name: [row for row in rows for _ in range(expand_size)]
-                    for name, rows in numbers.items()
-                }
-            if (counts := keywords.get("counts")) is not None:
-                rows = [n for n in range(len(counts.lengths)) for _ in range(expand_size)]
-                expanded["counts"] = counts.rows(rows)
+        if expand_size > 1 and (visuals := keywords.get("visuals")) is not None:
+            expanded["visuals"] = visuals.repeated(expand_size)
         return ids, expanded
 
     def contrastive_search(self, *args, **keywords):
@@ -277,19 +265,15 @@ def traced_rows(model, count: int) -> Iterator[int]:
 
 def one_row(prompt: dict, row: int) -> dict:
     """The decoder's arguments for one row of a batch, its padding removed."""
-    counts = prompt.get("counts")
-    if counts is None:
+    visuals = prompt.get("visuals")
+    if visuals is None or visuals.counts is None:
         real = prompt["attention_mask"][row].bool().nonzero()[:, 0]
     else:  # padded on the left
-        real = slice(prompt["attention_mask"].shape[1] - counts.lengths[row], None)
-        counts = counts.rows([row])
-    tensors = {key: prompt[key] for key in PROMPT_TENSORS if prompt.get(key) is not None}
-    extras, numbers = prompt.get("extras") or {}, prompt.get("image_extras") or {}
+        length = visuals.counts.lengths[row]
+        real = slice(prompt["attention_mask"].shape[1] - length, None)
     return {
-        **{key: tensor[row][real][None] for key, tensor in tensors.items()},
-        "extras": {name: tensor[row][real][None] for name, tensor in extras.items()},
-        "image_extras": {name: values[row : row + 1] for name, values in numbers.items()},
-        "counts": counts,
+        **{key: prompt[key][row][real][None] for key in PROMPT_TENSORS},
+        "visuals": None if visuals is None else visuals.row(row, real),
     }
 
 

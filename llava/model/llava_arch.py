@@ -27,9 +27,3 @@ class LlavaMetaForCausalLM(ImageEncoding, Splice, ImageMarks, PrunerSlot):
         """Positions that an image takes without a method; pixels: (3, S, S) or (crops, 3, S, S)."""
         crops = pixels.shape[0] if pixels.ndim == 4 else 1
         return crops * self.get_vision_tower().num_patches
-
-    @property
-    def patch_grid(self) -> tuple[int, int] | None:
-        """(h, w) patches of one crop; None without a vision tower."""
-        tower = self.get_vision_tower()
-        return None if tower is None else (tower.num_patches_per_side,) * 2

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..constants import IGNORE_INDEX
 from ..pruning.counts import TokenCounts
 from ..pruning.tokens import GRID, PAIRS, ImageTokens
+from .visuals import Visuals
 
 PIECES = ("x", "labels", "place", "visual", "patch")
 
@@ -23,11 +24,7 @@ class Prompt:
     position_ids:   (B, S) positions seen by RoPE, 0 on padding; (B, S, A) where a family counts
                     on A axes
     labels:         (B, S) or None
-    visual_index:   (B, S) which image of the row a token belongs to, -1 on text and padding
-    patch_index:    (B, S) crop * N + patch, -1 where there is none
-    extras:         name -> (B, S, ...) values of the pruning method, see `Prefill`
-    image_extras:   name -> its numbers for the images of every row, likewise
-    counts:         how many tokens there are; None: not known, and none are visual
+    visual_index, patch_index, extras, image_extras, counts: as in `Visuals`
     num_positions:  positions of the longest prompt, see `llava.model.context`; None: not known
     token_ids:      (B, S) what stands for the prompts where rules about tokens, such as a penalty
                     of repetition, look at them; None: such rules see the answer alone
@@ -46,17 +43,9 @@ class Prompt:
     token_ids: Tensor | None = None
 
     @property
-    def holds_images(self) -> bool:
-        """Whether there are visual tokens."""
-        return self.counts is not None and any(self.counts.visual)
-
-    def part(self, row: int, columns: slice) -> Prompt:
-        """The tokens at `columns` of one row, as a batch of one."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {k: v[row : row + 1, columns] for k, v in values.items() if isinstance(v, Tensor)}
-        extras = {k: v[row : row + 1, columns] for k, v in self.extras.items()}
-        numbers = {k: v[row : row + 1] for k, v in self.image_extras.items()}
-        return Prompt(**{"labels": None, **tensors, "extras": extras, "image_extras": numbers})
+    def visuals(self) -> Visuals:
+        """What the decoder is told of the tokens."""
+        return Visuals(**{f.name: getattr(self, f.name) for f in fields(Visuals)})
 
 
 def build_row(

@@ -210,16 +210,12 @@ class PrefixCache:
     def _begin(self, prompt, row: int, columns: slice) -> Beginning:
         """Runs the tokens at `columns` of one row through the layers the method leaves alone."""
         decoder = self.model.get_model()
-        part = prompt.part(row, columns)
-        prefill = replace(
-            decoder.start(
-                part.inputs_embeds,
-                position_ids=part.position_ids,
-                places=(part.visual_index, part.patch_index),
-            ),
-            extras=part.extras,
-            image_extras=part.image_extras,
-            grid=self.model.patch_grid,
+        # How many tokens there are is known of the whole row alone.
+        visuals = replace(prompt.visuals.row(row, columns), counts=None)
+        prefill = decoder.start(
+            prompt.inputs_embeds[row][columns][None],
+            position_ids=prompt.position_ids[row][columns][None],
+            visuals=visuals,
         )
         depth = self.pruner.decoder.reusable_layers(prefill)
         cache = KVCache(len(decoder.layers), reserve=0)

@@ -109,14 +109,9 @@ class Speculation:
         embeds, trace = prompt["inputs_embeds"], self.model.pruning_trace
         self.first_position = int(prompt["position_ids"].amax()) + 1
         self._prepare_rope(embeds)
-        if prompt.get("visual_index") is None:
-            nowhere = torch.full(embeds.shape[:2], -1, device=embeds.device)
-            prompt = {**prompt, "visual_index": nowhere, "patch_index": nowhere}
-        seen = bool((prompt["visual_index"] >= 0).any())
+        seen = prompt["visuals"] is not None and prompt["visuals"].there
         hooks = DraftingHooks(self, self.model.pruner.decoder if seen else DecoderStage())
-        out = self.decoder(
-            **prompt, cache=self.cache, stage=hooks, grid=self.model.patch_grid, trace=trace
-        )
+        out = self.decoder(**prompt, cache=self.cache, stage=hooks, trace=trace)
         guess = hooks.guess
         count = len(guess)
         self.prompt_lengths = [

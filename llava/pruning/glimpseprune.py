@@ -230,7 +230,7 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     def check_anchors(self, prefill: Prefill) -> None:
         """Raises ValueError for corners of several images that have grids of their own."""
         several = [sum(row) for row in prefill.image_extras[CROPS] if sum(row) > 1]
-        if prefill.grid is None and several and self.setting("anchor_positions"):
+        if prefill.has_axes and several and self.setting("anchor_positions"):
             raise ValueError(
                 f"anchor_positions are defined for one image in a prompt, but one holds "
                 f"{several[0]}: leave them out (anchor_positions=())"
@@ -270,7 +270,7 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
         chance = chance.masked_fill(~judged, 0)
         prefill.record_importance(chance.masked_fill(~judged, float("nan")))
         kept = self.choose(chance, judged, prefill)
-        if prefill.grid is not None:
+        if not prefill.has_axes:
             kept = kept | self.newlines(kept, prefill)
         kept = kept | ((patch >= 0) & ~judged)
         text = ~prefill.is_visual & (prefill.index >= 0)
@@ -323,9 +323,9 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     def newlines(self, kept: Tensor, prefill: Prefill) -> Tensor:
         """(B, S) True on the newline tokens whose row of patches keeps one."""
         newline = prefill.is_visual & (prefill.patch_index < 0)
-        rows, columns = prefill.grid
         # The overview in front of the tiles has no newlines: its tokens are no part of a row.
-        tile = prefill.patch_index >= rows * columns
+        overview = [[h * w for h, w in row] for row in prefill.grids]
+        tile = prefill.patch_index >= prefill.at_tokens(on_device(overview, newline.device))
         behind_tile = tile.roll(1, dims=1)
         row = newline.long().cumsum(dim=1) - newline.long()
         group = 2 * row + torch.where(newline, behind_tile, tile).long()

@@ -31,8 +31,6 @@ class Prefill:
     index:         (B, S) place of each token in the prompt that entered layer 0; negative on tokens
                    that were blended inside the decoder
     valid:         (B, S) False on padding; None: every place is a token
-    grid:          (h, w) patches per side of one crop before any pruning; None where images have
-                   grids of their own, see `grids`
     extras:        name -> (B, S, ...) values that the method left in `VisionTokens.extras` or
                    `ImageTokens.extras`, zeros on all other tokens; "key_bias" is read by the
                    layers, see `key_bias`
@@ -59,7 +57,6 @@ class Prefill:
     patch_index: Tensor = per_token()
     index: Tensor = per_token()
     valid: Tensor | None = per_token()
-    grid: tuple[int, int]
     extras: dict[str, Tensor] = per_token(default_factory=dict)
     image_extras: dict[str, list[list[int | float]]] = field(default_factory=dict)
     state: Any = None
@@ -173,6 +170,12 @@ class Prefill:
         return [[*row, *[0] * (most - len(row))] for row in rows]
 
     @property
+    def has_axes(self) -> bool:
+        """Whether positions are places in a picture on several axes, as where images have grids of
+        their own."""
+        return self.position_ids.ndim == 3
+
+    @property
     def grids(self) -> list[list[tuple[int, int]]]:
         """(h, w) of one crop of every image of every row, before any pruning; (0, 0) where a row
         has no such image."""
@@ -276,7 +279,7 @@ class Prefill:
             attention=None,
             drafter_row=None,
         )
-        if renumber and self.position_ids.ndim == 2:
+        if renumber and not self.has_axes:
             ones = torch.ones_like(order) if valid is None else valid.long()
             kept.position_ids = (ones.cumsum(dim=1) - 1).clamp(min=0)
             kept.next_position = None
@@ -343,7 +346,7 @@ class Prefill:
             follows = places.amax(dim=1) + 1
         number = torch.arange(count, device=none.device)
         positions = follows[:, None] + number
-        if self.position_ids.ndim == 3:
+        if self.has_axes:
             positions = positions[..., None].expand(-1, -1, self.position_ids.shape[2])
         grown = self._with(tokens, positions, none)
         if self.valid is not None:

@@ -95,7 +95,7 @@ class ModelFacts:
 
     @classmethod
     def of(cls, model) -> ModelFacts:
-        return cls(model.config, model.image_settings, model.patch_grid)
+        return cls(model.config, model.image_settings, model.get_vision_tower().grid)
 
 
 class BoxDataset(Dataset):

@@ -119,7 +119,7 @@ def load_frozen(
         logger.info("gradient_checkpointing: nothing to save, prompts run without gradients")
         training_args.gradient_checkpointing = False
     if box_args.max_pixels is not None:
-        if model.patch_grid is None:
+        if model.get_vision_tower().grid is None:
             processor.max_pixels = box_args.max_pixels
         else:
             logger.warning("max_pixels: all images of %s have one size, it changes nothing", path)

@@ -84,7 +84,7 @@ class TwigTraining(nn.Module):
                 prompt.inputs_embeds,
                 prompt.attention_mask,
                 prompt.position_ids,
-                counts=prompt.counts,
+                visuals=prompt.visuals,
             )
             prefill.hidden_states = decoder.first_layers(prefill, self.shared_layers, None)
         hidden = self.twig(decoder, prefill)

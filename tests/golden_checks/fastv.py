@@ -49,7 +49,6 @@ def check_select(case, folder, recorded, report):
         patch_index=torch.where(visual, places - start, -1),
         index=places,
         valid=None,
-        grid=(1, args["n_visual"]),
         attention=rows,
     )
     pruner = build_pruner("fastv", visual_token_num=args["visual_token_num"], layer=2)

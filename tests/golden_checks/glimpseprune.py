@@ -298,7 +298,6 @@ def check_around_predictor(case, folder, recorded, report):
         patch_index=torch.where(is_image, is_image.cumsum(0), 0)[None] - 1,
         index=places,
         valid=None,
-        grid=None,
         extras={CONDITIONS: context},
         image_extras=dict(zip((*GRID, CROPS), ([[h // 2]], [[w // 2]], [[1]]), strict=True)),
     )

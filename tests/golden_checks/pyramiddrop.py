@@ -34,7 +34,6 @@ def check_select(case, folder, recorded, report):
         patch_index=torch.full_like(places, -1),
         index=places,
         valid=valid,
-        grid=(24, 24),
     )
     with torch.no_grad():
         score = prefill.next_attention()

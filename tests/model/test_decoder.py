@@ -171,8 +171,7 @@ def test_renumbered_positions_continue_from_the_shorter_prompt(model, sample):
     model(
         inputs_embeds=spliced.inputs_embeds,
         attention_mask=spliced.attention_mask,
-        visual_index=spliced.visual_index,
-        patch_index=spliced.patch_index,
+        visuals=spliced.visuals,
         past_key_values=cache,
     )
     assert [int(row.next_position) for row in cache.rows] == [44, 44, 13, 13, 13, 13]

@@ -142,13 +142,12 @@ def test_the_place_of_the_answer_holds(model, prompt):
         model.pruner = hook
         cache = model(
             inputs_embeds=spliced.inputs_embeds,
-            visual_index=spliced.visual_index,
-            patch_index=spliced.patch_index,
+            visuals=spliced.visuals,
         ).past_key_values
         assert [int(row.next_position) for row in cache.rows] == wanted
 
 
-@pytest.mark.parametrize("field", ["visual_index", "patch_index", "extras", "grid"])
+@pytest.mark.parametrize("field", ["visual_index", "patch_index", "extras"])
 @pytest.mark.parametrize("how", [replaced, assigned])
 def test_marks_reach_the_next_layers(model, prompt, field, how):
     seen = []
@@ -158,15 +157,12 @@ def test_marks_reach_the_next_layers(model, prompt, field, how):
             seen.append(getattr(prefill, field))
             return super().before_layer(index, prefill)
 
-    marks = {
-        "grid": lambda p: (3, 12),
-        "extras": lambda p: {"mine": torch.full((*p.index.shape, 3), 7.0)},
-    }
+    marks = {"extras": lambda p: {"mine": torch.full((*p.index.shape, 3), 7.0)}}
     mark = marks.get(field, lambda p: torch.full_like(p.index, 7))
     logits(model, prompt, Reader(how(**{field: mark})))
     assert seen[0] is not seen[2] and all(value is seen[2] for value in seen[2:])
     found = seen[2]["mine"] if field == "extras" else seen[2]
-    assert found == (3, 12) if field == "grid" else (found == 7).all()
+    assert (found == 7).all()
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

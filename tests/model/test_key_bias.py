@@ -13,6 +13,7 @@ from llava.model.kv_cache import KVCache
 from llava.model.language_model import attention
 from llava.model.language_model.attention import attend
 from llava.model.reuse import Picture, Prefix, PrefixCache
+from llava.model.visuals import Visuals
 from llava.pruning import DecoderStage, Pruner, VisionStage, build_pruner
 from llava.pruning.base import DecoderPruner, SelectPruner
 from llava.pruning.twigvlm import TwigVLM
@@ -101,9 +102,11 @@ def prompt_with_copies(model, size, copies):
     return dict(
         inputs_embeds=x[:, places],
         position_ids=places.expand(2, -1),
-        visual_index=image,
-        patch_index=torch.where(image == 0, places, -1),
-        extras={} if copies else {"key_bias": bias},
+        visuals=Visuals(
+            visual_index=image,
+            patch_index=torch.where(image == 0, places, -1),
+            extras={} if copies else {"key_bias": bias},
+        ),
     )
 
 
@@ -122,12 +125,14 @@ def test_a_token_that_counts_for_k_in_the_decoder_is_k_tokens(make_model, backen
             hidden.append(model.model(step, cache=cache).hidden_states)
         outputs.append(torch.cat(hidden, dim=1))
         prefill = model.model.start(inputs["inputs_embeds"], position_ids=inputs["position_ids"])
-        prefill.extras = inputs["extras"]
+        prefill.extras = inputs["visuals"].extras
         rows.append(prefill.next_attention())
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(rows[0][:, 1:], rows[1][:, 3:])
     torch.testing.assert_close(rows[0][:, 0], rows[1][:, :3].sum(dim=1))
-    plain = model.model(**{**prompt_with_copies(model, 3, False), "extras": {}})
+    inputs = prompt_with_copies(model, 3, False)
+    inputs["visuals"].extras = {}
+    plain = model.model(**inputs)
     assert not torch.allclose(plain.hidden_states[:, -6:], outputs[1][:, :6], atol=1e-4)
 
 

@@ -20,7 +20,6 @@ def prefill(row, visual):
         patch_index=places,
         index=places,
         valid=None,
-        grid=(2, 2),
         attention=torch.tensor(row)[None, None, None],
     )
 

@@ -41,7 +41,6 @@ def prefill(images, before=1, after=2, newlines=()):
         patch_index=torch.tensor([patch]),
         index=places,
         valid=None,
-        grid=GRID,
         image_extras=numbers(images),
     )
 

@@ -91,7 +91,6 @@ def test_a_token_falls_when_both_thresholds_say_so_and_it_is_not_marked(model):
         patch_index=places,
         index=places,
         valid=None,
-        grid=(2, 2),
         extras={"key": torch.tensor([[0, 0, 1, 0, 0, 0, 0]]).bool()},
         attention=rows[None, None],
     )

@@ -21,7 +21,6 @@ def prefill(states, visual):
         patch_index=places,
         index=places,
         valid=None,
-        grid=(1, 2),
     )
 
 

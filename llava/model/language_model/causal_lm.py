@@ -10,15 +10,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ...constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from ...devices import device_of
 from ...mm_utils import KeywordsStoppingCriteria
-from ...pruning.counts import TokenCounts
 from ...pruning.drafter import Drafter
-from ...pruning.per_token import each, with_zeros
 from ..context import answer_room
 from ..generation import GenerationStrategies
 from ..kv_cache import KVCache, holds_tokens
 from ..patches import check_decoder
 from ..prompt import Prompt
 from ..reuse import Prefix
+from ..visuals import Visuals
 from .modeling_llama import LlamaModel, LlamaPreTrainedModel
 
 NO_ATTENTIONS = (
@@ -75,11 +74,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         image_sizes: list | None = None,
         return_dict: bool | None = None,
         questions: list[str] | None = None,
-        visual_index: Tensor | None = None,
-        patch_index: Tensor | None = None,
-        extras: dict[str, Tensor] | None = None,
-        image_extras: dict[str, list] | None = None,
-        counts: TokenCounts | None = None,
+        visuals: Visuals | None = None,
         last_logits_only: bool = False,
         prefix: Prefix | None = None,
     ):
@@ -108,9 +103,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
                     inputs_embeds, attention_mask = prompt.inputs_embeds, prompt.attention_mask
                     position_ids = prompt.position_ids
                     labels = None if labels is None else prompt.labels
-                    visual_index, patch_index = prompt.visual_index, prompt.patch_index
-                    extras, image_extras = prompt.extras, prompt.image_extras
-                    counts = prompt.counts
+                    visuals = prompt.visuals
                 elif (input_ids == IMAGE_TOKEN_INDEX).any():
                     raise ValueError("the prompt holds <image> marks, but no images were given")
         if inputs_embeds is None:
@@ -123,14 +116,9 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            visual_index=visual_index,
-            patch_index=patch_index,
-            extras=extras,
-            image_extras=image_extras,
-            counts=counts,
+            visuals=visuals,
             cache=cache,
-            stage=self.pruner.decoder,
-            grid=self.patch_grid,
+            stage=None if visuals is None or not visuals.there else self.pruner.decoder,
             trace=self.pruning_trace,
             output_hidden_states=output_hidden_states,
             prefix=prefix,
@@ -245,13 +233,6 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             if prefix is not None:  # the rest of the prompt is appended, too
                 reserve += prompt.inputs_embeds.shape[1] - prefix.size
             kwargs["past_key_values"] = KVCache(self.config.num_hidden_layers, reserve)
-        if prompt.holds_images:
-            kwargs |= {
-                "visual_index": prompt.visual_index,
-                "patch_index": prompt.patch_index,
-                "extras": prompt.extras,
-                "image_extras": prompt.image_extras,
-            }
         # Without ids of the prompt transformers puts a BOS there.
         known = 1 if prompt.token_ids is None else prompt.token_ids.shape[1]
         for rule in kwargs.get("stopping_criteria") or ():
@@ -262,7 +243,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             inputs_embeds=prompt.inputs_embeds,
             attention_mask=prompt.attention_mask,
             position_ids=prompt.position_ids,
-            counts=prompt.counts,
+            visuals=prompt.visuals,
             prompt_ids=known,
             prefix=prefix,
             drafter=drafter,
@@ -279,11 +260,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        visual_index: Tensor | None = None,
-        patch_index: Tensor | None = None,
-        extras: dict[str, Tensor] | None = None,
-        image_extras: dict[str, list] | None = None,
-        counts: TokenCounts | None = None,
+        visuals: Visuals | None = None,
         use_cache: bool | None = None,
         prefix: Prefix | None = None,
         drafter: Drafter | None = None,
@@ -317,21 +294,12 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             inputs_embeds = torch.cat([inputs_embeds, self.model.embed_tokens(answer)], dim=1)
             attention_mask = torch.cat([attention_mask, grow.bool()], dim=1)
             position_ids = torch.cat([position_ids, places], dim=1)
-            if visual_index is not None:
-                visual_index = torch.cat([visual_index, -grow], dim=1)
-                patch_index = torch.cat([patch_index, -grow], dim=1)
-            if extras:
-                extras = each(extras, with_zeros(grow.shape[1]))
-            counts = None if counts is None else counts.with_text(grow.shape[1])
+            visuals = None if visuals is None else visuals.with_text(grow.shape[1])
         return {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "visual_index": visual_index,
-            "patch_index": patch_index,
-            "extras": extras,
-            "image_extras": image_extras,
-            "counts": counts,
+            "visuals": visuals,
             "past_key_values": past_key_values,
             "use_cache": past_key_values is not None,
             "last_logits_only": True,

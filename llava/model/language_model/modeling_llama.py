@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from ...blocks import RMSNorm
 from ...devices import device_of, moved
 from ...pruning.cost import DecoderShape
-from ...pruning.counts import TokenCounts
 from ...pruning.ops import gather_tokens
 from ...pruning.prefill import Prefill
 from ...pruning.stages import DecoderStage
 from ..kv_cache import KVCache, RowState
 from ..reuse import Prefix
+from ..visuals import Visuals
 from .attention import (
     Packing,
     attention_mask,
@@ -100,14 +100,9 @@ class LlamaModel(LlamaPreTrainedModel):
         inputs_embeds: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        visual_index: Tensor | None = None,
-        patch_index: Tensor | None = None,
-        extras: dict[str, Tensor] | None = None,
-        image_extras: dict[str, list] | None = None,
-        counts: TokenCounts | None = None,
+        visuals: Visuals | None = None,
         cache: KVCache | None = None,
         stage: DecoderStage | None = None,
-        grid: tuple[int, int] | None = None,
         trace=None,
         output_hidden_states: bool = False,
         prefix: Prefix | None = None,
@@ -115,26 +110,20 @@ class LlamaModel(LlamaPreTrainedModel):
         """Runs all layers on `inputs_embeds` (B, S, D).
 
         With an empty cache, or none, this is a prefill: `attention_mask` (B, S) marks tokens,
-        `visual_index` and `patch_index` say where the images are (see `Prefill`) and `stage` is
-        called between layers, `extras` and `image_extras` being its own; `counts` says how many
-        tokens there are. With a filled cache the tokens continue its rows. What is known of the
-        prompts in `prefix` is not computed again; when it went through all layers, only what
-        follows it comes out.
+        `visuals` says where the images are, and `stage` is called between layers. With a filled
+        cache the tokens continue its rows. What is known of the prompts in `prefix` is not computed
+        again; when it went through all layers, only what follows it comes out.
         """
         collect: list[Tensor] | None = [] if output_hidden_states else None
         if cache is not None and len(cache):
             x = self._continue(inputs_embeds, cache, collect, trace)
             index = valid = None
         else:
-            places = None if visual_index is None else (visual_index, patch_index)
-            prefill = self.start(inputs_embeds, attention_mask, position_ids, places, counts)
-            prefill.grid = grid
-            prefill.extras, prefill.image_extras = extras or {}, image_extras or {}
+            prefill = self.start(inputs_embeds, attention_mask, position_ids, visuals)
             if trace is not None:
                 shape = DecoderShape.from_config(self.config, inputs_embeds.element_size())
                 trace.start_prefill(shape, prefill.position_ids)
-            hooks = None if visual_index is None else stage
-            loop = PrefillLoop(self, hooks, cache, trace, collect)
+            loop = PrefillLoop(self, stage, cache, trace, collect)
             prefill = loop.run(prefill, prefix)
             x, valid = prefill.hidden_states, prefill.valid
             index = prefill.index if loop.dropped else None
@@ -149,14 +138,11 @@ class LlamaModel(LlamaPreTrainedModel):
         x: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        places: tuple[Tensor, Tensor] | None = None,
-        counts: TokenCounts | None = None,
+        visuals: Visuals | None = None,
     ) -> Prefill:
-        """A prefill of x (B, S, D).
-
-        places: `visual_index` and `patch_index`; None: all is text
-        counts: how many tokens there are; None: not known
-        """
+        """A prefill of x (B, S, D); visuals: None where all is text."""
+        visuals = Visuals.none(x) if visuals is None else visuals
+        counts = visuals.counts
         batch, size, _ = x.shape
         valid = None
         if attention_mask is not None:
@@ -165,17 +151,17 @@ class LlamaModel(LlamaPreTrainedModel):
         index = torch.arange(size, device=x.device).expand(batch, -1)
         if position_ids is None:
             position_ids = index if valid is None else (valid.long().cumsum(1) - 1).clamp(min=0)
-        visual, patches = places or [torch.full_like(index, -1)] * 2
         prefill = Prefill(
             decoder=self,
             layer=0,
             hidden_states=x,
             position_ids=position_ids.to(x.device).expand(batch, *position_ids.shape[1:]),
-            visual_index=visual,
-            patch_index=patches,
+            visual_index=visuals.visual_index,
+            patch_index=visuals.patch_index,
             index=index,
             valid=valid,
-            grid=None,
+            extras=visuals.extras,
+            image_extras=visuals.image_extras,
         )
         if counts is not None:
             prefill.num_images = len(counts.images[0])

@@ -94,11 +94,6 @@ class Qwen2_5_VLForConditionalGeneration(
     def get_vision_tower(self) -> Qwen2_5_VLVisionTower:
         return self.visual
 
-    @property
-    def patch_grid(self) -> None:
-        """Every image has a grid of its own."""
-        return None
-
     def follow_method(self, pruner: Pruner) -> None:
         """Images are the same for every method."""
 
