@@ -68,13 +68,8 @@ def by_method(llava, prompt: Prompt, pruner: Pruner) -> Tensor:
         prompt.inputs_embeds,
         prompt.attention_mask,
         prompt.position_ids,
-        visual_index=prompt.visual_index,
-        patch_index=prompt.patch_index,
-        extras=prompt.extras,
-        image_extras=prompt.image_extras,
-        counts=prompt.counts,
+        visuals=prompt.visuals,
         stage=pruner.decoder,
-        grid=llava.patch_grid,
     )
     visual = prompt.visual_index >= 0
     if out.index is None:

@@ -121,11 +121,7 @@ class PolicyObjective(nn.Module):
                 inputs_embeds=prompt.inputs_embeds,
                 attention_mask=prompt.attention_mask,
                 position_ids=prompt.position_ids,
-                visual_index=prompt.visual_index,
-                patch_index=prompt.patch_index,
-                extras=prompt.extras,
-                image_extras=prompt.image_extras,
-                counts=prompt.counts,
+                visuals=prompt.visuals,
                 use_cache=False,
                 last_logits_only=True,
             )

@@ -289,10 +289,7 @@ def test_a_stage_prunes_every_layer_behind_its_own(family, make_model):
             prompt.inputs_embeds,
             prompt.attention_mask,
             prompt.position_ids,
-            visual_index=prompt.visual_index,
-            patch_index=prompt.patch_index,
-            extras=prompt.extras,
-            counts=prompt.counts,
+            visuals=prompt.visuals,
             stage=sampler.stage,
         )
     for row in range(2):
