@@ -16,7 +16,9 @@ and nothing else beside this package: the models are tiny random ones, made in m
 
 import pytest
 
-pytest.register_assert_rewrite("llava.pruning.testing.contract", "llava.pruning.testing.own_grids")
+pytest.register_assert_rewrite(
+    *(f"llava.pruning.testing.{name}" for name in ("promises", "contract", "own_grids"))
+)
 
 from .contract import MethodContract  # noqa: E402
 from .own_grids import OwnGridsContract  # noqa: E402

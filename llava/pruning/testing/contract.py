@@ -2,61 +2,32 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import pytest
 import torch
+from torch import Tensor
 
-from .. import METHODS, Chain, Pruner, build_pruner, trace_pruning
+from .. import METHODS, build_pruner
+from .promises import Promises, generate
 from .tiny import (
     ANYRES,
     NUM_PATCHES,
     SIDE,
     TINY,
+    Sample,
     make_model,
-    make_pruner,
     pad_batch,
     sample,
     write_tower,
 )
 
 LAYERS, WIDTH = TINY["num_hidden_layers"], TINY["hidden_size"]
-GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=-1)
 
 
-def generate(model, ids, images, **kwargs):
-    """New tokens, first logits and the trace."""
-    with trace_pruning(model, embeds=True) as trace:
-        out = model.generate(
-            ids,
-            images=images,
-            questions=questions_about(images),
-            output_scores=True,
-            return_dict_in_generate=True,
-            **{**GREEDY, **kwargs},
-        )
-    return out.sequences, out.scores[0], trace
+class MethodContract(Promises):
+    """Derive a class whose name starts with Test, and name the method; see `Promises`."""
 
-
-def questions_about(images) -> list[str] | None:
-    """One for each image, the same whenever it is the same image, for methods that read them."""
-    if images is None:
-        return None
-    values = (getattr(image, "pixels", image) for image in images)  # videos have them inside
-    return [f"Is it larger than {float(pixels.sum()):.2f}?" for pixels in values]
-
-
-class MethodContract:
-    """Derive a class whose name starts with Test, and name the method.
-
-    method:       its name
-    options:      options it is tested with, beside the budget
-    least_budget: tokens that it cannot go below, on images of 36 patches and 6 decoder layers
-    """
-
-    method: ClassVar[str]
-    options: ClassVar[dict] = {}
-    least_budget: ClassVar[int] = 1
+    def images_of(self, *prompts: Sample) -> Tensor:
+        return torch.cat([prompt.images for prompt in prompts])
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -84,14 +55,6 @@ class MethodContract:
         """A tiny LLaVA-NeXT without pruning."""
         plain_anyres_model.pruner = build_pruner("none")
         return plain_anyres_model
-
-    @pytest.fixture
-    def pruner(self):
-        """The method with a budget of 10 tokens where it takes one."""
-        return self.make(self.method)
-
-    def make(self, name: str, visual_token_num: int = 10) -> Pruner:
-        return make_pruner(name, visual_token_num, self.least_budget, **self.options)
 
     def test_it_is_in_the_table_under_its_name(self, pruner):
         for part in pruner.name.split("+"):
@@ -171,13 +134,6 @@ class MethodContract:
             assert seen == [2 * n for n in schedule]
         assert len(trace.visual_positions) == 2
 
-    def test_pruning_twice_gives_the_same_answer(self, model, pruner):
-        model.pruner = pruner
-        prompt = sample(4, "image", 5)
-        first, second = (generate(model, prompt.ids, prompt.images) for _ in range(2))
-        assert torch.equal(first[0], second[0])
-        assert torch.equal(first[1], second[1])
-
     def test_a_budget_of_all_patches_is_the_dense_model(self, model, pruner):
         if pruner.adaptive:
             pytest.skip("the budget of this method is the label of a published setting")
@@ -195,43 +151,6 @@ class MethodContract:
             model.pruner = self.make(pruner.name, NUM_PATCHES + 1)
         with pytest.raises(ValueError, match="at least 1"):
             self.make(pruner.name, 0)
-
-    def test_text_only_prompts_are_untouched(self, model, pruner):
-        prompt = sample(7)
-        dense = generate(model, prompt.ids, None)
-        model.pruner = pruner
-        pruned = generate(model, prompt.ids, None)
-        assert torch.equal(dense[0], pruned[0])
-        assert torch.equal(dense[1], pruned[1])
-
-    def test_switching_off_restores_the_model(self, model, pruner):
-        prompt = sample(4, "image", 5)
-        before = generate(model, prompt.ids, prompt.images)
-        model.pruner = pruner
-        generate(model, prompt.ids, prompt.images)
-        model.pruner = build_pruner("none")
-        after = generate(model, prompt.ids, prompt.images)
-        assert torch.equal(before[1], after[1])
-        assert torch.equal(before[0], after[0])
-
-    def test_decoding_equals_running_the_whole_answer_again(self, model, pruner):
-        model.pruner = pruner
-        prompt = sample(4, "image", 5)
-        cached, _, _ = generate(model, prompt.ids, prompt.images)
-        slow, _, _ = generate(model, prompt.ids, prompt.images, use_cache=False)
-        assert torch.equal(cached, slow) or pruner.decoder.reads_text
-
-    def test_beam_search_and_sampling_run(self, model, pruner):
-        model.pruner = pruner
-        prompts = [sample(3, "image", 9, seed=1), sample(6, "image", 2, seed=2)]
-        ids, mask = pad_batch([p.ids for p in prompts])
-        images = torch.cat([p.images for p in prompts])
-        options = dict(attention_mask=mask, max_new_tokens=5, eos_token_id=-1)
-        options["questions"] = questions_about(images)
-        beams = model.generate(ids, images=images, num_beams=3, do_sample=False, **options)
-        torch.manual_seed(0)
-        drawn = model.generate(ids, images=images, do_sample=True, top_p=0.9, **options)
-        assert beams.shape == drawn.shape == (2, 5)
 
     def test_anyres_images_follow_the_schedule(self, anyres_model, pruner):
         model = anyres_model
@@ -251,8 +170,3 @@ class MethodContract:
             schedule = pruner.token_schedule(NUM_PATCHES, LAYERS, crops=5)
             assert len(trace.visual_positions[0]) == schedule[0]
         assert int(trace.visual_tokens[0][0]) == len(trace.visual_positions[0])
-
-    def test_a_printed_method_builds_itself_again(self, pruner):
-        classes = (Chain, *(METHODS[part] for part in pruner.name.split("+")))
-        namespace = {cls.__name__: cls for cls in classes}
-        assert repr(eval(repr(pruner), namespace)) == repr(pruner)

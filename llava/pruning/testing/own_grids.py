@@ -6,41 +6,49 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.inputs import Picture
 from llava.model.multimodal_encoder.qwen2_5_vl_videos import Video
 from llava.model.reuse import PrefixCache
 
 from .. import METHODS, Pruner, build_pruner
 from ..base import option_names
-from .contract import GREEDY, LAYERS, generate
-from .tiny import make_own_grids_model, make_pruner, pad_batch, picture, sample, still, video
+from .contract import LAYERS
+from .promises import GREEDY, Promises, generate
+from .tiny import (
+    Sample,
+    make_own_grids_model,
+    make_pruner,
+    pad_batch,
+    picture,
+    sample,
+    still,
+    video,
+)
 
 #: grids of the images in the tests
 WIDE, TALL, SMALL = (4, 9), (7, 5), (2, 3)
 QUESTION = "What is it?"
 
 
-class OwnGridsContract:
-    """Derive a class whose name starts with Test, and name the method.
+class OwnGridsContract(Promises):
+    """Derive a class whose name starts with Test, and name the method; see `Promises`.
 
-    method, options, least_budget: as in `MethodContract`
     refused: whether the method is none for such models: then it has to say so when it is assigned
     """
 
-    method: ClassVar[str]
-    options: ClassVar[dict] = {}
-    least_budget: ClassVar[int] = 1
     refused: ClassVar[bool] = False
+
+    def images_of(self, *prompts: Sample) -> list[Tensor]:
+        count = sum(int((prompt.ids == IMAGE_TOKEN_INDEX).sum()) for prompt in prompts)
+        return [picture(*grid) for grid in (WIDE, TALL, SMALL)[:count]]
 
     @pytest.fixture(scope="class")
     @classmethod
     def plain_model(cls):
         return make_own_grids_model()
-
-    @pytest.fixture
-    def pruner(self):
-        return self.make(self.method)
 
     @pytest.fixture
     def model(self, plain_model, pruner):
@@ -52,9 +60,6 @@ class OwnGridsContract:
             pytest.skip(str(error))
         plain_model.pruner = build_pruner("none")
         return plain_model
-
-    def make(self, name: str, visual_token_num: int = 10) -> Pruner:
-        return make_pruner(name, visual_token_num, self.least_budget, **self.options)
 
     def is_refused(self, pruner: Pruner) -> bool:
         return self.refused
@@ -156,7 +161,7 @@ class OwnGridsContract:
         prompts = [sample(2, "image"), sample("image", "image", 1, seed=3)]
         images = [picture(*WIDE), picture(*SMALL), picture(*TALL)]
         for budget in (1, 7):
-            model.pruner = self.make(pruner.name, budget) if pruner.name != "twigvlm" else pruner
+            model.pruner = self.make(pruner.name, budget)
             ids, mask = pad_batch([p.ids for p in prompts])
             tokens, logits, _ = generate(model, ids, images, attention_mask=mask)
             alone = generate(model, prompts[1].ids, images[1:])
@@ -190,45 +195,6 @@ class OwnGridsContract:
             assert torch.equal(found[0][1], found[1][1])
             assert torch.equal(found[0][0], found[1][0])
 
-    def test_text_only_prompts_are_untouched(self, model, pruner):
-        prompt = sample(7)
-        dense = generate(model, prompt.ids, None)
-        model.pruner = pruner
-        pruned = generate(model, prompt.ids, None)
-        assert torch.equal(dense[0], pruned[0])
-        assert torch.equal(dense[1], pruned[1])
-
-    def test_switching_off_restores_the_model(self, model, pruner):
-        prompt, images = sample(4, "image", 5), [picture(*WIDE)]
-        before = generate(model, prompt.ids, images)
-        model.pruner = pruner
-        generate(model, prompt.ids, images)
-        model.pruner = build_pruner("none")
-        after = generate(model, prompt.ids, images)
-        assert torch.equal(before[1], after[1])
-        assert torch.equal(before[0], after[0])
-
-    def test_decoding_equals_running_the_whole_answer_again(self, model, pruner):
-        model.pruner = pruner
-        prompt, images = sample(4, "image", 5), [picture(*WIDE)]
-        cached, _, _ = generate(model, prompt.ids, images)
-        slow, _, _ = generate(model, prompt.ids, images, use_cache=False)
-        assert torch.equal(cached, slow) or pruner.decoder.reads_text
-
-    def test_beam_search_sampling_and_streaming_run(self, model, pruner):
-        model.pruner = pruner
-        prompts = [sample(3, "image", 9, seed=1), sample(6, "image", 2, seed=2)]
-        ids, mask = pad_batch([p.ids for p in prompts])
-        images = [picture(*WIDE), picture(*TALL)]
-        options = dict(attention_mask=mask, max_new_tokens=5, eos_token_id=-1)
-        beams = model.generate(ids, images=images, num_beams=3, do_sample=False, **options)
-        torch.manual_seed(0)
-        drawn = model.generate(ids, images=images, do_sample=True, top_p=0.9, **options)
-        assert beams.shape == drawn.shape == (2, 5)
-        streamer = Words()
-        answer = model.generate(prompts[0].ids, images=images[:1], streamer=streamer, **GREEDY)
-        assert streamer.tokens[-GREEDY["max_new_tokens"] :] == answer[0].tolist()
-
     def test_questions_about_one_image_share_its_beginning(self, model, pruner):
         model.pruner = pruner
         first, second = Picture(picture(*WIDE), (9, 4)), Picture(picture(*TALL), (5, 7))
@@ -247,16 +213,3 @@ class OwnGridsContract:
                     ids[None], images=[image.pixels], questions=[QUESTION], **options
                 )
                 assert torch.equal(found[row], alone[0])
-
-
-class Words:
-    """Takes the tokens that an answer is streamed as."""
-
-    def __init__(self):
-        self.tokens: list[int] = []
-
-    def put(self, value) -> None:
-        self.tokens += value.flatten().tolist()
-
-    def end(self) -> None:
-        pass
