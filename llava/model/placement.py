@@ -48,9 +48,10 @@ def _named(device):
 def choose_dtype(
     dtype: torch.dtype | str | None, config: dict, device: torch.device, quantized: bool = False
 ) -> torch.dtype:
-    """`dtype`, or the default: float16 on a GPU, or for families whose values leave its range
-    bfloat16 where the GPU has that; on the CPU the dtype in the config values, with float32 in
-    place of a half type that the CPU is slow at."""
+    """`dtype`, or the default: float16 on a GPU or of a quantised model, or for families whose
+    values leave its range bfloat16 where the GPU has that (on a CPU what that is fast at); else on
+    the CPU the dtype in the config values, with float32 in place of a half type that it is slow at.
+    """
     saved = saved_dtype(config)
     if dtype == "auto":
         return saved
@@ -62,7 +63,7 @@ def choose_dtype(
     if dtype is not None:
         return dtype
     if quantized or device.type != "cpu":
-        wide = device.type != "cpu" and family_in(config) in OTHER_FAMILIES
+        wide = family_in(config) in OTHER_FAMILIES
         return fast_dtype(device) if wide else torch.float16
     slow = saved == torch.float16 or saved == torch.bfloat16 and not cpu_multiplies_bfloat16()
     return torch.float32 if slow else saved

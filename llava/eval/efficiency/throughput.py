@@ -26,6 +26,7 @@ from llava.eval.answering.questions import Question, jsonl_questions
 from llava.eval.answering.run import plan_shares
 from llava.eval.efficiency.arguments import (
     add_question_args,
+    check_layers,
     fill_in_questions,
     placed,
     write_json,
@@ -129,13 +130,15 @@ def arranged(questions: list[Question], num_images: int, per_image: int) -> list
 
 def random_loop(args) -> AnswerLoop:
     """Returns a loop around a model of random weights that reads the playground's prompts."""
-    given = argparse.Namespace(**vars(args) | {"model_path": default_model_path()})
+    bounds = dict.fromkeys(PIXELS)  # those are of the model with random weights
+    given = argparse.Namespace(**vars(args) | {"model_path": default_model_path()} | bounds)
     playground = load_loop(given)
     config, tower = shapes(default_model_path() if args.config == "moderate" else args.config)
     if args.config == "moderate":
         config.hidden_size, config.intermediate_size = MODERATE[:2]
         config.num_hidden_layers, config.num_attention_heads = MODERATE[2:]
         config.num_key_value_heads = config.num_attention_heads
+    config.num_hidden_layers = args.layers or config.num_hidden_layers
     config.vocab_size = playground.model.config.vocab_size
     model = build_random_model(config, tower, **placed(args))
     options = {"workers": args.workers, "max_new_tokens": args.max_new_tokens}
@@ -172,6 +175,9 @@ def parse_args() -> argparse.Namespace:
         help="sizes of random weights when there is no --model-path: moderate, "
         f"{', '.join(CONFIGS)}, or the folder of a checkpoint",
     )
+    parser.add_argument(
+        "--layers", type=int, help="so many decoder layers of the --config, in place of all"
+    )
     parser.add_argument("--methods", nargs="+", default=["none"], choices=sorted(METHODS))
     parser.add_argument("--visual-token-num", type=int, help="default: each method's own")
     add_question_args(parser, QUESTIONS)
@@ -184,6 +190,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
+    check_layers(args.layers)
+    if args.layers and args.model_path:
+        parser.error("--layers is for random weights: name their --config, not a --model-path")
     fill_in_questions(args, QUESTIONS)  # random weights read the playground's prompts
     return args
 

@@ -57,7 +57,7 @@ class ChatTab:
 
     def __init__(self, service: Service, controls: Controls, log: ConversationLog, moderate: bool):
         self.service, self.controls, self.log, self.moderate = service, controls, log, moderate
-        self.methods = gr.State({"methods": {}, "dense": None})
+        self.methods = gr.State({"methods": {}, "dense": None, "own_grids": False})
         self.chat = gr.State(None, time_to_live=4 * 3600)
         with gr.Row(equal_height=False):
             with gr.Column(scale=6, min_width=320):
@@ -206,10 +206,10 @@ class ChatTab:
         most = max((image.total for image in report.images), default=0) if report else 0
         if most <= (known["dense"] or 0):
             return {}
-        return {
-            self.methods: {**known, "dense": most},
-            self.picker.budget: gr.update(maximum=most),
-        }
+        updates = {self.methods: {**known, "dense": most}}
+        if not values[self.picker.shares]:
+            updates[self.picker.budget] = gr.update(maximum=most)
+        return updates
 
     def _busy(self) -> dict:
         off = {button: gr.update(interactive=False) for button in self.buttons}

@@ -9,7 +9,7 @@ from ..limits import OPTION_CHARS
 from .failures import Failure
 
 BUDGET = "visual_token_num"
-#: the budget in another form, which would contradict the one of the slider
+#: the budget as a share of an image's tokens, in place of the number
 SHARE = "visual_token_ratio"
 
 
@@ -34,6 +34,10 @@ class Method:
     def budget(self) -> int | None:
         """Default of the token budget, None where the method has none or works it out itself."""
         return self.options.get(BUDGET)
+
+    def takes(self, shares: bool) -> str:
+        """The option that is its budget, where those are shares, if it can."""
+        return SHARE if shares and SHARE in self.options else BUDGET
 
     @property
     def extra(self) -> dict:
@@ -72,14 +76,16 @@ def followers(methods: dict[str, Method], name: str | None) -> list[str]:
 def pruning_request(
     methods: dict[str, Method],
     name: str | None,
-    budget: int | None,
+    budget: float | None,
     texts: list[str],
     then: str | None = None,
-    then_budget: int | None = None,
+    then_budget: float | None = None,
+    shares: bool = False,
 ) -> dict | None:
     """The "pruning" field of a request; None leaves the choice to the worker.
 
     budget: tokens per image, None for the method's own
+    shares: budgets are percent of an image's tokens, for methods that know shares
     texts:  what was typed for the options beside the budgets, in their order; "" is the default
     then:   the method that goes on inside the decoder, with its own budget
     Raises Failure when a method cannot be used, or a text is no value for its option.
@@ -88,15 +94,13 @@ def pruning_request(
         return None
     first = _usable(methods, name)
     if not then:
-        options, tokens = _options(first, texts), _tokens(first, budget)
-        return {"method": name, BUDGET: tokens, "options": options}
+        options = _options(first, texts) | _amount(first, budget, shares)
+        return {"method": name, BUDGET: options.pop(BUDGET, None), "options": options}
     second = _usable(methods, then)
     parts = (first, texts, budget), (second, texts[len(first.extra) :], then_budget)
     options = {}
     for method, own, tokens in parts:
-        values = _options(method, own)
-        if (tokens := _tokens(method, tokens)) is not None:
-            values[BUDGET] = tokens
+        values = _options(method, own) | _amount(method, tokens, shares)
         options |= {f"{method.name}_{option}": value for option, value in values.items()}
     return {"method": f"{name}+{then}", BUDGET: None, "options": options}
 
@@ -110,8 +114,12 @@ def _usable(methods: dict[str, Method], name: str) -> Method:
     return method
 
 
-def _tokens(method: Method, budget: int | None) -> int | None:
-    return None if budget is None or BUDGET not in method.options else int(budget)
+def _amount(method: Method, budget: float | None, shares: bool) -> dict:
+    """The budget as an option of the method; nothing where it has none."""
+    option = method.takes(shares)
+    if budget is None or option not in method.options:
+        return {}
+    return {option: round(budget / 100, 4) if option == SHARE else int(budget)}
 
 
 def _options(method: Method, texts: list[str]) -> dict:

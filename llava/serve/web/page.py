@@ -80,8 +80,14 @@ class Page:
             )
             picker.then.input(
                 self._follower(picker),
-                {picker.method, picker.then, picker.budget, self.chat.methods},
+                {picker.method, picker.then, picker.budget, picker.shares, self.chat.methods},
                 [picker.then_budget, picker.accordion, *picker.boxes],
+                **quick,
+            )
+            picker.shares.input(
+                self._measurer(picker),
+                {picker.method, picker.shares, self.chat.methods},
+                [picker.budget, picker.then, picker.then_budget],
                 **quick,
             )
         if self.controls.samples:
@@ -114,20 +120,23 @@ class Page:
             except Failure as failure:
                 gr.Warning(failure.sentence)
         methods, dense = offered(status), status.get("num_patches")
-        known = {"methods": methods, "dense": dense, "conv_mode": status.get("conv_mode")}
+        own_grids = "num_patches" in status and dense is None
+        known = {"methods": methods, "dense": dense, "own_grids": own_grids}
+        known["conv_mode"] = status.get("conv_mode")
         updates = {self.chat.methods: known}
         # What the worker was started with comes first, where the visitor has chosen nothing yet.
         default = (status.get("default_pruning") or {}).get("method")
         started = default if default != "none" else None
         for picker in self.pickers:
             chosen = values[picker.method] or (picker.default != "none" and started)
-            updates |= picker.offer(methods, chosen or None, dense)
+            updates |= picker.offer(methods, chosen or None, dense, own_grids)
         return updates
 
     def _chooser(self, picker):
         def choose(values: dict):
             known = values[self.chat.methods]
-            return picker.choose(known["methods"], values[picker.method], known["dense"])
+            place = values[picker.method], known["dense"], known["own_grids"]
+            return picker.choose(known["methods"], *place)
 
         return choose
 
@@ -135,9 +144,21 @@ class Page:
         def follow(values: dict):
             known = values[self.chat.methods]["methods"]
             name, then = values[picker.method], values[picker.then]
-            return picker.follow(known, name, then, values[picker.budget])
+            return picker.follow(known, name, then, values[picker.budget], values[picker.shares])
 
         return follow
+
+    def _measurer(self, picker):
+        def measure(values: dict):
+            known, shares = values[self.chat.methods], bool(values[picker.shares])
+            place = known["methods"], values[picker.method], known["dense"], shares
+            return {
+                picker.budget: picker.measured(*place),
+                picker.then: gr.update(value=""),
+                picker.then_budget: gr.update(visible=False),
+            }
+
+        return measure
 
     def example(self, number: int):
         """Image and question of an example, the question for both tabs."""

@@ -380,3 +380,47 @@ def test_images_are_stored_with_their_dialogues_only():
     args = gradio_web_server.build_parser().parse_args(["--save-images"])
     with pytest.raises(ValueError, match="--log-conversations"):
         gradio_web_server.build_page(args)
+
+
+def test_where_images_have_grids_of_their_own_a_share_is_chosen_first(page, fake, monkeypatch):
+    options = {"visual_token_num": 9, "visual_token_ratio": None}
+    entries = [
+        {"name": "vispruner", "options": options, "place": "first"},
+        {"name": "fastv", "options": options, "place": "second"},
+    ]
+
+    async def status(model):
+        return {"pruning_methods": entries, "num_patches": None}
+
+    monkeypatch.setattr(page.service, "status", status)
+    chosen = {page.controls.model: MODEL, **{picker.method: None for picker in page.pickers}}
+    visitor, picker = Visitor(page), page.chat.picker
+    updates = asyncio.run(page.offer(chosen))
+    visitor.receive(updates)
+    assert visitor.values[picker.shares] is True and updates[picker.shares]["visible"]
+    slider = updates[picker.budget]
+    assert slider["label"].startswith("Share") and (slider["maximum"], slider["value"]) == (
+        100,
+        22.2,
+    )
+    visitor.values[page.controls.dense] = False
+    visitor.say("Hello", IMAGE)
+    assert fake.bodies[-1]["pruning"]["options"] == {"visual_token_ratio": 0.222}
+
+    behind = {picker.then: "fastv"}
+    visitor.values |= behind
+    updates = page._follower(picker)(visitor.values)
+    assert updates[picker.then_budget]["label"].startswith("Of these, %")
+    assert updates[picker.then_budget]["value"] == 50
+
+    visitor.values[picker.shares] = False  # a number after all
+    updates = page._measurer(picker)(visitor.values)
+    visitor.receive(updates)
+    assert updates[picker.budget]["label"].startswith("Visual tokens per image")
+    assert visitor.values[picker.budget] == 9 and visitor.values[picker.then] == ""
+    visitor.say("Hello", IMAGE)
+    assert fake.bodies[-1]["pruning"]["visual_token_num"] == 9
+    known = visitor.values[page.chat.methods]
+    assert known["dense"] == DENSE and known["own_grids"]  # the answer said so
+    again = page._chooser(picker)(visitor.values)
+    assert again[picker.shares]["value"] is True  # the next method starts with a share

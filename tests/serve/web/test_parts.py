@@ -468,3 +468,29 @@ def test_asked_for_logs_have_the_published_layout(tmp_path):
     assert chat["type"] == "chat" and chat["start"] == 1.2346
     assert list(vote) == ["tstamp", "type", "model", "state", "ip"] and vote["type"] == "flag"
     assert list(tmp_path.glob(f"serve_images/*/{chat['images'][0]}.jpg"))
+
+
+def test_a_share_of_tokens_takes_the_place_of_the_number_where_the_method_knows_it():
+    own = dict(options={"visual_token_num": 9, "visual_token_ratio": None, "seed": None})
+    entries = [
+        {"name": "vispruner", "place": "first", **own},
+        {"name": "fastv", "place": "second", **own},
+        {"name": "prumerge", "place": "first", "options": {"visual_token_num": 9}},
+    ]
+    methods = offered({"pruning_methods": entries})
+    ask = {"budget": 22.2, "texts": ["3"], "shares": True}
+    assert pruning_request(methods, "vispruner", **ask) == {
+        "method": "vispruner",
+        "visual_token_num": None,
+        "options": {"visual_token_ratio": 0.222, "seed": 3},
+    }
+    assert pruning_request(methods, "vispruner", 20, [])["options"] == {}
+    chain = pruning_request(methods, "vispruner", then="fastv", then_budget=50, **ask)
+    assert chain["visual_token_num"] is None and chain["options"] == {
+        "vispruner_visual_token_ratio": 0.222,
+        "vispruner_seed": 3,
+        "fastv_visual_token_ratio": 0.5,
+    }
+    number = pruning_request(methods, "prumerge", 20, [], shares=True)
+    assert number == {"method": "prumerge", "visual_token_num": 20, "options": {}}
+    assert pruning_request(methods, "vispruner", None, [], shares=True)["options"] == {}

@@ -1,0 +1,118 @@
+"""Which layers are quantised, with a stand-in for bitsandbytes that rounds to a few bits."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from llava.eval.efficiency.random_model import build_random_model, shapes
+from llava.pruning import build_pruner
+from tests.model.checkpoint_tools import load
+from tests.model.test_qwen2_5_vl_loading import answer
+from tests.paths import GOLDEN
+
+QWEN, LLAVA = GOLDEN / "tiny-qwen2.5-vl-cut", GOLDEN / "tiny-llava-v1.5"
+OPTIONS = {"load_8bit": 8, "load_4bit": 4}
+#: linear layers of a decoder layer
+NAMES = {f"self_attn.{name}_proj" for name in "qkvo"} | {
+    f"mlp.{name}_proj" for name in ("gate", "up", "down")
+}
+
+
+class Rounded(nn.Linear):
+    """bits: of its weights, packed when the model is moved, as those of bitsandbytes are"""
+
+    def __init__(self, inputs, outputs, bias, bits, device):
+        super().__init__(inputs, outputs, bias, device=device)
+        self.bits = bits
+
+    def _apply(self, fn, recurse=True):
+        scale = self.weight.data.abs().amax() / 2 ** (self.bits - 1)
+        self.weight.data = (self.weight.data / scale).round() * scale
+        return super()._apply(fn, recurse)
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """Puts the stand-in in place of the package."""
+    module = ModuleType("bitsandbytes")
+
+    def params(data, requires_grad, **_):
+        return nn.Parameter(data, requires_grad)
+
+    def linear(bits):
+        def make(inputs, outputs, bias, device, **_):
+            return Rounded(inputs, outputs, bias, bits, device)
+
+        return make
+
+    module.nn = SimpleNamespace(
+        Linear4bit=linear(4), Linear8bitLt=linear(8), Params4bit=params, Int8Params=params
+    )
+    monkeypatch.setitem(sys.modules, "bitsandbytes", module)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("checkpoint", [QWEN, LLAVA], ids=["qwen2.5-vl", "llava"])
+def test_the_decoder_s_linear_layers_are_quantised_and_nothing_else(packed, checkpoint, option):
+    model = load(checkpoint, name="llava", **{option: True})[1]
+    found = {n: m for n, m in model.named_modules() if isinstance(m, Rounded)}
+    layers = range(model.config.num_hidden_layers)
+    assert found.keys() == {f"model.layers.{n}.{name}" for n in layers for name in NAMES}
+    assert {layer.bits for layer in found.values()} == {OPTIONS[option]}
+    assert not any(p.device.type == "meta" for p in model.parameters())
+
+
+def test_biases_and_the_tied_head_stay_as_they_are(packed):
+    plain, model = load(QWEN)[1], load(QWEN, load_8bit=True)[1]
+    assert model.dtype != torch.float16  # values of this family leave its range
+    before, after = (m.model.layers[0].self_attn.q_proj for m in (plain, model))
+    torch.testing.assert_close(after.bias.float(), before.bias, atol=0, rtol=1e-2)
+    assert after.bias.abs().sum() > 0
+    assert len(after.weight.unique()) < 300 < len(before.weight.unique())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for name, weight in plain.visual.state_dict().items():
+        torch.testing.assert_close(
+            model.visual.state_dict()[name].float(), weight, atol=0, rtol=1e-2
+        )
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_quantised_model_answers_and_prunes(packed, option):
+    tokenizer, model, processor, _ = load(QWEN, torch_dtype=torch.float32, **{option: True})
+    processor.max_pixels = 64 * 28 * 28
+    dense = answer(tokenizer, model, processor)
+
+    model.pruner = build_pruner("divprune", visual_token_ratio=0.222)
+    assert len(answer(tokenizer, model, processor)) == len(dense) == 8
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_without_the_package_the_extra_is_named_before_weights_are_read(monkeypatch, option):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r"\[quant\]"):
+        load(QWEN, **{option: True})
+
+
+@pytest.mark.parametrize(
+    ("option", "dtype"), [("load_8bit", torch.int8), ("load_4bit", torch.uint8)]
+)
+def test_the_package_itself_packs_the_weights(tmp_path, option, dtype):
+    """Where it is installed; its kernels for 4 bits on the CPU want multiples of 64."""
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path / "model"
+    shutil.copytree(QWEN, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config, _ = shapes(str(QWEN), layers=2)
+    config.intermediate_size = 128
+    build_random_model(config).save_pretrained(folder)
+    tokenizer, model, processor, _ = load(folder, **{option: True})
+    processor.max_pixels = 64 * 28 * 28
+    assert model.model.layers[1].self_attn.q_proj.weight.dtype == dtype
+    assert model.visual.blocks[0].attn.qkv.weight.dtype == model.dtype
+    model.pruner = build_pruner("fastv", visual_token_ratio=0.222)
+    assert len(answer(tokenizer, model, processor)) == 8
