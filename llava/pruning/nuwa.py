@@ -433,7 +433,10 @@ def proximity(chosen: Tensor, view: View, distance: float) -> Tensor:
     return 1 - ((down**2 + across**2).float().sqrt() / distance**0.5).clamp(max=1)
 
 
-def nuwa(model, matain_token: int = 64, distance: float = 280):
-    """Assigns Nüwa to `model` and returns it: the entry point of the release, spelling included."""
+def nuwa(model, matain_token: int = 64, distance: float | None = None):
+    """Assigns Nüwa to `model` and returns it: the entry point of the release, spelling included.
+
+    distance: None: what `Nuwa` has for the model, 280 on LLaVA
+    """
     model.pruner = Nuwa(visual_token_num=matain_token, distance=distance)
     return model

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava.pruning import build_pruner, trace_pruning
-from llava.pruning.nuwa import QWEN, Nuwa, View, choose, last_three, proximity
+from llava.pruning.nuwa import QWEN, Nuwa, View, choose, last_three, nuwa, proximity
 from llava.pruning.testing.tiny import make_own_grids_model, pad_batch, picture, sample, video
 from tests.conftest import SIDE
 
@@ -219,6 +219,12 @@ def test_pairs_of_frames_share_both_stages_of_a_video(model, budget, first, seco
         model(sample(4, "image", 5).ids, images=[video(3, 6, 6)])
     schedule = model.pruner.with_budget_of(108, 3).token_schedule(36, 6, 3)
     assert [int(n) for n in trace.visual_tokens] == schedule == [3 * first] * 3 + [3 * second] * 3
+
+
+def test_the_entry_point_of_the_release_has_the_radius_of_the_model(model):
+    assert nuwa(model, matain_token=12) is model
+    assert model.pruner == Nuwa(visual_token_num=12)
+    assert model.pruner.squared_radius(View(4, 9, 5, 3, 0.1, blocks=True)) == 0.8**2 * (9 + 81)
 
 
 def test_it_is_another_variant_after_it_was_on_llava(model, make_model):
