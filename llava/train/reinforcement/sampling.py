@@ -167,7 +167,7 @@ class AnswerSampler:
             masks = [none if one.mask is None else one.mask for one, none in pairs]
             predicted = torch.tensor([one.mask is None for one in once], device=needed.device)
             needed = torch.where(predicted[:, None], needed, in_masks(single, masks))
-        return replace(single, extras={NEEDED: needed}, image_extras={}), rows
+        return replace(single, extras={NEEDED: needed}), rows
 
 
 def repeated(prompt: Prompt, rows: list[int]) -> Prompt:
@@ -179,5 +179,7 @@ def repeated(prompt: Prompt, rows: list[int]) -> Prompt:
     values = {name: getattr(prompt, name)[index] for name in names}
     if prompt.token_ids is not None:
         values["token_ids"] = prompt.token_ids[index]
-    extras = {name: own[index] for name, own in prompt.extras.items()}
-    return replace(prompt, **values, labels=None, extras=extras, counts=prompt.counts.rows(rows))
+    values["extras"] = {name: own[index] for name, own in prompt.extras.items()}
+    numbers = prompt.image_extras.items()
+    values["image_extras"] = {name: [own[row] for row in rows] for name, own in numbers}
+    return replace(prompt, **values, labels=None, counts=prompt.counts.rows(rows))

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llava.model.inputs import Picture
+from llava.model.inputs import Picture, generate_inputs
+from llava.pruning import build_pruner, trace_pruning
 from llava.pruning.testing import tiny
 from llava.train.reinforcement.adapter import with_adapter
 from llava.train.reinforcement.loss import advantages
@@ -307,3 +308,23 @@ def test_the_adapter_is_on_the_decoder_alone(family, make_model):
     trained = {name for name, p in policy.named_parameters() if p.requires_grad}
     assert len(trained) == 6 * 7 * 2
     assert all(".model.layers." in name and "lora_" in name for name in trained)
+
+
+def test_a_question_without_boxes_keeps_what_the_glimpse_keeps(family, make_model):
+    _, sampler, asked = make_case(family, make_model)
+    llava = sampler.llava
+    glimpse = tiny.with_random_parts(build_pruner("glimpseprune", max_remain_ratio=0.3))
+    llava.pruner = sampler.glimpse = glimpse
+    bare = Asked(**{**vars(asked[1]), "mask": None})
+    answers = sampler([asked[0], bare, asked[0]], [(1, n) for n in range(3)])
+    prompt = answers.prompt
+    visual = (answers.kept & (prompt.visual_index >= 0)).sum(dim=1).tolist()
+    assert visual[0] == visual[2] == int(asked[0].mask.sum())
+    inputs = generate_inputs(llava, [bare.ids], [[bare.picture]], ["?"])
+    with trace_pruning(llava) as trace:
+        llava(**inputs)
+    (own,) = trace.decoder_keep[max(trace.decoder_keep)]
+    start = int((~prompt.attention_mask[1]).sum())
+    assert (answers.kept[1].nonzero()[:, 0] - start).tolist() == own.tolist()
+    assert 0 < visual[1] < bare.picture.pixels.shape[0] * bare.picture.pixels.shape[1]
+    assert llava.pruner is glimpse
