@@ -24,18 +24,23 @@ from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.inputs import Picture, generate_inputs
 from llava.video_io import Clip
 
+#: what stands in front of the system text in templates that mark it
+SYSTEM_MARK = "<|im_start|>system\n"
+
 
 @dataclass
 class FrontEnd:
     """What stands between people and a loaded checkpoint.
 
     conv_mode: name of the prompt template
+    system:    what the model is told first, in place of the template's words; None: those
     """
 
     tokenizer: object
     model: object
     image_processor: object
     conv_mode: str
+    system: str | None = None
 
     def __post_init__(self):
         if self.conv_mode not in conv_templates:
@@ -64,7 +69,11 @@ class FrontEnd:
 
     def conversation(self) -> Conversation:
         """A new dialogue in the prompt template."""
-        return conv_templates[self.conv_mode].copy()
+        conversation = conv_templates[self.conv_mode].copy()
+        if self.system is not None:
+            head, mark, _ = conversation.system.rpartition(SYSTEM_MARK)
+            conversation.system = head + mark + self.system
+        return conversation
 
     def marked(self, text: str, num_images: int = 0, num_videos: int = 0) -> str:
         """The text with a mark for every image: where it says `<image>`, or else in front; with

@@ -141,3 +141,11 @@ def test_serving_needs_nothing_of_evaluation():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == ""
+
+
+def test_a_system_text_takes_the_place_of_the_templates():
+    front = FrontEnd(None, None, None, "qwen2_5_vl", system="Be brief.")
+    conversation = front.conversation()
+    conversation.append_message(conversation.roles[0], "Hi")
+    assert conversation.get_prompt().startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+    assert FrontEnd(None, None, None, "qwen2_5_vl").conversation().system.endswith("assistant.")

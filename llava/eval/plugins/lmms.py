@@ -46,6 +46,11 @@ class LlavaPruning(lmms):
     options:          the same, one by one: important_ratio=0.5
     conv_template:    prompt template; "auto" is what the checkpoint says of itself
     min_pixels, max_pixels: bounds of the area of an image, for Qwen2.5-VL
+    attn_implementation: sdpa, flash_attention_2 or eager
+    adapter_dir:      LoRA adapter, which is merged into the checkpoint (adapter_merge=True)
+    system_prompt:    in place of the template's own
+    reasoning_prompt: what is put behind every question
+    use_cache:        True; nothing else works
     """
 
     is_simple = True
@@ -65,9 +70,19 @@ class LlavaPruning(lmms):
         dtype: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | str | None = None,
+        attn_implementation: str | None = None,
+        adapter_dir: str | None = None,
+        adapter_merge: bool | str = True,
+        system_prompt: str | None = None,
+        reasoning_prompt: str | None = None,
+        use_cache: bool | str = True,
         **options,
     ):
         super().__init__()
+        for name, value in (("use_cache", use_cache), ("adapter_merge", adapter_merge)):
+            if str(value) not in ("True", "1"):
+                raise ValueError(f"{name}={value}: llava_pruning works with {name}=True alone")
+        self.reasoning_prompt = reasoning_prompt or ""
         known = all_option_names()
         if unknown := [key for key in options if key not in known]:
             raise TypeError(f"unknown model_args of llava_pruning: {', '.join(unknown)}")
@@ -83,6 +98,9 @@ class LlavaPruning(lmms):
             vision_tower,
             min_pixels,
             max_pixels,
+            attn_implementation,
+            adapter_dir,
+            system_prompt,
         )
 
     def generate_until(self, requests: list) -> list[str]:
@@ -95,7 +113,8 @@ class LlavaPruning(lmms):
             self.loop.top_p = settings.get("top_p")
             self.loop.num_beams = int(settings.get("num_beams") or 1)
             length = int(settings.get("max_new_tokens") or DEFAULT_LENGTH)
-            texts = ask(self.loop, [(args[0], self._pictures(*args[2:])) for args in own], length)
+            prompts = [(self._asked(args[0]), self._pictures(*args[2:])) for args in own]
+            texts = ask(self.loop, prompts, length)
             for number, text in zip(numbers, texts, strict=True):
                 answers[number] = cut(text, settings.get("until") or [])
         return answers
@@ -108,6 +127,9 @@ class LlavaPruning(lmms):
             numbers.sort(key=lambda number: -len(requests[number].args[0]))
             for start in range(0, len(numbers), self.batch_size):
                 yield numbers[start : start + self.batch_size]
+
+    def _asked(self, text: str) -> str:
+        return text.strip() + self.reasoning_prompt if self.reasoning_prompt else text
 
     def _pictures(self, doc_to_visual, doc_id, task: str, split: str) -> list:
         return list(doc_to_visual(self.task_dict[task][split][doc_id]) or [])

@@ -50,10 +50,15 @@ def open_loop(
     vision_tower: str | None = None,
     min_pixels: int | str | None = None,
     max_pixels: int | str | None = None,
+    attn_implementation: str | None = None,
+    adapter_dir: str | None = None,
+    system_prompt: str | None = None,
 ) -> AnswerLoop:
     """Loads a model; without a path the playground's.
 
     dtype: a name in `DTYPES`
+    adapter_dir: LoRA adapter that is merged into the model
+    system_prompt: in place of the template's own
     min_pixels, max_pixels: bounds of the area of an image, for Qwen2.5-VL
     """
     if dtype is not None and dtype not in DTYPES:
@@ -62,6 +67,10 @@ def open_loop(
         from llava.playground import default_model_path
 
         model_path = default_model_path()
+    if adapter_dir is not None:
+        if model_base is not None:
+            raise ValueError("model_base and adapter_dir both make an adapter of a checkpoint")
+        model_path, model_base = adapter_dir, model_path
     name = get_model_name_from_path(model_path)
     args = argparse.Namespace(
         model_path=model_path,
@@ -74,11 +83,13 @@ def open_loop(
         vision_tower=vision_tower,
         load_8bit=False,
         load_4bit=False,
-        attn_implementation=None,
+        attn_implementation=attn_implementation,
         min_pixels=None if min_pixels is None else int(min_pixels),
         max_pixels=None if max_pixels is None else int(max_pixels),
     )
-    return load_loop(args)
+    loop = load_loop(args)
+    loop.front.system = system_prompt
+    return loop
 
 
 def ask(

@@ -125,6 +125,50 @@ def test_lmms_eval_may_name_options_one_by_one_and_no_method(lmms):
         lmms.LlavaPruning(CHECKPOINT, colour="red", **OPTIONS)
 
 
+def test_lmms_eval_may_name_what_the_release_of_glimpseprune_names(lmms, monkeypatch):
+    parts = str(ROOT / "playground/checkpoints/glimpseprune-playground")
+    model = lmms.LlavaPruning(
+        new_modules_dir=parts,
+        max_remain_ratio="0.111",
+        min_remain_num=2,
+        attn_implementation="eager",
+        system_prompt="Be brief.",
+        reasoning_prompt="\nThink.",
+        use_cache="True",
+        **OPTIONS,
+    )
+    pruner = model.loop.model.pruner
+    assert (pruner.name, pruner.new_modules) == ("glimpseprune", parts)
+    assert (pruner.max_remain_ratio, pruner.min_remain_num) == (0.111, 2)
+    assert model.loop.model.model.layers[0].self_attn.backend == "eager"
+    asked = []
+    monkeypatch.setattr(lmms, "ask", lambda loop, prompts, length: asked.extend(prompts) or ["a"])
+    model.task_dict = {"t": {"s": [[]]}}
+    model.generate_until([SimpleNamespace(args=("What? ", {}, lambda doc: doc, 0, "t", "s"))])
+    assert asked == [("What?\nThink.", [])]
+    assert model.loop.front.prompt("What?").startswith("Be brief. USER: What?")
+    with pytest.raises(
+        ValueError, match="use_cache=False: llava_pruning works with use_cache=True"
+    ):
+        lmms.LlavaPruning(CHECKPOINT, use_cache=False, **OPTIONS)
+    with pytest.raises(TypeError, match="unknown model_args of llava_pruning: reduce_layer"):
+        lmms.LlavaPruning(CHECKPOINT, reduce_layer=18, **OPTIONS)
+
+
+def test_an_adapter_is_put_on_the_checkpoint(monkeypatch):
+    given = []
+    monkeypatch.setattr("llava.eval.plugins.model.load_loop", given.append)
+    monkeypatch.setattr("llava.eval.plugins.model.resolve_conv_mode", lambda *names: names)
+    with pytest.raises(AttributeError):  # there is no loop
+        open_loop("Qwen/Qwen2.5-VL-7B-Instruct", adapter_dir="a/adapter")
+    assert (given[0].model_path, given[0].model_base) == (
+        "a/adapter",
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+    )
+    with pytest.raises(ValueError, match="model_base and adapter_dir"):
+        open_loop("a", "b", adapter_dir="c")
+
+
 def test_what_lmms_evals_own_llava_model_asks_for_works():
     """Its calls, with what it passes: `multimodal`, pixels in half precision on any device, a batch
     padded on the side of the tokenizer, and the loss of a choice."""
