@@ -22,7 +22,7 @@ from ..config_file import (
     whole,
 )
 from ..pruning import METHODS, Pruner
-from ..pruning.cues import check_needs
+from ..pruning.cues import check_cues
 from .checkpoint import (
     build_empty,
     clean_trainable_names,
@@ -154,7 +154,7 @@ def check_options(
     `checked_config` gives them."""
     with torch.device("meta"):
         tower = Qwen2_5_VLVisionTower(Qwen2_5_VLVisionConfig(**values["vision_config"]))
-    check_needs(pruner.vision, tower, METHODS.own.values())
+    check_cues(pruner.vision, tower, METHODS.own.values())
     if base is not None and kind.delta != "lora":
         raise ValueError(f"{name} is no LoRA adapter: Qwen2.5-VL has no other parts to put on top")
     if vision_tower is not None:

@@ -222,6 +222,8 @@ def test_what_is_not_there_yet_is_refused_before_the_weights_are_read(folder):
     (folder / "model.safetensors").write_bytes(b"not read")
     with pytest.raises(ValueError, match="cdpruner needs 'text_tower'.*vispruner"):
         load(folder, pruner="cdpruner")
+    with pytest.raises(ValueError, match="prumerge needs 'cls_key'.*vispruner"):
+        load(folder, pruner="prumerge")
     with pytest.raises(ValueError, match="brings its own vision tower"):
         load(folder, vision_tower="elsewhere")
     (folder / "mm_projector.bin").write_bytes(b"not read")
