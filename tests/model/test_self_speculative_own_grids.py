@@ -8,6 +8,7 @@ from llava.pruning.chain import Chain
 from llava.pruning.testing.tiny import make_own_grids_model, pad_batch, picture, sample
 from tests.model.test_self_speculative import GREEDY, SPECULATE, Recorder, answers
 from tests.pruning.test_twigvlm import grown
+from tests.second_device import SECOND, devices, place
 
 WIDE, TALL = (4, 9), (7, 5)
 
@@ -100,3 +101,18 @@ def test_a_budget_out_of_reach_names_the_image(sharp):
             **GREEDY,
             **SPECULATE,
         )
+
+
+def test_guessed_tokens_are_those_of_one_device(sharp):
+    """The tower and deep layers elsewhere; the twig goes where its neighbours are."""
+    prompt, images = sample(4, "image", 5), [picture(*WIDE)]
+    grown(sharp, 2, 2, visual_token_num=None, visual_token_ratio=0.4)
+    expected, _, logs = answers(sharp, prompt.ids, images)
+    for part in (sharp.visual, *sharp.model.layers[4:]):
+        place(part, SECOND)
+    with torch.no_grad(), devices() as log:
+        sharp.pruner = sharp.pruner
+        options = {**GREEDY, **SPECULATE, "return_dict_in_generate": True}
+        found = sharp.generate(prompt.ids, images=images, **options)
+    assert found.sequences.tolist() == expected.tolist() and log.copies
+    assert found.logs[0].accepted == logs[0].accepted

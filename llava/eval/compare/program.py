@@ -80,7 +80,7 @@ def write(comparison: Comparison, args: argparse.Namespace, command: str) -> Non
         names = {axis: f"{stem}_{axis}.png" for axis in AXES}
         for axis, name in names.items():
             plot(comparison, axis, os.path.join(pictures, name))
-        whole = page(text, names, command) + by_hand(args.page)
+        whole = page(text, names, command, args.model_name) + by_hand(args.page)
         with open(args.page, "w", encoding="utf-8") as file:
             file.write(whole)
 

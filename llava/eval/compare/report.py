@@ -197,14 +197,14 @@ def by_hand(path: str) -> str:
     return f"\n{mark}{rest}" if mark else ""
 
 
-def page(text: str, pictures: dict[str, str], command: str) -> str:
-    """The page docs/Results.md; pictures: axis -> file in images/."""
+def page(text: str, pictures: dict[str, str], command: str, model: str) -> str:
+    """A page such as docs/Results.md; pictures: axis -> file in images/."""
     titles = {"tokens": "visual tokens", "flops": "operations", "time": "measured time"}
     shown = "\n\n".join(
         f"![Score over {titles[axis]}](../images/{name})" for axis, name in pictures.items()
     )
     return (
-        "# Results on the playground\n\n"
+        f"# Results on the playground: {model}\n\n"
         "Written by\n\n"
         f"```bash\n{command}\n```\n\n"
         "(a second call continues with the answers of the first). The playground's model is "

@@ -171,8 +171,11 @@ def test_table_file_and_plots_hold_every_run(finished, tmp_path):
     assert float(first["visual_tokens"]) == 64 and float(first["change_low"]) < 0
     text = compare_report.markdown(comparison)
     assert text.count("| `random` |") == 4  # two budgets, averages and benchmarks
-    shown = compare_report.page(text, {"tokens": "results_tokens.png"}, "python -m x --page y")
+    shown = compare_report.page(
+        text, {"tokens": "results_tokens.png"}, "python -m x --page y", "some model"
+    )
     assert "(../images/results_tokens.png)" in shown and "python -m x --page y" in shown
+    assert shown.startswith("# Results on the playground: some model\n")
     pytest.importorskip("matplotlib")
     for axis in ("tokens", "flops", "time"):
         plot(comparison, axis, tmp_path / f"{axis}.png")
