@@ -171,7 +171,8 @@ class GlimpseTrainingArguments(TrainingArguments):
         }
         if asked := [name for name, value in others.items() if value]:
             raise ValueError(
-                f"{', '.join(asked)} cannot be set: only a glimpse is trained, on a frozen model"
+                f"{', '.join(asked)} cannot be set: only a glimpse is trained, on a frozen model; "
+                "an adapter is trained by llava.train.train_glimpseprune_plus"
             )
         if self.save_layout not in LAYOUTS:
             raise ValueError(

@@ -5,7 +5,8 @@
     python -m llava.train.memory CHECKPOINT --gpus 4 --batch 4 --length 2048
 
 What is counted: weights, gradients, optimizer, and the activations of a step with gradient
-checkpointing (without it for a twig, whose trunk keeps none). Not counted: the frozen tower at
+checkpointing (without it for a twig, whose trunk keeps none, and a glimpse, in front of which
+prompts leave keys and values alone). Not counted: the frozen tower at
 work, CUDA itself (about 1 GB) and what the allocator loses to fragments; leave a tenth free.
 """
 
@@ -51,8 +52,15 @@ RECIPES = {
     "finetune": (3, "all", 16, 2048),
     "finetune_lora": (3, "lora", 16, 2048),
     "train_twig": (2, "twig", 4, 2048),
+    "train_glimpse": (0, "glimpse", 1, 704),
 }
-QWEN_RECIPES = {"finetune": (3, "all", 4, 4096), "finetune_lora": (3, "lora", 4, 4096)}
+QWEN_RECIPES = {
+    "finetune": (3, "all", 4, 4096),
+    "finetune_lora": (3, "lora", 4, 4096),
+    "train_glimpse": (0, "glimpse", 1, 4096),
+}
+#: widths and layers of a glimpse's predictor, and the tokens of an answer behind it
+PREDICTOR, CONDITION, PREDICTOR_LAYERS, ANSWER = 256, 512, 4, 64
 
 
 @dataclass
@@ -99,6 +107,17 @@ class Shape:
     @property
     def language_model(self) -> int:
         return self.num_hidden_layers * self.layer + 2 * self.head + self.hidden_size
+
+    @property
+    def glimpse(self) -> int:
+        """The vectors of a glimpse token, and the predictor."""
+        width, both, inner = PREDICTOR, PREDICTOR + CONDITION, 2 * PREDICTOR
+        vectors = (self.num_hidden_layers + self.hidden_size + 2) * self.hidden_size
+        attention = 2 * both * both + 2 * width * width
+        mlp = 2 * (width + 1) * inner + (inner + 1) * width
+        conditions = (self.mm_hidden_size + 1) * CONDITION
+        layers = PREDICTOR_LAYERS * (attention + mlp + 2 * width + conditions)
+        return vectors + (self.num_attention_heads + 1) * width + layers + width + 1
 
     def lora(self, rank: int) -> int:
         return self.num_hidden_layers * rank * sum(a + b for a, b in self.matrices)
@@ -170,7 +189,7 @@ def estimate(
 ) -> Memory:
     """Memory of a step in bfloat16 with AdamW.
 
-    trained: "projector", "all", "lora" or "twig"; zero: 2 or 3 (DeepSpeed), 0: neither
+    trained: "projector", "all", "lora", "twig" or "glimpse"; zero: 2 or 3 (DeepSpeed), 0: neither
     batch, length: samples per GPU and the tokens of each; offload: as scripts/zero3_offload.json
     tower:   parameters of the vision tower, which is frozen; None: those of the shape
     """
@@ -182,12 +201,13 @@ def estimate(
         "all": shape.language_model + shape.projector,
         "lora": shape.lora(lora_r) + shape.projector,
         "twig": twig_layers * shape.layer + shape.head + shape.hidden_size,
+        "glimpse": shape.glimpse,
     }
     if trained not in learned:
         raise ValueError(f"trained {trained!r} is unknown, choose from {', '.join(learned)}")
     count = learned[trained]
     frozen = tower + shape.language_model + shape.projector
-    frozen -= 0 if trained in ("lora", "twig") else count
+    frozen -= 0 if trained in ("lora", "twig", "glimpse") else count
     shared = gpus if zero else 1
     if zero:  # bfloat16 weights and gradients; a float32 copy and two moments
         weights, gradients, optimizer = 2 * count, 2 * count / shared, 12 * count / shared
@@ -196,7 +216,7 @@ def estimate(
     kept = 2 * frozen
     if zero == 3:
         weights /= shared
-        if trained != "twig":  # its trunk stays whole
+        if trained not in ("twig", "glimpse"):  # their trunk stays whole
             kept /= shared
     gathered = 2 * (2 * shape.layer + shape.head) if zero == 3 else 0  # whole while they are used
     on_cpu = weights + kept + optimizer if offload else 0
@@ -215,10 +235,24 @@ def activations(shape: Shape, trained: str, batch: int, length: int, twig_layers
     upper bound: they are made for supervised tokens alone)."""
     tokens = batch * length
     inside = 2 * tokens * (8 * shape.hidden_size + 3 * shape.intermediate_size)
+    if trained == "glimpse":
+        return inside + glimpse_activations(shape, batch, length)
     whole_layers = twig_layers if trained == "twig" else 1
     inputs = 0 if trained == "twig" else 2 * tokens * shape.hidden_size * shape.num_hidden_layers
     logits = tokens * shape.vocab_size * (2 + 4 + 4)  # bfloat16, float32 and the gradient
     return inputs + whole_layers * inside + logits
+
+
+def glimpse_activations(shape: Shape, batch: int, length: int) -> float:
+    """Bytes: keys and values of the prompts, all that the layers keep of the answers, their logits,
+    and all that the predictor keeps, in float32."""
+    tokens, answers = batch * length, batch * ANSWER
+    cache = 2 * 2 * tokens * shape.num_hidden_layers * shape.matrices[1][1]
+    layers = 2 * answers * (8 * shape.hidden_size + 3 * shape.intermediate_size)
+    logits = answers * shape.vocab_size * (2 + 4 + 4)
+    wide = PREDICTOR + CONDITION
+    predictor = 4 * tokens * PREDICTOR_LAYERS * (10 * PREDICTOR + 7 * wide + CONDITION)
+    return cache + shape.num_hidden_layers * layers + logits + predictor
 
 
 def read_shape(model: str) -> Shape:
@@ -260,7 +294,8 @@ def main(words=None) -> None:
             size, tokens = args.batch or batch, args.length or length
             lora = {"lora_r": shape.lora_r, "offload": offload}
             found = estimate(shape, trained, stage, args.gpus, size, tokens, **lora)
-            label = f"{recipe} (ZeRO-{stage}{', offload' if offload else ''}, batch {size})"
+            how = f"ZeRO-{stage}, " if stage else ""
+            label = f"{recipe} ({how}{'offload, ' if offload else ''}batch {size})"
             numbers = (found.weights, found.gradients, found.optimizer, found.activations)
             columns = "".join(f"{value:6.1f}" for value in (*numbers, found.total, found.on_cpu))
             print(f"{label:36}{columns}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -80,10 +81,13 @@ def prepare(words: Sequence[str]) -> GlimpseTrainer:
     model = front.model
     model.pruner = fresh_method(model, model_args)
     front.model = ModelFacts.of(model)
+    saved = {CONFIG_KEY: front.conv_mode, **model_args.pruning}
+    if model_args.adapter_dir is not None:  # what was trained fits the merged model alone
+        saved["adapter_dir"] = os.path.basename(os.path.realpath(model_args.adapter_dir))
     return GlimpseTrainer(
         model=GlimpseObjective(model, training_args.loss_weights),
         base_model=model_args.model_name_or_path,
-        saved_values={CONFIG_KEY: front.conv_mode, **model_args.pruning},
+        saved_values=saved,
         tokenizer=front.tokenizer,
         args=training_args,
         train_dataset=box_dataset(box_args.train_dataset, front, box_args),

@@ -1,9 +1,11 @@
 """The memory of a recipe follows from the sizes of the model."""
 
 import pytest
+import torch
 
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.language_model.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
 from llava.train.memory import Shape, estimate, main, read_shape
 from tests.golden_data import GOLDEN, SHIPPED
 
@@ -46,6 +48,20 @@ def test_adapters_are_counted_as_peft_makes_them():
     assert read_shape(str(GOLDEN / "tiny-llava-v1.5")).lora(4) == made
 
 
+def test_the_parts_of_a_glimpse_are_counted_as_it_has_them():
+    for name, width, heads, depth, tower in (
+        ("7b", 4096, 32, 32, 1024),
+        ("qwen2.5-vl-3b", 2048, 16, 36, 1280),
+    ):
+        with torch.device("meta"):
+            layers = dict(le_layers=range(depth), selected_layers=(1,), reduce_layer=1)
+            config = GlimpseConfig(
+                width, heads, tower, selected_visual_layers=(4, 3, 2, 1), **layers
+            )
+            glimpse = Glimpse(config)
+        assert read_shape(name).glimpse == sum(p.numel() for p in glimpse.parameters())
+
+
 def test_zero_shares_what_it_says_it_shares():
     shape = read_shape("7b")
     count = shape.language_model + shape.projector
@@ -77,11 +93,12 @@ def test_the_table_fits_the_machines_that_the_recipes_name(capsys):
     main(["13b"])
     rows = capsys.readouterr().out.splitlines()[1:]
     totals = {row[:34].strip(): float(row.split()[-2]) for row in rows}
-    assert len(totals) == 5 and all(total < 80 for total in totals.values())
+    assert len(totals) == 6 and all(total < 80 for total in totals.values())
     main(["qwen2.5-vl-7b"])
     rows = capsys.readouterr().out.splitlines()[1:]
     totals = {row[:34].strip(): float(row.split()[-2]) for row in rows}
-    assert len(totals) == 3 and all(total < 72 for total in totals.values())
+    assert len(totals) == 4 and all(total < 72 for total in totals.values())
+    assert totals["train_glimpse (batch 1)"] < 24
     main(["7b", "--gpus", "4"])
     row = next(r for r in capsys.readouterr().out.splitlines() if r.startswith("train_twig"))
     assert float(row.split()[-2]) < 40

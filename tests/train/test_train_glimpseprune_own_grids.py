@@ -26,11 +26,13 @@ from llava.train.glimpseprune_batches import (
     box_mask,
 )
 from llava.train.glimpseprune_data import BoxSample
+from llava.train.glimpseprune_loss import GlimpseObjective
 from llava.train.sampler import ChunkSampler
 from llava.train.train_glimpseprune import train
 from tests.golden_data import GOLDEN
 from tests.paths import ROOT
 from tests.ports import free_port
+from tests.train import glimpse_speed
 from tests.train.test_train_glimpseprune import command_line, line, losses
 from tests.train.train_tools import write_own_grids_start
 
@@ -261,6 +263,27 @@ def test_two_processes_learn_what_one_learns(workplace, tmp_path, one_batch):
     same(model.pruner.module.state_dict(), one_batch)
 
 
+def test_an_adapter_is_merged_into_the_model_that_is_pruned(workplace, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = load(workplace)[1]
+    before = model.model.layers[0].self_attn.q_proj.weight.clone()
+    adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    wanted = adapted.merge_and_unload().model.layers[0].self_attn.q_proj.weight
+
+    flags = ["--adapter_dir", tmp_path / "adapter", "--max_steps", 1]
+    trainer = train(command_line(workplace, tmp_path / "out", *flags))
+    merged = trainer.model.llava.model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(merged, wanted)
+    assert not torch.allclose(merged, before, atol=1e-3)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["base_model"], config["adapter_dir"]) == ("llava", "adapter")
+
+
 def test_what_is_held_out_is_judged_beside(workplace, tmp_path):
     flags = ["--eval_dataset", workplace / "boxes.jsonl", "--evaluation_strategy", "steps"]
     trainer = train(command_line(workplace, tmp_path, "--max_steps", 1, "--eval_steps", 1, *flags))
@@ -290,6 +313,24 @@ def test_pixels_bound_the_grids(workplace, tmp_path):
 def test_what_this_program_does_not_train_is_refused(workplace, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         train(command_line(workplace, tmp_path, *flags))
+
+
+@pytest.mark.parametrize("family", ["LLaVA", "Qwen2.5-VL"])
+def test_prompts_without_gradients_give_the_losses_and_gradients_of_one_pass(tmp_path, family):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    torch.manual_seed(0)
+    model, pixels, grid = glimpse_speed.models(tmp_path, num_attention_heads=4, **sizes)[family]
+    small = {"attn_fuse_size": 16, "visual_cond_size": 16}
+    glimpse_speed.give_glimpse(model, le_length=2, selected_layers=(0, 1), **small)
+    batch = glimpse_speed.batch_of(pixels, grid, 2)
+    found = []
+    for objective in (GlimpseObjective(model), glimpse_speed.OnePass(model)):
+        objective.eval()(**batch)["loss"].backward()
+        found.append([p.grad.clone() for p in objective.glimpse.parameters()])
+        objective.glimpse.zero_grad()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
+    assert any(gradient.abs().max() > 1e-4 for gradient in found[0])
 
 
 # --- the recipe -----------------------------------------------------------------------------------
