@@ -10,7 +10,7 @@ side by side: what is dropped there is not merged, which changes nothing else.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,23 @@ class UnfitBudget(ValueError):
     """A method does not know its budget for an image of this size."""
 
 
+@dataclass
+class Batch:
+    """Images of one grid, or videos of as many pairs of frames of one grid.
+
+    method: the one in use, for each of them
+    stage:  what it does to a pair of frames, or to an image
+    images: which of the call every row is; a video is `pairs` rows
+    vision: their tokens behind the encoder
+    """
+
+    method: Pruner
+    stage: VisionStage
+    images: list[int]
+    pairs: int
+    vision: VisionTokens
+
+
 class BlockEncoding:
     """Mixin of models with `get_vision_tower()`, and a pruning method in use."""
 
@@ -38,49 +55,52 @@ class BlockEncoding:
         and the method see every pair of frames as an image; questions: as in `generate`."""
         if questions is not None and len(questions) != len(images):
             raise ValueError(f"{len(questions)} questions for {len(images)} images: give one each")
-        pruner, tower = self.pruner, self.get_vision_tower()
-        stage, (_, last) = pruner.vision, tower.depth
         lengths = [image_length(image) for image in images]
-        if fills(type(stage), VisionStage, "before_tower"):
+        if fills(type(self.pruner.vision), VisionStage, "before_tower"):
             images = [self._before_tower(image, number) for number, image in enumerate(images)]
+        batches = self._encoded(images, questions)
+        tokens: dict[int, ImageTokens] = {}
+        home = device_of(self.get_input_embeddings())
+        for batch, vision in zip(batches, self._merged(batches), strict=True):
+            vision = batch.stage.after_projector(vision)
+            vision = vision if vision.features.device == home else moved(vision, home)
+            for start in range(0, len(batch.images), batch.pairs):
+                number, rows = batch.images[start], slice(start, start + batch.pairs)
+                image = own_grid_layout(vision, rows, lengths[number], self._times(images[number]))
+                extras = {
+                    name: one_for_all(name, values[rows], number)
+                    for name, values in vision.image_extras.items()
+                }
+                image = replace(image, image_extras=extras)
+                image = batch.method.vision.after_layout(image)
+                tokens[number] = self.pruner.decoder.before_prompt(image)
+        return [tokens[number] for number in range(len(images))]
+
+    def _encoded(self, images: list[Tensor | Video], questions: list[str] | None) -> list[Batch]:
+        """What tower and method make of the images, and of the pairs of frames of videos."""
+        stage, tower = self.pruner.vision, self.get_vision_tower()
         parts, owner, pairs = [], [], []
         for number, image in enumerate(images):
             own = parts_of(image)
             parts += own
             owner += [number] * len(own)
             pairs += [len(own)] * len(own)
-        cues = cues_for(stage, tower)
+        cues, last = cues_for(stage, tower), tower.depth[1]
         wanted = dict(stage.tower_extras(*tower.depth))
         wanted[last] = wanted.get(last, frozenset()) | (cues & tower.provides_in_layers)
-        batches, encoded = [], []
+        batches = []
         for group in tower.features(parts, wanted, pairs):
             numbers, count = [owner[part] for part in group.images], pairs[group.images[0]]
-            own = self._fitted(group.grid, count, numbers[0])
+            method = self._fitted(group.grid, count, numbers[0])
             vision = group_tokens(group, last, tower.config.num_heads)
             if "fingerprint" in cues:
                 pixels = torch.stack([parts[part] for part in group.images])
                 vision.fingerprint = fingerprint(pixels.to(vision.features.device))
             if stage.reads_question and questions is not None:
                 vision.questions = [questions[number] for number in numbers]
-            one = own.for_part(count).vision
-            batches.append((own, one, numbers, count))
-            encoded.append(one.after_encoder(vision))
-        tokens: dict[int, ImageTokens] = {}
-        for batch, vision in zip(batches, self._merged(encoded), strict=True):
-            own, one, numbers, count = batch
-            vision = one.after_projector(vision)
-            home = device_of(self.get_input_embeddings())
-            vision = vision if vision.features.device == home else moved(vision, home)
-            for start in range(0, len(numbers), count):
-                crops, number = slice(start, start + count), numbers[start]
-                image = own_grid_layout(vision, crops, lengths[number], self._times(images[number]))
-                extras = {
-                    name: one_for_all(name, values[crops], number)
-                    for name, values in vision.image_extras.items()
-                }
-                image = own.vision.after_layout(replace(image, image_extras=extras))
-                tokens[number] = pruner.decoder.before_prompt(image)
-        return [tokens[number] for number in range(len(images))]
+            own = method.for_part(count).vision
+            batches.append(Batch(method, own, numbers, count, own.after_encoder(vision)))
+        return batches
 
     def image_extent(self, image: Tensor | Video) -> int:
         """Positions that an image or a video takes without a method."""
@@ -92,14 +112,14 @@ class BlockEncoding:
             return None
         return image.times(self.get_vision_tower().config.tokens_per_second)
 
-    def _merged(self, groups: list[VisionTokens]) -> list[VisionTokens]:
-        """Groups of images behind the merger.
+    def _merged(self, batches: list[Batch]) -> list[VisionTokens]:
+        """The tokens of every batch behind the merger.
 
         It is called once, whatever grids there are: processes that train together and hold its
         weights in pieces wait for each other at every call.
         """
         merger = self.get_vision_tower().merger
-        device = device_of(merger)
+        device, groups = device_of(merger), [batch.vision for batch in batches]
         groups = [g if g.features.device == device else moved(g, device) for g in groups]
 
         def project(features: Tensor) -> Tensor:
