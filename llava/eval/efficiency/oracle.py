@@ -23,6 +23,7 @@ from llava.pruning import (
     VisionStage,
     VisionTokens,
 )
+from llava.pruning.per_token import at
 from llava.pruning.stages import filled_hooks
 
 Counts = tuple[int, ...]
@@ -80,8 +81,14 @@ class Schedule:
         if after == before:  # a token of the method's own came in
             return
         self.layers[index] = after
-        if (result.position_ids[:, -1] != prefill.position_ids[:, -1]).any():
+        if (end_of_prompt(result) != end_of_prompt(prefill)).any():
             self.renumber.add(index)
+
+
+def end_of_prompt(prefill: Prefill) -> Tensor:
+    """(B, 1) position of the last token of every prompt, behind which a method may have tokens of
+    its own; (B, 1, A) where positions have A axes."""
+    return at(prefill.index.argmax(dim=1, keepdim=True))(prefill.position_ids, 1)
 
 
 @contextmanager
