@@ -217,6 +217,32 @@ def test_methods_in_the_decoder_know_the_grid_of_every_image(model):
     assert Looks.seen[0] == [row for row in rows for _ in range(2)]
 
 
+@pytest.mark.parametrize("policy", ["sequence", "grid"])
+def test_places_in_the_picture_stay_whatever_a_method_does_with_positions(model, policy):
+    """Both of positions counted anew in front of the decoder and of those counted anew inside."""
+
+    class Renumbers(VisionStage, DecoderStage, Pruner):
+        name = "renumbers"
+        position_policy = policy
+
+        def after_encoder(self, vision):
+            return vision.keep(torch.tensor([[3, 20, 35]]))
+
+        def before_layer(self, index, prefill):
+            if index != 2:
+                self.seen = prefill
+                return prefill
+            return prefill.keep(~prefill.is_visual | (prefill.patch_index == 20), renumber=True)
+
+    model.pruner = own = Renumbers()
+    with torch.no_grad():
+        cache = model(sample(4, "image", 5).ids, images=[picture(4, 9)]).past_key_values
+    # Patch 20 stands in row 2, column 2, behind five tokens of text; 9 columns move the text on.
+    assert own.seen.position_ids[0, 5].tolist() == [5, 7, 7]
+    assert own.seen.position_ids[0, 6:, 0].tolist() == [14, 15, 16, 17, 18]
+    assert [int(row.next_position) for row in cache.rows] == [19] * 6
+
+
 def test_a_budget_that_does_not_fit_an_image_names_it(model):
     class Two(SelectPruner):
         name = "two"
