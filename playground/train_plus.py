@@ -21,6 +21,7 @@ from playground.train import DATA, LLAVA, here, run
 
 HARD = re.compile(r"How many|Are there")
 PICTURES, PER_PICTURE = 400, 8
+FEW_TOKENS = 150  # of a prompt: questions that need the whole picture are left out
 WINDOW = 10  # steps that a point of the curve is the mean of
 
 
@@ -84,6 +85,7 @@ def main() -> None:
         "gradient_accumulation_steps": 1,
         "num_generations": 8,
         "max_completion_length": 8,
+        "max_input_remain_seq_length": FEW_TOKENS,
         "learning_rate": args.rate,
         "lr_scheduler_type": "constant",
         "warmup_ratio": 0,

@@ -65,6 +65,13 @@ def prepare(words: Sequence[str]) -> PolicyTrainer:
     args.check()
     if box_args.train_dataset is None:
         raise ValueError("--train_dataset is missing: a yaml file with `datasets:`")
+    if box_args.eval_dataset is not None:
+        raise ValueError("eval_dataset cannot be set: the log shows the reward of every step")
+    if args.token_pass == "exact" and model_args.attn_implementation == "flash_attention_2":
+        raise ValueError(
+            "token_pass exact hides tokens from parts of a sequence, which flash_attention_2 "
+            "cannot: choose attn_implementation sdpa, or token_pass released"
+        )
     transformers.set_seed(args.seed)
     samples = read_datasets(box_args.train_dataset, box_args.img_dir, box_args.sampling_seed)
     judge = make_judge(args) if needs_judge(samples) else None
