@@ -19,6 +19,7 @@ from llava.pruning.testing.tiny import make_own_grids_model, pad_batch, picture,
 from llava.segments import attend_within, segments_of
 from tests.model.checkpoint_tools import load, same
 from tests.paths import GOLDEN
+from tests.second_device import SECOND, THIRD, Elsewhere, devices, place
 
 #: parts of the published file beside the embeddings
 MODULES = ("le_proj", "le_norm", "attn_fuser")
@@ -188,11 +189,11 @@ def test_segments_of_any_order_attend_among_themselves():
     assert segments.runs == [(2, 2), (1, 3)]
     q, k, v = torch.randn(3, 7, 2, 4)
     found = attend_within(q, k, v, segments)
-    for place in range(7):
-        own = owner == owner[place]
-        scores = torch.einsum("hd,nhd->hn", q[place], k[own]) / 2
+    for token in range(7):
+        own = owner == owner[token]
+        scores = torch.einsum("hd,nhd->hn", q[token], k[own]) / 2
         wanted = torch.einsum("hn,nhd->hd", scores.softmax(dim=-1), v[own])
-        torch.testing.assert_close(found[place], wanted)
+        torch.testing.assert_close(found[token], wanted)
 
 
 def test_the_setting_of_the_paper_follows_the_tower_and_the_depth(model):
@@ -409,3 +410,26 @@ def test_the_published_files_load_beside_a_model_and_an_adapter_of_it(tmp_path):
     words += ["--show-pruning", tmp_path / "kept.png"]
     run_llava.answer(run_llava.build_parser().parse_args([str(word) for word in words]))
     assert (tmp_path / "kept.png").is_file()
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+
+def test_layers_on_two_devices_answer_alike_and_one_wait_is_added():
+    model = make_own_grids_model()
+    random_method(model, selected_layers=(3, 1), reduce_layer=4)
+    ids, images = sample(3, "image", 2, "image", 4).ids, [picture(*WIDE), picture(*TALL)]
+    with torch.no_grad():
+        alike = model.generate(ids, images=images, **GREEDY)
+    place(model, SECOND)
+    for layer in model.model.layers[3:]:
+        place(layer, THIRD)
+    options = {**GREEDY, "max_new_tokens": 1}
+    there, waits = Elsewhere(ids, SECOND), []
+    for settings in ({"do_selection": False}, {}, {"ref_boxes": [[[0, 0, 0.3, 0.3]], None]}):
+        with torch.no_grad(), devices() as log:
+            found = model.generate(there, images=images, **options, **settings)
+        waits.append(len(log.waits))
+        if not settings:
+            assert found.cpu()[0, 0] == alike[0, 0]
+    assert waits[1] <= waits[0] + 1 and waits[2] <= waits[0] + 1
