@@ -62,6 +62,7 @@ def model_config(config_class, model_class, folder: str, values: dict, backend: 
     values = {key: value for key, value in values.items() if key not in foreign}
     values["architectures"] = [model_class.__name__]
     with one_sentence(f"{folder}/config.json describes no model"):
+        # As a keyword: transformers overwrites what the values say of it.
         config = config_class.from_dict(values, attn_implementation=backend)
     config._name_or_path = os.path.abspath(folder)
     return config

@@ -101,6 +101,13 @@ def weights_dtype(model_args, training_args) -> torch.dtype:
     return training_args.compute_dtype
 
 
+def set_attention(config, attention: str | None) -> None:
+    """Makes a model of this config attend that way; None leaves it to transformers, which takes a
+    keyword of `from_pretrained` for its default where it says "eager"."""
+    if attention is not None:
+        config._attn_implementation = attention
+
+
 def loading_options(family: Family, model_args, training_args, attention: str | None) -> dict:
     """Keywords of `from_pretrained`; 4 and 8 bit base weights included."""
     options = {"torch_dtype": weights_dtype(model_args, training_args)}

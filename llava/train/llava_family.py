@@ -12,7 +12,7 @@ from llava.conversation import Conversation, conv_templates
 from llava.model.builder import FAMILIES
 from llava.model.split_parameters import whole
 
-from .family import FULL, LORA, PROJECTOR, Family, check_loaded, loading_options
+from .family import FULL, LORA, PROJECTOR, Family, check_loaded, loading_options, set_attention
 from .sample_images import PIXEL_BOUNDS
 
 #: settings that a checkpoint brings along; a flag that is given wins over it
@@ -43,6 +43,7 @@ class LlavaFamily(Family):
             return model
         config_class, model_class = FAMILIES[self.kind.family]
         config = config_class.from_pretrained(path, cache_dir=cache_dir)
+        set_attention(config, attention)
         if getattr(config, "mm_vision_tower", None):
             adopt_settings(config, model_args, data_args, given)
         model, info = model_class.from_pretrained(

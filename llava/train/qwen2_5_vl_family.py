@@ -30,7 +30,7 @@ from llava.model.qwen2_5_vl_loading import (
 )
 from llava.weight_files import CACHE_DIR, local_folder, names_in, tensors_in, weight_files
 
-from .family import FULL, Family, check_loaded, loading_options
+from .family import FULL, Family, check_loaded, loading_options, set_attention
 from .sample_images import PIXEL_BOUNDS, GridImages
 
 TEMPLATE = "qwen2_5_vl"
@@ -88,7 +88,8 @@ class Qwen2_5_VLFamily(Family):
         values = checked_config(self.values, os.path.join(folder, "config.json"))
         values["vision_config"] = self.values["vision_config"]  # other programs read more of it
         model_class = Qwen2_5_VLForConditionalGeneration
-        config = model_config(Qwen2_5_VLConfig, model_class, folder, values)
+        config = self.config = model_config(Qwen2_5_VLConfig, model_class, folder, values)
+        set_attention(config, attention)
         for name in PIXEL_BOUNDS:
             if (pixels := getattr(data_args, name)) is not None:
                 setattr(self.processor, name, pixels)
@@ -107,8 +108,7 @@ class Qwen2_5_VLFamily(Family):
         return model
 
     def load_tokenizer(self, training_args):
-        config = Qwen2_5_VLConfig.from_pretrained(self.source)
-        tokenizer = load_tokenizer(self.source, config)
+        tokenizer = load_tokenizer(self.source, self.config)
         tokenizer.padding_side = "right"
         tokenizer.model_max_length = training_args.model_max_length
         return tokenizer
@@ -150,13 +150,15 @@ class Qwen2_5_VLFamily(Family):
 
     def merged_dtype(self):
         """What the checkpoint was saved in."""
-        name = self.values.get("torch_dtype") or self.values.get("dtype") or "bfloat16"
-        return getattr(torch, name)
+        name = self.values.get("torch_dtype") or self.values.get("dtype")
+        return {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
 
     def save_beside(self, folder, part, tokenizer):
         """The files of the release; an adapter has its image settings beside it."""
         save_preprocessor(self.source, folder, self.processor)
-        for name in KEPT_FILES if part == FULL else ():
+        if part != FULL or os.path.samefile(self.source, folder):
+            return
+        for name in KEPT_FILES:
             if os.path.isfile(path := os.path.join(self.source, name)):
                 shutil.copyfile(path, os.path.join(folder, name))
 

@@ -15,7 +15,7 @@ from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.pruning import build_pruner
 from llava.train.saving import PROJECTOR_FILE
-from llava.train.train import train
+from llava.train.train import prepare, train
 from tests.conftest import TOWER
 from tests.golden_data import GOLDEN
 from tests.paths import ROOT
@@ -212,6 +212,13 @@ def test_a_projector_alone_loads_onto_the_language_model_it_was_trained_with(wor
     )[1]  # fmt: skip
     newline = trained.model.image_newline.half().float()  # the loader rounds what such files hold
     assert torch.equal(model.model.image_newline, newline)
+
+
+def test_the_decoder_attends_as_it_is_told(workplace, tmp_path):
+    words = command_line(workplace, tmp_path)
+    for asked in ("eager", "sdpa"):
+        layers = prepare(words, attn_implementation=asked).model.model.layers
+        assert {layer.self_attn.backend for layer in layers} == {asked}
 
 
 @pytest.mark.parametrize(

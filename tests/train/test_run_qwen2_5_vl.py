@@ -140,7 +140,8 @@ def test_bfloat16_keeps_float32_where_it_learns(place, tmp_path):  # noqa: F811
 
 def test_parts_have_their_own_learning_rates(place, tmp_path):  # noqa: F811
     rates = ["--mm_projector_lr", 1e-4, "--mm_vision_tower_lr", 1e-5]
-    trainer = prepare(command_line(place, tmp_path, *FULL, *rates))
+    trainer = prepare(command_line(place, tmp_path, *FULL, *rates), "eager")
+    assert trainer.model.model.layers[0].self_attn.backend == "eager"
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     found = {}
     for group in trainer.create_optimizer().param_groups:
