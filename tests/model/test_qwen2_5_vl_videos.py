@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,6 +26,8 @@ from llava.pruning.testing.tiny import (
     still,
     video,
 )
+from tests.golden_checks.models import load_checkpoint
+from tests.paths import GOLDEN
 from tests.second_device import SECOND, Elsewhere, devices, place
 
 IMAGE_PAD, VIDEO_PAD = OWN_GRIDS["image_token_id"], OWN_GRIDS["video_token_id"]
@@ -193,6 +196,30 @@ def mixed_batch():
         "second_per_grid_ts": [0.5, 2.0],
     }
     return rows, [clips[0], image, clips[1]], pad_batch(runs), named
+
+
+def test_two_videos_and_an_image_are_what_transformers_makes_of_them():
+    """Recorded with transformers 4.51.3 on the small checkpoint; 4.57 takes whole seconds alone."""
+    _, model, _ = load_checkpoint("tiny-qwen2.5-vl-cut", GOLDEN)
+    recorded = np.load(GOLDEN / "qwen2_5_vl" / "videos.npz")
+
+    def wave(count: int, speed: float) -> torch.Tensor:
+        return (torch.arange(count * 1176).double() * speed).sin().float().view(count, 1176)
+
+    named = {
+        "pixel_values": wave(16, 0.53),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "pixel_values_videos": wave(72 + 32, 0.37),
+        "video_grid_thw": torch.tensor([[3, 4, 6], [2, 4, 4]]),
+        "second_per_grid_ts": [0.5, 4 / 3],
+    }
+    with torch.no_grad(), trace_pruning(model, embeds=True) as trace:
+        logits = model(torch.from_numpy(recorded["ids"])[None], **named).logits[0, -1]
+    assert trace.position_ids[0].T.tolist() == recorded["position_ids"].tolist()
+    first, _, second = trace.visual_embeds
+    expected = torch.from_numpy(recorded["video_embeds"])
+    torch.testing.assert_close(torch.cat([first, second]), expected, atol=2e-4, rtol=0)
+    torch.testing.assert_close(logits, torch.from_numpy(recorded["last_logits"]), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 2.0])
