@@ -64,7 +64,7 @@ def rows_of(variants: list[Variant], model, same_answers: bool = True) -> list[R
         row = Row(
             variant.name,
             1000 * statistics.median(clock.first_seconds for clock in variant.clocks),
-            _median(rates[variant.name]),
+            _median(rates[variant.name], variant.name),
             statistics.median(c.tokens / c.arrivals[-1][0] for c in variant.clocks),
             _ratio(rates[variant.name], rates[DENSE]),
         )
@@ -85,8 +85,14 @@ def rows_of(variants: list[Variant], model, same_answers: bool = True) -> list[R
     return rows
 
 
-def _median(rates: list[float | None]) -> float:
-    return statistics.median(rate for rate in rates if rate is not None)
+def _median(rates: list[float | None], name: str) -> float:
+    known = [rate for rate in rates if rate is not None]
+    if not known:
+        raise ValueError(
+            f"{name}: every answer came in one step, which says nothing of how fast tokens follow "
+            "each other: allow more of them (--max-new-tokens), or fewer guesses"
+        )
+    return statistics.median(known)
 
 
 def _ratio(ours: list, theirs: list) -> float:

@@ -2,6 +2,7 @@
 
 python -m llava.eval.efficiency.throughput --methods none vispruner fastv --visual-token-num 64
 python -m llava.eval.efficiency.throughput --config 7b --device cuda --batch-size 30
+python -m llava.eval.efficiency.throughput --config qwen2.5-vl-3b --layers 8 --max-pixels 451584
 
 Without a checkpoint the model has random weights; without questions, those of the playground's GQA
 are asked, as many about an image as in GQA. The ways take turns on every image, so that a machine

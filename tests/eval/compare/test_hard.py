@@ -1,9 +1,11 @@
 """Hard questions: those that smaller images get wrong at the same budget."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
+from llava.eval.answering.loop import AnswerLoop
 from llava.eval.compare import report, suite, suite_report
 from llava.eval.compare.budget import Budget
 from llava.eval.compare.comparison import AVERAGE, compare_runs
@@ -106,3 +108,12 @@ def test_a_budget_that_does_not_fit_an_image_stops_that_setting_alone(tmp_path):
     assert comparison.missing == [
         "- `pool` was not run at 16: question 7: image 0, of 9 x 9 tokens: out of reach"
     ]
+
+
+def test_the_answer_loop_says_whether_a_budget_did_not_fit():
+    loop = object.__new__(AnswerLoop)
+    for error in (UnfitBudget("out of reach"), ValueError("too long")):
+        loop.generate = mock.Mock(side_effect=error)
+        with pytest.raises(ValueError, match=f"question 1: {error}") as found:
+            loop.answers([("question 1", []), ("question 2", [])])
+        assert found.value.__cause__ is error

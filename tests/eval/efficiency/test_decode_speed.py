@@ -42,6 +42,13 @@ def test_the_cost_model_is_that_of_the_paper(make_model):
     assert cost_model(drafter, model, 0.0, 0.0) == 1
 
 
+def test_answers_of_one_step_say_that_more_tokens_are_needed(model):
+    variant = Variant("dense", build_pruner(), "autoregressive")
+    variant.clocks, variant.answers = [clock((0.1, 4))], [[1, 2, 3, 4]]
+    with pytest.raises(ValueError, match="dense: every answer came in one step.*max-new-tokens"):
+        rows_of([variant], model)
+
+
 def test_every_line_is_compared_with_the_dense_model_and_with_not_guessing(model):
     pruner = grown(model)
     variants = [

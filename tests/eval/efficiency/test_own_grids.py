@@ -67,16 +67,3 @@ def test_layers_are_for_random_weights(checkpoint, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         throughput.parse_args()
     assert "--layers is for random weights" in capsys.readouterr().err
-
-
-@pytest.mark.slow  # 1.3 billion random weights
-def test_the_sizes_of_the_release_run_with_few_layers(tmp_path, monkeypatch):
-    words = ["--config", "qwen2.5-vl-3b", "--layers", "4", "--limit", "1", "--device", "cpu"]
-    words += ["--max-new-tokens", "4", "--image-size", "168x140", "--visual-token-num", "18"]
-    result = decode_speed.main([*words, "--dtype", "bfloat16"])
-    assert [row["name"] for row in result["rows"]][-1] == "twigvlm, guessing"
-    words = ["--config", "qwen2.5-vl-3b", "--layers", "2", "--methods", "divprune"]
-    argv = ["throughput", *words, "--visual-token-num", "9", "--images", "1", "--per-image", "2"]
-    argv += ["--max-new-tokens", "1", "--max-pixels", "18816", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", [*argv, "--dtype", "bfloat16"])
-    throughput.main()
