@@ -38,7 +38,6 @@ class Page:
         names = list(self.runs)
         second = names[1] if len(names) > 1 else NOTHING
         with gr.Blocks(title="Answers side by side", analytics_enabled=False) as self.blocks:
-            self.where = gr.State(0)
             with gr.Row():
                 self.left = gr.Dropdown(names, value=names[0], label="gen: answers")
                 self.right = gr.Dropdown([NOTHING, *names], value=second, label="ref: answers")
@@ -57,18 +56,17 @@ class Page:
             self.question = gr.Markdown(elem_id="question")
             with gr.Row():
                 self.panels = [self._panel("gen"), self._panel("ref")]
-        inputs = [self.left, self.right, self.condition, self.boxes, self.mask, self.where]
-        outputs = [self.where, self.number, self.count, self.question]
+        inputs = [self.left, self.right, self.condition, self.boxes, self.mask, self.number]
+        outputs = [self.number, self.count, self.question]
         outputs += [part for panel in self.panels for part in panel]
         with self.blocks:
-            step = lambda by: lambda *values: self.show(*values[:-1], values[-1] + by)  # noqa: E731
+            step = lambda by: lambda *values: self.show(*values[:-1], (values[-1] or 1) + by)  # noqa: E731
             back.click(step(-1), inputs, outputs, **QUIET)
             on.click(step(1), inputs, outputs, **QUIET)
-            goto = lambda *values: self.show(*values[:-2], (values[-1] or 1) - 1)  # noqa: E731
-            self.number.submit(goto, [*inputs, self.number], outputs, **QUIET)
+            self.number.submit(self.show, inputs, outputs, **QUIET)
             for part in (self.boxes, self.mask):
                 part.change(self.show, inputs, outputs, **QUIET)
-            first = lambda *values: self.show(*values[:-1], 0)  # noqa: E731
+            first = lambda *values: self.show(*values[:-1], 1)  # noqa: E731
             for event in (self.left.change, self.right.change, self.condition.submit):
                 event(first, inputs, outputs, **QUIET)
             self.blocks.load(self.show, inputs, outputs, **QUIET)
@@ -84,8 +82,9 @@ class Page:
             )  # fmt: skip
         return answer, numbers, gallery
 
-    def show(self, left: str, right: str, condition: str, boxes: bool, mask: bool, where: int):
-        """What every part of the page shows; where: place among the questions that were chosen."""
+    def show(self, left: str, right: str, condition: str, boxes: bool, mask: bool, number: int):
+        """What every part of the page shows; number: place among the questions
+        that were chosen, from 1; beyond their end they begin again."""
         blank = [""] * 2 + [("", "", [])] * 2
         try:
             pair = Pair(self.runs[left], self.runs.get(right))
@@ -95,7 +94,7 @@ class Page:
         if not chosen:
             count = f"none of {len(pair.places)} questions"
             return self._outputs(0, count, *blank[1:])
-        where = int(where) % len(chosen)
+        where = (int(number or 1) - 1) % len(chosen)
         place = chosen[where]
         of = f"{len(chosen)} of {len(pair.places)} questions" if condition else f"{len(chosen)}"
         panels = [self._shown(pair.run, place, boxes, mask), ("", "", [])]
@@ -105,7 +104,7 @@ class Page:
 
     @staticmethod
     def _outputs(where: int, count: str, question: str, *panels: tuple) -> list:
-        return [where, where + 1, count, question, *(part for panel in panels for part in panel)]
+        return [where + 1, count, question, *(part for panel in panels for part in panel)]
 
     @staticmethod
     def _asked(pair: Pair, place: int) -> str:

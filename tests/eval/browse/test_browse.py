@@ -177,17 +177,17 @@ def test_the_page_shows_steps_jumps_and_says_what_is_wrong(tmp_path):
     _, paths = pair_of(tmp_path)
     runs = read_runs(build_parser().parse_args(list(map(str, paths))))
     page, (left, right) = Page(runs), list(runs)
-    where, number, count, question, answer, numbers, shown, *others = page.show(
-        left, right, "", True, True, 4
+    number, count, question, answer, numbers, shown, *others = page.show(
+        left, right, "", True, True, 5
     )
-    assert (where, number, count) == (1, 2, "2 of 3")  # beyond the end it begins again
+    assert (number, count) == (2, "2 of 3")  # beyond the end it begins again
     assert question.startswith("Question 10:") and "Right answer" in question
     assert (answer, others[0]) == ("c", "c") and "kept 0.042" in numbers
     assert len(shown) == len(others[2]) == 1
-    assert page.show(left, right, "gen < ref", True, True, 0)[2] == "none of 3 questions"
-    assert "is no condition" in page.show(left, right, "gen <", True, True, 0)[2]
-    alone = page.show(left, NOTHING, "", False, False, -1)
-    assert alone[2] == "4 of 4" and alone[-3:] == ["", "", []]
+    assert page.show(left, right, "gen < ref", True, True, 1)[1] == "none of 3 questions"
+    assert "is no condition" in page.show(left, right, "gen <", True, True, 1)[1]
+    alone = page.show(left, NOTHING, "", False, False, 0)
+    assert alone[1] == "1 of 4" and alone[-3:] == ["", "", []]
 
 
 def test_a_file_from_elsewhere_needs_the_name_of_its_benchmark(tmp_path):
