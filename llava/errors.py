@@ -15,7 +15,14 @@ def errors_as_messages():
     try:
         yield
     except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {_sentence(error)}")
+
+
+def _sentence(error: Exception) -> str:
+    """The message of an error; of one about a file that the system refused, without its number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error)
 
 
 @contextmanager

@@ -21,13 +21,16 @@ from llava.pruning.frames import covered, image_frames
 
 
 def share_in_boxes(question: Question, front: FrontEnd, folder: str) -> float:
-    """Share of the tokens of a question's images. Raises ValueError when it has no boxes."""
+    """Share of the tokens of a question's images. Raises ValueError when it has no boxes, or one
+    beside its image."""
     if question.boxes is None:
         raise ValueError(f"{question}: no box is known for its image")
     inside = total = 0
     for name, boxes in zip(question.images, question.boxes, strict=True):
         image = front.picture(load_image(question, name, folder))
         cells = covered(boxes, image_frames(image.size, front.model), front.grid(image))
+        if boxes and not cells.any():
+            raise ValueError(f"{question}: its box {boxes[0]} lies beside the image {name}")
         inside, total = inside + int(cells.sum()), total + cells.numel()
     return inside / total
 

@@ -11,6 +11,7 @@ is the same as JSON.
 import argparse
 import json
 import os
+import sys
 
 from llava.errors import errors_as_messages
 from llava.eval import markdown
@@ -27,19 +28,25 @@ COLUMNS = {
 }
 
 
-def summaries(paths: list[str]) -> dict[str, dict]:
+def summaries(paths: list[str], where_known: bool = False) -> dict[str, dict]:
     """Name of each file's set -> `box_counts.summarize`, and of several their "mean".
 
+    where_known: a file that says nothing of boxes is named on stderr and left out
     Raises ValueError when a file says nothing of boxes.
     """
     found: dict[str, dict] = {}
     for path in paths:
         own = box_counts.summarize(read_answers(path))
         if own is None:
-            raise ValueError(
+            reason = (
                 f"{path}: no answer says how its tokens meet boxes; they do where the questions "
-                "have boxes, as those of Visual-CoT (llava.eval.model_vqa_viscot)"
+                "have boxes, as those of Visual-CoT (llava.eval.model_vqa_viscot), and where the "
+                "method's tokens have a place in the image"
             )
+            if not where_known:
+                raise ValueError(reason)
+            print(f"note: {reason}", file=sys.stderr)
+            continue
         name = set_name(path)
         found[name if name not in found else path] = own
     if len(found) > 1:
@@ -69,10 +76,17 @@ def table(found: dict[str, dict]) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", help="answers files")
+    parser.add_argument(
+        "--where-known",
+        action="store_true",
+        help="leave out files that say nothing of boxes, as those of methods whose tokens have no "
+        "place in the image",
+    )
     args = parser.parse_args()
-    found = summaries([os.path.expanduser(path) for path in args.files])
-    print(table(found))
-    print(json.dumps(found))
+    found = summaries([os.path.expanduser(path) for path in args.files], args.where_known)
+    if found:
+        print(table(found))
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
                 line = question.answer_line("A", f"id-{number}", "fake")
                 kept = {"visual_tokens": 32, "visual_tokens_at_end": 32}
                 kept["visual_tokens_unpruned"] = 576
-                if question.boxes:
+                if question.boxes and option(argv, "--pruning-method") != "pool":
                     mask = np.arange(576) < 32
                     kept[box_counts.KEY] = box_counts.counts(mask, ~mask)
                 file.write(json.dumps(line | {"metadata": kept}) + "\n")

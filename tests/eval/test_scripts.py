@@ -270,6 +270,19 @@ def test_variables_of_the_release_reach_visual_cot(run, data, family, environmen
     assert ("viscot_gqa" in done.stdout) == ("glimpse.jsonl" not in ending)
 
 
+def test_visual_cot_ends_with_its_scores_where_tokens_have_no_place_in_the_image(run, data):
+    done = run("v1_5/eval/viscot.sh", "64", METHOD="pool", SETS="gqa", LIMIT="2")
+    assert done.returncode == 0, done.stderr
+    assert "note: " in done.stderr and "no answer says how its tokens meet boxes" in done.stderr
+    assert '{"viscot_gqa": null}' in done.stdout
+
+
+def test_every_script_that_is_called_by_its_name_is_executable():
+    scripts = [path for path in (ROOT / "scripts").rglob("*.sh") if path.read_text()[:2] == "#!"]
+    assert len(scripts) > 40
+    assert not [str(path) for path in scripts if not os.access(path, os.X_OK)]
+
+
 def test_folders_of_the_release_are_words_of_visual_cot(run, data, tmp_path):
     parts, adapter = tmp_path / "parts", tmp_path / "adapter"
     parts.mkdir(), adapter.mkdir()

@@ -22,7 +22,7 @@ class KeptMask:
     """One image, one value for each patch; crops, and moments of a video, stand below each other.
 
     kept:      (rows, columns) True where a token is left behind the last layer
-    reference: the same for the boxes; None: none are known
+    reference: the same for the boxes; None: none are known, or they lie beside what the model sees
     frames:    what each crop shows of the image, see `crop_frames`
     """
 
@@ -54,8 +54,11 @@ def kept_masks(
                 frames *= max(1, last // (grid[0] * grid[1]) + 1)
             cells = np.zeros(len(frames) * grid[0] * grid[1], dtype=bool)
             cells[kept[kept >= 0].numpy()] = True
-            reference = None if known is None else covered(known[number], frames, grid)
-            reference = None if reference is None else reference.flatten(0, 1).numpy()
+            reference = None
+            if known is not None:
+                inside = covered(known[number], frames, grid)
+                if inside.any() or not known[number]:
+                    reference = inside.flatten(0, 1).numpy()
             masks.append(KeptMask(cells.reshape(-1, grid[1]), reference, tuple(frames)))
         placed = any(mask.kept.any() for mask in masks) or not sum(map(len, patches))
         found.append(tuple(masks) if placed else None)

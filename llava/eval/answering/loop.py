@@ -3,6 +3,7 @@
 Every benchmark program and the suite run this one loop.
 """
 
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -203,7 +204,15 @@ class AnswerLoop:
         """What was kept of the images of each prompt of a traced batch."""
         prompts = [self.encode(question) for question, _ in batch]
         pictures, boxes = [own for _, own in batch], [question.boxes for question, _ in batch]
-        return kept_masks.kept_masks(trace, prompts, pictures, boxes, self.model)
+        found = kept_masks.kept_masks(trace, prompts, pictures, boxes, self.model)
+        for (question, _), masks in zip(batch, found, strict=True):
+            if question.boxes and any(mask.reference is None for mask in masks or ()):
+                print(
+                    f"warning: {question}: a box lies beside what the model sees of its image, and "
+                    "is not compared with what was kept",
+                    file=sys.stderr,
+                )
+        return found
 
     def _add_costs(self, metadata: list[dict], batch, output: torch.Tensor, cost, trace) -> None:
         """Writes what each answer of a batch cost into its metadata."""
@@ -239,7 +248,10 @@ class AnswerLoop:
         if any(len(own) > 1 for own in frames):
             raise ValueError("reference masks are for images in one crop, this model makes several")
         pairs = zip(question.boxes, frames, strict=True)
-        return [shares_of(boxes, frame) for boxes, (frame,) in pairs]
+        found = [shares_of(boxes, frame) for boxes, (frame,) in pairs]
+        if any(boxes and not shares for boxes, shares in zip(question.boxes, found, strict=True)):
+            raise ValueError("a box lies beside its image; reference masks are made of boxes")
+        return found
 
     def encode(self, question: Question) -> torch.Tensor:
         """(L,) ids of the prompt that asks a question."""

@@ -21,8 +21,8 @@ class Question:
     tail:   fields of the answer line that follow the answer
     where:  file and line it comes from
     error:  why it cannot be asked; None: it can
-    boxes:  of each image, (left, top, right, bottom) in its pixels, what the answer is seen from;
-            None: not known
+    boxes:  of each image, (left, top, right, bottom) in its pixels, ordered, what the answer is
+            seen from; None: not known
     """
 
     head: dict

@@ -18,6 +18,7 @@ import json
 import os
 from collections.abc import Iterator
 from functools import partial
+from math import isfinite
 
 from llava.answer_scores import JUDGE_MODEL, judge_question, judged_score, scores_in
 from llava.errors import errors_as_messages
@@ -75,7 +76,7 @@ def image_of(record: dict) -> str:
 def boxes_of(record: dict) -> list[list[float]] | None:
     """The box in pixels of the picture that helps to answer, in a list; None: the record has none.
 
-    Raises ValueError when what stands behind `###` is no box.
+    Corners may come in any order. Raises ValueError when what stands behind `###` is no box.
     """
     image = record["image"]
     text = image[1].partition("###")[2] if isinstance(image, list) and len(image) > 1 else ""
@@ -86,9 +87,10 @@ def boxes_of(record: dict) -> list[list[float]] | None:
     except ValueError:
         box = None
     numbers = isinstance(box, list) and all(type(edge) in (int, float) for edge in box)
-    if not numbers or len(box) != 4:
+    if not numbers or len(box) != 4 or not all(map(isfinite, box)):
         raise ValueError(f"its box {text!r:.60} is not [x1, y1, x2, y2]")
-    return [box]
+    (left, right), (top, bottom) = sorted(box[::2]), sorted(box[1::2])
+    return [[left, top, right, bottom]]
 
 
 def read(path: str, folder: str | None = None) -> list[dict]:

@@ -46,15 +46,10 @@ def draw(question: Question, run: Run, place: int, boxes: bool, mask: bool) -> l
         if boxes and question.boxes:
             line = max(2, max(picture.size) // 200)
             for box in question.boxes[number]:
-                ImageDraw.Draw(picture).rectangle(_ordered(box), outline=RED, width=line)
+                ImageDraw.Draw(picture).rectangle(tuple(box), outline=RED, width=line)
         picture.thumbnail((LONGER_SIDE, LONGER_SIDE))
         pictures.append(picture)
     return pictures
-
-
-def _ordered(box) -> tuple[float, float, float, float]:
-    left, top, right, bottom = box
-    return min(left, right), min(top, bottom), max(left, right), max(top, bottom)
 
 
 def colored(picture: Image.Image, mask: np.ndarray, frames: list) -> Image.Image:

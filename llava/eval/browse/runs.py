@@ -58,8 +58,12 @@ def find_source(
     """The questions of an answers file, from where it lies (`DATA_DIR/BENCHMARK/answers/...`, as
     the scripts write it) unless they are named.
 
-    Raises ValueError when that does not say which benchmark it is.
+    Raises ValueError when that does not say which benchmark it is, or a file or folder is missing.
     """
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no answers file {path}")
+    if image_folder is not None and not os.path.isdir(os.path.expanduser(image_folder)):
+        raise ValueError(f"there is no image folder {image_folder}")
     around = around_answers(path)
     if benchmark is not None:
         own = find_benchmark(benchmark)
@@ -121,6 +125,8 @@ class Run:
     def read(cls, path: str, source: Source) -> Run:
         records = read_lines(path)
         lines = {n: line for n, line in enumerate(records) if not is_failed(line)}
+        if not lines:
+            raise ValueError(f"{path}: there are no answers in it")
         run = cls(path, source, lines)
         run.scores = run._scores(records)
         return run

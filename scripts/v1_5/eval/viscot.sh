@@ -35,5 +35,5 @@ for name in ${SETS:-$(list_benchmarks --sets viscot | grep -vx emotic)}; do
     ALL_ANSWERS+=("$ANSWERS")
     [ -n "${DO_GLIMPSE:-}" ] || score "viscot_$name${BRIEF:+_brief}"
 done
-"$PYTHON" -m llava.eval.mask_report "${ALL_ANSWERS[@]}"
+"$PYTHON" -m llava.eval.mask_report --where-known "${ALL_ANSWERS[@]}"
 [ -n "${DO_GLIMPSE:-}" ] || "$PYTHON" -m llava.eval.score_table "${SCORES[@]}"

@@ -11,6 +11,7 @@ from PIL import Image
 from llava.eval import avg_tokens, mask_report
 from llava.eval.answering import kept_masks
 from llava.eval.answering.measuring import new_tokens
+from llava.eval.benchmarks import viscot
 from llava.eval.files import box_counts, costs
 from llava.eval.files.mask_files import REFERENCE, mask_path, read_mask, write_mask
 from tests.eval import eval_cases
@@ -123,13 +124,43 @@ def test_masks_of_boxes_need_a_method_that_takes_them_and_boxes(tmp_path):
         ask(tmp_path, TINY, "--use-ref-masks")
 
 
-@pytest.mark.parametrize("text", ["[1, 2, 3]", "[1, 2, 3, true]", "a box"])
+@pytest.mark.parametrize("text", ["[1, 2, 3]", "[1, 2, 3, true]", "[NaN, 2, 3, 4]", "a box"])
 def test_a_broken_box_is_named(text, tmp_path):
     asked = questions(tmp_path, [(40, 40)])
     asked.write_text(asked.read_text().replace(json.dumps(BOX), text))
     argv = ["--model-path", GOLDEN / TINY, "--question-file", asked, "--image-folder", tmp_path]
     with pytest.raises(SystemExit, match=r"its box .* is not \[x1, y1, x2, y2\]"):
         eval_cases.run_program("llava.eval.model_vqa_viscot", list(map(str, argv)))
+
+
+def test_corners_of_a_box_may_come_in_any_order():
+    record = {"image": ["a.png", "a.png###[90, 60, 10, 20]"]}
+    assert viscot.boxes_of(record) == [BOX]
+
+
+def test_a_box_beside_its_image_is_named_and_not_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(globals(), "BOX", [500, 500, 600, 600])
+    options = ["--pruning-method", "random", "--visual-token-num", "40"]
+    _, answers = ask(tmp_path, TINY, *options, sizes=[(120, 80)])
+    assert "question 0" in (said := capsys.readouterr().err)
+    assert "a box lies beside what the model sees of its image" in said
+    assert "boxes" not in answers[0]["metadata"]
+    argv = ["avg_tokens", "--model-path", GOLDEN / TINY, "--image-folder", tmp_path]
+    monkeypatch.setattr("sys.argv", [*map(str, argv), str(tmp_path / "gqa.json")])
+    with pytest.raises(SystemExit, match="question 0 .* lies beside the image 0.png"):
+        avg_tokens.main()
+
+
+def test_reference_masks_are_not_made_of_a_box_beside_its_image(tmp_path):
+    asked = tmp_path / "gqa.json"
+    records = json.loads((ROOT / "playground/samples/viscot/benchmark/gqa.json").read_text())[:1]
+    name = records[0]["image"][0]
+    records[0]["image"][1] = f"{name}###[500, 500, 600, 600]"
+    asked.write_text(json.dumps(records))
+    argv = ["--question-file", asked, "--image-folder", ROOT / "playground/benchmark/images"]
+    argv += ["--answers-file", tmp_path / "a.jsonl", "--pruning-method", "glimpseprune"]
+    with pytest.raises(SystemExit, match="question 0 .*a box lies beside its image"):
+        eval_cases.run_program("llava.eval.model_vqa_viscot", [*map(str, argv), "--use-ref-masks"])
 
 
 def test_counts_and_their_means_are_those_of_summed_tokens():
@@ -200,6 +231,8 @@ def test_the_report_names_sets_and_their_mean(tmp_path, monkeypatch, capsys):
     Path(paths[0]).write_text('{"question_id": 0, "text": "a"}\n')
     with pytest.raises(ValueError, match="no answer says how its tokens meet boxes"):
         mask_report.summaries(paths)
+    assert list(mask_report.summaries(paths, where_known=True)) == ["vsr"]
+    assert f"note: {paths[0]}: no answer says" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("checkpoint", [TINY, QWEN])

@@ -190,6 +190,18 @@ def test_the_page_shows_steps_jumps_and_says_what_is_wrong(tmp_path):
     assert alone[1] == "1 of 4" and alone[-3:] == ["", "", []]
 
 
+def test_what_is_missing_or_empty_is_named_before_the_page_opens(tmp_path):
+    with pytest.raises(ValueError, match="there is no answers file .*nowhere.jsonl"):
+        find_source(str(tmp_path / "nowhere.jsonl"))
+    path = answers(tmp_path, "pope", "random", ["yes", "no"])
+    with pytest.raises(ValueError, match="there is no image folder .*nowhere"):
+        find_source(str(path), image_folder=str(tmp_path / "nowhere"))
+    source = find_source(str(path))
+    path.write_text("")
+    with pytest.raises(ValueError, match="there are no answers in it"):
+        Run.read(str(path), source)
+
+
 def test_a_file_from_elsewhere_needs_the_name_of_its_benchmark(tmp_path):
     there = answers(tmp_path, "pope", "random", ["yes", "no"])
     path = tmp_path / "mine.jsonl"

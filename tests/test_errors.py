@@ -1,0 +1,25 @@
+"""Mistakes of the user end a program with one sentence."""
+
+import pytest
+
+from llava.errors import errors_as_messages
+
+
+def test_a_file_that_the_system_refuses_is_named_without_a_number(tmp_path):
+    with pytest.raises(SystemExit) as ended, errors_as_messages():
+        open(tmp_path / "nowhere.jsonl")
+    assert ended.value.code == f"error: {tmp_path}/nowhere.jsonl: No such file or directory"
+    with pytest.raises(SystemExit) as ended, errors_as_messages():
+        open(tmp_path)
+    assert ended.value.code == f"error: {tmp_path}: Is a directory"
+
+
+def test_messages_of_other_errors_are_said_as_they_are():
+    for error in (ValueError("too much"), OSError("no space"), ImportError("no package")):
+        with pytest.raises(SystemExit, match=f"^error: {error}$"), errors_as_messages():
+            raise error
+    with (
+        pytest.raises(KeyError),
+        errors_as_messages(),
+    ):  # a fault of the program keeps its traceback
+        raise KeyError("fault")
