@@ -143,10 +143,8 @@ class BlockEncoding:
         try:
             own.check(count, self.config.num_hidden_layers, pairs)
         except ValueError as error:
-            times = "" if pairs == 1 else f"{pairs} x "
-            raise UnfitBudget(
-                f"image {number}, of {times}{grid[0]} x {grid[1]} tokens: {error}"
-            ) from error
+            what = f"image {number}, of" if pairs == 1 else f"video {number}, of {pairs} x"
+            raise UnfitBudget(f"{what} {grid[0]} x {grid[1]} tokens: {error}") from error
         return own
 
     def _before_tower(self, image: Tensor | Video, number: int) -> Tensor | Video:

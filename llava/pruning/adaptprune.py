@@ -95,7 +95,9 @@ class AdaptPrune(DecoderPruner):
             prefill.hidden_states[row, place]
         )
         order = self.pick(attention, keys, prefill.extras[CELL][row, place], rounds)
-        ranks = torch.arange(rounds, 0, -1, device=order.device) * real.gather(1, order)
+        # An image with fewer tokens than rounds has been picked empty before the last one.
+        number = torch.arange(rounds, device=order.device)
+        ranks = (rounds - number) * (number < real.sum(dim=1, keepdim=True))
         # Added: what pads an image with few tokens may be a token of another.
         where = row.expand_as(order), place.gather(1, order)
         return score.index_put(where, ranks, accumulate=True)

@@ -134,15 +134,20 @@ class ShareOption:
         shown = (f"{k}={v!r}" for k, v in values.items() if v is not None or k not in unset)
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    def check_share(self) -> None:
-        """Makes the share take the place of the default number. Raises ValueError on one that is no
-        share, or stands beside another number."""
+    def check_budgets(self) -> None:
+        """Makes the share take the place of the default number. Raises ValueError on a share or a
+        number that cannot be a budget, and on a share beside another number than the default."""
         share, number = self.visual_token_ratio, self.visual_token_num
+        default = type(self).visual_token_num
         if share is None:
+            if number is not default and (type(number) is not int or number < 1):
+                raise ValueError(
+                    f"visual_token_num ({number!r}) must be a whole number of at least 1 token"
+                )
             return
         if isinstance(share, bool) or not 0 < share <= 1:
             raise ValueError(f"visual_token_ratio ({share!r}) must lie above 0 and up to 1")
-        if number not in (None, type(self).visual_token_num):
+        if number not in (None, default):
             raise ValueError(two_budgets(number, share))
         self.visual_token_num = None
 
@@ -186,12 +191,7 @@ class BudgetPruner(ShareOption, Pruner):
     visual_token_num: int = 64
 
     def __post_init__(self):
-        self.check_share()
-        number = self.tokens_of(1)
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(
-                f"visual_token_num ({number!r}) must be a whole number of at least 1 token"
-            )
+        self.check_budgets()
 
     def tokens_per_crop(self, crops: int) -> int:
         """The budget of one crop; `visual_token_num` is the sum over the crops of an image."""
@@ -213,7 +213,7 @@ def check_budget(visual_token_num: int, num_patches: int, crops: int) -> None:
     if visual_token_num < crops:
         raise ValueError(
             f"visual_token_num ({visual_token_num}) leaves less than one token for each of the "
-            f"{crops} crops of an image"
+            f"{crops} crops of an image, or pairs of frames of a video"
         )
 
 
@@ -270,8 +270,11 @@ class DecoderPruner(DecoderStage, BudgetPruner):
         return prefill.attention[:, :, -1].mean(dim=1)
 
     def check_depth(self, num_layers: int) -> None:
-        if not 1 <= self.cut_layer(num_layers) < num_layers:
-            raise ValueError(f"layer ({self.layer}) must be below the {num_layers} decoder layers")
+        layer = self.cut_layer(num_layers)
+        if not 1 <= layer < num_layers:
+            raise ValueError(
+                f"layer ({layer}) must be at least 1 and below the {num_layers} decoder layers"
+            )
 
     def probe(self, num_layers: int) -> Probe:
         return Probe((self.cut_layer(num_layers) - 1,))

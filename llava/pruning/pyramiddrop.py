@@ -42,10 +42,8 @@ class PyramidDrop(ShareOption, StagedPruner):
     name = "pyramiddrop"
 
     def __post_init__(self):
-        self.check_share()
+        self.check_budgets()
         number, layers, ratios = self.tokens_of(1), self.layer_list, self.image_token_ratio_list
-        if number is not None and number < 1:
-            raise ValueError(f"visual_token_num ({number}) must be at least 1 token on average")
         if number is not None and ratios is not None:
             raise ValueError(
                 f"visual_token_num ({number}) and image_token_ratio_list ({ratios}) both say how "
@@ -64,8 +62,8 @@ class PyramidDrop(ShareOption, StagedPruner):
             raise ValueError(f"layer_list ({layers}) must name layers from 0 on, ascending")
 
     def check_depth(self, num_layers: int) -> None:
-        layers = self.layer_list or ()
-        if layers and layers[-1] >= num_layers:
+        layers = self.layer_list or scale_layers(LAYERS[-1], num_layers)
+        if layers[-1] >= num_layers:
             raise ValueError(f"layer_list {layers} must stay below the {num_layers} decoder layers")
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:

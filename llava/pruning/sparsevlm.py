@@ -81,17 +81,14 @@ class SparseVLM(ShareOption, DecoderStage, Pruner):
     reads_text = True
 
     def __post_init__(self):
-        self.check_share()
         if isinstance(self.retained_tokens, int):
             self.visual_token_num, self.retained_tokens = self.retained_tokens, None
+        self.check_budgets()
         self.version = str(self.version)
         if self.version not in LAYERS:
             raise ValueError(f"unknown version {self.version!r}, choose from {', '.join(LAYERS)}")
-        if self.tokens_of(1) < 1 or self.num_selected_heads < 1:
-            raise ValueError(
-                f"visual_token_num ({self.visual_token_num}) and num_selected_heads "
-                f"({self.num_selected_heads}) must be at least 1"
-            )
+        if self.num_selected_heads < 1:
+            raise ValueError(f"num_selected_heads ({self.num_selected_heads}) must be at least 1")
         stages = len(self.pruning_layers or LAYERS[self.version])
         if self.version == "1.0":
             return

@@ -133,7 +133,7 @@ class TwigVLM(DecoderStage, BudgetPruner):
 
     def use_random_parts(self, model: nn.Module) -> None:
         """Random weights in place of trained ones, where only costs and shapes matter."""
-        count = self.twig_T or scale_layer(TWIG_LAYERS, model.config.num_hidden_layers)
+        count = self.twig_T or max(1, scale_layer(TWIG_LAYERS, model.config.num_hidden_layers))
         self.module = Twig(model, count).apply(model._init_weights).requires_grad_(False).eval()
 
     def _neighbour(self, model: nn.Module) -> Tensor:

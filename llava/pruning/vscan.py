@@ -68,12 +68,12 @@ class VScan(OwnGrids, ShareOption, VisionStage, StagedPruner):
     needs = frozenset({"salience"})
 
     def __post_init__(self):
-        self.check_share()
-        numbers = [self.tokens_of(1), self.encoder_token_num or 1]
-        if min([*numbers, *(self.image_token_list or ())]) < 1:
+        self.check_budgets()
+        first, later = self.encoder_token_num, self.image_token_list
+        if min([1 if first is None else first, *(later or ())]) < 1:
             raise ValueError(
-                f"visual_token_num, encoder_token_num and image_token_list must be at least 1 "
-                f"token, got {numbers} and {self.image_token_list}"
+                f"encoder_token_num ({first}) and image_token_list ({later}) must be at least 1 "
+                "token"
             )
         if self.window < 1:
             raise ValueError(f"window ({self.window}) must be at least 1 patch")

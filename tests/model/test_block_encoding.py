@@ -271,7 +271,7 @@ def test_number_and_share_exclude_each_other(name):
 
 
 def test_layers_that_are_not_there_are_refused_when_assigned(model):
-    with pytest.raises(ValueError, match="must be below the 6 decoder layers"):
+    with pytest.raises(ValueError, match="at least 1 and below the 6 decoder layers"):
         model.pruner = build_pruner("fastv", layer=6)
 
 

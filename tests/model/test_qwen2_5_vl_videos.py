@@ -339,7 +339,7 @@ def test_a_share_leaves_every_pair_of_frames_a_token(model):
 
 def test_a_budget_below_the_pairs_of_frames_names_the_video(model):
     model.pruner = build_pruner("vispruner", visual_token_num=4)
-    says = r"image 1, of 5 x 2 x 3 tokens: visual_token_num \(4\) leaves less than one token"
+    says = r"video 1, of 5 x 2 x 3 tokens: visual_token_num \(4\) leaves less than one token"
     with pytest.raises(ValueError, match=says):
         model.image_tokens([picture(2, 3), video(5, 2, 3)])
 

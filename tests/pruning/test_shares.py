@@ -47,6 +47,34 @@ def test_both_methods_of_a_combination_take_one(model):
     assert [method.visual_token_num for method in model.pruner.methods] == [18, 9]
 
 
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("number", [0, -1, 2.5, True, "64"])
+def test_a_budget_that_is_no_number_of_tokens_is_refused(name, number):
+    says = f"visual_token_num .{number!r}. must be a whole number of at least 1 token"
+    with pytest.raises(ValueError, match=says):
+        build_pruner(name, visual_token_num=number)
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("share", [0, -1, 1.5, float("nan"), True])
+def test_a_share_outside_of_0_to_1_is_refused(name, share):
+    with pytest.raises(ValueError, match="visual_token_ratio .* must lie above 0 and up to 1"):
+        build_pruner(name, visual_token_ratio=share)
+
+
+def test_tokens_to_retain_are_a_budget_like_any_other():
+    assert build_pruner("sparsevlm", retained_tokens=96).visual_token_num == 96
+    with pytest.raises(ValueError, match=r"visual_token_num \(96\) and visual_token_ratio"):
+        build_pruner("sparsevlm", retained_tokens=96, visual_token_ratio=0.3)
+
+
+def test_a_decoder_without_room_for_the_cuts_is_refused_before_any_image():
+    with pytest.raises(ValueError, match=r"layer \(0\) must be at least 1 and below the 1 dec"):
+        build_pruner("fastv").check_depth(1)
+    with pytest.raises(ValueError, match=r"layer_list \(0, 1, 2\) must stay below the 2"):
+        build_pruner("pyramiddrop").check_depth(2)
+
+
 def test_a_method_shows_the_budget_that_counts():
     number, share = build_pruner("fastv"), build_pruner("fastv", visual_token_ratio=0.222)
     assert repr(number).startswith("FastV(visual_token_num=64, layer=None")

@@ -157,6 +157,19 @@ class OwnGridsContract(Promises):
         single = [positions for *_, own in alone for positions in own.visual_positions]
         assert all(map(torch.equal, trace.visual_positions, single))
 
+    def test_a_share_of_an_image_depends_on_no_other_image(self, model, pruner):
+        if pruner.name not in METHODS or "visual_token_ratio" not in option_names(type(pruner)):
+            pytest.skip("this method takes no share")
+        model.pruner = make_pruner(pruner.name, **self.options, visual_token_ratio=0.5)
+        prompts = [sample(3, "image", 4, seed=1), sample(3, "image", 6, seed=2)]
+        images = [picture(3, 4), picture(9, 10)]
+        alone = [generate(model, p.ids, [own]) for p, own in zip(prompts, images, strict=True)]
+        ids, mask = pad_batch([p.ids for p in prompts])
+        _, logits, trace = generate(model, ids, images, attention_mask=mask)
+        for row, (_, own_logits, own_trace) in enumerate(alone):
+            torch.testing.assert_close(logits[row], own_logits[0], atol=1e-4, rtol=1e-4)
+            assert torch.equal(trace.visual_positions[row], own_trace.visual_positions[0])
+
     def test_images_at_the_end_and_side_by_side_run(self, model, pruner):
         prompts = [sample(2, "image"), sample("image", "image", 1, seed=3)]
         images = [picture(*WIDE), picture(*SMALL), picture(*TALL)]
