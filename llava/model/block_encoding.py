@@ -168,8 +168,18 @@ def parts_of(image: Tensor | Video) -> list[Tensor]:
 
 
 def image_length(image: Tensor | Video | ImageTokens) -> int:
-    """Tokens that an image or a video takes in a prompt without a method."""
-    return image.length if isinstance(image, ImageTokens) else math.prod(image.shape[:-2])
+    """Tokens that an image or a video takes in a prompt without a method.
+
+    Raises ValueError for what is not prepared.
+    """
+    if isinstance(image, ImageTokens):
+        return image.length
+    if not isinstance(image, (Tensor, Video)):
+        raise ValueError(
+            f"images must be what the image processor of the model makes of them, not "
+            f"{type(image).__name__}"
+        )
+    return math.prod(image.shape[:-2])
 
 
 def one_for_all(name: str, values: list, number: int):

@@ -35,9 +35,8 @@ from .language_model.qwen2_5_vl import (
     Qwen2_5_VLForConditionalGeneration,
 )
 from .multimodal_encoder.qwen2_5_vl_encoder import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionTower
-from .multimodal_encoder.qwen2_5_vl_images import Qwen2_5_VLImageProcessor
+from .multimodal_encoder.qwen2_5_vl_images import PREPROCESSOR, Qwen2_5_VLImageProcessor
 
-PREPROCESSOR = "preprocessor_config.json"
 #: what no default may stand for: another value would give answers all the same, wrong ones
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rope_theta")
 NEEDED += ("intermediate_size", "num_key_value_heads", "image_token_id", "vision_config")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 
 from llava.blocks import rotate
 from llava.model.multimodal_encoder import qwen2_5_vl_encoder
@@ -343,3 +344,10 @@ def test_visionzip_without_a_class_token_merges_into_tokens_that_stay_in_place()
     assert first.nonzero()[:, 0].tolist() == list(range(8, 20))
     assert second.nonzero()[:, 0].tolist() == list(range(20, 40))
     torch.testing.assert_close(first[8:20], torch.tensor([1.0] + [1 / 11] * 11))
+
+
+@pytest.mark.parametrize("kind", ["PIL", "numpy"])
+def test_images_that_nobody_prepared_are_refused(model, kind):
+    image = Image.new("RGB", (56, 56)) if kind == "PIL" else picture(2, 3).numpy()
+    with pytest.raises(ValueError, match="what the image processor of the model makes of them"):
+        model.generate(sample(4, "image", 5).ids, images=[image], max_new_tokens=1)

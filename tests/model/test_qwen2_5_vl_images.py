@@ -93,3 +93,18 @@ def test_other_things_than_pictures_are_refused():
         processor.process_images(["picture.png"])
     with pytest.raises(ValueError, match="2 pairs of frames: videos come as pixel_values_videos"):
         split_images(torch.ones(8, 1176), torch.tensor([[2, 2, 2]]))
+
+
+@pytest.mark.parametrize(
+    ("grids", "says"),
+    [
+        ([[1, 3, 4]], r"holds \[1, 3, 4\]: rows and columns of patches must be multiples of 2"),
+        ([[1, 0, 4]], "must be multiples of 2"),
+        ([1, 4, 4], r"must be \(images or videos, 3\), not \(3,\)"),
+        ([[1, 4, 4]], "do not fit image_grid_thw"),
+    ],
+)
+def test_grids_that_cannot_be_are_refused(grids, says):
+    for given in (grids, torch.tensor(grids)):
+        with pytest.raises(ValueError, match=says):
+            split_images(torch.ones(12, 1176), given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import copy
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from llava.conv_mode import checkpoint_conv_mode
 from llava.eval import run_llava
 from llava.eval.model_vqa_loader import main as answer_questions
 from llava.front_end import FrontEnd
-from llava.model.language_model.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from llava.model import Qwen2_5_VLForConditionalGeneration  # as users know it
 from llava.pruning.picture import OUTLINE
 from llava.serve.cli import Chat
 from tests.model.checkpoint_tools import load, same
@@ -137,6 +138,17 @@ def test_an_adapter_is_merged_into_its_base(tmp_path, weights, prefix):
 def test_the_transformers_way_gives_the_same_model(weights):
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT)
     assert type(model) is Qwen2_5_VLForConditionalGeneration and same(model, weights)
+
+
+def test_what_was_saved_loads_with_its_image_settings(loaded, weights, tmp_path):
+    tokenizer, model, processor, _ = loaded
+    processor = copy(processor)
+    processor.max_pixels = 100 * 28 * 28
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert same(again[1], weights) and vars(again[2]) == vars(processor)
+    assert answer(*again[:3]) == answer(tokenizer, model, processor)
 
 
 def test_vocab_and_merges_do_where_tokenizer_json_does_not(folder, loaded):

@@ -7,7 +7,9 @@ of a picture are the same.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,8 +20,13 @@ from transformers import BatchFeature
 
 from ...image_io import to_rgb
 from ...pruning.cells import boxes_to_cells, mask_to_cells
-from .qwen2_5_vl_videos import FPS, TOTAL_PIXELS, Video, frame_limits
+from .qwen2_5_vl_videos import FPS, TOTAL_PIXELS, Video, frame_limits, split_patches
 
+PREPROCESSOR = "preprocessor_config.json"
+#: what it says, and under which name transformers reads it
+SAVED = ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size")
+SAVED += ("image_mean", "image_std")
+KNOWN_AS = {"image_processor_type": "Qwen2VLImageProcessor"}
 #: longest side over shortest that is accepted
 MAX_RATIO = 200
 
@@ -99,6 +106,13 @@ class Qwen2_5_VLImageProcessor:
         if masks is not None:
             found["ref_token_masks"] = masks
         return found
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes preprocessor_config.json beside a model that was saved in `folder`. The bounds of
+        videos are settings of a program and not in it."""
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, PREPROCESSOR), "w", encoding="utf-8") as file:
+            json.dump({name: getattr(self, name) for name in SAVED} | KNOWN_AS, file, indent=2)
 
     def process_images(self, images: Sequence[Image.Image]) -> list[Tensor]:
         """(h, w, 4, values) float32 of every picture; transparent parts become white."""
@@ -218,22 +232,14 @@ def token_masks(
 def split_images(pixel_values: Tensor, image_grid_thw: Tensor, merge: int = 2) -> list[Tensor]:
     """Tensors (h, w, 4, values), one per image, of patches (n, values) and their grids (images, 3)
     as the processor of transformers gives them. Raises ValueError when the two do not fit."""
-    grids = image_grid_thw.tolist()
-    if odd := [grid for grid in grids if grid[0] != 1]:
+    names = "pixel_values", "image_grid_thw"
+    parts = split_patches(pixel_values, image_grid_thw, merge, names)
+    if odd := [len(part) for part in parts if len(part) > 1]:
         raise ValueError(
-            f"image_grid_thw holds {odd[0]}, {odd[0][0]} pairs of frames: videos come as "
-            "pixel_values_videos and video_grid_thw"
+            f"image_grid_thw holds {odd[0]} pairs of frames: videos come as pixel_values_videos "
+            "and video_grid_thw"
         )
-    counts = [rows * columns for _, rows, columns in grids]
-    if pixel_values.ndim != 2 or sum(counts) != len(pixel_values):
-        raise ValueError(
-            f"pixel_values {tuple(pixel_values.shape)} do not fit image_grid_thw {grids}, which "
-            f"is about {sum(counts)} patches"
-        )
-    return [
-        part.view(rows // merge, columns // merge, merge * merge, -1)
-        for part, (_, rows, columns) in zip(pixel_values.split(counts), grids, strict=True)
-    ]
+    return [part[0] for part in parts]
 
 
 def pixels_of_blocks(blocks: Tensor, merge: int, patch: int, frames: int = 1) -> Tensor:

@@ -6,6 +6,7 @@ from how long a pair of frames lasts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -64,21 +65,40 @@ def split_videos(
     seconds: how long a pair of frames lasts in each; None: 1, as there
     Raises ValueError when they do not fit.
     """
-    grids = video_grid_thw.tolist()
-    counts = [pairs * rows * columns for pairs, rows, columns in grids]
-    if pixel_values.ndim != 2 or sum(counts) != len(pixel_values):
+    names = "pixel_values_videos", "video_grid_thw"
+    parts = split_patches(pixel_values, video_grid_thw, merge, names)
+    lasting = [1.0] * len(parts) if seconds is None else [float(own) for own in seconds]
+    if len(lasting) != len(parts):
         raise ValueError(
-            f"pixel_values_videos {tuple(pixel_values.shape)} do not fit video_grid_thw {grids}, "
-            f"which is about {sum(counts)} patches"
+            f"second_per_grid_ts has {len(lasting)} numbers for {len(parts)} videos: give one each"
         )
-    lasting = [1.0] * len(grids) if seconds is None else [float(own) for own in seconds]
-    if len(lasting) != len(grids):
+    return [Video(*pair) for pair in zip(parts, lasting, strict=True)]
+
+
+def split_patches(
+    pixels: Tensor, grids: Tensor, merge: int, names: tuple[str, str]
+) -> list[Tensor]:
+    """(t, h, w, M, values) of every image or video, of patches (n, values) and grids (images, 3) as
+    the processor of transformers gives them.
+
+    names: what the two are called there
+    Raises ValueError when they do not fit.
+    """
+    shape = tuple(torch.as_tensor(grids).shape)
+    if len(shape) != 2 or shape[1] != 3:
+        raise ValueError(f"{names[1]} must be (images or videos, 3), not {shape}")
+    grids = torch.as_tensor(grids).tolist()
+    if odd := [grid for grid in grids if min(grid) < 1 or grid[1] % merge or grid[2] % merge]:
         raise ValueError(
-            f"second_per_grid_ts has {len(lasting)} numbers for {len(grids)} videos: give one each"
+            f"{names[1]} holds {odd[0]}: rows and columns of patches must be multiples of {merge}"
+        )
+    counts = [math.prod(grid) for grid in grids]
+    if pixels.ndim != 2 or sum(counts) != len(pixels):
+        raise ValueError(
+            f"{names[0]} {tuple(pixels.shape)} do not fit {names[1]} {grids}, which is "
+            f"about {sum(counts)} patches"
         )
     return [
-        Video(part.view(pairs, rows // merge, columns // merge, merge * merge, -1), own)
-        for part, (pairs, rows, columns), own in zip(
-            pixel_values.split(counts), grids, lasting, strict=True
-        )
+        part.view(pairs, rows // merge, columns // merge, merge * merge, -1)
+        for part, (pairs, rows, columns) in zip(pixels.split(counts), grids, strict=True)
     ]
