@@ -196,6 +196,8 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         `stopping_criteria`, ... and `generation_strategy`, see `llava.model.generation`: with
         "self_speculative" also `num_speculations` and `draft_stop_prob`. An answer ends where the
         model has no more positions, whatever `max_new_tokens` says, see `llava.model.context`.
+        With `use_cache=False` the prompt runs again for every token, and a method that looks at the
+        text chooses anew by the answer so far: its answers are others than with a cache.
 
         Raises ValueError for what is not supported: contrastive search, assisted decoding, and
         `past_key_values` or `position_ids` of the caller's own.
