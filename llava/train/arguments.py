@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 #: what launchers tell the processes they start: torchrun and deepspeed, and those of MPI
 LAUNCHED = ("RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
+LORA_BIASES = ("none", "all", "lora_only")
+
 
 @dataclass
 class ModelArguments:

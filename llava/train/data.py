@@ -208,14 +208,20 @@ class DataCollatorForSupervisedDataset:
         return batch
 
 
+def check_data_path(path: str | None) -> None:
+    """Raises ValueError or FileNotFoundError unless a file with samples is named."""
+    if path is None:
+        raise ValueError("--data_path is missing: a JSON list of conversations, or JSON lines")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"--data_path {path}: there is no such file")
+
+
 def make_supervised_data_module(
     tokenizer, data_args, conv: Conversation | None = None, skip: Sequence[int] = ()
 ) -> dict:
     """The Trainer's `train_dataset`, `eval_dataset` (None) and `data_collator`."""
-    path = data_args.data_path
-    if path is None:
-        raise ValueError("--data_path is missing: a JSON list of conversations, or JSON lines")
-    dataset = LazySupervisedDataset(path, tokenizer, data_args, conv, skip)
+    check_data_path(data_args.data_path)
+    dataset = LazySupervisedDataset(data_args.data_path, tokenizer, data_args, conv, skip)
     return {
         "train_dataset": dataset,
         "eval_dataset": None,

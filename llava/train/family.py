@@ -50,9 +50,13 @@ class Family(ABC):
         """The checkpoint's tokenizer, padding on the right."""
 
     @abstractmethod
+    def template_name(self, version: str) -> str:
+        """The prompt template that `--version` names. Raises ValueError on an unknown one."""
+
+    @abstractmethod
     def choose_template(self, tokenizer, model: nn.Module, version: str) -> Conversation:
         """The prompt template of `--version`, which goes into the model's config; the tokenizer
-        gets its padding token. Raises ValueError on an unknown one."""
+        gets its padding token."""
 
     @abstractmethod
     def freeze_backbone(self, model: nn.Module) -> None:

@@ -167,7 +167,7 @@ class GlimpseTrainingArguments(TrainingArguments):
             "kd_weight": self.kd_weight,
             "reward_weight": self.reward_weight,
             "num_generations": self.num_generations != 1,
-            "group_by_modality_length": self.group_by_modality_length,
+            **foreign_flags(self),
         }
         if asked := [name for name, value in others.items() if value]:
             raise ValueError(
@@ -178,6 +178,17 @@ class GlimpseTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"save_layout {self.save_layout!r} is unknown, choose from {', '.join(LAYOUTS)}"
             )
+
+
+def foreign_flags(args: TrainingArguments) -> dict[str, bool]:
+    """Flags of `llava.train.train` that change nothing where questions come with boxes and the
+    parts that see are frozen -> whether they are set."""
+    return {
+        "group_by_modality_length": args.group_by_modality_length,
+        "mm_projector_lr": args.mm_projector_lr is not None,
+        "mm_vision_tower_lr": args.mm_vision_tower_lr is not None,
+        "freeze_mm_mlp_adapter": args.freeze_mm_mlp_adapter,
+    }
 
 
 def given_values(arguments, names: Sequence[str]) -> dict:

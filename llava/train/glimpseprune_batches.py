@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from llava.constants import IGNORE_INDEX
 from llava.front_end import FrontEnd
 from llava.image_io import load_image
+from llava.model.inputs import Picture
 from llava.pruning.cells import boxes_to_cells
 
 from .glimpseprune_data import BoxSample
@@ -23,6 +24,12 @@ from .labels import preprocess
 logger = logging.getLogger(__name__)
 
 FRAMES = ("seen", "released")
+
+
+def check_frame(frame: str) -> None:
+    """Raises ValueError for a name that is not in `FRAMES`."""
+    if frame not in FRAMES:
+        raise ValueError(f"box_frame {frame!r} is unknown, choose from {', '.join(FRAMES)}")
 
 
 def box_mask(
@@ -41,8 +48,7 @@ def box_mask(
     """
     if boxes is None:
         return torch.ones(grid, dtype=torch.bool)
-    if frame not in FRAMES:
-        raise ValueError(f"box_frame {frame!r} is unknown, choose from {', '.join(FRAMES)}")
+    check_frame(frame)
     width, height = size
     if frame == "released" or mode == "whole":
         left, top, across, down = 0, 0, width, height
@@ -108,6 +114,7 @@ class BoxDataset(Dataset):
     """
 
     def __init__(self, samples: list[BoxSample], front: FrontEnd, frame: str = "seen"):
+        check_frame(frame)
         self.samples, self.front, self.frame = samples, front, frame
         self.grid = front.model.grid
 
@@ -116,16 +123,19 @@ class BoxDataset(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         sample = self.samples[i]
-        # Boxes were drawn on the picture as it is stored.
-        image = load_image(sample.path, as_stored=True)
+        picture, mask = self.seen(sample)
+        return self.texts(sample) | {"image": picture.pixels, "mask": mask}
+
+    def seen(self, sample: BoxSample) -> tuple[Picture, Tensor]:
+        """The picture of a sample as the model takes it, and (h, w) True on the tokens in its
+        boxes."""
+        image = load_image(sample.path, as_stored=True)  # as the boxes were drawn on it
         try:
             picture = self.front.picture(image)
         except ValueError as error:
             raise ValueError(f"{sample.path}: {error}") from error
-        return self.texts(sample) | {
-            "image": picture.pixels,
-            "mask": self.mask(sample, image.size, self.grid or tuple(picture.pixels.shape[:2])),
-        }
+        grid = self.grid or tuple(picture.pixels.shape[:2])
+        return picture, self.mask(sample, image.size, grid)
 
     def texts(self, sample: BoxSample) -> dict[str, Tensor]:
         """`prompt`, `answer` and `labels` of a sample; all of an answer is learned, and what ends

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ def read_dataset(entry: dict, img_dir: str, seed: int) -> list[BoxSample]:
         raise ValueError(f"prompt {template!r} has no place for the question: write {{}} there")
     bbox_type = entry.get("bbox_type", "xyxy")
     read = read_conversation if mapper == "cot_bench" else read_line
-    samples, findings = [], Findings(path)
+    samples, findings, empty = [], Findings(path), []
     for number, row in rows:
         try:
             sample = read(row, folder, bbox_type)
@@ -134,8 +135,11 @@ def read_dataset(entry: dict, img_dir: str, seed: int) -> list[BoxSample]:
             what = f"has no {error}" if isinstance(error, KeyError) else str(error)
             findings.mistake(number, row, what)
             continue
-        if any(left >= right or top >= bottom for left, top, right, bottom in sample.boxes):
-            findings.note(number, row, "samples have a box without area")
+        odd = [covers_nothing(box, size_of(row)) for box in sample.boxes]
+        for why in sorted(set(filter(None, odd))):
+            findings.note(number, row, f"samples have a box {why}")
+        if odd and all(odd):
+            empty.append(odd[0])
         if not sample.boxes:
             findings.note(number, row, "samples have no box: no patch is wanted")
         if sample.answer.strip():
@@ -143,6 +147,11 @@ def read_dataset(entry: dict, img_dir: str, seed: int) -> list[BoxSample]:
         else:
             findings.note(number, row, "samples have an empty answer and are left out")
     findings.report(total)
+    if rows and len(empty) == len(rows) and mapper != "cot_train_fullmask":
+        raise ValueError(
+            f"{path}: no box marks any of its picture, the first is {empty[0]}: is bbox_type "
+            f"{bbox_type} right? Choose from {', '.join(BOX_TYPES)}"
+        )
     for sample in samples:
         sample.question = template.replace("{}", sample.question)
         sample.score_funcs = tuple(rewards)
@@ -193,6 +202,25 @@ def read_conversation(row: dict, folder: str, bbox_type: str) -> BoxSample:
     question = text_of(of(messages[0]), "value").replace(BOX_REQUEST, "").strip()
     answer, path = text_of(of(messages[-1]), "value"), os.path.join(folder, image[0])
     return BoxSample(question, answer, path, [pixel_box(box, "xyxy", (0, 0))])
+
+
+def size_of(row: dict) -> tuple[float, float] | None:
+    """(width, height) of the picture, where the row says it."""
+    size = row.get("width"), row.get("height")
+    return size if all(map(is_number, size)) else None
+
+
+def covers_nothing(box: Sequence[float], size: tuple[float, float] | None) -> str | None:
+    """Why a box in pixels marks no part of a picture of `size`, if it does not."""
+    left, top, right, bottom = box
+    if left >= right or top >= bottom:
+        return "without area"
+    width, height = size or (math.inf, math.inf)
+    if right <= 0 or bottom <= 0 or left >= width or top >= height:
+        return "outside of its picture"
+    if right <= 1 and bottom <= 1:
+        return "within the first pixel, as shares from 0 to 1 are"
+    return None
 
 
 def of(row) -> dict:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from llava.answer_scores import JUDGE_MODEL
 
 from .arguments import TrainingArguments
-from .glimpseprune_arguments import GlimpseArguments, shown
+from .glimpseprune_arguments import GlimpseArguments, foreign_flags, shown
 from .reinforcement.objective import PolicyWeights
 from .reinforcement.rewards import LOCAL_JUDGE
 
@@ -30,6 +30,11 @@ class PolicyModelArguments(GlimpseArguments):
     )
 
     def __post_init__(self):
+        if self.adapter_dir is not None:
+            raise ValueError(
+                "adapter_dir cannot be set: the result is an adapter of the model alone; merge the "
+                "one that there is first, with scripts/merge_lora_weights.py"
+            )
         if self.use_zero_masks:
             raise ValueError("use_zero_masks must be False: an answer needs tokens to look at")
         if not 0 <= self.gen_mask_usage_ratio <= 1:
@@ -97,7 +102,7 @@ class PolicyTrainingArguments(TrainingArguments):
             "bits": self.bits != 16,
             "le_weight": self.le_weight,
             "loc_weight": self.loc_weight,
-            "group_by_modality_length": self.group_by_modality_length,
+            **foreign_flags(self),
             "deepspeed": self.deepspeed,
             "fsdp": self.fsdp,
         }
@@ -119,8 +124,6 @@ class PolicyTrainingArguments(TrainingArguments):
                 f"{self.world_size} processes): set per_device_train_batch_size, or use more "
                 "processes"
             )
-        if self.temperature <= 0 or self.max_completion_length < 1:
-            raise ValueError(
-                f"temperature {self.temperature} and max_completion_length "
-                f"{self.max_completion_length} must be positive"
-            )
+        positive = "temperature max_completion_length lora_r judge_workers judge_timeout".split()
+        if wrong := [name for name in positive if getattr(self, name) <= 0]:
+            raise ValueError(f"{wrong[0]} {getattr(self, wrong[0])} must be positive")

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llava.front_end import FrontEnd
-from llava.image_io import load_image
 
 from .glimpseprune_batches import BoxDataset
 from .glimpseprune_data import BoxSample
@@ -19,7 +18,6 @@ class QuestionDataset(BoxDataset):
 
     boxes: whether the boxes of the samples say what is needed; samples without any, and all where
            False, have no mask
-    Raises ValueError for rewards that there are not.
     """
 
     def __init__(
@@ -27,8 +25,6 @@ class QuestionDataset(BoxDataset):
     ):
         super().__init__(samples, front, frame)
         self.boxes, self._last = boxes, None
-        for sample in samples:
-            check_score_funcs(sample.score_funcs, sample.answer, sample.path)
 
     def __getitem__(self, i: int) -> tuple[Asked, Wanted]:
         if self._last is None or self._last[0] != i:  # a group asks for the same one in a row
@@ -37,14 +33,9 @@ class QuestionDataset(BoxDataset):
 
     def _item(self, i: int) -> tuple[Asked, Wanted]:
         sample = self.samples[i]
-        image = load_image(sample.path, as_stored=True)
-        picture = self.front.picture(image)
-        mask = None
-        if self.masked(sample):
-            grid = self.grid or tuple(picture.pixels.shape[:2])
-            mask = self.mask(sample, image.size, grid)
+        picture, mask = self.seen(sample)
         ids = self.texts(sample)["prompt"]
-        asked = Asked(ids, picture, sample.question, mask, i)
+        asked = Asked(ids, picture, sample.question, mask if self.masked(sample) else None, i)
         return asked, Wanted(sample.question, sample.answer, sample.score_funcs)
 
     def masked(self, sample: BoxSample) -> bool:
@@ -59,6 +50,13 @@ class QuestionCollator:
     def __call__(self, items: Sequence[tuple[Asked, Wanted]]) -> dict[str, list]:
         asked, wanted = zip(*items, strict=True)
         return {"asked": list(asked), "wanted": list(wanted)}
+
+
+def check_rewards(samples: Sequence[BoxSample], source: str) -> None:
+    """Raises ValueError, naming the source, for rewards that there are not; see
+    `check_score_funcs`."""
+    for sample in samples:
+        check_score_funcs(sample.score_funcs, sample.answer, source)
 
 
 def needs_judge(samples: Sequence[BoxSample]) -> bool:

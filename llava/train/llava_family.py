@@ -67,13 +67,17 @@ class LlavaFamily(Family):
             use_fast=False,
         )
 
-    def choose_template(self, tokenizer, model, version) -> Conversation:
-        """As of every family: whoever loads the result asks in the words that the config names."""
+    def template_name(self, version) -> str:
         name = {"v0": DEFAULT, "v0.5": DEFAULT, "v1": DEFAULT}.get(version, version)
         if name not in conv_templates:
             raise ValueError(
                 f"unknown version {version!r}, choose from v0.5, {', '.join(conv_templates)}"
             )
+        return name
+
+    def choose_template(self, tokenizer, model, version) -> Conversation:
+        """As of every family: whoever loads the result asks in the words that the config names."""
+        name = self.template_name(version)
         if version != "v0":
             tokenizer.pad_token = tokenizer.unk_token
         elif tokenizer.pad_token is None:

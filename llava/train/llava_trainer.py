@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from .family import FULL, LORA, PROJECTOR, Family
 from .llava_family import LlavaFamily
 from .optimizer import MuonWith, decoder_matrices, parameter_groups, split_matrices
+from .run import check_same_run, check_whole, trained_shapes, write_run
 from .sampler import EpochRandomSampler, LengthGroupedSampler
 from .saving import (
     NON_LORA_FILE,
@@ -53,6 +54,7 @@ class LLaVATrainer(Trainer):
         self.family = family or LlavaFamily()
         super().__init__(*args, **kwargs)
         settle_sizes(self.args, self.hidden_size)
+        self._trained = trained_shapes(self.model)  # before anything wraps the model
 
     @property
     def hidden_size(self) -> int:
@@ -189,6 +191,29 @@ class LLaVATrainer(Trainer):
     def _pruner_state(self) -> dict:
         module = getattr(unwrapped(self.model), "pruner_module", None)
         return {} if module is None else module.state_dict()
+
+    def run_settings(self) -> dict:
+        """What makes runs with equal shapes and data different from one another."""
+        return {}
+
+    def run_facts(self) -> dict:
+        """What a checkpoint says of its run; one that says otherwise is of another."""
+        facts = {"trains": type(self).__name__, "samples": len(self.train_dataset)}
+        return facts | self.run_settings() | {"trained": self._trained}
+
+    def check_checkpoint(self, folder: str) -> None:
+        """Raises ValueError unless this run can continue exactly from a checkpoint."""
+        needed = ["trainer_state.json"]
+        split = self.is_fsdp_enabled or self.is_deepspeed_enabled  # which save in ways of their own
+        if not split and not self.args.save_only_model:
+            needed += ["optimizer.pt", "scheduler.pt"]
+        check_whole(folder, needed)
+        check_same_run(folder, self.run_facts())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            write_run(output_dir, self.run_facts())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         def read(name: str) -> dict:

@@ -37,9 +37,10 @@ NOT_ADAPTED = ("vision_resampler", "lm_head")
 
 def choose_family(model_args, training_args, given: set[str]) -> Family:
     """What trains the checkpoint that the flags name; `--version` becomes its own template unless
-    that flag is among those `given`."""
+    that flag is among those `given`. Raises ValueError for a template that it does not know."""
     family = family_of(model_args.model_name_or_path, training_args.cache_dir)
     settle_version(model_args, family.values, given)
+    family.template_name(model_args.version)
     return family
 
 
@@ -143,14 +144,19 @@ def sees(model: nn.Module) -> bool:
     return hasattr(model, "get_vision_tower") and model.get_vision_tower() is not None
 
 
-def add_pruner(llava: nn.Module, model_args, data_args, pruner=None) -> None:
-    """Puts the pruning method of the flags, or the caller's, on the model."""
+def chosen_pruner(model_args, pruner=None):
+    """The pruning method of the flags, or the caller's. Raises ValueError for both."""
     chosen = model_args.pruning_method != "none" or model_args.pruning_arg
     if pruner is not None and chosen:
         raise ValueError(
             f"a pruner object was passed beside pruning_method {model_args.pruning_method!r}"
         )
-    llava.pruner = pruner_from_args(model_args) if pruner is None else pruner
+    return pruner_from_args(model_args) if pruner is None else pruner
+
+
+def add_pruner(llava: nn.Module, pruner, data_args) -> None:
+    """Puts a pruning method on the model."""
+    llava.pruner = pruner
     if repr(llava.pruner) != repr(build_pruner("none")):
         logger.info("training with %r", llava.pruner)
         data_args.tokens_per_image = 1  # or more, which depends on the method

@@ -113,15 +113,19 @@ class Qwen2_5_VLFamily(Family):
         tokenizer.model_max_length = training_args.model_max_length
         return tokenizer
 
-    def choose_template(self, tokenizer, model, version):
+    def template_name(self, version):
         """The model's own: its end mark is what an answer ends with."""
         if version != TEMPLATE:
             raise ValueError(
                 f"unknown version {version!r}: Qwen2.5-VL is trained in its own template, "
                 f"{TEMPLATE}; leave the flag out"
             )
-        setattr(model.config, CONFIG_KEY, TEMPLATE)
-        return conv_templates[TEMPLATE]
+        return TEMPLATE
+
+    def choose_template(self, tokenizer, model, version):
+        name = self.template_name(version)
+        setattr(model.config, CONFIG_KEY, name)
+        return conv_templates[name]
 
     def freeze_backbone(self, model):
         """The whole language model, with its head."""

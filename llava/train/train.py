@@ -9,28 +9,25 @@ A run whose output folder holds `checkpoint-*` continues from the newest. See do
 
 from __future__ import annotations
 
-import os
-import pathlib
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import transformers
-from accelerate.state import AcceleratorState
 
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.data import make_supervised_data_module
+from llava.train.arguments import LORA_BIASES, DataArguments, ModelArguments, TrainingArguments
+from llava.train.data import check_data_path, make_supervised_data_module
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.model_setup import (
     add_lora,
     add_pruner,
     check_trained,
     choose_family,
+    chosen_pruner,
     ready_backbone,
     sees,
     settle_dtypes,
 )
 from llava.train.processes import leave_group
+from llava.train.run import FlagParser, check_evaluation, given_flags, run
 from llava.train.zero import join_processes, refuse_fsdp
 
 
@@ -47,14 +44,12 @@ def train(
     pruner:              a `llava.pruning.Pruner` to train with, instead of --pruning_method
     callbacks:           further Trainer callbacks
     """
-    words = list(sys.argv[1:] if args is None else args)
-    with own_precision():
-        trainer = prepare(words, attn_implementation, pruner, callbacks)
-        output = pathlib.Path(trainer.args.output_dir)
-        trainer.train(resume_from_checkpoint=any(output.glob("checkpoint-*")))
-        trainer.save_state()
-        trainer.model.config.use_cache = True
-        trainer.save_model(str(output))
+
+    def ready(words: Sequence[str]) -> LLaVATrainer:
+        return prepare(words, attn_implementation, pruner, callbacks)
+
+    trainer = run(ready, args)
+    trainer.model.config.use_cache = True
     return trainer
 
 
@@ -62,11 +57,13 @@ def prepare(
     words: Sequence[str], attn_implementation: str | None = None, pruner=None, callbacks=()
 ) -> LLaVATrainer:
     """Everything up to the first step: arguments, model, tokenizer, data, Trainer."""
-    parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses(args=list(words))
+    parser = FlagParser((ModelArguments, DataArguments, TrainingArguments))
+    model_args, data_args, training_args = parser.parse(words)
+    given = given_flags(words)
+    check_flags(model_args, data_args, training_args)
+    pruner = chosen_pruner(model_args, pruner)
     if training_args.gradient_checkpointing and training_args.gradient_checkpointing_kwargs is None:
         training_args.gradient_checkpointing_kwargs = {"use_reentrant": False}
-    given = {word.lstrip("-").split("=")[0] for word in words if word.startswith("--")}
     # Weights that no checkpoint brings (a new projector, LoRA) must not depend on the past.
     transformers.set_seed(training_args.seed)
     if training_args.fsdp and (training_args.lora_enable or model_args.tune_mm_mlp_adapter):
@@ -82,7 +79,7 @@ def prepare(
     conv = family.choose_template(tokenizer, whole, model_args.version)
     family.add_vision(whole, tokenizer, model_args, data_args, training_args)
     if sees(whole):
-        add_pruner(whole, model_args, data_args, pruner)
+        add_pruner(whole, pruner, data_args)
     settle_dtypes(model, training_args)
     check_trained(model)
     return LLaVATrainer(
@@ -95,22 +92,19 @@ def prepare(
     )
 
 
-@contextmanager
-def own_precision() -> Iterator[None]:
-    """Keeps precision, DeepSpeed and FSDP of this run from those of later ones in this process."""
-
-    def settings() -> dict[str, str]:
-        prefixes = ("ACCELERATE_", "FSDP_")
-        return {key: value for key, value in os.environ.items() if key.startswith(prefixes)}
-
-    before = settings()
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state()
-        for key in settings().keys() - before.keys():
-            del os.environ[key]
-        os.environ.update(before)
+def check_flags(model_args, data_args, training_args) -> None:
+    """Raises ValueError or FileNotFoundError for flags that do not go together, and data that are
+    not there, before a model is loaded."""
+    check_data_path(data_args.data_path)
+    check_evaluation(training_args)
+    if training_args.lora_enable and model_args.tune_mm_mlp_adapter:
+        raise ValueError(
+            "--tune_mm_mlp_adapter trains the projector alone, --lora_enable an adapter beside it: "
+            "leave one out"
+        )
+    if training_args.lora_enable and training_args.lora_bias not in LORA_BIASES:
+        known = ", ".join(LORA_BIASES)
+        raise ValueError(f"lora_bias {training_args.lora_bias!r} is unknown, choose from {known}")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import pathlib
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -37,14 +35,20 @@ from .glimpseprune_arguments import (
     GlimpseTrainingArguments,
     with_config,
 )
-from .glimpseprune_batches import BoxCollator, BoxDataset, LengthLimits, ModelFacts
-from .glimpseprune_data import read_datasets
+from .glimpseprune_batches import (
+    BoxCollator,
+    BoxDataset,
+    LengthLimits,
+    ModelFacts,
+    check_frame,
+)
+from .glimpseprune_data import BoxSample, read_datasets
 from .glimpseprune_loss import GlimpseObjective
 from .glimpseprune_saving import save_released
 from .llava_trainer import LLaVATrainer, SamplerEpochs
+from .run import FlagParser, check_evaluation, run
 from .sampler import ChunkSampler
 from .saving import gathered
-from .train import own_precision
 from .zero import join_processes, kept_whole, refuse_fsdp, register_parameter
 
 logger = logging.getLogger(__name__)
@@ -55,26 +59,22 @@ def train(args: Sequence[str] | None = None) -> GlimpseTrainer:
 
     args: command-line words, default those of this process
     """
-    words = list(sys.argv[1:] if args is None else args)
-    with own_precision():
-        trainer = prepare(words)
-        output = pathlib.Path(trainer.args.output_dir)
-        trainer.train(resume_from_checkpoint=any(output.glob("checkpoint-*")))
-        trainer.save_state()
-        trainer.save_model(str(output))
-    return trainer
+    return run(prepare, args)
 
 
 def prepare(words: Sequence[str]) -> GlimpseTrainer:
     """Everything up to the first step."""
     classes = (GlimpseArguments, BoxArguments, GlimpseTrainingArguments)
-    parser = transformers.HfArgumentParser(classes)
-    model_args, box_args, training_args = parser.parse_args_into_dataclasses(with_config(words))
+    model_args, box_args, training_args = FlagParser(classes).parse(with_config(words))
     training_args.refuse_other_recipes()
     if box_args.train_dataset is None:
         raise ValueError("--train_dataset is missing: a yaml file, or a Visual-CoT .jsonl or .json")
     if training_args.fsdp:
         refuse_fsdp("a glimpse")
+    check_evaluation(training_args, has_data=box_args.eval_dataset is not None)
+    check_frame(box_args.box_frame)
+    samples = box_samples(box_args.train_dataset, box_args)
+    eval_samples = box_args.eval_dataset and box_samples(box_args.eval_dataset, box_args)
     transformers.set_seed(training_args.seed)
     join_processes(training_args)
     front = load_frozen(model_args, box_args, training_args)
@@ -90,8 +90,8 @@ def prepare(words: Sequence[str]) -> GlimpseTrainer:
         saved_values=saved,
         tokenizer=front.tokenizer,
         args=training_args,
-        train_dataset=box_dataset(box_args.train_dataset, front, box_args),
-        eval_dataset=box_args.eval_dataset and box_dataset(box_args.eval_dataset, front, box_args),
+        train_dataset=box_dataset(samples, front, box_args),
+        eval_dataset=eval_samples and box_dataset(eval_samples, front, box_args),
         data_collator=BoxCollator(front.pad_id),
     )
 
@@ -125,14 +125,19 @@ def load_frozen(
     if box_args.max_pixels is not None:
         if model.get_vision_tower().grid is None:
             processor.max_pixels = box_args.max_pixels
+            processor.process_images([])  # bounds that leave no size are an error
         else:
             logger.warning("max_pixels: all images of %s have one size, it changes nothing", path)
     return FrontEnd(tokenizer, model, processor, version.name)
 
 
-def box_dataset(source: str, front: FrontEnd, box_args: BoxArguments) -> BoxDataset:
-    """The samples of a file that are within the limits."""
-    samples = read_datasets(source, box_args.img_dir, box_args.sampling_seed)
+def box_samples(source: str, box_args: BoxArguments) -> list[BoxSample]:
+    """The samples of a file."""
+    return read_datasets(source, box_args.img_dir, box_args.sampling_seed)
+
+
+def box_dataset(samples: list[BoxSample], front: FrontEnd, box_args: BoxArguments) -> BoxDataset:
+    """Those of the samples that are within the limits."""
     dataset = BoxDataset(samples, front, box_args.box_frame)
     limits = LengthLimits(box_args.max_input_seq_length, box_args.max_input_remain_seq_length)
     dataset.keep_within(limits)
@@ -180,6 +185,9 @@ class GlimpseTrainer(LLaVATrainer):
     def part(self) -> Glimpse:
         """What is trained."""
         return self.accelerator.unwrap_model(self.model).glimpse
+
+    def run_settings(self) -> dict:
+        return self.part.config.values()
 
     def _get_train_sampler(self):
         args = self.args

@@ -15,8 +15,6 @@ newest. See docs/Training.md.
 
 from __future__ import annotations
 
-import pathlib
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -27,18 +25,18 @@ from llava.pruning import build_pruner
 from llava.pruning.glimpseprune_modules import GlimpseConfig
 
 from .glimpseprune_arguments import BoxArguments, with_config
-from .glimpseprune_batches import LengthLimits, ModelFacts
-from .glimpseprune_data import BoxSample, read_datasets
+from .glimpseprune_batches import LengthLimits, ModelFacts, check_frame
+from .glimpseprune_data import BoxSample
 from .glimpseprune_plus_arguments import PolicyModelArguments, PolicyTrainingArguments
-from .glimpseprune_plus_data import QuestionCollator, QuestionDataset, needs_judge
+from .glimpseprune_plus_data import QuestionCollator, QuestionDataset, check_rewards, needs_judge
 from .processes import leave_group
 from .reinforcement.adapter import with_adapter
 from .reinforcement.objective import PolicyObjective
 from .reinforcement.rewards import Scorer, check_judge, training_judge
 from .reinforcement.sampling import AnswerSampler
 from .reinforcement.trainer import PolicyTrainer
-from .train import own_precision
-from .train_glimpseprune import load_frozen
+from .run import FlagParser, check_evaluation, run
+from .train_glimpseprune import box_samples, load_frozen
 
 CLASSES = (PolicyModelArguments, BoxArguments, PolicyTrainingArguments)
 
@@ -48,20 +46,12 @@ def train(args: Sequence[str] | None = None) -> PolicyTrainer:
 
     args: command-line words, default those of this process
     """
-    words = list(sys.argv[1:] if args is None else args)
-    with own_precision():
-        trainer = prepare(words)
-        output = pathlib.Path(trainer.args.output_dir)
-        trainer.train(resume_from_checkpoint=any(output.glob("checkpoint-*")))
-        trainer.save_state()
-        trainer.save_model(str(output))
-    return trainer
+    return run(prepare, args)
 
 
 def prepare(words: Sequence[str]) -> PolicyTrainer:
     """Everything up to the first step; the judge is tried before the model is loaded."""
-    parser = transformers.HfArgumentParser(CLASSES)
-    model_args, box_args, args = parser.parse_args_into_dataclasses(with_config(words))
+    model_args, box_args, args = FlagParser(CLASSES).parse(with_config(words))
     args.check()
     if box_args.train_dataset is None:
         raise ValueError("--train_dataset is missing: a yaml file with `datasets:`")
@@ -73,7 +63,10 @@ def prepare(words: Sequence[str]) -> PolicyTrainer:
             "cannot: choose attn_implementation sdpa, or token_pass released"
         )
     transformers.set_seed(args.seed)
-    samples = read_datasets(box_args.train_dataset, box_args.img_dir, box_args.sampling_seed)
+    check_evaluation(args)
+    check_frame(box_args.box_frame)
+    samples = box_samples(box_args.train_dataset, box_args)
+    check_rewards(samples, box_args.train_dataset)
     judge = make_judge(args) if needs_judge(samples) else None
     front = load_policy(model_args, box_args, args)
     policy, glimpse = front.model, None

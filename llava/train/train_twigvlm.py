@@ -11,8 +11,6 @@ the twig in the published layout, with a config.json. Paper: https://arxiv.org/a
 
 from __future__ import annotations
 
-import pathlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,12 +24,12 @@ from llava.conv_mode import CONFIG_KEY
 from llava.pruning.learned import read_part
 from llava.pruning.twigvlm import Twig, grow_twig, published_name, save_twig
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.data import make_supervised_data_module
+from llava.train.data import check_data_path, make_supervised_data_module
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.model_setup import choose_family
 from llava.train.processes import leave_group
+from llava.train.run import FlagParser, check_evaluation, given_flags, run
 from llava.train.saving import gathered
-from llava.train.train import own_precision
 from llava.train.zero import join_processes, kept_whole, refuse_fsdp
 
 
@@ -101,6 +99,9 @@ class TwigTrainer(LLaVATrainer):
     #: what config.json says the twig was trained on
     base_model = ""
 
+    def run_settings(self) -> dict:
+        return {"twig_K": self.model.shared_layers}
+
     @property
     def hidden_size(self) -> int:
         return self.model.trunk.config.hidden_size
@@ -131,28 +132,19 @@ def train(
 
     args: command-line words, default those of this process; the others as in `llava.train.train`
     """
-    words = list(sys.argv[1:] if args is None else args)
-    with own_precision():
-        trainer = prepare(words, attn_implementation, callbacks)
-        output = pathlib.Path(trainer.args.output_dir)
-        trainer.train(resume_from_checkpoint=any(output.glob("checkpoint-*")))
-        trainer.save_state()
-        trainer.save_model(str(output))
-    return trainer
+    return run(lambda words: prepare(words, attn_implementation, callbacks), args)
 
 
 def prepare(
     words: Sequence[str], attn_implementation: str | None = None, callbacks=()
 ) -> TwigTrainer:
     """Everything up to the first step."""
-    parser = transformers.HfArgumentParser(
-        (TwigArguments, ModelArguments, DataArguments, TrainingArguments)
-    )
-    twig_args, model_args, data_args, training_args = parser.parse_args_into_dataclasses(
-        args=list(words)
-    )
+    parser = FlagParser((TwigArguments, ModelArguments, DataArguments, TrainingArguments))
+    twig_args, model_args, data_args, training_args = parser.parse(words)
+    given = given_flags(words)
     refuse_other_recipes(model_args, training_args)
-    given = {word.lstrip("-").split("=")[0] for word in words if word.startswith("--")}
+    check_data_path(data_args.data_path)
+    check_evaluation(training_args)
     transformers.set_seed(training_args.seed)
     model_args.freeze_backbone = True  # so that the trunk is loaded in the compute precision
     if training_args.fsdp:

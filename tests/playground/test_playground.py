@@ -21,7 +21,7 @@ from llava.train.glimpseprune_arguments import (
     GlimpseArguments,
     GlimpseTrainingArguments,
 )
-from llava.train.train import own_precision
+from llava.train.run import own_precision
 from llava.train.train_twigvlm import TwigArguments
 from playground import (
     clip_files,

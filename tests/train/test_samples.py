@@ -367,3 +367,28 @@ def test_numbers_are_answers_and_what_is_odd_is_counted(tmp_path, caplog):
     assert "samples have no box: no patch is wanted: 1 of 6, first sample 3" in caplog.text
     assert "samples have a box without area: 1 of 6, first sample 4" in caplog.text
     assert "1 of 5 samples are left out: their picture is missing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("box", "why"),
+    [
+        ([8, 0, 12, 4], "outside of its picture"),
+        ([-4, 0, 0, 4], "outside of its picture"),
+        ([0.1, 0.1, 0.9, 0.9], "within the first pixel, as shares from 0 to 1 are"),
+        ([4, 4, 4, 8], "without area"),
+    ],
+)
+def test_a_box_that_marks_nothing_is_counted_and_a_file_of_them_refused(tmp_path, caplog, box, why):
+    rows = [line(bboxs=[box]), line(bboxs=[box, [0, 0, 4, 4]]), line()]
+    assert len(read_boxes(tmp_path, rows)) == 3
+    assert f"samples have a box {why}: 2 of 3, first sample 0" in caplog.text
+    with pytest.raises(ValueError, match=f"no box marks any .* first is {why}: is bbox_type xyxy"):
+        read_boxes(tmp_path, [line(bboxs=[box]), line(bboxs=[box, box])])
+
+
+def test_boxes_that_are_not_asked_for_may_mark_nothing(tmp_path):
+    read_boxes(tmp_path, [line()])
+    (tmp_path / "boxes.jsonl").write_text(json.dumps(line(bboxs=[[9, 9, 12, 12]])))
+    entry = f"{{json_path: {tmp_path}/boxes.jsonl, mapper: cot_train_fullmask}}"
+    (tmp_path / "data.yaml").write_text(f"datasets: [{entry}]")
+    assert read_datasets(str(tmp_path / "data.yaml"), str(tmp_path), 42)[0].boxes is None

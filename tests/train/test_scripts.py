@@ -13,7 +13,7 @@ import torch
 from llava.model.placement import cpu_multiplies_bfloat16
 from llava.train import arguments
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.train import own_precision
+from llava.train.run import own_precision
 from tests.paths import ROOT
 
 CLASSES = (ModelArguments, DataArguments, TrainingArguments)

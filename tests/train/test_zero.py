@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from llava.model import LlavaLlamaForCausalLM
 from llava.train.arguments import TrainingArguments
 from llava.train.optimizer import parameter_groups
+from llava.train.run import own_precision
 from llava.train.saving import check_written, save_full
-from llava.train.train import own_precision
 from llava.train.zero import join_processes, settle_sizes
 from tests.paths import ROOT
 from tests.train.test_run import run, workplace  # noqa: F401

@@ -50,6 +50,10 @@ class PolicyTrainer(LLaVATrainer):
     def data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
+    def run_settings(self) -> dict:
+        layer = self.answers.stage.layer
+        return {"num_generations": self.args.num_generations, "reduce_layer": layer}
+
     def _get_train_sampler(self):
         args = self.args
         chunk = args.train_batch_size * args.world_size * args.gradient_accumulation_steps

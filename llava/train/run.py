@@ -1,0 +1,140 @@
+"""What all training programs share: their flags, and a run from its first step to its result."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import transformers
+from accelerate.state import AcceleratorState
+from torch import nn
+from transformers.trainer_utils import get_last_checkpoint
+
+from llava.config_file import read_json
+from llava.errors import errors_as_messages
+
+#: says in a checkpoint which run it belongs to
+RUN_FILE = "run.json"
+
+
+class FlagParser(transformers.HfArgumentParser):
+    """Flags are the fields of dataclasses, written out; a mistake is a ValueError."""
+
+    def __init__(self, classes: Sequence[type]):
+        super().__init__(classes, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+    def parse(self, words: Sequence[str]) -> tuple:
+        """One object of each class."""
+        *parsed, left = self.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
+        if left:
+            flag = next((word for word in left if word.startswith("--")), left[0])
+            close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            hint = f", the closest is {close[0]}" if close else ""
+            raise ValueError(f"there is no flag {flag}{hint}")
+        return tuple(parsed)
+
+
+def given_flags(words: Sequence[str]) -> set[str]:
+    """Names of the flags on a command line."""
+    return {word.lstrip("-").split("=")[0] for word in words if word.startswith("--")}
+
+
+def check_evaluation(training_args, has_data: bool = False) -> None:
+    """Raises ValueError when a run is to be evaluated and there is nothing to evaluate it on."""
+    if training_args.evaluation_strategy != "no" and not has_data:
+        strategy = training_args.evaluation_strategy.value
+        raise ValueError(
+            f"--evaluation_strategy {strategy} needs data to evaluate on, and there is none: "
+            "leave it out"
+        )
+
+
+def run(prepare: Callable[[Sequence[str]], transformers.Trainer], args: Sequence[str] | None):
+    """A whole training: prepared, continued from the newest checkpoint in its output folder, and
+    saved there. Returns its Trainer.
+
+    prepare: makes the Trainer from the words of a command line
+    args:    these words; None: those of this process, which then ends with one line if what they
+             ask for cannot be done
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    with own_precision():
+        with errors_as_messages() if args is None else nullcontext():
+            trainer = prepare(words)
+            checkpoint = get_last_checkpoint(output := trainer.args.output_dir)
+            if checkpoint is not None:
+                trainer.check_checkpoint(checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_state()
+        trainer.save_model(output)
+    return trainer
+
+
+@contextmanager
+def own_precision() -> Iterator[None]:
+    """Keeps precision, DeepSpeed and FSDP of this run from those of later ones in this process."""
+
+    def settings() -> dict[str, str]:
+        prefixes = ("ACCELERATE_", "FSDP_")
+        return {key: value for key, value in os.environ.items() if key.startswith(prefixes)}
+
+    before = settings()
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state()
+        for key in settings().keys() - before.keys():
+            del os.environ[key]
+        os.environ.update(before)
+
+
+def trained_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Name -> shape of what is trained, whole also where DeepSpeed has split it."""
+    return {
+        name: list(getattr(p, "ds_shape", p.shape))
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def write_run(folder: str, facts: dict) -> None:
+    with open(os.path.join(folder, RUN_FILE), "w", encoding="utf-8") as file:
+        json.dump(facts, file)
+
+
+def check_whole(folder: str, needed: Sequence[str]) -> None:
+    """Raises ValueError unless a checkpoint has these files."""
+    if lacking := [name for name in needed if not os.path.isfile(os.path.join(folder, name))]:
+        raise ValueError(
+            f"{folder} cannot be continued from, it lacks {lacking[0]}: move it away, and the run "
+            "begins from the checkpoint before it, or anew"
+        )
+
+
+def check_same_run(folder: str, facts: dict) -> None:
+    """Raises ValueError when a checkpoint is of a run with other `facts`."""
+    if not os.path.isfile(path := os.path.join(folder, RUN_FILE)):
+        return  # written before there were such files
+    there, here = read_json(path), json.loads(json.dumps(facts))
+    for key in here:
+        if there.get(key) != here[key]:
+            what = key, there.get(key), here[key]
+            if key == "trained":
+                what = _first_difference(there.get(key) or {}, here[key])
+            raise ValueError(
+                f"{folder} is of another run ({what[0]}: {what[1]}, here {what[2]}): to begin "
+                "anew choose another --output_dir"
+            )
+
+
+def _first_difference(there: dict, here: dict) -> tuple:
+    names = [name for name in [*here, *there] if there.get(name) != here.get(name)]
+    shapes = (known.get(names[0], "not trained") for known in (there, here))
+    return names[0], *shapes

@@ -1,0 +1,188 @@
+"""What the four training programs share: mistakes are named before a model is loaded, and a run
+goes on from its own checkpoints alone."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import yaml
+from PIL import Image
+
+from llava.train import train, train_glimpseprune, train_glimpseprune_plus, train_twigvlm
+from llava.train.arguments import ModelArguments, TrainingArguments
+from llava.train.run import RUN_FILE, FlagParser, check_same_run, given_flags
+from tests.train.train_tools import write_own_grids_start
+
+PROGRAMS = {
+    "plain": train,
+    "twig": train_twigvlm,
+    "glimpse": train_glimpseprune,
+    "plus": train_glimpseprune_plus,
+}
+CONVERSATION = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model, pictures, conversations and questions with boxes."""
+    folder = tmp_path_factory.mktemp("programs")
+    write_own_grids_start(folder / "model")
+    (folder / "cot/gqa").mkdir(parents=True)
+    Image.new("RGB", (56, 56), "red").save(folder / "cot/gqa/a.png")
+    rows = [{"id": n, "image": "cot/gqa/a.png", "conversations": CONVERSATION} for n in range(4)]
+    (folder / "data.json").write_text(json.dumps(rows))
+    row = {"question": "What?", "answer": "That", "image": "a.png", "dataset": "gqa"}
+    row |= {"width": 56, "height": 56, "bboxs": [[0, 0, 28, 28]]}
+    (folder / "boxes.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    for name, rewards in (("ruled", ["precision_match"]), ("odd", ["bleu"])):
+        entry = {"json_path": str(folder / "boxes.jsonl"), "score_funcs": rewards}
+        (folder / f"{name}.yaml").write_text(yaml.dump({"datasets": [entry]}))
+    return folder
+
+
+def words(place, program, output, **changes):
+    flags = {
+        "model_name_or_path": place / "model",
+        "output_dir": output,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 1,
+    }
+    if program in ("plain", "twig"):
+        flags |= {"data_path": place / "data.json", "image_folder": place}
+    else:
+        data = {"glimpse": "boxes.jsonl", "plus": "ruled.yaml"}[program]
+        flags |= {"train_dataset": place / data, "img_dir": place}
+    if program == "twig":
+        flags |= {"twig_K": 1, "twig_T": 1}
+    flags |= changes
+    return [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learnin_rate", "1"], "no flag --learnin_rate, the closest is --learning_rate"),
+        (["--learning_rat", "1"], "no flag --learning_rat, the closest is --learning_rate"),
+        (["--learning_rate", "fast"], "--learning_rate: invalid float value: 'fast'"),
+        (["stray"], "no flag stray"),
+    ],
+)
+def test_a_flag_that_is_not_there_is_named_with_the_closest(tmp_path, flags, message):
+    parser = FlagParser((ModelArguments, TrainingArguments))
+    with pytest.raises(ValueError, match=message):
+        parser.parse(["--output_dir", str(tmp_path), *flags])
+
+
+def test_flags_are_found_in_both_spellings():
+    assert given_flags(["--version", "v1", "--max_pixels=9", "-x"]) == {"version", "max_pixels"}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("mistake", ["evaluation", "data"])
+def test_a_program_ends_with_one_line_before_a_model_is_loaded(
+    place, tmp_path, monkeypatch, program, mistake
+):
+    data = "data_path" if program in ("plain", "twig") else "train_dataset"
+    changes, message = {
+        "evaluation": ({"evaluation_strategy": "steps"}, "--evaluation_strategy steps needs data"),
+        "data": ({data: "none.json"}, "none.json"),
+    }[mistake]
+    flags = words(place, program, tmp_path, model_name_or_path="missing/model", **changes)
+    monkeypatch.setattr(sys, "argv", ["program", *flags])
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        PROGRAMS[program].train()
+
+
+@pytest.mark.parametrize(
+    ("program", "changes", "message"),
+    [
+        ("plain", {"lora_enable": True, "tune_mm_mlp_adapter": True}, "leave one out"),
+        ("plain", {"lora_enable": True, "lora_bias": "some"}, "choose from none, all, lora_only"),
+        ("plain", {"pruning_method": "nothing"}, "unknown pruning method"),
+        ("glimpse", {"mm_projector_lr": 1}, "mm_projector_lr cannot be set"),
+        ("glimpse", {"box_frame": "whole"}, "choose from seen, released"),
+        ("plus", {"freeze_mm_mlp_adapter": True}, "freeze_mm_mlp_adapter cannot be set"),
+        ("plus", {"box_frame": "whole"}, "choose from seen, released"),
+        ("plus", {"adapter_dir": "adapter"}, "adapter_dir cannot be set"),
+        ("plus", {"lora_r": 0}, "lora_r 0 must be positive"),
+        ("plus", {"judge_workers": 0}, "judge_workers 0 must be positive"),
+        ("plus", {"train_dataset": "odd.yaml"}, r"odd.yaml: score_funcs bleu are unknown"),
+    ],
+)
+def test_flags_that_cannot_be_followed_are_refused_before_a_model_is_loaded(
+    place, tmp_path, monkeypatch, program, changes, message
+):
+    monkeypatch.chdir(place)
+    changes = {"model_name_or_path": "missing/model", **changes}
+    with pytest.raises(ValueError, match=message):
+        PROGRAMS[program].prepare(words(place, program, tmp_path, **changes))
+
+
+def test_bounds_that_leave_no_size_for_an_image_are_refused(place, tmp_path):
+    with pytest.raises(ValueError, match="max_pixels 10 leave no size"):
+        train_glimpseprune.prepare(words(place, "glimpse", tmp_path, max_pixels=10))
+
+
+@pytest.fixture(scope="module")
+def stopped(place, tmp_path_factory):
+    """The output folders of runs of two programs that were stopped behind their first step."""
+    folder = tmp_path_factory.mktemp("stopped")
+    for program in ("plain", "twig"):
+        PROGRAMS[program].train(words(place, program, folder / program, save_steps=1))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("before", "program", "changes", "message"),
+    [
+        ("plain", "plain", {"lora_enable": True}, r"lora_A\S* not trained, here \[64, 64\]"),
+        ("plain", "plain", {"data_path": "fewer.json"}, "samples: 4, here 3"),
+        ("plain", "twig", {}, "trains: LLaVATrainer, here TwigTrainer"),
+        ("plain", "glimpse", {}, "trains: LLaVATrainer, here GlimpseTrainer"),
+        ("twig", "twig", {"twig_K": 0}, "twig_K: 1, here 0"),
+        ("twig", "plus", {"lora_r": 2}, "trains: TwigTrainer, here PolicyTrainer"),
+    ],
+)
+def test_a_run_does_not_go_on_from_the_checkpoint_of_another(
+    place, stopped, monkeypatch, before, program, changes, message
+):
+    monkeypatch.chdir(place)
+    (place / "fewer.json").write_text(json.dumps(json.loads((place / "data.json").read_text())[:3]))
+    with pytest.raises(ValueError, match=f"checkpoint-1 is of another run .*{message}"):
+        PROGRAMS[program].train(words(place, program, stopped / before, max_steps=2, **changes))
+
+
+@pytest.mark.parametrize("lost", ["optimizer.pt", "trainer_state.json"])
+def test_a_checkpoint_that_lost_a_file_is_not_continued_from(place, stopped, tmp_path, lost):
+    output = tmp_path / "run"
+    shutil.copytree(stopped / "twig", output)
+    (output / "checkpoint-1" / lost).unlink()
+    with pytest.raises(ValueError, match=f"it lacks {lost}"):
+        train_twigvlm.train(words(place, "twig", output, max_steps=2))
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_does_not_say_whose_it_is(place, stopped, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(stopped / "twig", output)
+    (output / "checkpoint-1" / RUN_FILE).unlink()
+    assert train_twigvlm.train(words(place, "twig", output, max_steps=2)).state.global_step == 2
+
+
+def test_a_folder_that_only_looks_like_a_checkpoint_is_none(place, stopped, tmp_path):
+    shutil.copytree(stopped / "twig/checkpoint-1", tmp_path / "checkpoint-old")
+    trainer = train_twigvlm.train(words(place, "twig", tmp_path, save_strategy="no"))
+    assert trainer.state.global_step == 1 and trainer.state.log_history[-1]["train_loss"] > 0
+
+
+def test_facts_of_a_run_are_compared_as_they_are_stored(tmp_path):
+    (tmp_path / RUN_FILE).write_text(json.dumps({"layers": [1, 2], "trained": {"a": [3]}}))
+    check_same_run(str(tmp_path), {"layers": (1, 2), "trained": {"a": (3,)}})
+    with pytest.raises(ValueError, match=r"\(b: not trained, here \[4\]\)"):
+        check_same_run(str(tmp_path), {"layers": (1, 2), "trained": {"a": (3,), "b": (4,)}})
+    with pytest.raises(ValueError, match=r"\(a: \[3\], here not trained\)"):
+        check_same_run(str(tmp_path), {"layers": (1, 2), "trained": {}})
