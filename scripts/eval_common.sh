@@ -9,6 +9,8 @@
 # KEY=VALUE    options of the pruning method, e.g. important_ratio=0.7; as a flag as well
 #              (--important_ratio 0.7), and where the method's published scripts take them by place
 #              (64 0.7) or from the environment, in that way (docs/Methods.md)
+# NEW_MODULES_DIR [ADAPTER_DIR] in front of all this are the words of GlimpsePrune's release: folders
+# (or names on the hub) of its trained part and of a LoRA adapter of the checkpoint.
 # Everything else is handed to the answering program (llava/eval/model_vqa_loader.py --help), such as
 # --skip-bad, which records questions that cannot be asked and goes on.
 #
@@ -30,6 +32,11 @@
 #   CONV_MODE    prompt template (default: what the checkpoint says of itself)
 #   OPENAI_API_KEY, OPENAI_BASE_URL, JUDGE_MODEL, JUDGE_WORKERS, JUDGE_EXTRA
 #                the judge of llavabench, mmvet and viscot: docs/Evaluation.md
+#   BASE_MODEL, NUM_SAMPLES   GlimpsePrune's names of CKPT and LIMIT
+#   MAX_REMAIN_RATIO, MIN_REMAIN_NUM   options of METHOD=glimpseprune
+#   SAVE_MASKS=1 write what was kept of each image as a picture, one pixel per token
+#   ATTN_IMPL    attention: sdpa, flash_attention_2 or eager
+#   ADAPTER_MERGE   1: ADAPTER_DIR is merged into the model, which is what happens in any case
 #   EXTRA        further options of the answering program, for all calls
 #   PYTHON       interpreter (default: .venv/bin/python if it is there, else python3)
 #
@@ -40,6 +47,7 @@ set -euo pipefail
 # Given as seen from where the script was called; the scripts run in the root of the repository.
 [ -z "${DATA_DIR:-}" ] || DATA_DIR=$(realpath -m "$DATA_DIR")
 [ -z "${CKPT_DIR:-}" ] || CKPT_DIR=$(realpath -m "$CKPT_DIR")
+source "$(dirname "${BASH_SOURCE[0]}")/released_names.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 
@@ -74,6 +82,7 @@ if [ -n "${LIMIT:-}" ]; then
     OPTIONS+=(--limit "$LIMIT")
     LABEL+=_limit$LIMIT
 fi
+LABEL+=$RELEASED_LABEL
 
 # --- the checkpoint: sets MODEL and MODEL_NAME ---
 # OWNER of published models on the hub. scripts/qwen2_5_vl has no playground: its model is another's.
@@ -94,6 +103,10 @@ elif [ -d "$CKPT" ] || [[ $CKPT == */* ]]; then
     MODEL=$CKPT
 else
     MODEL=$OWNER/$CKPT
+fi
+if [ -n "$RELEASED_ADAPTER" ]; then
+    OPTIONS+=(--model-base "$MODEL")
+    MODEL=$RELEASED_ADAPTER
 fi
 MODEL_NAME=$(basename "$MODEL")
 

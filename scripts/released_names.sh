@@ -1,14 +1,15 @@
-# Sourced by scripts/*/eval/viscot.sh before eval_common.sh: takes what the published scripts of
-# GlimpsePrune take, words and environment variables, and says it in our words. Sets CKPT, LIMIT,
-# EXTRA, RELEASED_LABEL (ending of the answers file) and ADAPTER.
+# Sourced by scripts/eval_common.sh: takes what the published scripts of GlimpsePrune take, words and
+# environment variables, and says it in our words. Sets CKPT, LIMIT, EXTRA, RELEASED_LABEL (ending of
+# the answers file) and RELEASED_ADAPTER (for the scripts that all.sh starts, too).
 
-RELEASED_LABEL= ADAPTER=
+RELEASED_LABEL=
+export RELEASED_ADAPTER=${RELEASED_ADAPTER:-}
 [ -z "${BASE_MODEL:-}" ] || export CKPT=$BASE_MODEL
 [ -z "${NUM_SAMPLES:-}" ] || export LIMIT=$NUM_SAMPLES
 
 # is_place WORD: whether it is a folder or a name on the hub, and neither number nor option.
 is_place() {
-    [[ ${1:-} != *=* && ${1:-} != -* && (${1:-} == */* || -d ${1:-}) ]]
+    [[ ${1:-} != *=* && ${1:-} != -* && ! ${1:-} =~ ^[0-9.]+$ && (${1:-} == */* || -d ${1:-}) ]]
 }
 
 # place WORD: the folder as seen from anywhere, or the name on the hub.
@@ -20,7 +21,7 @@ if is_place "${1:-}"; then
     RELEASED_WORDS=("new_modules_dir=$(place "$1")")
     shift
     if is_place "${1:-}"; then
-        ADAPTER=$(place "$1")
+        RELEASED_ADAPTER=$(place "$1")
         shift
     fi
     set -- "${RELEASED_WORDS[@]}" "$@"

@@ -17,6 +17,7 @@ from llava.errors import errors_as_messages
 from llava.eval import markdown
 from llava.eval.files import box_counts
 from llava.eval.files.answer_lines import read_answers
+from llava.eval.files.answer_places import around_answers
 
 COLUMNS = {
     "precision": "mPrecision",
@@ -58,10 +59,8 @@ def summaries(paths: list[str], where_known: bool = False) -> dict[str, dict]:
 
 def set_name(path: str) -> str:
     """The folder behind `answers` in a path as the scripts write it, else the name of the file."""
-    parts = os.path.splitext(path)[0].split(os.sep)
-    if "answers" in parts[:-2]:
-        return parts[len(parts) - 1 - parts[::-1].index("answers") + 1]
-    return parts[-1]
+    around = around_answers(path)
+    return around[2] if around else os.path.splitext(os.path.basename(path))[0]
 
 
 def table(found: dict[str, dict]) -> str:

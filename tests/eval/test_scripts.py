@@ -127,18 +127,6 @@ def test_every_script_of_a_generation_is_there_for_the_others():
 
 QWEN_BUDGETS = {
     "tokens": (["128"], {}, "--visual-token-num 128", "vispruner/n_128"),
-    "a share by its name": (
-        ["visual_token_ratio=0.222"],
-        {"METHOD": "divprune"},
-        "--pruning-arg visual_token_ratio=0.222",
-        "divprune/n_default_visual_token_ratio=0.222",
-    ),
-    "a share": (
-        ["0.222"],
-        {"METHOD": "divprune"},
-        "--pruning-arg visual_token_ratio=0.222",
-        "divprune/n_default_visual_token_ratio=0.222",
-    ),
     "a share, and the next option by place": (
         ["0.111", "0.7"],
         {},
@@ -181,18 +169,17 @@ def test_a_missing_folder_of_qwen_says_where_the_published_one_is(run, tmp_path)
     )
 
 
-@pytest.mark.parametrize("tokens, kept", [("4", 4.0), ("0.375", 6.0)])
-def test_a_script_of_qwen_answers_with_a_model(run, data, tokens, kept):
+def test_a_script_of_qwen_answers_with_a_model(run, data):
     done = run(
         "qwen2_5_vl/eval/pope.sh",
-        tokens,
+        "0.375",
         LIMIT="2",
         PYTHON=sys.executable,
         CKPT=str(ROOT / "tests/golden/tiny-qwen2.5-vl-cut"),
         EXTRA="--device cpu --max_new_tokens 2 --max-pixels 18816",  # 16 tokens a square
     )
     summary = last_line(done)
-    assert summary["visual_tokens"] == kept
+    assert summary["visual_tokens"] == 6.0
     assert len(Path(summary["answers_file"]).read_text().splitlines()) == 2
 
 
@@ -240,16 +227,19 @@ def test_words_of_published_scripts_reach_the_program(run, words, environment, l
 
 RELEASED = {
     "masks alone": (
+        "qwen2_5_vl",
         {"DO_GLIMPSE": "1", "SAVE_MASKS": "1", "METHOD": "glimpseprune", "MIN_REMAIN_NUM": "4"},
         ["--do-func-name glimpse", "--save-masks", "--pruning-arg min_remain_num=4"],
         "glimpseprune/n_default_min_remain_num=4_limit2_glimpse.jsonl",
     ),
     "boxes": (
+        "v1_5",
         {"USE_REF": "1", "ATTN_IMPL": "eager", "METHOD": "glimpseprune", "BRIEF": "1"},
         ["--use-ref-masks", "--attn-implementation eager", "--brief"],
         "glimpseprune/n_default_limit2_use_ref_eager_brief.jsonl",
     ),
     "switches that are off": (
+        "v1_5",
         {"USE_REF": "0", "DO_GLIMPSE": "False", "BRIEF": "0", "TIME_LOGGER": "1"},
         ["--pruning-method none"],
         "none/n_all_limit2.jsonl",
@@ -257,8 +247,7 @@ RELEASED = {
 }
 
 
-@pytest.mark.parametrize("environment, given, ending", RELEASED.values(), ids=RELEASED)
-@pytest.mark.parametrize("family", ["v1_5", "qwen2_5_vl"])
+@pytest.mark.parametrize("family, environment, given, ending", RELEASED.values(), ids=RELEASED)
 def test_variables_of_the_release_reach_visual_cot(run, data, family, environment, given, ending):
     done = run(f"{family}/eval/viscot.sh", SETS="gqa", NUM_SAMPLES="2", **environment)
     assert done.returncode == 0, done.stderr
@@ -301,6 +290,39 @@ def test_folders_of_the_release_are_words_of_visual_cot(run, data, tmp_path):
     assert f"--model-path {adapter} " in argv
     assert "--model-base Qwen/Qwen2.5-VL-3B-Instruct" in argv
     assert f"--pruning-method glimpseprune --pruning-arg new_modules={parts}" in argv
+
+
+def test_words_and_variables_of_the_release_hold_for_every_benchmark(run, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(ROOT / "playground/benchmark/gqa", data / "gqa")
+    shutil.copytree(ROOT / "playground/benchmark/images", data / "images")
+    parts, adapter = tmp_path / "parts", tmp_path / "adapter"
+    parts.mkdir(), adapter.mkdir()
+    done = run(
+        "qwen2_5_vl/eval/all.sh",
+        *map(str, (parts, adapter)),
+        DATA_DIR=str(data),
+        BASE_MODEL="Qwen/Qwen2.5-VL-3B-Instruct",
+        NUM_SAMPLES="2",
+        ATTN_IMPL="eager",
+        SAVE_MASKS="1",
+        MAX_REMAIN_RATIO="0.111",
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = (data / "gqa/answers").rglob("*.argv.json")
+    assert path.name.endswith("_limit2_eager.argv.json") and "adapter/glimpseprune" in str(path)
+    argv = " ".join(json.loads(path.read_text()))
+    for words in (
+        f"--model-path {adapter} ",
+        "--model-base Qwen/Qwen2.5-VL-3B-Instruct",
+        "--pruning-method glimpseprune",
+        f"--pruning-arg new_modules={parts}",
+        "--pruning-arg max_remain_ratio=0.111",
+        "--attn-implementation eager",
+        "--save-masks",
+        "--limit 2",
+    ):
+        assert words in argv
 
 
 def test_generation_without_a_cache_is_refused_with_its_reason(run):

@@ -54,6 +54,8 @@ SETS = (
 #: comes with them, and is not evaluated in published tables
 FURTHER_SETS = ("emotic",)
 FIELDS = ("question_id", "prompt", "text", "answer")
+#: what scores answers, as it stands in the name of the file with the scored lines
+SCORERS = ("judge", "precise_match")
 
 
 def viscot_questions(record: dict, brief: bool = False) -> Iterator[Question]:
@@ -154,14 +156,19 @@ def units(answers: Records, judge: Judge | None, images: dict | None = None) -> 
         for key, line in zip(given, lines, strict=True)
     ]
     unreadable = sum(len(scores_in(line["verdict"])) != 1 for line in lines if judge)
-    stem = f"{os.path.splitext(source(answers))[0]}_{'judge' if judge else 'precise_match'}"
+    scorer = SCORERS[0] if judge else SCORERS[1]
     mean = sum(line["score"] for line in lines) / max(len(lines), 1)
-    path = f"{stem}-{mean:.4f}.jsonl"
+    path = f"{os.path.splitext(source(answers))[0]}_{scorer}-{mean:.4f}.jsonl"
     write_jsonl(lines, path)
-    for earlier in glob.glob(f"{glob.escape(stem)}-[01].*.jsonl"):
+    for earlier in scored_files(source(answers), scorer):
         if earlier != path:
             os.remove(earlier)
     return Units(found, details={"unreadable": unreadable, "file": path})
+
+
+def scored_files(answers: str, scorer: str) -> list[str]:
+    """Files with the scored lines of an answers file, one of `SCORERS` having scored them."""
+    return glob.glob(f"{glob.escape(os.path.splitext(answers)[0])}_{scorer}-[01].*.jsonl")
 
 
 def asked(answer: dict) -> tuple:
@@ -210,7 +217,7 @@ BENCHMARKS = tuple(
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--result-file", required=True, help="answers of model_vqa_viscot")
-    parser.add_argument("--score-func", default="judge", choices=("judge", "precise_match"))
+    parser.add_argument("--score-func", default="judge", choices=SCORERS)
     add_judge_args(parser, JUDGE_MODEL, max_tokens=512, temperature=0.0)
     args = parser.parse_args()
     judge = judge_from_args(args, args.result_file) if args.score_func == "judge" else None

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from llava.eval.answering.questions import Question, questions_of
-from llava.eval.benchmarks import all_benchmarks, data_files, find_benchmark
+from llava.eval.benchmarks import all_benchmarks, data_files, find_benchmark, viscot
 from llava.eval.benchmarks.benchmark import Benchmark
 from llava.eval.browse.conditions import Condition
 from llava.eval.files import box_counts
 from llava.eval.files.answer_lines import is_failed, read_lines
+from llava.eval.files.answer_places import around_answers
 from llava.eval.files.matching import question_id
 from llava.eval.files.records import Records, is_id
 
@@ -85,16 +86,6 @@ def find_source(
     return Source(own, folder, os.path.expanduser(image_folder or images), asked)
 
 
-def around_answers(path: str) -> tuple[str, str, str] | None:
-    """(data folder, folder of the benchmark, split) of the path of an answers file, or None."""
-    parts = os.path.abspath(path).split(os.sep)
-    places = [n for n, part in enumerate(parts) if part in ("answers", "answers_upload")]
-    if not places or places[-1] + 1 >= len(parts) - 1:
-        return None
-    place = places[-1]
-    return os.sep.join(parts[: place - 1]), parts[place - 1], parts[place + 1]
-
-
 def _benchmark_of(path: str, folder: str, top: str, split: str) -> Benchmark:
     stem = os.path.splitext(os.path.basename(path))[0]
     fitting = [
@@ -144,16 +135,17 @@ class Run:
         own = _scores_in(self.lines.values())
         if own:
             return own
-        stem = os.path.splitext(self.path)[0]
-        for scored in sorted(glob.glob(f"{glob.escape(stem)}_*-[01].*.jsonl")):
-            return _scores_in(read_lines(scored))
+        scored = [file for name in viscot.SCORERS for file in viscot.scored_files(self.path, name)]
+        if scored:
+            return _scores_in(read_lines(scored[0]))
         benchmark = self.source.benchmark
         if benchmark.units is None or not benchmark.scorable(self.source.data_dir):
             return {}
         try:
             asked = self._asked(records)
             units = benchmark.units(self.source.data_dir, asked, benchmark.counted(records))
-        except ValueError:  # not all questions are there: single scores need none of that
+        except ValueError as error:  # such as a question that is not there
+            print(f"note: {self.path} is shown without scores: {error}", file=sys.stderr)
             return {}
         return {unit.key: unit.value for unit in units.found}
 

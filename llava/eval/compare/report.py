@@ -16,9 +16,10 @@ from llava.eval.markdown import table
 #: a page keeps what stands from this line on when it is written again
 BY_HAND = "<!-- written by hand -->"
 COLUMNS = (
-    "method,tokens,share,task,metric,score,percent,low,high,change,change_low,change_high,loyalty,count,"
-    "failed,hard,hard_change,hard_count,visual_tokens,tokens_in,kv_bytes,flops,seconds_first_token,answers_per_second"
-).split(",")
+    "method tokens share task metric score percent low high change change_low change_high loyalty "
+    "count failed hard hard_change hard_count visual_tokens tokens_in kv_bytes flops "
+    "seconds_first_token answers_per_second"
+).split()
 
 
 def csv_text(comparison: Comparison) -> str:
@@ -35,15 +36,8 @@ def csv_text(comparison: Comparison) -> str:
 def _values(row: Row, task: str, cell: Cell) -> list:
     none = (None, None)
     return [
-        *(
-            row.method,
-            row.budget.tokens,
-            row.budget.share,
-            task,
-            cell.metric,
-            cell.score,
-            cell.percent,
-        ),
+        *(row.method, row.budget.tokens, row.budget.share),
+        *(task, cell.metric, cell.score, cell.percent),
         *(cell.range or none),
         cell.change,
         *(cell.change_range or none),

@@ -103,6 +103,11 @@ def test_scores_come_from_a_judge_or_from_the_right_answers(tmp_path):
     path.with_name(f"{path.stem}_judge-0.1250.jsonl").write_text("\n".join(scored) + "\n")
     run = Run.read(str(path), find_source(str(path)))
     assert [run.score(n) for n in run.lines] == [0.0, 0.25]
+    shorter = path.with_name(f"{path.stem[:-1]}.jsonl")  # n_6 beside n_64_judge-...
+    for name in (f"{path.stem[:-1]}_limit2_judge-0.1250.jsonl", f"{path.stem[:-1]}_x-0.1.jsonl"):
+        path.with_name(name).write_text("\n".join(scored) + "\n")
+    path.rename(shorter)
+    assert Run.read(str(shorter), find_source(str(shorter))).scores == {}
 
 
 def pair_of(folder: Path) -> tuple[Pair, list[Path]]:
