@@ -149,6 +149,7 @@ def fresh_method(model, model_args: GlimpseArguments) -> GlimpsePrune:
     if model_args.load_new_modules is not None:
         pruner = GlimpsePrune(new_modules=model_args.load_new_modules)
         pruner.module = pruner.load(model).float()
+        check_shape(pruner.module.config, model_args)
         return pruner
     shape = model_args.shape
     if "selected_layers" in shape:
@@ -158,6 +159,19 @@ def fresh_method(model, model_args: GlimpseArguments) -> GlimpsePrune:
     pruner.module.initialize()
     pruner.module.to(model.device)
     return pruner
+
+
+def check_shape(config: GlimpseConfig, model_args: GlimpseArguments) -> None:
+    """Raises ValueError for flags that ask for another shape than the trained part has."""
+    fields = GlimpseArguments.__dataclass_fields__
+    for name, value in model_args.shape.items():
+        own = getattr(config, name, value)
+        own = tuple(own) if isinstance(own, list) else own
+        if value not in (fields[name].default, own):
+            raise ValueError(
+                f"{name} {value} does not fit the trained part in {model_args.load_new_modules}, "
+                f"where it is {own}: leave the flag out"
+            )
 
 
 class GlimpseTrainer(LLaVATrainer):

@@ -263,6 +263,8 @@ def test_nothing_but_the_part_is_trained(workplace, tmp_path):
     again = train(command_line(workplace, tmp_path / "next", *start))
     for name, value in read_part(str(tmp_path))[1].items():
         assert torch.equal(value, again.part.state_dict()[name]), name
+    with pytest.raises(ValueError, match="le_length 3 does not fit the trained part in"):
+        train(command_line(workplace, tmp_path / "other", *start, "--le_length", 3))
 
 
 @pytest.mark.slow

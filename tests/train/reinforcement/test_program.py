@@ -118,9 +118,9 @@ def test_a_run_learns_what_it_is_rewarded_for(workplace, tmp_path, judge, family
 def test_a_run_resumes_exactly_and_its_adapter_is_used_and_trained_upon(
     workplace, tmp_path, judge, family
 ):
-    flags = ["--save_steps", 3, "--max_steps", 6, "--lora_dropout", 0.1]
+    flags = ["--save_steps", 1, "--max_steps", 2, "--lora_dropout", 0.1]
     whole = train(command_line(workplace, tmp_path / "whole", *flags, family=family))
-    shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "rest/checkpoint-3")
+    shutil.copytree(tmp_path / "whole/checkpoint-1", tmp_path / "rest/checkpoint-1")
     rest = train(command_line(workplace, tmp_path / "rest", *flags, family=family))
     assert logged(rest, "reward") == logged(whole, "reward")
     for name, value in adapter(whole).items():
