@@ -207,7 +207,10 @@ REFUSED = {
         {"method": "random+twigvlm", "options": {"twigvlm_twig": "x"}},
         "the server's to",
     ),
-    "a layer that is not there": ({"method": "fastv", "options": {"layer": 99}}, "must be below"),
+    "a layer that is not there": (
+        {"method": "fastv", "options": {"layer": 99}},
+        "below the 32 decoder",
+    ),
 }
 
 

@@ -46,7 +46,7 @@ class AnswerLoop:
     save_masks:     answers say which patches of their images were kept (`Answer.masks`)
     use_ref_masks:  the method keeps what the boxes of a question cover; it has `ref_boxes` for that
     only_masks:     nothing is answered: prompts are read, to see what is kept of them
-    measure:        answers say what they cost; measure_memory: on a GPU
+    measure:        answers say what they cost; measure_memory: memory of a GPU as well
     count_tokens:   answers say how many visual tokens they had also where no method prunes, as
                     images may differ in that; LLaVA's answers files say nothing there
     """
@@ -73,7 +73,7 @@ class AnswerLoop:
     def __post_init__(self):
         self.model = self.front.model
         self.known = PrefixCache(self.model)
-        self.meter = Meter(self.model.device, self.measure_memory)
+        self.meter = Meter(self.model.device, self.measure_memory) if self.measure else None
         if self.use_ref_masks and not hasattr(self.model.pruner, REFERENCE):
             raise ValueError(
                 f"reference masks need a pruning method with the option {REFERENCE}, "
@@ -186,14 +186,17 @@ class AnswerLoop:
         found: list[tuple | None] = [None for _ in batch]
         traced = sees and (counted or self.visual_tokens is None or masks or self.measure)
         with trace_pruning(self.model) if traced else nullcontext() as trace:
-            output, cost = self.meter(lambda: self._generate(batch), len(batch))
+            if self.meter is None:
+                output, cost = self._generate(batch), {}
+            else:
+                output, cost = self.meter(lambda: self._generate(batch), len(batch))
         if traced:
             self.visual_tokens = self.visual_tokens or count_visual_tokens(trace)
             if counted or masks:
                 metadata = kept_tokens([len(pictures) for _, pictures in batch], trace)
             if masks:
                 found = self.masks(batch, trace)
-        if self.measure:
+        if self.meter is not None:
             self._add_costs(metadata, batch, output, cost, trace)
         for own, seen in zip(metadata, found, strict=True):
             own |= kept_masks.metadata(seen)
