@@ -18,10 +18,10 @@ from llava.front_end import FrontEnd
 from llava.model.builder import load_pretrained_model
 from llava.pruning.glimpseprune import GlimpsePrune
 from llava.pruning.learned import save_part
-from llava.train.glimpseprune_arguments import GlimpseArguments
-from llava.train.glimpseprune_batches import BoxCollator, BoxDataset, ModelFacts
-from llava.train.glimpseprune_data import BoxSample
-from llava.train.glimpseprune_loss import GlimpseObjective
+from llava.train.glimpse.arguments import GlimpseArguments
+from llava.train.glimpse.batches import BoxCollator, BoxDataset, ModelFacts
+from llava.train.glimpse.data import BoxSample
+from llava.train.glimpse.loss import GlimpseObjective
 from llava.train.train_glimpseprune import found_boxes, fresh_method
 from playground import scenes
 from playground.clock import half_precision

@@ -29,22 +29,22 @@ from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
 from llava.pruning.learned import read_part, save_part
 from llava.train.processes import leave_group
 
-from .glimpseprune_arguments import (
+from .glimpse.arguments import (
     BoxArguments,
     GlimpseArguments,
     GlimpseTrainingArguments,
     with_config,
 )
-from .glimpseprune_batches import (
+from .glimpse.batches import (
     BoxCollator,
     BoxDataset,
     LengthLimits,
     ModelFacts,
     check_frame,
 )
-from .glimpseprune_data import BoxSample, read_datasets
-from .glimpseprune_loss import GlimpseObjective
-from .glimpseprune_saving import save_released
+from .glimpse.data import BoxSample, read_datasets
+from .glimpse.loss import GlimpseObjective
+from .glimpse.saving import save_released
 from .llava_trainer import LLaVATrainer, SamplerEpochs
 from .run import FlagParser, check_evaluation, run
 from .sampler import ChunkSampler

@@ -24,13 +24,13 @@ from llava.judge import Judge
 from llava.pruning import build_pruner
 from llava.pruning.glimpseprune_modules import GlimpseConfig
 
-from .glimpseprune_arguments import BoxArguments, with_config
-from .glimpseprune_batches import LengthLimits, ModelFacts, check_frame
-from .glimpseprune_data import BoxSample
-from .glimpseprune_plus_arguments import PolicyModelArguments, PolicyTrainingArguments
-from .glimpseprune_plus_data import QuestionCollator, QuestionDataset, check_rewards, needs_judge
+from .glimpse.arguments import BoxArguments, with_config
+from .glimpse.batches import LengthLimits, ModelFacts, check_frame
+from .glimpse.data import BoxSample
 from .processes import leave_group
 from .reinforcement.adapter import with_adapter
+from .reinforcement.arguments import PolicyModelArguments, PolicyTrainingArguments
+from .reinforcement.data import QuestionCollator, QuestionDataset, check_rewards, needs_judge
 from .reinforcement.objective import PolicyObjective
 from .reinforcement.rewards import Scorer, check_judge, training_judge
 from .reinforcement.sampling import AnswerSampler

@@ -9,9 +9,9 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conv_mode import choose_conv_mode
 from llava.front_end import FrontEnd
 from llava.pruning import build_pruner
-from llava.train.glimpseprune_batches import BoxCollator, BoxDataset, ModelFacts
-from llava.train.glimpseprune_data import BoxSample
-from llava.train.glimpseprune_loss import GlimpseObjective, LossWeights
+from llava.train.glimpse.batches import BoxCollator, BoxDataset, ModelFacts
+from llava.train.glimpse.data import BoxSample
+from llava.train.glimpse.loss import GlimpseObjective, LossWeights
 from tests.golden_cases import is_qwen, load_arrays, locate
 from tests.golden_checks.e2e import image_names
 from tests.golden_checks.methods import given

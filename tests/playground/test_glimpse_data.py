@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from llava.train.glimpseprune_data import read_datasets
+from llava.train.glimpse.data import read_datasets
 from playground.glimpse_data import needed, records, write
 from playground.questions import ask
 from playground.scenes import IMAGE_SIZE, Scene, Sign, Thing, make_scene

@@ -16,7 +16,7 @@ from llava.eval.benchmarks.refcoco import iou
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.glimpseprune_arguments import (
+from llava.train.glimpse.arguments import (
     BoxArguments,
     GlimpseArguments,
     GlimpseTrainingArguments,

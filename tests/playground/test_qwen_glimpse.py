@@ -9,7 +9,7 @@ import torch
 from llava import playground
 from llava.model.builder import load_pretrained_model
 from llava.pruning import build_pruner
-from llava.train.glimpseprune_arguments import GlimpseArguments
+from llava.train.glimpse.arguments import GlimpseArguments
 from playground import qwen_files, qwen_glimpse, qwen_model, qwen_tower, train_qwen
 
 GRIDS = ((16, 16), (14, 20), (20, 14), (16, 18))

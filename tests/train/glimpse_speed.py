@@ -23,7 +23,7 @@ from llava.model.language_model.modeling_llama import Step
 from llava.pruning import build_pruner
 from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
 from llava.pruning.testing import tiny
-from llava.train.glimpseprune_loss import GlimpseObjective
+from llava.train.glimpse.loss import GlimpseObjective
 
 #: of the language model: about a tenth of a second for a prompt on one core
 SIZES = dict(

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from llava.constants import IGNORE_INDEX
 from llava.conversation import conv_templates
 from llava.train.data import LazySupervisedDataset
-from llava.train.glimpseprune_data import read_datasets
+from llava.train.glimpse.data import read_datasets
 from llava.train.samples import missing_files, read_rows
 from tests.golden_data import GOLDEN
 

@@ -15,15 +15,15 @@ from llava.model import LlavaLlamaForCausalLM
 from llava.pruning import build_pruner
 from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
 from llava.pruning.learned import read_part
-from llava.train.glimpseprune_arguments import (
+from llava.train.glimpse.arguments import (
     BoxArguments,
     GlimpseArguments,
     GlimpseTrainingArguments,
     with_config,
 )
-from llava.train.glimpseprune_batches import box_mask
-from llava.train.glimpseprune_data import pixel_box, read_datasets, sampled
-from llava.train.glimpseprune_loss import (
+from llava.train.glimpse.batches import box_mask
+from llava.train.glimpse.data import pixel_box, read_datasets, sampled
+from llava.train.glimpse.loss import (
     GlimpseObjective,
     LossWeights,
     bce_loss,

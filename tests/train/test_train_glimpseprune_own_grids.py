@@ -17,16 +17,16 @@ from llava.front_end import FrontEnd
 from llava.mm_utils import load_image
 from llava.model.builder import load_pretrained_model
 from llava.pruning import build_pruner, trace_pruning
-from llava.train.glimpseprune_arguments import with_config
-from llava.train.glimpseprune_batches import (
+from llava.train.glimpse.arguments import with_config
+from llava.train.glimpse.batches import (
     BoxCollator,
     BoxDataset,
     LengthLimits,
     ModelFacts,
     box_mask,
 )
-from llava.train.glimpseprune_data import BoxSample
-from llava.train.glimpseprune_loss import GlimpseObjective
+from llava.train.glimpse.data import BoxSample
+from llava.train.glimpse.loss import GlimpseObjective
 from llava.train.sampler import ChunkSampler
 from llava.train.train_glimpseprune import train
 from tests.golden_data import GOLDEN

@@ -10,7 +10,7 @@ import transformers
 import yaml
 from urllib3.util import retry
 
-from llava.train.glimpseprune_arguments import with_config
+from llava.train.glimpse.arguments import with_config
 from llava.train.reinforcement.judge_load import main
 from llava.train.train_glimpseprune_plus import CLASSES
 from tests.eval.stub_judge import stub_judge

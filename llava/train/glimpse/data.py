@@ -23,7 +23,7 @@ import yaml
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 
-from .samples import Findings, is_number, is_unicode, missing_files, read_rows
+from ..samples import Findings, is_number, is_unicode, missing_files, read_rows
 
 logger = logging.getLogger(__name__)
 

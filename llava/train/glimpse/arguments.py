@@ -9,9 +9,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .arguments import TrainingArguments
-from .glimpseprune_data import read_yaml
-from .glimpseprune_loss import LossWeights
+from ..arguments import TrainingArguments
+from .data import read_yaml
+from .loss import LossWeights
 
 LAYOUTS = ("ours", "released")
 #: fields of `GlimpseArguments` that make the shape of the trained part

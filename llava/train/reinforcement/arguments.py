@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from llava.answer_scores import JUDGE_MODEL
 
-from .arguments import TrainingArguments
-from .glimpseprune_arguments import GlimpseArguments, foreign_flags, shown
-from .reinforcement.objective import PolicyWeights
-from .reinforcement.rewards import LOCAL_JUDGE
+from ..arguments import TrainingArguments
+from ..glimpse.arguments import GlimpseArguments, foreign_flags, shown
+from .objective import PolicyWeights
+from .rewards import LOCAL_JUDGE
 
 
 @dataclass

@@ -18,8 +18,8 @@ from llava.image_io import load_image
 from llava.model.inputs import Picture
 from llava.pruning.cells import boxes_to_cells
 
-from .glimpseprune_data import BoxSample
-from .labels import preprocess
+from ..labels import preprocess
+from .data import BoxSample
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from llava.front_end import FrontEnd
 
-from .glimpseprune_batches import BoxDataset
-from .glimpseprune_data import BoxSample
-from .reinforcement.rewards import JUDGED, Wanted, check_score_funcs
-from .reinforcement.sampling import Asked
+from ..glimpse.batches import BoxDataset
+from ..glimpse.data import BoxSample
+from .rewards import JUDGED, Wanted, check_score_funcs
+from .sampling import Asked
 
 
 class QuestionDataset(BoxDataset):
