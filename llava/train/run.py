@@ -68,13 +68,19 @@ def run(prepare: Callable[[Sequence[str]], transformers.Trainer], args: Sequence
     with own_precision():
         with errors_as_messages() if args is None else nullcontext():
             trainer = prepare(words)
-            checkpoint = get_last_checkpoint(output := trainer.args.output_dir)
+            checkpoint = newest_checkpoint(output := trainer.args.output_dir)
             if checkpoint is not None:
                 trainer.check_checkpoint(checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_state()
         trainer.save_model(output)
     return trainer
+
+
+def newest_checkpoint(folder: str) -> str | None:
+    """The last checkpoint in the folder of a run; None without any. Where several processes begin
+    a run, one of them makes the folder, and the others may be here before it."""
+    return get_last_checkpoint(folder) if os.path.isdir(folder) else None
 
 
 @contextmanager

@@ -11,7 +11,13 @@ from PIL import Image
 
 from llava.train import train, train_glimpseprune, train_glimpseprune_plus, train_twigvlm
 from llava.train.arguments import ModelArguments, TrainingArguments
-from llava.train.run import RUN_FILE, FlagParser, check_same_run, given_flags
+from llava.train.run import (
+    RUN_FILE,
+    FlagParser,
+    check_same_run,
+    given_flags,
+    newest_checkpoint,
+)
 from tests.train.train_tools import write_own_grids_start
 
 PROGRAMS = {
@@ -186,3 +192,10 @@ def test_facts_of_a_run_are_compared_as_they_are_stored(tmp_path):
         check_same_run(str(tmp_path), {"layers": (1, 2), "trained": {"a": (3,), "b": (4,)}})
     with pytest.raises(ValueError, match=r"\(a: \[3\], here not trained\)"):
         check_same_run(str(tmp_path), {"layers": (1, 2), "trained": {}})
+
+
+def test_a_process_that_comes_before_the_output_folder_begins_anew(tmp_path):
+    assert newest_checkpoint(str(tmp_path / "out")) is None
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-10").mkdir()
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
