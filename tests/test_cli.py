@@ -99,7 +99,7 @@ def test_kept_patches_of_several_anyres_images_are_drawn(run, tmp_path):
     assert (pixels == [255, 200, 0]).all(axis=2).any()
 
 
-def test_a_question_about_a_video_and_an_image(run, tmp_path):
+def test_a_question_about_a_video_and_an_image(monkeypatch, tmp_path, capsys):
     frames = [Image.new("RGB", (168, 112), (12 * n, 90, 0)) for n in range(17)]
     frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:], duration=250)
     picture = tmp_path / "kept.png"
@@ -107,7 +107,10 @@ def test_a_question_about_a_video_and_an_image(run, tmp_path):
     options += ["--video-min-pixels", 8 * 784, "--pruning-method", "vispruner"]
     query = "<video-placeholder> and <image-placeholder>: which?"
     more = ["--visual-token-num", 14, "--show-pruning", picture]
-    run(*ask(*options, *more, model=str(GOLDEN / "tiny-qwen2.5-vl-cut"), query=query))
+    words = ask(*options, *more, model=str(GOLDEN / "tiny-qwen2.5-vl-cut"), query=query)
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, words)])
+    run_llava.main()
+    assert "clip.gif, 14 frames, 3.29 a second" in capsys.readouterr().err
     pixels = np.asarray(Image.open(picture))
     assert pixels.shape[1] == 7 * 560 + 8 * 12  # six of the seven pairs of frames, the image
     assert (pixels == [255, 200, 0]).all(axis=2).any()

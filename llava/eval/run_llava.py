@@ -117,6 +117,9 @@ def answer(args) -> str:
     text = with_marks(query, len(names), len(videos))
     images = load_images(names)
     clips = [load_video(name, args.fps, args.num_frames) for name in videos]
+    for name, clip in zip(videos, clips, strict=True):
+        taken = f"{len(clip.frames)} frames, {clip.fps:.3g} a second"
+        print(f"video: {name}, {taken}", file=sys.stderr)
     front = load_front_end(args)
 
     ids = front.encode(front.prompt(text, len(images), len(clips)))

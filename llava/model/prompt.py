@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
 from ..constants import IGNORE_INDEX
 from ..pruning.counts import TokenCounts
+from ..pruning.ops import on_device
 from ..pruning.tokens import GRID, PAIRS, ImageTokens
 from .visuals import Visuals
 
@@ -46,6 +47,22 @@ class Prompt:
     def visuals(self) -> Visuals:
         """What the decoder is told of the tokens."""
         return Visuals(**{f.name: getattr(self, f.name) for f in fields(Visuals)})
+
+    def rows(self, rows: list[int]) -> Prompt:
+        """These rows of the batch, in this order; one may come several times."""
+        index, visuals = on_device(rows, self.inputs_embeds.device), self.visuals.rows(rows)
+        names = ("inputs_embeds", "attention_mask", "position_ids", "labels", "token_ids")
+        known = {name: own for name in names if (own := getattr(self, name)) is not None}
+        own = {f.name: getattr(visuals, f.name) for f in fields(Visuals)}
+        return replace(self, **own, **{name: x[index] for name, x in known.items()})
+
+
+def positions_behind(positions: Tensor, count: int) -> Tensor:
+    """(B, count), or (B, count, A), of the tokens of text behind prompts at `positions` (B, S), or
+    (B, S, A): one further each, from the largest of a prompt on, the same on all axes."""
+    last = positions.flatten(1).amax(dim=1, keepdim=True)
+    behind = last + torch.arange(1, count + 1, device=positions.device)
+    return behind if positions.ndim == 2 else behind[..., None].expand(-1, -1, positions.shape[2])
 
 
 def build_row(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..pruning.counts import TokenCounts
+from ..pruning.ops import on_device
 from ..pruning.per_token import each, with_zeros
 
 
@@ -41,12 +42,16 @@ class Visuals:
 
     def repeated(self, times: int) -> Visuals:
         """Every row so many times in a row, as beams are."""
-        rows = [row for row in range(len(self.visual_index)) for _ in range(times)]
+        return self.rows([row for row in range(len(self.visual_index)) for _ in range(times)])
+
+    def rows(self, rows: list[int]) -> Visuals:
+        """These rows, in this order; one may come several times."""
+        index = on_device(rows, self.visual_index.device)
         return replace(
             self,
-            visual_index=self.visual_index.repeat_interleave(times, dim=0),
-            patch_index=self.patch_index.repeat_interleave(times, dim=0),
-            extras=each(self.extras, lambda x, _: x.repeat_interleave(times, dim=0)),
+            visual_index=self.visual_index[index],
+            patch_index=self.patch_index[index],
+            extras=each(self.extras, lambda x, _: x[index]),
             image_extras={k: [own[row] for row in rows] for k, own in self.image_extras.items()},
             counts=None if self.counts is None else self.counts.rows(rows),
         )

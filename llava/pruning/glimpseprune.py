@@ -17,8 +17,10 @@ does. What the release keeps on its model from call to call is said in the call.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,8 @@ from .ops import lookup, on_device, rank_within_groups, scale_layer, share_down
 from .prefill import Prefill
 from .stages import DecoderStage, Probe, VisionStage
 from .tokens import ImageTokens, VisionTokens
+
+logger = logging.getLogger(__name__)
 
 #: weight files, ours and the published ones
 WEIGHTS_FILES = (WEIGHTS_FILE, "new_modules_gp.safetensors", "new_modules_gp.pt")
@@ -193,7 +197,10 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
         return replace(vision, extras={**vision.extras, CONDITIONS: conditions})
 
     def before_prompt(self, image: ImageTokens) -> ImageTokens:
-        crops = image.crops if self.prune_videos or not image.frame_pairs else 0
+        whole = bool(image.frame_pairs) and not self.prune_videos
+        if whole:
+            say_videos_stay()
+        crops = 0 if whole else image.crops
         return replace(image, image_extras={**image.image_extras, CROPS: crops})
 
     # --- inside the decoder -------------------------------------------------------------------
@@ -342,6 +349,12 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
         most = max(most, self.setting("min_remain_num") or 0)
         most = min(most + len(self.setting("anchor_positions") or ()), dense)
         return [dense] * (last + 1) + [most] * (num_layers - last - 1)
+
+
+@lru_cache
+def say_videos_stay() -> None:
+    """Says, once, what becomes of videos where nobody asked for more."""
+    logger.warning("glimpseprune leaves videos whole: prune_videos=True prunes them, too")
 
 
 def judges_any(prefill: Prefill) -> bool:

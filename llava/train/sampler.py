@@ -7,10 +7,13 @@ or only samples without, except the last one, which mixes the leftovers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
+
+logger = logging.getLogger(__name__)
 
 
 def split_to_even_chunks(
@@ -153,6 +156,13 @@ class ChunkSampler(EpochRandomSampler):
             raise ValueError(
                 f"{num_samples} samples do not fill one step, which takes {self.questions}: use a "
                 "smaller batch, less accumulation, or more data"
+            )
+        if rest := num_samples % self.questions:
+            logger.warning(
+                "%d of %d samples, others in every epoch, are left out: they fill no step of %d",
+                rest,
+                num_samples,
+                self.questions,
             )
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llava.eval import run_llava
 from llava.pruning import build_pruner, trace_pruning
 from llava.pruning.cost import DecoderShape, prefill_flops
-from llava.pruning.glimpseprune import GlimpsePrune
+from llava.pruning.glimpseprune import GlimpsePrune, say_videos_stay
 from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
 from llava.pruning.learned import save_part
 from llava.pruning.testing.tiny import make_own_grids_model, pad_batch, picture, sample, video
@@ -108,12 +108,14 @@ def test_corners_are_those_of_the_grid_of_each_prompt(model):
 
 
 @pytest.mark.parametrize("shape", [dict(), dict(reduce_layer=5)], ids=["between", "behind"])
-def test_videos_stay_whole_unless_they_are_asked_for(model, shape):
+def test_videos_stay_whole_unless_they_are_asked_for(model, shape, caplog):
+    say_videos_stay.cache_clear()
     pruner = random_method(model, {"visual_token_num": 9}, **shape)
     prompts = [sample(3, "image", 1, "image", 9), sample(2, "image", 4, seed=1)]
     ids, mask = pad_batch([prompt.ids for prompt in prompts])
     images = [video(2, *SMALL), picture(*WIDE), video(3, *TALL)]
     answer, trace = generate(model, ids, images, attention_mask=mask)
+    assert caplog.text.count("leaves videos whole: prune_videos=True") == 1
     places = kept(trace)
     assert places[0][:12] == list(range(12)) and 0 < len(places[0]) - 12 <= 9
     assert places[1] == list(range(3 * 35))

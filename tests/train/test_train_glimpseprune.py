@@ -187,8 +187,14 @@ def workplace(tmp_path_factory):
 
 def make_workplace(folder):
     """A folder with a tiny LLaVA and boxes around halves of the recorded pictures."""
-    (folder / "cot/gqa").mkdir(parents=True)
     write_start(folder, "llava", num_hidden_layers=3, initializer_range=0.05)
+    write_boxes(folder)
+    return folder
+
+
+def write_boxes(folder):
+    """The recorded pictures, and boxes around their halves."""
+    (folder / "cot/gqa").mkdir(parents=True)
     rows = []
     for path in sorted((GOLDEN / "images").glob("*.png"))[:4]:
         width, height = Image.open(path).size
@@ -198,7 +204,6 @@ def make_workplace(folder):
             question = f"What is on the {side}?"
             rows.append(line(path.name, width=width, height=height, question=question, bboxs=[box]))
     (folder / "boxes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def command_line(workplace, output, *flags):

@@ -33,7 +33,7 @@ from tests.golden_data import GOLDEN
 from tests.paths import ROOT
 from tests.ports import free_port
 from tests.train import glimpse_speed
-from tests.train.test_train_glimpseprune import command_line, line, losses
+from tests.train.test_train_glimpseprune import command_line, losses, write_boxes
 from tests.train.train_tools import write_own_grids_start
 
 TEMPLATE_MARK = "<|im_start|>"
@@ -43,17 +43,8 @@ TEMPLATE_MARK = "<|im_start|>"
 def workplace(tmp_path_factory):
     """A folder with a tiny Qwen2.5-VL, and boxes around halves of the recorded pictures."""
     folder = tmp_path_factory.mktemp("own_grids")
-    (folder / "cot/gqa").mkdir(parents=True)
     write_own_grids_start(folder / "llava")
-    rows = []
-    for path in sorted((GOLDEN / "images").glob("*.png"))[:4]:
-        width, height = Image.open(path).size
-        shutil.copy(path, folder / "cot/gqa")
-        for side in ("left", "right"):
-            box = [0, 0, width / 2, height] if side == "left" else [width / 2, 0, width, height]
-            question = f"What is on the {side}?"
-            rows.append(line(path.name, width=width, height=height, question=question, bboxs=[box]))
-    (folder / "boxes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_boxes(folder)
     return folder
 
 
@@ -148,8 +139,9 @@ def test_pictures_without_a_place_on_a_grid_are_left_out(workplace, front, tmp_p
     assert "too small or too thin" in caplog.text and "cannot be opened" in caplog.text
 
 
-def test_chunks_are_whole_and_questions_repeat_in_a_row():
+def test_chunks_are_whole_and_questions_repeat_in_a_row(caplog):
     sampler = ChunkSampler(10, seed=3, chunk=8, repeats=2)
+    assert "2 of 10 samples, others in every epoch, are left out" in caplog.text
     order = list(sampler)
     assert len(order) == len(sampler) == 16 and order[::2] == order[1::2]
     once = torch.randperm(10, generator=torch.Generator().manual_seed(3)).tolist()

@@ -15,7 +15,7 @@ from ..context import answer_room
 from ..generation import GenerationStrategies
 from ..kv_cache import KVCache, holds_tokens
 from ..patches import check_decoder
-from ..prompt import Prompt
+from ..prompt import Prompt, positions_behind
 from ..reuse import Prefix
 from ..visuals import Visuals
 from .modeling_llama import LlamaModel, LlamaPreTrainedModel
@@ -289,10 +289,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             # Without a cache every step runs the prompt again, with the answer so far behind it.
             answer = input_ids[:, prompt_ids:]
             grow = torch.ones_like(answer)
-            last = position_ids.flatten(1).amax(dim=1, keepdim=True)
-            places = last + grow.cumsum(dim=1)
-            if position_ids.ndim == 3:
-                places = places[..., None].expand(-1, -1, position_ids.shape[2])
+            places = positions_behind(position_ids, answer.shape[1])
             inputs_embeds = torch.cat([inputs_embeds, self.model.embed_tokens(answer)], dim=1)
             attention_mask = torch.cat([attention_mask, grow.bool()], dim=1)
             position_ids = torch.cat([position_ids, places], dim=1)

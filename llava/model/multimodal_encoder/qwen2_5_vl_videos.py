@@ -16,8 +16,6 @@ from torch import Tensor
 #: what the public chat helper allows the frames of one video to have together: a frame has fewer
 #: pixels in a long one
 TOTAL_PIXELS = int(128000 * 28 * 28 * 0.9)
-#: frames a second that a list of frames is taken for where nobody says it
-FPS = 2.0
 
 
 @dataclass(eq=False)

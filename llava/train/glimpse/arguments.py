@@ -131,8 +131,8 @@ class BoxArguments:
 
 
 @dataclass
-class GlimpseTrainingArguments(TrainingArguments):
-    """The Trainer's arguments with the paper's values, and the weights of the losses."""
+class BoxTrainingArguments(TrainingArguments):
+    """The Trainer's arguments with the paper's values, for both of its stages."""
 
     learning_rate: float = 1e-4
     lr_scheduler_type: str = "cosine"
@@ -142,6 +142,23 @@ class GlimpseTrainingArguments(TrainingArguments):
     gradient_accumulation_steps: int = 8
     logging_steps: float = 10
     save_steps: float = 500
+
+    def foreign(self) -> dict[str, bool]:
+        """Flags of `llava.train.train` that neither stage follows -> whether they are set."""
+        return {
+            "lora_enable": self.lora_enable,
+            "bits": self.bits != 16,
+            "group_by_modality_length": self.group_by_modality_length,
+            "mm_projector_lr": self.mm_projector_lr is not None,
+            "mm_vision_tower_lr": self.mm_vision_tower_lr is not None,
+            "freeze_mm_mlp_adapter": self.freeze_mm_mlp_adapter,
+        }
+
+
+@dataclass
+class GlimpseTrainingArguments(BoxTrainingArguments):
+    """Those of a glimpse, with the weights of its losses."""
+
     le_weight: float = 1.0
     loc_weight: float = 1.0
     loc_loss_class: str = field(default="MaskLoss", **shown("MaskLoss, DiceLoss or BCELoss"))
@@ -162,12 +179,10 @@ class GlimpseTrainingArguments(TrainingArguments):
     def refuse_other_recipes(self) -> None:
         """Raises ValueError for flags that ask for something else to be trained."""
         others = {
-            "lora_enable": self.lora_enable,
-            "bits": self.bits != 16,
+            **self.foreign(),
             "kd_weight": self.kd_weight,
             "reward_weight": self.reward_weight,
             "num_generations": self.num_generations != 1,
-            **foreign_flags(self),
         }
         if asked := [name for name, value in others.items() if value]:
             raise ValueError(
@@ -178,17 +193,6 @@ class GlimpseTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"save_layout {self.save_layout!r} is unknown, choose from {', '.join(LAYOUTS)}"
             )
-
-
-def foreign_flags(args: TrainingArguments) -> dict[str, bool]:
-    """Flags of `llava.train.train` that change nothing where questions come with boxes and the
-    parts that see are frozen -> whether they are set."""
-    return {
-        "group_by_modality_length": args.group_by_modality_length,
-        "mm_projector_lr": args.mm_projector_lr is not None,
-        "mm_vision_tower_lr": args.mm_vision_tower_lr is not None,
-        "freeze_mm_mlp_adapter": args.freeze_mm_mlp_adapter,
-    }
 
 
 def given_values(arguments, names: Sequence[str]) -> dict:

@@ -19,6 +19,7 @@ from llava.constants import IGNORE_INDEX
 from llava.model.kv_cache import KVCache
 from llava.model.language_model.attention import padded_causal_mask
 from llava.model.language_model.modeling_llama import Step
+from llava.model.prompt import positions_behind
 from llava.pruning.glimpseprune import CONDITIONS
 from llava.pruning.glimpseprune_views import Views
 
@@ -138,11 +139,8 @@ class GlimpseObjective(nn.Module):
             places = prompt.position_ids[:, :known]
             decoder(embeds[:, :known], mask[:, :known], places, cache=cache)
         x = torch.cat([reader, decoder.embed_tokens(answer_ids)], dim=1)
-        # A prompt ends with text, which stands at the same position on all axes.
-        last = prompt.position_ids.flatten(1).amax(dim=1, keepdim=True)
-        positions = last + torch.arange(known, known + x.shape[1], device=x.device) - (size - 1)
-        if prompt.position_ids.ndim == 3:
-            positions = positions[..., None].expand(-1, -1, prompt.position_ids.shape[2])
+        # A prompt ends with text: the token before those behind it stands one position earlier.
+        positions = positions_behind(prompt.position_ids, x.shape[1]) - (size - known)
         ones = answer_mask.new_ones(batch, count)
         valid = torch.cat([mask[:, :known], ones.bool(), answer_mask.bool()], dim=1)
         step = Step(

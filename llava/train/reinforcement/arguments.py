@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from llava.answer_scores import JUDGE_MODEL
 
-from ..arguments import TrainingArguments
-from ..glimpse.arguments import GlimpseArguments, foreign_flags, shown
+from ..glimpse.arguments import BoxTrainingArguments, GlimpseArguments, shown
 from .objective import PolicyWeights
 from .rewards import LOCAL_JUDGE
 
@@ -44,17 +43,9 @@ class PolicyModelArguments(GlimpseArguments):
 
 
 @dataclass
-class PolicyTrainingArguments(TrainingArguments):
-    """The Trainer's arguments with the paper's values, and those of the reinforcement."""
+class PolicyTrainingArguments(BoxTrainingArguments):
+    """Those of the reinforcement."""
 
-    learning_rate: float = 1e-4
-    lr_scheduler_type: str = "cosine"
-    warmup_ratio: float = 0.1
-    num_train_epochs: float = 1.0
-    per_device_train_batch_size: int = 1
-    gradient_accumulation_steps: int = 8
-    logging_steps: float = 10
-    save_steps: float = 500
     ddp_find_unused_parameters: bool | None = False
     use_peft: bool = field(default=True, **shown("accepted: True, only an adapter is trained"))
     lora_r: int = 32
@@ -98,11 +89,9 @@ class PolicyTrainingArguments(TrainingArguments):
         others = {
             "use_peft": not self.use_peft,
             "lora_task_type": self.lora_task_type != "CAUSAL_LM",
-            "lora_enable": self.lora_enable,
-            "bits": self.bits != 16,
             "le_weight": self.le_weight,
             "loc_weight": self.loc_weight,
-            **foreign_flags(self),
+            **self.foreign(),
             "deepspeed": self.deepspeed,
             "fsdp": self.fsdp,
         }

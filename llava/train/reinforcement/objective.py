@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from llava.model.language_model.attention import padded_causal_mask
 from llava.model.language_model.layers import Step
+from llava.model.prompt import positions_behind
 from llava.pruning import build_pruner
 from llava.pruning.ops import gather_tokens
 
@@ -169,12 +170,8 @@ class PolicyObjective(nn.Module):
     def _positions(self, answers: Answers, order: Tensor) -> Tensor:
         """Positions (B, L), or (B, L, A), of the tokens at `order` (B, L) of prompt and answer."""
         own = answers.prompt.position_ids
-        start = own.flatten(1).amax(dim=1, keepdim=True) + 1
-        later = start + torch.arange(answers.ids.shape[1], device=own.device)
-        if own.ndim == 3:
-            later = later[..., None].expand(-1, -1, own.shape[2])
-            order = order[..., None].expand(-1, -1, own.shape[2])
-        return torch.cat([own, later], dim=1).gather(1, order)
+        places = torch.cat([own, positions_behind(own, answers.ids.shape[1])], dim=1)
+        return places.gather(1, order) if own.ndim == 2 else gather_tokens(places, order)
 
     def _predicted(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, T) of `ids` where `mask` is True, else 0; hidden (n, D) stands in front of each."""

@@ -118,7 +118,7 @@ class AnswerSampler:
         self.llava.eval()  # no dropout: what is drawn is what the model would say
         try:
             once, rows = self.prompts(asked)
-            prompt = repeated(once, rows)
+            prompt = once if rows == list(range(len(asked))) else once.rows(rows)
             kept = prompt.attention_mask & ((prompt.visual_index < 0) | prompt.extras[NEEDED])
             numbers = [drawn(self.max_new_tokens, *key) for key in keys]
             rule = DrawnTokens(torch.from_numpy(np.stack(numbers)), self.temperature)
@@ -168,18 +168,3 @@ class AnswerSampler:
             predicted = torch.tensor([one.mask is None for one in once], device=needed.device)
             needed = torch.where(predicted[:, None], needed, in_masks(single, masks))
         return replace(single, extras={NEEDED: needed}), rows
-
-
-def repeated(prompt: Prompt, rows: list[int]) -> Prompt:
-    """The given rows of a batch, in that order."""
-    if rows == list(range(len(prompt.attention_mask))):
-        return prompt
-    index = torch.tensor(rows, device=prompt.inputs_embeds.device)
-    names = ("inputs_embeds", "attention_mask", "position_ids", "visual_index", "patch_index")
-    values = {name: getattr(prompt, name)[index] for name in names}
-    if prompt.token_ids is not None:
-        values["token_ids"] = prompt.token_ids[index]
-    values["extras"] = {name: own[index] for name, own in prompt.extras.items()}
-    numbers = prompt.image_extras.items()
-    values["image_extras"] = {name: [own[row] for row in rows] for name, own in numbers}
-    return replace(prompt, **values, labels=None, counts=prompt.counts.rows(rows))
