@@ -92,7 +92,7 @@ class Pruner:
         """The method for images of `num_tokens` tokens: with a number in place of a share, and none
         above what they have.
 
-        parts: pairs of frames of a video; a share of its tokens is at least one of each
+        parts: pairs of frames of a video; a share is that of every pair, and at least one token
         """
         return self
 
@@ -158,11 +158,13 @@ class ShareOption:
         return self.visual_token_num if share is None else max(1, round(share * num_tokens))
 
     def with_budget_of(self, num_tokens: int, parts: int = 1) -> Pruner:
-        budget = self.tokens_of(num_tokens)
-        if self.visual_token_ratio is None and (budget is None or budget <= num_tokens):
+        if self.visual_token_ratio is not None:  # of every part, so that it is theirs exactly
+            part = num_tokens // parts
+            return self._with_number(parts * max(1, min(self.tokens_of(part), part)))
+        budget = self.visual_token_num
+        if budget is None or budget <= num_tokens:
             return self
-        least = 1 if self.visual_token_ratio is None else parts
-        return self._with_number(max(least, min(budget, num_tokens)))
+        return self._with_number(max(1, num_tokens))
 
     def for_part(self, parts: int) -> Pruner:
         number = self.visual_token_num

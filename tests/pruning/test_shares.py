@@ -80,3 +80,11 @@ def test_a_method_shows_the_budget_that_counts():
     assert repr(number).startswith("FastV(visual_token_num=64, layer=None")
     assert repr(share).startswith("FastV(") and "visual_token_ratio=0.222" in repr(share)
     assert "visual_token_ratio" not in repr(number) and "visual_token_num" not in repr(share)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_share_of_a_video_is_that_of_every_pair_of_its_frames(name):
+    pruner = build_pruner(name, visual_token_ratio=0.25)
+    video, pair = pruner.with_budget_of(3 * 131, 3), pruner.with_budget_of(131)
+    assert pair.visual_token_num == 33 and video.visual_token_num == 99  # not 98, 32 for each
+    assert video.for_part(3).visual_token_num == 33
