@@ -17,6 +17,7 @@ from llava.pruning.testing.tiny import (  # noqa: F401
     SIDE,
     TINY,
     TOWER,
+    make_own_grids_model,
     pad_batch,
     with_random_parts,
 )
@@ -47,6 +48,17 @@ def shared_model(make_model):
 @pytest.fixture(scope="session")
 def shared_anyres_model(make_model):
     return make_model(**ANYRES)
+
+
+@pytest.fixture(scope="session")
+def shared_own_grids_model():
+    return make_own_grids_model()
+
+
+@pytest.fixture
+def own_grids_model(shared_own_grids_model):
+    shared_own_grids_model.pruner = build_pruner("none")
+    return shared_own_grids_model
 
 
 @pytest.fixture

@@ -24,6 +24,18 @@ CLEAR_GAP = 2e-3
 GAP_FIELDS = ("step_margin", "step_gaps", "logit_gap")
 
 
+def as_recorded(recorded) -> dict:
+    """Keywords of `generate`: greedy, as many tokens as were recorded, and the scores of all."""
+    return dict(
+        do_sample=False,
+        max_new_tokens=recorded["output_ids"].shape[-1],
+        eos_token_id=-1,
+        pad_token_id=0,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+
+
 def prompt_of(case: dict, question: str) -> str:
     """The question in the template of the case, after one mark per image."""
     template = conv_templates[case["conv_mode"]].copy()
@@ -66,11 +78,7 @@ def check_single(case, folder, report, steps: int | None = None):
             input_ids,
             images=pixels,
             image_sizes=sizes,
-            do_sample=False,
-            max_new_tokens=len(recorded["output_ids"]),
-            eos_token_id=-1,
-            output_scores=True,
-            return_dict_in_generate=True,
+            **as_recorded(recorded),
             **question_of(case, pixels),
         )
     scores = torch.stack(output.scores, dim=1)[0]

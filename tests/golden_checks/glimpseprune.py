@@ -19,6 +19,7 @@ from tests.golden_cases import build_from_case, load_arrays, locate
 from tests.golden_checks.compare import SCORES_ATOL
 from tests.golden_checks.e2e import (
     LOGITS_ATOL,
+    as_recorded,
     check_single,
     check_tokens,
     entering,
@@ -183,12 +184,7 @@ def check_qwen(case, folder, report):
     options = dict(
         attention_mask=mask,
         images=images,
-        do_sample=False,
-        max_new_tokens=recorded["output_ids"].shape[-1],
-        eos_token_id=-1,
-        pad_token_id=0,
-        output_scores=True,
-        return_dict_in_generate=True,
+        **as_recorded(recorded),
     )
     with trace_pruning(model, embeds=True) as trace, Spy(pruner) as spy:
         output = model.generate(ids, **options)

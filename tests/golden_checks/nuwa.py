@@ -95,11 +95,7 @@ def check_qwen(case, folder, report):
         output = model.generate(
             ids,
             images=images,
-            do_sample=False,
-            max_new_tokens=len(recorded["output_ids"]),
-            eos_token_id=-1,
-            output_scores=True,
-            return_dict_in_generate=True,
+            **e2e.as_recorded(recorded),
         )
     ((features, similar, salience, chosen, view), (_, pillar)) = stage1[0]
     patches = 4 * view.rows * view.columns

@@ -18,7 +18,7 @@ from llava.pruning import trace_pruning
 from llava.segments import window_order
 from tests.conftest import pad_batch
 from tests.golden_cases import load_arrays
-from tests.golden_checks.e2e import check_tokens
+from tests.golden_checks.e2e import as_recorded, check_tokens
 from tests.golden_checks.models import load_checkpoint, open_images
 
 PIXELS_ATOL = 1e-5
@@ -40,12 +40,7 @@ def check_plain(case, folder, report):
             ids,
             attention_mask=mask,
             images=images,
-            do_sample=False,
-            max_new_tokens=recorded["output_ids"].shape[-1],
-            eos_token_id=-1,
-            pad_token_id=0,
-            output_scores=True,
-            return_dict_in_generate=True,
+            **as_recorded(recorded),
         )
     for name in recorded:
         if name.startswith("vit_block_"):

@@ -31,15 +31,9 @@ GRIDS = [(4, 9), (7, 5), (4, 9)]
 CUES = frozenset({"salience", "keys"})
 
 
-@pytest.fixture(scope="module")
-def shared():
-    return make_own_grids_model()
-
-
 @pytest.fixture
-def model(shared):
-    shared.pruner = build_pruner("none")
-    return shared
+def model(own_grids_model):
+    return own_grids_model
 
 
 def slow_cues(tower, image: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

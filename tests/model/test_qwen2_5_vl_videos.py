@@ -34,15 +34,9 @@ IMAGE_PAD, VIDEO_PAD = OWN_GRIDS["image_token_id"], OWN_GRIDS["video_token_id"]
 GREEDY = dict(do_sample=False, max_new_tokens=5, eos_token_id=-1)
 
 
-@pytest.fixture(scope="module")
-def shared():
-    return make_own_grids_model()
-
-
 @pytest.fixture
-def model(shared):
-    shared.pruner = build_pruner("none")
-    return shared
+def model(own_grids_model):
+    return own_grids_model
 
 
 # Frames to patches.

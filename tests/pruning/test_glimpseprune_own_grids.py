@@ -29,15 +29,9 @@ WIDE, TALL, SMALL = (4, 9), (7, 5), (2, 3)
 GREEDY = dict(max_new_tokens=3, do_sample=False, eos_token_id=-1)
 
 
-@pytest.fixture(scope="module")
-def shared():
-    return make_own_grids_model()
-
-
 @pytest.fixture
-def model(shared):
-    shared.pruner = build_pruner("none")
-    return shared
+def model(own_grids_model):
+    return own_grids_model
 
 
 def random_method(model, options=(), **changes):

@@ -5,21 +5,15 @@ import math
 import pytest
 import torch
 
-from llava.pruning import build_pruner, trace_pruning
+from llava.pruning import trace_pruning
 from llava.pruning.nuwa import QWEN, Nuwa, View, choose, last_three, nuwa, proximity
-from llava.pruning.testing.tiny import make_own_grids_model, pad_batch, picture, sample, video
+from llava.pruning.testing.tiny import pad_batch, picture, sample, video
 from tests.conftest import SIDE
 
 
-@pytest.fixture(scope="module")
-def shared():
-    return make_own_grids_model()
-
-
 @pytest.fixture
-def model(shared):
-    shared.pruner = build_pruner("none")
-    return shared
+def model(own_grids_model):
+    return own_grids_model
 
 
 @pytest.fixture
