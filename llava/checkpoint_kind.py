@@ -9,7 +9,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llava.config_file import read_config, read_json, shown
+from llava.config_file import earlier_words, read_config, read_json, shown
+from llava.llava_hf import config_here, is_llava_hf
 from llava.weight_files import WEIGHT_FILES, hub_file, tensor_file
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -35,20 +36,12 @@ MODEL_TYPES = {
 LLAVA_KEYS = ("mm_vision_tower", "mm_projector_type", "mm_hidden_size", "mm_vision_select_layer")
 SUPPORTED = (
     "supported are LLaVA-1.5 and LLaVA-NeXT (1.6) on Llama or Mistral "
-    f"({', '.join(LLAVA_MODELS)}), for example liuhaotian/llava-v1.5-7b, and Qwen2.5-VL "
+    f"({', '.join(LLAVA_MODELS)}), for example liuhaotian/llava-v1.5-7b or "
+    "llava-hf/llava-1.5-7b-hf, and Qwen2.5-VL "
     f"({', '.join(OTHER_VISION_MODELS)})"
 )
 #: architecture or model_type of other layouts -> what it is, and what to use instead
 FOREIGN = {
-    "LlavaForConditionalGeneration": (
-        "LLaVA-1.5 in the layout of transformers (llava-hf)",
-        "use the same weights in the original layout: liuhaotian/llava-v1.5-7b or -13b",
-    ),
-    "LlavaNextForConditionalGeneration": (
-        "LLaVA-NeXT in the layout of transformers (llava-hf)",
-        "use the same weights in the original layout: liuhaotian/llava-v1.6-vicuna-7b, "
-        "-vicuna-13b, -mistral-7b or -34b",
-    ),
     "Qwen2VLForConditionalGeneration": ("a Qwen2-VL model", "it is not supported"),
     "LlavaOnevisionForConditionalGeneration": ("a LLaVA-OneVision model", "it is not supported"),
     "LlavaQwenForCausalLM": ("LLaVA on a Qwen language model", "it is not supported"),
@@ -60,7 +53,6 @@ FOREIGN = {
 }
 #: model_type of a config without an architecture -> its entry in FOREIGN
 FOREIGN_TYPES = {
-    "llava_next": "LlavaNextForConditionalGeneration",
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "llava_qwen": "LlavaQwenForCausalLM",
@@ -143,8 +135,6 @@ def family_of(values: Mapping, source: str) -> str:
     if architecture in OTHER_VISION_MODELS or not architecture and kind in OTHER_FAMILIES:
         return OTHER_VISION_MODELS.get(architecture, kind)  # nested as they are released
     nested = any(isinstance(values.get(key), dict) for key in ("text_config", "vision_config"))
-    if nested and kind == "llava" and not architecture:
-        architecture = "LlavaForConditionalGeneration"
     known = LLAVA_MODELS | LANGUAGE_MODELS
     if architecture in known and not nested:
         return known[architecture]
@@ -180,12 +170,12 @@ def kind_of(folder: str, base: str | None = None, model_name: str = "") -> tuple
     if base is None:
         if delta and not has_weights(folder):
             raise ValueError(needs_base(folder, delta))
-        values = read_config(folder, required=False)
+        values = values_in(folder, required=False)
         if not values:
             raise FileNotFoundError(f"{folder} holds no config.json, {instead_of_config(folder)}")
         family = family_of(values, folder)
         return Kind(family, is_multimodal(values)), values
-    values, base_values = read_config(folder, required=False), read_config(base)
+    values, base_values = values_in(folder, required=False), values_in(base)
     family = family_of(base_values, base)
     if values and family_of(values, folder) != family:
         raise ValueError(
@@ -200,6 +190,15 @@ def kind_of(folder: str, base: str | None = None, model_name: str = "") -> tuple
             + (": it is a whole model, leave out the base" if has_weights(folder) else "")
         )
     return Kind(family, multimodal, delta), values or base_values
+
+
+def values_in(folder: str, required: bool = True) -> dict:
+    """The values of config.json in the words used here, whatever layout the folder is in; {} when
+    there is none and none is required."""
+    values = earlier_words(read_config(folder, required))
+    if not is_llava_hf(values):
+        return values
+    return config_here(values, f"{folder}/config.json", os.path.abspath(folder))
 
 
 def delta_of(folder: str) -> str:
@@ -248,8 +247,10 @@ def instead_of_config(folder: str) -> str:
 
 
 def checkpoint_config(path: str) -> dict:
-    """The values of config.json of a folder or hub repository; {} when there is none to be had."""
+    """The values of config.json of a folder or hub repository, in the words used here; {} when
+    there is none to be had."""
     if os.path.isdir(path):
-        return read_config(path, required=False)
+        return values_in(path, required=False)
     found = hub_file(path, "config.json")
-    return read_json(found) if found else {}
+    values = earlier_words(read_json(found)) if found else {}
+    return config_here(values, found) if is_llava_hf(values) else values

@@ -134,6 +134,7 @@ RULES = {
     "attention_bias": FLAG,
     "mlp_bias": Rule("false: biases of the MLP are not supported", lambda value: value is False),
     "use_cache": FLAG,
+    "padded_vocabulary": FLAG,
     "bos_token_id": Rule("a token id", ids),
     "eos_token_id": Rule("a token id or a list of them", ids),
     "pad_token_id": Rule("a token id", ids),
@@ -294,6 +295,22 @@ def check_rules(values: Mapping, rules: Mapping[str, Rule], source: str) -> None
             continue
         if not rule.holds(values[key]):
             raise ValueError(f"{source}: {key} must be {rule.says}, not {shown(values[key])}")
+
+
+def earlier_words(values: Mapping) -> dict:
+    """The values under the names that they have in released files, where later versions of
+    transformers call them `dtype` and `rope_parameters`."""
+    values = dict(values)
+    if values.get("torch_dtype") is None and "dtype" in values:
+        values["torch_dtype"] = values["dtype"]
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict):
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        plain = scaling.get("rope_type", "default") == "default" and "mrope_section" not in scaling
+        if "rope_theta" in rope:
+            values.setdefault("rope_theta", rope["rope_theta"])
+        values.setdefault("rope_scaling", None if plain else scaling)
+    return values
 
 
 def first_line(error: BaseException) -> str:

@@ -23,7 +23,7 @@ DEFAULT = "vicuna_v1"
 TAGGED = {"llava_v0": "v0_mmtag", "v0": "v0_mmtag", "vicuna_v1": "v1_mmtag", "v1": "v1_mmtag"}
 TAGGED["llava_v1"] = "v1_mmtag"
 #: vocabulary of Yi, the language model of LLaVA-1.6-34B; added tokens may follow
-YI_VOCABULARY = range(64000, 64064)
+YI_VOCABULARY = range(64000, 64065)
 #: what a name may say. Short words count only when they stand alone: "prompt" holds an "mpt"
 NAMES = (
     (r"llama-?2(?!\d)", "llava_llama_2"),

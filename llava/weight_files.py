@@ -13,7 +13,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from functools import wraps
+from functools import reduce, wraps
 
 import torch
 from safetensors import safe_open
@@ -28,6 +28,8 @@ WEIGHT_FILES = (
 )
 SUFFIXES = (".safetensors", ".bin")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+#: as safetensors call them
+SAFETENSORS_FLOATS = dict(zip(("F32", "F16", "BF16", "F64"), FLOATS, strict=True))
 #: share of a file that may stay mapped in memory beside the tensors already copied
 MAPPED_SHARE = 0.05
 #: dictionaries in dictionaries that a `.bin` may hold, and tensors in one file
@@ -175,6 +177,23 @@ def names_in(path: str) -> list[str]:
         raise
     except Exception as error:
         raise ValueError(f"{path} is damaged or not a weight file: {first_line(error)}") from error
+
+
+def float_type_in(
+    paths: Iterable[str], wanted: Callable[[str], bool] = lambda _: True
+) -> torch.dtype | None:
+    """The narrowest type that holds every wanted floating-point weight of these files as it is;
+    None when there are none. Of safetensors, without a look at the weights."""
+    found: set[torch.dtype | None] = set()
+    for path in paths:
+        if not path.endswith(".safetensors"):
+            found |= {tensor.dtype for name, tensor in tensors_in(path) if wanted(name)}
+            continue
+        names = [name for name in names_in(path) if wanted(name)]
+        with safe_open(path, "pt") as file:
+            found |= {SAFETENSORS_FLOATS.get(file.get_slice(n).get_dtype()) for n in names}
+    floats = found & set(FLOATS)
+    return reduce(torch.promote_types, floats) if floats else None
 
 
 def check_numbers(name: str, tensor: Tensor, source: str) -> None:

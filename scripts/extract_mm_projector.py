@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from llava.errors import errors_as_messages
+from llava.llava_hf import name_here
 from llava.weight_files import tensors_in, weight_files
 
 PARTS = ("mm_projector", "image_newline")
@@ -20,10 +21,10 @@ PARTS = ("mm_projector", "image_newline")
 
 def extract(model_path: str, output: str) -> None:
     found = {
-        name: tensor.clone()
+        name_here(name): tensor.clone()
         for path in weight_files(model_path)
         for name, tensor in tensors_in(path)
-        if any(part in name for part in PARTS)
+        if any(part in name_here(name) for part in PARTS)
     }
     if not found:
         raise SystemExit(f"{model_path} holds no projector weights")

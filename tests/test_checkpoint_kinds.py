@@ -90,8 +90,6 @@ FOREIGN = {
     "LlavaPhiForCausalLM": "Phi language model",
     "LlavaMptForCausalLM": "MPT language model",
     "LlavaMixtralForCausalLM": "Mixtral language model",
-    "LlavaForConditionalGeneration": "liuhaotian/llava-v1.5-7b",
-    "LlavaNextForConditionalGeneration": "liuhaotian/llava-v1.6",
     "LlavaOnevisionForConditionalGeneration": "LLaVA-OneVision",
     "Qwen2VLForConditionalGeneration": "a Qwen2-VL model",
     "PaliGemmaForConditionalGeneration": "'PaliGemmaForConditionalGeneration'",
@@ -114,8 +112,7 @@ def test_another_architecture_is_refused_by_name(tmp_path, architecture):
 @pytest.mark.parametrize(
     "values, says",
     [
-        ({"model_type": "llava", "text_config": {}, "vision_config": {}}, "llava-hf"),
-        ({"model_type": "llava_next", "text_config": {}}, "llava-hf"),
+        ({"model_type": "vipllava", "text_config": {}, "vision_config": {}}, "'vipllava' model"),
         ({"model_type": "qwen2_vl", "hidden_size": 8}, "Qwen2-VL"),
         ({"model_type": "llava_qwen", "mm_vision_tower": "x"}, "Qwen language model"),
         ({"model_type": "clip_vision_model"}, "--vision-tower"),

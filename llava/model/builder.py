@@ -1,8 +1,9 @@
 """Loading a checkpoint: tokenizer, model, image processor, and the pruning method.
 
-Handles full LLaVA-1.5 / LLaVA-NeXT checkpoints (Llama or Mistral), a projector trained on top of a
-base model, unmerged LoRA adapters, Qwen2.5-VL, and plain language models. Everything is read from
-local folders (or the hub's cache); no code of a checkpoint is ever run.
+Handles full LLaVA-1.5 / LLaVA-NeXT checkpoints (Llama or Mistral) in the original layout and in
+that of transformers (llava-hf), a projector trained on top of a base model, unmerged LoRA adapters,
+Qwen2.5-VL, and plain language models. Everything is read from local folders (or the hub's cache);
+no code of a checkpoint is ever run.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from ..constants import (
     DEFAULT_IMAGE_PATCH_TOKEN,
     STRATEGIES,
 )
+from ..llava_hf import layout_note, name_here
 from ..log_output import say
 from ..pruning import Pruner, pruner_from_keywords
 from ..weight_files import local_folder, uses_cache_dir
@@ -174,6 +176,8 @@ def load_pretrained_model(
     dtype = choose_dtype(torch_dtype, values, device, quantized)
     if torch_dtype is None and (note := dtype_note(dtype, values, device)):
         say(note)
+    if note := layout_note(read_config(base or folder)):
+        say(note)
     fill_device = "cpu" if quantized or may_share(device_map, device) else device
 
     # All small files first: what is wrong with them should not cost the reading of the weights.
@@ -186,9 +190,10 @@ def load_pretrained_model(
         config_class, model_class = FAMILIES[kind.family]
         config = model_config(config_class, model_class, folder, values, backend)
         set_vision_tower(config, vision_tower, base)
-        tokenizer = load_tokenizer(base or folder, config, fast=kind.family == "mistral")
+        tokenizer = load_tokenizer(base or folder, config, fast=is_fast(base or folder, kind))
         model, filler = build_empty(model_class, config, dtype, fill_device)
-        filler.use_safetensors = use_safetensors
+        filler.use_safetensors, filler.rename = use_safetensors, name_here
+        filler.tower_dtype = vision_tower_dtype
         check_tower_width(model)
         fill_llava(filler, folder, base, kind)
         load_tower(model, filler, vision_tower_dtype or dtype, fill_device)
@@ -263,7 +268,7 @@ def fill_llava(filler: Filler, folder: str, base: str | None, kind: Kind) -> Non
     filler.add_folder(base, fit=True)
     filler.finish(f"{folder} with {base}")
     if kind.delta == "lora":
-        merge_lora(filler.model, folder)
+        merge_lora(filler.model, folder, name_here)
 
 
 def load_tower(model: nn.Module, filler: Filler, dtype: torch.dtype, device) -> None:
@@ -330,13 +335,26 @@ def load_tokenizer(folder: str, config, fast: bool = False):
     return tokenizer
 
 
+def is_fast(folder: str, kind: Kind) -> bool:
+    """Whether a LLaVA's tokenizer is read from tokenizer.json: as published, for Mistral; and where
+    that is the only file there is."""
+    files = ("tokenizer.model", "vocab.json", "tokenizer.json")
+    model, vocabulary, whole = (os.path.isfile(os.path.join(folder, name)) for name in files)
+    return kind.family == "mistral" or whole and not (model or vocabulary)
+
+
 def add_image_tokens(model: nn.Module, tokenizer) -> None:
-    """Adds the marker tokens the config asks for and makes the vocabulary fit the tokenizer."""
+    """Adds the marker tokens the config asks for and makes the vocabulary fit the tokenizer.
+
+    A `padded_vocabulary` keeps the rows that it has beyond those of the tokenizer.
+    """
     if getattr(model.config, "mm_use_im_patch_token", True):
         tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
     if getattr(model.config, "mm_use_im_start_end", False):
         tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
-    if len(tokenizer) != model.get_input_embeddings().num_embeddings:
+    rows = model.get_input_embeddings().num_embeddings
+    padded = getattr(model.config, "padded_vocabulary", False)
+    if len(tokenizer) > rows or len(tokenizer) < rows and not padded:
         model.resize_token_embeddings(len(tokenizer))
 
 

@@ -98,6 +98,8 @@ class Filler:
     use_safetensors: bool | None = None
     #: a weight's name in the model, from its name in a file
     rename: Callable[[str], str] = staticmethod(str)
+    #: of the weights of a LLaVA's vision tower; None: as of all others
+    tower_dtype: torch.dtype | None = None
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu"):
         self.model, self.dtype, self.device = model, dtype, device
@@ -128,7 +130,8 @@ class Filler:
                 f"{source}: {name} has shape {tuple(tensor.shape)}, "
                 f"the config asks for {tuple(shape)}"
             )
-        placed = tensor.to(self.device, self.dtype, copy=True)
+        own = self.tower_dtype if name.startswith(TOWER_PREFIX) else None
+        placed = tensor.to(self.device, own or self.dtype, copy=True)
         self.ends[name] = torch.stack(torch.aminmax(placed))  # looked at once, in `finish`
         set_tensor(self.model, name, placed)
         self.filled.add(name)

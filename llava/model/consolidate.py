@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from ..config_file import read_config
+from ..checkpoint_kind import values_in
 from ..weight_files import tensors_in, weight_files
 from .checkpoint import TOWER_PREFIX, is_ignored, write_checkpoint
 from .utils import auto_upgrade
@@ -17,7 +17,7 @@ from .utils import auto_upgrade
 
 def consolidate_ckpt(src_path: str, dst_path: str) -> None:
     auto_upgrade(src_path)
-    own_tower = read_config(src_path).get("unfreeze_mm_vision_tower", False)
+    own_tower = values_in(src_path).get("unfreeze_mm_vision_tower", False)
     tensors = {}
     for path in weight_files(src_path):
         for name, tensor in tensors_in(path):

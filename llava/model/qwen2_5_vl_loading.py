@@ -15,6 +15,7 @@ from ..config_file import (
     Rule,
     check_config,
     check_rules,
+    earlier_words,
     first_line,
     number,
     read_json,
@@ -107,7 +108,8 @@ def checked_config(values: Mapping, source: str) -> dict:
     Later versions of transformers keep those of the decoder in `text_config`.
     """
     inner = values.get("text_config")
-    values = {**inner, **values} if isinstance(inner, dict) else dict(values)
+    values = earlier_words(values)
+    values = {**earlier_words(inner), **values} if isinstance(inner, dict) else values
     if lacking := [key for key in NEEDED if values.get(key) is None]:
         raise ValueError(f"{source} does not say {' and '.join(lacking)}")
     if "rope_scaling" not in values:
@@ -245,3 +247,12 @@ def released_name(name: str) -> str:
     if name.startswith("model.visual."):
         return name.removeprefix("model.")
     return name.replace("model.language_model.", "model.", 1)
+
+
+def module_name(name: str) -> str:
+    """What transformers since 4.52 calls a weight of this name in the released files."""
+    if name.startswith("visual."):
+        return f"model.{name}"
+    if name.startswith("model."):
+        return f"model.language_model.{name.removeprefix('model.')}"
+    return name

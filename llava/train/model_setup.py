@@ -12,8 +12,9 @@ from torch import nn
 
 from llava.checkpoint_kind import OTHER_FAMILIES, Kind, is_multimodal, kind_of
 from llava.checkpoint_kind import family_of as language_model_of
-from llava.config_file import check_config, shown
+from llava.config_file import check_config, read_config, shown
 from llava.conv_mode import announce, choose_conv_mode
+from llava.llava_hf import is_llava_hf
 from llava.mm_utils import get_model_name_from_path
 from llava.pruning import build_pruner
 from llava.pruning.cli import pruner_from_args
@@ -58,9 +59,17 @@ def checkpoint_kind(path: str, cache_dir: str | None = None) -> tuple[Kind, dict
     """
     local = os.path.isdir(path)
     if local:
-        kind, values = kind_of(path)
+        values = read_config(path, required=False)
     else:
         values, _ = transformers.PretrainedConfig.get_config_dict(path, cache_dir=cache_dir)
+    if is_llava_hf(values):
+        raise ValueError(
+            f"{path} is in the layout of transformers (llava-hf), which answers but cannot be "
+            "trained here as it is: convert it with python -m llava.model.export --from llava-hf"
+        )
+    if local:
+        kind, values = kind_of(path)
+    else:
         kind = Kind(language_model_of(values, path), is_multimodal(values))
     if kind.family not in FAMILIES:
         raise ValueError(

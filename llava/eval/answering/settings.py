@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import llava
+from llava.config_file import earlier_words
 from llava.eval.files.fingerprints import fingerprint
 from llava.eval.files.records import read_json
 
@@ -20,6 +21,7 @@ HARMLESS = frozenset(
 COVERED = frozenset(("model_base", "vision_tower", "dtype"))
 #: files of a checkpoint whose values count, besides its weights
 CONFIGS = ("config.json", "generation_config.json", "preprocessor_config.json")
+CONFIGS += ("processor_config.json",)
 TOKENIZER = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 TOKENIZER += ("tokenizer_config.json", "special_tokens_map.json")
 #: values of a config that say where it comes from, not what the model does
@@ -79,7 +81,7 @@ def _is_plain(value) -> bool:
 def _config(folder: str | None) -> dict:
     path = os.path.join(folder or "", "config.json")
     values = read_json(path) if folder and os.path.isfile(path) else {}
-    return values if isinstance(values, dict) else {}
+    return earlier_words(values) if isinstance(values, dict) else {}
 
 
 def _tower_folder(args) -> str | None:

@@ -9,14 +9,16 @@ import torch
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig
 
-from llava.checkpoint_kind import OTHER_FAMILIES, family_in
-from llava.config_file import read_config
+from llava.checkpoint_kind import OTHER_FAMILIES, family_in, values_in
+from llava.config_file import check_config
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.checkpoint import model_config
 from llava.model.language_model.qwen2_5_vl import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
 from llava.model.multimodal_encoder.builder import resolve_tower_path
+from llava.model.multimodal_encoder.clip_files import read_vision_config
 from llava.model.qwen2_5_vl_loading import checked_config
 
 #: decoder sizes: hidden_size, intermediate_size, num_hidden_layers, attention heads, key heads
@@ -108,12 +110,12 @@ def _shapes(name: str):
             f"unknown --config {name!r}, choose {', '.join(CONFIGS)}, playground or a folder with "
             "a checkpoint"
         )
-    values = read_config(name)
+    values = values_in(name)
     if family_in(values) in OTHER_FAMILIES:
         return Qwen2_5_VLConfig(**checked_config(values, f"{name}/config.json")), None
-    config = LlavaConfig.from_pretrained(name)
-    tower = resolve_tower_path(config.mm_vision_tower, name)
-    return config, CLIPVisionConfig.from_pretrained(tower)
+    values = check_config(values, f"{name}/config.json")
+    config = model_config(LlavaConfig, LlavaLlamaForCausalLM, name, values)
+    return config, read_vision_config(resolve_tower_path(config.mm_vision_tower, name))
 
 
 def build_random_model(

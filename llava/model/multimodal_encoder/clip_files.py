@@ -10,12 +10,14 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from transformers.modeling_utils import no_init_weights
 
 from ...config_file import check_config, number, one_sentence, read_json, shown, whole
+from ...llava_hf import is_llava_hf, vision_values
 from ...weight_files import CACHE_DIR, hub_file, local_folder, tensors_in, weight_files
 from ..checkpoint import Filler
 
 #: `model_type` of folders with a CLIP vision model; early ones name none
 CLIP_TYPES = ("clip", "clip_vision_model", None)
 VISION_PREFIX = "vision_model."
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 
 def read_vision_config(name: str) -> CLIPVisionConfig:
@@ -28,7 +30,9 @@ def read_vision_config(name: str) -> CLIPVisionConfig:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{name} holds no config.json, so it is no vision tower")
     values = read_json(path)
-    if values.get("model_type") not in CLIP_TYPES:
+    if is_llava_hf(values):  # a model that brings its tower along
+        values = vision_values(values, path)
+    elif values.get("model_type") not in CLIP_TYPES:
         raise ValueError(
             f"the vision tower {name} is a {shown(values['model_type'])} model, only CLIP towers "
             "are supported"
@@ -58,9 +62,17 @@ def read_vision_model(name: str, dtype: torch.dtype | None = None) -> CLIPVision
 
 
 def read_image_processor(name: str) -> CLIPImageProcessor:
-    """How the tower wants its images."""
+    """How the tower wants its images: what preprocessor_config.json says, or processor_config.json,
+    which later versions of transformers write in its place."""
+    own, all_in_one = (os.path.join(name, file) for file in (PREPROCESSOR, PROCESSOR))
+    values = None
+    if os.path.isfile(all_in_one) and not os.path.isfile(own):
+        values = read_json(all_in_one).get("image_processor")
     with one_sentence(f"the image processor of {name} cannot be read"):
-        processor = CLIPImageProcessor.from_pretrained(name, cache_dir=CACHE_DIR.get())
+        if isinstance(values, dict):
+            processor = CLIPImageProcessor.from_dict(values)
+        else:
+            processor = CLIPImageProcessor.from_pretrained(name, cache_dir=CACHE_DIR.get())
     sides = [*dict(processor.size).values(), *dict(processor.crop_size).values()]
     colours = [*processor.image_mean, *processor.image_std, processor.rescale_factor]
     side, share = whole(1, 2**13), number(-1e3, 1e3)
