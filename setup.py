@@ -24,6 +24,7 @@ EXTRAS = {
     "eval": ["matplotlib", "openpyxl"],
     "quant": ["bitsandbytes"],
     "flash": ["flash-attn"],
+    "gpu": ["pytest"],  # scripts/gpu_report.sh
     "video": ["av"],  # frames of video files; folders of frames and animations need nothing
 }
 EXTRAS["dev"] = [

@@ -33,7 +33,7 @@ _check_given_python() {
 import importlib.util, sys
 
 wanted = ["torch", "transformers", "accelerate", "sentencepiece", "PIL", "requests"]
-wanted += {"dev": ["pytest", "ruff", "peft", "matplotlib", "gradio"], "eval": ["matplotlib"]}.get(sys.argv[1], [])
+wanted += {"dev": ["pytest", "ruff", "peft", "matplotlib", "gradio"], "eval": ["matplotlib"], "gpu": ["pytest"]}.get(sys.argv[1], [])
 print(*(name for name in wanted if importlib.util.find_spec(name) is None))
 PY
     )

@@ -2,13 +2,16 @@
 
 They show what GPUs would suffer from, without one: operations that mix devices are refused as torch
 refuses them; what is copied from device to device is counted, and how often the host has to wait
-until a device has computed all that it was asked for.
+until a device has computed all that it was asked for, what it brings there, and how many kernels it
+starts.
 
     place(model.model.layers[3], SECOND)
     with devices() as log:
         model.generate(...)
     log.copies          # (from, to, shape) of every tensor that was brought elsewhere
     log.waits           # the operation and the line of our code, for every wait
+    log.uploads         # the same for what comes from the memory of the host
+    log.kernels         # operation -> how often a device ran it; views cost nothing
 
 Limits: no inference mode (use no_grad), no gradients, no torch.compile.
 """
@@ -18,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +31,7 @@ from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llava.eval.efficiency.launches import VIEWS
 from tests.paths import ROOT
 
 # The kind of device that torch keeps for others. A name and hooks of its own would make torch take
@@ -48,6 +53,8 @@ WAITS += ("_unique2", "unique_dim", "unique_consecutive")
 class Log:
     copies: list[tuple[str, str, tuple[int, ...]]] = field(default_factory=list)
     waits: list[str] = field(default_factory=list)
+    uploads: list[str] = field(default_factory=list)
+    kernels: Counter[str] = field(default_factory=Counter)
 
 
 class Elsewhere(Tensor):
@@ -71,8 +78,11 @@ class Elsewhere(Tensor):
         return f"Elsewhere({self.inner!r}, {self.device})"
 
     def tolist(self):
-        note_wait("tolist")
+        note("waits", "tolist")
         return self.inner.tolist()
+
+    def numpy(self, *_, **__):
+        raise TypeError(f"can't convert a tensor of {self.device} to numpy: copy it to the host")
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -82,11 +92,12 @@ class Elsewhere(Tensor):
 _logs: list[Log] = []
 
 
-def note_wait(operation: str) -> None:
+def note(kind: str, operation: str) -> None:
+    """Adds an operation, and the line of our code that asked for it, to a list of all logs."""
     lines = [f for f in traceback.extract_stack() if str(ROOT / "llava") in f.filename]
     where = f" at {Path(lines[-1].filename).name}: {lines[-1].line}" if lines else ""
     for log in _logs:
-        log.waits.append(operation + where)
+        getattr(log, kind).append(operation + where)
 
 
 def waits_for_device(name: str, overload: str, args: tuple, target) -> bool:
@@ -109,19 +120,26 @@ def _run(func, args, kwargs):
     used = {x.device for x in tensors if isinstance(x, Elsewhere) or x.dim()}
     target = kwargs.get("device")
     if ours and waits_for_device(name, func._overloadname, args, target):
-        note_wait(name)
+        note("waits", name)
     if name in ("copy_", "_to_copy"):
         source, there = args[1] if name == "copy_" else args[0], target or args[0].device
         if source.device != torch.device(there):
             for log in _logs:
                 log.copies.append((str(source.device), str(there), tuple(source.shape)))
+            if source.device.type == "cpu":
+                note("uploads", name)
     elif name in INDEXING and isinstance(args[0], Elsewhere):
+        if any(x is not None and x.device.type == "cpu" for x in args[1]):
+            note("uploads", name)
         used = used - {torch.device("cpu")}
     if len(used) > 1 and name not in ("copy_", "_to_copy"):
         raise RuntimeError(f"{name}: tensors on different devices, {sorted(map(str, used))}")
     where = args[0].device if name == "copy_" else None if target is None else torch.device(target)
     if where is None:
         where = ours[0].device if ours else torch.device("cpu")
+    if where.type == NAME and name not in VIEWS:
+        for log in _logs:
+            log.kernels[name] += 1
     args, kwargs = pytree.tree_map(
         lambda x: x.inner if isinstance(x, Elsewhere) else x, (args, kwargs)
     )

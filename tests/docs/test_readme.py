@@ -53,7 +53,7 @@ def test_every_path_the_pages_name_exists():
     pattern = r"(?<![\w/])(?:llava|scripts|docs|playground|tests)/[\w./{},-]*[\w/](?![\w<*])"
     for page in PAGES:
         for path in re.findall(pattern, page.read_text()):
-            blank = re.search(r"[{}]|TOKENS|BENCHMARK|METHOD|NAME|_$", path)
+            blank = re.search(r"[{}]|TOKENS|BENCHMARK|METHOD|NAME|CARD|_$", path)
             if not blank and not path.startswith(made):
                 assert (ROOT / path).exists(), f"{page.name} names {path}"
 

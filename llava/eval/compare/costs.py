@@ -13,6 +13,7 @@ from llava.eval.benchmarks.benchmark import Benchmark
 from llava.eval.compare.scores import Run
 from llava.eval.efficiency.measure import Workload, llava_facts, time_llava
 from llava.eval.files.records import Records
+from llava.eval.progress import progress
 from llava.pruning import Pruner
 
 
@@ -79,7 +80,8 @@ def measure_costs(model, runs: list[Run], prompts: list[Workload]) -> dict[tuple
     runs = [run for run in runs if run.refused is None]
     facts: dict[tuple, list[dict]] = {}
     seconds: dict[tuple, list[float]] = {}
-    for number, prompt in enumerate([prompts[0], *prompts]):
+    measured = progress([prompts[0], *prompts], "costs", "prompts")
+    for number, prompt in enumerate(measured):
         for run in runs:
             key = run.method, run.budget
             if number:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from llava.constants import STRATEGIES
 from llava.eval.efficiency.measure import DENSE, Workload
+from llava.eval.progress import progress
 from llava.model.self_speculative import SpeculationLog
 from llava.pruning import Pruner, build_pruner, can_draft
 
@@ -97,7 +98,8 @@ def measure(model, variants: list[Variant], prompts: list[Callable[[], dict]], l
 
     prompts: make the arguments of `generate`, but for the length of the answer
     """
-    for number, prompt in enumerate([prompts[0], *prompts]):
+    asked = [prompts[0], *prompts]
+    for number, prompt in enumerate(progress(asked, "answers", "questions")):
         for variant in variants:
             model.pruner = variant.pruner  # first: how images are prepared may depend on it
             variant.run(model, prompt() | {"max_new_tokens": limit})

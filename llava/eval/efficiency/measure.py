@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,10 +14,12 @@ import torch
 from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.eval.efficiency.bandwidth import weight_bytes
 from llava.eval.efficiency.memory import peak_bytes
 from llava.eval.efficiency.oracle import Oracle, imitation, watch_schedule
 from llava.eval.efficiency.stock import stock_decoder, time_stock
 from llava.eval.efficiency.stopwatch import Stopwatch
+from llava.eval.progress import progress
 from llava.model.multimodal_encoder.qwen2_5_vl_images import smart_resize
 from llava.pruning import METHODS, Pruner, build_pruner, trace_pruning
 from llava.pruning.base import option_names
@@ -137,9 +142,14 @@ class Variant:
 
 def time_llava(model, pruner: Pruner, workload: Workload) -> dict[str, float]:
     """Seconds of every stage of `STAGES` for one call of `generate`."""
+    return stages_of(model, pruner, workload, Stopwatch(model.device))
+
+
+def stages_of(model, pruner: Pruner, workload: Workload, watch: Stopwatch) -> dict[str, float]:
+    """What `watch` measures of every stage of `STAGES` for one call of `generate`; `decode` is the
+    mean of its steps, and missing where there are none."""
     model.pruner = pruner
     pruner = model.pruner  # a share of tokens is a number by now
-    watch = Stopwatch(model.device)
     hooks = filled_hooks(pruner.vision, pruner.decoder)
     methods = [(stage, hook, "select") for stage, hook in hooks]
     tower = model.get_vision_tower()
@@ -149,12 +159,12 @@ def time_llava(model, pruner: Pruner, workload: Workload) -> dict[str, float]:
         workload.run(model)
     stages = watch.read()
     prefill = next(span for span in watch.spans if span.stage == "prefill")
-    seconds = {name: sum(stages.get(name, ())) for name in ("vision", "select", "prefill")}
+    found = {name: sum(stages.get(name, ())) for name in ("vision", "select", "prefill")}
     if "decode" in stages:
-        seconds["decode"] = sum(stages["decode"]) / len(stages["decode"])
-    seconds["first_token"] = watch.elapsed(whole.start, prefill.stop)
-    seconds["end_to_end"] = watch.elapsed(whole.start, whole.stop)
-    return seconds
+        found["decode"] = sum(stages["decode"]) / len(stages["decode"])
+    found["first_token"] = watch.elapsed(whole.start, prefill.stop)
+    found["end_to_end"] = watch.elapsed(whole.start, whole.stop)
+    return found
 
 
 def llava_facts(model, pruner: Pruner, workload: Workload) -> dict:
@@ -216,11 +226,14 @@ def build_variants(
     pruners: dict[str, Pruner],
     visual_token_num: int,
     stock: bool = False,
+    failed: dict[str, str] | None = None,
 ) -> list[Variant]:
     """dense, the oracle of the budget, then each method behind the oracle of its own token counts;
     with `stock` also transformers' decoder on the dense prompt.
 
     Methods with the same counts share an oracle.
+    failed: takes the methods that end with an error of the device, by name, with what it says;
+            None: such an error is raised
     """
     crops = model.crops_in_budget(Pruner())
     variants: list[Variant] = []
@@ -229,6 +242,7 @@ def build_variants(
         model.pruner = pruner
         peak = peak_bytes(partial(workload.run, model), model.device)
         facts = {**found["facts"], "peak_bytes_over_weights": peak}
+        facts["weight_bytes"] = weight_bytes(model)
         run = partial(time_llava, model, pruner, workload)
         variants.append(Variant(name, run, oracle, facts))
 
@@ -237,13 +251,23 @@ def build_variants(
     oracles = {ORACLE: plain}
     add(ORACLE, plain, llava_facts(model, plain, workload))
     groups: dict[str, list] = {ORACLE: []}
+    bar = progress(len(pruners), "first runs", "methods")
     for name, pruner in pruners.items():
-        found = llava_facts(model, pruner, workload)
+        bar.update()
+        try:
+            found = llava_facts(model, pruner, workload)
+        except RuntimeError as error:
+            if failed is None:
+                raise
+            traceback.print_exc(file=sys.stderr)
+            failed[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            continue
         own = imitation(found["schedule"], like=pruner)
         known = (key for key, oracle in oracles.items() if oracle.does_the_same_as(own, crops > 1))
         key = next(known, f"{ORACLE} of {name}")
         oracles.setdefault(key, own)
         groups.setdefault(key, []).append((name, pruner, found))
+    bar.close()
     for key, group in groups.items():
         if key != ORACLE:
             add(key, oracles[key], llava_facts(model, oracles[key], workload))
@@ -260,18 +284,35 @@ def build_variants(
     return variants
 
 
-def measure(variants: list[Variant], repeats: int, warmup: int = 2) -> None:
+def measure(
+    variants: list[Variant],
+    repeats: int,
+    warmup: int = 2,
+    seconds: float | None = None,
+    label: str = "",
+) -> int:
     """Runs the variants in turns, each round starting with another one, and stores the rounds.
 
     Noise of a shared machine hits neighbours alike, so that ratios within a round stay meaningful.
+    seconds: after so many no further round is begun, but for the first one that counts
+    Returns how many rounds were measured.
     """
-    for number in range(-warmup, repeats):
-        shift = number % len(variants)
-        for variant in variants[shift:] + variants[:shift]:
-            gc.collect()
-            seconds = variant.run()
-            if number >= 0:
-                variant.rounds.append(seconds)
+    start = time.perf_counter()
+    with progress((warmup + repeats) * len(variants), label or "rounds", "runs") as bar:
+        for number in range(-warmup, repeats):
+            over = seconds is not None and time.perf_counter() - start > seconds
+            if over and number > 0:
+                return number
+            if over and number < 0:
+                continue
+            shift = number % len(variants)
+            for variant in variants[shift:] + variants[:shift]:
+                gc.collect()
+                spent = variant.run()
+                bar.update()
+                if number >= 0:
+                    variant.rounds.append(spent)
+    return repeats
 
 
 def check_same_tokens(variant: Variant, oracle: Variant) -> None:

@@ -3,10 +3,12 @@
     python -m llava.eval.efficiency --config 7b --method vispruner --visual-token-num 64
     python -m llava.eval.efficiency --config 7b --method all --batch-size 1,4,16 \\
         --output-tokens 1,32,256 --json runs/7b.json --plot runs/7b.png
+    python -m llava.eval.efficiency --config small --layers 32 --count-kernels
 
 Every run measures, in one process and in turns, the dense model, the oracle (the model fed as many
 visual tokens as the budget allows, with no work to select them), each method, and the oracle that
-has the method's own number of tokens in every layer. See docs/Efficiency.md.
+has the method's own number of tokens in every layer. With --count-kernels it counts launches
+instead, which needs no GPU. See docs/Efficiency.md.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import platform
 import shlex
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +26,9 @@ import torch
 from transformers import __version__ as transformers_version
 
 from llava.errors import errors_as_messages
-from llava.eval.efficiency import decode_speed
+from llava.eval.efficiency import decode_speed, launches
 from llava.eval.efficiency.arguments import add_shape_args, check_layers, placed, write_json
+from llava.eval.efficiency.bandwidth import copy_bandwidth
 from llava.eval.efficiency.measure import (
     STAGES,
     Workload,
@@ -35,8 +39,11 @@ from llava.eval.efficiency.measure import (
     make_pruner,
     measure,
 )
+from llava.eval.efficiency.profile import profile_tokens
 from llava.eval.efficiency.random_model import CONFIGS, build_random_model, shapes
 from llava.eval.efficiency.report import (
+    EFFICIENCY,
+    LAUNCHES,
     format_table,
     markdown,
     plot,
@@ -90,6 +97,7 @@ def describe(args: argparse.Namespace, model, command: list[str]) -> dict:
         if cuda
         else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "copy_bandwidth": None if args.count_kernels else copy_bandwidth(device),
         "layers": model.config.num_hidden_layers,
         "image_size": "x".join(map(str, image_shape(model, args.image_size)[1])),
         "visual_token_num": args.visual_token_num,
@@ -128,8 +136,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--visual-token-num", type=int, default=64, help="token budget per image (default: 64)")
     add("--dtype", choices=DTYPES, help="default: bf16, fp32 on a CPU without bf16 products")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
-    add("--repeats", type=int, default=10, help="timed rounds (default: 10)")
-    add("--warmup", type=int, default=2, help="rounds before them (default: 2)")
+    add("--repeats", type=int, default=20, help="timed rounds (default: 20)")
+    add("--warmup", type=int, default=3, help="rounds before them (default: 3)")
+    add(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="begin no further round of a table after so long (default: none); the table says how "
+        "many rounds there were",
+    )
     add(
         "--batch-size",
         type=numbers,
@@ -150,6 +165,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "playground, a checkpoint, or random weights; more options: "
         "python -m llava.eval.efficiency.decode_speed --help",
     )
+    add(
+        "--count-kernels",
+        action="store_true",
+        help="instead: count what a device is asked to run, by stage and per further token",
+    )
     add("--stock", action="store_true", help="also time transformers' own decoder, dense")
     add("--json", metavar="FILE", help="write the result there, too")
     add("--markdown", metavar="FILE", help="write the table into this page, between its marks")
@@ -159,6 +179,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     check_layers(args.layers)
+    if args.time_limit is not None and args.time_limit <= 0:
+        raise ValueError(f"--time-limit ({args.time_limit:g}) must be more than 0 seconds")
     if args.warmup < 0:
         raise ValueError("--warmup must not be negative")
     for file in filter(None, (args.json, args.markdown, args.plot)):
@@ -168,18 +190,51 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def run_workload(args, model, pruners: dict[str, Pruner], batch_size: int, length: int) -> dict:
-    """Measures everything with one batch size and one length of the answers."""
+def run_workload(
+    args, model, pruners: dict[str, Pruner], refused: dict[str, str], batch_size: int, length: int
+) -> dict:
+    """Measures everything with one batch size and one length of the answers.
+
+    refused: takes, among "all", methods that end with an error of the device
+    """
     workload = Workload.random(model, batch_size, args.prompt_length, length, args.image_size)
-    variants = build_variants(model, workload, pruners, args.visual_token_num, args.stock)
+    failed: dict[str, str] = {}
+    variants = build_variants(
+        model,
+        workload,
+        pruners,
+        args.visual_token_num,
+        args.stock,
+        failed if args.method.strip() == ALL else None,
+    )
+    refused.update(failed)
     by_name = {variant.name: variant for variant in variants}
     for variant in variants:
         if variant.oracle is not None:
             check_same_tokens(variant, by_name[variant.oracle])
-    measure(variants, args.repeats, args.warmup)
+    label = f"batch {batch_size}, {length} tokens out"
+    rounds = measure(variants, args.repeats, args.warmup, args.time_limit, label)
     rows = summarize(variants)
-    print(f"\nbatch {batch_size}, {length} tokens out\n{format_table(rows)}", flush=True)
-    return {"batch_size": batch_size, "output_tokens": length, "variants": rows}
+    print(f"\n{label}, {rounds} rounds\n{format_table(rows)}", flush=True)
+    return {"batch_size": batch_size, "output_tokens": length, "rounds": rounds, "variants": rows}
+
+
+def run_counts(args, model, pruners: dict[str, Pruner], result: dict) -> None:
+    """Adds the launches of the unpruned model and of every method to the result, and what a GPU
+    really ran for a token where there is one."""
+    length = max(launches.TOKENS, *args.output_tokens)
+    workload = Workload.random(
+        model, args.batch_size[0], args.prompt_length, length, args.image_size
+    )
+    counts = launches.count_all(model, pruners, workload)
+    print(f"\n{launches.table(counts)}", flush=True)
+    result["launches"] = [asdict(own) for own in counts]
+    if model.device.type == "cuda":
+        model.pruner = Pruner()
+        result["profile"] = profile_tokens(model, workload)
+        print(f"\nprofile of the unpruned model, per token: {result['profile']}")
+    if args.markdown:
+        write_between_marks(args.markdown, launches.page(result["about"], counts), LAUNCHES)
 
 
 def decode_words(args) -> list[str]:
@@ -216,14 +271,24 @@ def main(argv: list[str] | None = None) -> dict:
     for method, reason in refused.items():
         print(f"not measured: {method}: {reason}")
     result = {"about": about, "refused": refused, "runs": []}
+    if args.count_kernels:
+        run_counts(args, model, pruners, result)
+        return finish(args, result)
     for batch_size in args.batch_size:
         for length in args.output_tokens:
-            result["runs"].append(run_workload(args, model, pruners, batch_size, length))
+            run = run_workload(args, model, pruners, refused, batch_size, length)
+            result["runs"].append(run)
+            write_json(result, args.json)  # what comes later may fail
     print("Milliseconds, medians. " + "; ".join(f"{k}: {v}" for k, v in STAGES.items()) + ".")
-    write_json(result, args.json)
     if args.markdown:
-        write_between_marks(args.markdown, markdown(result))
+        write_between_marks(args.markdown, markdown(result), EFFICIENCY)
     if args.plot:
         plot(result, args.plot)
+    return finish(args, result)
+
+
+def finish(args, result: dict) -> dict:
+    """Writes the result where it was asked for, and prints it as one line."""
+    write_json(result, args.json)
     print(json.dumps(result))
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from statistics import median, quantiles
 
+from llava.eval.efficiency.bandwidth import bandwidth_share, decode_gigabytes_per_second
 from llava.eval.efficiency.measure import DENSE, ORACLE, STAGES, Variant
 from llava.eval.markdown import table
 from llava.eval.plotting import import_pyplot
@@ -12,7 +13,8 @@ from llava.pruning.cost import FORMULAS
 
 #: stages that follow one another in a bar of the plot
 PARTS = ("vision", "select", "prefill")
-MARKS = "<!-- efficiency: {} -->"
+MARKS = "<!-- {}: {} -->"
+EFFICIENCY, LAUNCHES = "efficiency", "launches"
 
 
 def summarize(variants: list[Variant]) -> list[dict]:
@@ -55,7 +57,7 @@ def spread(values: list[float]) -> dict[str, float]:
 def format_table(rows: list[dict]) -> str:
     """The rows for people; times are medians in milliseconds."""
     head = ["variant", "tokens", *STAGES, "p10-p90", "x own oracle", "x oracle", "x dense"]
-    head += ["KV MB", "peak MB", *(f"TFLOP ({formula})" for formula in FORMULAS)]
+    head += ["decode GB/s", "KV MB", "peak MB", *(f"TFLOP ({formula})" for formula in FORMULAS)]
     lines = [head]
     for row in rows:
         ms, cells = row["ms"], [row["variant"]]
@@ -65,6 +67,7 @@ def format_table(rows: list[dict]) -> str:
         cells.append("-" if whole is None else f"{whole['p10']:.0f}-{whole['p90']:.0f}")
         for base in ("own_oracle", "oracle", "dense"):
             cells.append(_number(row.get(f"times_{base}", {}).get("end_to_end"), "{:.3f}"))
+        cells.append(_number(decode_gigabytes_per_second(row), "{:.0f}"))
         for name in ("kv_bytes", "peak_bytes_over_weights"):
             cells.append(_number(row.get(name), "{:.1f}", 1e-6))
         cells += [_number(row.get(f"flops_{name}"), "{:.3f}", 1e-12) for name in FORMULAS]
@@ -83,28 +86,31 @@ def _number(value: float | None, form: str, scale: float = 1) -> str:
 def markdown(result: dict) -> str:
     """The result as Markdown: what was measured, one table per workload, what did not run."""
     about = result["about"]
+    bandwidth = about["copy_bandwidth"]
     lines = [
         f"`{about['command']}`",
         "",
         f"{about['device']}, {about['threads']} threads, {about['dtype']}, {about['attention']} "
         f"attention, {about['parameters'] / 1e9:.2f} billion weights (`{about['config']}`), "
         f"{about['layers']} layers, {about['prompt_length']} text tokens and one image "
-        f"({about['image_size']}) per prompt, {about['repeats']} "
-        f"rounds, torch {about['torch']}, transformers {about['transformers']}.",
+        f"({about['image_size']}) per prompt, torch {about['torch']}, transformers "
+        f"{about['transformers']}"
+        + (f", copies at {bandwidth / 1e9:.0f} GB/s." if bandwidth else "."),
     ]
     for run in result["runs"]:
-        lines += ["", f"**Batch {run['batch_size']}, {run['output_tokens']} tokens out.**", ""]
-        lines.append(_markdown_table(run["variants"]))
+        what = f"Batch {run['batch_size']}, {run['output_tokens']} tokens out, "
+        lines += ["", f"**{what}{run['rounds']} rounds.**", ""]
+        lines.append(_markdown_table(run["variants"], about))
     if result["refused"]:
         lines += ["", f"Not measured with a budget of {about['visual_token_num']}:", ""]
         lines += [f"- `{name}`: {reason}" for name, reason in result["refused"].items()]
     return "\n".join(lines) + "\n"
 
 
-def _markdown_table(rows: list[dict]) -> str:
+def _markdown_table(rows: list[dict], about: dict) -> str:
     head = ["method", "visual tokens in / mean", "own work, ms", "first token, ms"]
     head += ["/ own oracle: first token", "end to end", "/ dense: first token", "end to end"]
-    head += ["KV cache, MB", "peak memory, MB", "TFLOP"]
+    head += ["decode, ms", "of the bandwidth, %", "KV cache, MB", "peak memory, MB", "TFLOP"]
     lines = []
     for row in rows:
         if row["oracle"] is None and row["variant"] not in (DENSE, ORACLE):
@@ -116,19 +122,22 @@ def _markdown_table(rows: list[dict]) -> str:
         cells += [_number(ms[stage]["median"], "{:.1f}") for stage in ("select", "first_token")]
         cells += [_number(own.get(stage), "{:.2f}") for stage in ("first_token", "end_to_end")]
         cells += [f"{row['times_dense'][stage]:.2f}" for stage in ("first_token", "end_to_end")]
-        cells += [_number(row[f"{name}"], "{:.0f}", 1e-6) for name in ("kv_bytes",)]
-        cells += [_number(row["peak_bytes_over_weights"], "{:.0f}", 1e-6)]
+        cells.append(_number(ms.get("decode", {}).get("median"), "{:.2f}"))
+        cells.append(_number(bandwidth_share(row, about), "{:.0f}", 100))
+        cells += [
+            _number(row[name], "{:.0f}", 1e-6) for name in ("kv_bytes", "peak_bytes_over_weights")
+        ]
         cells += [f"{row['flops_exact'] / 1e12:.3f}"]
         lines.append(cells)
     return table(head, lines, "lr")
 
 
-def write_between_marks(path: str, text: str) -> None:
-    """Replaces what stands between the two marks of a page, or writes a page that is new.
+def write_between_marks(path: str, text: str, name: str = EFFICIENCY) -> None:
+    """Replaces what stands between the two marks `name` of a page, or writes a page that is new.
 
     Raises ValueError where a page has no such place.
     """
-    begin, end = (MARKS.format(name) for name in ("begin", "end"))
+    begin, end = (MARKS.format(name, word) for word in ("begin", "end"))
     block = f"{begin}\n\n{text}\n{end}\n"
     try:
         with open(path, encoding="utf-8") as file:

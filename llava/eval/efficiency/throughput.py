@@ -35,6 +35,7 @@ from llava.eval.efficiency.arguments import (
 from llava.eval.efficiency.measure import with_budget
 from llava.eval.efficiency.random_model import CONFIGS, build_random_model, shapes
 from llava.eval.files.records import read_jsonl
+from llava.eval.progress import progress
 from llava.front_end import FrontEnd
 from llava.model.multimodal_encoder.qwen2_5_vl_images import Qwen2_5_VLImageProcessor
 from llava.model_args import PIXELS, add_model_args
@@ -76,7 +77,7 @@ def measure(
     same = dict.fromkeys(ways, 0)
     for size, reuse in ways.values():  # whatever happens once only
         answer(loop, groups[0][: 2 * size], images, size, reuse)
-    for group in groups:
+    for group in progress(groups, method, "images"):
         texts = {}
         for way, (size, reuse) in ways.items():
             start, cpu_start = time.perf_counter(), time.process_time()

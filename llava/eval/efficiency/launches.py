@@ -1,0 +1,124 @@
+"""How many kernels a device is asked to run: by stage of a prompt, and for every decoded token.
+
+Counted are torch's operations on tensors, as eager code calls them; views cost a device nothing.
+No GPU is needed for that. A GPU serves some operations with two kernels, and what the compiler
+fuses is one kernel for several operations: `profile.py` counts what a GPU really ran.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median_low
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llava.eval import markdown
+from llava.eval.efficiency.measure import DENSE, Workload, stages_of
+from llava.eval.efficiency.stopwatch import Stopwatch
+from llava.pruning import Pruner
+
+#: operations that compute nothing: they look at the same numbers in another shape
+VIEWS = frozenset(
+    "view _unsafe_view t transpose permute expand slice select unsqueeze squeeze alias split "
+    "split_with_sizes diagonal unbind detach unflatten _reshape_alias as_strided narrow chunk "
+    "movedim real lift_fresh".split()
+)
+#: tokens of an answer whose steps are counted
+TOKENS = 5
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that compute something, in `count`."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._schema.name.split("::")[1] not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+class LaunchWatch(Stopwatch):
+    """A stopwatch whose moments are launches so far."""
+
+    def __init__(self, launches: Launches):
+        super().__init__(torch.device("cpu"))
+        self.launches = launches
+
+    def _now(self):
+        return self.launches.count
+
+
+@dataclass
+class LaunchCounts:
+    """Operations of one call of `generate`.
+
+    vision, select, prefill: of the stages with these names, until the first token
+    first_token: of all that comes before the first token
+    decode:      of the decoder and head for a further token, most often
+    per_token:   of everything for a further token, choosing it included
+    per_layer:   `decode` over the number of decoder layers
+    """
+
+    name: str
+    vision: int
+    select: int
+    prefill: int
+    first_token: int
+    decode: int
+    per_token: int
+    per_layer: float
+
+
+def count_launches(model, name: str, pruner: Pruner, workload: Workload) -> LaunchCounts:
+    """Counts one run of `workload`, of at least three tokens, after one that made what is made once
+    (tables of positions and the like). Steps in which a cache grows cost more than `decode`."""
+    model.pruner = pruner
+    workload.run(model)
+    with Launches() as launches:
+        watch = LaunchWatch(launches)
+        found = stages_of(model, pruner, workload, watch)
+    steps = [span for span in watch.spans if span.stage == "decode"]
+    decode = median_low(step.stop - step.start for step in steps)
+    token = median_low(later.start - step.start for step, later in pairwise(steps))
+    stages = (found[stage] for stage in ("vision", "select", "prefill", "first_token"))
+    return LaunchCounts(name, *stages, decode, token, decode / model.config.num_hidden_layers)
+
+
+def count_all(model, pruners: dict[str, Pruner], workload: Workload) -> list[LaunchCounts]:
+    """The counts of the unpruned model and of every method."""
+    every = {DENSE: Pruner(), **pruners}
+    counts = []
+    for name, pruner in every.items():
+        counts.append(count_launches(model, name, pruner, workload))
+    model.pruner = Pruner()
+    return counts
+
+
+def table(counts: list[LaunchCounts]) -> str:
+    """The counts as a Markdown table, the unpruned model first."""
+    head = ["method", "vision", "select", "prefill", "first token", "more than dense"]
+    head += ["per further token", "per layer and token"]
+    dense, rows = counts[0], []
+    for own in counts:
+        name = own.name if own is dense else f"`{own.name}`"
+        stages = (own.vision, own.select, own.prefill, own.first_token)
+        more = own.first_token - dense.first_token
+        cells = [*stages, "–" if own is dense else f"{more:+d}"]
+        rows.append([name, *cells, own.per_token, f"{own.per_layer:.1f}"])
+    return markdown.table(head, rows, "lr")
+
+
+def page(about: dict, counts: list[LaunchCounts]) -> str:
+    """The table with what it was counted on.
+
+    about: of the run, see `llava.eval.efficiency.program.describe`
+    """
+    return (
+        f"`{about['command']}`\n\n{about['layers']} decoder layers, {about['prompt_length']} text "
+        f"tokens and one image per prompt, a budget of {about['visual_token_num']} visual tokens, "
+        f"torch {about['torch']}.\n\n{table(counts)}\n"
+    )
