@@ -49,6 +49,8 @@ LARGE_TOWER = {
 }
 #: resolutions (height, width) of a LLaVA-NeXT whose config lists none
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+#: token of an image in a config that names none
+DEFAULT_IMAGE_ID = 32000
 #: tokens that the layout adds behind the vocabulary, and what its rows are a multiple of
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 ROWS_MULTIPLE = 64
@@ -204,6 +206,23 @@ def vision_values(values: Mapping, source: str) -> dict:
     return vision
 
 
+def check_words(values: Mapping, source: str) -> None:
+    """Raises ValueError when our config values say what this layout has no words for."""
+    tiles = values.get("image_aspect_ratio") == "anyres"
+    only = {
+        "mm_projector_type": ("linear", "mlp2x_gelu"),
+        "mm_use_im_start_end": (False, False),
+        "s2": (False, False),
+        "mm_patch_merge_type": ("flat", "spatial_unpad" if tiles else "flat"),
+    }
+    for key, (default, fits) in only.items():
+        if (value := values.get(key) or default) != fits:
+            raise ValueError(
+                f"{source}: the layout of transformers has no words for {key} {shown(value)}, "
+                f"only for {fits!r}"
+            )
+
+
 def config_there(
     config, vision: Mapping, text: Mapping, rows: int, image_token: int, pad_token: int
 ) -> dict:
@@ -211,22 +230,9 @@ def config_there(
 
     vision, text: values of tower and decoder, as transformers writes them
     rows:         of the table of embeddings
-    Raises ValueError for what the layout has no words for.
     """
     ratio = getattr(config, "image_aspect_ratio", None)
-    merge = getattr(config, "mm_patch_merge_type", "flat")
     tiles = ratio == "anyres"
-    wrong = {
-        "mm_projector_type": (config.mm_projector_type, "mlp2x_gelu"),
-        "mm_use_im_start_end": (bool(getattr(config, "mm_use_im_start_end", False)), False),
-        "s2": (bool(getattr(config, "s2", False)), False),
-        "mm_patch_merge_type": (merge, "spatial_unpad" if tiles else "flat"),
-    }
-    for key, (value, only) in wrong.items():
-        if value != only:
-            raise ValueError(
-                f"the layout of transformers has no words for {key} {value!r}, only for {only!r}"
-            )
     architecture = NEXT if tiles else LLAVA
     strategies = {ours: theirs for theirs, ours in STRATEGIES.items()}
     selected = getattr(config, "mm_vision_select_feature", "patch")
@@ -252,7 +258,9 @@ def config_there(
         )
         values["use_image_newline_parameter"] = True
     else:
-        values["image_seq_length"] = (vision["image_size"] // vision["patch_size"]) ** 2
+        patches = (vision["image_size"] // vision["patch_size"]) ** 2
+        values["image_seq_length"] = patches + (selected != "patch")  # with the class token
     own = {key: getattr(config, key, None) for key in OWN_VALUES}
+    own["image_aspect_ratio"] = ratio or "square"  # said, as "pad" is what folders of others get
     values[SETTINGS] = {key: value for key, value in own.items() if value is not None}
     return values

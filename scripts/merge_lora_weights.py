@@ -11,7 +11,7 @@ import argparse
 from llava.errors import errors_as_messages
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
-from llava.model.checkpoint import write_checkpoint
+from llava.model.checkpoint import write_checkpoint, write_generation_config
 from llava.train.family import FULL
 from llava.train.model_setup import family_of
 from llava.train.saving import is_written, portable_config
@@ -31,7 +31,7 @@ def merge_lora(model_path: str, model_base: str, save_model_path: str) -> None:
     }
     write_checkpoint(save_model_path, tensors)
     portable_config(model, save_model_path).save_pretrained(save_model_path)
-    model.generation_config.save_pretrained(save_model_path)
+    write_generation_config(save_model_path, model.generation_config)
     family.save_beside(save_model_path, FULL, tokenizer)
 
 

@@ -18,6 +18,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.modeling_utils import no_init_weights
 
 from ..checkpoint_kind import ADAPTER, ADAPTER_CONFIG
@@ -335,6 +336,13 @@ def write_checkpoint(
     }
     with open(os.path.join(folder, "model.safetensors.index.json"), "w", encoding="utf-8") as file:
         json.dump(index, file, indent=2)
+
+
+def write_generation_config(folder: str, config: GenerationConfig) -> None:
+    """generation_config.json, also of values that transformers loads but does not save, such as a
+    temperature without sampling, which released models have."""
+    with open(os.path.join(folder, "generation_config.json"), "w", encoding="utf-8") as file:
+        file.write(config.to_json_string())
 
 
 def _copy_settings(source: str, target: str, torch_dtype: str | None) -> None:

@@ -27,11 +27,13 @@ from ..config_file import read_config
 from ..conv_mode import choose_conv_mode
 from ..errors import errors_as_messages
 from ..llava_hf import (
+    DEFAULT_IMAGE_ID,
     GENERATIONS,
     LAYOUT,
     RELEASED,
     ROWS_MULTIPLE,
     SETTINGS,
+    check_words,
     config_there,
     is_llava_hf,
     name_here,
@@ -49,8 +51,9 @@ from .checkpoint import (
     is_ignored,
     is_vocabulary,
     write_checkpoint,
+    write_generation_config,
 )
-from .multimodal_encoder.builder import resolve_tower_path
+from .multimodal_encoder.builder import resolve_tower_path, tower_beside
 from .qwen2_5_vl_loading import module_name
 
 LLAMA, QWEN, OURS = "llama", "qwen2.5-vl", "llava"
@@ -123,13 +126,16 @@ def export(
     Raises ValueError for a model that the layout has no words for, FileExistsError where the
     folder exists, and what loading raises.
     """
+    partial = f"{os.path.normpath(save_model_path)}.partial"
     if os.path.exists(save_model_path) and not is_empty(save_model_path):
         raise FileExistsError(f"{save_model_path} exists already: name a new folder to write")
+    if os.path.exists(partial):
+        raise FileExistsError(f"{partial}, left by a run that was ended, is in the way: remove it")
     folder, base = local_folder(model_path), model_base and local_folder(model_base)
     name = get_model_name_from_path(model_path)
     kind, values = kind_of(folder, base or None, name)
-    check_target(model_path, to, kind, is_llava_hf(read_config(base or folder)))
-    own, tower = (dtype, dtype) if dtype else stored_types(base or folder, values)
+    check_target(model_path, to, kind, values, is_llava_hf(read_config(base or folder)))
+    own, tower = (dtype, dtype) if dtype else stored_types(folder, base, values)
     tokenizer, model, processor, _ = load_pretrained_model(
         folder,
         base or None,
@@ -144,8 +150,6 @@ def export(
             f"{TRAINED_PART} in {folder} is the trained part of a pruning method. It is left out: "
             "other programs have no place for it. Here it goes on working beside the original."
         )
-    partial = f"{os.path.normpath(save_model_path)}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
     try:
         with torch.no_grad():
@@ -163,9 +167,9 @@ def is_empty(path: str) -> bool:
     return os.path.isdir(path) and not os.listdir(path)
 
 
-def check_target(path: str, to: str, kind: Kind, theirs: bool) -> None:
-    """Raises ValueError when a model of this kind cannot be written in the layout `to`; theirs:
-    whether it is in that of transformers."""
+def check_target(path: str, to: str, kind: Kind, values: dict, theirs: bool) -> None:
+    """Raises ValueError when a model of this kind, with these config values, cannot be written in
+    the layout `to`; theirs: whether it is in that of transformers."""
     if not kind.multimodal:
         raise ValueError(f"{path} is a plain language model: there is nothing to take out of it")
     qwen = kind.family in OTHER_FAMILIES
@@ -174,22 +178,29 @@ def check_target(path: str, to: str, kind: Kind, theirs: bool) -> None:
     if to in (LAYOUT, QWEN) and qwen != (to == QWEN):
         fitting = f"--to {QWEN if qwen else LAYOUT} or --to {LLAMA}"
         raise ValueError(f"{path} is no model for --to {to}: choose {fitting}")
+    if to == LAYOUT:
+        check_words(values, path)
 
 
-def stored_types(folder: str, values: dict) -> tuple[torch.dtype, torch.dtype | None]:
+def stored_types(
+    folder: str, base: str | None, values: dict
+) -> tuple[torch.dtype, torch.dtype | None]:
     """The types that a model and its tower are stored in, the latter None where there is no CLIP;
     values: of the config in our words."""
-    paths = weight_files(folder)
+    paths = weight_files(base or folder)
 
     def in_tower(name: str) -> bool:
         return name_here(name).startswith(TOWER_PREFIX)
 
     own = float_type_in(paths, lambda name: not in_tower(name))
-    tower = float_type_in(paths, in_tower)
     if own is None:
-        raise ValueError(f"{folder} holds no floating-point weights of a language model")
+        raise ValueError(f"{base or folder} holds no floating-point weights of a language model")
+    brought = values.get("unfreeze_mm_vision_tower")
+    tower = float_type_in(paths, in_tower) if brought else None
     if tower is None and (name := values.get("mm_vision_tower")):
-        tower = float_type_in(weight_files(local_folder(resolve_tower_path(name, folder))))
+        beside = tower_beside(name, folder) or base and tower_beside(name, base)
+        path = local_folder(beside or resolve_tower_path(name, folder))
+        tower = float_type_in(weight_files(path))
     return own, tower
 
 
@@ -198,7 +209,7 @@ def write_llama(source: Source, folder: str, names: str) -> None:
     tensors = source.tensors(lambda name: name.startswith(DECODER_PARTS))
     write_checkpoint(folder, tensors)
     files.write_json(folder, "config.json", text_config(source))
-    source.model.generation_config.save_pretrained(folder)
+    write_generation_config(folder, source.model.generation_config)
     files.save_tokenizer(source.tokenizer, folder)
     if source.kind.family in OTHER_FAMILIES:
         say(
@@ -232,16 +243,20 @@ def write_llava_hf(source: Source, folder: str, names: str) -> None:
     values = config_there(config, vision, text_config(source), rows, image_token, pad_token)
     values[SETTINGS] |= {"conv_mode": conv_mode, **before}
     tensors = {
-        name_there(name, names): fit_rows(tensor, rows) if is_vocabulary(name) else tensor
+        name_there(name, names): with_rows(tensor, rows) if is_vocabulary(name) else tensor
         for name, tensor in source.tensors().items()
     }
     write_checkpoint(folder, tensors)
     files.write_json(folder, "config.json", values)
     generation = source.model.generation_config
     generation.pad_token_id = pad_token
-    generation.save_pretrained(folder)
+    write_generation_config(folder, generation)
     files.save_tokenizer(tokenizer, folder)
     files.save_processor(source.processor, folder, values, conv_mode)
+
+
+def with_rows(table: Tensor, rows: int) -> Tensor:
+    return table if len(table) == rows else fit_rows(table, rows)
 
 
 def vision_config(source: Source) -> dict:
@@ -254,7 +269,7 @@ def write_ours(source: Source, folder: str, names: str) -> None:
     config, inner = source.config, f"{TOWER_PREFIX}vision_tower."
     raw = read_config(source.folder)
     before = raw.get(SETTINGS) if isinstance(raw.get(SETTINGS), dict) else {}
-    rows = before.get("vocab_size") or raw.get("image_token_index", raw.get("image_token_id"))
+    rows = rows_before(raw, before, config.vocab_size)
     more = files.tokens_behind(source.tokenizer, rows)
     if more is None:  # nothing but what the layout adds
         config.vocab_size, config.padded_vocabulary = rows, False
@@ -276,13 +291,20 @@ def write_ours(source: Source, folder: str, names: str) -> None:
     config.torch_dtype = source.model.get_input_embeddings().weight.dtype
     config._name_or_path = ""
     config.save_pretrained(folder)
-    source.model.generation_config.save_pretrained(folder)
+    write_generation_config(folder, source.model.generation_config)
     tower = os.path.join(folder, TOWER_FOLDER)
     tensors = source.tensors(lambda name: name.startswith(inner))
     write_checkpoint(tower, {name.removeprefix(inner): t for name, t in tensors.items()})
     kind = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"}
     files.write_json(tower, "config.json", kind | vision_config(source))
     files.clip_processor(source.processor).save_pretrained(tower)
+
+
+def rows_before(raw: dict, before: dict, rows: int) -> int:
+    """How many of the `rows` there were before the layout's tokens: what our exports say, or those
+    in front of the image's token."""
+    said = (before.get("vocab_size"), raw.get("image_token_index"), raw.get("image_token_id"))
+    return next((n for n in (*said, DEFAULT_IMAGE_ID) if type(n) is int and 0 < n <= rows), rows)
 
 
 def write_qwen(source: Source, folder: str, names: str) -> None:
@@ -292,7 +314,7 @@ def write_qwen(source: Source, folder: str, names: str) -> None:
     config = source.config
     config._name_or_path = ""
     config.save_pretrained(folder)
-    source.model.generation_config.save_pretrained(folder)
+    write_generation_config(folder, source.model.generation_config)
     source.processor.save_pretrained(folder)
     files.copy_files(source.folder, folder)
 
