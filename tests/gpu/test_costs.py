@@ -19,7 +19,7 @@ from llava.eval.efficiency.profile import profile_tokens
 from llava.eval.efficiency.random_model import build_random_model, shapes
 from llava.pruning import METHODS, Pruner, build_pruner
 from tests import conftest
-from tests.gpu.sides import CHECKPOINTS
+from tests.gpu.sides import CHECKPOINTS, usable
 from tests.second_device import SECOND, Elsewhere, devices
 from tests.second_device import place as put
 
@@ -31,6 +31,7 @@ SPLIT = 1.5
 @pytest.fixture(scope="module")
 def small():
     """A decoder of 30 million weights behind the tower of LLaVA-1.5, on the GPU."""
+    usable("cuda")
     return build_random_model(*shapes("small"), dtype=torch.float16, device="cuda")
 
 

@@ -71,7 +71,7 @@ STEPS = (
         "self-speculative decoding beside its cost model, 7B, chance agreeing with 80 % of guesses",
         f"{DECODING} --config 7b --acceptance 0.8 --num-speculations 3 --limit 3"
         " --max-new-tokens 49 --json FILE",
-        f"{DECODING} --config small --layers 2 --device cpu --dtype fp32 --limit 1"
+        f"{DECODING} --config small --device cpu --dtype fp32 --limit 1"
         " --visual-token-num 96 --max-new-tokens 5 --json FILE",
         limit=90,
         least=35,
