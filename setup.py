@@ -52,7 +52,7 @@ setup(
     py_modules=[path.stem for path in ROOT.glob("*.py") if path.name != "setup.py"],
     package_data={"llava.eval": ["table/*.json"]},
     install_requires=[
-        "torch>=2.1",
+        "torch>=2.4",
         "transformers==4.37.2",
         "accelerate>=0.28",
         "sentencepiece",

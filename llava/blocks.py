@@ -16,13 +16,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = torch.rsqrt(length.square() / x.shape[-1] + self.eps)
-        # What a norm costs is memory: without gradients the fp32 copy is overwritten.
-        own = wide is not x and not torch.is_grad_enabled()
-        wide = wide.mul_(scale) if own else wide * scale
-        return self.weight * wide.to(x.dtype)
+        # Half precision is rounded before the weight is multiplied, as checkpoints were trained.
+        return self.weight * F.rms_norm(x, (x.shape[-1],), eps=self.eps)
 
 
 class GatedMLP(nn.Module):
@@ -38,9 +33,15 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def rope_of(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What `rotate` takes, from the angles (..., d / 2) that pairs of values turn by: their cosines
+    and sines, (..., d) each, sines being negative in the first half."""
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """x (..., d) turned by the angles of its positions, `rope` being their cos and sin; the second
-    half of d turns with the first. Computed in the wider of both types, and as wide as x."""
+    """x (..., d) turned by what `rope_of` gives for its positions; the second half of d turns with
+    the first. Computed in the wider of both types, and as wide as x."""
     cos, sin = rope
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)

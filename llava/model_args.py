@@ -43,6 +43,9 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     add_option(group, "--load-8bit", action="store_true")
     add_option(group, "--load-4bit", action="store_true")
     add_option(group, "--attn-implementation", help="sdpa, flash_attention_2 or eager")
+    add_option(
+        group, "--compile", action="store_true", help="compiles decoding: see docs/Efficiency.md"
+    )
     for name in PIXELS:
         what = "a frame of a video" if name.startswith("video") else "an image"
         help = f"bound of the area {what} is resized to (Qwen2.5-VL: 784 pixels are a token)"
@@ -69,6 +72,7 @@ def load_from_args(args, path: str, name: str, pruner=None) -> tuple:
         pruner=pruner,
         vision_tower=args.vision_tower,
         generation_strategy=getattr(args, "generation_strategy", None),
+        compile=getattr(args, "compile", False),
     )
     if image_processor is None:
         raise ValueError(f"{path} is a model without a vision tower: it cannot look at images")

@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from llava.blocks import rotate
+from llava.blocks import rope_of, rotate
 from llava.model.multimodal_encoder.qwen2_5_vl_encoder import (
     Qwen2_5_VLVisionConfig,
     Qwen2_5_VLVisionTower,
@@ -161,9 +161,8 @@ def encode(visual: Qwen2_5_VLVisionTower, patches: Tensor, grid: tuple[int, int]
     pixels = (patches.float() * scale - shift).flatten(0, 1)
     weight = visual.patch_embed.proj.weight.sum(2).flatten(1)  # a picture stands for two frames
     x = F.linear(pixels, weight)[plan.blocks].flatten(0, 1).float()
-    angles = torch.cat([plan.angles, plan.angles], -1)[:, None]
     half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    rope = angles.cos().to(half), angles.sin().to(half)
+    rope = rope_of(plan.angles[:, None], half)
     for number, block in enumerate(visual.blocks):
         whole = number in config.fullatt_block_indexes
         mixed = mix(block.attn, norm(block.norm1, x), rope, plan.wholes if whole else plan.windows)

@@ -62,6 +62,7 @@ from .checkpoint import (
 from .context import position_limit
 from .generation import check_strategy
 from .language_model.attention import check_backend
+from .language_model.compiling import check_compiler
 from .language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from .language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
 from .multimodal_encoder.builder import tower_beside
@@ -100,6 +101,7 @@ def load_pretrained_model(
     vision_tower: str | None = None,
     vision_tower_dtype: torch.dtype | None = None,
     generation_strategy: str | None = None,
+    compile: bool = False,
     *,
     cache_dir: str | None = None,
     use_safetensors: bool | None = None,
@@ -125,6 +127,7 @@ def load_pretrained_model(
     vision_tower: folder to use in place of the config's `mm_vision_tower`
     vision_tower_dtype: None is the model's own
     generation_strategy: what `generate` uses unless told otherwise; None: "autoregressive"
+    compile:     whether steps of decoding are compiled, see `model.compile_decoding`
     cache_dir:   where everything that is looked up on the hub is (model, tower, trained part)
     use_safetensors: True takes no `.bin` for the weights of the model or its base, False no
                  safetensors; None: safetensors where there are any
@@ -165,6 +168,10 @@ def load_pretrained_model(
     if backend == "flash_attention_2" and device.type != "cuda":
         raise ValueError(f"attn_implementation {backend!r} needs a CUDA device, not {device}")
     quantized = load_8bit or load_4bit
+    if compile:
+        if quantized:
+            raise ValueError("compile=True is for weights in 16 or 32 bits, not in 8 or 4")
+        check_compiler(device)
     if quantized:
         import_bitsandbytes()
     source = config_path(folder, base)
@@ -202,6 +209,10 @@ def load_pretrained_model(
     else:
         if pruner.name != "none":
             raise ValueError(f"{model_path} is a plain language model, {pruner!r} has no images")
+        if compile:
+            raise ValueError(
+                f"{model_path} is a plain language model, which compile=True is not for"
+            )
         model = load_plain(folder, base, dtype, fill_device, backend, use_safetensors)
         tokenizer = load_tokenizer(base or folder, model.config)
         image_processor = None
@@ -213,6 +224,7 @@ def load_pretrained_model(
     model = place(model.eval(), device_map, device)
     if image_processor is not None:
         model.pruner = pruner
+        model.compile_decoding = compile
         model.generation_strategy = check_strategy(generation_strategy or STRATEGIES[0])
     context_len = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LEN)
     if kind.family in OTHER_FAMILIES:

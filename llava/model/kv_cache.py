@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+#: compiled steps see so many places of a cache, or a multiple of them
+BUCKET = 64
+#: angles of so many tokens of an answer are computed at a time
+AHEAD = 256
+
 
 @dataclass
 class RowState:
-    """The rows of the batch as a group of layers sees them, shared by layers with the same tokens.
+    """The prompts of a batch as a group of layers sees them, shared by layers with the same tokens;
+    it stays as it is while answers grow.
 
-    next_position: (B,) position of the next token
+    next_position: (B,) position of the first token of the answer
+    size:          places of the prompt in the caches of these layers
     valid:         (B, n) False on the padding of the prompt, its first n places; later tokens are
                    always real. None: no padding
     bias:          (B, m) fp32 what is added to attention to the first m places, 0 for later ones;
@@ -20,8 +28,21 @@ class RowState:
     """
 
     next_position: Tensor
+    size: int
     valid: Tensor | None = None
     bias: Tensor | None = None
+    _rope: tuple[int, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+
+    def rope(self, rotary: Callable, start: int, count: int, dtype) -> tuple[Tensor, Tensor]:
+        """`rope_of` the `count` tokens of the answer from `start` on, (B, 1, count, d) each."""
+        first, cos, sin = self._rope or (0, None, None)
+        if cos is None or not first <= start <= first + cos.shape[2] - count:
+            stop = start + max(count, AHEAD)
+            places = torch.arange(start, stop, device=self.next_position.device)
+            cos, sin = rotary(self.next_position[:, None] + places, dtype)
+            first, self._rope = start, (start, cos, sin)
+        at = slice(start - first, start - first + count)
+        return cos[:, :, at], sin[:, :, at]
 
     def mask(self, length: int) -> Tensor | None:
         """(B, length) True where a token is; None: everywhere."""
@@ -35,6 +56,7 @@ class RowState:
 
     def select(self, rows: Tensor) -> None:
         """Reorders the batch."""
+        self._rope = None
         self.next_position = self.next_position.index_select(0, rows)
         if self.valid is not None:
             self.valid = self.valid.index_select(0, rows)
@@ -52,10 +74,11 @@ class KVCache:
     (`share`); lengths and entries of a layer are then those behind it.
 
     reserve: tokens that will be appended after the prompt (`max_new_tokens`)
+    beams:   rows, one behind the other, that have the same prompt; `reorder_cache` stays among them
     """
 
-    def __init__(self, num_layers: int, reserve: int = 64):
-        self.reserve = reserve
+    def __init__(self, num_layers: int, reserve: int = 64, beams: int = 1):
+        self.reserve, self.beams = reserve, beams
         self.lengths = [0] * num_layers
         self.rows: list[RowState | None] = [None] * num_layers
         self._keys: list[Tensor | None] = [None] * num_layers  # (B, H, capacity, d)
@@ -73,6 +96,10 @@ class KVCache:
         to attention to those keys, (P,) or nothing."""
         self.shared[layer] = keys, values, bias
 
+    def shared_by(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """What `share` was given for a layer."""
+        return self.shared[layer]
+
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Adds (B, H, q, d) keys and values; returns all of the layer's, (B, H, length, d)."""
         start = self.lengths[layer]
@@ -89,6 +116,32 @@ class KVCache:
         self._values[layer][:, :, start:stop] = values
         self.lengths[layer] = stop
         return self._keys[layer][:, :, :stop], self._values[layer][:, :, :stop]
+
+    def claim(
+        self, layer: int, count: int, allocate: Callable | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """For `count` further tokens, which the caller writes: the buffers (B, H, capacity, d) of a
+        layer that holds some, of which a step sees the first `window` places.
+
+        allocate: makes both buffers where new ones are needed: (cache, layer, capacity) -> keys and
+        values
+        """
+        start = self.lengths[layer]
+        wanted = self.window(layer, count)
+        if not self._owned[layer] or wanted >= self._keys[layer].shape[2]:
+            wanted = max(wanted, in_buckets(start + self.reserve))
+            # One bucket more than is ever seen: sizes that are never equal compile only once.
+            self._move(layer, wanted + BUCKET, allocate)
+        self.lengths[layer] = start + count
+        return self._keys[layer], self._values[layer]
+
+    def window(self, layer: int, count: int = 0) -> int:
+        """Places of a layer that a step of `count` tokens sees, a multiple of `BUCKET`."""
+        return in_buckets(self.lengths[layer] + count)
+
+    def appended(self, layer: int) -> int:
+        """Tokens that a layer holds behind the prompt."""
+        return self.lengths[layer] - self.rows[layer].size
 
     def entries(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer that holds some, (B, H, length, d) each."""
@@ -111,7 +164,15 @@ class KVCache:
         self.lengths[layer] = min(self.lengths[layer], length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in the order `beam_idx`, as beam search asks for."""
+        """Rows in the order `beam_idx`, as beam search asks for. Beams of one prompt differ behind
+        it alone, so nothing else is moved, and buffers stay where they are."""
+        if self.beams > 1:
+            for layer, state in enumerate(self.rows):
+                if state is not None and self.lengths[layer] > state.size:
+                    for buffer in (self._keys[layer], self._values[layer]):
+                        answer = buffer[:, :, state.size : self.lengths[layer]]
+                        answer.copy_(answer.index_select(0, beam_idx.to(buffer.device)))
+            return
         for buffers in (self._keys, self._values):
             for layer, buffer in enumerate(buffers):
                 if buffer is not None:
@@ -142,12 +203,15 @@ class KVCache:
                     total += int(tokens.sum()) * heads * width * buffer.element_size()
         return total
 
-    def _move(self, layer: int, capacity: int) -> None:
-        used = self.lengths[layer]
-        for buffers in (self._keys, self._values):
-            old = buffers[layer]
-            buffers[layer] = _allocate(old, capacity)
-            buffers[layer][:, :, :used] = old[:, :, :used]
+    def _move(self, layer: int, capacity: int, allocate: Callable | None = None) -> None:
+        used, old = self.lengths[layer], (self._keys[layer], self._values[layer])
+        if allocate is None:
+            new = [_allocate(buffer, capacity) for buffer in old]
+        else:
+            new = allocate(self, layer, capacity)
+        for there, here in zip(new, old, strict=True):
+            there[:, :, :used] = here[:, :, :used]
+        self._keys[layer], self._values[layer] = new
         self._owned[layer] = True
 
 
@@ -169,6 +233,12 @@ def _reaching(values: Tensor | None, length: int, later: bool | float) -> Tensor
     return torch.cat([values, values.new_full((values.shape[0], length), later)], dim=1)
 
 
+def in_buckets(places: int) -> int:
+    """The next multiple of `BUCKET`."""
+    return -(-places // BUCKET) * BUCKET
+
+
 def _allocate(like: Tensor, capacity: int) -> Tensor:
     batch, heads, _, width = like.shape
-    return like.new_empty(batch, heads, capacity, width)
+    # Masked places are multiplied by 0, which is no help where they hold NaN.
+    return like.new_zeros(batch, heads, capacity, width)

@@ -13,15 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..devices import device_of
 from ..pruning.drafter import Drafter
 from ..pruning.prefill import Prefill
 from ..pruning.stages import DecoderStage
-from .kv_cache import KVCache, RowState
-from .language_model.attention import attention_mask, causal_mask
-from .language_model.layers import Step, bring
+from .kv_cache import KVCache
 from .token_choice import TokenChoice
 
 
@@ -92,8 +90,7 @@ class Speculation:
         self.newest: Tensor | None = None  # (1, 1) the newest token of the answer
         self.count = 0  # tokens of the answer
         self.done = 0  # tokens of the answer whose keys and values are final
-        self.fed = 0  # tokens of the answer, guesses included, that the shared layers have seen
-        self.drafted = 0  # of those, how many the drafter's layers have seen
+        self.drafted = 0  # tokens of the answer, guesses included, that the drafter's layers saw
         self.waiting: list[Tensor] = []  # (1, 1, D) rows the drafter's layers have not seen yet
         self.log = SpeculationLog()
 
@@ -106,9 +103,7 @@ class Speculation:
         prompt: the arguments of the decoder that describe one row, without padding
         Returns the new tokens (n,), their scores (n, V), and the tokens as numbers.
         """
-        embeds, trace = prompt["inputs_embeds"], self.model.pruning_trace
-        self.first_position = int(prompt["position_ids"].amax()) + 1
-        self._prepare_rope(embeds)
+        trace = self.model.pruning_trace
         seen = prompt["visuals"] is not None and prompt["visuals"].there
         hooks = DraftingHooks(self, self.model.pruner.decoder if seen else DecoderStage())
         out = self.decoder(**prompt, cache=self.cache, stage=hooks, trace=trace)
@@ -118,6 +113,8 @@ class Speculation:
             length - (count if layer < self.depth else self.drafted)
             for layer, length in enumerate(self.cache.lengths)
         ]
+        for state, size in zip(self.cache.rows, self.prompt_lengths, strict=True):
+            state.size = size  # guesses that ran with the prompt are no part of it
         if trace is not None:
             self._trace_prompt(trace, count)
         logits = self.model.logits_of(out.hidden_states[:, -(count + 1) :].contiguous())[0]
@@ -152,7 +149,7 @@ class Speculation:
     def step(self) -> tuple[Tensor, Tensor, list[int]]:
         """Guesses and verifies once more; returns as `start` does."""
         guess, rows = self._guess(None)
-        x = self._run(self.deep, torch.cat(rows, dim=1), self.done)
+        x = self.decoder.step(self.deep, torch.cat(rows, dim=1), self.cache)
         x = self.decoder.norm(x.to(device_of(self.decoder.norm)))
         return self._verify(guess, self.model.logits_of(x)[0])
 
@@ -182,8 +179,7 @@ class Speculation:
 
     def _feed(self, token: Tensor) -> Tensor:
         """Runs one token (1, 1) through the shared layers."""
-        x = self._run(self.shared, self.decoder.embed_tokens(token), self.fed)
-        self.fed += 1
+        x = self.decoder.step(self.shared, self.decoder.embed_tokens(token), self.cache)
         self.waiting.append(x)
         return x
 
@@ -194,23 +190,10 @@ class Speculation:
         accepted: a row more costs next to nothing, a pass of its own as much as any.
         """
         x = self.waiting[0] if len(self.waiting) == 1 else torch.cat(self.waiting, dim=1)
-        x = self._run(self.drafter.layers, x, self.drafted)
+        x = self.decoder.step(self.drafter.layers, x, self.cache)
         self.drafted += len(self.waiting)
         self.waiting = []
         return self._at_home(self.drafter.logits(x[:, -1:].contiguous())[:, -1])
-
-    def _run(self, layers: nn.ModuleList, x: Tensor, start: int) -> Tensor:
-        """Runs tokens of the answer from `start` on, (1, n, D), through layers."""
-        steps: dict[int, Step] = {}  # layers that hold the same tokens share one
-        for layer in layers:
-            number = layer.self_attn.layer_idx
-            state = self.cache.rows[number]
-            if id(state) not in steps:
-                held = self.cache.lengths[number]
-                steps[id(state)] = self._step(start, x.shape[1], held, state)
-            x, steps[id(state)] = bring(layer, x, steps[id(state)])
-            x, _ = layer(x, steps[id(state)], self.cache)
-        return x
 
     def _at_home(self, logits: Tensor) -> Tensor:
         """Logits on the device of the answer, where tokens are chosen."""
@@ -237,7 +220,6 @@ class Speculation:
         """Forgets what belongs to rejected guesses."""
         for layer, length in enumerate(self.prompt_lengths):
             self.cache.crop(layer, length + self.done)
-        self.fed = min(self.fed, self.done)
         self.waiting = self.waiting[: max(0, self.done - self.drafted)]
         self.drafted = min(self.drafted, self.done)
 
@@ -254,24 +236,6 @@ class Speculation:
         log.drafts = [[int(token) for token in step] for step in log.drafts]
         log.probabilities = [[float(p) for p in step] for step in log.probabilities]
         return log
-
-    # --- positions ----------------------------------------------------------------------------
-
-    def _prepare_rope(self, like: Tensor) -> None:
-        count = self.most + self.drafter.num_speculations + 1
-        positions = self.first_position + torch.arange(count, device=like.device)
-        self.cos, self.sin = self.decoder.rotary(positions[None], like.dtype)
-
-    def _step(self, start: int, count: int, held: int, state: RowState) -> Step:
-        """For `count` tokens of the answer from `start` on, behind `held` cache entries, of which
-        `state` says what is added to attention to them."""
-        rope = self.cos[:, :, start : start + count], self.sin[:, :, start : start + count]
-        bias = state.key_bias(held + count)
-        if bias is not None:
-            return Step(rope, attention_mask(None, bias, count, self.cos.dtype))
-        if count == 1 or self.decoder.config._attn_implementation == "flash_attention_2":
-            return Step(rope)  # that backend aligns queries with the last keys by itself
-        return Step(rope, causal_mask(count, held + count, self.cos.device))
 
 
 class DraftingHooks:

@@ -15,6 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ..blocks import rope_of
 from ..segments import Segments, segments_of, windows_of
 from .ops import on_device
 from .tokens import GRID
@@ -121,11 +122,10 @@ def neighbours(grids: Sequence[Grid], side: int | None, device: torch.device) ->
 
 
 def grid_angles(grids: Sequence[Grid], width: int, device) -> tuple[Tensor, Tensor]:
-    """fp32 cos and sin (n, 1, width) of 2D RoPE for all patches: half of the angles turn with the
+    """fp32 `rope_of` (n, 1, width) of 2D RoPE for all patches: half of the angles turn with the
     row, half with the column, both counted in the view."""
     places = [torch.cartesian_prod(torch.arange(h), torch.arange(w)).view(-1, 2) for h, w in grids]
     place = torch.cat(places).to(device, non_blocking=True)
     even = torch.arange(width // 4, device=device, dtype=torch.float32)
     frequency = 10000.0 ** (-4 * even / width)
-    angle = (place[:, :, None] * frequency).flatten(1).repeat(1, 2)[:, None]
-    return angle.cos(), angle.sin()
+    return rope_of((place[:, :, None] * frequency).flatten(1)[:, None], torch.float32)

@@ -138,7 +138,7 @@ def test_heads_are_repeated_where_no_fast_kernel_serves_groups(monkeypatch, case
     kind, capability, half, masked = case
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     dtype = torch.float16 if half else torch.float32
-    asked = serves_groups.__wrapped__(torch.device(kind), dtype, masked)
+    asked = serves_groups(torch.device(kind), dtype, masked)
     assert asked is CAPABILITIES[case]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.blocks import rotate
+from llava.blocks import rope_of, rotate
 from llava.model.multimodal_encoder import qwen2_5_vl_encoder
 from llava.model.multimodal_encoder.qwen2_5_vl_encoder import (
     patch_angles,
@@ -50,8 +50,8 @@ def slow_cues(tower, image: torch.Tensor, layer: int) -> tuple[torch.Tensor, tor
     qkv = block.attn.qkv(block.norm1(x.flatten(0, 1))).unflatten(
         -1, (3, tower.config.num_heads, -1)
     )
-    angles = patch_angles(h, w, tower.config).flatten(0, 1).repeat(1, 2)[:, None]
-    q, k = (rotate(qkv[:, n], (angles.cos(), angles.sin())).transpose(0, 1) for n in (0, 1))
+    angles = patch_angles(h, w, tower.config).flatten(0, 1)[:, None]
+    q, k = (rotate(qkv[:, n], rope_of(angles, angles.dtype)).transpose(0, 1) for n in (0, 1))
     rows = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(dim=-1)
     received = rows.mean(dim=(0, 1)).unflatten(0, (h * w, 4)).mean(dim=1)
     return received, k.transpose(0, 1).flatten(1).unflatten(0, (h * w, 4)).mean(dim=1)

@@ -92,11 +92,11 @@ def test_a_cache_adds_nothing_to_later_tokens_and_reorders_what_it_adds():
     cache = KVCache(1)
     cache.append(0, *torch.zeros(2, 2, 1, 3, 4))
     bias = torch.tensor([[0.5, 0, 1], [2, 0, 0]])
-    cache.rows[0] = RowState(torch.tensor([3, 3]), bias=bias)
+    cache.rows[0] = RowState(torch.tensor([3, 3]), 3, bias=bias)
     assert cache.rows[0].key_bias(5).tolist() == [[0.5, 0, 1, 0, 0], [2, 0, 0, 0, 0]]
     cache.reorder_cache(torch.tensor([1, 1]))
     assert cache.rows[0].key_bias(4).tolist() == [[2, 0, 0, 0], [2, 0, 0, 0]]
-    assert RowState(torch.tensor([3])).key_bias(5) is None
+    assert RowState(torch.tensor([3]), 3).key_bias(5) is None
 
 
 class Merging(VisionStage, Pruner):

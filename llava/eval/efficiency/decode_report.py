@@ -6,7 +6,7 @@ import statistics
 from dataclasses import asdict, dataclass
 
 from llava.eval import markdown
-from llava.eval.efficiency.decode_run import DENSE, Variant
+from llava.eval.efficiency.decode_run import COMPILED, DENSE, Variant
 from llava.pruning.drafter import Drafter
 
 
@@ -23,6 +23,8 @@ class Row:
     accepted, drafted: guesses per step
     acceptance:      accepted guesses per guess
     same_answers:    share of answers equal to those of the method one token at a time, in percent
+    compiled_speed_up: of `decode_rate` over the same way before it was compiled
+    start_up:        seconds that the first call of a compiled way took longer than a later one
     """
 
     name: str
@@ -36,6 +38,8 @@ class Row:
     drafted: float | None = None
     acceptance: float | None = None
     same_answers: float | None = None
+    compiled_speed_up: float | None = None
+    start_up: float | None = None
 
 
 def cost_model(drafter: Drafter, model, accepted: float, drafted: float) -> float:
@@ -78,9 +82,16 @@ def rows_of(variants: list[Variant], model, same_answers: bool = True) -> list[R
             accepted = [a for log in variant.logs for a in log.accepted]
             row.accepted, row.drafted = statistics.mean(accepted), statistics.mean(steps)
             row.acceptance = sum(accepted) / max(1, sum(steps))
-            row.step_speed_up = _ratio(rates[variant.name], rates[f"{method}, no guesses"])
+            ending = COMPILED if variant.compiled else ""
+            still = rates[f"{method}, no guesses{ending}"]
+            row.step_speed_up = _ratio(rates[variant.name], still)
             drafter = variant.pruner.decoder.drafter(len(model.model.layers))
             row.predicted = cost_model(drafter, model, row.accepted, row.drafted)
+        if variant.compiled:
+            exact = rates[variant.name.removesuffix(COMPILED)]
+            row.compiled_speed_up = _ratio(rates[variant.name], exact)
+            later = statistics.median(clock.arrivals[-1][0] for clock in variant.clocks)
+            row.start_up = None if variant.first_call is None else variant.first_call - later
         rows.append(row)
     return rows
 

@@ -12,6 +12,9 @@ from llava.eval.progress import progress
 from llava.model.self_speculative import SpeculationLog
 from llava.pruning import Pruner, build_pruner, can_draft
 
+#: ending of the names of ways that are compiled
+COMPILED = ", compiled"
+
 
 class Clock:
     """A streamer that notes when how many tokens arrive."""
@@ -48,12 +51,16 @@ class Variant:
     """One way of answering, and what was seen of it.
 
     options: further arguments of `generate`
+    compiled: whether steps of decoding are
+    first_call: seconds of the first call, which compiles
     """
 
     name: str
     pruner: Pruner
     strategy: str
     options: dict = field(default_factory=dict)
+    compiled: bool = False
+    first_call: float | None = None
     clocks: list[Clock] = field(default_factory=list)
     answers: list[list[int]] = field(default_factory=list)
     logs: list[SpeculationLog] = field(default_factory=list)
@@ -77,10 +84,13 @@ class Variant:
         self.logs += getattr(output, "logs", None) or []
 
 
-def variants_of(pruners: dict[str, Pruner], num_speculations: int | None = None) -> list[Variant]:
+def variants_of(
+    pruners: dict[str, Pruner], num_speculations: int | None = None, compile: bool = False
+) -> list[Variant]:
     """The dense model, and each method with and, where it can guess, also without guesses.
 
     num_speculations: most guesses in a row; None: what the method says
+    compile: adds all of them with compiled steps
     """
     options = {} if num_speculations is None else {"num_speculations": num_speculations}
     found = [Variant(DENSE, build_pruner(), STRATEGIES[0])]
@@ -90,6 +100,10 @@ def variants_of(pruners: dict[str, Pruner], num_speculations: int | None = None)
             still = {"num_speculations": 0}
             found.append(Variant(f"{name}, no guesses", pruner, STRATEGIES[1], still))
             found.append(Variant(f"{name}, guessing", pruner, STRATEGIES[1], dict(options)))
+    if compile:
+        found += [
+            Variant(v.name + COMPILED, v.pruner, v.strategy, dict(v.options), True) for v in found
+        ]
     return found
 
 
@@ -98,12 +112,18 @@ def measure(model, variants: list[Variant], prompts: list[Callable[[], dict]], l
 
     prompts: make the arguments of `generate`, but for the length of the answer
     """
+    steps = {}  # each of both is made once: it keeps what it captured
+    for compiled in sorted({variant.compiled for variant in variants}):
+        model.compile_decoding = compiled
+        steps[compiled] = model.model.step
     asked = [prompts[0], *prompts]
     for number, prompt in enumerate(progress(asked, "answers", "questions")):
         for variant in variants:
             model.pruner = variant.pruner  # first: how images are prepared may depend on it
+            model.model.step = steps[variant.compiled]
             variant.run(model, prompt() | {"max_new_tokens": limit})
             if number == 0:
+                variant.first_call = variant.clocks[0].arrivals[-1][0]
                 variant.clocks, variant.answers, variant.logs = [], [], []
 
 

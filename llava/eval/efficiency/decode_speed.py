@@ -3,6 +3,7 @@
     python -m llava.eval.efficiency --decode --method twigvlm --visual-token-num 64
     python -m llava.eval.efficiency.decode_speed --methods twigvlm --limit 20 \
         --json runs/decode.json
+    python -m llava.eval.efficiency.decode_speed --methods twigvlm --compile
     python -m llava.eval.efficiency.decode_speed --config 7b --acceptance 0.8 \
         --num-speculations 3 --limit 3
 
@@ -11,7 +12,8 @@ question file is given), or, with --config, a model of that size with random wei
 a given length, chance deciding which guesses are right. One answer at a time, all variants in
 turns on every question, so that a busy machine slows all of them alike. A streamer notes when
 tokens arrive; time runs from the call of `generate`, pixels prepared. Rates are medians over the
-questions.
+questions. With --compile every way is measured twice, as it is and compiled; what the first
+compiled answer took longer than a later one is `start_up`.
 """
 
 from __future__ import annotations
@@ -147,7 +149,7 @@ def main(argv: list[str] | None = None) -> dict:
     torch.manual_seed(0)
     model, pruners, prompts = (trained_model if args.config is None else random_model)(args)
     args.limit = len(prompts)
-    variants = variants_of(pruners, args.num_speculations)
+    variants = variants_of(pruners, args.num_speculations, args.compile)
     measure(model, variants, prompts, args.max_new_tokens)
     rows = rows_of(variants, model, same_answers=args.config is None)
     facts = about(args, model, statistics.mean(clock.tokens for clock in variants[0].clocks))

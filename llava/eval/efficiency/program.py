@@ -166,6 +166,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "python -m llava.eval.efficiency.decode_speed --help",
     )
     add(
+        "--compile",
+        action="store_true",
+        help="compiles steps of decoding; with --decode, every way runs as it is and compiled",
+    )
+    add(
         "--count-kernels",
         action="store_true",
         help="instead: count what a device is asked to run, by stage and per further token",
@@ -252,7 +257,7 @@ def decode_words(args) -> list[str]:
     given = [str(word) for pair in words.items() if pair[1] is not None for word in pair]
     if args.method.strip() != ALL:
         given += ["--methods", *(name.strip() for name in args.method.split(","))]
-    return given
+    return given + (["--compile"] if args.compile else [])
 
 
 @errors_as_messages()
@@ -263,6 +268,7 @@ def main(argv: list[str] | None = None) -> dict:
         return decode_speed.main(decode_words(args))
     name = default_model_path() if args.config == "playground" else args.config
     model = build_random_model(*shapes(name, args.layers), **placed(args))
+    model.compile_decoding = args.compile
     pruners, refused = methods_to_measure(
         args.method, args.visual_token_num, model, args.image_size
     )

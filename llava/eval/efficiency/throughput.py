@@ -143,6 +143,7 @@ def random_loop(args) -> AnswerLoop:
     config.num_hidden_layers = args.layers or config.num_hidden_layers
     config.vocab_size = playground.model.config.vocab_size
     model = build_random_model(config, tower, **placed(args))
+    model.compile_decoding = args.compile
     options = {"workers": args.workers, "max_new_tokens": args.max_new_tokens}
     processor = image_processor_of(model, args)
     front = FrontEnd(playground.front.tokenizer, model, processor, args.conv_mode)

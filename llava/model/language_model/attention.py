@@ -87,7 +87,7 @@ def packs_rows(backend: str) -> bool:
     return backend == "flash_attention_2"
 
 
-@lru_cache
+@torch.compiler.assume_constant_result
 def serves_groups(device: torch.device, dtype: torch.dtype, masked: bool) -> bool:
     """Whether a fast kernel of `device` serves several query heads from one key head.
 
@@ -134,10 +134,12 @@ def attend_behind(
         mask = causal_mask(q.shape[2], k.shape[2], q.device)
     mask = mask.expand(q.shape[0], -1, -1, -1)
     keys = shared[0].shape[1] + k.shape[2]
+    if q.shape[0] * q.shape[1] * q.shape[2] * keys <= WEIGHTS_HELD:
+        return _attend_behind(q, k, v, mask, *shared)
     rows = max(1, WEIGHTS_HELD // (q.shape[1] * q.shape[2] * keys))
     parts = zip(*(x.split(rows) for x in (q, k, v, mask)), strict=True)
     out = [_attend_behind(*part, *shared) for part in parts]
-    return out[0] if len(out) == 1 else torch.cat(out)
+    return torch.cat(out)
 
 
 def _attend_behind(q, k, v, mask, keys, values, bias=None) -> Tensor:
@@ -241,6 +243,14 @@ def attention_mask(
     if visible is None:
         visible = causal_mask(num_queries, bias.shape[1], bias.device)
     return added.masked_fill(~visible, float("-inf"))
+
+
+def added_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of numbers in `dtype` from one of any kind: kernels want it so, and would make it anew
+    in every layer."""
+    if mask.is_floating_point():
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
 
 
 @lru_cache

@@ -18,6 +18,9 @@ from ..patches import check_decoder
 from ..prompt import Prompt, positions_behind
 from ..reuse import Prefix
 from ..visuals import Visuals
+from .compiling import check_compiler
+from .cuda_graphs import GraphStep
+from .decode_step import CompiledStep, DecodeStep
 from .modeling_llama import LlamaModel, LlamaPreTrainedModel
 
 NO_ATTENTIONS = (
@@ -40,6 +43,22 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @property
+    def compile_decoding(self) -> bool:
+        """Whether steps of decoding are compiled, and on a GPU launched as CUDA graphs; off unless
+        assigned. See `llava.model.language_model.decode_step`."""
+        return isinstance(self.model.step, CompiledStep)
+
+    @compile_decoding.setter
+    def compile_decoding(self, value: bool) -> None:
+        """Raises RuntimeError where nothing can be compiled, saying what is missing."""
+        kind = DecodeStep
+        if value:
+            device = self.model.layers[0].device
+            check_compiler(device)
+            kind = GraphStep if device.type == "cuda" else CompiledStep
+        self.model.step = kind(self.model.rotary, self.config._attn_implementation)
 
     def get_model(self) -> LlamaModel:
         return self.model
@@ -234,7 +253,8 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             reserve = kwargs.get("max_new_tokens") or config.max_new_tokens or 64
             if prefix is not None:  # the rest of the prompt is appended, too
                 reserve += prompt.inputs_embeds.shape[1] - prefix.size
-            kwargs["past_key_values"] = KVCache(self.config.num_hidden_layers, reserve)
+            beams = kwargs.get("num_beams") or config.num_beams or 1
+            kwargs["past_key_values"] = KVCache(self.config.num_hidden_layers, reserve, beams)
         # Without ids of the prompt transformers puts a BOS there.
         known = 1 if prompt.token_ids is None else prompt.token_ids.shape[1]
         for rule in kwargs.get("stopping_criteria") or ():

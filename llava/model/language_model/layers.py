@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...blocks import GatedMLP, RMSNorm, rotate
+from ...blocks import GatedMLP, RMSNorm, rope_of, rotate
 from ...devices import device_of, moved
 from ...pruning.ops import gather_tokens
 from ..kv_cache import KVCache, RowState
@@ -40,7 +40,7 @@ class Rotary:
             )
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions (B, S), or (B, S, A) on several axes -> cos, sin, each (B, 1, S, d)."""
+        """positions (B, S), or (B, S, A) on several axes -> `rope_of`, (B, 1, S, d) each."""
         even = torch.arange(0, self.width, 2, device=positions.device).float()
         frequency = 1.0 / self.theta ** (even / self.width)
         if positions.ndim == 3:  # (B, S, d / 2), of the axis that turns a frequency
@@ -48,16 +48,15 @@ class Rotary:
             positions = torch.cat([p[..., None].expand(*p.shape, n) for p, n in axes], dim=-1)
         else:
             positions = positions[..., None]
-        angle = (positions.float() / self.stretch) * frequency
-        angle = torch.cat([angle, angle], dim=-1)[:, None]
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        angles = (positions.float() / self.stretch) * frequency
+        return rope_of(angles[:, None], dtype)
 
 
 @dataclass
 class Step:
     """What the layers of one forward pass share.
 
-    rope:   cos and sin of the tokens' positions
+    rope:   `rope_of` the tokens' positions
     mask, packed: as in `attend`
     valid, bias: (B, S) as in `Prefill`
     rows:   (B, R) queries whose attention the layer records; None: it records nothing
@@ -120,7 +119,7 @@ class Attention(nn.Module):
         row = None
         if step.rows is not None:
             row = attention_rows(q, k, step.rows, step.valid, step.form, step.bias)
-        shared = None if cache is None else cache.shared[self.layer_idx]
+        shared = None if cache is None else cache.shared_by(self.layer_idx)
         if shared is None:
             out = attend(q, k, v, step.mask, self.backend, step.packed)
         else:

@@ -8,7 +8,7 @@ every layer of a prefill that holds an image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from .attention import (
     rows_of,
     say_no_bias,
 )
+from .decode_step import DecodeStep
 from .layers import DecoderLayer, Rotary, Step, bring, run_layers
 from .prefill_loop import PrefillLoop, next_position
 
@@ -86,6 +87,7 @@ class LlamaModel(LlamaPreTrainedModel):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = Rotary(config)
+        self.step = DecodeStep(self.rotary, config._attn_implementation)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -116,7 +118,7 @@ class LlamaModel(LlamaPreTrainedModel):
         """
         collect: list[Tensor] | None = [] if output_hidden_states else None
         if cache is not None and len(cache):
-            x = self._continue(inputs_embeds, cache, collect, trace)
+            x = self.step(self.layers, inputs_embeds, cache, collect, trace)
             index = valid = None
         else:
             prefill = self.start(inputs_embeds, attention_mask, position_ids, visuals)
@@ -205,7 +207,7 @@ class LlamaModel(LlamaPreTrainedModel):
             packed=packed,
             valid=valid,
             bias=bias,
-            state=RowState(next_position(prefill), valid, bias),
+            state=RowState(next_position(prefill), x.shape[1], valid, bias),
         )
 
     def through(self, prefill: Prefill, layers: nn.ModuleList) -> Tensor:
@@ -252,42 +254,6 @@ class LlamaModel(LlamaPreTrainedModel):
         rope = self.rotary(position_ids[prompts, rows], x.dtype)
         q = attention.queries(gather_tokens(x, rows), rope)
         return rows_of(q, k, rows, valid, bias=bias).to(home)
-
-    def _continue(self, x: Tensor, cache: KVCache, collect, trace=None) -> Tensor:
-        """All layers on the (B, q) tokens that follow those in the cache."""
-        recorded = frozenset() if trace is None else trace.attention_layers
-        count = x.shape[1]
-        steps: dict[int, Step] = {}  # layers that hold the same tokens share one
-        for number, layer in enumerate(self.layers):
-            if layer.device != x.device:
-                x = x.to(layer.device)
-            state = cache.rows[number]
-            if id(state) not in steps:
-                positions = state.next_position[:, None] + torch.arange(count, device=x.device)
-                length = cache.lengths[number] + count
-                valid, bias = state.mask(length), state.key_bias(length)
-                mask = None if valid is None else padded_causal_mask(valid, count)
-                mask = attention_mask(mask, bias, count, x.dtype)
-                steps[id(state)] = Step(self.rotary(positions, x.dtype), mask, state=state)
-            if collect is not None:
-                collect.append(x)
-            step = steps[id(state)]
-            if number in recorded:
-                step = self._with_rows(step, cache.lengths[number] + count, count)
-            x, rows = layer(x, step, cache)
-            if number in recorded:
-                trace.add_answer_attention(number, rows)
-        for step in steps.values():
-            step.state.next_position = step.state.next_position + count
-        return x
-
-    def _with_rows(self, step: Step, length: int, count: int) -> Step:
-        """The same for a layer that holds `length` tokens and records what the last `count` of them
-        attend to."""
-        batch = step.state.next_position.shape[0]
-        rows = torch.arange(count, device=step.state.next_position.device).expand(batch, -1)
-        valid, bias = step.state.mask(length), step.state.key_bias(length)
-        return replace(step, rows=rows, valid=valid, bias=bias)
 
     def run_layer(
         self, layer: DecoderLayer, x: Tensor, step: Step, cache: KVCache | None

@@ -123,6 +123,7 @@ class PrefillLoop:
         tail = decoder.first_layers(prefill, prefix.depth, self.cache, prefix)
         state = RowState(
             next_position(prefill),
+            prefill.index.shape[1] - (prefix.size if prefix.shared else 0),
             prefix.valid_in_cache(prefill.valid),
             prefix.bias_in_cache(prefill.key_bias),
         )
@@ -188,7 +189,8 @@ def drop_from_caches(
             follows = after.next_position
             follows = before.next_position if follows is None else follows
             bias = None if before.bias is None else before.bias.gather(1, orders[key])
-            states[id(before)] = moved(RowState(follows, after.valid, bias), there)
+            size = after.index.shape[1]
+            states[id(before)] = moved(RowState(follows, size, after.valid, bias), there)
         cache.keep(layer, orders[key], states[id(before)])
 
 

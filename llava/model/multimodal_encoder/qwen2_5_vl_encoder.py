@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ...blocks import GatedMLP, RMSNorm, rotate
+from ...blocks import GatedMLP, RMSNorm, rope_of, rotate
 from ...devices import device_of
 from ...pruning.cues import OutputMean
 from ...segments import Segments, attend_within, segments_of, window_order
@@ -175,8 +175,7 @@ class Qwen2_5_VLVisionTower(nn.Module):
         plan = plan_images(grids, self.config, self.device)
         pixels = torch.cat([image.to(self.device, self.dtype).flatten(0, 1) for image in images])
         x = self.patch_embed(pixels)[plan.blocks].flatten(0, 1)
-        angles = torch.cat([plan.angles, plan.angles], dim=-1)[:, None]
-        rope = angles.cos(), angles.sin()
+        rope = rope_of(plan.angles[:, None], plan.angles.dtype)
         wanted = wanted or {}
         full, sources = set(self.config.fullatt_block_indexes), self._sources(wanted)
         found: dict[int, dict[str, Tensor]] = {number: {} for number in sources}

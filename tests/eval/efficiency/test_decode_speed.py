@@ -8,8 +8,9 @@ import torch
 from llava.eval.efficiency import decode_speed
 from llava.eval.efficiency.chance import ChanceChoice
 from llava.eval.efficiency.decode_report import cost_model, rows_of, table
-from llava.eval.efficiency.decode_run import Clock, Variant, variants_of
+from llava.eval.efficiency.decode_run import Clock, Variant, measure, variants_of
 from llava.eval.efficiency.decode_speed import options_by_method
+from llava.model.language_model import decode_step
 from llava.model.self_speculative import SpeculationLog
 from llava.pruning import build_pruner
 from llava.pruning.drafter import Drafter
@@ -74,6 +75,21 @@ def test_the_number_of_guesses_is_that_of_the_guessing_way_alone(model):
     ways = variants_of({"twigvlm": grown(model)}, 3)
     assert [way.guesses for way in ways] == [False, False, False, True]
     assert [way.options.get("num_speculations") for way in ways] == [None, None, 0, 3]
+
+
+def test_every_way_is_also_compiled_where_that_is_asked_for(model, monkeypatch):
+    monkeypatch.setattr(decode_step, "compiled", lambda function: function)
+    ways = variants_of({"twigvlm": grown(model)}, 3, compile=True)
+    assert [way.compiled for way in ways] == [False] * 4 + [True] * 4
+    kept = {way.name: way for way in ways if way.name.startswith("dense")}
+    prompt = dict(input_ids=torch.tensor([[1, 5, 9]]), eos_token_id=-1)
+    measure(model, list(kept.values()), [lambda: dict(prompt)] * 2, 4)
+    assert kept["dense"].answers == kept["dense, compiled"].answers
+    assert all(len(way.clocks) == 2 and way.first_call > 0 for way in kept.values())
+    dense, fast = rows_of(list(kept.values()), model)
+    assert dense.compiled_speed_up is None and fast.compiled_speed_up > 0
+    assert fast.same_answers == 100 and fast.start_up is not None
+    model.compile_decoding = False
 
 
 def test_chance_agrees_as_often_as_asked():

@@ -1,0 +1,151 @@
+"""Steps of decoding as CUDA graphs: a step is launched at once, whatever it is made of.
+
+A graph reads and writes fixed addresses. So a step is captured once for each number of rows, tokens
+and places that it sees, its inputs are copied to where it was captured, and the buffers of a cache
+that is not needed any more serve the next one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..kv_cache import KVCache, RowState
+from .decode_step import CompiledStep, Plan
+
+#: graphs that are kept
+MOST_GRAPHS = 64
+
+
+class GraphStep(CompiledStep):
+    """A compiled step whose kernels are launched as one graph."""
+
+    def __init__(self, *args, capture: Callable | None = None):
+        """capture: makes of a function of no arguments one that does the same work on the same
+        tensors again; None: as a CUDA graph"""
+        super().__init__(*args)
+        self.capture = CudaCapture() if capture is None else capture
+        self.graphs: OrderedDict[tuple, Captured] = OrderedDict()
+        self.spare: dict[int, list[Tensor]] = {}  # per layer keys and values of a former cache
+
+    def run(self, plan: Plan) -> Tensor:
+        key = key_of(plan)
+        if key not in self.graphs:
+            self.graphs[key] = Captured(plan, self.capture)
+            if len(self.graphs) > MOST_GRAPHS:
+                self.graphs.popitem(last=False)
+        self.graphs.move_to_end(key)
+        return self.graphs[key](plan)
+
+    def allocate(self, cache: KVCache, layer: int, capacity: int) -> list[Tensor]:
+        """Buffers of a former cache, if they are large enough for `cache`, else new ones; they come
+        back when the cache is gone."""
+        like = cache.entries(layer)[0]
+        buffers = self.spare.pop(layer, None)
+        if buffers is not None and serves(buffers[0], like, capacity):
+            for buffer in buffers:
+                buffer.zero_()  # masked places are multiplied by 0, which does not help with NaN
+        else:
+            self._forget(buffers)
+            shape = (*like.shape[:2], capacity, like.shape[3])
+            with torch.inference_mode(False):  # written to outside of that mode as well
+                buffers = [like.new_zeros(shape) for _ in range(2)]
+        weakref.finalize(cache, self._take_back, layer, buffers).atexit = False
+        return buffers
+
+    def _take_back(self, layer: int, buffers: list[Tensor]) -> None:
+        """The larger ones stay."""
+        known = self.spare.get(layer, buffers)
+        one, other = sorted((known, buffers), key=lambda pair: pair[0].numel())
+        self.spare[layer] = other
+        if one is not other:
+            self._forget(one)
+
+    def _forget(self, buffers: list[Tensor] | None) -> None:
+        """Gives graphs up that hold these buffers, so that their memory is free."""
+        if buffers is not None:
+            gone = buffers[0].data_ptr()
+            for key in [key for key, own in self.graphs.items() if gone in own.addresses]:
+                del self.graphs[key]
+
+
+def serves(buffer: Tensor, like: Tensor, capacity: int) -> bool:
+    """Whether a buffer (B, G, n, d) has room for `capacity` entries such as `like` (B, G, S, d)."""
+    batch, heads, places, width = buffer.shape
+    same = (batch, heads, width, buffer.dtype, buffer.device)
+    other = (*like.shape[:2], like.shape[3], like.dtype, like.device)
+    return same == other and places >= capacity
+
+
+def key_of(plan: Plan) -> tuple:
+    """What a graph of the step depends on, apart from the contents of tensors."""
+    weights = [layer.self_attn.q_proj.weight.data_ptr() for layer in plan.layers]
+    groups = [
+        (window, state.valid is None, state.bias is None)
+        for state, window in zip(plan.states, plan.windows, strict=True)
+    ]
+    buffers = [(keys.data_ptr(), keys.shape) for keys, _ in plan.buffers]
+    shared = [tuple(None if x is None else x.data_ptr() for x in own or ()) for own in plan.shared]
+    parts = (weights, groups, plan.members, buffers, shared)
+    return (plan.x.shape, plan.x.dtype, plan.x.device, *map(tuple, parts))
+
+
+class Captured:
+    """A step that can be run again on other tokens."""
+
+    def __init__(self, plan: Plan, capture: Callable):
+        with torch.inference_mode(False), torch.no_grad():
+            self.x = torch.empty_like(plan.x)
+            self.done = torch.zeros((), dtype=torch.long, device=plan.x.device)
+            self.known = [
+                {name: None if own is None else own.clone() for name, own in group.items()}
+                for group in plan.known()
+            ]
+        self.addresses = {keys.data_ptr() for keys, _ in plan.buffers}
+        self.held = plan.layers, plan.buffers, plan.shared  # what has to stay where it is
+        self.states: list[RowState] = []
+        self.load(plan)
+        self.replay = capture(lambda: plan.run(self.x, self.done, self.known))
+
+    def load(self, plan: Plan) -> None:
+        """Puts what the step is about to where it is read."""
+        self.x.copy_(plan.x)
+        self.done.fill_(plan.done)
+        if [id(state) for state in self.states] == [id(state) for state in plan.states]:
+            return
+        for there, here in zip(self.known, plan.known(), strict=True):
+            for name, tensor in there.items():
+                if tensor is not None:
+                    tensor.copy_(here[name])
+        self.states = plan.states
+
+    def __call__(self, plan: Plan) -> Tensor:
+        self.load(plan)
+        return self.replay().clone()  # the next step writes over it
+
+
+class CudaCapture:
+    """Captures work as CUDA graphs that share their memory: only one of them runs at a time."""
+
+    def __init__(self):
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()  # compiles, and lets libraries set themselves up, which cannot be captured
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            out = work()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay

@@ -1,0 +1,241 @@
+"""A step of decoding: layers on the tokens that follow those which their caches hold.
+
+Both kinds give the same numbers. `DecodeStep` runs layer by layer on exactly the keys that are
+there. `CompiledStep` looks at a whole bucket of places of each cache and masks those that are free,
+so that nothing in it but the contents of tensors changes from token to token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..kv_cache import KVCache, RowState
+from .attention import added_mask, attention_mask, causal_mask, padded_causal_mask
+from .compiling import compiled
+from .layers import DecoderLayer, Rotary, Step, bring
+
+
+class DecodeStep:
+    """Runs layers as they are.
+
+    rotary: of the decoder
+    backend: of its attention
+    """
+
+    def __init__(self, rotary: Rotary, backend: str):
+        self.rotary, self.backend = rotary, backend
+
+    def __call__(
+        self,
+        layers: Iterable[DecoderLayer],
+        x: Tensor,
+        cache: KVCache,
+        collect: list[Tensor] | None = None,
+        trace=None,
+    ) -> Tensor:
+        """What `layers` give on the (B, q, D) tokens that follow those in the cache, on the device
+        of the last of them; the cache holds them afterwards.
+
+        collect: takes the input of every layer. trace: takes the attention rows that it records.
+        """
+        recorded = frozenset() if trace is None else trace.attention_layers
+        steps: dict[int, Step] = {}  # layers that hold the same tokens share one
+        for layer in layers:
+            number = layer.self_attn.layer_idx
+            state = cache.rows[number]
+            if id(state) not in steps:
+                steps[id(state)] = self._step(state, cache, number, x)
+            x, step = bring(layer, x, steps[id(state)])
+            steps[id(state)] = step
+            if collect is not None:
+                collect.append(x)
+            if number in recorded:
+                step = _with_rows(step, state, cache.lengths[number] + x.shape[1], x)
+            x, rows = layer(x, step, cache)
+            if number in recorded:
+                trace.add_answer_attention(number, rows)
+        return x
+
+    def _step(self, state: RowState, cache: KVCache, number: int, x: Tensor) -> Step:
+        """For layers that hold what layer `number` does."""
+        count, held = x.shape[1], cache.lengths[number]
+        rope = state.rope(self.rotary, held - state.size, count, x.dtype)
+        valid, bias = state.mask(held + count), state.key_bias(held + count)
+        if valid is not None:
+            mask = padded_causal_mask(valid, count)
+        elif bias is not None or count == 1 or self.backend == "flash_attention_2":
+            mask = None  # FlashAttention aligns queries with the last keys by itself
+        else:
+            mask = causal_mask(count, held + count, state.next_position.device)
+        mask = attention_mask(mask, bias, count, x.dtype)
+        return Step(rope, None if mask is None else added_mask(mask, x.dtype))
+
+
+def _with_rows(step: Step, state: RowState, length: int, x: Tensor) -> Step:
+    """The same for a layer that holds `length` tokens, those of x (B, q, D) included, and records
+    what these attend to."""
+    rows = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+    return replace(step, rows=rows, valid=state.mask(length), bias=state.key_bias(length))
+
+
+class CompiledStep(DecodeStep):
+    """The same, compiled. What it cannot do runs as before: layers on several devices or under
+    hooks, inputs of layers and attention rows that are wanted, and gradients."""
+
+    def __call__(
+        self,
+        layers: Iterable[DecoderLayer],
+        x: Tensor,
+        cache: KVCache,
+        collect: list[Tensor] | None = None,
+        trace=None,
+    ) -> Tensor:
+        layers = list(layers)
+        watched = collect is not None or (trace is not None and trace.attention_layers)
+        able = layers and all(runs_on(layer, x) for layer in layers)
+        if watched or not able or torch.is_grad_enabled():
+            return super().__call__(layers, x, cache, collect, trace)
+        return self.run(self.plan(layers, x, cache))
+
+    def plan(self, layers: list[DecoderLayer], x: Tensor, cache: KVCache) -> Plan:
+        """The step of `layers` on x; the cache counts its tokens as held from here on."""
+        numbers, count = [layer.self_attn.layer_idx for layer in layers], x.shape[1]
+        plan = Plan(layers, self.rotary, x, cache.appended(numbers[0]))
+        groups: dict[int, int] = {}
+        for number in numbers:
+            state = cache.rows[number]
+            if id(state) not in groups:
+                groups[id(state)] = len(plan.states)
+                plan.states.append(state)
+                plan.windows.append(cache.window(number, count))
+            plan.members.append(groups[id(state)])
+            plan.buffers.append(cache.claim(number, count, self.allocate))
+            plan.shared.append(cache.shared[number])
+        return plan
+
+    #: makes the buffers of caches, see `KVCache.claim`
+    allocate = None
+
+    def run(self, plan: Plan) -> Tensor:
+        return plan.run(plan.x, torch.tensor(plan.done, device=plan.x.device), plan.known())
+
+
+def runs_on(layer: DecoderLayer, x: Tensor) -> bool:
+    """Whether a layer computes where x is, without hooks that bring its weights there."""
+    return layer.device == x.device and "_hf_hook" not in vars(layer)
+
+
+@dataclass
+class Plan:
+    """All that a compiled step reads and writes.
+
+    x:       (B, q, D) tokens as they enter the first of `layers`
+    done:    tokens of the answers before those
+    states:  the rows as groups of layers see them, and how many places each looks at (`windows`)
+    members: the group of every layer
+    buffers: keys and values (B, G, capacity, d) of every layer
+    shared:  what its rows begin with, as in `KVCache`
+    """
+
+    layers: list[DecoderLayer]
+    rotary: Rotary
+    x: Tensor
+    done: int
+    states: list[RowState] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)
+    members: list[int] = field(default_factory=list)
+    buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    shared: list[tuple | None] = field(default_factory=list)
+
+    def known(self) -> list[dict[str, Tensor | None]]:
+        """What `describe` is told of every group."""
+        return [
+            {
+                "size": torch.tensor(state.size, device=self.x.device),
+                "next_position": state.next_position,
+                "valid": state.mask(window),
+                "bias": state.key_bias(window),
+            }
+            for state, window in zip(self.states, self.windows, strict=True)
+        ]
+
+    def run(self, x: Tensor, done: Tensor, known: list[dict[str, Tensor | None]]) -> Tensor:
+        """(B, q, D) what leaves the last layer; the tokens' keys and values are in the buffers.
+
+        x, done, known: what the plan says, as tensors; done: ()
+        """
+        groups = [
+            compiled(describe)(self.rotary, done, window, x.shape[1], x.dtype, **group)
+            for window, group in zip(self.windows, known, strict=True)
+        ]
+        for number, layer in enumerate(self.layers):
+            group, (keys, values) = groups[self.members[number]], self.buffers[number]
+            x = compiled(run_layer)(layer, x, *group, keys, values, self.shared[number])
+        return x
+
+
+# --- what is compiled -----------------------------------------------------------------------
+
+
+def describe(
+    rotary: Rotary,
+    done: Tensor,
+    window: int,
+    count: int,
+    dtype: torch.dtype,
+    size: Tensor,
+    next_position: Tensor,
+    valid: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For a group's layers: places (q,) of the `count` new tokens in the buffers, the cosines and
+    sines of `rope_of` their positions, and the mask (B or 1, 1, q, window) of numbers.
+
+    done, size: () tokens of the answers so far and places of the prompt; the rest is as in
+    `RowState`, for the `window` places that are looked at
+    """
+    new = done + torch.arange(count, device=done.device)
+    places = size + new
+    cos, sin = rotary(next_position[:, None] + new, dtype)
+    seen = (torch.arange(window, device=done.device) <= places[:, None])[None, None]
+    if valid is not None:
+        seen = seen & valid[:, None, None]
+    if bias is None:
+        return places, cos, sin, added_mask(seen, dtype)
+    return places, cos, sin, attention_mask(seen, bias, count, dtype)
+
+
+class Slots:
+    """The cache of one layer in a compiled step: new tokens go to given places of its buffers."""
+
+    def __init__(self, keys: Tensor, values: Tensor, places: Tensor, window: int, shared):
+        self.keys, self.values, self.places, self.window = keys, values, places, window
+        self.beginning = shared
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys.index_copy_(2, self.places, keys)
+        self.values.index_copy_(2, self.places, values)
+        return self.keys[:, :, : self.window], self.values[:, :, : self.window]
+
+    def shared_by(self, layer: int) -> tuple | None:
+        return self.beginning
+
+
+def run_layer(
+    layer: DecoderLayer,
+    x: Tensor,
+    places: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    shared: tuple | None,
+) -> Tensor:
+    """A layer on x (B, q, D), whose keys and values go to `places` of its buffers."""
+    slots = Slots(keys, values, places, mask.shape[-1], shared)
+    return layer(x, Step((cos, sin), mask), slots)[0]

@@ -1,0 +1,117 @@
+"""Steps of decoding as torch compiles them for this CPU: the same tokens, few kernels."""
+
+import re
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from llava.model.kv_cache import KVCache, RowState
+from llava.model.language_model.compiling import check_compiler, compiled
+from llava.model.language_model.decode_step import CompiledStep
+from llava.pruning import build_pruner
+from tests.conftest import make_pruner
+from tests.model.test_decode_step import SPECULATE, assert_same, batch, generate
+from tests.pruning.test_twigvlm import grown
+
+#: kernels of one layer, and of what layers with the same tokens share in a step
+LAYER, GROUP = 14, 1
+KERNEL = re.compile(r"(?:cpp_fused\w*|extern_kernels\.\w+|torch\.ops\.aten\.\w+\.\w+)\(")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler():
+    try:
+        check_compiler(torch.device("cpu"))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def compiling(model):
+    model.compile_decoding = True
+    yield model
+    model.compile_decoding = False
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def test_answers_are_those_of_exact_steps_and_nothing_is_compiled_for_a_later_token(model, sample):
+    """Layers that differ in length, rows that differ in length, and a second bucket."""
+    model.pruner = build_pruner("pyramiddrop", visual_token_num=10)
+    inputs = batch(sample)
+    wanted = generate(model, inputs, max_new_tokens=40)
+    model.compile_decoding = True
+    try:
+        generate(model, inputs, max_new_tokens=3)
+        before = graphs()
+        assert before > 0
+        assert_same(generate(model, inputs, max_new_tokens=40), wanted)
+        assert graphs() == before
+    finally:
+        model.compile_decoding = False
+
+
+def test_a_layer_is_compiled_to_few_kernels(make_model):
+    from torch._inductor.utils import run_and_get_code
+
+    decoder = make_model().model
+    step = CompiledStep(decoder.rotary, "sdpa")
+    cache, x = KVCache(6, reserve=4), torch.randn(1, 1, decoder.config.hidden_size)
+    for layer in decoder.layers:
+        cache.append(layer.self_attn.layer_idx, *torch.randn(2, 1, 4, 70, 8))
+        cache.rows[layer.self_attn.layer_idx] = cache.rows[0] or RowState(torch.tensor([70]), 70)
+    compiled.cache_clear()
+    torch.compiler.reset()
+    with torch.no_grad():
+        _, codes = run_and_get_code(step, decoder.layers, x, cache)
+    counts = [len(KERNEL.findall(code[code.index("def call(") :])) for code in codes]
+    assert len(counts) == 2, "one graph for all layers, and one for what they share"
+    assert counts[0] <= GROUP and counts[1] <= LAYER, codes[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["none", "vispruner+pyramiddrop"])
+@pytest.mark.parametrize("options", [dict(num_beams=3), dict(repetition_penalty=1.2)], ids=str)
+def test_every_search_finds_the_same(compiling, sample, method, options):
+    compiling.pruner = make_pruner(method)
+    found = generate(compiling, batch(sample), **options)
+    compiling.compile_decoding = False
+    assert_same(found, generate(compiling, batch(sample), **options))
+
+
+@pytest.mark.slow
+def test_guesses_are_made_and_verified_in_compiled_steps(make_model, sample):
+    model, prompt = make_model(), sample(4, "image", 5)
+    model.lm_head.weight.data *= 8
+    grown(model, 2, 2, visual_token_num=30, draft_stop_prob=0.0)
+    options = dict(do_sample=False, max_new_tokens=12, eos_token_id=-1, pad_token_id=0)
+    plain = model.generate(prompt.ids, images=prompt.images, **options)
+    model.compile_decoding = True
+    out = model.generate(prompt.ids, images=prompt.images, **options, **SPECULATE)
+    assert torch.equal(out.sequences, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["mistral", "own grids"])
+def test_other_families_and_types_are_compiled_as_well(
+    make_model, own_grids_model, sample, family, dtype
+):
+    from llava.pruning.testing import tiny
+
+    if family == "mistral":
+        model, inputs = make_model(mistral=True), batch(sample)
+    else:
+        model, prompt = tiny.make_own_grids_model(), tiny.sample(3, "image", 4)
+        inputs = dict(inputs=prompt.ids, images=[tiny.picture(3, 4)])
+    model.to(dtype)
+    wanted = generate(model, inputs)
+    model.compile_decoding = True
+    found = generate(model, inputs)
+    if dtype == torch.float32:
+        assert_same(found, wanted)
+    else:  # one graph rounds less often
+        torch.testing.assert_close(found.scores[1], wanted.scores[1], atol=0.05, rtol=0.05)

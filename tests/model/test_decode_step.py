@@ -1,0 +1,292 @@
+"""Steps that look at buckets of the cache give what exact ones do: here as they are, uncompiled."""
+
+import gc
+
+import pytest
+import torch
+
+from llava.model import kv_cache
+from llava.model.kv_cache import KVCache, RowState
+from llava.model.language_model import compiling, decode_step
+from llava.model.language_model.cuda_graphs import GraphStep
+from llava.model.language_model.decode_step import CompiledStep, DecodeStep
+from llava.model.reuse import Picture, PrefixCache
+from llava.pruning import METHODS, build_pruner, trace_pruning
+from tests.conftest import SIDE, make_pruner, pad_batch
+from tests.model.test_key_bias import METHODS as WEIGHING
+from tests.pruning.test_twigvlm import grown
+
+GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=-1, pad_token_id=0)
+CHAINS = ["vispruner+fastv", "pool+pyramiddrop"]
+SPECULATE = dict(generation_strategy="self_speculative", return_dict_in_generate=True)
+
+
+@pytest.fixture(autouse=True)
+def small_buckets(monkeypatch):
+    """Answers of a few tokens that go from bucket to bucket, and nothing that is compiled."""
+    monkeypatch.setattr(kv_cache, "BUCKET", 8)
+    monkeypatch.setattr(decode_step, "compiled", lambda function: function)
+
+
+def steps(model, *kinds):
+    """Puts every kind of step into the model in turn."""
+    decoder = model.model
+    before = decoder.step
+    try:
+        for kind in kinds:
+            decoder.step = kind(decoder.rotary, decoder.config._attn_implementation)
+            yield decoder.step
+    finally:
+        decoder.step = before
+
+
+def both(model, call):
+    """What `call()` gives with exact steps and with steps on buckets."""
+    return [call() for _ in steps(model, DecodeStep, CompiledStep)]
+
+
+def batch(sample):
+    prompts = [sample(3, "image", 9, seed=1), sample(12, "image", 2, seed=2), sample(5, seed=3)]
+    ids, mask = pad_batch([p.ids for p in prompts])
+    images = torch.cat([p.images for p in prompts if p.images is not None])
+    return dict(inputs=ids, attention_mask=mask, images=images)
+
+
+def generate(model, inputs, **options):
+    options = {**GREEDY, **options}
+    options |= dict(output_scores=True, return_dict_in_generate=True)
+    return model.generate(**inputs, **options)
+
+
+def assert_same(one, other):
+    assert torch.equal(one.sequences, other.sequences)
+    for own, wanted in zip(one.scores, other.scores, strict=True):
+        torch.testing.assert_close(own, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [*sorted(METHODS), *CHAINS])
+def test_answers_of_a_padded_batch_are_the_same_with_every_method(model, sample, method):
+    model.pruner = make_pruner(method)
+    assert_same(*both(model, lambda: generate(model, batch(sample))))
+
+
+@pytest.mark.parametrize("method", WEIGHING, ids=lambda method: method.name)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_keys_with_a_bias_keep_it(model, sample, method, beams):
+    model.pruner = method
+    assert_same(*both(model, lambda: generate(model, batch(sample), num_beams=beams)))
+
+
+@pytest.mark.parametrize(
+    "options", [dict(mistral=True), dict(attn_implementation="eager")], ids=str
+)
+def test_grouped_queries_and_written_out_attention_are_served(make_model, sample, options):
+    model = make_model(mistral=options.get("mistral", False))
+    if "attn_implementation" in options:
+        for layer in model.model.layers:
+            layer.self_attn.backend = "eager"
+    model.pruner = make_pruner("pyramiddrop")
+    assert_same(*both(model, lambda: generate(model, batch(sample))))
+    one = sample(4, "image", 5)
+    inputs = dict(inputs=one.ids, images=one.images)
+    assert_same(*both(model, lambda: generate(model, inputs)))
+
+
+@pytest.mark.parametrize("method", ["none", "fastv", "vispruner+pyramiddrop"])
+def test_positions_on_three_axes_go_on_alike(own_grids_model, method):
+    from llava.pruning.testing.tiny import picture, sample
+
+    model = own_grids_model
+    model.pruner = make_pruner(method)
+    ids, mask = pad_batch([sample(3, "image", 4).ids, sample(7, "image", 2, seed=1).ids])
+    inputs = dict(inputs=ids, attention_mask=mask, images=[picture(3, 4), picture(2, 3, 1)])
+    assert_same(*both(model, lambda: generate(model, inputs)))
+
+
+SEARCHES = {
+    "beams": dict(num_beams=3, num_return_sequences=2),
+    "groups of beams": dict(num_beams=4, num_beam_groups=2, diversity_penalty=0.5),
+    "samples": dict(do_sample=True, num_return_sequences=2, top_p=0.9),
+    "rules": dict(repetition_penalty=1.3, no_repeat_ngram_size=2),
+}
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("method", ["none", "pyramiddrop"])
+def test_every_search_finds_the_same(model, sample, search, method):
+    model.pruner = make_pruner(method)
+
+    def answers():
+        torch.manual_seed(0)
+        return model.generate(**batch(sample), **{**GREEDY, **SEARCHES[search]})
+
+    assert torch.equal(*both(model, answers))
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_what_prompts_share_is_looked_at_once(model, sample, share):
+    first = sample(4, "image", seed=1).ids[0]
+    prompts = [torch.cat([first, sample(n, seed=n).ids[0, 1:]]) for n in (9, 5, 7)]
+    pixels = torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    model.pruner = make_pruner("none" if share else "fastv")
+
+    def answers():
+        known, picture = PrefixCache(model), Picture(pixels, (SIDE, SIDE))
+        ask = [[prompts, [[picture]] * 3, ["a"] * 3]] * 2
+        return torch.cat([known.generate(*words, **GREEDY) for words in ask])
+
+    assert torch.equal(*both(model, answers))
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize("pruning", [True, False])
+def test_guesses_and_their_verification_run_through_the_same_step(
+    make_model, sample, shared, pruning
+):
+    model, prompt = make_model(), sample(4, "image", 5)
+    model.lm_head.weight.data *= 8
+    grown(model, shared, 2, visual_token_num=30, enable_pruning=pruning, draft_stop_prob=0.0)
+
+    def answer():
+        return model.generate(prompt.ids, images=prompt.images, **GREEDY, **SPECULATE)
+
+    one, other = both(model, answer)
+    assert torch.equal(one.sequences, other.sequences)
+    assert one.logs[0].accepted == other.logs[0].accepted and sum(one.logs[0].accepted) > 0
+    plain = both(model, lambda: model.generate(prompt.ids, images=prompt.images, **GREEDY))
+    assert torch.equal(plain[1], other.sequences)
+
+
+def test_what_is_wanted_of_single_layers_comes_from_exact_steps(model, sample, monkeypatch):
+    monkeypatch.setattr(CompiledStep, "run", None)
+    inputs, found = batch(sample), []
+    for _ in steps(model, DecodeStep, CompiledStep):
+        with trace_pruning(model, attention=[1]) as trace:
+            found.append(generate(model, inputs))
+        assert len(trace.answer_attention[1]) == 11
+    assert_same(*found)
+    for _ in steps(model, CompiledStep):
+        out = generate(model, inputs, output_hidden_states=True)
+        assert len(out.hidden_states[1]) == 7
+
+
+# --- buffers --------------------------------------------------------------------------------
+
+
+def test_a_step_sees_whole_buckets_and_never_a_whole_buffer():
+    cache = KVCache(1, reserve=6)
+    cache.append(0, *torch.ones(2, 1, 1, 5, 4))
+    cache.rows[0] = RowState(torch.tensor([5]), 5)
+    assert cache.window(0, 1) == 8
+    keys, _ = cache.claim(0, 1)
+    assert keys.shape[2] == 24 and keys[:, :, 5:].eq(0).all() and cache.appended(0) == 1
+    for _ in range(10):
+        again, _ = cache.claim(0, 1)
+    assert again is keys and cache.window(0) == 16
+    grown, _ = cache.claim(0, 8)
+    assert grown.shape[2] > cache.window(0) == 24 and grown[:, :, :5].eq(1).all()
+
+
+def test_beams_move_what_follows_their_prompt_alone():
+    cache = KVCache(1, reserve=4, beams=2)
+    prompt = torch.tensor([1.0, 1.0, 2.0, 2.0]).view(4, 1, 1, 1).expand(4, 1, 3, 2)
+    cache.append(0, prompt, prompt)
+    cache.rows[0] = RowState(torch.full((4,), 3), 3)
+    answer = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 1, 2)
+    keys, _ = cache.append(0, answer, -answer)
+    buffer = keys.data_ptr()
+    cache.reorder_cache(torch.tensor([1, 1, 2, 2]))
+    keys, values = cache.entries(0)
+    assert keys[:, 0, :, 0].tolist() == [[1, 1, 1, 1]] * 2 + [[2, 2, 2, 2]] * 2
+    assert values[:, 0, 3, 0].tolist() == [-1, -1, -2, -2] and keys.data_ptr() == buffer
+
+
+def test_angles_of_answers_are_those_of_their_positions(model):
+    state, rotary = RowState(torch.tensor([3, 7]), 5), model.model.rotary
+    for start, count in ((0, 1), (1, 1), (2, 3), (5, 1), (3, 2), (0, 2), (40, 300)):
+        positions = state.next_position[:, None] + torch.arange(start, start + count)
+        wanted = rotary(positions, torch.float32)
+        for own, other in zip(state.rope(rotary, start, count, torch.float32), wanted, strict=True):
+            assert torch.equal(own, other)
+
+
+# --- steps that are captured ----------------------------------------------------------------
+
+
+class Recorder:
+    """In place of a CUDA graph: does the captured work again, on the tensors it was captured on."""
+
+    def __init__(self):
+        self.captured = 0
+
+    def __call__(self, work):
+        self.captured += 1
+        return work
+
+
+def test_a_captured_step_serves_later_tokens_and_later_answers(model, sample):
+    model.pruner = build_pruner("pyramiddrop", visual_token_num=10)
+    inputs = batch(sample)
+    others = [inputs, dict(inputs, images=inputs["images"].flip(0))]
+    wanted = [generate(model, own) for own in others]
+    assert not torch.equal(wanted[0].scores[0], wanted[1].scores[0])
+    recorder = Recorder()
+    for _ in steps(model, lambda *words: GraphStep(*words, capture=recorder)):
+        found = generate(model, others[0])
+        assert_same(found, wanted[0])
+        first = recorder.captured
+        assert first < 11  # one whenever some layers go on to another bucket
+        del found
+        gc.collect()
+        for own, other in zip(others[::-1], wanted[::-1], strict=True):
+            assert_same(generate(model, own), other)
+            gc.collect()
+        assert recorder.captured == first
+
+
+def test_a_cache_that_is_still_there_keeps_its_buffers(model, sample):
+    prompt, recorder = sample(4, "image", 5), Recorder()
+    inputs = dict(images=prompt.images)
+    for _ in steps(model, lambda *words: GraphStep(*words, capture=recorder)):
+        with torch.no_grad():
+            held = [model(prompt.ids, **inputs).past_key_values for _ in range(2)]
+            out = [
+                [model(torch.tensor([[5]]), past_key_values=c).logits for c in held] for _ in "ab"
+            ]
+    assert torch.equal(*out[0]) and torch.equal(*out[1]) and not torch.equal(out[0][0], out[1][0])
+    assert held[0].entries(0)[0].data_ptr() != held[1].entries(0)[0].data_ptr()
+
+
+def test_guesses_are_captured_too(make_model, sample):
+    model, prompt = make_model(), sample(4, "image", 5)
+    model.lm_head.weight.data *= 8
+    grown(model, 2, 2, visual_token_num=30, draft_stop_prob=0.0)
+    plain = model.generate(prompt.ids, images=prompt.images, **GREEDY)
+    for _ in steps(model, lambda *words: GraphStep(*words, capture=Recorder())):
+        for _ in "ab":
+            out = model.generate(prompt.ids, images=prompt.images, **GREEDY, **SPECULATE)
+            assert torch.equal(out.sequences, plain)
+
+
+# --- the switch -----------------------------------------------------------------------------
+
+
+def test_the_switch_says_what_a_machine_lacks(model, monkeypatch):
+    from torch._inductor import cpp_builder, exc
+
+    def missing():
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    with pytest.raises(RuntimeError, match="C\\+\\+ compiler, and none was found: install"):
+        model.compile_decoding = True
+    assert not model.compile_decoding
+    with pytest.raises(RuntimeError, match="not on mps"):
+        compiling.check_compiler(torch.device("mps"))
+
+
+def test_the_switch_puts_a_compiled_step_in_and_takes_it_out(model):
+    model.compile_decoding = True
+    assert model.compile_decoding and type(model.model.step) is CompiledStep
+    model.compile_decoding = False
+    assert not model.compile_decoding and type(model.model.step) is DecodeStep
