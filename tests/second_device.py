@@ -11,7 +11,7 @@ starts.
     log.copies          # (from, to, shape) of every tensor that was brought elsewhere
     log.waits           # the operation and the line of our code, for every wait
     log.uploads         # the same for what comes from the memory of the host
-    log.kernels         # operation -> how often a device ran it; views cost nothing
+    log.kernels         # operation -> how often a device was asked for it; views cost it nothing
 
 Limits: no inference mode (use no_grad), no gradients, no torch.compile.
 """
@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llava.eval.efficiency.launches import VIEWS
+from llava.eval.efficiency.launches import FREE
 from tests.paths import ROOT
 
 # The kind of device that torch keeps for others. A name and hooks of its own would make torch take
@@ -137,7 +137,7 @@ def _run(func, args, kwargs):
     where = args[0].device if name == "copy_" else None if target is None else torch.device(target)
     if where is None:
         where = ours[0].device if ours else torch.device("cpu")
-    if where.type == NAME and name not in VIEWS:
+    if where.type == NAME and name not in FREE:
         for log in _logs:
             log.kernels[name] += 1
     args, kwargs = pytree.tree_map(

@@ -9,7 +9,6 @@ import torch
 
 from llava.pruning import METHODS
 from llava.pruning.testing.tiny import make_own_grids_model, picture
-from llava.pruning.twigvlm import TwigVLM, grow_twig
 from tests.conftest import ANYRES, SIDE, make_pruner, pad_batch
 from tests.second_device import SECOND, Elsewhere, devices, place
 
@@ -87,37 +86,6 @@ def test_a_token_behind_a_pruned_prompt_asks_for_no_more(make_model, sample, nam
     kernels, waits, uploads = further_token(model, inputs)
     assert kernels <= LAYERS * PER_LAYER + PER_TOKEN + PER_BIAS
     assert waits <= WAITS and uploads == 0
-
-
-def test_a_step_of_guesses_waits_once_for_a_guess_and_once_for_all(make_model, sample):
-    """A guess is looked at to know whether to go on guessing, the whole step to know what stays."""
-    model, inputs = asked(make_model, sample, "llava")
-    model.lm_head.weight.data *= 8
-    pruner = TwigVLM(twig_K=2, visual_token_num=30, num_speculations=3, draft_stop_prob=0.0)
-    pruner.module = grow_twig(model, 2, 2).requires_grad_(False)
-    model.pruner = pruner
-    place(model, SECOND)
-    model.pruner = pruner  # the twig goes where its neighbours are
-    options = dict(generation_strategy="self_speculative", return_dict_in_generate=True)
-    with torch.no_grad(), devices() as log:
-        out = model.generate(
-            **inputs, **{**GREEDY, "eos_token_id": -1}, max_new_tokens=13, **options
-        )
-    steps, guesses = len(out.logs[0].drafts), sum(map(len, out.logs[0].drafts))
-    assert steps > 1 and len(log.waits) <= 4 + guesses + 2 * steps, "\n".join(log.waits)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["none", "vispruner", "fastv"])
-def test_a_batch_waits_no_more_often_than_a_prompt(make_model, sample, family, name):
-    waits, uploads = [], []
-    for batch in (False, True):
-        model, inputs = asked(make_model, sample, family, batch)
-        model.pruner = make_pruner(name)
-        place(model, SECOND)
-        log = log_of(model, inputs, 1)
-        waits.append(len(log.waits)), uploads.append(len(log.uploads))
-    assert waits[1] <= waits[0] + 2
 
 
 def test_mixed_devices_and_host_values_are_refused_and_uploads_and_kernels_counted():

@@ -19,11 +19,11 @@ from llava.eval.efficiency.measure import DENSE, Workload, stages_of
 from llava.eval.efficiency.stopwatch import Stopwatch
 from llava.pruning import Pruner
 
-#: operations that compute nothing: they look at the same numbers in another shape
-VIEWS = frozenset(
+#: operations that compute nothing: views of tensors, and memory that nothing is written to
+FREE = frozenset(
     "view _unsafe_view t transpose permute expand slice select unsqueeze squeeze alias split "
     "split_with_sizes diagonal unbind detach unflatten _reshape_alias as_strided narrow chunk "
-    "movedim real lift_fresh".split()
+    "movedim real lift_fresh empty empty_like empty_strided new_empty new_empty_strided".split()
 )
 #: tokens of an answer whose steps are counted
 TOKENS = 5
@@ -37,7 +37,7 @@ class Launches(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func._schema.name.split("::")[1] not in VIEWS
+        self.count += func._schema.name.split("::")[1] not in FREE
         return func(*args, **(kwargs or {}))
 
 

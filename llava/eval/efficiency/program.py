@@ -235,9 +235,12 @@ def run_counts(args, model, pruners: dict[str, Pruner], result: dict) -> None:
     print(f"\n{launches.table(counts)}", flush=True)
     result["launches"] = [asdict(own) for own in counts]
     if model.device.type == "cuda":
-        model.pruner = Pruner()
-        result["profile"] = profile_tokens(model, workload)
-        print(f"\nprofile of the unpruned model, per token: {result['profile']}")
+        ways = {"plain": False} | ({"compiled": True} if args.compile else {})
+        result["profile"] = {}
+        for way, compiled in ways.items():
+            model.compile_decoding = compiled
+            found = result["profile"][way] = profile_tokens(model, workload)
+            print(f"\nprofile of the unpruned model, {way}, per token: {found}", flush=True)
     if args.markdown:
         write_between_marks(args.markdown, launches.page(result["about"], counts), LAUNCHES)
 

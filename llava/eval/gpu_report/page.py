@@ -133,13 +133,14 @@ def kernels(result: dict) -> list[str]:
     """Operations asked for, and what the card ran for a token."""
     counts = [LaunchCounts(**own) for own in result["launches"]]
     lines = [f"`{result['about']['command']}`", "", launch_table(counts)]
-    if profile := result.get("profile"):
+    for way, profile in result.get("profile", {}).items():
         found = profile["per_token"]
         lines += [
             "",
-            f"By the profiler, a further token of the unpruned model is {found['kernels']:.0f} "
-            f"kernels, {found['copies']:.0f} copies and {found['fills']:.0f} fills, started by "
-            f"{found['launches']:.0f} calls of the host; the kernels take "
+            f"By the profiler, a further token of the unpruned model, {way}, is "
+            f"{found['kernels']:.0f} kernels, {found['copies']:.0f} copies and "
+            f"{found['fills']:.0f} fills, started by {found['launches']:.0f} calls of the host; "
+            f"the kernels take "
             f"{profile['busy_ms']:.2f} ms. The longest:",
             "",
             markdown.table(
@@ -163,6 +164,7 @@ def throughput(result: dict) -> list[str]:
 SECTIONS = (
     ("tests", "Tests", tests),
     ("efficiency", "First token and decoding", efficiency),
+    ("compiled", "Compiled steps", efficiency),
     ("batch", "A batch", efficiency),
     ("kernels", "Kernels", kernels),
     ("guessing", "Guessing", guessing),

@@ -58,9 +58,18 @@ STEPS = (
         least=30,
     ),
     Step(
+        "compiled",
+        "the same with compiled steps of decoding, which a GPU launches as graphs",
+        f"{EFFICIENCY} --config 7b --method vispruner --visual-token-num 64 --compile"
+        " --output-tokens 17 --repeats 10 --warmup 2 --time-limit SECONDS --json FILE",
+        f"{EFFICIENCY} {SMALL} {SHORT} --method fastv --compile --json FILE",
+        limit=120,
+        least=60,
+    ),
+    Step(
         "kernels",
         "what the card is asked to run at 32 layers, by stage and per further token",
-        f"{EFFICIENCY} --config small --layers 32 --visual-token-num 64 --count-kernels"
+        f"{EFFICIENCY} --config small --layers 32 --visual-token-num 64 --count-kernels --compile"
         " --json FILE",
         f"{EFFICIENCY} {SMALL} --method fastv --count-kernels --json FILE",
         limit=90,
@@ -70,11 +79,11 @@ STEPS = (
         "guessing",
         "self-speculative decoding beside its cost model, 7B, chance agreeing with 80 % of guesses",
         f"{DECODING} --config 7b --acceptance 0.8 --num-speculations 3 --limit 3"
-        " --max-new-tokens 49 --json FILE",
+        " --max-new-tokens 49 --compile --json FILE",
         f"{DECODING} --config small --device cpu --dtype fp32 --limit 1"
         " --visual-token-num 96 --max-new-tokens 5 --json FILE",
-        limit=90,
-        least=35,
+        limit=120,
+        least=60,
     ),
     Step(
         "throughput",

@@ -157,7 +157,7 @@ def test_the_page_says_what_was_found_and_what_was_not_done(report):
             "result": {
                 "about": efficiency()["about"],
                 "launches": [{"name": "dense", "per_layer": 1.5, **counts}],
-                "profile": profile,
+                "profile": {"plain": profile},
             },
         },
         "guessing": {"status": "failed", "seconds": 9, "reason": "exit status 1: error: x"},
@@ -171,7 +171,11 @@ def test_the_page_says_what_was_found_and_what_was_not_done(report):
     assert "reads 13.20 GB" in text and "that takes 3.30 ms" in text and "- `mustdrop`" in text
     # 13.2 GB in 5 ms are 2640 GB/s, of 4000
     assert "| 2640 | 66 |" in text and "stock" not in text
-    assert "9 kernels, 9 copies" in text and "gemm" in text and "## Guessing" not in text
+    assert (
+        "model, plain, is 9 kernels, 9 copies" in text
+        and "gemm" in text
+        and "## Guessing" not in text
+    )
 
 
 def test_a_card_s_name_is_one_of_a_file():
@@ -227,6 +231,7 @@ def test_the_dry_run_writes_a_whole_report(tmp_path):
         step.name: "done" for step in STEPS
     }, done.stdout
     text = (tmp_path / "page.md").read_text()
-    for title in ("Tests", "First token and decoding", "Kernels", "Guessing", "Throughput"):
+    titles = ("Tests", "First token and decoding", "Compiled steps", "Kernels", "Guessing")
+    for title in (*titles, "Throughput"):
         assert f"## {title}" in text
     assert "no number means anything" in text and "1 passed" in text
