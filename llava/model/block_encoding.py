@@ -64,6 +64,7 @@ class BlockEncoding:
         for batch, vision in zip(batches, self._merged(batches), strict=True):
             vision = batch.stage.after_projector(vision)
             vision = vision if vision.features.device == home else moved(vision, home)
+            laid_out: dict[int, ImageTokens] = {}
             for start in range(0, len(batch.images), batch.pairs):
                 number, rows = batch.images[start], slice(start, start + batch.pairs)
                 image = own_grid_layout(vision, rows, lengths[number], self._times(images[number]))
@@ -71,8 +72,9 @@ class BlockEncoding:
                     name: one_for_all(name, values[rows], number)
                     for name, values in vision.image_extras.items()
                 }
-                image = replace(image, image_extras=extras)
-                image = batch.method.vision.after_layout(image)
+                laid_out[number] = replace(image, image_extras=extras)
+            whole = batch.method.vision.after_layouts(list(laid_out.values()))
+            for number, image in zip(laid_out, whole, strict=True):
                 tokens[number] = self.pruner.decoder.before_prompt(image)
         return [tokens[number] for number in range(len(images))]
 

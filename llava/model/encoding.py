@@ -89,7 +89,7 @@ class ImageEncoding:
         laid_out = [self._layout(vision, layout, newline) for layout in vision.layouts]
         for number, image in enumerate(laid_out):
             image.image_extras = {k: own[number] for k, own in vision.image_extras.items()}
-        whole = map(self.pruner.vision.after_layout, laid_out)
+        whole = self.pruner.vision.after_layouts(laid_out)
         return [self.pruner.decoder.before_prompt(image) for image in whole]
 
     def _arrange(

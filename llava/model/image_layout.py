@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..pruning.ops import on_device
+from ..pruning.ops import on_device, true_first
 from ..pruning.per_token import each, with_zeros
 from ..pruning.tokens import MERGED, ImageLayout, ImageTokens, VisionTokens
 
@@ -74,7 +74,7 @@ def flat_layout(
     if vision.valid is None:
         return image
     # The places of tokens come before those of padding.
-    order = (~vision.valid[crops]).flatten().to(torch.uint8).argsort(stable=True)
+    order = true_first(vision.valid[crops].flatten())
     return image.keep(order[: sum(vision.crop_counts()[crops])])
 
 

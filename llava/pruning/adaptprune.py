@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .base import DecoderPruner
+from .captured import captured
 from .ops import normalize
 from .prefill import Prefill
 from .tokens import ImageTokens
@@ -105,13 +106,9 @@ class AdaptPrune(DecoderPruner):
     def pick(self, attention: Tensor, keys: Tensor, cells: Tensor, rounds: int) -> Tensor:
         """(G, rounds) places of the picks in order, from attention (G, V), -inf on padding, keys
         (G, V, C) before any rotation, and cells (G, V, 5) of `cells_of`."""
-        score, left = self.prior(cells) * attention, self.damping(keys, cells)
-        groups = torch.arange(len(score), device=score.device)
-        order = []
-        for _ in range(rounds):  # four small operations per pick, and no copy to the host
-            order.append(best := score.argmax(dim=1))
-            score.mul_(left[groups, best]).scatter_(1, best[:, None], -torch.inf)
-        return torch.stack(order, dim=1) if order else cells[:, :0, 0]
+        if not rounds:
+            return cells[:, :0, 0]
+        return damped_picks(self.prior(cells) * attention, self.damping(keys, cells), rounds)
 
     def prior(self, cells: Tensor) -> Tensor:
         """(G, V) preference for the centre of the own grid, 1 at its middle."""
@@ -139,6 +136,18 @@ class AdaptPrune(DecoderPruner):
         near = (distance <= self.distance_limit**2) & (block[:, :, None] == block[:, None, :])
         left = (1 - damped).clamp(min=1e-30)  # never 0: a taken token (-inf) must stay taken
         return torch.where(near & (block > 0)[:, None], left, 1.0)
+
+
+@captured
+def damped_picks(score: Tensor, left: Tensor, rounds: int) -> Tensor:
+    """(G, rounds) places of the highest scores (G, V) in the order they are picked, each pick
+    multiplying all scores by what it leaves of them, its row of `left` (G, V, V)."""
+    groups = torch.arange(len(score), device=score.device)
+    order, score = [], score.clone()
+    for _ in range(rounds):  # four small operations
+        order.append(best := score.argmax(dim=1))
+        score.mul_(left[groups, best]).scatter_(1, best[:, None], -torch.inf)
+    return torch.stack(order, dim=1)
 
 
 def cells_of(image: ImageTokens) -> Tensor:

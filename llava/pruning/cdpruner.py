@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..weight_files import CACHE_DIR, local_folder, weight_files
 from .base import SelectPruner
+from .captured import captured
 from .ops import normalize
 from .tokens import VisionTokens
 
@@ -241,6 +242,7 @@ def scale_per_image(score: Tensor, image_index: Tensor) -> Tensor:
     return torch.where(span > NEGLIGIBLE, (score - low + 1e-6) / span, 1.0)
 
 
+@captured
 @torch.no_grad()
 def largest_volume(features: Tensor, relevance: Tensor, count: int) -> Tensor:
     """Places (B, count) in the order a greedy search for the largest determinant picks them.

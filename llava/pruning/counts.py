@@ -103,11 +103,13 @@ class Known:
     about:  those tensors; where they are `counted`, what is written to them is noticed
     counts: `TokenCounts` of prompts, or the number of tokens of every crop; None: not known
     hides:  whether padding stands before tokens of its row; None: not known
+    left:   whether all of it stands there; False: not known
     """
 
     about: tuple[Tensor | None, ...]
     counts: TokenCounts | list[int] | None = None
     hides: bool | None = None
+    left: bool = False
     versions: tuple[int, ...] = field(init=False)
 
     def __post_init__(self):

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .captured import captured
 from .ops import top_stable
 
 
+@captured
 def cluster(tokens: Tensor, valid: Tensor, num_clusters: Tensor, most: int) -> tuple[Tensor, ...]:
     """Clusters `tokens` (G, Q, D), of which `valid` (G, Q) are real, into `num_clusters` (G,).
 
@@ -23,28 +25,28 @@ def cluster(tokens: Tensor, valid: Tensor, num_clusters: Tensor, most: int) -> t
     x, size = tokens.float(), tokens.shape[1]
     # Differences, not the matmul form: the diagonal is 0 and the matrix symmetric to the bit.
     apart = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[-1] ** 0.5
-    hidden = ~(valid[:, :, None] & valid[:, None, :])
-    reach = apart.masked_fill(hidden, torch.inf)
+    both = valid[:, :, None] & valid[:, None, :]
+    reach = torch.where(both, apart, torch.inf)
     slot = torch.arange(most, device=x.device)
     real = slot < num_clusters[:, None]  # (G, most)
 
-    near = reach.sort(dim=-1).values[..., :most].square()
-    near = near.masked_fill(~real[:, None], 0.0).sum(dim=-1) / num_clusters[:, None]
-    density = torch.exp(-near).masked_fill(~valid, -1.0)
+    near = torch.where(real[:, None], reach.sort(dim=-1).values[..., :most].square(), 0.0)
+    near = near.sum(dim=-1) / num_clusters[:, None]
+    density = torch.where(valid, torch.exp(-near), -1.0)
     earlier = torch.ones(size, size, dtype=torch.bool, device=x.device).tril(-1)
     mine, other = density[:, :, None], density[:, None, :]
     denser = (other > mine) | ((other == mine) & earlier)
-    distance = reach.masked_fill(~denser, torch.inf).amin(dim=-1)
-    farthest = apart.masked_fill(hidden, 0.0).amax(dim=(1, 2))
+    distance = torch.where(denser, reach, torch.inf).amin(dim=-1)
+    farthest = torch.where(both, apart, 0.0).amax(dim=(1, 2))
     distance = torch.where(distance.isinf(), farthest[:, None], distance)
 
-    rating = (distance * density).masked_fill(~valid, -1.0)
+    rating = torch.where(valid, distance * density, -1.0)
     centres = top_stable(rating, most)
     to_centre = apart.gather(2, centres[:, None].expand(-1, size, -1))
-    assign = to_centre.masked_fill(~real[:, None], torch.inf).argmin(dim=-1)
-    target = centres.masked_fill(~real, size)  # a spare column takes what means nothing
+    assign = torch.where(real[:, None], to_centre, torch.inf).argmin(dim=-1)
+    target = torch.where(real, centres, size)  # a spare column takes what means nothing
     assign = F.pad(assign, (0, 1)).scatter(1, target, slot.expand_as(target))[:, :size]
-    member = F.one_hot(assign, most) * valid[..., None]  # (G, Q, most)
+    member = (assign[..., None] == slot) & valid[..., None]  # (G, Q, most)
     total = member.float().transpose(1, 2) @ x
     merged = total / (member.sum(dim=1)[..., None] + 1e-6)
     return centres, assign, merged, density, distance

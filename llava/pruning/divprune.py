@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .base import SelectPruner
+from .captured import captured
 from .ops import normalize
 from .published import Published
 from .tokens import ImageTokens, VisionTokens
@@ -62,16 +63,30 @@ class DivPrune(SelectPruner):
         return vision.keep(picks.sort(dim=1).values)
 
     def after_layout(self, image: ImageTokens) -> ImageTokens:
-        """Images of several crops, of which each has its own number of tokens."""
-        count = self.num_tokens(image.length)
-        if len(image.embeds) <= count:
-            return image
-        return image.keep(farthest_first(image.embeds[None], count)[0].sort().values)
+        (pruned,) = self.after_layouts([image])
+        return pruned
+
+    def after_layouts(self, images: list[ImageTokens]) -> list[ImageTokens]:
+        """Images of several crops, of which each has its own number of tokens; those of one size
+        all at once."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for number, image in enumerate(images):
+            size, count = len(image.embeds), self.num_tokens(image.length)
+            if size > count:
+                groups.setdefault((size, count), []).append(number)
+        pruned = list(images)
+        for (_, count), numbers in groups.items():
+            embeds = torch.stack([images[number].embeds for number in numbers])
+            picks = farthest_first(embeds, count).sort(dim=1).values
+            for number, own in zip(numbers, picks, strict=True):
+                pruned[number] = images[number].keep(own)
+        return pruned
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         return [self.num_tokens(num_patches * crops)] * num_layers
 
 
+@captured
 def farthest_first(features: Tensor, count: int) -> Tensor:
     """Places (B, count) of features (B, N, C) in the order they are picked.
 

@@ -26,10 +26,11 @@ from .ops import (
     gather_tokens,
     lookup,
     normalize,
-    rank_within_groups,
+    ranks,
     scale_layers,
     share_up,
     top_stable,
+    true_first,
 )
 from .own_grids import OwnGrids
 from .prefill import NARROW, Prefill
@@ -151,7 +152,7 @@ class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
         gone[:, members.flatten()] = merged_in.repeat_interleave(self.window**2, dim=1)
         alive = torch.cat([made, ~gone], dim=1)
         counts = alive.sum(dim=1).tolist()
-        place = alive.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        place = true_first(alive)
         place = place[:, : max(counts)]
         valid = None if min(counts) == max(counts) else alive.gather(1, place)
         states = gather_tokens(torch.cat([means, patches], dim=1), place)
@@ -209,8 +210,7 @@ class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
         else:
             score, count = score.masked_fill(~vision.valid, -1.0), vision.valid.sum(dim=1)
             num_keys = lookup(share_up, count, self.key_ratio, score.shape[1])[:, None]
-        rank = rank_within_groups(score, torch.zeros_like(vision.positions))
-        return replace(vision, extras={**vision.extras, KEY: rank < num_keys})
+        return replace(vision, extras={**vision.extras, KEY: ranks(score) < num_keys})
 
     # --- decoder ------------------------------------------------------------------------------
 

@@ -26,6 +26,21 @@ def normalize(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
+def true_first(mask: Tensor) -> Tensor:
+    """Places (..., S) of `mask` (..., S): where it is True, then where it is not, each in order."""
+    return mask.view(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+
+
+def true_last(mask: Tensor) -> Tensor:
+    """Likewise, first where it is not."""
+    return mask.view(torch.uint8).argsort(dim=-1, stable=True)
+
+
+def ranks(score: Tensor) -> Tensor:
+    """How many tokens of its row beat each token, (B, S) -> (B, S); equal scores rank in order."""
+    return score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+
+
 def rank_within_groups(score: Tensor, group: Tensor) -> Tensor:
     """How many tokens of its own group beat each token: 0 for the best. Shapes (B, S) -> (B, S).
 
@@ -33,13 +48,10 @@ def rank_within_groups(score: Tensor, group: Tensor) -> Tensor:
     place. Two stable sorts, no loop over rows or groups.
     """
     by_score = score.argsort(dim=1, descending=True, stable=True)
-    order = by_score.gather(1, group.gather(1, by_score).argsort(dim=1, stable=True))
-    sorted_group = group.gather(1, order)
-    places = torch.arange(score.shape[1], device=score.device).expand_as(order)
-    starts = torch.ones_like(sorted_group, dtype=torch.bool)
-    starts[:, 1:] = sorted_group[:, 1:] != sorted_group[:, :-1]
-    first = (places * starts).cummax(dim=1).values
-    return torch.empty_like(order).scatter_(1, order, places - first)
+    sorted_group, order = group.gather(1, by_score).sort(dim=1, stable=True)
+    first = torch.searchsorted(sorted_group, sorted_group)  # place where the own group begins
+    own = torch.arange(score.shape[1], device=score.device) - first
+    return torch.empty_like(order).scatter_(1, by_score.gather(1, order), own)
 
 
 def on_device(numbers: Sequence, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .counts import PADDING, Known, TokenCounts, counted
-from .ops import on_device, rank_within_groups
+from .ops import on_device, rank_within_groups, true_first, true_last
 from .per_token import at, each, mapped, per_token, with_zeros
 from .tokens import GRID, KEY_BIAS, PAIRS
 
@@ -82,7 +82,7 @@ class Prefill:
             owner = self.visual_index
             if self.valid is not None:
                 owner = torch.where(self.valid, owner, PADDING)
-            self.know(TokenCounts.of(owner.cpu(), self.num_images or 1), known.hides)
+            self.know(TokenCounts.of(owner.cpu(), self.num_images or 1), known.hides, known.left)
         return self.known.counts
 
     @property
@@ -93,13 +93,13 @@ class Prefill:
         known = self.what_is_known()
         if known.hides is None:
             hides = bool((self.valid[:, 1:] & ~self.valid[:, :-1]).any())
-            self.know(known.counts, hides)
+            self.know(known.counts, hides, known.left)
         return self.known.hides
 
-    def know(self, counts: TokenCounts | None, hides: bool | None) -> None:
+    def know(self, counts: TokenCounts | None, hides: bool | None, left: bool = False) -> None:
         """Remembers numbers about the tokens as they are now; see `Known`."""
         self.visual_index, self.valid = counted(self.visual_index), counted(self.valid)
-        self.known = Known((self.visual_index, self.valid), counts, hides)
+        self.known = Known((self.visual_index, self.valid), counts, hides, left)
 
     def what_is_known(self) -> Known:
         """What was remembered, if the tokens are still those."""
@@ -134,16 +134,15 @@ class Prefill:
     @property
     def last(self) -> Tensor:
         """(B,) place of the last prompt token of every row."""
-        size = self.hidden_states.shape[1]
-        places = torch.arange(size, device=self.hidden_states.device)
-        if self.valid is None:
-            return places[-1:].expand(self.hidden_states.shape[0])
-        return (self.valid * places).amax(dim=1)
+        batch, size = self.index.shape
+        if self.valid is None or self.what_is_known().left:
+            return self.index.new_full((batch,), size - 1)
+        return (self.valid * torch.arange(size, device=self.index.device)).amax(dim=1)
 
     def places(self, flags: Tensor, most: int) -> tuple[Tensor, Tensor]:
         """Places (B, most) of the tokens where `flags` (B, S) is True, in order, and which of them
         are real (B, most); the others are the last prompt token, so that they can be probed."""
-        order = flags.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+        order = true_first(flags)[:, :most]
         real = flags.gather(1, order)
         return torch.where(real, order, self.last[:, None]), real
 
@@ -153,10 +152,10 @@ class Prefill:
         counts, device = self.counts.images, self.visual_index.device
         most, images = max(map(max, counts)), len(counts[0])
         own = torch.arange(images, device=device)[:, None]
-        member = (self.visual_index[:, None] == own).flatten(0, 1).to(torch.uint8)  # (G, S)
-        place = member.argsort(dim=1, descending=True, stable=True)[:, :most]
+        member = (self.visual_index[:, None] == own).flatten(0, 1)  # (G, S)
+        place = true_first(member)[:, :most]
         row = torch.arange(len(counts), device=device)
-        return row.repeat_interleave(images)[:, None], place, member.gather(1, place).bool()
+        return row.repeat_interleave(images)[:, None], place, member.gather(1, place)
 
     def image_counts(self) -> Tensor:
         """(B, I) tokens of every image of every row, on the device; `counts` has them on the host.
@@ -194,6 +193,8 @@ class Prefill:
     def at_tokens(self, values: Tensor) -> Tensor:
         """(B, S) value of the image a token belongs to, from one per image (B, I); text gets that
         of the first image."""
+        if values.shape[1] == 1:
+            return values.expand(self.index.shape)
         return values.gather(1, self.visual_index.clamp(min=0))
 
     def attention_rows(self, layer: int, rows: Tensor) -> Tensor:
@@ -229,7 +230,7 @@ class Prefill:
         if counts is None:
             owner = torch.where(mask, self.visual_index, PADDING)
             counts = TokenCounts.of(owner.cpu(), self.num_images or 1)
-        order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+        order = true_last(mask)
         order = order[:, mask.shape[1] - counts.longest :]
         valid = None if counts.even else mask.gather(1, order)
         return self.take(order, valid, renumber, counts)
@@ -239,7 +240,7 @@ class Prefill:
         the layers are no faster for it until tokens are kept again."""
         if self.valid is not None:
             mask = mask & self.valid
-        order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+        order = true_last(mask)
         return self.take(order, mask.gather(1, order), renumber)
 
     def keep_visual(
@@ -280,12 +281,15 @@ class Prefill:
             drafter_row=None,
         )
         if renumber and not self.has_axes:
-            ones = torch.ones_like(order) if valid is None else valid.long()
-            kept.position_ids = (ones.cumsum(dim=1) - 1).clamp(min=0)
+            if valid is None:
+                places = torch.arange(order.shape[1], device=order.device)
+                kept.position_ids = places.expand(len(order), -1)
+            else:
+                kept.position_ids = (valid.cumsum(dim=1) - 1).clamp(min=0)
             kept.next_position = None
         if valid is not None:  # padding belongs to no image
             kept.visual_index = kept.visual_index.masked_fill(~valid, -1)
-        kept.know(counts, hides=True)
+        kept.know(counts, hides=True, left=True)
         return kept
 
     # --- new tokens ---------------------------------------------------------------------------

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from .base import Pruner, ShareOption, check_budget
 from .density_peaks import cluster
-from .ops import gather_tokens, on_device, rank_within_groups, scale_layers, top_stable
+from .ops import (
+    gather_tokens,
+    on_device,
+    rank_within_groups,
+    scale_layers,
+    top_stable,
+    true_first,
+)
 from .prefill import Prefill
 from .published import Published
 from .stages import DecoderStage, Probe
@@ -42,6 +49,8 @@ class SparseState:
     totals: tokens of every image of every row as they entered the decoder
     counts: those that are left
     asked:  places (B, R) of all rating words in the layer before, and (B, I, R) who rates an image
+    ahead:  (B, R) how far the rating words stand before the last token of the prompt, which stays
+            where they all follow the one image of their row; None: they have to be looked for
     """
 
     raters: Tensor
@@ -49,6 +58,7 @@ class SparseState:
     totals: list[list[int]]
     counts: list[list[int]]
     asked: tuple[Tensor, Tensor] | None = None
+    ahead: Tensor | None = None
 
 
 @dataclass
@@ -167,7 +177,10 @@ class SparseVLM(ShareOption, DecoderStage, Pruner):
 
     def rater_rows(self, prefill: Prefill) -> tuple[Tensor, Tensor]:
         """Places (B, R) of all rating words now, and (B, I, R) whether one rates an image."""
-        raters, most = prefill.state.raters, prefill.state.most
+        state: SparseState = prefill.state
+        if state.ahead is not None:
+            return prefill.last[:, None] - state.ahead, state.asked[1]
+        raters, most = state.raters, state.most
         index = prefill.index.clamp(min=0)[:, None].expand(-1, raters.shape[1], -1)
         flags = raters.gather(2, index) & ~prefill.is_visual[:, None]
         if prefill.valid is not None:
@@ -178,6 +191,8 @@ class SparseVLM(ShareOption, DecoderStage, Pruner):
         flags = torch.where(flags.any(dim=-1, keepdim=True), flags, last)
         rows, real = prefill.places(flags.any(dim=1), most)
         weights = flags.gather(2, rows[:, None].expand(-1, raters.shape[1], -1))
+        if prefill.most_images == 1 and min(prefill.counts.behind) > 0:
+            state.ahead = prefill.last[:, None] - rows
         return rows, weights & real[:, None]
 
     def score(self, attention: Tensor, weights: Tensor, own: Tensor) -> Tensor:
@@ -192,7 +207,8 @@ class SparseVLM(ShareOption, DecoderStage, Pruner):
             best = top_stable(heads.flatten(0, 1), min(self.num_selected_heads, heads.shape[-1]))
             best = best.view(*heads.shape[:2], -1, 1).expand(-1, -1, -1, rated.shape[-1])
             rated = rated.gather(2, best)
-        return rated.mean(dim=2).sum(dim=1)
+        rated = rated.mean(dim=2)
+        return rated[:, 0] if rated.shape[1] == 1 else rated.sum(dim=1)
 
     # --- stages -------------------------------------------------------------------------------
 
@@ -295,7 +311,7 @@ def find_raters(prefill: Prefill) -> tuple[Tensor, int]:
     after = text[:, None] & (places > own.mul(places).amax(dim=-1, keepdim=True))  # (B, I, S)
     after = after & own.any(dim=-1, keepdim=True)
     words, most = after.any(dim=1), max(1, *prefill.counts.behind)
-    rows = words.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    rows = true_first(words)[:, :most]
     x = prefill.hidden_states.float()
     product = x @ gather_tokens(x, rows).transpose(1, 2)  # (B, S, R)
     asked = after.gather(2, rows[:, None].expand(-1, images, -1))  # (B, I, R)
@@ -313,6 +329,8 @@ def find_raters(prefill: Prefill) -> tuple[Tensor, int]:
 
 def own_tokens(prefill: Prefill, images: int) -> Tensor:
     """(B, I, S) True on the tokens of each image."""
+    if images == 1:
+        return prefill.is_visual[:, None]
     numbers = torch.arange(images, device=prefill.visual_index.device)
     return prefill.visual_index[:, None] == numbers[:, None]
 

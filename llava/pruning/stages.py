@@ -81,6 +81,11 @@ class VisionStage:
         """The whole sequence of one image, newline tokens included, before it enters the prompt."""
         return image
 
+    def after_layouts(self, images: list[ImageTokens]) -> list[ImageTokens]:
+        """Those of all images of a call at once: for methods that prune images of one size
+        together, where one after the other would be slow."""
+        return [self.after_layout(image) for image in images]
+
 
 def last_token(prefill: Prefill) -> Tensor:
     """(B, 1) place of the last prompt token."""
@@ -174,6 +179,7 @@ HOOKS = {
         "after_encoder",
         "after_projector",
         "after_layout",
+        "after_layouts",
     ),
     DecoderStage: ("before_prompt", "before_layer", "after_layers"),
 }

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .counts import Known, counted
+from .ops import true_first
 from .per_token import at, mapped, per_token
 
 #: the extra that is True on tokens blended from several patches; it ends where prompts are made
@@ -199,7 +200,7 @@ class VisionTokens:
             mask = mask & self.valid
         if counts is None:
             counts = mask.sum(dim=1).tolist()
-        order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        order = true_first(mask)
         order = order[:, : max(counts)]
         valid = None if min(counts) == max(counts) else counted(mask.gather(1, order))
         kept = replace(self, **mapped(self, at(order), without=("valid",)), valid=valid)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .base import SelectPruner
-from .ops import gather_tokens, normalize, top_stable
+from .captured import captured
+from .ops import gather_tokens, normalize, top_stable, true_first
 from .tokens import MERGED, VisionTokens, without_cues
 
 
@@ -118,6 +119,7 @@ class VisionZip(SelectPruner):
         return [(1 + sum(self.counts(num_patches, crops))) * crops] * num_layers
 
 
+@captured
 def compress(
     features: Tensor, score: Tensor, keys: Tensor, dominant: int, contextual: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,7 +131,7 @@ def compress(
     """
     chosen = torch.zeros_like(score, dtype=torch.bool)
     chosen.scatter_(1, top_stable(score, dominant), True)
-    order = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    order = true_first(chosen)
     patches, rest = order[:, :dominant], order[:, dominant:]  # both in raster order
     kept = gather_tokens(features, patches)
     if contextual == 0:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .base import SelectPruner
+from .captured import captured
 from .ops import normalize, top_stable
 from .published import Published
 from .tokens import VisionTokens
@@ -51,29 +52,31 @@ class VisPruner(SelectPruner):
         num_important = int(num_keep * self.important_ratio)
         order = top_stable(vision.salience, vision.salience.shape[1])  # (B, N)
         important, rest = order[:, :num_important], order[:, num_important:]
-        diverse = self.drop_duplicates(vision.features, rest, num_keep - num_important)
+        num_diverse = num_keep - num_important
+        diverse = drop_duplicates(vision.features, rest, num_diverse, self.drop_per_round)
         return torch.cat([important, diverse], dim=1)
 
-    def drop_duplicates(self, features: Tensor, index: Tensor, num_keep: int) -> Tensor:
-        """Shrinks `index` (B, R) to (B, num_keep), the most redundant patches first.
 
-        Each round compares the patches at even ranks with those at odd ranks. An even one is
-        redundant when some odd one points the same way; odd ones always survive the round. The
-        survivors' new order decides the next pairing.
-        """
-        if num_keep == 0:
-            return index[:, :0]
-        if index.shape[1] == num_keep:
-            return index
-        unit = normalize(features)
-        similarity = unit @ unit.transpose(1, 2)  # (B, N, N)
-        row = torch.arange(len(unit), device=unit.device)[:, None, None]
-        while (excess := index.shape[1] - num_keep) > 0:  # five small operations
-            even, odd = index[:, ::2], index[:, 1::2]
-            num_drop = min(self.drop_per_round, excess, even.shape[1])
-            if odd.shape[1] == 0:  # a single patch has nothing to resemble
-                return index[:, :num_keep]
-            redundancy = similarity[row, even[:, :, None], odd[:, None]].amax(dim=2)
-            survivors = top_stable(redundancy, even.shape[1])[:, num_drop:]
-            index = torch.cat([even.gather(1, survivors), odd], dim=1)
-        return index
+@captured
+def drop_duplicates(features: Tensor, index: Tensor, num_keep: int, per_round: int) -> Tensor:
+    """Shrinks `index` (B, R), places of features (B, N, C), to (B, num_keep), the most redundant
+    patches first, no more than `per_round` at a time.
+
+    Each round compares the patches at even ranks with those at odd ranks. An even one is redundant
+    when some odd one points the same way; odd ones always survive the round. The survivors' new
+    order decides the next pairing.
+    """
+    if num_keep == 0 or index.shape[1] == num_keep:
+        return index[:, :num_keep]
+    unit = normalize(features)
+    similarity = unit @ unit.transpose(1, 2)  # (B, N, N)
+    row = torch.arange(len(unit), device=unit.device)[:, None, None]
+    while (excess := index.shape[1] - num_keep) > 0:  # five small operations
+        even, odd = index[:, ::2], index[:, 1::2]
+        num_drop = min(per_round, excess, even.shape[1])
+        if odd.shape[1] == 0:  # a single patch has nothing to resemble
+            return index[:, :num_keep]
+        redundancy = similarity[row, even[:, :, None], odd[:, None]].amax(dim=2)
+        survivors = top_stable(redundancy, even.shape[1])[:, num_drop:]
+        index = torch.cat([even.gather(1, survivors), odd], dim=1)
+    return index

@@ -15,11 +15,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .base import BUDGET, ShareOption, StagedPruner, check_budget
-from .ops import gather_tokens, normalize, rank_within_groups, scale_layer, scale_layers, top_stable
+from .captured import captured
+from .ops import (
+    gather_tokens,
+    normalize,
+    rank_within_groups,
+    scale_layer,
+    scale_layers,
+    top_stable,
+    true_first,
+)
 from .own_grids import OwnGrids
 from .published import Published
 from .stages import VisionStage
@@ -157,8 +165,8 @@ class VScan(OwnGrids, ShareOption, VisionStage, StagedPruner):
         rest = vision.salience.masked_fill(local, -1.0)  # below any attention
         best = top_stable(rest, wanted - wanted // 2)
         count = wanted if blocks else self.num_selected(wanted, vision.grid)
-        mask = local.scatter(1, best, True).to(torch.uint8)
-        return mask.argsort(dim=1, descending=True, stable=True)[:, :count].sort(dim=1).values
+        chosen = true_first(local.scatter(1, best, True))
+        return chosen[:, :count].sort(dim=1).values
 
     def local_picks(self, vision: VisionTokens, wanted: int) -> Tensor:
         """(B, N) True on the patches of every window that the shallow layer looks at most."""
@@ -230,13 +238,14 @@ def local_score(vision: VisionTokens) -> Tensor:
     return next(cues["salience"] for cues in found if "salience" in cues)
 
 
+@captured
 def absorb(features: Tensor, index: Tensor) -> Tensor:
     """Tokens at `index` (B, K) of `features` (B, N, D), each averaged with those of the others that
     point its way most (cosine; equal: the earlier one)."""
     unit = normalize(features)
     nearest = (unit @ gather_tokens(unit, index).transpose(1, 2)).argmax(dim=-1)  # (B, N)
-    own = torch.arange(index.shape[1], device=index.device).expand_as(index)
-    nearest = nearest.scatter(1, index, own)
-    share = F.one_hot(nearest, index.shape[1]).float()  # (B, N, K)
+    own = torch.arange(index.shape[1], device=index.device)
+    nearest = nearest.scatter(1, index, own.expand_as(index))
+    share = (nearest[..., None] == own).float()  # (B, N, K)
     total = share.transpose(1, 2) @ features.float()
     return (total / share.sum(dim=1)[..., None]).to(features.dtype)

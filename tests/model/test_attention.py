@@ -5,11 +5,17 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from llava.model.language_model import attention
-from llava.model.language_model.attention import Packing, attend, padded_causal_mask, serves_groups
+from llava.model.language_model.attention import (
+    Packing,
+    attend,
+    padded_causal_mask,
+    serves_groups,
+)
 from llava.pruning import METHODS
-from tests.conftest import make_pruner, pad_batch
+from tests.conftest import TINY, make_pruner, pad_batch
 from tests.second_device import No64
 
 GREEDY = dict(do_sample=False, max_new_tokens=3, eos_token_id=-1, pad_token_id=0)
@@ -117,6 +123,29 @@ def test_padded_batches_of_flash_attention_have_no_mask(
     for one, other in zip(found[0].scores, found[1].scores, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
     assert len(flash) == 6
+
+
+@pytest.mark.parametrize("method", ["none", "fastv", "sparsevlm"])
+def test_layers_that_see_the_same_tokens_share_one_mask_of_numbers(
+    model, sample, monkeypatch, method
+):
+    prompts = [sample(3, "image", 9, seed=1), sample(12, "image", 2, seed=2)]
+    ids, mask = pad_batch([p.ids for p in prompts])
+    images = torch.cat([p.images for p in prompts])
+    model.pruner, masks = make_pruner(method), []
+    sdpa = F.scaled_dot_product_attention
+
+    def watched(q, k, v, attn_mask=None, **kwargs):
+        if q.shape[1] == TINY["num_attention_heads"]:  # of the decoder
+            masks.append(attn_mask)
+        return sdpa(q, k, v, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", watched)
+    model.generate(ids, images=images, attention_mask=mask, **{**GREEDY, "max_new_tokens": 1})
+    masks = [own for own in masks if own is not None]
+    stages = {"none": 1, "fastv": 2, "sparsevlm": 4}[method]
+    assert len(masks) == 6 and all(own.dtype == torch.float32 for own in masks)
+    assert len({own.data_ptr() for own in masks}) <= stages
 
 
 CAPABILITIES = {

@@ -84,8 +84,15 @@ def test_recorded_rows_are_those_of_attention_with_the_bias():
 
 def test_without_a_bias_no_mask_is_made():
     assert attention_mask(None, None, 6, torch.float32) is None
-    seen = padded_causal_mask(torch.tensor([[False, True]]), 2)
-    assert attention_mask(seen, None, 2, torch.float32) is seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_are_numbers_that_kernels_take_as_they_are(dtype):
+    seen = padded_causal_mask(torch.tensor([[False, True, True], [True] * 3]), 3)
+    mask = attention_mask(seen, None, 3, dtype)
+    assert torch.equal(mask == 0, seen) and bool(mask[~seen].eq(float("-inf")).all())
+    assert mask.dtype == dtype and mask.stride(-1) == 1
+    assert all(step % 8 == 0 for step in mask.stride()[:-1])
 
 
 def test_a_cache_adds_nothing_to_later_tokens_and_reorders_what_it_adds():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava.model.kv_cache import KVCache
-from llava.model.language_model import attention
+from llava.model.language_model import attention, modeling_llama
 from llava.model.reuse import Picture, PrefixCache
 from llava.pruning import METHODS, build_pruner, trace_pruning
 from tests.conftest import SIDE, make_pruner
@@ -256,3 +256,21 @@ def test_questions_reach_only_the_methods_that_read_them(model, sample, monkeypa
         monkeypatch.setattr(method, "after_encoder", spy)
         alone(model, prompts_about(sample, 5)[0], [picture(0)], "is it red")
     assert seen == [None, ["is it red"]]
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 3)])
+def test_layers_behind_a_known_beginning_share_one_mask(model, sample, monkeypatch, lengths):
+    made, causal_mask = [], attention.causal_mask
+
+    def counted(*args):
+        made.append(args)
+        return causal_mask(*args)
+
+    cache, image = PrefixCache(model), picture(0)
+    for _ in range(2):
+        prompts = prompts_about(sample, *lengths)
+        for place in (attention, modeling_llama):
+            monkeypatch.setattr(place, "causal_mask", counted)
+        made.clear()
+        shared(model, cache, prompts, [[image]] * 2, ["a"] * 2, max_new_tokens=1)
+    assert len(made) == 1

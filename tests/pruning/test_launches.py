@@ -4,23 +4,24 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llava.eval.efficiency.launches import VIEWS
 from llava.pruning import build_pruner
 from llava.pruning.cdpruner import largest_volume
 from llava.pruning.divprune import farthest_first
+from llava.pruning.tokens import ImageTokens
+from llava.pruning.vispruner import drop_duplicates
 
-VIEWS = "view _unsafe_view t transpose permute expand slice select unsqueeze squeeze alias split "
-VIEWS += "split_with_sizes diagonal unbind detach unflatten _reshape_alias as_strided narrow"
 PICKS, MORE = 16, 24
 TOKENS = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0))
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations that compute something; views of tensors cost a device nothing."""
+    """Counts operations that compute something."""
 
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func._schema.name.split("::")[1] not in VIEWS.split()
+        self.count += func._schema.name.split("::")[1] not in VIEWS
         return func(*args, **(kwargs or {}))
 
 
@@ -46,14 +47,13 @@ def pick_and_damp(count: int) -> None:
     pruner.pick(TOKENS[..., 0].softmax(dim=1), TOKENS, cells, count)
 
 
-def drop_duplicates(count: int) -> None:
-    pruner = build_pruner("vispruner", visual_token_num=8, drop_per_round=1)
-    pruner.drop_duplicates(TOKENS, torch.arange(64).expand(2, -1), 64 - count)
+def drop_one_by_one(count: int) -> None:
+    drop_duplicates(TOKENS, torch.arange(64).expand(2, -1), 64 - count, 1)
 
 
 @pytest.mark.parametrize(
     "pick",
-    [pick_by_volume, pick_farthest, pick_and_damp, drop_duplicates],
+    [pick_by_volume, pick_farthest, pick_and_damp, drop_one_by_one],
     ids=lambda f: f.__name__,
 )
 def test_a_further_pick_costs_at_most_six_kernels(pick):
@@ -65,3 +65,20 @@ def test_what_computes_is_counted_and_views_are_not():
     x = torch.randn(4, 4)
     assert launches(lambda: x.t()[:, 1:].unsqueeze(0).expand(2, -1, -1)) == 0
     assert launches(lambda: (x + 1).argmax(dim=1).cumsum(0)) == 3
+
+
+def sequence(seed: int) -> ImageTokens:
+    places = torch.arange(40)
+    embeds = torch.randn(40, 8, generator=torch.Generator().manual_seed(seed))
+    return ImageTokens(embeds=embeds, patches=places, offsets=places, length=40)
+
+
+def test_sequences_of_one_length_are_picked_from_together():
+    pruner = build_pruner("divprune", visual_token_num=PICKS)
+    images = [sequence(seed) for seed in range(4)]
+    shorter = images[0].keep(slice(30))
+    together = pruner.after_layouts([images[0], shorter, *images[1:]])
+    for image, pruned in zip([images[0], shorter, *images[1:]], together, strict=True):
+        assert torch.equal(pruned.patches, pruner.after_layout(image).patches)
+    one, four = (launches(pruner.after_layouts, images[:count]) for count in (1, 4))
+    assert four - one < PICKS

@@ -74,6 +74,10 @@ class Schedule:
         if after != before:
             self.layout[before] = max(after, self.layout.get(before, 0))
 
+    def after_layouts(self, results: list[ImageTokens], images: list[ImageTokens]) -> None:
+        for result, image in zip(results, images, strict=True):
+            self.after_layout(result, image)
+
     def before_layer(self, result: Prefill, index: int, prefill: Prefill) -> None:
         if result.index is prefill.index:
             return

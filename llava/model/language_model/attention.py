@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...pruning.ops import on_device
+from ...pruning.ops import on_device, true_first
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +21,8 @@ GROUPED_SDPA = "enable_gqa" in (F.scaled_dot_product_attention.__doc__ or "")
 BACKENDS = ("sdpa", "flash_attention_2", "eager")
 #: weights of an attention map that are held at a time, where one is built
 WEIGHTS_HELD = 2**26
+#: places after which a row of a mask may begin without being copied for a kernel of a GPU
+ALIGNED = 8
 
 
 @dataclass
@@ -29,19 +31,23 @@ class Packing:
 
     index:   (T,) places of the tokens among the B * S of the batch
     ends:    (B + 1,) int32, where each row begins and the last one ends
-    longest: tokens of the longest row
+    lengths: tokens of every row
     """
 
     index: Tensor
     ends: Tensor
-    longest: int
+    lengths: Sequence[int]
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
 
     @classmethod
     def of(cls, valid: Tensor, lengths: Sequence[int]) -> Packing:
         """For rows whose tokens, so many each, are those where `valid` (B, S) is True."""
-        order = (~valid).flatten().to(torch.uint8).argsort(stable=True)
+        order = true_first(valid.flatten())
         ends = on_device([0, *accumulate(lengths)], valid.device).to(torch.int32)
-        return cls(order[: sum(lengths)], ends, max(lengths))
+        return cls(order[: sum(lengths)], ends, lengths)
 
 
 def attend(
@@ -232,17 +238,20 @@ def attention_mask(
     bias:    (B, K) fp32, what is added to the products of all queries with a key; None: nothing,
              and no mask is made where none was
 
-    With a bias the mask is one of numbers, (B, 1, Q, K) in `dtype`, that of the queries, as the
-    kernels want it.
+    It is one of numbers, (B or 1, 1, Q, K) in `dtype`, that of the queries, with rows that begin
+    where kernels want them to: those would make such a one of any other, in every layer.
     """
-    if bias is None:
-        return visible
-    added = bias[:, None, None].to(dtype)
+    if bias is None and visible is None:
+        return None
     if visible is None and num_queries == 1:
-        return added
+        return bias[:, None, None].to(dtype)
     if visible is None:
         visible = causal_mask(num_queries, bias.shape[1], bias.device)
-    return added.masked_fill(~visible, float("-inf"))
+    batch, keys = max(len(visible), 0 if bias is None else len(bias)), visible.shape[3]
+    room = -(-keys // ALIGNED) * ALIGNED
+    added = visible.new_empty(batch, 1, visible.shape[2], room, dtype=dtype)[..., :keys]
+    added = added.zero_() if bias is None else added.copy_(bias[:, None, None])
+    return added.masked_fill_(~visible, float("-inf"))
 
 
 def added_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:

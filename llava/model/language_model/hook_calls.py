@@ -82,7 +82,7 @@ def count_writes(prefill: Prefill) -> None:
     known = prefill.what_is_known()
     for field, value in values.items():
         setattr(prefill, field, value)
-    prefill.know(known.counts, known.hides)
+    prefill.know(known.counts, known.hides, known.left)
 
 
 def check(prefill: Prefill, name: str) -> None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...blocks import GatedMLP, RMSNorm, rope_of, rotate
+from ...blocks import GatedMLP, RMSNorm, in_pieces, rope_of, rotate
 from ...devices import device_of, moved
 from ...pruning.ops import gather_tokens
 from ..kv_cache import KVCache, RowState
-from .attention import Packing, attend, attend_behind, attention_rows, repeat_heads, rows_of
+from .attention import Packing, attend, attend_behind, attention_rows, rows_of
 
 
 class Rotary:
@@ -148,8 +148,11 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
         """x (B, S, D) -> the same shape, and the attention rows that `step.rows` asks for."""
         out, row = self.self_attn(self.input_layernorm(x), step, cache)
-        x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x)), row
+        return in_pieces(self.feed_forward, x + out), row
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """What follows attention, of tokens x (..., D)."""
+        return x + self.mlp(self.post_attention_layernorm(x))
 
     def at_rows(
         self, x: Tensor, step: Step, rows: Tensor, cache: KVCache | None
@@ -165,10 +168,11 @@ class DecoderLayer(nn.Module):
         rope = tuple(gather_tokens(part[:, 0], rows)[:, None] for part in step.rope)
         q = attention.queries(gather_tokens(normed, rows), rope)
         weights = rows_of(q, k, rows, step.valid, bias=step.bias)
-        out = weights.to(v.dtype) @ repeat_heads(v, attention.num_heads)
+        # The heads of a group read the same values: they are rows of one product.
+        grouped = weights.to(v.dtype).unflatten(1, (v.shape[1], -1)).flatten(2, 3)
+        out = (grouped @ v).view(*weights.shape[:3], -1)
         out = attention.o_proj(out.transpose(1, 2).flatten(2))
-        x = gather_tokens(x, rows) + out
-        return x + self.mlp(self.post_attention_layernorm(x)), weights
+        return self.feed_forward(gather_tokens(x, rows) + out), weights
 
 
 def bring(layer: DecoderLayer, x: Tensor, step: Step) -> tuple[Tensor, Step]:

@@ -26,6 +26,7 @@ from ..visuals import Visuals
 from .attention import (
     Packing,
     attention_mask,
+    causal_mask,
     check_backend,
     packs_rows,
     padded_causal_mask,
@@ -167,7 +168,7 @@ class LlamaModel(LlamaPreTrainedModel):
         )
         if counts is not None:
             prefill.num_images = len(counts.images[0])
-            prefill.know(counts, counts.left)
+            prefill.know(counts, hides=counts.left, left=counts.left)
         return prefill
 
     def first_layers(
@@ -181,6 +182,9 @@ class LlamaModel(LlamaPreTrainedModel):
             valid, bias = prefix.valid_in_cache(valid), prefix.bias_in_cache(bias)
         hides = prefill.hides_padding if prefix is None else hides_tokens(valid)
         mask = padded_causal_mask(valid, x.shape[1]) if hides else None
+        if mask is None and bias is None and known:  # else every layer would make it
+            keys = x.shape[1] + (0 if prefix.shared else known)
+            mask = causal_mask(x.shape[1], keys, x.device)
         mask = attention_mask(mask, bias, x.shape[1], x.dtype)
         step = Step(self.rotary(prefill.position_ids[:, known:], x.dtype), mask)
         for number in range(depth):
@@ -249,9 +253,9 @@ class LlamaModel(LlamaPreTrainedModel):
             x, position_ids, rows, valid, bias = moved(given, there)
         norm, attention = self.layers[layer].input_layernorm, self.layers[layer].self_attn
         x = norm(x)
-        k = attention.keys(x, self.rotary(position_ids, x.dtype))
-        prompts = torch.arange(len(rows), device=rows.device)[:, None]
-        rope = self.rotary(position_ids[prompts, rows], x.dtype)
+        rope = self.rotary(position_ids, x.dtype)
+        k = attention.keys(x, rope)
+        rope = tuple(gather_tokens(part[:, 0], rows)[:, None] for part in rope)
         q = attention.queries(gather_tokens(x, rows), rope)
         return rows_of(q, k, rows, valid, bias=bias).to(home)
 

@@ -7,12 +7,14 @@ eager attention, no layer after the selected one, and attention rows without att
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
+from ...blocks import in_pieces
 from ...devices import device_of
 from ...pruning.cues import OutputMean, fingerprint
 from ...pruning.ops import middle_places
@@ -165,6 +167,7 @@ class CLIPVisionTower(nn.Module):
         chosen = tokens if self.num_run_layers == 0 else None
         means = OutputMean(wanted)
         last = max([self.num_run_layers - 1, *(n for n, names in wanted.items() if names)])
+        mask, hidden = None, (None, None)  # the mask, and what it is of
         for number, layer in enumerate(model.encoder.layers[: last + 1]):
             tokens = stage.before_tower_layer(number, tokens)
             names = wanted.get(number, frozenset())
@@ -177,12 +180,13 @@ class CLIPVisionTower(nn.Module):
             needs_output = number < max(last, self.num_run_layers) or names & OUTPUTS
             attention = layer.self_attn
             q, k = attention.q_proj(normed), attention.k_proj(normed)
-            mask = key_mask(tokens)
+            if hidden[0] is not tokens.valid or hidden[1] is not tokens.key_bias:
+                mask, hidden = key_mask(tokens), (tokens.valid, tokens.key_bias)
             found[number] = attention_extras(attention, q, k, names, mask)
             if not needs_output:  # only the projections of this layer were wanted
                 break
             x = x + attention.out_proj(self_attention(attention, normed, q, k, mask))
-            x = x + layer.mlp(layer.layer_norm2(x))
+            x = in_pieces(partial(feed_forward, layer), x)
             tokens = replace(tokens, hidden_states=x)
             if "output" in names:
                 found[number]["output"] = x[:, 1:]
@@ -266,13 +270,19 @@ class CLIPVisionTower(nn.Module):
         return self.num_patches_per_side**2
 
 
+def feed_forward(layer, x: Tensor) -> Tensor:
+    """What follows attention in a CLIP layer, of tokens x (..., C)."""
+    return x + layer.mlp(layer.layer_norm2(x))
+
+
 def key_mask(tokens: TowerTokens) -> Tensor | None:
-    """(B, 1 + N) False on padding, which nobody looks at; where a method adds a bias to keys, that
-    bias, and -inf on padding; None where there is neither."""
+    """(B, 1 + N) fp32 the bias that a method adds to keys, 0 where it adds none, and -inf on
+    padding, which nobody looks at; None where there is neither."""
     mask = None if tokens.valid is None else F.pad(tokens.valid, (1, 0), value=True)
     bias = tokens.key_bias
     if bias is None:
-        return mask
+        bias = None if mask is None else torch.zeros_like(mask, dtype=torch.float32)
+        return bias if mask is None else bias.masked_fill_(~mask, float("-inf"))
     if bias.shape != tokens.hidden_states.shape[:2] or bias.dtype != torch.float32:
         raise ValueError(
             f"key_bias {tuple(bias.shape)} of {bias.dtype} must be torch.float32 with one value "
@@ -294,7 +304,7 @@ def self_attention(attention, x: Tensor, q: Tensor, k: Tensor, mask: Tensor | No
     heads = attention.num_heads
     q, k, v = (split_heads(t, heads) for t in (q, k, attention.v_proj(x)))
     if mask is not None:
-        mask = mask[:, None, None].to(torch.bool if mask.dtype == torch.bool else q.dtype)
+        mask = mask[:, None, None].to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
@@ -321,8 +331,6 @@ def attention_extras(
         keys = keys.transpose(2, 3) * attention.scale
         real = None
         if mask is not None:
-            if mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, float("-inf"))
             mask, real = mask[:, None, None], mask > float("-inf")
 
     def weights(scores: Tensor) -> Tensor:

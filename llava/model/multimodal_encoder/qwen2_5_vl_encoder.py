@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ...blocks import GatedMLP, RMSNorm, rope_of, rotate
+from ...blocks import GatedMLP, RMSNorm, in_pieces, rope_of, rotate
 from ...devices import device_of
 from ...pruning.cues import OutputMean
 from ...segments import Segments, attend_within, segments_of, window_order
@@ -274,7 +274,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple, segments: Segments, cues: dict | None) -> Tensor:
         x = x + self.attn(self.norm1(x), rope, segments, cues)
-        return x + self.mlp(self.norm2(x))
+        return in_pieces(lambda x: x + self.mlp(self.norm2(x)), x)
 
 
 class Attention(nn.Module):

@@ -89,16 +89,19 @@ PROCESSOR = dict(
 )
 
 
-def write_tower(folder: str | Path, words: list[str] = LETTERS, merges: str = "") -> str:
+def write_tower(
+    folder: str | Path, words: list[str] = LETTERS, merges: str = "", **tower: int
+) -> str:
     """Writes a whole CLIP model with random weights and its tokenizer into `folder`.
 
     words: of the tokenizer, those that begin and end a text last; merges: lines with two words each
+    tower: replaces values of `TOWER`
     """
     folder = Path(folder)
     width = {"projection_dim": 20}
     marks = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
     text = TEXT_TOWER | width | {"vocab_size": len(words), **marks}
-    config = CLIPConfig(vision_config=TOWER | width, text_config=text, **width)
+    config = CLIPConfig(vision_config=TOWER | width | tower, text_config=text, **width)
     torch.manual_seed(0)
     CLIPModel(config).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
@@ -146,10 +149,11 @@ OWN_GRIDS_TOWER = dict(
 VALUES = 3 * 2 * OWN_GRIDS_TOWER["patch_size"] ** 2
 
 
-def make_own_grids_model():
-    """A random model in eval mode whose images have their own grids, and positions three axes."""
+def make_own_grids_model(tower: dict = OWN_GRIDS_TOWER, **config):
+    """A random model in eval mode whose images have their own grids, and positions three axes;
+    config: replaces values of `TINY`."""
     torch.manual_seed(0)
-    config = {**TINY, **OWN_GRIDS, "vision_config": OWN_GRIDS_TOWER}
+    config = {**TINY, **OWN_GRIDS, "vision_config": tower, **config}
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config)).eval()
     model.lm_head.weight.data[OWN_GRIDS["image_token_id"] :] = 0  # answers hold no marks
     return model
