@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from llava.eval.efficiency.launches import VIEWS
+from llava.eval.efficiency.launches import Launches
 from llava.pruning import build_pruner
 from llava.pruning.cdpruner import largest_volume
 from llava.pruning.divprune import farthest_first
@@ -13,16 +12,6 @@ from llava.pruning.vispruner import drop_duplicates
 
 PICKS, MORE = 16, 24
 TOKENS = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0))
-
-
-class Launches(TorchDispatchMode):
-    """Counts operations that compute something."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func._schema.name.split("::")[1] not in VIEWS
-        return func(*args, **(kwargs or {}))
 
 
 def launches(call, *args) -> int:
