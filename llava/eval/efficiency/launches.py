@@ -118,7 +118,7 @@ def page(about: dict, counts: list[LaunchCounts]) -> str:
     about: of the run, see `llava.eval.efficiency.program.describe`
     """
     return (
-        f"`{about['command']}`\n\n{about['layers']} decoder layers, {about['prompt_length']} text "
-        f"tokens and one image per prompt, a budget of {about['visual_token_num']} visual tokens, "
-        f"torch {about['torch']}.\n\n{table(counts)}\n"
+        f"`{about['command']}`\n\n{about['layers']} decoder layers in {about['dtype']}, "
+        f"{about['prompt_length']} text tokens and one image per prompt, a budget of "
+        f"{about['visual_token_num']} visual tokens, torch {about['torch']}.\n\n{table(counts)}\n"
     )

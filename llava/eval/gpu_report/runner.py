@@ -20,6 +20,8 @@ from llava.eval.gpu_report.steps import Step
 DONE, FAILED, ENDED, LEFT_OUT = "done", "failed", "ended", "not begun"
 #: part of a step's limit that it may measure; the rest is for loading and building the model
 MEASURING = 0.6
+#: how much longer the same steps may take on a CPU, which compiles slowly
+SLOWER = 4
 #: where the tests on the GPU note one line each, as they go
 TESTS_FILE = "GPU_TESTS_FILE"
 #: what must be the same for results to stand on one page
@@ -98,7 +100,7 @@ def run_step(step: Step, report: Report, left: float) -> dict:
     if left < step.least:
         reason = f"{max(left, 0):.0f} seconds were left, it needs {step.least:.0f}"
         return {"status": LEFT_OUT, "seconds": 0, "reason": reason}
-    limit = min(step.limit, left)
+    limit = min(SLOWER * step.limit if report.small else step.limit, left)
     result, log = (report.folder / f"{step.name}.{kind}" for kind in ("json", "log"))
     lines = report.folder / f"{step.name}.jsonl"
     for path in (result, lines):

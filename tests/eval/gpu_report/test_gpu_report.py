@@ -219,7 +219,7 @@ def test_tests_note_how_they_ended_as_they_end(tmp_path):
 @pytest.mark.slow
 def test_the_dry_run_writes_a_whole_report(tmp_path):
     done = subprocess.run(
-        ["bash", "scripts/gpu_report.sh", "--small", "--out", str(tmp_path), "--budget", "400"],
+        ["bash", "scripts/gpu_report.sh", "--small", "--out", str(tmp_path), "--budget", "1800"],
         cwd=ROOT,
         env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
