@@ -129,6 +129,7 @@ def run_steps(steps: list[Step], report: Report, budget: float, after=lambda rep
 
     after: called with the report after every step
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the step, too
     end = time.monotonic() + budget
     for number, step in enumerate(steps, 1):
         head = f"step {number} of {len(steps)}, {step.name}"

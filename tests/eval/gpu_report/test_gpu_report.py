@@ -78,6 +78,26 @@ def test_what_a_step_started_ends_with_it(report, step, tmp_path):
     raise AssertionError("sleep still runs")
 
 
+def test_a_report_that_is_ended_ends_its_step(tmp_path):
+    child, code = tmp_path / "child", tmp_path / "code.py"
+    code.write_text(
+        f"import os, time; open({str(child)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    )
+    step = f"Step('slow', '', '{code}', '{code}', 60.0, 0.0)"
+    names = "from llava.eval.gpu_report.runner import Path, Report, run_steps; "
+    names += "from llava.eval.gpu_report.steps import Step; "
+    run = f"run_steps([{step}], Report(Path({str(tmp_path)!r}), False, {{}}), 60)"
+    report = subprocess.Popen([sys.executable, "-c", names + run], cwd=ROOT)
+    for _ in range(300):
+        if child.exists() and child.read_text():
+            break
+        time.sleep(0.1)
+    report.terminate()
+    assert report.wait(20) == 128 + 15
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(child.read_text()), 0)
+
+
 def test_a_further_call_does_what_is_missing(report, step, capsys):
     steps = [step("good", GOOD), step("broken", BROKEN)]
     run_steps(steps, report, 60)
