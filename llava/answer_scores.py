@@ -20,6 +20,8 @@ SYSTEM = (
 USER = "\nquestion: {question}\nstandard answer: {answer}\nmodel's answer: {text}\n"
 SCORE = re.compile(r"score: ([\d\.]+)")
 BOX = re.compile(r"\[(\d+),\s*(\d+),\s*(\d+),\s*(\d+)\]")
+NUMBER = r"\s*(-?\d*\.?\d+)\s*"
+ANY_BOX = re.compile(rf"[\[(]{NUMBER},{NUMBER},{NUMBER},{NUMBER}[\])]")
 #: a capital letter that stands alone, or a small one that a bracket, dot or colon ends
 LETTER = re.compile(r"(?<![\w.])(?:([A-H])(?!\w)|([a-h])(?=[).:]|\s*$))")
 
@@ -62,9 +64,22 @@ def first_box(text: str) -> Box:
     return (0.0, 0.0, 0.0, 0.0) if found is None else tuple(map(float, found.groups()))
 
 
+def parse_box(text: str) -> Box | None:
+    """The first [x1, y1, x2, y2] of any numbers in a text, such as the shares that LLaVA answers;
+    None where there is none."""
+    found = ANY_BOX.search(text)
+    return None if found is None else tuple(map(float, found.groups()))
+
+
 def one_box_format(text: str) -> float:
     """1 when a text holds exactly one box."""
     return float(len(BOX.findall(text)) == 1)
+
+
+def share_box_iou(text: str, answer: str) -> float:
+    """`box_iou` of the first boxes of any numbers in two texts; 0 for a text without one."""
+    ours, wanted = parse_box(text), parse_box(answer)
+    return 0.0 if ours is None or wanted is None else box_iou(ours, wanted)
 
 
 def box_iou(ours: Sequence[float], wanted: Sequence[float]) -> float:

@@ -66,7 +66,7 @@ def is_llava_hf(values: Mapping) -> bool:
     """Whether a config is in this layout."""
     names = values.get("architectures")
     if isinstance(names, list) and names:
-        return names[0] in MODEL_TYPES
+        return isinstance(names[0], str) and names[0] in MODEL_TYPES
     nested = any(isinstance(values.get(key), dict) for key in ("text_config", "vision_config"))
     return nested and values.get("model_type") in MODEL_TYPES.values()
 

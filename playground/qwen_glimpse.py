@@ -6,6 +6,7 @@ Pictures are made on the way and seen once, each for several questions; some are
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from playground import scenes
 from playground.clock import half_precision
 from playground.glimpse_data import FIRST_SCENE, needed
 from playground.questions import ask
+from playground.qwen_files import wording
 from playground.qwen_tower import LARGE_GRIDS
 from playground.tower_model import PATCH
 
@@ -40,6 +42,7 @@ SHAPE = GlimpseArguments(
     selected_visual_layers=[5, 4, 2, 1],
     attn_fuse_size=64,
     visual_cond_size=128,
+    use_attention_logits=False,
 )
 
 
@@ -66,6 +69,14 @@ class Glimpse:
         out = self.judged(range(first, first + self.pictures), grid, rng)
         return {"loss": out["loss"]}
 
+    def texts(self, sample: BoxSample) -> dict[str, Tensor]:
+        """Ids of question and answer as the checkpoint knows them: its answers begin with a space,
+        and nothing stands behind the mark that ends them."""
+        found = self.dataset.texts(replace(sample, answer=f" {sample.answer}"))
+        ends = (found["answer"] == wording().end).nonzero()[:1]
+        size = int(ends) + 1
+        return found | {name: found[name][:size] for name in ("answer", "labels")}
+
     def judged(self, seeds: range, grid: tuple[int, int], rng) -> dict[str, Tensor]:
         """What the objective says of questions about scenes on a grid."""
         size, items, pixels, owners = (grid[1] * PATCH, grid[0] * PATCH), [], [], []
@@ -78,7 +89,7 @@ class Glimpse:
                 boxes = [list(box) for box in needed(scene, question)]
                 sample = BoxSample(question.text, question.answer, "", boxes)
                 mask = self.dataset.mask(sample, size, own)
-                items.append(self.dataset.texts(sample) | {"image": pixels[-1], "mask": mask})
+                items.append(self.texts(sample) | {"image": pixels[-1], "mask": mask})
                 owners.append(number)
         batch = self.collator(items)
         with half_precision():

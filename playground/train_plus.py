@@ -1,15 +1,18 @@
-"""Reinforcement on the playground: a small model learns to count in pruned pictures.
+"""Reinforcement on the playground: a small model learns to count and to give boxes in pruned
+pictures.
 
     python -m playground.train_plus                              # LLaVA, in playground/data/plus
     python -m playground.train_plus --model QWEN_CHECKPOINT --glimpse PART --output FOLDER
 
 Questions are those of the glimpse (`glimpse_data.py`), of the kinds that suffer most where all but
-the boxes is pruned; an answer is rewarded for the right text. Draws what the reward did.
+the boxes is pruned. A number is rewarded where it is right, a box for what it shares with the right
+one. Draws what the reward did.
 """
 
 import argparse
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -19,21 +22,29 @@ from playground import glimpse_data
 from playground.make_data import write_lines
 from playground.train import DATA, LLAVA, here, run
 
-HARD = re.compile(r"How many|Are there")
-PICTURES, PER_PICTURE = 400, 8
+#: how questions of a kind begin, and what an answer is rewarded for
+KINDS = {
+    "counting": (re.compile(r"How many|Are there"), "precision_match"),
+    "boxes": (re.compile(r"Please provide the bounding box"), "share_box_iou"),
+}
+PICTURES, PER_PICTURE = 400, 24
+LONGEST_ANSWER = {"counting": 8, "boxes": 32}  # tokens
 FEW_TOKENS = 150  # of a prompt: questions that need the whole picture are left out
 WINDOW = 10  # steps that a point of the curve is the mean of
 
 
-def write_questions(folder: Path, pictures: int = PICTURES) -> Path:
-    """Pictures, boxes and the yaml file that names the hard questions and their reward."""
+def write_questions(folder: Path, pictures: int = PICTURES, kinds: Iterable[str] = KINDS) -> Path:
+    """Pictures, boxes and the yaml file that names the hard questions and their rewards."""
     glimpse_data.write(folder, pictures, PER_PICTURE)
-    lines = (folder / "boxes.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if HARD.match(row["question"])]
-    write_lines(folder / "count.jsonl", rows)
-    entry = {"json_path": str(folder / "count.jsonl"), "score_funcs": ["precision_match"]}
-    (folder / "count.yaml").write_text(yaml.dump({"datasets": [entry]}))
-    return folder / "count.yaml"
+    rows = list(map(json.loads, (folder / "boxes.jsonl").read_text().splitlines()))
+    entries = []
+    for kind in kinds:
+        beginning, reward = KINDS[kind]
+        file = folder / f"hard_{kind}.jsonl"
+        write_lines(file, [row for row in rows if beginning.match(row["question"])])
+        entries.append({"json_path": str(file), "score_funcs": [reward]})
+    (folder / "hard.yaml").write_text(yaml.dump({"datasets": entries}))
+    return folder / "hard.yaml"
 
 
 def rewards(folder: Path) -> list[float]:
@@ -69,6 +80,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=DATA / "plus")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--pictures", type=int, default=PICTURES)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--answers", type=int, default=32, help="of a step, eight to a question")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     parser.add_argument(
@@ -79,12 +91,12 @@ def main() -> None:
     args = parser.parse_args()
     options = {
         "model_name_or_path": args.model,
-        "train_dataset": write_questions(args.output, args.pictures),
+        "train_dataset": write_questions(args.output, args.pictures, args.kinds),
         "img_dir": args.output,
         "per_device_train_batch_size": args.answers,
         "gradient_accumulation_steps": 1,
         "num_generations": 8,
-        "max_completion_length": 8,
+        "max_completion_length": max(map(LONGEST_ANSWER.get, args.kinds)),
         "max_input_remain_seq_length": FEW_TOKENS,
         "learning_rate": args.rate,
         "lr_scheduler_type": "constant",

@@ -18,8 +18,7 @@
 #   METHOD       pruning method (default: the one that the options belong to, with TOKENS alone
 #                vispruner); none: the unpruned model
 #   CKPT         checkpoint: a folder, a name inside CKPT_DIR, or a name on the hub
-#                (default: the playground's; with CKPT_DIR: the published 7B model; of
-#                scripts/qwen2_5_vl: Qwen/Qwen2.5-VL-7B-Instruct)
+#                (default: the playground's of that family; with CKPT_DIR: the published 7B model)
 #   CKPT_DIR     folder of the checkpoints
 #   DATA_DIR     evaluation data and answers: playground/data/eval/README.md has its layout. Not
 #                set: playground/data/eval, where a benchmark that is not there is replaced by the
@@ -85,10 +84,11 @@ fi
 LABEL+=$RELEASED_LABEL
 
 # --- the checkpoint: sets MODEL and MODEL_NAME ---
-# OWNER of published models on the hub. scripts/qwen2_5_vl has no playground: its model is another's.
+# OWNER of published models on the hub.
 OWNER=liuhaotian DEFAULT_CKPT=${DEFAULT_CKPT:-llava-v1.5-7b}
 if [ "${MODEL_FAMILY:-}" = qwen2_5_vl ]; then
-    OWNER=Qwen DEFAULT_CKPT=Qwen2.5-VL-7B-Instruct PLAYGROUND_MODEL=$OWNER/$DEFAULT_CKPT
+    OWNER=Qwen DEFAULT_CKPT=Qwen2.5-VL-7B-Instruct
+    PLAYGROUND_MODEL=playground/checkpoints/qwen2.5-vl-playground
 fi
 if [ -n "${CKPT_DIR:-}" ]; then
     MODEL=$CKPT_DIR/${CKPT:-$DEFAULT_CKPT}

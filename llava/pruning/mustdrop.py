@@ -243,8 +243,8 @@ class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
         dull = (total < share * prefill.at_tokens(images)) & (most < single)
         kept = ~(prefill.is_visual & dull & ~prefill.extras[KEY])
         last = index - 1 == self.stage_layers(len(prefill.decoder.layers))[-1]
-        if not last and kept.numel() <= NARROW:
-            return prefill.hide(kept, renumber=True)
+        if not last and kept.numel() <= NARROW and kept.device.type != "cpu":
+            return prefill.hide(kept, renumber=True)  # on a CPU there is nothing to wait for
         return prefill.keep(kept, renumber=True)
 
     def limits(self, prefill: Prefill) -> tuple[float | Tensor, float | Tensor]:

@@ -125,6 +125,7 @@ def test_every_script_of_a_generation_is_there_for_the_others():
             assert f'v1_5/eval/{path.name}" "$@"' in path.read_text() and os.access(path, os.X_OK)
 
 
+QWEN = "playground/checkpoints/qwen2.5-vl-playground"
 QWEN_BUDGETS = {
     "tokens": (["128"], {}, "--visual-token-num 128", "vispruner/n_128"),
     "a share, and the next option by place": (
@@ -145,12 +146,12 @@ QWEN_BUDGETS = {
 @pytest.mark.parametrize(
     "words, environment, given, label", QWEN_BUDGETS.values(), ids=QWEN_BUDGETS
 )
-def test_scripts_of_qwen_ask_its_published_model(run, words, environment, given, label):
+def test_scripts_of_qwen_ask_its_playground(run, words, environment, given, label):
     done = run("qwen2_5_vl/eval/pope.sh", *words, LIMIT="2", **environment)
     path = Path(last_line(done)["answers_file"])
-    assert str(path).endswith(f"/Qwen2.5-VL-7B-Instruct/{label}_limit2.jsonl")
+    assert str(path).endswith(f"/qwen2.5-vl-playground/{label}_limit2.jsonl")
     argv = " ".join(json.loads(path.with_suffix(".argv.json").read_text()))
-    assert "--model-path Qwen/Qwen2.5-VL-7B-Instruct " in argv and given in argv
+    assert f"--model-path {QWEN} " in argv and given in argv
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"])
@@ -251,7 +252,7 @@ RELEASED = {
 def test_variables_of_the_release_reach_visual_cot(run, data, family, environment, given, ending):
     done = run(f"{family}/eval/viscot.sh", SETS="gqa", NUM_SAMPLES="2", **environment)
     assert done.returncode == 0, done.stderr
-    model = "llava-v1.5-playground" if family == "v1_5" else "Qwen2.5-VL-7B-Instruct"
+    model = "llava-v1.5-playground" if family == "v1_5" else "qwen2.5-vl-playground"
     path = data / "viscot/answers/gqa" / model / ending
     argv = " ".join(json.loads(path.with_suffix(".argv.json").read_text()))
     assert all(words in argv for words in given)

@@ -10,6 +10,7 @@ from llava import playground
 from llava.model.builder import load_pretrained_model
 from llava.pruning import build_pruner
 from llava.train.glimpse.arguments import GlimpseArguments
+from llava.train.glimpse.data import BoxSample
 from playground import qwen_files, qwen_glimpse, qwen_model, qwen_tower, train_qwen
 
 GRIDS = ((16, 16), (14, 20), (20, 14), (16, 18))
@@ -44,6 +45,14 @@ def test_the_stage_learns_from_new_pictures_of_any_shape(args):
     assert all(p.grad is not None for p in stage.trained.parameters())
     assert set(stage.scores()) == {"precision", "recall", "f1", "iou", "le_loss", "loc_loss"}
     assert stage.trained.training
+
+
+def test_answers_are_those_that_the_checkpoint_gives(args):
+    stage, read = qwen_glimpse.Glimpse(args), qwen_files.text_tokenizer()
+    texts = stage.texts(BoxSample("Is it?", "Yes", "", [[0, 0, 1, 1]]))
+    assert torch.equal(texts["answer"], texts["labels"])
+    *answer, end = texts["answer"].tolist()
+    assert answer == qwen_files.encode(" Yes") and end == read.token_to_id("<|im_end|>")
 
 
 def test_a_run_is_bounded_by_the_clock_goes_on_and_leaves_a_part(args, monkeypatch):

@@ -6,19 +6,26 @@ import pytest
 import yaml
 from PIL import Image
 
+from llava.train.reinforcement.rewards import check_score_funcs
 from playground.train_plus import draw, rewards, running_mean, write_questions
 
+BEGINNINGS = {"counting": ("How many", "Are there"), "boxes": ("Please provide the bounding",)}
+REWARDS = {"counting": "precision_match", "boxes": "share_box_iou"}
 
-def test_the_hard_questions_are_rewarded_for_the_right_text(tmp_path):
-    source = write_questions(tmp_path, pictures=2)
-    (entry,) = yaml.safe_load(source.read_text())["datasets"]
-    assert entry["score_funcs"] == ["precision_match"]
-    rows = [json.loads(line) for line in open(entry["json_path"])]
-    everything = (tmp_path / "boxes.jsonl").read_text().splitlines()
-    assert 0 < len(rows) < len(everything)
-    for row in rows:
-        assert row["question"].startswith(("How many", "Are there")) and row["bboxs"]
-        assert (tmp_path / "cot" / row["dataset"] / row["image"]).exists()
+
+@pytest.mark.parametrize("kinds", [["counting"], ["boxes"], ["counting", "boxes"]])
+def test_a_kind_of_question_has_its_own_reward(tmp_path, kinds):
+    write_questions(tmp_path, pictures=2, kinds=kinds)  # a run that is continued writes again
+    source = write_questions(tmp_path, pictures=2, kinds=kinds)
+    entries = yaml.safe_load(source.read_text())["datasets"]
+    assert [entry["score_funcs"] for entry in entries] == [[REWARDS[kind]] for kind in kinds]
+    for kind, entry in zip(kinds, entries, strict=True):
+        rows = [json.loads(line) for line in open(entry["json_path"])]
+        assert rows
+        for row in rows:
+            assert row["question"].startswith(BEGINNINGS[kind]) and row["bboxs"]
+            check_score_funcs(entry["score_funcs"], row["answer"], entry["json_path"])
+            assert (tmp_path / "cot" / row["dataset"] / row["image"]).exists()
 
 
 def test_the_curve_is_that_of_the_run(tmp_path):

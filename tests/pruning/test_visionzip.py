@@ -21,7 +21,7 @@ def test_a_contextual_token_is_its_target_plus_the_mean_of_what_resembles_it():
     score = torch.tensor([[0.0, 9.0, 0, 0, 0, 0]])
     keys = torch.eye(2)[[0, 0, 1, 1, 0, 0]][None]
     # Patch 1 is dominant. Of 0 2 3 4 5, targets are 0 and 3 (step 2: places 0 and 2).
-    patches, _, tokens = compress(features, score, keys, dominant=1, contextual=2)
+    patches, _, tokens = compress(features, score, keys, 1, 2)
     assert patches.tolist() == [[1]]
     # 4 and 5 resemble target 0, 2 resembles target 3.
     assert tokens.flatten().tolist() == [2.0, 1.0 + (5 + 6) / 2, 4.0 + 3.0]

@@ -8,8 +8,8 @@ padding and is divided by the longer side before the two are compared.
 """
 
 import os
-import re
 
+from llava.answer_scores import Box, parse_box
 from llava.eval.benchmarks.benchmark import COCO, Benchmark
 from llava.eval.files.matching import by_id, check_known, source, texts_by_id
 from llava.eval.files.records import Records, read_jsonl
@@ -17,16 +17,6 @@ from llava.eval.scoring.cli import run_scorer
 from llava.eval.scoring.units import Unit, Units
 
 THRESHOLD = 0.5
-NUMBER = r"\s*(-?\d*\.?\d+)\s*"
-BOX = re.compile(rf"[\[(]{NUMBER},{NUMBER},{NUMBER},{NUMBER}[\])]")
-
-Box = tuple[float, float, float, float]
-
-
-def parse_box(text: str) -> Box | None:
-    """Returns the first `[x1, y1, x2, y2]` of an answer, or None."""
-    found = BOX.search(text)
-    return tuple(float(number) for number in found.groups()) if found else None
 
 
 def to_padded_square(box: Box, width: float, height: float) -> Box:

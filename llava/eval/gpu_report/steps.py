@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llava.pruning import DEFAULT_METHOD as METHOD
+
 EFFICIENCY = "-m llava.eval.efficiency"
 DECODING = "-m llava.eval.efficiency.decode_speed"
 THROUGHPUT = "-m llava.eval.efficiency.throughput"
@@ -45,7 +47,7 @@ STEPS = (
         "all methods with 64 visual tokens at the sizes of LLaVA-1.5 7B, random weights",
         f"{EFFICIENCY} --config 7b --visual-token-num 64 --output-tokens 5 --repeats 20 --warmup 3"
         " --time-limit SECONDS --json FILE",
-        f"{EFFICIENCY} {SMALL} {SHORT} --method vispruner --json FILE",
+        f"{EFFICIENCY} {SMALL} {SHORT} --method {METHOD} --json FILE",
         limit=210,
         least=60,
     ),
@@ -60,9 +62,9 @@ STEPS = (
     Step(
         "compiled",
         "the same with compiled steps of decoding, which a GPU launches as graphs",
-        f"{EFFICIENCY} --config 7b --method vispruner --visual-token-num 64 --compile"
+        f"{EFFICIENCY} --config 7b --method {METHOD} --visual-token-num 64 --compile"
         " --output-tokens 17 --repeats 10 --warmup 2 --time-limit SECONDS --json FILE",
-        f"{EFFICIENCY} {SMALL} {SHORT} --method fastv --compile --json FILE",
+        f"{EFFICIENCY} {SMALL} {SHORT} --method {METHOD} --compile --json FILE",
         limit=120,
         least=60,
     ),
@@ -71,7 +73,7 @@ STEPS = (
         "what the card is asked to run at 32 layers, by stage and per further token",
         f"{EFFICIENCY} --config small --layers 32 --visual-token-num 64 --count-kernels --compile"
         " --json FILE",
-        f"{EFFICIENCY} {SMALL} --method fastv --count-kernels --json FILE",
+        f"{EFFICIENCY} {SMALL} --method {METHOD} --count-kernels --json FILE",
         limit=90,
         least=30,
     ),
@@ -88,7 +90,7 @@ STEPS = (
     Step(
         "throughput",
         "questions per second, one by one, in batches, and sharing what their image needs, 7B",
-        f"{THROUGHPUT} --config 7b --methods none vispruner --visual-token-num 64 --images 2"
+        f"{THROUGHPUT} --config 7b --methods none {METHOD} --visual-token-num 64 --images 2"
         " --per-image 16 --batch-size 16 --max-new-tokens 8 --json FILE",
         f"{THROUGHPUT} --layers 2 --device cpu --dtype fp32 --images 1 --per-image 2"
         " --batch-size 2 --max-new-tokens 2 --json FILE",
@@ -98,9 +100,9 @@ STEPS = (
     Step(
         "batch",
         "a batch of 16 prompts: decoding reads more of the cache",
-        f"{EFFICIENCY} --config 7b --method vispruner,fastv --visual-token-num 64 --batch-size 16"
+        f"{EFFICIENCY} --config 7b --method {METHOD},random --visual-token-num 64 --batch-size 16"
         " --output-tokens 9 --repeats 5 --warmup 1 --time-limit SECONDS --json FILE",
-        f"{EFFICIENCY} {SMALL} {SHORT} --method vispruner --batch-size 2 --json FILE",
+        f"{EFFICIENCY} {SMALL} {SHORT} --method {METHOD} --batch-size 2 --json FILE",
         limit=90,
         least=35,
     ),

@@ -66,6 +66,23 @@ class Promises:
         assert torch.equal(first[0], second[0])
         assert torch.equal(first[1], second[1])
 
+    def test_a_layer_works_on_no_more_tokens_than_are_counted(self, model, pruner):
+        """On a CPU, where nothing is saved by carrying tokens along that were dropped."""
+        model.pruner, sizes = pruner, {}
+
+        def note(layer, given) -> None:
+            sizes.setdefault(layer.self_attn.layer_idx, given[0].shape[1])
+
+        prompt = sample(4, "image", 5)
+        hooks = [layer.register_forward_pre_hook(note) for layer in model.model.layers]
+        try:
+            _, _, trace = generate(model, prompt.ids, self.images_of(prompt))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        counted = {n: int(tokens[0]) for n, tokens in enumerate(trace.prompt_tokens)}
+        assert sizes == counted
+
     def test_text_only_prompts_are_untouched(self, model, pruner):
         prompt = sample(7)
         dense = generate(model, prompt.ids, None)

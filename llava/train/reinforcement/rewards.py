@@ -18,7 +18,9 @@ from llava.answer_scores import (
     judge_question,
     judged_score,
     one_box_format,
+    parse_box,
     precision_match,
+    share_box_iou,
     single_choice,
 )
 from llava.judge import Judge, JudgeError
@@ -27,12 +29,18 @@ logger = logging.getLogger(__name__)
 
 LOCAL_JUDGE = "http://localhost:8000/v1"
 JUDGED = ("llm", "precision_match_or_llm")
-SCORE_FUNCS = (*JUDGED, "precision_match", "one_box_iou", "one_box_format", "single_choice")
 RIGHT_TEXTS = {
     "precision_match": precision_match,
     "single_choice": single_choice,
     "one_box_iou": lambda text, answer: box_iou(first_box(text), first_box(answer)),
     "one_box_format": lambda text, _: one_box_format(text),
+    "share_box_iou": share_box_iou,
+}
+SCORE_FUNCS = (*JUDGED, *RIGHT_TEXTS)
+#: rewards that compare boxes, how those are written, and whether a right answer has one
+BOXES = {
+    "one_box_iou": ("one box [x1, y1, x2, y2] in whole numbers", one_box_format),
+    "share_box_iou": ("a box [x1, y1, x2, y2]", parse_box),
 }
 
 
@@ -62,8 +70,10 @@ def check_score_funcs(names: Sequence[str], answer: str, source: str) -> None:
             f"{source} names no score_funcs: what is an answer rewarded for? Choose from "
             f"{', '.join(SCORE_FUNCS)}"
         )
-    if "one_box_iou" in names and not one_box_format(answer):
-        raise ValueError(f"{source}: one_box_iou needs one box [x1, y1, x2, y2], not {answer!r}")
+    for name in BOXES.keys() & set(names):
+        written, reads = BOXES[name]
+        if not reads(answer):
+            raise ValueError(f"{source}: {name} needs {written}, not {answer!r}")
 
 
 @dataclass

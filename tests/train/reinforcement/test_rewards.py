@@ -33,6 +33,12 @@ def test_rewards_without_a_judge_are_those_of_the_text():
     assert found == pytest.approx([1.0, 0.0, 1.5, 1.0])
 
 
+def test_boxes_in_shares_are_rewarded_for_what_they_share():
+    wanted = [Wanted("?", "[0.10, 0.20, 0.50, 0.60]", ("share_box_iou",))] * 3
+    said = ["[0.10, 0.20, 0.50, 0.40]", "It is at (.1, .2, .5, .6).", "somewhere"]
+    assert Scorer().scores(wanted, said) == pytest.approx([0.5, 1.0, 0.0], abs=1e-6)
+
+
 def test_the_judge_is_asked_in_the_published_words_and_way():
     with stub_judge(["score: 0.75"]) as server:
         judge = training_judge("m", server.url)
@@ -99,6 +105,8 @@ def test_the_judge_is_tried_before_anything_else():
         (("llm", "bleu"), "a", "d.jsonl: score_funcs bleu are unknown, choose from llm"),
         ((), "a", "d.jsonl names no score_funcs"),
         (("one_box_iou",), "a cat", "one_box_iou needs one box .* not 'a cat'"),
+        (("one_box_iou",), "[0.1, 0.2, 0.3, 0.4]", "one_box_iou needs .* whole numbers, not"),
+        (("share_box_iou",), "a cat", "share_box_iou needs a box .* not 'a cat'"),
     ],
 )
 def test_what_cannot_be_rewarded_is_told(names, answer, message):
