@@ -114,4 +114,5 @@ def test_other_families_and_types_are_compiled_as_well(
     if dtype == torch.float32:
         assert_same(found, wanted)
     else:  # one graph rounds less often
-        torch.testing.assert_close(found.scores[1], wanted.scores[1], atol=0.05, rtol=0.05)
+        found, wanted = found.scores[1].float(), wanted.scores[1].float()
+        assert (found - wanted).norm() < 0.03 * wanted.norm()

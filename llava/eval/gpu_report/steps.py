@@ -83,7 +83,7 @@ STEPS = (
         f"{DECODING} --config 7b --acceptance 0.8 --num-speculations 3 --limit 3"
         " --max-new-tokens 49 --compile --json FILE",
         f"{DECODING} --config small --device cpu --dtype fp32 --limit 1"
-        " --visual-token-num 96 --max-new-tokens 5 --json FILE",
+        " --visual-token-num 96 --num-speculations 2 --max-new-tokens 12 --json FILE",
         limit=120,
         least=60,
     ),
