@@ -7,7 +7,7 @@ import torch
 
 from llava.model import kv_cache
 from llava.model.kv_cache import KVCache, RowState
-from llava.model.language_model import causal_lm, compiling, decode_step
+from llava.model.language_model import compiling, decode_step
 from llava.model.language_model.cuda_graphs import GraphStep
 from llava.model.language_model.decode_step import CompiledStep, DecodeStep
 from llava.model.reuse import Picture, PrefixCache
@@ -271,16 +271,21 @@ def test_guesses_are_captured_too(make_model, sample):
 # --- the switch -----------------------------------------------------------------------------
 
 
-def test_the_switch_says_where_it_works(model):
-    with pytest.raises(RuntimeError, match="works on CUDA alone, leave it out: on CPUs"):
+def test_the_switch_says_what_a_machine_lacks(model, monkeypatch):
+    from torch._inductor import cpp_builder, exc
+
+    def missing():
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    with pytest.raises(RuntimeError, match="C\\+\\+ compiler, and none was found: install"):
         model.compile_decoding = True
     assert not model.compile_decoding
     with pytest.raises(RuntimeError, match="not on mps"):
         compiling.check_compiler(torch.device("mps"))
 
 
-def test_the_switch_puts_a_compiled_step_in_and_takes_it_out(model, monkeypatch):
-    monkeypatch.setattr(causal_lm, "check_compiler", lambda device: None)
+def test_the_switch_puts_a_compiled_step_in_and_takes_it_out(model):
     model.compile_decoding = True
     assert model.compile_decoding and type(model.model.step) is CompiledStep
     model.compile_decoding = False

@@ -19,19 +19,29 @@ def compiled(function: Callable) -> Callable:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises RuntimeError when nothing can be compiled for `device`: it says why."""
-    if device.type == "cpu":
-        raise RuntimeError(
-            "compile works on CUDA alone, leave it out: on CPUs compiled steps were slower, and "
-            "code that torch 2.13 makes of them writes behind its buffers"
-        )
-    if device.type != "cuda":
-        raise RuntimeError(f"compile works on CUDA alone, not on {device.type}: leave it out")
-    if importlib.util.find_spec("triton") is None:
-        raise RuntimeError(
-            "compile: torch compiles for GPUs with the package triton, which is not installed: "
-            "pip install triton, or leave compile out"
-        )
+    """Raises RuntimeError when nothing can be compiled for `device`: it says what is missing."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise RuntimeError(
+                "compile: torch compiles for GPUs with the package triton, which is not installed: "
+                "pip install triton, or leave compile out"
+            )
+    elif device.type == "cpu":
+        check_cpp_compiler()
+    else:
+        raise RuntimeError(f"compile works on cuda and cpu, not on {device.type}: leave it out")
     limits = torch._dynamo.config
     name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"
     setattr(limits, name, max(MOST_GRAPHS, getattr(limits, name)))
+
+
+def check_cpp_compiler() -> None:
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        raise RuntimeError(
+            "compile: torch compiles for the CPU with a C++ compiler, and none was found: install "
+            "g++ or clang++, or name yours in the environment variable CXX, or leave compile out"
+        ) from error

@@ -10,7 +10,7 @@ from llava.eval.efficiency.chance import ChanceChoice
 from llava.eval.efficiency.decode_report import cost_model, rows_of, table
 from llava.eval.efficiency.decode_run import Clock, Variant, measure, variants_of
 from llava.eval.efficiency.decode_speed import options_by_method
-from llava.model.language_model import causal_lm, decode_step
+from llava.model.language_model import decode_step
 from llava.model.self_speculative import SpeculationLog
 from llava.pruning import build_pruner
 from llava.pruning.drafter import Drafter
@@ -79,7 +79,6 @@ def test_the_number_of_guesses_is_that_of_the_guessing_way_alone(model):
 
 def test_every_way_is_also_compiled_where_that_is_asked_for(model, monkeypatch):
     monkeypatch.setattr(decode_step, "compiled", lambda function: function)
-    monkeypatch.setattr(causal_lm, "check_compiler", lambda device: None)
     ways = variants_of({"twigvlm": grown(model)}, 3, compile=True)
     assert [way.compiled for way in ways] == [False] * 4 + [True] * 4
     kept = {way.name: way for way in ways if way.name.startswith("dense")}
