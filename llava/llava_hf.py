@@ -36,8 +36,8 @@ DECODERS = {
     "llama": ("LlavaLlamaForCausalLM", "llava_llama"),
     "mistral": ("LlavaMistralForCausalLM", "llava_mistral"),
 }
-#: tower of a config without `vision_config`
-LARGE_TOWER = {
+#: CLIP ViT-L/14 at 336 pixels: the tower of a config without `vision_config`
+CLIP_LARGE = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -194,7 +194,7 @@ def is_next(values: Mapping) -> bool:
 def vision_values(values: Mapping, source: str) -> dict:
     """The values of the tower. Raises ValueError unless it is a CLIP."""
     vision = values.get("vision_config")
-    vision = LARGE_TOWER if vision is None else vision
+    vision = CLIP_LARGE if vision is None else vision
     if not isinstance(vision, dict):
         raise ValueError(f"{source}: vision_config must be an object, not {shown(vision)}")
     kind = vision.get("model_type", "clip_vision_model")

@@ -84,6 +84,7 @@ class KVCache:
         self._keys: list[Tensor | None] = [None] * num_layers  # (B, H, capacity, d)
         self._values: list[Tensor | None] = [None] * num_layers
         self._owned = [False] * num_layers  # whether a layer has a buffer to write to
+        self._claimed = [False] * num_layers  # whether that is one of `claim`
         #: per layer keys and values (H, P, d) each, and the keys' bias (P,) or None
         self.shared: list[tuple[Tensor, Tensor, Tensor | None] | None] = [None] * num_layers
 
@@ -123,15 +124,15 @@ class KVCache:
         """For `count` further tokens, which the caller writes: the buffers (B, H, capacity, d) of a
         layer that holds some, of which a step sees the first `window` places.
 
-        allocate: makes both buffers where new ones are needed: (cache, layer, capacity) -> keys and
-        values
+        allocate: makes both buffers, zeros, where new ones are needed: (cache, layer, capacity) ->
+        keys and values
         """
         start = self.lengths[layer]
         wanted = self.window(layer, count)
-        if not self._owned[layer] or wanted >= self._keys[layer].shape[2]:
+        if not self._claimed[layer] or wanted >= self._keys[layer].shape[2]:
             wanted = max(wanted, in_buckets(start + self.reserve))
             # One bucket more than is ever seen: sizes that are never equal compile only once.
-            self._move(layer, wanted + BUCKET, allocate)
+            self._move(layer, wanted + BUCKET, allocate or _cleared)
         self.lengths[layer] = start + count
         return self._keys[layer], self._values[layer]
 
@@ -156,7 +157,7 @@ class KVCache:
             kept = old.gather(2, index.expand(-1, old.shape[1], -1, old.shape[3]))
             buffers[layer] = _allocate(kept, kept.shape[2] + self.reserve)
             buffers[layer][:, :, : kept.shape[2]] = kept
-        self._owned[layer] = True
+        self._owned[layer], self._claimed[layer] = True, False
         self.lengths[layer], self.rows[layer] = order.shape[1], state
 
     def crop(self, layer: int, length: int) -> None:
@@ -212,7 +213,7 @@ class KVCache:
         for there, here in zip(new, old, strict=True):
             there[:, :, :used] = here[:, :, :used]
         self._keys[layer], self._values[layer] = new
-        self._owned[layer] = True
+        self._owned[layer], self._claimed[layer] = True, allocate is not None
 
 
 def holds_tokens(cache) -> bool:
@@ -240,5 +241,10 @@ def in_buckets(places: int) -> int:
 
 def _allocate(like: Tensor, capacity: int) -> Tensor:
     batch, heads, _, width = like.shape
-    # Masked places are multiplied by 0, which is no help where they hold NaN.
-    return like.new_zeros(batch, heads, capacity, width)
+    return like.new_empty(batch, heads, capacity, width)
+
+
+def _cleared(cache: KVCache, layer: int, capacity: int) -> list[Tensor]:
+    """Buffers of which places are seen that nothing was written to: masked ones are multiplied by
+    0, which is no help where they hold NaN."""
+    return [_allocate(buffer, capacity).zero_() for buffer in cache.entries(layer)]

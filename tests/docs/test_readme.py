@@ -58,6 +58,11 @@ def test_every_path_the_pages_name_exists():
                 assert (ROOT / path).exists(), f"{page.name} names {path}"
 
 
+def test_no_page_names_a_folder_of_the_machine_it_was_written_on():
+    for page in PAGES:
+        assert not re.findall(r"(?<![\w.])/(?:home|root|work|Users)/[\w./-]+", page.read_text())
+
+
 def test_the_file_tree_names_what_is_there():
     tree = re.search(r"^llava/\n.*?^docs/", README, re.S | re.M)[0]
     listed = re.findall(r"^  (\S+)  ", tree, re.M)

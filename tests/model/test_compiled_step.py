@@ -1,10 +1,14 @@
 """Steps of decoding as torch compiles them for this CPU: the same tokens, few kernels."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor import cpu_vec_isa
 
 from llava.model.kv_cache import KVCache, RowState
 from llava.model.language_model.compiling import check_compiler, compiled
@@ -16,6 +20,7 @@ from tests.pruning.test_twigvlm import grown
 
 #: kernels of one layer, and of what layers with the same tokens share in a step
 LAYER, GROUP = 14, 1
+NOTHING_COMPILED = "test_answers_are_those_of_exact_steps_and_nothing_is_compiled_for_a_later_token"
 KERNEL = re.compile(r"(?:cpp_fused\w*|extern_kernels\.\w+|torch\.ops\.aten\.\w+\.\w+)\(")
 
 
@@ -70,6 +75,23 @@ def test_a_layer_is_compiled_to_few_kernels(make_model):
     counts = [len(KERNEL.findall(code[code.index("def call(") :])) for code in codes]
     assert len(counts) == 2, "one graph for all layers, and one for what they share"
     assert counts[0] <= GROUP and counts[1] <= LAYER, codes[1]
+
+
+@pytest.mark.slow
+def test_kinds_of_cpu_that_share_a_disk_take_no_code_of_one_another(tmp_path):
+    """As on a cluster: torch keeps what it compiled, and code for wider vectors writes too much."""
+    if cpu_vec_isa.pick_vec_isa().bit_width() != 512:
+        pytest.skip("needs a CPU that can act as a narrower one: with AVX-512")
+    test = f"{__file__}::{NOTHING_COMPILED}"
+    for kind in ("avx512", "avx2", "avx512"):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
+            env=os.environ
+            | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": kind},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, kind + done.stdout[-2000:] + done.stderr[-2000:]
 
 
 @pytest.mark.slow

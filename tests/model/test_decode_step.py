@@ -187,6 +187,26 @@ def test_a_step_sees_whole_buckets_and_never_a_whole_buffer():
     assert grown.shape[2] > cache.window(0) == 24 and grown[:, :, :5].eq(1).all()
 
 
+def test_places_that_steps_see_before_they_are_written_hold_zeros(monkeypatch):
+    """Whatever made the buffer before: what is masked is multiplied by 0, and NaN stays NaN."""
+    monkeypatch.setattr(
+        kv_cache, "_allocate", lambda like, n: like.new_full((1, 2, n, 4), float("nan"))
+    )
+    prompt = torch.ones(1, 2, 5, 4)
+    for grow in (
+        lambda cache: None,
+        lambda cache: cache.keep(0, torch.arange(3)[None], RowState(torch.tensor([3]), 3)),
+        lambda cache: cache.append(0, torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4)),
+        lambda cache: [cache.claim(0, 1), cache.append(0, *torch.ones(2, 1, 2, 99, 4))],
+    ):
+        cache = KVCache(1, reserve=4)
+        cache.append(0, prompt, prompt)
+        grow(cache)
+        held = cache.lengths[0]
+        for buffer in cache.claim(0, 1):
+            assert buffer[:, :, held:].eq(0).all() and buffer[:, :, :held].isfinite().all()
+
+
 def test_beams_move_what_follows_their_prompt_alone():
     cache = KVCache(1, reserve=4, beams=2)
     prompt = torch.tensor([1.0, 1.0, 2.0, 2.0]).view(4, 1, 1, 1).expand(4, 1, 3, 2)

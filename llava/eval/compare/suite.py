@@ -87,7 +87,9 @@ def try_out(model, runs: list[Run], model_path: str) -> None:
             try:
                 model.pruner = run.pruner
             except (OSError, ValueError) as error:
-                run.refused = str(error).replace(model_path, os.path.basename(model_path))
+                run.refused = str(error)
+                for path in (os.path.abspath(model_path), model_path):
+                    run.refused = run.refused.replace(path, os.path.basename(model_path))
 
 
 def answers_path(out: str, run: Run, benchmark: Benchmark) -> str:

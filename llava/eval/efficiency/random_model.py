@@ -11,6 +11,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig
 
 from llava.checkpoint_kind import OTHER_FAMILIES, family_in, values_in
 from llava.config_file import check_config
+from llava.llava_hf import CLIP_LARGE
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.checkpoint import model_config
 from llava.model.language_model.qwen2_5_vl import (
@@ -39,16 +40,6 @@ QWEN = {
     "qwen2.5-vl-7b": (3584, 18944, 28, 28, 4, 152064, False),
 }
 CONFIGS += QWEN
-#: CLIP ViT-L/14 at 336 pixels
-CLIP_LARGE = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
 POOL_NUMBERS = 2**22 - 1  # odd, so that rows of a weight do not repeat each other
 
 

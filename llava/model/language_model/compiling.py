@@ -28,6 +28,7 @@ def check_compiler(device: torch.device) -> None:
             )
     elif device.type == "cpu":
         check_cpp_compiler()
+        name_vector_width()
     else:
         raise RuntimeError(f"compile works on cuda and cpu, not on {device.type}: leave it out")
     limits = torch._dynamo.config
@@ -45,3 +46,15 @@ def check_cpp_compiler() -> None:
             "compile: torch compiles for the CPU with a C++ compiler, and none was found: install "
             "g++ or clang++, or name yours in the environment variable CXX, or leave compile out"
         ) from error
+
+
+def name_vector_width() -> None:
+    """Makes the width of this CPU's vectors part of what torch knows compiled code by.
+
+    Code for wider or narrower ones writes behind its buffers, and torch 2.13 would take it from its
+    cache where another kind of CPU left it there: on a shared disk, or under ATEN_CPU_CAPABILITY.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    if config.cpp.simdlen is None and (vectors := cpu_vec_isa.pick_vec_isa()):
+        config.cpp.simdlen = vectors.bit_width()

@@ -71,8 +71,7 @@ class DecodeStep:
             mask = None  # FlashAttention aligns queries with the last keys by itself
         else:
             mask = causal_mask(count, held + count, state.next_position.device)
-        mask = attention_mask(mask, bias, count, x.dtype)
-        return Step(rope, None if mask is None else added_mask(mask, x.dtype))
+        return Step(rope, attention_mask(mask, bias, count, x.dtype))
 
 
 def _with_rows(step: Step, state: RowState, length: int, x: Tensor) -> Step:

@@ -162,6 +162,19 @@ def test_a_method_that_refuses_the_model_is_known_before_anything_runs(model):
     assert runs[0].refused is None and "exceeds the 36 patches" in runs[1].refused
 
 
+@pytest.mark.parametrize("given", ["checkpoints/own", os.path.abspath("checkpoints/own")])
+def test_a_reason_calls_the_model_by_its_name_however_it_was_given(model, monkeypatch, given):
+    runs = [suite.Run("random", Budget(5), build_pruner("random", visual_token_num=5))]
+    reason = f"nothing fits {os.path.abspath('checkpoints/own')}, or {given}"
+
+    def refuse(self, value):
+        raise ValueError(reason)
+
+    monkeypatch.setattr(type(model), "pruner", property(fset=refuse))
+    suite.try_out(model, runs, given)
+    assert runs[0].refused == "nothing fits own, or own"
+
+
 def test_table_file_and_plots_hold_every_run(finished, tmp_path):
     _, _, benchmarks, comparison = finished
     lines = list(csv.DictReader(io.StringIO(compare_report.csv_text(comparison))))
