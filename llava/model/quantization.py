@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -28,11 +30,17 @@ def quantize(model: nn.Module, bits: int, dtype: torch.dtype) -> None:
     The weights are packed when the model moves to its device.
     """
     bnb = import_bitsandbytes()
-    for parent_name, parent in list(model.named_modules()):
-        for name, linear in list(parent.named_children()):
+    for parent, name, linear in list(quantizable(model)):
+        setattr(parent, name, _quantized(bnb, linear, bits, dtype))
+
+
+def quantizable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """The linear layers that `quantize` replaces: (module around it, its name there, the layer)."""
+    for parent_name, parent in model.named_modules():
+        for name, linear in parent.named_children():
             path = f"{parent_name}.{name}".split(".")
             if isinstance(linear, nn.Linear) and not set(path) & set(KEPT):
-                setattr(parent, name, _quantized(bnb, linear, bits, dtype))
+                yield parent, name, linear
 
 
 def _quantized(bnb, linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Module:

@@ -187,6 +187,7 @@ __all__ = [
     "all_option_names",
     "build_pruner",
     "can_draft",
+    "fills",
     "guess_method",
     "no_drafter",
     "pruner_from_keywords",

@@ -89,6 +89,29 @@ def describe(pruner: Pruner, shape: DecoderShape, crops: int, text: int) -> Iter
     yield f"KV cache, 16 bit: {own / 2**20:.1f} MiB of {all_tokens / 2**20:.1f} MiB"
 
 
+def sentence_about(method: type[Pruner]) -> str:
+    """The first sentence of a method's file, "NAME: how it chooses"; of a file that says nothing
+    the name of its class."""
+    if method is Pruner:
+        return "None: plain LLaVA, all visual tokens stay."
+    if not (text := sys.modules[method.__module__].__doc__):
+        return f"{method.name}: {method.__module__}.{method.__qualname__}"
+    paragraph = " ".join(text.strip().split("\n\n")[0].split())
+    return paragraph.partition(". ")[0].rstrip(".") + "."
+
+
+def sizes(layers: int | None = None) -> Iterator[tuple[str, DecoderShape]]:
+    """(title, shape) of the published sizes; with a number of layers those that have so many, or,
+    where none has, all of them cut or extended to it."""
+    own = [shape for shape in SIZES.values() if layers in (None, shape.num_layers)]
+    for name, shape in SIZES.items():
+        if shape in own:
+            yield f"{name}, {shape.num_layers} layers", shape
+        elif not own:
+            wide = f"as wide as {name} ({shape.hidden_size}), {layers} layers"
+            yield wide, replace(shape, num_layers=layers)
+
+
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m llava.pruning",
@@ -103,7 +126,11 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     )
     add_option_args(parser)
     parser.add_argument(
-        "--layers", type=int, metavar="N", help="decoder layers (default: 32 for 7B, 40 for 13B)"
+        "--layers",
+        type=int,
+        metavar="N",
+        help="decoder layers: the model with so many (32 for 7B, 40 for 13B), or both with another "
+        "number of them (default: both)",
     )
     parser.add_argument(
         "--text-tokens",
@@ -121,11 +148,11 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def listing() -> Iterator[str]:
-    """A line about every method: its name and class, or why it cannot be used."""
+    """A line about every method: what it does, or why it cannot be used."""
     for name, method in METHODS.items():
-        broken = issubclass(method, Unusable)
-        place = method.reason if broken else f"{method.__module__}.{method.__qualname__}"
-        yield f"{name:<14} {place}"
+        about = sentence_about(method)
+        said = method.reason if issubclass(method, Unusable) else about.partition(": ")[2] or about
+        yield f"{name:<14} {said}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -137,10 +164,11 @@ def main(arguments: list[str] | None = None) -> None:
         pruner = pruner_from_args(args)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    for part in pruner.name.split("+"):
+        print(sentence_about(METHODS[part]))
     print(pruner)
     for version, crops in CROPS.items():
-        for size, shape in SIZES.items():
-            shape = replace(shape, num_layers=args.layers or shape.num_layers)
-            print(f"\n{version} {size}, {shape.num_layers} layers")
+        for title, shape in sizes(args.layers):
+            print(f"\n{version} {title}")
             for line in describe(pruner, shape, crops, args.text_tokens):
                 print(f"  {line}")

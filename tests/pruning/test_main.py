@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from llava.pruning import METHODS, DecoderStage, Pruner, build_pruner
-from llava.pruning.program import SIZES, Plan, main
+from llava.pruning.program import SIZES, Plan, main, sentence_about
 
 
 def lines(capsys, *arguments) -> list[str]:
@@ -22,13 +22,40 @@ def test_every_method_is_described_for_every_model(capsys, name):
 
 def test_neighbouring_layers_with_the_same_count_share_an_entry(capsys):
     out = lines(capsys, "fastv", "--visual-token-num", "64", "--layers", "32")
-    assert out[3] == "tokens entering layer 0-1: 576, 2-31: 64"
-    assert out[4] == "average over layers: 96.0 of 576 (16.7%)"
+    assert out[4] == "tokens entering layer 0-1: 576, 2-31: 64"
+    assert out[5] == "average over layers: 96.0 of 576 (16.7%)"
 
 
 def test_depth_is_that_of_the_model_or_the_one_given(capsys):
     assert "LLaVA-1.5 13B, 40 layers" in lines(capsys, "none")
-    assert "LLaVA-1.5 13B, 10 layers" in lines(capsys, "none", "--layers", "10")
+    of_10 = lines(capsys, "none", "--layers", "10")
+    assert "LLaVA-1.5 as wide as 13B (5120), 10 layers" in of_10
+    assert not any("13B, 10 layers" in line for line in of_10)
+
+
+def test_a_number_of_layers_shows_the_model_that_has_it_and_no_other(capsys):
+    for layers, own, other in (("32", "7B", "13B"), ("40", "13B", "7B")):
+        titles = [line for line in lines(capsys, "none", "--layers", layers) if "LLaVA-" in line]
+        assert titles == [f"{name} {own}, {layers} layers" for name in ("LLaVA-1.5", "LLaVA-NeXT")]
+        assert not any(f" {other}" in title for title in titles)
+
+
+@pytest.mark.parametrize("name", METHODS.own)
+def test_what_a_method_does_comes_first_in_one_sentence(capsys, name):
+    (first, second, *_), (listed,) = lines(capsys, name), lines_about(capsys, name)
+    assert first == sentence_about(METHODS[name]) and second.startswith(METHODS[name].__name__)
+    assert first.endswith(".") and ". " not in first and ": " in first
+    assert listed.endswith(first.partition(": ")[2])
+
+
+def lines_about(capsys, name) -> list[str]:
+    """What the list of all methods says of one."""
+    return [line for line in lines(capsys) if line.split()[0] == name]
+
+
+def test_both_methods_of_a_pair_are_told(capsys):
+    out = lines(capsys, "vispruner+fastv", "--pruning-arg", "fastv_layer=3")
+    assert [line.partition(":")[0] for line in out[:2]] == ["VisPruner", "FastV"]
 
 
 def test_numbers_of_the_dense_7b_model():

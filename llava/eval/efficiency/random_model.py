@@ -117,8 +117,7 @@ def build_random_model(
     seed: int = 0,
 ) -> LlavaLlamaForCausalLM | Qwen2_5_VLForConditionalGeneration:
     """A model of these shapes with small random weights; no token ends its answers."""
-    model = _empty_qwen(config) if tower is None else _empty_llava(config, tower)
-    model = model.to(dtype).to_empty(device=device).eval()
+    model = empty_model(config, tower).to(dtype).to_empty(device=device).eval()
     if config.tie_word_embeddings:
         model.tie_weights()
     fill_randomly(model, seed)
@@ -127,12 +126,13 @@ def build_random_model(
     return model
 
 
-def _empty_qwen(config: Qwen2_5_VLConfig) -> Qwen2_5_VLForConditionalGeneration:
-    with torch.device("meta"):
-        return Qwen2_5_VLForConditionalGeneration(config)
-
-
-def _empty_llava(config: LlavaConfig, tower: CLIPVisionConfig) -> LlavaLlamaForCausalLM:
+def empty_model(
+    config: LlavaConfig | Qwen2_5_VLConfig, tower: CLIPVisionConfig | None = None
+) -> LlavaLlamaForCausalLM | Qwen2_5_VLForConditionalGeneration:
+    """The modules of a model of these shapes, without memory for their weights."""
+    if tower is None:
+        with torch.device("meta"):
+            return Qwen2_5_VLForConditionalGeneration(config)
     with tempfile.TemporaryDirectory() as folder:
         tower.save_pretrained(folder)
         side = tower.image_size

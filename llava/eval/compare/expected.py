@@ -1,0 +1,84 @@
+"""The unpruned scores of the literature beside our scripts, to see whether a set-up is right.
+
+python -m llava.eval.compare.expected [--markdown docs/Getting_started.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from llava.errors import errors_as_messages
+from llava.eval.benchmarks import find_benchmark
+from llava.eval.compare.published import SAME_RULE, Published, read_published
+from llava.eval.compare.scores import DENSE
+from llava.eval.efficiency.report import write_between_marks
+from llava.eval.markdown import table
+from llava.model_args import add_option
+
+#: how the models are called in a table -> in the file of published numbers
+MODELS = {"LLaVA-1.5-7B": "llava-1.5-7b", "LLaVA-NeXT-7B": "llava-next-7b"}
+#: benchmark -> (the script and its split, questions in the released files)
+SCRIPTS = {
+    "pope": ("pope.sh", 8910),
+    "textvqa": ("textvqa.sh", 5000),
+    "gqa": ("gqa.sh", 12578),
+    "vqav2": ("vqav2.sh", 107394),
+    "vizwiz": ("vizwiz.sh", 8000),
+    "vizwiz_val": ("SPLIT=val vizwiz.sh", None),
+    "sqa": ("sqa.sh", 4241),
+    "mmbench": ("mmbench.sh", 4377),
+    "mmbench_cn": ("mmbench_cn.sh", None),
+    "mme": ("mme.sh", 2374),
+    "seed": ("seed.sh", 19242),
+    "mmvet": ("mmvet.sh", 218),
+    "refcoco": ("refcoco.sh", None),
+    "refcoco+": ("refcocoplus.sh", None),
+    "refcocog": ("refcocog.sh", None),
+}
+MARK = "expected"
+
+
+def expected(benchmark: str, model: str, rows: list[Published]) -> str:
+    """The unpruned scores of the file under our metric, those of several sources with commas."""
+    metric = find_benchmark(benchmark).metric
+    name, metric = SAME_RULE.get(benchmark, (benchmark, metric))
+    if benchmark.startswith("refcoco"):
+        name = f"{benchmark}_val"
+    found = {
+        row.value
+        for row in rows
+        if (row.model, row.method) == (model, DENSE)
+        and (row.benchmark, row.metric) == (name, metric)
+    }
+    return ", ".join(str(int(v) if v >= 100 else v) for v in sorted(found))
+
+
+def script_line(benchmark: str, rows: list[Published]) -> str:
+    """What a script says of its benchmark in its head: "LLaVA-1.5-7B 85.9; LLaVA-NeXT-7B 86.8"."""
+    said = ((name, expected(benchmark, model, rows)) for name, model in MODELS.items())
+    return "; ".join(f"{name} {scores}" for name, scores in said if scores)
+
+
+def report() -> str:
+    """The table as Markdown."""
+    rows, lines = read_published(), []
+    for benchmark, (script, count) in SCRIPTS.items():
+        scores = [expected(benchmark, model, rows) or "–" for model in MODELS.values()]
+        metric = SAME_RULE.get(benchmark, (None, find_benchmark(benchmark).metric))[1]
+        lines.append([f"`{script}`", f"{count:,}" if count else "", metric, *scores])
+    return table(["script", "questions", "metric", *MODELS], lines, "lrlr") + "\n"
+
+
+@errors_as_messages()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_option(parser, "--markdown", metavar="FILE", help="write the table into this page, too")
+    args = parser.parse_args(argv)
+    text = report()
+    print(text, end="")
+    if args.markdown:
+        write_between_marks(args.markdown, text, MARK)
+
+
+if __name__ == "__main__":
+    main()

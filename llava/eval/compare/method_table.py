@@ -1,0 +1,107 @@
+"""All methods side by side, by what their classes say of themselves: docs/Choosing_a_Method.md.
+
+python -m llava.eval.compare.method_table [--markdown docs/Choosing_a_Method.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from llava.errors import errors_as_messages
+from llava.eval.efficiency.random_model import empty_model, shapes
+from llava.eval.efficiency.report import write_between_marks
+from llava.eval.markdown import table
+from llava.model_args import add_option
+from llava.pruning import METHODS, DecoderStage, Pruner, VisionStage, build_pruner, fills
+from llava.pruning.cues import names_for
+from llava.pruning.program import SIZES, Plan, sentence_about
+from llava.pruning.stages import HOOKS
+
+HEAD = ("method", "how it chooses", "training", "acts", "reads the question", "families")
+HEAD += (
+    "one image, many questions",
+    "decoder elsewhere",
+    "tokens per layer",
+    "operations",
+    "cache",
+)
+#: the setting of the last three columns
+BUDGET, SIZE = 64, "7B"
+MARK = "methods"
+
+
+def acts(method: type[Pruner], stage: type) -> bool:
+    return issubclass(method, stage) and fills(method, stage, *HOOKS[stage])
+
+
+def place(method: type[Pruner]) -> str:
+    """Where a method acts, seen from the decoder."""
+    before, inside = acts(method, VisionStage), acts(method, DecoderStage)
+    return {(True, False): "before", (False, True): "inside", (True, True): "both"}.get(
+        (before, inside), "nowhere"
+    )
+
+
+def reads(method: type[Pruner]) -> bool:
+    return getattr(method, "reads_text", False) or getattr(method, "reads_question", False)
+
+
+def shared(method: type[Pruner]) -> str:
+    """What several questions about one image share (`llava.model.reuse`)."""
+    if getattr(method, "reads_question", False):
+        return "the tower"
+    return "up to its first layer" if acts(method, DecoderStage) else "all of the image"
+
+
+def plain_decoder(method: type[Pruner]) -> bool:
+    """Whether the decoder may run in a program that takes embeddings: it calls no hook, and
+    positions are counted through."""
+    return not acts(method, DecoderStage) and (
+        not issubclass(method, VisionStage) or method.position_policy == "sequence"
+    )
+
+
+def row(name: str, everywhere: list[str]) -> list[str]:
+    """everywhere: names of the methods that work on Qwen2.5-VL, too"""
+    method = METHODS[name]
+    pruner = build_pruner(name) if method is Pruner else build_pruner(name, visual_token_num=BUDGET)
+    plan, dense = (Plan.of(one, SIZES[SIZE], 1) for one in (pruner, Pruner()))
+    most = "at most " if pruner.adaptive else ""
+    operations = [one.flops(SIZES[SIZE], BUDGET, "exact") for one in (plan, dense)]
+    cache = [one.kv_bytes(SIZES[SIZE], BUDGET) for one in (plan, dense)]
+    learned = method.part_folders is not Pruner.part_folders
+    return [
+        f"[`{name}`](Methods.md#{name})",
+        sentence_about(method).partition(": ")[2].rstrip("."),
+        "its own part" if learned else "none",
+        place(method),
+        "yes" if reads(method) else "no",
+        "all" if name in everywhere else "LLaVA",
+        shared(method),
+        "yes" if plain_decoder(method) else "no",
+        f"{most}{plan.average:.0f}",
+        f"{most}{operations[0] / operations[1]:.0%}",
+        f"{most}{cache[0] / cache[1]:.0%}",
+    ]
+
+
+def report() -> str:
+    """The table as Markdown."""
+    qwen = empty_model(*shapes("qwen2.5-vl-3b", layers=1)).get_vision_tower()
+    everywhere = names_for(qwen, METHODS.own.values())
+    return table(HEAD, (row(name, everywhere) for name in METHODS.own), "llllllllr") + "\n"
+
+
+@errors_as_messages()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_option(parser, "--markdown", metavar="FILE", help="write the table into this page, too")
+    args = parser.parse_args(argv)
+    text = report()
+    print(text, end="")
+    if args.markdown:
+        write_between_marks(args.markdown, text, MARK)
+
+
+if __name__ == "__main__":
+    main()
