@@ -58,6 +58,7 @@ def load_from_args(args, path: str, name: str, pruner=None) -> tuple:
     name: what the checkpoint is called, which says what kind of model it is
     Raises ValueError on a model that cannot look at images.
     """
+    from llava.engine.options import engine_from_args
     from llava.model.builder import load_pretrained_model
 
     tokenizer, model, image_processor, _ = load_pretrained_model(
@@ -73,6 +74,7 @@ def load_from_args(args, path: str, name: str, pruner=None) -> tuple:
         vision_tower=args.vision_tower,
         generation_strategy=getattr(args, "generation_strategy", None),
         compile=getattr(args, "compile", False),
+        engine=engine_from_args(args),
     )
     if image_processor is None:
         raise ValueError(f"{path} is a model without a vision tower: it cannot look at images")

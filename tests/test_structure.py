@@ -16,12 +16,14 @@ MODULES = {
 #: promises of a method as tests, which need a model; nothing in the package imports them
 TESTING = "llava.pruning.testing"
 #: rooms and what nothing in them imports, at the top of a file or inside a function
+PROGRAMS = ("llava.eval", "llava.serve", "llava.train")
 APART = {
-    "llava.pruning": ("llava.model", "llava.eval", "llava.serve", "llava.train", TESTING),
-    "llava.model": ("llava.eval", "llava.serve", "llava.train"),
+    "llava.pruning": ("llava.model", "llava.engine", *PROGRAMS, TESTING),
+    "llava.model": ("llava.engine", *PROGRAMS),
+    "llava.engine": PROGRAMS,
     "llava.serve": ("llava.eval", "llava.train"),
     "llava.eval": ("llava.serve", "llava.train"),
-    "llava.train": ("llava.eval", "llava.serve"),
+    "llava.train": ("llava.engine", "llava.eval", "llava.serve"),
 }
 MOST_LINES = 500
 

@@ -23,6 +23,7 @@ from llava.constants import (
     IMAGE_PLACEHOLDER,
     VIDEO_PLACEHOLDER,
 )
+from llava.engine.options import add_engine_args
 from llava.errors import errors_as_messages
 from llava.front_end import in_order
 from llava.mm_utils import load_image
@@ -62,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_option(parser, "--max-new-tokens", type=int, default=512)
     add_option(parser, "--show-pruning", metavar="FILE.png", help="draw the patches that were kept")
     add_asking_args(parser)
+    add_engine_args(parser)
     return parser
 
 

@@ -108,6 +108,7 @@ def load_pretrained_model(
     multimodal: bool | None = None,
     trust_remote_code: bool = False,
     low_cpu_mem_usage: bool = True,
+    engine=None,
     **keywords,
 ):
     """Returns (tokenizer, model, image_processor, context_len), the model in eval mode.
@@ -134,6 +135,8 @@ def load_pretrained_model(
     multimodal:  True makes it a multimodal model whatever its config says
     trust_remote_code: only False: no code of a checkpoint is ever run
     low_cpu_mem_usage: accepted; little memory beside the weights is used in any case
+    engine:      a `llava.engine.VLLMEngine`, in whose servers the decoder layers run: they are not
+                 loaded here, and `generate` asks it
     keywords:    options of the method (`layer=3`), also without `pruner` where one method alone has
                  them (`important_ratio=0.5`, `twig=FOLDER`), and `twigvlm_config={...}`
 
@@ -161,6 +164,8 @@ def load_pretrained_model(
     kind, values = kind_of(folder, base or None, model_name)
     if multimodal:
         kind = replace(kind, multimodal=True)
+    if engine is not None:
+        check_engine(engine, kind, pruner, model_path, load_8bit or load_4bit, compile)
     device = single_device(device_map, device) or choose_device(device)
     backend = check_backend(
         "flash_attention_2" if use_flash_attn else attn_implementation or "sdpa"
@@ -198,7 +203,7 @@ def load_pretrained_model(
         config = model_config(config_class, model_class, folder, values, backend)
         set_vision_tower(config, vision_tower, base)
         tokenizer = load_tokenizer(base or folder, config, fast=is_fast(base or folder, kind))
-        model, filler = build_empty(model_class, config, dtype, fill_device)
+        model, filler = build_empty(model_class, config, dtype, fill_device, engine is None)
         filler.use_safetensors, filler.rename = use_safetensors, name_here
         filler.tower_dtype = vision_tower_dtype
         check_tower_width(model)
@@ -223,13 +228,32 @@ def load_pretrained_model(
         quantize(model, bits=4 if load_4bit else 8, dtype=dtype)
     model = place(model.eval(), device_map, device)
     if image_processor is not None:
+        model.engine = engine
         model.pruner = pruner
         model.compile_decoding = compile
         model.generation_strategy = check_strategy(generation_strategy or STRATEGIES[0])
     context_len = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LEN)
     if kind.family in OTHER_FAMILIES:
         context_len = position_limit(model.config)
+    if engine is not None:
+        engine.connect(model, tokenizer)
     return tokenizer, model, image_processor, context_len
+
+
+def check_engine(
+    engine, kind: Kind, pruner: Pruner, model_path: str, quantized: bool, compile: bool
+) -> None:
+    """Raises ValueError where the decoder of such a model cannot be in a server, and what its
+    servers raise that cannot be reached: all before the weights are read."""
+    if not kind.multimodal:
+        raise ValueError(f"{model_path} is a plain language model: ask the server itself")
+    if quantized or compile:
+        what = "compile" if compile else "load_8bit and load_4bit"
+        raise ValueError(f"{what} is about the decoder layers, which are in {engine!r}")
+    if kind.family in OTHER_FAMILIES:
+        engine.check_model(qwen2_5_vl_loading.Qwen2_5_VLForConditionalGeneration)
+    engine.check_method(pruner)
+    engine.check_servers()
 
 
 def config_path(folder: str, base: str | None) -> str:
@@ -280,7 +304,7 @@ def fill_llava(filler: Filler, folder: str, base: str | None, kind: Kind) -> Non
     filler.add_folder(base, fit=True)
     filler.finish(f"{folder} with {base}")
     if kind.delta == "lora":
-        merge_lora(filler.model, folder, name_here)
+        merge_lora(filler.model, folder, name_here, filler.elsewhere)
 
 
 def load_tower(model: nn.Module, filler: Filler, dtype: torch.dtype, device) -> None:

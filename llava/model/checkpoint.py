@@ -23,7 +23,7 @@ from transformers.modeling_utils import no_init_weights
 
 from ..checkpoint_kind import ADAPTER, ADAPTER_CONFIG
 from ..config_file import one_sentence, read_json, shown
-from ..weight_files import check_numbers, tensor_file, tensors_in, weight_files
+from ..weight_files import check_numbers, names_in, tensor_file, tensors_in, weight_files
 
 #: recomputed by the model, saved by some versions of other libraries
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "embeddings.position_ids")
@@ -31,6 +31,8 @@ IGNORED_SUFFIXES += ("rotary_emb.cos_cached", "rotary_emb.sin_cached")
 #: what may name modules in an adapter config: parts of names, and once "anything"
 MODULE_PATTERN = re.compile(r"([\w.|^$()-]|\\[.d]|\.\*(?!.*\*))*")
 TOWER_PREFIX = "model.vision_tower."
+#: beginnings of the names of weights that only the decoder layers and the head have
+DECODER_WEIGHTS = ("model.layers.", "model.norm.", "lm_head.")
 #: bytes per file of the checkpoints we write
 SHARD_BYTES = 5 * 10**9
 
@@ -69,13 +71,23 @@ def model_config(config_class, model_class, folder: str, values: dict, backend: 
     return config
 
 
-def build_empty(model_class, config, dtype: torch.dtype, device) -> tuple[nn.Module, Filler]:
-    """A model without memory for its weights, and what fills it."""
+def build_empty(
+    model_class, config, dtype: torch.dtype, device, decoder: bool = True
+) -> tuple[nn.Module, Filler]:
+    """A model without memory for its weights, and what fills it.
+
+    decoder: False leaves out its decoder layers and head, which are in a server
+    """
     with one_sentence(config._name_or_path):
         with init_empty_weights(), no_init_weights():
             model = model_class(config)
     model.config.torch_dtype = dtype
-    return model, Filler(model, dtype, device)
+    if decoder:
+        return model, Filler(model, dtype, device)
+    model.model.layers, model.model.norm, model.lm_head = nn.ModuleList(), None, None
+    filler = Filler(model, dtype, device)
+    filler.elsewhere = DECODER_WEIGHTS
+    return model, filler
 
 
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -101,6 +113,8 @@ class Filler:
     rename: Callable[[str], str] = staticmethod(str)
     #: of the weights of a LLaVA's vision tower; None: as of all others
     tower_dtype: torch.dtype | None = None
+    #: beginnings of the names of weights that are somewhere else
+    elsewhere: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu"):
         self.model, self.dtype, self.device = model, dtype, device
@@ -115,7 +129,7 @@ class Filler:
         fit: a vocabulary of another size is cut or extended instead
         """
         name = self.rename(name)
-        if name in self.filled or is_ignored(name):
+        if name in self.filled or is_ignored(name) or name.startswith(self.elsewhere):
             return
         if name not in self.wanted:
             replaced = fit and "mm_projector" in name  # that of a base, deeper than the new one
@@ -140,8 +154,14 @@ class Filler:
     def add_folder(self, folder: str, fit: bool = False) -> None:
         """Every weight of a checkpoint folder."""
         for path in weight_files(folder, self.use_safetensors):
-            for name, tensor in tensors_in(path, skip=self.filled):
+            for name, tensor in tensors_in(path, self.filled | self._elsewhere_in(path)):
                 self.add(name, tensor, path, fit)
+
+    def _elsewhere_in(self, path: str) -> set[str]:
+        """Names in a file of weights that need not even be read."""
+        if not self.elsewhere or not path.endswith(".safetensors"):
+            return set()
+        return {name for name in names_in(path) if self.rename(name).startswith(self.elsewhere)}
 
     def missing(self) -> list[str]:
         """Weights nobody gave."""
@@ -174,7 +194,7 @@ class Filler:
                 f"are not used: {_some(self.unexpected)}",
                 stacklevel=2,
             )
-        if getattr(self.model.config, "tie_word_embeddings", False):
+        if getattr(self.model.config, "tie_word_embeddings", False) and not self.elsewhere:
             self.model.tie_weights()
 
 
@@ -216,10 +236,15 @@ def clean_trainable_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def merge_lora(model: nn.Module, folder: str, rename: Callable[[str], str] = str) -> None:
+def merge_lora(
+    model: nn.Module,
+    folder: str,
+    rename: Callable[[str], str] = str,
+    elsewhere: tuple[str, ...] = (),
+) -> None:
     """Adds the LoRA update of an adapter folder to the weights: W + scale * B A.
 
-    rename: a weight's name in the model, from its name in the file
+    rename, elsewhere: as of `Filler`
     """
     config = read_adapter_config(folder)
     tensors = {rename(clean_adapter_name(k)): t for k, t in read_tensors(folder, ADAPTER).items()}
@@ -227,7 +252,7 @@ def merge_lora(model: nn.Module, folder: str, rename: Callable[[str], str] = str
         raise FileNotFoundError(f"{folder} holds neither adapter_model.safetensors nor .bin")
     parameters = dict(model.named_parameters())
     for name, down in tensors.items():
-        if name.endswith(".lora_B.weight"):
+        if name.endswith(".lora_B.weight") or name.startswith(elsewhere):
             continue
         if not name.endswith(".lora_A.weight"):
             if name not in parameters:

@@ -15,6 +15,8 @@ from ..pruning.cues import check_cues, check_needs
 class PrunerSlot:
     """Mixin of models with `config` and `get_vision_tower()`: holds the pruning method."""
 
+    #: where the decoder layers run, if not here, as `llava.engine.VLLMEngine`; set by the loader
+    engine = None
     _pruner: Pruner = Pruner()
     _image_changes: dict = {}
 
@@ -27,6 +29,8 @@ class PrunerSlot:
     def pruner(self, pruner: Pruner) -> None:
         if not isinstance(pruner, Pruner):
             raise ValueError(f"pruner must come from build_pruner(...), got {pruner!r}")
+        if self.engine is not None:
+            self.engine.check_method(pruner)
         tower, depth = self.get_vision_tower(), self.config.num_hidden_layers
         if tower is not None:
             check_needs(pruner.vision, tower, METHODS.own.values())
@@ -86,6 +90,8 @@ class PrunerSlot:
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """Saves the model without the parts of the method in use."""
+        if self.engine is not None:
+            raise ValueError("a model whose decoder layers run in a server cannot be saved")
         pruner, self.pruner = self.pruner, Pruner()
         try:
             super().save_pretrained(*args, **kwargs)

@@ -17,6 +17,7 @@ from ..devices import device_of
 from ..pruning.tokens import ImageTokens
 from .inputs import Picture, generate_inputs, pad_left, stack_pixels
 from .kv_cache import KVCache
+from .prompt import Prompt
 
 
 @dataclass
@@ -139,30 +140,44 @@ class PrefixCache:
             return self._generate(prompts, pictures, questions, **kwargs)
 
     def _generate(self, prompts, pictures, questions, **kwargs) -> Tensor:
-        if self.pruner is not self.model.pruner:
-            self.pruner, self._images, self._beginnings = self.model.pruner, {}, {}
         if self.model.outside_splice is not None:  # it encodes images itself
             pad_id = kwargs.get("pad_token_id") or 0
             inputs = generate_inputs(self.model, prompts, pictures, questions, pad_id)
             return self.model.generate(**inputs, **kwargs)
-        image_keys = [
-            [(picture, text if self.pruner.vision.reads_question else None) for picture in own]
-            for own, text in zip(pictures, questions, strict=True)
-        ]
-        self._encode([key for own in image_keys for key in own])
-        images = [self._images[key] for own in image_keys for key in own]
-        ids, mask = pad_left(prompts, kwargs.get("pad_token_id") or 0)
-        device = device_of(self.model.get_input_embeddings())
-        prompt = self.model.build_prompt(
-            ids.to(device), mask.to(device), images=images or None, padding_side="left"
-        )
-        prefix = None
+        prompt, image_keys = self.embed(prompts, pictures, questions, kwargs.get("pad_token_id"))
+        if self.model.engine is not None:  # which has caches of its own
+            return self.model.generate_from(prompt, **kwargs)
+        images, prefix = any(image_keys), None
         drafter = self.model.drafter_for(dict(kwargs))  # it fills caches of its own
         trace = self.model.pruning_trace
         whole = trace is not None and trace.attention_layers  # rows are over all of the prompt
         if images and drafter is None and kwargs.get("use_cache", True) and not whole:
             prefix = self._prefix(prompt, prompts, image_keys)
         return self.model.generate_from(prompt, prefix=prefix, **kwargs)
+
+    def embed(
+        self,
+        prompts: list[Tensor],
+        pictures: list[list[Picture]],
+        questions: list[str],
+        pad_id: int | None = None,
+    ) -> tuple[Prompt, list[list[tuple]]]:
+        """(the embedded batch, a key for every image of every prompt), with the tokens of images
+        that the batch before had as they were."""
+        if self.pruner is not self.model.pruner:
+            self.pruner, self._images, self._beginnings = self.model.pruner, {}, {}
+        keys = [
+            [(picture, text if self.pruner.vision.reads_question else None) for picture in own]
+            for own, text in zip(pictures, questions, strict=True)
+        ]
+        self._encode([key for own in keys for key in own])
+        images = [self._images[key] for own in keys for key in own]
+        ids, mask = pad_left(prompts, pad_id or 0)
+        device = device_of(self.model.get_input_embeddings())
+        prompt = self.model.build_prompt(
+            ids.to(device), mask.to(device), images=images or None, padding_side="left"
+        )
+        return prompt, keys
 
     def _encode(self, keys: list[tuple]) -> None:
         """Makes `_images` hold the tokens of these images and no others."""

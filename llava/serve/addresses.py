@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from .auth import is_loopback, token_headers
+from ..network import allowed_place, is_loopback
+from .auth import token_headers
 from .errors import ServeError
 
 CONNECT_SECONDS = 5.0
@@ -30,7 +31,7 @@ class WorkerAddresses:
     """
 
     def __init__(self, entries: Iterable[str] = ()):
-        self.allowed = {_entry(text) for text in entries}
+        self.allowed = {allowed_place(text, "--allow-worker") for text in entries}
 
     def check(self, address: str, here: bool = True) -> str:
         """The address in its normal form. Raises ServeError unless it is allowed.
@@ -63,17 +64,6 @@ def normal(address: str) -> str:
         raise ServeError("bad_request", "worker_name must have the form http://HOST:PORT.")
     host = f"[{host}]" if ":" in host else host
     return f"{parts.scheme}://{host}:{port or PORTS[parts.scheme]}"
-
-
-def _entry(text: str) -> tuple[str, int | None]:
-    try:
-        parts = urlsplit(f"//{text}")
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port = None, None
-    if not host or "@" in text or parts.path:
-        raise ValueError(f"--allow-worker {text!r} must have the form HOST or HOST:PORT")
-    return host, port
 
 
 async def resolve(host: str, port: int) -> list[str]:

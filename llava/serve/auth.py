@@ -1,12 +1,13 @@
-"""The shared secret of controller, workers and web page, and which addresses are loopback."""
+"""The shared secret of controller, workers and web page."""
 
 from __future__ import annotations
 
 import argparse
 import hmac
-import ipaddress
 import os
 from pathlib import Path
+
+from ..network import is_loopback
 
 TOKEN_VARIABLE = "LLAVA_SERVE_TOKEN"
 LEAST_CHARS = 16
@@ -50,16 +51,6 @@ def is_authorized(header: str | None, token: str | None) -> bool:
     if token is None:
         return True
     return hmac.compare_digest((header or "").encode(), f"Bearer {token}".encode())
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` is this machine, by name or number."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def check_exposure(host: str, token: str | None) -> None:

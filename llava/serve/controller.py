@@ -29,8 +29,9 @@ from .service import (
 import httpx  # isort: skip  # after `service`, which names the missing extra
 
 from ..constants import CONTROLLER_HEART_BEAT_EXPIRATION
+from ..network import is_loopback
 from .addresses import WorkerAddresses, WorkerClient, normal
-from .auth import add_token_arg, check_exposure, is_loopback, read_token
+from .auth import add_token_arg, check_exposure, read_token
 from .dispatch import METHODS, WorkerTable
 from .errors import SEPARATOR, ServeError, encode_chunk
 from .limits import CHUNK_BYTES, STATUS_BYTES

@@ -18,8 +18,9 @@ import threading
 import warnings
 
 from llava.errors import errors_as_messages
+from llava.network import is_loopback
 
-from .auth import add_token_arg, is_loopback, read_token
+from .auth import add_token_arg, read_token
 from .service import set_up_logging
 
 logger = logging.getLogger("llava.serve.web")

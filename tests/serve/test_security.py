@@ -16,6 +16,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from llava.network import is_loopback
 from llava.serve import addresses, auth, controller, demo, model_worker, sglang_worker
 from llava.serve.addresses import WorkerAddresses
 from llava.serve.controller import controller_app
@@ -62,7 +63,7 @@ def register(name, status=STATUS) -> tuple[str, dict]:
 @pytest.mark.parametrize("program", [controller, model_worker, sglang_worker, demo])
 def test_programs_listen_on_loopback_unless_told_otherwise(program):
     required = ["--sgl-endpoint", "http://x"] if program is sglang_worker else []
-    assert auth.is_loopback(program.build_parser().parse_args(required).host)
+    assert is_loopback(program.build_parser().parse_args(required).host)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org"])

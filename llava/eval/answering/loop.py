@@ -179,29 +179,52 @@ class AnswerLoop:
     def generate(self, batch: list[tuple[Question, list[Picture]]]) -> list[Answer]:
         """Returns the answers to one batch; where a method prunes, their metadata says what was
         kept."""
-        counted = self.count_tokens or self.model.pruner.name != Pruner.name
-        sees = any(pictures for _, pictures in batch)
-        masks = self.save_masks or any(question.boxes for question, _ in batch)
-        metadata: list[dict] = [{} for _ in batch]
-        found: list[tuple | None] = [None for _ in batch]
-        traced = sees and (counted or self.visual_tokens is None or masks or self.measure)
-        with trace_pruning(self.model) if traced else nullcontext() as trace:
+        with self.tracing(batch) as trace:
             if self.meter is None:
                 output, cost = self._generate(batch), {}
             else:
                 output, cost = self.meter(lambda: self._generate(batch), len(batch))
-        if traced:
-            self.visual_tokens = self.visual_tokens or count_visual_tokens(trace)
-            if counted or masks:
-                metadata = kept_tokens([len(pictures) for _, pictures in batch], trace)
-            if masks:
-                found = self.masks(batch, trace)
+        metadata, found = self.seen(batch, trace)
         if self.meter is not None:
-            self._add_costs(metadata, batch, output, cost, trace)
-        for own, seen in zip(metadata, found, strict=True):
-            own |= kept_masks.metadata(seen)
+            counts = new_tokens(output, end_tokens(self.model))
+            rows = zip(metadata, self.unpruned_tokens(batch, trace), counts, strict=True)
+            for row, (own, unpruned, count) in enumerate(rows):
+                own |= cost | self.cost(trace, row, unpruned, count)
         texts = [""] * len(batch) if self.only_masks else self.front.decode(output)
         return list(map(Answer, texts, metadata, found))
+
+    def tracing(self, batch: list[tuple[Question, list[Picture]]]):
+        """A block in which the model takes notes, where something has to be said of this batch that
+        they are needed for; else of None."""
+        sees = any(pictures for _, pictures in batch)
+        wanted = self.counts_tokens or self.visual_tokens is None or self.measure
+        return (
+            trace_pruning(self.model) if sees and (wanted or self.shows(batch)) else nullcontext()
+        )
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether answers say how many visual tokens they had."""
+        return self.count_tokens or self.model.pruner.name != Pruner.name
+
+    def shows(self, batch: list[tuple[Question, list[Picture]]]) -> bool:
+        """Whether answers of a batch say which patches were kept."""
+        return self.save_masks or any(question.boxes for question, _ in batch)
+
+    def seen(self, batch: list[tuple[Question, list[Picture]]], trace) -> tuple[list, list]:
+        """(metadata, masks) of every answer of a batch: what its trace, if it has one, says."""
+        metadata: list[dict] = [{} for _ in batch]
+        found: list[tuple | None] = [None for _ in batch]
+        if trace is not None:
+            self.visual_tokens = self.visual_tokens or count_visual_tokens(trace)
+            shows = self.shows(batch)
+            if self.counts_tokens or shows:
+                metadata = kept_tokens([len(pictures) for _, pictures in batch], trace)
+            if shows:
+                found = self.masks(batch, trace)
+        for own, masks in zip(metadata, found, strict=True):
+            own |= kept_masks.metadata(masks)
+        return metadata, found
 
     def masks(self, batch: list[tuple[Question, list[Picture]]], trace) -> list[tuple | None]:
         """What was kept of the images of each prompt of a traced batch."""
@@ -217,18 +240,32 @@ class AnswerLoop:
                 )
         return found
 
-    def _add_costs(self, metadata: list[dict], batch, output: torch.Tensor, cost, trace) -> None:
-        """Writes what each answer of a batch cost into its metadata."""
-        counts = new_tokens(output, end_tokens(self.model))
+    @staticmethod
+    def unpruned_tokens(batch: list[tuple[Question, list[Picture]]], trace) -> list[int]:
+        """Tokens that the images of each question have without a method."""
         lengths = iter(() if trace is None else trace.unpruned_lengths)
-        for row, (own, count) in enumerate(zip(metadata, counts, strict=True)):
-            own |= {costs.NEW_TOKENS: count, **cost}
-            unpruned = sum(next(lengths) for _ in batch[row][1])
-            if trace is not None and trace.prompt_tokens:
-                own[costs.FLOPS] = operations(trace, row * self.num_beams, count, unpruned)
+        return [sum(next(lengths) for _ in pictures) for _, pictures in batch]
+
+    def cost(self, trace, row: int, unpruned: int, count: int) -> dict:
+        """What an answer of `count` tokens cost beside time and memory, as metadata.
+
+        row: of its batch; unpruned: as `unpruned_tokens` has it
+        """
+        found: dict = {costs.NEW_TOKENS: count}
+        if trace is not None and trace.prompt_tokens:
+            found[costs.FLOPS] = operations(trace, row * self.num_beams, count, unpruned)
+        return found
 
     def _generate(self, batch: list[tuple[Question, list[Picture]]]) -> torch.Tensor:
         """New tokens of a batch, (B, n)."""
+        asked, options = self.request(batch)
+        if self.reuse:
+            pad_id = self.front.pad_id
+            return self.known.generate(*asked, pad_token_id=pad_id, **options)
+        return self.model.generate(**self.front.inputs(*asked), **options)
+
+    def request(self, batch: list[tuple[Question, list[Picture]]]) -> tuple[tuple, dict]:
+        """(prompts, pictures and texts of a batch, keywords of `generate`)."""
         prompts = [self.encode(question) for question, _ in batch]
         pictures, texts = [own for _, own in batch], [question.text for question, _ in batch]
         length = 1 if self.only_masks else self.max_new_tokens
@@ -238,10 +275,7 @@ class AnswerLoop:
             options |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
         if self.use_ref_masks:
             options[REFERENCE] = [shares for pair in batch for shares in self.references(*pair)]
-        if self.reuse:
-            pad_id = self.front.pad_id
-            return self.known.generate(prompts, pictures, texts, pad_token_id=pad_id, **options)
-        return self.model.generate(**self.front.inputs(prompts, pictures, texts), **options)
+        return (prompts, pictures, texts), options
 
     def references(self, question: Question, pictures: list[Picture]) -> list[list[list[float]]]:
         """The boxes of each image of a question as shares of what the tower sees of it."""

@@ -9,6 +9,8 @@ from dataclasses import fields
 from functools import partial
 
 from llava.conv_mode import resolve_conv_mode
+from llava.engine.options import add_engine_args
+from llava.eval.answering.engine_loop import EngineLoop
 from llava.eval.answering.loop import AnswerLoop
 from llava.eval.answering.questions import Question, get_chunk, questions_of, subset
 from llava.eval.answering.run import Task, answer_questions
@@ -59,7 +61,20 @@ def build_parser(
     group.add_argument("--num_beams", "--num-beams", type=int, default=1)
     group.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=max_new_tokens)
     add_pruning_args(parser)
+    add_engine_args(parser)
+    add_engine_requests(parser)
     return parser
+
+
+def add_engine_requests(parser) -> None:
+    """Adds the option of programs with an answer loop beside those of `add_engine_args`."""
+    parser.add_argument(
+        "--engine-requests",
+        "--engine_requests",
+        type=int,
+        default=EngineLoop.engine_requests,
+        help="questions that are under way in the server at the same time",
+    )
 
 
 def add_speed_args(parser, batch_size: int = 1) -> None:
@@ -92,7 +107,8 @@ def add_image_args(parser) -> None:
 
 
 def load_loop(args) -> AnswerLoop:
-    """Returns the answer loop around the model that the options name.
+    """Returns the answer loop around the model that the options name, wherever its language model
+    runs.
 
     args.pruner, when there is one, is the method in use; options of `AnswerLoop` that args lacks
     have their defaults.
@@ -100,9 +116,10 @@ def load_loop(args) -> AnswerLoop:
     pruner = getattr(args, "pruner", None)
     loaded = load_from_args(args, args.model_path, args.model_name, pruner)
     front = FrontEnd(*loaded, args.conv_mode)
-    given = {field.name for field in fields(AnswerLoop)} & vars(args).keys()
+    kind = AnswerLoop if front.model.engine is None else EngineLoop
+    given = {field.name for field in fields(kind)} & vars(args).keys()
     options = {name: getattr(args, name) for name in given}
-    return AnswerLoop(front, **options)
+    return kind(front, **options)
 
 
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -108,6 +108,8 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             raise ValueError(NO_ATTENTIONS)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if self.engine is not None:
+            raise ValueError(f"the decoder layers run in {self.engine!r}, which `generate` asks")
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if holds_tokens(past_key_values):
             self._check_continuation(tokens, attention_mask)
@@ -244,6 +246,11 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         prefix: what is known of their first tokens, see `llava.model.reuse`
         """
         ends = kwargs.get("eos_token_id", self.generation_config.eos_token_id)
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        if self.engine is not None:
+            self.engine.record(self, prompt)
+            output = self.engine.generate(self, prompt, **kwargs)
+            return self.pruner.published.present(self.pruner, output, ends)
         config = kwargs.get("generation_config") or self.generation_config
         wanted = kwargs.get("max_new_tokens") or config.max_new_tokens
         if (room := answer_room(self, prompt.num_positions, wanted)) != wanted:
@@ -271,7 +278,6 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             drafter=drafter,
             **kwargs,
         )
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
         output = drop_first_tokens(output, known)
         return self.pruner.published.present(self.pruner, output, ends)
 
