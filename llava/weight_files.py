@@ -28,6 +28,11 @@ WEIGHT_FILES = (
 )
 SUFFIXES = (".safetensors", ".bin")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+#: endings of the names that other programs give to weights of a few bits in place of ".weight"
+PACKED_SUFFIXES = (".qweight", ".weight_packed")
+NO_PACKED = (
+    "quantised checkpoints are not supported, load the original (with load_8bit or load_4bit)"
+)
 #: as safetensors call them
 SAFETENSORS_FLOATS = dict(zip(("F32", "F16", "BF16", "F64"), FLOATS, strict=True))
 #: share of a file that may stay mapped in memory beside the tensors already copied
@@ -201,8 +206,7 @@ def check_numbers(name: str, tensor: Tensor, source: str) -> None:
     if tensor.dtype not in FLOATS:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(
-            f"{source}: {name} holds {kind} numbers, expected floating-point weights: quantised "
-            "checkpoints are not supported, load the original (with load_8bit or load_4bit)"
+            f"{source}: {name} holds {kind} numbers, expected floating-point weights: {NO_PACKED}"
         )
 
 

@@ -26,6 +26,7 @@
 #   CUDA_VISIBLE_DEVICES   one process per listed GPU
 #   NPROC        number of processes, if it should be another; on several machines, of all together
 #   LAUNCH       further options of `accelerate launch`, for several machines
+#   LAUNCHER     a command that starts all processes in its place (scripts/slurm/eval.sbatch)
 #   BATCH_SIZE   prompts per step (default: 8)
 #   LIMIT        about so many questions, evenly spread, for quick runs
 #   CONV_MODE    prompt template (default: what the checkpoint says of itself)
@@ -138,6 +139,11 @@ answer() {
 # Runs a module once, or in several processes that share the questions.
 run_in_processes() {
     local gpus=() count
+    if [ -n "${LAUNCHER:-}" ]; then
+        # shellcheck disable=SC2086 # LAUNCHER holds several words
+        $LAUNCHER "$PYTHON" -m "$@" --answers-file "$ANSWERS"
+        return
+    fi
     IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
     count=${NPROC:-${#gpus[@]}}
     if [ "$count" -le 1 ]; then

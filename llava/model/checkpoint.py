@@ -23,7 +23,15 @@ from transformers.modeling_utils import no_init_weights
 
 from ..checkpoint_kind import ADAPTER, ADAPTER_CONFIG
 from ..config_file import one_sentence, read_json, shown
-from ..weight_files import check_numbers, names_in, tensor_file, tensors_in, weight_files
+from ..weight_files import (
+    NO_PACKED,
+    PACKED_SUFFIXES,
+    check_numbers,
+    names_in,
+    tensor_file,
+    tensors_in,
+    weight_files,
+)
 
 #: recomputed by the model, saved by some versions of other libraries
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "embeddings.position_ids")
@@ -175,7 +183,9 @@ class Filler:
         another model then), and on numbers that are not finite. Warns about other weights that
         nobody asked for."""
         if missing := [name for name in self.missing() if not name.startswith(TOWER_PREFIX)]:
-            raise ValueError(f"{source} lacks {len(missing)} weights: {_some(missing)}")
+            packed = [name for name in self.unexpected if name.endswith(PACKED_SUFFIXES)]
+            held = f" and holds {_some(packed)}: {NO_PACKED}" if packed else ""
+            raise ValueError(f"{source} lacks {len(missing)} weights: {_some(missing)}{held}")
         finite = torch.stack([*self.ends.values()]).isfinite().all(dim=1).tolist()
         if odd := [name for name, fine in zip(self.ends, finite, strict=True) if not fine]:
             kind = str(self.dtype).removeprefix("torch.")

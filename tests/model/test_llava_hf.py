@@ -265,6 +265,19 @@ def test_what_no_model_here_has_is_refused(folder, part, values, says):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("style", ["bitsandbytes", "awq"])
+def test_weights_of_a_few_bits_are_refused_with_the_way_to_get_them(folder, style):
+    tensors = load_file(folder / "model.safetensors")
+    name = "language_model.model.layers.0.mlp.down_proj.weight"
+    tensors.pop(name)
+    bits = torch.zeros(8, 4, dtype=torch.uint8 if style == "bitsandbytes" else torch.int32)
+    tensors[name if style == "bitsandbytes" else name.replace("weight", "qweight")] = bits
+    save_file(tensors, folder / "model.safetensors")
+    change(folder, quantization_config={"quant_method": style, "bits": 4})
+    with pytest.raises(ValueError, match="load the original .with load_8bit or load_4bit"):
+        load(folder)
+
+
 def test_training_says_how_to_convert_it(folder):
     with pytest.raises(ValueError, match="python -m llava.model.export --from llava-hf"):
         checkpoint_kind(str(folder))

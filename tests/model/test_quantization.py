@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from llava.eval.efficiency.random_model import build_random_model, shapes
+from llava.model.export import export
 from llava.pruning import build_pruner
 from tests.model.checkpoint_tools import load
 from tests.model.test_qwen2_5_vl_loading import answer
@@ -57,9 +58,20 @@ def packed(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", module)
 
 
+@pytest.fixture(scope="module")
+def llava_hf(tmp_path_factory):
+    """LLaVA in the layout of transformers."""
+    folder = tmp_path_factory.mktemp("layout") / "llava-hf"
+    export(str(LLAVA), str(folder), "llava-hf")
+    return folder
+
+
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("checkpoint", [QWEN, LLAVA], ids=["qwen2.5-vl", "llava"])
-def test_the_decoder_s_linear_layers_are_quantised_and_nothing_else(packed, checkpoint, option):
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "llava", "llava-hf"])
+def test_the_decoder_s_linear_layers_are_quantised_and_nothing_else(
+    packed, llava_hf, family, option
+):
+    checkpoint = {"qwen2.5-vl": QWEN, "llava": LLAVA, "llava-hf": llava_hf}[family]
     model = load(checkpoint, name="llava", **{option: True})[1]
     found = {n: m for n, m in model.named_modules() if isinstance(m, Rounded)}
     layers = range(model.config.num_hidden_layers)
@@ -83,6 +95,15 @@ def test_biases_and_the_tied_head_stay_as_they_are(packed):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
+def test_both_layouts_of_llava_are_quantised_alike(packed, llava_hf, option):
+    options = {"torch_dtype": torch.float32, option: True}
+    ours, theirs = (load(folder, **options)[1].state_dict() for folder in (LLAVA, llava_hf))
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():  # theirs has rows behind the vocabulary
+        assert torch.equal(weight, theirs[name][: len(weight)] if weight.dim() else theirs[name])
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 def test_a_quantised_model_answers_and_prunes(packed, option):
     tokenizer, model, processor, _ = load(QWEN, torch_dtype=torch.float32, **{option: True})
     processor.max_pixels = 64 * 28 * 28
@@ -97,6 +118,16 @@ def test_without_the_package_the_extra_is_named_before_weights_are_read(monkeypa
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"\[quant\]"):
         load(QWEN, **{option: True})
+
+
+@pytest.mark.parametrize(
+    ("option", "dtype"), [("load_8bit", torch.int8), ("load_4bit", torch.uint8)]
+)
+def test_the_package_itself_packs_the_weights_of_llava_hf(llava_hf, option, dtype):
+    pytest.importorskip("bitsandbytes")
+    model = load(llava_hf, **{option: True})[1]
+    assert model.model.layers[1].self_attn.q_proj.weight.dtype == dtype
+    assert model.get_vision_tower().dtype == model.dtype == model.lm_head.weight.dtype
 
 
 @pytest.mark.parametrize(

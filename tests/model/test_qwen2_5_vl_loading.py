@@ -101,6 +101,40 @@ def test_later_names_of_weights_and_config_are_understood(folder, weights, loade
     assert answer(*model[:3]) == answer(*loaded[:3])
 
 
+def test_a_folder_that_transformers_5_saved_is_understood(folder, weights, loaded):
+    """Released names of weights again, other words of the config."""
+    config = json.loads((folder / "config.json").read_text())
+    vision = config["vision_config"] | {
+        "dtype": "float32",
+        "initializer_range": 0.02,
+        "model_type": "qwen2_5_vl_vision",
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "axial"},
+    }
+    sections = config["rope_scaling"]["mrope_section"]
+    top = ("architectures", "model_type", "image_token_id", "video_token_id", "vision_token_id")
+    top += ("vision_start_token_id", "vision_end_token_id", "tie_word_embeddings")
+    moved = {*top, "vision_config", "rope_scaling", "rope_theta", "torch_dtype"}
+    text = {key: value for key, value in config.items() if key not in moved} | {
+        "dtype": "float32",
+        "layer_types": ["full_attention"] * config["num_hidden_layers"],
+        "model_type": "qwen2_5_vl_text",
+        "pad_token_id": None,
+        "rope_parameters": {
+            "mrope_section": sections,
+            "rope_theta": config["rope_theta"],
+            "rope_type": "default",
+            "type": "mrope",
+        },
+        "sliding_window": None,
+        "use_cache": True,
+    }
+    config = {key: config[key] for key in top if key in config} | {"dtype": "float32"}
+    config |= {"text_config": text, "vision_config": vision, "transformers_version": "5.19.0"}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load(folder)
+    assert same(model[1], weights) and answer(*model[:3]) == answer(*loaded[:3])
+
+
 def test_several_files_of_weights_are_read(folder, weights):
     (folder / "model.safetensors").unlink()
     names, shards = sorted(weights), {}

@@ -189,6 +189,17 @@ class Journal:
             sync(self.file)
             self.synced = time.monotonic()
 
+    def go_on(self) -> frozenset[int]:
+        """Numbers of the questions in it, for a process that goes on where one died; half a line
+        behind them is cut off."""
+        if not os.path.exists(self.name):
+            return frozenset()
+        entries = complete_lines(self.name, partial(parse_entry, fields=()), REMOVE_LINE)
+        numbers = frozenset(number for number, _ in entries)
+        with open(self.name, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+        return numbers
+
     def close(self) -> None:
         if self.file is not None:
             sync(self.file)

@@ -110,13 +110,8 @@ def answer_questions(
     workers = workers or Workers()
     key = workers.next_key()
     if not workers.main:
-        num_before, todo = workers.tell(key)
-        journal = Journal(task.path, workers.rank)
-        outcome = _answer(task, todo, make_loop, workers, key, journal.put, num_before)
-        journal.close()
-        workers.wait(f"{key}/answered")
-        workers.wait(f"{key}/merged")
-        return outcome
+        with workers.in_touch():
+            return _answer_beside(task, make_loop, workers, key)
     heads = [question.head for question in task.questions]
     with AnswersFile(task.path, heads, task.settings, overwrite) as answers:
         known = frozenset(answers.known)
@@ -128,6 +123,21 @@ def answer_questions(
         workers.wait(f"{key}/answered")
         answers.finish(FILE_SYSTEM_SECONDS if workers.size > 1 else 0.0)
         outcome.num_failed = answers.num_failed
+    workers.settle(key)
+    workers.wait(f"{key}/merged")
+    return outcome
+
+
+def _answer_beside(task: Task, make_loop, workers: Workers, key: str) -> Answered:
+    """The part of a process that is not the main one; its answers go into a journal of its own."""
+    num_before, todo = workers.tell(key)
+    journal = Journal(task.path, workers.rank)
+    if workers.replaces(key):
+        answered = journal.go_on()
+        todo = [[b for b in share if not answered.issuperset(b)] for share in todo]
+    outcome = _answer(task, todo, make_loop, workers, key, journal.put, num_before)
+    journal.close()
+    workers.wait(f"{key}/answered")
     workers.wait(f"{key}/merged")
     return outcome
 

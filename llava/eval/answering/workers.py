@@ -2,13 +2,15 @@
 
 Started by `accelerate launch` (or torchrun), they agree through the key-value store of
 torch.distributed, which is the same on CPUs and GPUs: answers travel through files, so that no
-collective operation is needed and a slow process holds nobody up.
+collective operation is needed and a slow process holds nobody up. A process that died may be
+started again beside the others, as long as the store is there: it first takes what it had claimed.
 """
 
 import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -51,6 +53,17 @@ class Workers:
     def main(self) -> bool:
         return self.rank == 0
 
+    @contextmanager
+    def in_touch(self):
+        """Names what it means when the store cannot be reached any more, in a ConnectionError."""
+        try:
+            yield
+        except torch.distributed.DistError as error:
+            raise ConnectionError(
+                "the first process, which hands out the questions, is gone: start all of them "
+                "again to answer what is left"
+            ) from error
+
     def next_key(self) -> str:
         """A name for the next thing done together; all processes must ask equally often."""
         self._keys += 1
@@ -67,12 +80,30 @@ class Workers:
         return json.loads(self.store.get(key))
 
     def claim(self, key: str, count: int) -> Iterator[int]:
-        """Yields numbers below `count`: every one to one process, in order, as they ask."""
+        """Yields numbers below `count`: every one to one process, in order, as they ask. A process
+        that stands in for one that died gets the numbers of that one first."""
         if self.store is None:
             yield from range(count)
             return
+        own = self._claims(key, self.rank)
+        if self.replaces(key):
+            yield from map(int, self.store.get(own).split())
         while (number := self.store.add(f"{key}/next", 1) - 1) < count:
+            self.store.append(own, f"{number} ")
             yield number
+
+    def replaces(self, key: str) -> bool:
+        """Whether this process stands in for one that had claimed something, and died."""
+        return self.store is not None and self.store.check([self._claims(key, self.rank)])
+
+    def settle(self, key: str) -> None:
+        """Nobody who is started again from now on gets what was claimed before."""
+        for rank in range(self.size if self.store is not None else 0):
+            self.store.delete_key(self._claims(key, rank))
+
+    @staticmethod
+    def _claims(key: str, rank: int) -> str:
+        return f"{key}/claims/{rank}"
 
     def count(self, key: str, number: int) -> int:
         """Adds to a counter that all processes share; returns its value."""
@@ -85,7 +116,7 @@ class Workers:
         """Waits until all processes are here. Raises TimeoutError when some never come."""
         if self.store is None:
             return
-        here, start = self.store.add(f"{key}/here", 1), time.monotonic()
+        here, start = self._arrive(f"{key}/here"), time.monotonic()
         while here < self.size:
             if time.monotonic() - start > PATIENCE_SECONDS:
                 raise TimeoutError(
@@ -95,10 +126,15 @@ class Workers:
             time.sleep(POLL_SECONDS)
             here = self.store.add(f"{key}/here", 0)
         # The main process may hold the store itself: it leaves when the others need it no more.
-        gone, start = self.store.add(f"{key}/gone", 1), time.monotonic()
+        gone, start = self._arrive(f"{key}/gone"), time.monotonic()
         while self.main and gone < self.size and time.monotonic() - start < LEAVING_SECONDS:
             time.sleep(POLL_SECONDS / 4)
             gone = self.store.add(f"{key}/gone", 0)
+
+    def _arrive(self, place: str) -> int:
+        """How many processes are at this place, this one counted once however often it comes."""
+        first = self.store.add(f"{place}/{self.rank}", 1) == 1
+        return self.store.add(place, int(first))
 
     def device(self) -> str | None:
         """The GPU of this process; None: where there is one process or no GPU, the model's default

@@ -200,8 +200,8 @@ def num_answered(path):
         return 0
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 60
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -281,10 +281,11 @@ def worker(path, rank, size, port, seconds, log):
     log.put((rank, found))
 
 
-def start(path, size, seconds=0.0):
-    port, log = free_port(), FORK.Queue()
-    args = [(path, rank, size, port, seconds, log) for rank in range(size)]
-    processes = [FORK.Process(target=worker, args=own) for own in args]
+def start(path, size, seconds=0.0, ranks=None, port=None):
+    """Starts processes of a run of `size`: those of one group of nodes, or all of them."""
+    port, log = port or free_port(), FORK.Queue()
+    args = [(path, rank, size, port, seconds, log) for rank in ranks or range(size)]
+    processes = [FORK.Process(target=worker, args=own, daemon=True) for own in args]
     for process in processes:
         process.start()
     return processes, log
@@ -319,6 +320,66 @@ def test_what_a_killed_process_had_is_answered_when_the_run_is_continued(tmp_pat
     assert path.read_bytes() == undisturbed
 
 
+@pytest.mark.parametrize("target", [1, 8, 16])
+def test_a_group_that_is_killed_and_started_again_joins_the_others(target, tmp_path, undisturbed):
+    path, port = tmp_path / "a.jsonl", free_port()
+    first, log = start(path, 4, 0.05, ranks=[0, 1], port=port)
+    second, _ = start(path, 4, 0.05, ranks=[2, 3], port=port)
+    wait_for(lambda: sum(len(lines_of(path, rank)) for rank in (2, 3)) >= target)
+    for process in second:
+        process.kill()
+        process.join()
+    taken = [lines_of(path, rank) for rank in (2, 3)]
+    assert not path.exists()
+    with open(journal_of(path, 3), "a") as file:
+        file.write('{"number": 7, "li')  # what it was writing
+    again, log_again = start(path, 4, 0.05, ranks=[2, 3], port=port)
+    done = [own for queue in (log, log_again) for own in (queue.get(timeout=60)[1] for _ in "ab")]
+    for process in first + again:
+        process.join(60)
+        assert process.exitcode == 0
+    assert path.read_bytes() == undisturbed
+    assert not os.path.exists(folder(str(path)))
+    answered = [n for batches in done for batch in batches for n in batch]
+    repeated = len(answered) + sum(map(len, taken)) - 60
+    assert sorted({*answered, *taken[0], *taken[1]}) == list(range(60))
+    assert 0 <= repeated < 2 * 4  # a batch in flight is answered again, and nothing else
+
+
+def test_without_the_store_the_others_end_with_what_to_do(tmp_path):
+    path, port = tmp_path / "a.jsonl", free_port()
+    (main,), _ = start(path, 2, 0.05, ranks=[0], port=port)
+    reason = FORK.Queue()
+
+    def other():
+        try:
+            worker(path, 1, 2, port, 0.05, None)
+        except ConnectionError as error:
+            reason.put(str(error))
+
+    beside = FORK.Process(target=other, daemon=True)
+    beside.start()
+    wait_for(lambda: os.path.exists(journal_of(path, 1)))
+    main.kill()
+    assert reason.get(timeout=60).endswith(
+        "is gone: start all of them again to answer what is left"
+    )
+    beside.join(60)
+    assert run(path, questions()).num_before > 0
+
+
+def journal_of(path, rank):
+    return os.path.join(folder(str(path)), f"{rank}.jsonl")
+
+
+def lines_of(path, rank):
+    """Numbers of the questions that a process has answered."""
+    if not os.path.exists(journal_of(path, rank)):
+        return []
+    lines = open(journal_of(path, rank)).read().split("\n")[:-1]
+    return [json.loads(line)["number"] for line in lines]
+
+
 def test_waiting_for_a_lost_process_ends_with_what_to_do(monkeypatch):
     class Store:
         def add(self, key, number):
@@ -346,3 +407,45 @@ def test_two_processes_of_a_script_write_what_one_writes(tmp_path):
         subprocess.run(["bash", script, "64"], env=env, check=True, capture_output=True)
         files.append(next(target.rglob("n_64_limit24.jsonl")).read_bytes())
     assert files[0] == files[1] and len(files[0].splitlines()) == 24
+
+
+@pytest.mark.slow
+def test_two_launches_share_the_questions_and_the_second_may_be_started_again(tmp_path):
+    """What docs/Evaluation.md tells to type on two machines, here on one."""
+    source, port, groups = ROOT / "playground" / "benchmark", free_port(), {}
+    answers = "pope/answers/llava_pope_test/tiny-llava-v1.5/vispruner/n_64_limit60.jsonl"
+    (tmp_path / "pope").mkdir(parents=True)
+    for name in ("llava_pope_test.jsonl", "coco"):
+        (tmp_path / "pope" / name).symlink_to(source / "pope" / name)
+    (tmp_path / "pope" / "val2014").symlink_to(source / "images")
+    env = {**os.environ, "PYTHON": sys.executable, "DATA_DIR": str(tmp_path), "LIMIT": "60"}
+    env |= {"CKPT": str(ROOT / "tests/golden/tiny-llava-v1.5"), "BATCH_SIZE": "2", "NPROC": "4"}
+    env |= {"EXTRA": "--device cpu --no-reuse --max_new_tokens 24", "OMP_NUM_THREADS": "1"}
+
+    def launch(rank):
+        words = f"--num_machines 2 --machine_rank {rank} --main_process_ip 127.0.0.1"
+        own = {**env, "LAUNCH": f"{words} --main_process_port {port}"}
+        command = ["bash", str(ROOT / "scripts/v1_5/eval/pope.sh"), "64"]
+        log = open(tmp_path / f"log{rank}", "a")
+        groups[rank] = subprocess.Popen(
+            command, env=own, stdout=log, stderr=log, start_new_session=True
+        )
+
+    path = tmp_path / answers
+    try:
+        launch(0), launch(1)
+        wait_for(lambda: lines_of(path, 2) and lines_of(path, 3), 300)
+        os.killpg(groups[1].pid, signal.SIGKILL)
+        assert groups[1].wait() == -signal.SIGKILL and not path.exists()
+        launch(1)
+        codes = [groups[rank].wait(300) for rank in (0, 1)]
+        assert codes == [0, 0], (tmp_path / "log0").read_text() + (tmp_path / "log1").read_text()
+    finally:
+        for group in groups.values():
+            if group.poll() is None:
+                os.killpg(group.pid, signal.SIGKILL)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({record["question_id"] for record in records}) == len(records) == 60
+    assert not os.path.exists(folder(str(path)))
+    score = json.loads((tmp_path / "log0").read_text().splitlines()[-1])
+    assert score["answers_file"] == str(path)
