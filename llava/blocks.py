@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: tokens that a CPU sees at a time, see `in_pieces`
-PIECE = 640
+from .linear import Linear
+
+#: most tokens that a CPU sees at a time, see `in_pieces`
+PIECE = 512
 
 
 class RMSNorm(nn.Module):
@@ -30,9 +32,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, width: int, inner: int, bias: bool = False):
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=bias)
-        self.up_proj = nn.Linear(width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.gate_proj = Linear(width, inner, bias=bias)
+        self.up_proj = Linear(width, inner, bias=bias)
+        self.down_proj = Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -58,5 +60,6 @@ def in_pieces(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     than large products save."""
     if x.device.type != "cpu" or x.shape[:-1].numel() <= PIECE or torch.is_grad_enabled():
         return function(x)
-    parts = [function(part) for part in x.flatten(0, -2).split(PIECE)]
+    pieces = -(-x.shape[:-1].numel() // PIECE)
+    parts = [function(part) for part in x.flatten(0, -2).chunk(pieces)]
     return torch.cat(parts).unflatten(0, x.shape[:-1])

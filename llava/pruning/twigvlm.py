@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import empty_like_weights
+from ..linear import Linear
 from .base import BudgetPruner
 from .drafter import Drafter
 from .learned import build_part, part_folder, read_part, read_part_config, save_part
@@ -46,7 +47,7 @@ class Twig(nn.Module):
         first = config.num_hidden_layers
         self.layers = nn.ModuleList(layer(config, first + number) for number in range(count))
         self.norm = type(decoder.norm)(config.hidden_size, config.rms_norm_eps)
-        self.head = nn.Linear(config.hidden_size, model.lm_head.weight.shape[0], bias=False)
+        self.head = Linear(config.hidden_size, model.lm_head.weight.shape[0], bias=False)
 
     def forward(self, decoder: nn.Module, prefill: Prefill) -> Tensor:
         """(B, S, D) behind the norm, for prompts as they enter decoder layer K; for training."""

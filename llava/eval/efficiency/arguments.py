@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
+from collections.abc import Callable
 
 from llava.conv_mode import resolve_conv_mode
 from llava.mm_utils import get_model_name_from_path
@@ -67,6 +69,29 @@ def placed(args: argparse.Namespace) -> dict:
     """`dtype` and `device` of a model of random weights: those asked for, else what is fast."""
     device = choose_device(args.device)
     return {"dtype": DTYPES[args.dtype] if args.dtype else fast_dtype(device), "device": device}
+
+
+def add_clock_arg(add) -> None:
+    """add: `add_argument` of a parser, or what stands for it."""
+    add(
+        "--processor-time",
+        action="store_true",
+        help="seconds of the processors in place of those on the wall, for a CPU that is busy with "
+        "other programs: their turns do not count",
+    )
+
+
+def clock_of(args: argparse.Namespace, device) -> Callable[[], float]:
+    """Says what time it is, in seconds. Raises ValueError where processors say nothing of it."""
+    if not args.processor_time:
+        return time.perf_counter
+    if device.type != "cpu":
+        raise ValueError(f"--processor-time says nothing of work on {device}: leave it out")
+    return time.process_time
+
+
+def clock_name(args: argparse.Namespace) -> str:
+    return "processor" if args.processor_time else "wall"
 
 
 def write_json(result: dict, path: str | None) -> None:

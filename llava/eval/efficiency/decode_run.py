@@ -17,14 +17,17 @@ COMPILED = ", compiled"
 
 
 class Clock:
-    """A streamer that notes when how many tokens arrive."""
+    """A streamer that notes when how many tokens arrive.
 
-    def __init__(self):
-        self.start, self.arrivals, self.prompt = time.perf_counter(), [], True
+    now: says what time it is, in seconds
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter):
+        self.now, self.start, self.arrivals, self.prompt = now, now(), [], True
 
     def put(self, value) -> None:
         if not self.prompt:  # the first call shows the prompt
-            self.arrivals.append((time.perf_counter() - self.start, value.numel()))
+            self.arrivals.append((self.now() - self.start, value.numel()))
         self.prompt = False
 
     def end(self) -> None:
@@ -69,8 +72,8 @@ class Variant:
     def guesses(self) -> bool:
         return self.strategy == STRATEGIES[1] and self.options.get("num_speculations") != 0
 
-    def run(self, model, inputs: dict) -> None:
-        clock = Clock()
+    def run(self, model, inputs: dict, now: Callable[[], float] = time.perf_counter) -> None:
+        clock = Clock(now)
         output = model.generate(
             **inputs,
             **self.options,
@@ -107,10 +110,17 @@ def variants_of(
     return found
 
 
-def measure(model, variants: list[Variant], prompts: list[Callable[[], dict]], limit: int) -> None:
+def measure(
+    model,
+    variants: list[Variant],
+    prompts: list[Callable[[], dict]],
+    limit: int,
+    now: Callable[[], float] = time.perf_counter,
+) -> None:
     """Runs every variant on every prompt, after one prompt to warm up.
 
     prompts: make the arguments of `generate`, but for the length of the answer
+    now: says what time it is, in seconds
     """
     steps = {}  # each of both is made once: it keeps what it captured
     for compiled in sorted({variant.compiled for variant in variants}):
@@ -121,7 +131,7 @@ def measure(model, variants: list[Variant], prompts: list[Callable[[], dict]], l
         for variant in variants:
             model.pruner = variant.pruner  # first: how images are prepared may depend on it
             model.model.step = steps[variant.compiled]
-            variant.run(model, prompt() | {"max_new_tokens": limit})
+            variant.run(model, prompt() | {"max_new_tokens": limit}, now)
             if number == 0:
                 variant.first_call = variant.clocks[0].arrivals[-1][0]
                 variant.clocks, variant.answers, variant.logs = [], [], []

@@ -31,9 +31,12 @@ from llava.errors import errors_as_messages
 from llava.eval.answering.program import load_loop
 from llava.eval.answering.questions import Question
 from llava.eval.efficiency.arguments import (
+    add_clock_arg,
     add_question_args,
     add_shape_args,
     check_layers,
+    clock_name,
+    clock_of,
     fill_in_questions,
     placed,
     write_json,
@@ -61,6 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pruning-arg", action="append", default=[], metavar="METHOD.KEY=VALUE")
     parser.add_argument("--limit", type=int, default=20, help="so many questions (default: 20)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    add_clock_arg(parser.add_argument)
     parser.add_argument("--json", metavar="FILE", help="write the result there, too")
     trained = parser.add_argument_group("a trained model")
     add_question_args(trained, QUESTIONS)
@@ -135,6 +139,7 @@ def about(args, model, tokens: float) -> dict:
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "clock": clock_name(args),
         "questions": args.limit,
         "tokens_per_answer": tokens,
         "visual_token_num": args.visual_token_num,
@@ -150,7 +155,7 @@ def main(argv: list[str] | None = None) -> dict:
     model, pruners, prompts = (trained_model if args.config is None else random_model)(args)
     args.limit = len(prompts)
     variants = variants_of(pruners, args.num_speculations, args.compile)
-    measure(model, variants, prompts, args.max_new_tokens)
+    measure(model, variants, prompts, args.max_new_tokens, clock_of(args, model.device))
     rows = rows_of(variants, model, same_answers=args.config is None)
     facts = about(args, model, statistics.mean(clock.tokens for clock in variants[0].clocks))
     print(", ".join(f"{key} {value}" for key, value in facts.items()))

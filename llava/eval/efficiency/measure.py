@@ -140,9 +140,11 @@ class Variant:
     rounds: list[dict[str, float]] = field(default_factory=list)
 
 
-def time_llava(model, pruner: Pruner, workload: Workload) -> dict[str, float]:
-    """Seconds of every stage of `STAGES` for one call of `generate`."""
-    return stages_of(model, pruner, workload, Stopwatch(model.device))
+def time_llava(
+    model, pruner: Pruner, workload: Workload, now: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Seconds of every stage of `STAGES` for one call of `generate`; now: says what time it is."""
+    return stages_of(model, pruner, workload, Stopwatch(model.device, now))
 
 
 def stages_of(model, pruner: Pruner, workload: Workload, watch: Stopwatch) -> dict[str, float]:
@@ -227,6 +229,7 @@ def build_variants(
     visual_token_num: int,
     stock: bool = False,
     failed: dict[str, str] | None = None,
+    now: Callable[[], float] = time.perf_counter,
 ) -> list[Variant]:
     """dense, the oracle of the budget, then each method behind the oracle of its own token counts;
     with `stock` also transformers' decoder on the dense prompt.
@@ -234,6 +237,7 @@ def build_variants(
     Methods with the same counts share an oracle.
     failed: takes the methods that end with an error of the device, by name, with what it says;
             None: such an error is raised
+    now: says what time it is, in seconds
     """
     crops = model.crops_in_budget(Pruner())
     variants: list[Variant] = []
@@ -243,7 +247,7 @@ def build_variants(
         peak = peak_bytes(partial(workload.run, model), model.device)
         facts = {**found["facts"], "peak_bytes_over_weights": peak}
         facts["weight_bytes"] = weight_bytes(model)
-        run = partial(time_llava, model, pruner, workload)
+        run = partial(time_llava, model, pruner, workload, now)
         variants.append(Variant(name, run, oracle, facts))
 
     add(DENSE, Pruner(), llava_facts(model, Pruner(), workload))
@@ -279,8 +283,8 @@ def build_variants(
             workload.input_ids, images=workload.images, image_sizes=workload.image_sizes
         )
         decoder = stock_decoder(model)
-        run = partial(time_stock, decoder, prompt.inputs_embeds, workload.num_tokens)
-        variants.append(Variant(STOCK, run))
+        task = decoder, prompt.inputs_embeds, workload.num_tokens
+        variants.append(Variant(STOCK, lambda: time_stock(*task, Stopwatch(model.device, now))))
     return variants
 
 

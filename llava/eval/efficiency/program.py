@@ -27,7 +27,15 @@ from transformers import __version__ as transformers_version
 
 from llava.errors import errors_as_messages
 from llava.eval.efficiency import decode_speed, launches
-from llava.eval.efficiency.arguments import add_shape_args, check_layers, placed, write_json
+from llava.eval.efficiency.arguments import (
+    add_clock_arg,
+    add_shape_args,
+    check_layers,
+    clock_name,
+    clock_of,
+    placed,
+    write_json,
+)
 from llava.eval.efficiency.bandwidth import copy_bandwidth
 from llava.eval.efficiency.measure import (
     STAGES,
@@ -97,6 +105,7 @@ def describe(args: argparse.Namespace, model, command: list[str]) -> dict:
         if cuda
         else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "clock": clock_name(args),
         "copy_bandwidth": None if args.count_kernels else copy_bandwidth(device),
         "layers": model.config.num_hidden_layers,
         "image_size": "x".join(map(str, image_shape(model, args.image_size)[1])),
@@ -138,6 +147,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--repeats", type=int, default=20, help="timed rounds (default: 20)")
     add("--warmup", type=int, default=3, help="rounds before them (default: 3)")
+    add_clock_arg(add)
     add(
         "--time-limit",
         type=float,
@@ -211,6 +221,7 @@ def run_workload(
         args.visual_token_num,
         args.stock,
         failed if args.method.strip() == ALL else None,
+        clock_of(args, model.device),
     )
     refused.update(failed)
     by_name = {variant.name: variant for variant in variants}
@@ -260,7 +271,8 @@ def decode_words(args) -> list[str]:
     given = [str(word) for pair in words.items() if pair[1] is not None for word in pair]
     if args.method.strip() != ALL:
         given += ["--methods", *(name.strip() for name in args.method.split(","))]
-    return given + (["--compile"] if args.compile else [])
+    given += ["--compile"] if args.compile else []
+    return given + (["--processor-time"] if args.processor_time else [])
 
 
 @errors_as_messages()

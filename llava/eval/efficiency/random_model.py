@@ -25,6 +25,7 @@ from llava.model.qwen2_5_vl_loading import checked_config
 #: decoder sizes: hidden_size, intermediate_size, num_hidden_layers, attention heads, key heads
 DECODERS = {
     "small": (512, 1376, 8, 8, 8),
+    "0.6b": (1536, 4096, 18, 12, 12),
     "1b": (2048, 5504, 22, 16, 16),
     "7b": (4096, 11008, 32, 32, 32),
     "13b": (5120, 13824, 40, 40, 40),

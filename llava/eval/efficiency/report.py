@@ -93,8 +93,8 @@ def markdown(result: dict) -> str:
         f"{about['device']}, {about['threads']} threads, {about['dtype']}, {about['attention']} "
         f"attention, {about['parameters'] / 1e9:.2f} billion weights (`{about['config']}`), "
         f"{about['layers']} layers, {about['prompt_length']} text tokens and one image "
-        f"({about['image_size']}) per prompt, torch {about['torch']}, transformers "
-        f"{about['transformers']}"
+        f"({about['image_size']}) per prompt, {about.get('clock', 'wall')} time, torch "
+        f"{about['torch']}, transformers {about['transformers']}"
         + (f", copies at {bandwidth / 1e9:.0f} GB/s." if bandwidth else "."),
     ]
     for run in result["runs"]:

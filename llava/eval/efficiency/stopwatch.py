@@ -28,9 +28,11 @@ class Stopwatch:
 
     On a GPU the moments are events in its stream, so nothing waits for it before `read`; on MPS
     every moment waits for the device.
+    now: says what time it is on a CPU, in seconds
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter):
+        self.now = now
         self.cuda, self.mps = device.type == "cuda", device.type == "mps"
         self.spans: list[Span] = []
         self._open: Span | None = None
@@ -93,4 +95,4 @@ class Stopwatch:
             return event
         if self.mps:
             torch.mps.synchronize()
-        return time.perf_counter()
+        return self.now()

@@ -9,6 +9,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from ...devices import device_of
+from ...linear import Linear
 from ...mm_utils import KeywordsStoppingCriteria
 from ...pruning.drafter import Drafter
 from ..context import answer_room
@@ -41,7 +42,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.model = self.model_class(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @property

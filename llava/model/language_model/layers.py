@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...blocks import GatedMLP, RMSNorm, in_pieces, rope_of, rotate
 from ...devices import device_of, moved
+from ...linear import Linear
 from ...pruning.ops import gather_tokens
 from ..kv_cache import KVCache, RowState
 from .attention import Packing, attend, attend_behind, attention_rows, rows_of
@@ -86,10 +87,10 @@ class Attention(nn.Module):
         self.backend = config._attn_implementation
         bias = getattr(config, "attention_bias", False)
         own = bias or getattr(config, "qkv_bias", False)
-        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=own)
-        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=own)
-        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=own)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
+        self.q_proj = Linear(width, self.num_heads * self.head_dim, bias=own)
+        self.k_proj = Linear(width, self.num_kv_heads * self.head_dim, bias=own)
+        self.v_proj = Linear(width, self.num_kv_heads * self.head_dim, bias=own)
+        self.o_proj = Linear(self.num_heads * self.head_dim, width, bias=bias)
 
     def queries_and_keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """q (B, H, S, d) and k (B, G, S, d) after RoPE, from normed inputs x (B, S, D)."""

@@ -16,6 +16,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from ...blocks import in_pieces
 from ...devices import device_of
+from ...linear import fast_linears
 from ...pruning.cues import OutputMean, fingerprint
 from ...pruning.ops import middle_places
 from ...pruning.stages import VisionStage
@@ -80,6 +81,7 @@ class CLIPVisionTower(nn.Module):
     def _install(self, model: CLIPVisionModel) -> None:
         self.image_processor = self.load_image_processor()
         self.vision_tower = model.requires_grad_(False)
+        fast_linears(self.vision_tower)
         self.is_loaded = True
 
     def load_image_processor(self) -> CLIPImageProcessor:

@@ -6,6 +6,8 @@ import re
 
 from torch import nn
 
+from ...linear import Linear
+
 
 class IdentityMap(nn.Module):
     """A projector that passes features on unchanged."""
@@ -25,13 +27,13 @@ def build_vision_projector(config, delay_load: bool = False, **kwargs) -> nn.Mod
     """
     kind = getattr(config, "mm_projector_type", "linear")
     if kind == "linear":
-        return nn.Linear(config.mm_hidden_size, config.hidden_size)
+        return Linear(config.mm_hidden_size, config.hidden_size)
     if kind == "identity":
         return IdentityMap()
     if match := re.fullmatch(r"mlp(\d+)x_gelu", kind):
-        layers: list[nn.Module] = [nn.Linear(config.mm_hidden_size, config.hidden_size)]
+        layers: list[nn.Module] = [Linear(config.mm_hidden_size, config.hidden_size)]
         for _ in range(int(match[1]) - 1):
-            layers += [nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)]
+            layers += [nn.GELU(), Linear(config.hidden_size, config.hidden_size)]
         return nn.Sequential(*layers)
     raise ValueError(
         f"Unknown projector type: {kind!r}, choose from linear, identity, mlp<depth>x_gelu"

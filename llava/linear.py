@@ -1,0 +1,79 @@
+"""Products of tokens and weights, on a CPU by the kernels of torch that suit their sizes.
+
+In fp32 torch hands all of them to MKL in the same way. Products of few tokens wait for the weights
+alone; on the processor that this was measured on (docs/Efficiency.md) MKL reads those at two thirds
+of the memory's speed for one token, and at a third for a few. torch has kernels that are faster.
+Results differ in the order of summation alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: numbers of a weight that stays in a processor's own cache (1 MB)
+SMALL = 2**18
+#: outputs that are computed together for a single token, from inputs of so many numbers at most
+BLOCK, WIDEST = 128, 2048
+#: most tokens for which small weights are the left operand
+FEW = 8
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`; without gradients and in fp32 on a CPU computed by `product`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_ours(x) and is_ours(self.weight) and not torch.is_grad_enabled():
+            return product(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+def fast_linears(module: nn.Module) -> None:
+    """Makes every plain `nn.Linear` in a module that others wrote a `Linear`, with its weights."""
+    for part in module.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = Linear
+
+
+def is_ours(x: Tensor) -> bool:
+    """Whether products of x are fp32 on a CPU that torch uses MKL on."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.is_contiguous()
+        and HAS_KERNELS
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+HAS_KERNELS = (
+    torch.backends.mkl.is_available()
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., K) times the transpose of weight (N, K), plus bias (N,) -> (..., N).
+
+    All are contiguous, in fp32 and on a CPU; nothing is differentiated.
+    """
+    tokens, outputs, inputs = x.shape[:-1].numel(), *weight.shape
+    if tokens == 1 and inputs <= WIDEST and outputs % BLOCK == 0:
+        out = _in_blocks(x.view(inputs, 1), weight)
+    elif 1 < tokens <= FEW and weight.numel() <= SMALL:
+        out = (weight @ x.view(tokens, inputs).t()).t().contiguous()
+    elif tokens > 1 and weight.numel() > SMALL:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # oneDNN
+    else:
+        return F.linear(x, weight, bias)
+    out = out.view(*x.shape[:-1], outputs)
+    return out if bias is None else out + bias
+
+
+def _in_blocks(column: Tensor, weight: Tensor) -> Tensor:
+    """weight (N, K) times a column (K, 1) as products of blocks of its rows: MKL's kernel for those
+    reads several rows at once, that for a matrix and a vector one."""
+    blocks = weight.view(-1, BLOCK, weight.shape[1])
+    return torch.bmm(blocks, column.expand(len(blocks), -1, -1))

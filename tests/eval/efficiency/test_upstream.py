@@ -1,0 +1,88 @@
+"""transformers' LLaVA on our weights: the same answers, and times beside ours."""
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig
+
+from llava.eval.efficiency import upstream
+from llava.eval.efficiency.measure import Variant, Workload
+from llava.eval.efficiency.random_model import build_random_model
+from llava.eval.efficiency.stock import IMAGE_ID, stock_llava
+from llava.eval.efficiency.upstream import ALONE, UPSTREAM, rows_of
+from llava.model import LlavaConfig
+from llava.pruning import Pruner
+from llava.pruning.testing.tiny import make_own_grids_model
+from tests.conftest import TINY, TOWER
+from tests.paths import GOLDEN
+
+#: a decoder whose answers take four layers' worth of work, behind the tower of LLaVA-1.5
+MEDIUM = ["--config", "0.6b", "--layers", "4"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_random_model(LlavaConfig(**TINY), CLIPVisionConfig(**TOWER))
+
+
+@torch.no_grad()
+def test_logits_are_those_of_transformers_llava(model):
+    work = Workload.random(model, 2, 8, 1)
+    ids = work.input_ids
+    theirs = stock_llava(model)
+    marked = ids.masked_fill(ids < 0, IMAGE_ID)
+    wanted = theirs(marked, work.images, attention_mask=torch.ones_like(marked)).logits
+    model.pruner = Pruner()
+    found = model(input_ids=ids, images=work.images).logits
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_both_hold_the_same_memory(model):
+    ours, theirs = model.model.layers[0].mlp.up_proj, stock_llava(model).language_model
+    assert theirs.model.layers[0].mlp.up_proj.weight.data_ptr() == ours.weight.data_ptr()
+    assert theirs.config._attn_implementation == "sdpa"
+
+
+def test_models_that_transformers_has_not_are_refused():
+    with pytest.raises(ValueError, match="models as LLaVA-1.5"):
+        stock_llava(make_own_grids_model())
+
+
+def test_every_way_is_compared_within_its_rounds():
+    def variant(name, *rounds):
+        made = Variant(name, None)
+        names = ("decode",) if name == ALONE else ("decode", "first_token")
+        made.rounds = [dict(zip(names, values, strict=True)) for values in rounds]
+        return made
+
+    variants = [
+        variant(UPSTREAM, (0.2, 3.0), (0.4, 6.0), (0.2, 3.0)),
+        variant(ALONE, (0.1,), (0.2,), (0.1,)),
+        variant("dense", (0.1, 1.5), (0.2, 3.0), (0.05, 1.5)),
+    ]
+    rows = {row.name: row for row in rows_of(variants, 10**9)}
+    assert rows[UPSTREAM].first == rows[UPSTREAM].later == 1
+    dense = rows["dense"]
+    assert (dense.first, dense.later, dense.later_alone) == (0.5, 0.5, 1.0)
+    assert (dense.first_ms, dense.later_ms, dense.gigabytes) == (1500.0, 100.0, 10.0)
+    assert rows[ALONE].first_ms is rows[ALONE].first is None and rows[ALONE].later == 0.5
+
+
+def test_the_program_measures_all_ways_and_compares_answers(capsys):
+    argv = ["--config", str(GOLDEN / "tiny-llava-v1.5"), "--layers", "4", "--output-tokens", "4"]
+    argv += ["--methods", "vispruner", "--repeats", "1", "--warmup", "0", "--processor-time"]
+    result = upstream.main(argv)
+    assert [row["name"] for row in result["rows"]] == [UPSTREAM, ALONE, "dense", "vispruner"]
+    assert result["about"]["same_answers"] and result["about"]["rounds"] == 1
+    assert "| dense |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_first_token_and_later_ones_come_sooner_than_from_transformers():
+    """By processor time, so that other programs do not decide."""
+    argv = [*MEDIUM, "--repeats", "3", "--warmup", "1", "--output-tokens", "9"]
+    argv += ["--methods", "vispruner", "--processor-time"]
+    result = upstream.main(argv)
+    rows = {row["name"]: row for row in result["rows"]}
+    assert result["about"]["same_answers"]
+    assert rows["dense"]["first"] < 1 and rows["dense"]["later"] < 0.9
+    assert rows["vispruner"]["first"] < rows["dense"]["first"]

@@ -1,0 +1,91 @@
+"""Products of tokens and weights: what `nn.Linear` gives, by the kernel that suits the sizes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llava import linear
+from llava.linear import Linear, fast_linears, product
+
+#: outputs, inputs: in blocks for one token, small, wide, and large
+SHAPES = [(256, 96), (100, 96), (256, 2304), (768, 512)]
+
+needs_kernels = pytest.mark.skipif(not linear.HAS_KERNELS, reason="torch has no MKL here")
+
+
+def made(outputs, inputs, tokens=(), bias=True):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(*tokens, inputs), (outputs, inputs), (outputs,)]
+    x, weight, own = (torch.randn(shape, generator=generator) for shape in shapes)
+    return x, weight, own if bias else None
+
+
+@needs_kernels
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokens", [(1, 1), (1,), (2, 1), (1, 5), (3, 4), (2, 40), (0, 1)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_are_those_of_torch(shape, tokens, bias):
+    x, weight, own = made(*shape, tokens, bias)
+    found, wanted = product(x, weight, own), F.linear(x, weight, own)
+    assert found.is_contiguous() and found.shape == wanted.shape
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "shape, tokens, called",
+    [
+        ((256, 96), 1, "bmm"),
+        ((100, 96), 1, "addmm"),
+        ((256, 2304), 1, "addmm"),
+        ((100, 96), 4, "mm"),
+        ((100, 96), 9, "addmm"),
+        ((768, 512), 1, "bmm"),
+        ((768, 512), 2, "_linear_pointwise"),
+        ((768, 512), 90, "_linear_pointwise"),
+    ],
+)
+def test_the_kernel_follows_from_the_sizes(shape, tokens, called):
+    names = []
+
+    class Names(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    x, weight, bias = made(*shape, (tokens,))
+    with Names():
+        product(x, weight, bias)
+    products = {"bmm", "mm", "addmm", "_linear_pointwise"}
+    assert [name for name in names if name in products] == [called]
+
+
+def test_gradients_half_precision_and_autocast_go_through_torch(monkeypatch):
+    monkeypatch.setattr(linear, "product", None)  # a call would fail
+    layer, x = Linear(8, 128), torch.randn(1, 8)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad():
+        layer(torch.randn(8, 4).t())  # not one behind the other
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+@needs_kernels
+def test_layers_of_others_keep_their_weights(monkeypatch):
+    class Own(nn.Linear):
+        pass
+
+    module = nn.Sequential(nn.Linear(8, 128), nn.Sequential(nn.Linear(128, 4)), Own(4, 4))
+    x, names = torch.randn(1, 8), list(module.state_dict())
+    with torch.no_grad():
+        wanted = module(x)
+    fast_linears(module)
+    assert [type(module[0]), type(module[1][0]), type(module[2])] == [Linear, Linear, Own]
+    calls = []
+    monkeypatch.setattr(linear, "product", lambda *a: calls.append(a) or product(*a))
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), wanted)
+    assert len(calls) == 2 and list(module.state_dict()) == names
