@@ -66,5 +66,8 @@ setup(
         "urllib3>=2",  # part of requests: how often a judge is asked again
     ],
     extras_require=EXTRAS,
-    entry_points={"lmms_eval.models": ["llava_pruning = llava.eval.plugins.lmms:manifest"]},
+    entry_points={
+        "console_scripts": ["llava = llava.command:main"],
+        "lmms_eval.models": ["llava_pruning = llava.eval.plugins.lmms:manifest"],
+    },
 )

@@ -175,13 +175,19 @@ list_benchmarks() {
 # run_all ARGUMENTS: runs every benchmark there is data for; a table of all scores. One that fails
 # does not stop the others.
 run_all() {
-    local name failed=()
+    local name seen= failed=()
     SCORE_LIST=$(mktemp)
     export SCORE_LIST WORDS_READ=${words:-}
     while read -r name <&3; do
+        seen=1
         echo "=== $name"
         SPLIT='' bash scripts/v1_5/eval/benchmark.sh "$name" "$@" || failed+=("$name")
     done 3< <(list_benchmarks)
+    if [ -z "$seen" ]; then
+        echo "error: there is no data of any benchmark in ${DATA_DIR:-$DEFAULT_DATA}" >&2
+        rm "$SCORE_LIST"
+        return 1
+    fi
     "$PYTHON" -m llava.eval.score_table --list "$SCORE_LIST"
     rm "$SCORE_LIST"
     [ ${#failed[@]} = 0 ] || { printf 'error: %s failed\n' "${failed[@]}" >&2 && return 1; }

@@ -80,6 +80,8 @@ def main():
     if args.list:
         with open(args.list, encoding="utf-8") as file:
             files = [*files, *file.read().splitlines()]
+    if not files:
+        raise ValueError("no score to show: name .score.json files, or --list a file that does")
     results = [read_score(path) for path in files]
     print(table(results))
     print(json.dumps({result["benchmark"]: result["score"] for result in results}))

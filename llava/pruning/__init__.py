@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from ..spelling import did_you_mean
 from .adaptprune import AdaptPrune
 from .base import DecoderPruner, Pruner, SelectPruner, option_names, two_budgets
 from .cdpruner import CDPruner
-from .chain import Chain, split_options
+from .chain import Chain, shared_budget, split_options
 from .choice import BUDGETS, all_names, as_published, choose, open_group, translate
 from .divprune import DivPrune
 from .downsample import Downsample
@@ -74,13 +75,25 @@ def build_pruner(name: str = "none", **options) -> Pruner:
     method = METHODS.usable(name)
     options, known = translate(method, options), option_names(method)
     if unknown := [key for key in options if key not in known]:
+        meant = did_you_mean(unknown[0], known)
         raise ValueError(
-            f"unknown option {', '.join(map(repr, unknown))} for pruning method {name!r}, "
+            f"unknown option {', '.join(map(repr, unknown))} for pruning method {name!r}{meant}, "
             f"choose from {', '.join(known) or 'none (it has no options)'}"
         )
     if len(given := [options[key] for key in BUDGETS if options.get(key) is not None]) > 1:
         raise ValueError(two_budgets(*given))
     return method(**options)
+
+
+def build_with_budget(name: str, budget: dict, **options) -> Pruner:
+    """As `build_pruner`, for programs that give several methods the same budget: of "a+b" it is
+    what b leaves, and a leaves twice as many unless an option says otherwise.
+
+    budget: `visual_token_num` or `visual_token_ratio`, or nothing
+    """
+    if "+" in name:
+        return build_pruner(name, **shared_budget(name, budget, options))
+    return build_pruner(name, **{**options, **budget})
 
 
 def can_draft(method: type[Pruner | DecoderStage]) -> bool:
@@ -186,6 +199,7 @@ __all__ = [
     "VisionTokens",
     "all_option_names",
     "build_pruner",
+    "build_with_budget",
     "can_draft",
     "fills",
     "guess_method",

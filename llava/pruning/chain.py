@@ -122,6 +122,23 @@ class Chain(Pruner):
         return self.second.token_schedule(left, num_layers, crops)
 
 
+def shared_budget(name: str, options: dict, given: dict) -> dict:
+    """The options of "a+b" where programs give several methods one budget: it is what b leaves, and
+    a leaves twice as many unless `given`, further options, say otherwise.
+
+    options: the budget, as `visual_token_num` or `visual_token_ratio`
+    """
+    first, second = name.split("+")
+    found = {}
+    for key, value in options.items():
+        before = given.get(f"{first}_{key}")
+        if before is None:
+            before = min(1.0, 2 * value) if isinstance(value, float) else 2 * value
+        found[f"{first}_{key}"] = before
+        found[f"{second}_{key}"] = value / before if isinstance(value, float) else value
+    return found | given
+
+
 def split_options(name: str, options: dict) -> list[tuple[str, dict]]:
     """The two methods in "a+b", each with its own options: those with its name as a prefix.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..spelling import did_you_mean
 from .base import Pruner, option_names
 
 Methods = Mapping[str, type[Pruner]]
@@ -37,7 +38,8 @@ def choose(methods: Methods, options: Mapping[str, object], default: str) -> str
         return default
     owners = {key: [n for n, cls in methods.items() if key in names_of(cls)] for key in options}
     if unknown := [key for key, names in owners.items() if not names]:
-        raise ValueError(f"no pruning method has an option {', '.join(map(repr, unknown))}")
+        meant = did_you_mean(unknown[0], all_names(methods))
+        raise ValueError(f"no pruning method has an option {', '.join(map(repr, unknown))}{meant}")
     able = [name for name in methods if all(name in names for names in owners.values())]
     if len(able) == 1:
         return able[0]

@@ -7,6 +7,7 @@ import ast
 import sys
 
 from ..constants import STRATEGIES
+from ..spelling import suggest_options
 from . import METHODS, Pruner, all_option_names, build_pruner, can_draft, guess_method, no_drafter
 from .choice import all_names
 
@@ -40,6 +41,7 @@ def add_option_args(parser: argparse.ArgumentParser, group=None) -> None:
     """Adds all of these but --pruning-method and --generation-strategy, for programs that take the
     method elsewhere. group: of the parser, where they stand in its help"""
     group = group or parser
+    suggest_options(parser)
     group.add_argument(
         "--visual-token-num",
         "--visual_token_num",
@@ -67,6 +69,15 @@ def add_option_args(parser: argparse.ArgumentParser, group=None) -> None:
         return parse(*arguments, **more)
 
     parser.parse_known_args = parse_known_args
+
+
+def method_name(text: str) -> str:
+    """The type of options that take names of methods: one of `METHODS`, or two as METHOD+METHOD."""
+    try:
+        build_pruner(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def add_flag(parser, option: str) -> None:

@@ -70,13 +70,16 @@ class Plan:
         return kv_cache_bytes(shape, self.entries + text * shape.num_layers)
 
 
+DOES_NOT_RUN = "does not run here: "
+
+
 def describe(pruner: Pruner, shape: DecoderShape, crops: int, text: int) -> Iterator[str]:
     """Lines about a method on one model; `text` text tokens stand beside those of the image."""
     dense = Plan.of(Pruner(), shape, crops)
     try:
         plan = Plan.of(pruner, shape, crops)
     except ValueError as error:
-        yield f"does not run here: {error}"
+        yield f"{DOES_NOT_RUN}{error}"
         return
     most = "at most " if pruner.adaptive else ""
     yield f"tokens entering layer {most}{plan.runs()}"
@@ -167,8 +170,12 @@ def main(arguments: list[str] | None = None) -> None:
     for part in pruner.name.split("+"):
         print(sentence_about(METHODS[part]))
     print(pruner)
+    runs = False
     for version, crops in CROPS.items():
         for title, shape in sizes(args.layers):
             print(f"\n{version} {title}")
             for line in describe(pruner, shape, crops, args.text_tokens):
                 print(f"  {line}")
+                runs |= not line.startswith(DOES_NOT_RUN)
+    if not runs:
+        sys.exit(1)

@@ -20,6 +20,7 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import ClassVar
 
+from ..spelling import did_you_mean
 from .base import Pruner
 from .published import Published
 
@@ -99,7 +100,10 @@ class Methods(MutableMapping[str, type[Pruner]]):
         """The class of the method. Raises ValueError, with the choices, on an unknown name, and
         with the cause where the package that brings it cannot be used."""
         if name not in self:
-            raise ValueError(f"unknown pruning method {name!r}, choose from {', '.join(self)}")
+            meant = did_you_mean(name, self)
+            raise ValueError(
+                f"unknown pruning method {name!r}{meant}, choose from {', '.join(self)}"
+            )
         method = self[name]
         if issubclass(method, Unusable):
             raise ValueError(method.reason) from method.cause

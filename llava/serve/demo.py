@@ -3,8 +3,8 @@
     python -m llava.serve.demo
 
 Serves the playground checkpoint unless --model-path names another, on this machine only, with a
-token made up for this run. Ctrl-C stops all three. Further options go to the worker, for example
---device cpu or --pruning-method vispruner.
+token made up for this run. Ctrl-C stops all three. The options of the worker are taken as well, for
+example --device cpu or --pruning-method vispruner.
 """
 
 from __future__ import annotations
@@ -111,8 +111,42 @@ def is_listening(host: str, port: int) -> bool:
         return False
 
 
+#: options of the worker that the demo sets
+SET_HERE = ("--help", "--host", "--port", "--controller-address", "--model-path", "--token-file")
+
+
+class Parser(argparse.ArgumentParser):
+    """Its help has the options of the worker, too."""
+
+    def format_help(self) -> str:
+        sections = worker_parser().format_help().partition("\n\n")[2]
+        return f"{super().format_help()}\nof the worker, which answers:\n\n{sections}"
+
+
+def worker_parser() -> argparse.ArgumentParser:
+    """The options of the worker, those of `SET_HERE` hidden. Imports what it needs, which takes
+    seconds: only for help, and where there are further options."""
+    from .model_worker import build_parser
+
+    parser = build_parser()
+    parser.prog, parser.description = "python -m llava.serve.demo", None
+    for action in parser._actions:
+        if set(SET_HERE) & set(action.option_strings):
+            action.help = argparse.SUPPRESS
+    return parser
+
+
+def check_worker_args(words: list[str]) -> None:
+    """Ends the program, or raises ValueError, on options that the worker would refuse, before
+    anything is started."""
+    if words:
+        from ..pruning.cli import pruner_from_args
+
+        pruner_from_args(worker_parser().parse_args(words))
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--host", default=HERE, help="where the web page listens")
     parser.add_argument("--port", type=int, default=7860, help="of the web page")
     parser.add_argument("--model-path", help="default: the playground checkpoint")
@@ -165,6 +199,7 @@ def interrupt(*_) -> None:
 def main() -> None:
     args, worker_args = build_parser().parse_known_args()
     protect_standard_streams()
+    check_worker_args(worker_args)
     signal.signal(signal.SIGTERM, interrupt)
     try:
         run(args, worker_args)

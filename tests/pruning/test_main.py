@@ -68,6 +68,10 @@ def test_numbers_of_the_dense_7b_model():
 
 
 def test_a_budget_that_does_not_fit_one_model_is_told_for_that_model(capsys):
+    with pytest.raises(SystemExit) as stop:  # on no model at all
+        lines(capsys, "vispruner", "--visual-token-num", "9999")
+    assert stop.value.code == 1
+    capsys.readouterr()
     out = lines(capsys, "vispruner", "--visual-token-num", "640")
     assert sum("does not run here: visual_token_num (640) exceeds" in line for line in out) == 2
     assert "tokens entering layer 0-31: 640" in out

@@ -444,3 +444,20 @@ def test_the_demo_starts_with_one_command_and_leaves_nothing_behind(tmp_path):
         assert not any(map(is_running, parts))
     finally:
         running.kill()
+
+
+def test_the_help_of_the_demo_has_the_options_of_the_worker():
+    text = demo.build_parser().format_help()
+    for flag in ("--port", "--device", "--dtype", "--pruning-method", "--trained-part"):
+        assert f"  {flag}" in text
+    assert text.count("--model-path MODEL_PATH") == 2  # in its usage and its list alone
+    assert "--controller-address" not in text
+
+
+def test_the_demo_refuses_words_that_the_worker_would_refuse_before_it_starts(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "run", lambda *_: pytest.fail("it was started"))
+    with pytest.raises(SystemExit):
+        run_program(demo, monkeypatch, "--devise", "cpu")
+    assert "(did you mean '--device'?)" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="'fastvv' .did you mean 'fastv'"):
+        run_program(demo, monkeypatch, "--pruning-method", "fastvv")

@@ -10,6 +10,8 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from llava.spelling import did_you_mean
+
 if TYPE_CHECKING:
     from llava.eval.benchmarks.benchmark import Benchmark
 
@@ -52,4 +54,5 @@ def find_benchmark(name: str) -> Benchmark:
     short = name.removesuffix("_val").removesuffix("_dev")
     if found := known.get(name) or known.get(short):
         return found
-    raise ValueError(f"unknown benchmark {name!r}, choose from {', '.join(known)}")
+    meant = did_you_mean(name, known)
+    raise ValueError(f"unknown benchmark {name!r}{meant}, choose from {', '.join(known)}")

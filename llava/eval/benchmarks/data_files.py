@@ -104,7 +104,8 @@ def main():
     if args.benchmark == "list":
         start = f"{args.sets}_" if args.sets else ""
         names = [name for name in present(args.data_dir) if name.startswith(start)]
-        print(*(name.removeprefix(start) for name in names), sep="\n")
+        for name in names:
+            print(name.removeprefix(start))
     else:
         print(assignments(find_benchmark(args.benchmark), args.data_dir))
 

@@ -122,6 +122,10 @@ def main():
         files += [
             os.path.join(args.result_dir, name) for name in sorted(os.listdir(args.result_dir))
         ]
+    if not any(path.endswith(".jsonl") for path in files):
+        raise ValueError(
+            "nothing to score: name a --result-file, or a --result-dir with .jsonl files"
+        )
     with broken_files_named((args.annotation_file,), args.annotation_file):
         annotations = read_annotations(args.annotation_file)
     for path in files:

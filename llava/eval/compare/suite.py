@@ -40,9 +40,9 @@ from llava.eval.scoring.units import Units
 from llava.mm_utils import get_model_name_from_path
 from llava.model.block_encoding import UnfitBudget
 from llava.model_args import add_model_args
-from llava.pruning import METHODS, build_pruner
+from llava.pruning import METHODS, build_pruner, build_with_budget
 from llava.pruning.base import option_names
-from llava.pruning.cli import parse_pair
+from llava.pruning.cli import method_name, parse_pair
 from llava.weight_files import local_folder
 
 
@@ -57,24 +57,29 @@ def plan(args, num_tokens: int | None) -> list[Run]:
     """
     runs = [Run(DENSE, Budget(num_tokens), build_pruner())]
     budgets = {b for b in args.tokens if b != Budget() and (b.tokens or 0) < (num_tokens or inf)}
-    for method in sorted(args.methods, key=lambda name: not METHODS[name].makes_images_smaller):
+    methods = [name for name in dict.fromkeys(args.methods) if name != DENSE]  # which runs anyway
+    for method in sorted(methods, key=lambda name: name not in makes_images_smaller()):
         prefix = f"{method}."
         own = [arg.removeprefix(prefix) for arg in args.pruning_arg if arg.startswith(prefix)]
         options = dict(map(parse_pair, own))
         build_pruner(method, **options)  # without a budget: what is wrong now is an option
         for budget in sorted(budgets, key=lambda budget: budget.order, reverse=True):
             try:
-                runs.append(
-                    Run(method, budget, build_pruner(method, **{**options, **budget.options}))
-                )
+                pruner = build_with_budget(method, budget.options, **options)
+                runs.append(Run(method, budget, pruner))
             except ValueError as error:
                 runs.append(Run(method, budget, None, _reason(error, method, budget)))
     return runs
 
 
+def makes_images_smaller() -> list[str]:
+    """The methods that do."""
+    return [name for name, method in METHODS.items() if method.makes_images_smaller]
+
+
 def _reason(error: ValueError, method: str, budget: Budget) -> str:
     """Why a method does not run at a budget."""
-    if budget.options.keys() <= set(option_names(METHODS[method])):
+    if "+" in method or budget.options.keys() <= set(option_names(METHODS[method])):
         return str(error)
     return "its budget is a number of tokens, it takes no share of them"
 
@@ -90,6 +95,13 @@ def try_out(model, runs: list[Run], model_path: str) -> None:
                 run.refused = str(error)
                 for path in (os.path.abspath(model_path), model_path):
                     run.refused = run.refused.replace(path, os.path.basename(model_path))
+
+
+def check_some_run(runs: list[Run]) -> None:
+    """Raises ValueError, with the reasons, where methods were asked for and none of them runs."""
+    if len(runs) > 1 and all(run.refused for run in runs[1:]):
+        reasons = dict.fromkeys(f"{run.method} {run.budget}: {run.refused}" for run in runs[1:])
+        raise ValueError(f"none of the methods runs here: {'; '.join(reasons)}")
 
 
 def answers_path(out: str, run: Run, benchmark: Benchmark) -> str:
@@ -257,7 +269,14 @@ def add_suite_args(parser: argparse.ArgumentParser, out: str) -> None:
     )
     methods = sorted(METHODS.keys() - {DENSE})
     parser.add_argument(
-        "--methods", nargs="+", default=methods, choices=methods, help="default: all"
+        "--methods",
+        nargs="+",
+        default=methods,
+        type=method_name,
+        metavar="METHOD",
+        help="methods, or two in a row as METHOD+METHOD (the budget is what the second one leaves, "
+        "and the first leaves twice as many unless --pruning-arg says otherwise); the unpruned "
+        f"model is always run. Default: all, {', '.join(methods)}",
     )
     parser.add_argument("--pruning-arg", action="append", default=[], metavar="METHOD.KEY=VALUE")
     parser.add_argument("--tasks", nargs="+", choices=sorted(scored_here()), help="default: all")
@@ -300,6 +319,7 @@ def prepare(args) -> tuple[AnswerLoop, list[Run], dict[Benchmark, Records], Work
     loop.count_tokens = True
     runs = plan(args, tokens_of_an_image(loop.model))
     try_out(loop.model, runs, args.model_path)
+    check_some_run(runs)
     os.makedirs(args.out, exist_ok=True)
     return loop, runs, benchmarks, workers
 

@@ -50,7 +50,7 @@ from llava.eval.files.records import read_jsonl
 from llava.model_args import add_model_args
 from llava.playground import default_model_path
 from llava.pruning import METHODS, can_draft
-from llava.pruning.cli import parse_pair
+from llava.pruning.cli import method_name, parse_pair
 
 QUESTIONS = "describe/questions.jsonl"
 
@@ -58,7 +58,7 @@ QUESTIONS = "describe/questions.jsonl"
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     able = [name for name, cls in METHODS.items() if can_draft(cls)]
-    parser.add_argument("--methods", nargs="+", default=able, choices=sorted(METHODS))
+    parser.add_argument("--methods", nargs="+", default=able, type=method_name)
     parser.add_argument("--visual-token-num", "--visual_token_num", type=int, default=64)
     parser.add_argument("--num-speculations", type=int, help="most guesses in a row")
     parser.add_argument("--pruning-arg", action="append", default=[], metavar="METHOD.KEY=VALUE")
@@ -99,7 +99,7 @@ def options_by_method(pairs: list[str]) -> dict[str, dict]:
     options: dict[str, dict] = {}
     for pair in pairs:
         method, dot, rest = pair.partition(".")
-        if not dot or method not in METHODS:
+        if not dot or not all(part in METHODS for part in method.split("+")):
             raise ValueError(f"--pruning-arg {pair!r} must have the form METHOD.KEY=VALUE")
         key, value = parse_pair(rest)
         options.setdefault(method, {})[key] = value

@@ -21,7 +21,7 @@ from llava.eval.efficiency.stock import stock_decoder, time_stock
 from llava.eval.efficiency.stopwatch import Stopwatch
 from llava.eval.progress import progress
 from llava.model.multimodal_encoder.qwen2_5_vl_images import smart_resize
-from llava.pruning import METHODS, Pruner, build_pruner, trace_pruning
+from llava.pruning import METHODS, Pruner, build_pruner, build_with_budget, trace_pruning
 from llava.pruning.base import option_names
 from llava.pruning.cost import FORMULAS, prefill_flops
 from llava.pruning.cues import check_needs
@@ -195,9 +195,9 @@ def llava_facts(model, pruner: Pruner, workload: Workload) -> dict:
 def with_budget(name: str, visual_token_num: int | None, **options) -> Pruner:
     """The method with this budget, where it takes one and one is given, and further options."""
     known = option_names(METHODS[name]) if name in METHODS else ["visual_token_num"]
-    if visual_token_num is not None and "visual_token_num" in known:
-        options["visual_token_num"] = visual_token_num
-    return build_pruner(name, **options)
+    if visual_token_num is None or "visual_token_num" not in known:
+        return build_pruner(name, **options)
+    return build_with_budget(name, {"visual_token_num": visual_token_num}, **options)
 
 
 def make_pruner(name: str, visual_token_num: int, model, **options) -> Pruner:

@@ -62,6 +62,7 @@ from llava.eval.plotting import import_pyplot
 from llava.model_args import DTYPES, add_option
 from llava.playground import default_model_path
 from llava.pruning import METHODS, Pruner
+from llava.spelling import suggest_options
 
 ALL = "all"
 
@@ -137,10 +138,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sizes = f"{', '.join(CONFIGS)}, playground, or a checkpoint folder"
     add("--config", default="playground", help=f"sizes to measure: {sizes} (default: playground)")
     add_shape_args(parser)
-    add(
+    parser.add_argument(
+        "--methods",
         "--method",
-        default=ALL,
-        help="methods to measure, with commas between them, or all (the default)",
+        dest="method",
+        nargs="+",
+        default=[ALL],
+        metavar="METHOD",
+        help="methods to measure, two in a row as METHOD+METHOD, or all (the default)",
     )
     add("--visual-token-num", type=int, default=64, help="token budget per image (default: 64)")
     add("--dtype", choices=DTYPES, help="default: bf16, fp32 on a CPU without bf16 products")
@@ -189,7 +194,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="write the result there, too")
     add("--markdown", metavar="FILE", help="write the table into this page, between its marks")
     add("--plot", metavar="FILE", help="draw the times there (.png, .svg, .pdf)")
+    suggest_options(parser)
     args = parser.parse_args(argv)
+    args.method = ",".join(args.method)  # commas between them work as well
     for name in ("repeats", "prompt_length", "visual_token_num"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
@@ -292,6 +299,8 @@ def main(argv: list[str] | None = None) -> dict:
     for method, reason in refused.items():
         print(f"not measured: {method}: {reason}")
     result = {"about": about, "refused": refused, "runs": []}
+    if not pruners and refused:
+        raise ValueError("no method can be measured with these options, see above")
     if args.count_kernels:
         run_counts(args, model, pruners, result)
         return finish(args, result)

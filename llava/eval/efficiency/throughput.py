@@ -40,7 +40,7 @@ from llava.front_end import FrontEnd
 from llava.model.multimodal_encoder.qwen2_5_vl_images import Qwen2_5_VLImageProcessor
 from llava.model_args import PIXELS, add_model_args
 from llava.playground import default_model_path
-from llava.pruning import METHODS
+from llava.pruning.cli import method_name
 
 QUESTIONS = "gqa/llava_gqa_testdev_balanced.jsonl"
 #: sizes for a busy CPU, behind the tower of the playground: width, inner width, layers, heads
@@ -181,7 +181,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--layers", type=int, help="so many decoder layers of the --config, in place of all"
     )
-    parser.add_argument("--methods", nargs="+", default=["none"], choices=sorted(METHODS))
+    parser.add_argument("--methods", nargs="+", default=["none"], type=method_name)
     parser.add_argument("--visual-token-num", type=int, help="default: each method's own")
     add_question_args(parser, QUESTIONS)
     parser.add_argument("--images", type=int, default=5, help="number of images")

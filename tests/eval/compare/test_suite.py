@@ -14,6 +14,7 @@ import pytest
 from llava.eval import score
 from llava.eval.benchmarks import find_benchmark
 from llava.eval.compare import suite, suite_report
+from llava.eval.compare.budget import Budget
 from llava.eval.files import records
 from llava.eval.files.answer_lines import Answer
 from llava.pruning import Pruner, build_pruner
@@ -133,6 +134,29 @@ def test_an_unknown_option_or_benchmark_is_found_before_anything_runs(args, tmp_
     os.remove(os.path.join(args.data_dir, find_benchmark("sqa").questions))
     with pytest.raises(ValueError, match="has no questions of sqa"):
         suite.available(["pope", "sqa"], args.data_dir)
+
+
+def test_a_pair_of_methods_leaves_the_budget_and_its_first_method_twice_as_many(args):
+    args.methods, args.tokens = ["none", "vispruner+fastv"], [Budget(64), Budget(share=0.25)]
+    args.pruning_arg = ["vispruner+fastv.fastv_layer=3"]
+    dense, share, number = suite.plan(args, 576)
+    assert (dense.method, share.method) == ("none", "vispruner+fastv")
+    first, second = number.pruner.methods
+    assert (first.visual_token_num, second.visual_token_num, second.layer) == (128, 64, 3)
+    first, second = share.pruner.methods
+    assert first.visual_token_ratio * second.visual_token_ratio == share.budget.share
+    args.pruning_arg += ["vispruner+fastv.vispruner_visual_token_num=192"]
+    args.tokens = [Budget(64)]
+    first, second = suite.plan(args, 576)[1].pruner.methods
+    assert (first.visual_token_num, second.visual_token_num) == (192, 64)
+
+
+def test_a_suite_of_which_nothing_runs_is_an_error(args):
+    args.methods, args.tokens = ["mustdrop"], [Budget(33)]
+    with pytest.raises(ValueError, match="none of the methods runs here: mustdrop 33: "):
+        suite.check_some_run(suite.plan(args, 576))
+    args.tokens = []
+    suite.check_some_run(suite.plan(args, 576))  # the unpruned model alone
 
 
 def test_answers_of_another_precision_are_not_taken_for_its_own(args):

@@ -1,0 +1,58 @@
+"""Messages about unknown words say which known one may have been meant."""
+
+import argparse
+
+import pytest
+
+from llava.eval.benchmarks import find_benchmark
+from llava.pruning import METHODS, build_pruner
+from llava.pruning.cli import add_pruning_args
+from llava.spelling import did_you_mean, suggest_options
+
+
+def test_the_nearest_word_is_named_and_nothing_where_none_is_near():
+    assert did_you_mean("visprunr", METHODS) == " (did you mean 'vispruner'?)"
+    assert did_you_mean("FastV", METHODS) == " (did you mean 'fastv'?)"
+    assert did_you_mean("magic", METHODS) == ""
+
+
+def test_methods_options_and_benchmarks_are_suggested():
+    with pytest.raises(ValueError, match=r"'divprun' \(did you mean 'divprune'\?\), choose from"):
+        build_pruner("divprun")
+    with pytest.raises(ValueError, match=r"\(did you mean 'important_ratio'\?\)"):
+        build_pruner("vispruner", importent_ratio=0.5)
+    with pytest.raises(ValueError, match=r"'textvqua' \(did you mean 'textvqa'\?\)"):
+        find_benchmark("textvqua")
+
+
+@pytest.fixture
+def parser():
+    made = argparse.ArgumentParser()
+    made.add_argument("--device", choices=("cuda", "cpu"))
+    add_pruning_args(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    "words, meant",
+    [
+        (["--visual-token-nun", "3"], "--visual-token-num"),
+        (["--importent-ratio=0.5"], "--important-ratio"),
+        (["--device", "cude"], "cuda"),
+        (["--generation-strategy", "selfspeculative"], "self_speculative"),
+    ],
+)
+def test_a_parser_suggests_options_and_choices(parser, words, meant, capsys):
+    with pytest.raises(SystemExit):
+        parser.parse_args(words)
+    assert f"(did you mean '{meant}'?)" in capsys.readouterr().err
+
+
+def test_a_parser_keeps_its_other_messages(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("file")
+    suggest_options(parser)
+    for words, said in (([], "required: file\n"), (["a", "--quite"], "arguments: --quite\n")):
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+        assert capsys.readouterr().err.endswith(said)
