@@ -1,6 +1,8 @@
 """Answers requests with one loaded model: checks and prepares them, generates, reports.
 
-Everything here but `Engine.stream` runs in threads; the model is shared as `turns` describes.
+Everything here but `Engine.stream` runs in threads; the model is shared as `turns` describes. Where
+its language model is in a server (`--engine`), a request has a turn for its images and its method
+alone: answers come from the server side by side.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from transformers import TextStreamer
 
 from ..constants import DEFAULT_IMAGE_TOKEN
 from ..conv_mode import choose_conv_mode
+from ..engine.server import EngineError, RefusedError
 from ..front_end import FrontEnd
 from ..model.context import PromptTooLong, position_limit
 from ..pruning import Pruner
 from .dialogue import last_question
-from .errors import ServeError, encode_chunk
+from .errors import ServeError, encode_chunk, server_gone, server_refused
 from .images import decode_images
 from .limits import LIMITS, Limits
 from .methods import MethodShelf, offer, settings, unavailable
@@ -187,7 +190,7 @@ class Engine:
         """In a thread of its own: the whole answer, or the reason why there is none."""
         with suppress(Aborted):
             try:
-                with torch.inference_mode(), job.seat:
+                with torch.inference_mode():
                     self._generate(job, outbox)
             except PromptTooLong:
                 outbox.put(too_long(job))
@@ -199,28 +202,31 @@ class Engine:
                 outbox.end()
 
     def _generate(self, job: Job, outbox: Outbox) -> None:
-        request = job.request
-        sampling = {"do_sample": False}
-        if request.temperature > LEAST_TEMPERATURE:
-            sampling = {
-                "do_sample": True,
-                "temperature": request.temperature,
-                "top_p": request.top_p,
-            }
-        writer = Writer(self.front.tokenizer, job, outbox)
+        """Writes the answer into `outbox`. Raises what `generate` does."""
+        model, options = self.model, sampling(job)
         with suppress(Stopped):
-            self.model.generate(
-                **job.inputs,
-                **sampling,
-                generation_strategy=self.model.possible_strategy,
-                max_new_tokens=job.max_new_tokens,
-                use_cache=True,
-                streamer=writer,
-            )
+            with job.seat:
+                writer = Writer(self.front.tokenizer, job, outbox)
+                if model.engine is None:
+                    options |= {"generation_strategy": model.possible_strategy, "use_cache": True}
+                    model.generate(**job.inputs, **options, streamer=writer)
+                    return
+                prompt = model.engine.encode(model, **job.inputs)
+            options |= {"streamer": writer, "should_stop": outbox.is_closed}
+            model.engine.generate(model, prompt, **options)
 
     def close(self) -> None:
         self._answering.shutdown(wait=False, cancel_futures=True)
         self._preparing.shutdown(wait=False, cancel_futures=True)
+
+
+def sampling(job: Job) -> dict:
+    """The arguments of `generate` that choose tokens."""
+    request, options = job.request, {"max_new_tokens": job.max_new_tokens}
+    if request.temperature <= LEAST_TEMPERATURE or request.top_p == 0:
+        return {**options, "do_sample": False}
+    chosen = {"temperature": request.temperature, "top_p": request.top_p}
+    return {**options, "do_sample": True, **chosen}
 
 
 class Stopped(Exception):
@@ -278,6 +284,10 @@ def failure(error: Exception, request_id: str) -> ServeError:
     if isinstance(error, ServeError):
         return error
     log_failure(error, request_id)
+    if isinstance(error, EngineError):
+        return server_gone()
+    if isinstance(error, RefusedError):
+        return server_refused(error.status)
     if is_out_of_memory(error):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -51,6 +51,24 @@ class ServeError(Exception):
         }
 
 
+def server_gone() -> ServeError:
+    """What is said when the model server behind a worker does not answer, or stops to."""
+    return ServeError("worker_died", "The model server behind this worker is gone.")
+
+
+def server_refused(status: int) -> ServeError:
+    """What is said when that server answers with an HTTP status other than 200."""
+    if status in (429, 503):
+        return ServeError("busy", "The model server is busy; try again soon.")
+    if status in (400, 413, 422):
+        return ServeError(
+            "bad_request",
+            "The model server refused the request: it may be too long, or a parameter may be none "
+            "that it takes.",
+        )
+    return ServeError("internal", f"The model server failed (status {status}).")
+
+
 def encode_chunk(chunk: dict) -> bytes:
     """One chunk as it goes over the wire: JSON and a null byte."""
     return json.dumps(chunk).encode() + SEPARATOR

@@ -4,7 +4,8 @@
         --worker http://localhost:40000 --model-path liuhaotian/llava-v1.5-7b
 
 Without --model-path it serves the playground checkpoint. --pruning-method and its options are what
-requests get that name none.
+requests get that name none. With --engine vllm --engine-url URL the language model is in a server
+of its own, and images are encoded and pruned here: see docs/Serving.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import os
 from contextlib import redirect_stderr
 
+from ..engine.options import add_engine_args
 from ..errors import errors_as_messages
 from ..mm_utils import get_model_name_from_path
 from ..model_args import add_model_args, add_option, load_from_args
@@ -27,6 +29,9 @@ from .errors import new_request_id
 from .heart_beat import HeartBeat
 from .methods import folder_option
 from .worker_app import Places, worker_app
+
+CONCURRENCY = 5
+CONCURRENCY_OF_ENGINE = 64  # a server computes the steps of many answers together
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +51,9 @@ def add_service_args(parser: argparse.ArgumentParser) -> None:
         parser,
         "--limit-model-concurrency",
         type=int,
-        default=5,
         metavar="N",
-        help="requests that are answered at the same time",
+        help=f"requests that are answered at the same time (default: {CONCURRENCY}; with --engine "
+        f"{CONCURRENCY_OF_ENGINE})",
     )
     add_option(
         parser,
@@ -68,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_service_args(parser)
     add_model_args(parser)
+    add_engine_args(parser)
     add_option(parser, "--use-flash-attn", action="store_true")
     add_option(
         parser, "--multi-modal", action="store_true", help="accepted: the checkpoint says it"
@@ -102,11 +108,18 @@ def load_engine(args):
         model,
         image_processor,
         args.model_name or name,
-        args.limit_model_concurrency,
+        concurrency(args),
         folders=folders,
     )
     logger.info("%s", engine.conv_mode)
     return engine
+
+
+def concurrency(args) -> int:
+    """How many requests are answered at the same time."""
+    if args.limit_model_concurrency is not None:
+        return args.limit_model_concurrency
+    return CONCURRENCY_OF_ENGINE if getattr(args, "engine", None) else CONCURRENCY
 
 
 def trained_parts(pairs: list[str]) -> dict[str, str]:
@@ -136,7 +149,7 @@ def own_address(args) -> str:
 
 def run_worker(args, load_backend) -> None:
     """Loads what answers, then serves it until the process is stopped."""
-    if args.limit_model_concurrency < 1 or args.max_queue < 0:
+    if concurrency(args) < 1 or args.max_queue < 0:
         raise ValueError("--limit-model-concurrency must be at least 1, --max-queue at least 0")
     token = read_token(args.token_file)
     check_exposure(args.host, token)
@@ -145,7 +158,7 @@ def run_worker(args, load_backend) -> None:
     heart_beat = None
     if not args.no_register:
         heart_beat = HeartBeat(args.controller_address, own_address(args), dict, token)
-    places = Places(args.limit_model_concurrency + args.max_queue)
+    places = Places(concurrency(args) + args.max_queue)
     logger.info("serving %s", backend.model_name)
     serve(worker_app(backend, places, token, heart_beat), args.host, args.port)
 

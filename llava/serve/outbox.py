@@ -61,6 +61,10 @@ class Outbox:
             if pending is not None:
                 pending.cancel()
 
+    def is_closed(self) -> bool:
+        """Whether nobody reads any more."""
+        return self._closed.is_set()
+
     def close(self) -> None:
         """Reader side: nobody reads any more; the thread learns it at its next chunk."""
         self._closed.set()

@@ -3,7 +3,8 @@
     python -m llava.serve.sglang_worker --controller http://localhost:10000 --port 40000 \
         --worker http://localhost:40000 --sgl-endpoint http://127.0.0.1:30000
 
-Such a server prunes nothing: requests that name a pruning method are refused.
+Such a server gets the images as they are and prunes nothing: requests that name a pruning method
+are refused. `model_worker --engine vllm` prunes here and leaves the language model to a server.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..conv_mode import announce, checkpoint_conv_mode
 from ..conversation import conv_templates
 from ..errors import errors_as_messages
 from ..mm_utils import get_model_name_from_path, infer_conv_mode
-from .errors import NEEDS_EXTRA, ServeError, encode_chunk
+from .errors import NEEDS_EXTRA, ServeError, encode_chunk, server_gone, server_refused
 
 try:
     import httpx
@@ -109,7 +110,7 @@ class Forwarder:
         try:
             async with self.client.stream("POST", path, json=body) as response:
                 if response.status_code != 200:
-                    raise refused(response.status_code)
+                    raise server_refused(response.status_code)
                 async for event in events(response):
                     text = self._text(event, text)
                     yield encode_chunk({"text": job.request.prompt + text, "error_code": 0})
@@ -119,8 +120,7 @@ class Forwarder:
             yield encode_chunk(wrong.chunk(job.request_id))
         except httpx.HTTPError as error:
             logger.warning("request %s: %s", job.request_id, type(error).__name__)
-            died = ServeError("worker_died", "The model server behind this worker is gone.")
-            yield encode_chunk(died.chunk(job.request_id))
+            yield encode_chunk(server_gone().chunk(job.request_id))
         except ServeError as error:
             yield encode_chunk(error.chunk(job.request_id))
 
@@ -201,19 +201,6 @@ async def events(response: httpx.Response):
             return
         if event.data:
             yield event.json()
-
-
-def refused(status: int) -> ServeError:
-    """What is said when the server answers with an HTTP status other than 200."""
-    if status in (429, 503):
-        return ServeError("busy", "The model server is busy; try again soon.")
-    if status in (400, 413, 422):
-        return ServeError(
-            "bad_request",
-            "The model server refused the request: it may be too long, or a parameter may be none "
-            "that it takes.",
-        )
-    return ServeError("internal", f"The model server failed (status {status}).")
 
 
 def base_url(endpoint: str) -> str:

@@ -80,9 +80,12 @@ class Seat:
             self.turns._lock.release()
 
     def pass_on(self, meanwhile: Callable[[], None]) -> None:
-        """Lets the others run, does `meanwhile` without the turn, and waits for the next turn."""
+        """Lets the others run, does `meanwhile` without the turn, and waits for the next turn;
+        without a turn, does it."""
+        had_turn = self._holding
         self.__exit__()
         try:
             meanwhile()
         finally:
-            self.__enter__()
+            if had_turn:
+                self.__enter__()

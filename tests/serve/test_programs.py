@@ -68,7 +68,7 @@ def test_defaults_are_the_published_ones():
     args = controller.build_parser().parse_args([])
     assert (args.host, args.port, args.dispatch_method) == ("localhost", 21001, "shortest_queue")
     args = model_worker.build_parser().parse_args([])
-    assert (args.port, args.limit_model_concurrency) == (21002, 5)
+    assert (args.port, model_worker.concurrency(args)) == (21002, 5)
     assert args.controller_address == "http://localhost:21001"
 
 

@@ -1,7 +1,8 @@
-"""Takes the picture of the README from a running demo.
+"""Takes the pictures of the README and of docs/Serving.md from a running demo.
 
     python -m llava.serve.demo --port 7860                      # in another terminal
     python -m tests.serve.web.web_screenshot http://127.0.0.1:7860 images/demo.png
+    python -m tests.serve.web.web_screenshot http://127.0.0.1:7860 images/demo_vllm.png chat
 
 Needs chromium, chromedriver and selenium, as the browser test does.
 """
@@ -31,6 +32,18 @@ def compare(browser: Browser, address: str) -> None:
     browser.until(lambda: "not measured" not in browser.text("#right-panel"), "the dense time")
 
 
+def chat(browser: Browser, address: str) -> None:
+    """Lets the method chosen by default answer the first example."""
+    browser.open(address)
+    browser.load_example()
+    browser.click("#send")
+    browser.until(lambda: "dense" in browser.text("#insight"), "the report")
+    browser.until(lambda: "not measured" not in browser.text("#insight"), "the dense time")
+
+
+PICTURES = {"compare": compare, "chat": chat}
+
+
 def whole_page(browser: Browser) -> Image.Image:
     size = browser.driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
     clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
@@ -39,10 +52,10 @@ def whole_page(browser: Browser) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
 
 
-def main(address: str, path: str) -> None:
+def main(address: str, path: str, kind: str = "compare") -> None:
     browser = Browser(WIDTH, HEIGHT)
     try:
-        compare(browser, address)
+        PICTURES[kind](browser, address)
         terms = browser.find("#terms").rect["y"]
         picture = whole_page(browser).crop((55, 0, WIDTH - 55, int(terms) - 10))
     finally:
