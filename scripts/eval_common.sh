@@ -37,7 +37,8 @@
 #   SAVE_MASKS=1 write what was kept of each image as a picture, one pixel per token
 #   ATTN_IMPL    attention: sdpa, flash_attention_2 or eager
 #   ADAPTER_MERGE   1: ADAPTER_DIR is merged into the model, which is what happens in any case
-#   EXTRA        further options of the answering program, for all calls
+#   EXTRA        further options of the answering program, for all calls; with
+#                "--engine vllm --engine-url http://127.0.0.1:8000" a vLLM server answers
 #   PYTHON       interpreter (default: .venv/bin/python if it is there, else python3)
 #
 # Answers go to DATA_DIR/BENCHMARK/answers/QUESTIONS/CKPT/METHOD/n_TOKENS[_KEY=VALUE].jsonl, the
