@@ -8,7 +8,11 @@ ROOT = Path(__file__).resolve().parents[1] / "playground"
 CHECKPOINT = "checkpoints/llava-v1.5-playground"
 BENCHMARK = "benchmark"
 #: checkpoint -> what stands between the method and "playground" in the name of its trained parts
-PARTS = {CHECKPOINT: "", "checkpoints/qwen2.5-vl-playground": "qwen2.5-vl-"}
+PARTS = {
+    CHECKPOINT: "",
+    "checkpoints/qwen2.5-vl-playground": "qwen2.5-vl-",
+    "checkpoints/qwen2.5-vl-plus-playground": "qwen2.5-vl-plus-",
+}
 
 
 def default_model_path() -> str:

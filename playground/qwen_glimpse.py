@@ -1,10 +1,13 @@
-"""Stage of `playground.train_qwen`: the glimpse of GlimpsePrune for the playground's Qwen2.5-VL.
+"""Stages of `playground.train_qwen`: glimpses of GlimpsePrune for the playground's Qwen2.5-VL, as
+it is and with the adapter of GlimpsePrune+.
 
 Pictures are made on the way and seen once, each for several questions; some are not square.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llava.conv_mode import CONFIG_KEY
 from llava.front_end import FrontEnd
 from llava.model.builder import load_pretrained_model
 from llava.pruning.glimpseprune import GlimpsePrune
-from llava.pruning.learned import save_part
+from llava.pruning.learned import read_part, save_part
 from llava.train.glimpse.arguments import GlimpseArguments
 from llava.train.glimpse.batches import BoxCollator, BoxDataset, ModelFacts
 from llava.train.glimpse.data import BoxSample
@@ -52,14 +56,19 @@ class Glimpse:
     name, rate, pictures, questions = "glimpse", 1e-3, 2, 4
 
     def __init__(self, args: Namespace):
+        model_path, model_base = self.paths(args.output)
         tokenizer, llava, processor, _ = load_pretrained_model(
-            str(args.output), None, "", device="cpu", torch_dtype=torch.float32
+            model_path, model_base, "", device="cpu", torch_dtype=torch.float32
         )
         llava.pruner = fresh_method(llava, SHAPE)
         self.objective = GlimpseObjective(llava).train()
         front = FrontEnd(tokenizer, ModelFacts.of(llava), processor, TEMPLATE)
         self.dataset, self.collator = BoxDataset([], front), BoxCollator(front.pad_id)
         self.trained: nn.Module = self.objective.glimpse
+
+    def paths(self, checkpoint: Path) -> tuple[str, str | None]:
+        """Of the model that the glimpse is for, and of its base."""
+        return str(checkpoint), None
 
     def loss(self, step: int) -> dict[str, Tensor]:
         """The published losses of some questions about new pictures."""
@@ -111,6 +120,45 @@ class Glimpse:
         self.objective.train()
         answers, located = np.mean(losses, axis=0).tolist()
         return found_boxes(hits.tolist()) | {"le_loss": answers, "loc_loss": located}
+
+
+class GlimpsePlus(Glimpse):
+    """For the model with the adapter of GlimpsePrune+. Begins with the glimpse of the model without
+    it."""
+
+    name, rate = "glimpse_plus", 5e-4
+
+    def __init__(self, args: Namespace):
+        super().__init__(args)
+        _, weights = read_part(str(part_folder(args.output)))
+        self.trained.load_state_dict(weights)
+
+    def paths(self, checkpoint: Path) -> tuple[str, str | None]:
+        return str(plus_folder(checkpoint)), str(checkpoint)
+
+
+def plus_folder(checkpoint: Path) -> Path:
+    """Folder of the adapter for a checkpoint."""
+    return checkpoint.with_name(checkpoint.name.replace("playground", "plus-playground"))
+
+
+def part_folder(model: Path) -> Path:
+    """Folder of the glimpse for a checkpoint or an adapter."""
+    return model.with_name(f"{GlimpsePrune.name}-{model.name}")
+
+
+def publish_adapter(trained: Path, checkpoint: Path) -> None:
+    """Write a trained adapter beside its checkpoint: in bf16, and without the paths of the machine
+    that it was trained on."""
+    folder = plus_folder(checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = load_file(trained / "adapter_model.safetensors")
+    weights = {name: value.to(torch.bfloat16) for name, value in weights.items()}
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = json.loads((trained / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = checkpoint.name
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shutil.copy(checkpoint / "config.json", folder)
 
 
 def save(stage: Glimpse, checkpoint: Path, folder: Path) -> None:

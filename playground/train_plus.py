@@ -98,6 +98,7 @@ def main() -> None:
         "num_generations": 8,
         "max_completion_length": max(map(LONGEST_ANSWER.get, args.kinds)),
         "max_input_remain_seq_length": FEW_TOKENS,
+        "token_pass": "exact",  # what is rewarded is not the first token of an answer
         "learning_rate": args.rate,
         "lr_scheduler_type": "constant",
         "warmup_ratio": 0,

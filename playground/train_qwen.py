@@ -7,6 +7,8 @@
     python -m playground.train_qwen whole                # stage 4: everything on questions
     python -m playground.train_qwen save                 # write the checkpoint as it is now
     python -m playground.train_qwen glimpse              # a glimpse for it: see qwen_glimpse
+    python -m playground.train_qwen plus                 # an adapter for pruned pictures
+    python -m playground.train_qwen glimpse_plus         # a glimpse for the model with the adapter
 
 Every stage has a time budget (--minutes, earlier runs count) and continues where it stopped.
 """
@@ -37,7 +39,15 @@ from playground.train_tower import patch_targets, schedule
 
 OUTPUT = CHECKPOINTS / "qwen2.5-vl-playground"
 STATE = DATA / "qwen"
-MINUTES = {"tower": 60, "places": 15, "answers": 60, "whole": 60, "glimpse": 45}
+MINUTES = {
+    "tower": 60,
+    "places": 15,
+    "answers": 60,
+    "whole": 60,
+    "glimpse": 45,
+    "glimpse_plus": 15,
+}
+PLUS = {"reduce-layer": 4, "rate": 1e-3, "steps": 240, "pictures": 600}
 SQUARE = LARGE_GRIDS[0]  # what the tower of the playground's LLaVA sees
 PICTURES = 3_000_000  # first of the training scenes of stages 2 and 3
 HELD_OUT = scenes.HELD_OUT_SEEDS + 700_000_000
@@ -343,11 +353,25 @@ def glimpse(args: argparse.Namespace) -> None:
     """A trained part of GlimpsePrune for the finished checkpoint, in the folder beside it."""
     stage = qwen_glimpse.Glimpse(args)
     train(stage, args.state, args.minutes or MINUTES["glimpse"], args.log_every)
-    folder = args.output.parent / f"glimpseprune-{args.output.name}"
-    qwen_glimpse.save(stage, args.output, folder)
+    qwen_glimpse.save(stage, args.output, qwen_glimpse.part_folder(args.output))
 
 
-STAGES = {f.__name__: f for f in (tower, places, answers, whole, save, glimpse)}
+def plus(args: argparse.Namespace) -> None:
+    """The adapter of GlimpsePrune+ for the finished checkpoint, in the folder beside it."""
+    output = args.state / "plus"
+    run("playground.train_plus", PLUS | {"model": args.output, "output": output})
+    qwen_glimpse.publish_adapter(output / "run", args.output)
+
+
+def glimpse_plus(args: argparse.Namespace) -> None:
+    """A trained part of GlimpsePrune for the checkpoint with that adapter."""
+    stage = qwen_glimpse.GlimpsePlus(args)
+    train(stage, args.state, args.minutes or MINUTES["glimpse_plus"], args.log_every)
+    adapter = qwen_glimpse.plus_folder(args.output)
+    qwen_glimpse.save(stage, adapter, qwen_glimpse.part_folder(adapter))
+
+
+STAGES = {f.__name__: f for f in (tower, places, answers, whole, save, glimpse, plus, glimpse_plus)}
 
 
 def main() -> None:

@@ -283,6 +283,8 @@ def merge_lora(
         update = up.float() @ down.float() * lora_scale(config, module)
         update = update.T if turned else update
         weight.data += update.to(weight.device, weight.dtype)
+    # What was trained for the base, such as the part of a pruning method, is not for this model.
+    model.config._name_or_path = os.path.abspath(folder)
 
 
 def read_adapter_config(folder: str) -> dict:

@@ -214,7 +214,8 @@ class PrefixCache:
         if shared:
             for row, key in enumerate(keys):
                 if known[key] is None:
-                    known[key] = self._begin(prompt, row, slice(size - lengths[row], ends[row]))
+                    columns = slice(size - lengths[row], ends[row])
+                    known[key] = beginning(self.model, prompt, row, columns)
         self._beginnings = known
         depths = {known[key].depth for key in keys} if shared else {0}
         if 0 in depths:
@@ -222,20 +223,22 @@ class PrefixCache:
         share = not self.pruner.decoder.drops_from_caches(self.model.config.num_hidden_layers)
         return Prefix([known[key] for key in keys], lengths, share)
 
-    def _begin(self, prompt, row: int, columns: slice) -> Beginning:
-        """Runs the tokens at `columns` of one row through the layers the method leaves alone."""
-        decoder = self.model.get_model()
-        # How many tokens there are is known of the whole row alone.
-        visuals = replace(prompt.visuals.row(row, columns), counts=None)
-        prefill = decoder.start(
-            prompt.inputs_embeds[row][columns][None],
-            position_ids=prompt.position_ids[row][columns][None],
-            visuals=visuals,
-        )
-        depth = self.pruner.decoder.reusable_layers(prefill)
-        cache = KVCache(len(decoder.layers), reserve=0)
-        hidden_states = decoder.first_layers(prefill, depth, cache)
-        entries = [cache.entries(layer) for layer in range(depth)]
-        keys, values = [k[0] for k, _ in entries], [v[0] for _, v in entries]
-        bias = None if prefill.key_bias is None else prefill.key_bias[0]
-        return Beginning(keys, values, hidden_states[0], bias)
+
+def beginning(model, prompt: Prompt, row: int, columns: slice) -> Beginning:
+    """Runs the tokens at `columns` of one row of a prompt through the layers that the method in use
+    leaves alone."""
+    decoder = model.get_model()
+    # How many tokens there are is known of the whole row alone.
+    visuals = replace(prompt.visuals.row(row, columns), counts=None)
+    prefill = decoder.start(
+        prompt.inputs_embeds[row][columns][None],
+        position_ids=prompt.position_ids[row][columns][None],
+        visuals=visuals,
+    )
+    depth = model.pruner.decoder.reusable_layers(prefill)
+    cache = KVCache(len(decoder.layers), reserve=0)
+    hidden_states = decoder.first_layers(prefill, depth, cache)
+    entries = [cache.entries(layer) for layer in range(depth)]
+    keys, values = [k[0] for k, _ in entries], [v[0] for _, v in entries]
+    bias = None if prefill.key_bias is None else prefill.key_bias[0]
+    return Beginning(keys, values, hidden_states[0], bias)

@@ -134,7 +134,9 @@ def test_a_projector_goes_on_top_of_its_base(folder, weights):
 )
 def test_an_adapter_is_merged_into_its_base(folder, weights, settings, scale):
     before, update = write_adapter(folder, weights, **settings)
-    state = load(folder, CHECKPOINT, name="llava-lora")[1].state_dict()
+    model = load(folder, CHECKPOINT, name="llava-lora")[1]
+    assert model.config._name_or_path == str(folder)  # a part for the base alone is not for it
+    state = model.state_dict()
     merged = state["model.layers.3.self_attn.q_proj.weight"]
     assert torch.allclose(merged, before + scale * update, atol=1e-5)
     assert torch.equal(state["model.mm_projector.0.bias"], torch.ones(32))

@@ -394,6 +394,7 @@ def test_the_published_files_load_beside_a_model_and_an_adapter_of_it(tmp_path):
     assert same(pruner.module, module.state_dict()) and pruner.max_remain_ratio == 0.05
     assert pruner.setting("min_remain_num") == 3
     assert pruner.module.config == module.config
+    assert merged.config._name_or_path == str(adapter)  # the base's part would not be taken for it
     model.pruner = model.pruner.with_options(max_remain_ratio=0.05, min_remain_num=3)
     ids = torch.tensor([[5, 6, -200, 7, 8]])
     images = [torch.randn(6, 7, 4, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(1))]

@@ -34,6 +34,10 @@ class KeepNeeded(DecoderStage, Pruner):
     def pruned_caches(self, index: int, num_layers: int) -> range:
         return range(index) if index == self.layer + 1 else range(0)
 
+    def reusable_layers(self, prefill: Prefill) -> int:
+        last = len(prefill.decoder.layers) - 1  # a cut behind it is made on the whole prompt
+        return min(self.layer + 1, last)
+
     def reduce(self, prefill: Prefill) -> Prefill:
         return prefill.keep(~prefill.is_visual | prefill.extras[NEEDED])
 

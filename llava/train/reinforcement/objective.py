@@ -9,7 +9,7 @@ tokens are weighed is `token_pass`:
             them, so these are not quite the probabilities the answer was drawn from.
 "exact":    by one pass over the whole prompt and the answer, in which the answer's tokens do not
             see unneeded ones, and which drops those behind the cut, as generation does. One pass
-            for all tokens; the reference is the whole prompt without the adapter.
+            for all answers to a prompt; the reference is the whole prompt without the adapter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from llava.model.language_model.attention import padded_causal_mask
 from llava.model.language_model.layers import Step
-from llava.model.prompt import positions_behind
+from llava.model.prompt import Prompt, positions_behind
 from llava.pruning import build_pruner
 from llava.pruning.ops import gather_tokens
 
@@ -141,31 +141,46 @@ class PolicyObjective(nn.Module):
         return self._predicted(hidden[:, :-1][asks], answers.ids[:, 1:], mask[:, 1:])
 
     def _exact(self, answers: Answers, mask: Tensor, reference: bool) -> Tensor:
-        """(B, T) of all tokens, 0 where `mask` is False."""
-        prompt, decoder = answers.prompt, self.llava.model
-        valid = torch.cat([prompt.attention_mask, mask], dim=1)
-        kept = torch.cat([prompt.attention_mask if reference else answers.kept, mask], dim=1)
-        answer = torch.cat([torch.zeros_like(prompt.attention_mask), mask], dim=1)
-        x, everything = self._embedded(answers), torch.arange(valid.shape[1], device=valid.device)
-        rope = decoder.rotary(self._positions(answers, everything.expand_as(valid)), x.dtype)
-        seen = padded_causal_mask(valid, valid.shape[1])
-        seen = seen & ~(answer[:, None, :, None] & ~kept[:, None, None, :])
+        """(B, T) of all tokens, 0 where `mask` is False. The answers to a prompt stand one behind
+        the other behind it, and do not see one another: a prompt runs once."""
+        (prompt, rows), decoder = answers.once, self.llava.model
+        shared = SharedPrompts.of(answers, mask)
+        valid = torch.cat([prompt.attention_mask, shared.mask], dim=1)
+        kept = prompt.attention_mask if reference else shared.kept
+        kept = torch.cat([kept, shared.mask], dim=1)
+        owner = shared.owner.expand_as(valid)
+        x = torch.cat([prompt.inputs_embeds, self._embeds(shared.ids, prompt)], dim=1)
+        places = [prompt.position_ids] + [shared.positions] * shared.most
+        places = torch.cat(places, dim=1)
+        rope = decoder.rotary(places, x.dtype)
+        seen = padded_causal_mask(valid, valid.shape[1]) & apart(owner)
+        seen = seen & ~((owner >= 0)[:, None, :, None] & ~kept[:, None, None, :])
         # What hides from an answer may not leave its padding without a key.
         step = Step(rope, seen | ~seen.any(dim=-1, keepdim=True))
+        asked = shared.asked
         for number, layer in enumerate(decoder.layers):
             if number == self.stage.layer + 1 and not reference:
                 order, there = packed(kept)
-                x, answer = gather_tokens(x, order), answer.gather(1, order)
-                rope = decoder.rotary(self._positions(answers, order), x.dtype)
-                step = Step(rope, padded_causal_mask(there, there.shape[1]))
+                x, owner = gather_tokens(x, order), owner.gather(1, order)
+                places = (
+                    places.gather(1, order) if places.ndim == 2 else gather_tokens(places, order)
+                )
+                seen = padded_causal_mask(there, there.shape[1]) & apart(owner)
+                step = Step(decoder.rotary(places, x.dtype), seen | ~seen.any(-1, keepdim=True))
+                # where a token is now: how many that stay stand in front of it, padding included
+                asked = kept.cumsum(dim=1).gather(1, asked) - 1 + (~there).sum(1, keepdim=True)
             x, _ = decoder.run_layer(layer, x, step, None)
-        hidden = decoder.norm(x)
-        return self._predicted(hidden[:, :-1][answer[:, 1:]], answers.ids, mask)
+        hidden = gather_tokens(decoder.norm(x), asked)
+        hidden = hidden.unflatten(1, (shared.most, -1))[rows, shared.slot]
+        return self._predicted(hidden[mask], answers.ids, mask)
 
     def _embedded(self, answers: Answers) -> Tensor:
         """(B, S + T, D) prompts and answers."""
-        prompt = answers.prompt.inputs_embeds
-        return torch.cat([prompt, self.llava.model.embed_tokens(answers.ids).to(prompt)], dim=1)
+        prompt = answers.prompt
+        return torch.cat([prompt.inputs_embeds, self._embeds(answers.ids, prompt)], dim=1)
+
+    def _embeds(self, ids: Tensor, prompt: Prompt) -> Tensor:
+        return self.llava.model.embed_tokens(ids).to(prompt.inputs_embeds)
 
     def _positions(self, answers: Answers, order: Tensor) -> Tensor:
         """Positions (B, L), or (B, L, A), of the tokens at `order` (B, L) of prompt and answer."""
@@ -183,3 +198,54 @@ class PolicyObjective(nn.Module):
         scaled = logits.float() / self.weights.temperature
         chosen = scaled.gather(1, ids[:, None])[:, 0]
         return chosen - scaled.logsumexp(dim=1)
+
+
+@dataclass
+class SharedPrompts:
+    """The answers to every prompt one behind the other: of U prompts, at most M answers each.
+
+    slot:      (B,) number of an answer among those to its prompt
+    most:      M
+    ids, mask: (U, M * T) of the answers, padded
+    kept:      (U, S) True on the tokens of the prompt that stay
+    owner:     (1, S + M * T) number of the answer that a token belongs to; -1: to the prompt
+    positions: (U, T), or (U, T, A), of the tokens of any answer
+    asked:     (U, M * T) place of the token in front of each: for the first the prompt's last one
+    """
+
+    slot: Tensor
+    most: int
+    ids: Tensor
+    mask: Tensor
+    kept: Tensor
+    owner: Tensor
+    positions: Tensor
+    asked: Tensor
+
+    @classmethod
+    def of(cls, answers: Answers, mask: Tensor) -> SharedPrompts:
+        """mask: (B, T) True on the tokens of the answers that count"""
+        prompt, rows = answers.once
+        size = answers.ids.shape[1]
+        same = rows[:, None] == rows[None, :]
+        slot = same.tril(-1).sum(dim=1)
+        most, length = int(slot.max()) + 1, prompt.inputs_embeds.shape[1]
+
+        def placed(values: Tensor) -> Tensor:
+            room = values.new_zeros(len(prompt.inputs_embeds), most, size)
+            room[rows, slot] = values
+            return room.flatten(1)
+
+        kept = torch.empty_like(prompt.attention_mask)
+        kept[rows] = answers.kept
+        place = torch.arange(most * size, device=rows.device)
+        owner = torch.cat([place.new_full((length,), -1), place // size])[None]
+        asked = torch.where(place % size == 0, 0, place) + length - 1
+        positions = positions_behind(prompt.position_ids, size)
+        ids, own = placed(answers.ids), placed(mask)
+        return cls(slot, most, ids, own, kept, owner, positions, asked.expand_as(ids))
+
+
+def apart(owner: Tensor) -> Tensor:
+    """(U, 1, L, L) False where a token of an answer would see one of another; owner (U, L)."""
+    return (owner[:, None, :, None] == owner[:, None, None, :]) | (owner < 0)[:, None, None, :]

@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from llava.front_end import FrontEnd
 from llava.model.inputs import Picture, generate_inputs
 from llava.model.prompt import Prompt
+from llava.model.reuse import Prefix, beginning
 from llava.pruning.base import Pruner
 
 from .loss import completion_mask
@@ -125,6 +126,7 @@ class AnswerSampler:
             with self.llava.using(self.stage):
                 ids = self.llava.generate_from(
                     prompt,
+                    prefix=self.prefix(once, rows),
                     logits_processor=LogitsProcessorList([rule]),
                     max_new_tokens=self.max_new_tokens,
                     eos_token_id=self.ends,
@@ -139,6 +141,19 @@ class AnswerSampler:
         ended = torch.isin(ids, ids.new_tensor(self.ends)).any(dim=1)
         index = torch.tensor(rows, device=ids.device)
         return Answers(prompt, (once, index), kept, ids, mask, ended)
+
+    def prefix(self, once: Prompt, rows: list[int]) -> Prefix | None:
+        """All but the last tokens of prompts in the layers before the cut, which a prompt that is
+        answered several times runs through once; None where that saves nothing."""
+        if self.stage.layer < 0 or len(rows) == len(once.inputs_embeds):
+            return None
+        size, lengths = once.inputs_embeds.shape[1], once.attention_mask.sum(dim=1).tolist()
+        known = [
+            beginning(self.llava, once, row, slice(size - length, size - 1))
+            for row, length in enumerate(lengths)
+        ]
+        lengths = [lengths[row] for row in rows]
+        return Prefix([known[row] for row in rows], lengths, share=False)
 
     def prompts(self, asked: Sequence[Asked]) -> tuple[Prompt, list[int]]:
         """The different ones of the questions embedded, with what is needed of them in their

@@ -98,6 +98,38 @@ def test_the_exact_probabilities_are_those_the_answers_were_drawn_from(family, m
         torch.testing.assert_close(found.detach(), wanted, atol=2e-5, rtol=1e-4)
 
 
+def test_a_prompt_with_several_answers_runs_once(make_model, monkeypatch):
+    policy, sampler, asked = make_case("crops", make_model)
+    answers = drawn_answers(sampler, asked)
+    decoder, rows = sampler.llava.model, []
+    run = decoder.run_layer
+
+    def counted(layer, x, *args):
+        rows.append(len(x))
+        return run(layer, x, *args)
+
+    monkeypatch.setattr(decoder, "run_layer", counted)
+    objective(policy, sampler, token_pass="exact").log_probs(answers, answers.mask)
+    assert rows == [2] * len(decoder.layers)
+
+
+def test_a_prompt_with_several_answers_is_read_once_for_them_all(family, make_model, monkeypatch):
+    _, sampler, asked = make_case(family, make_model)
+    apart = [drawn_answers(sampler, asked, (n,)).ids[0] for n in (0, 1)]
+    decoder, tokens = sampler.llava.model, []
+    run = decoder.run_layer
+    monkeypatch.setattr(
+        decoder, "run_layer", lambda *args: (tokens.append(args[1].shape[:2]), run(*args))[1]
+    )
+    answers = sampler([asked[n] for n in (0, 1, 0)], [(7, n, 0) for n in (0, 1, 0)])
+    for row, n in enumerate((0, 1, 0)):
+        wanted = apart[n][: answers.ids.shape[1]]
+        assert torch.equal(answers.ids[row][: len(wanted)], wanted)
+    first, layers = answers.prompt.inputs_embeds.shape[1], sampler.stage.layer + 1
+    assert all(rows == 1 or length == 1 for rows, length in tokens[: 3 * layers])
+    assert max(length for _, length in tokens[: 2 * layers]) == first - 1
+
+
 def test_the_released_pass_is_exact_where_tokens_go_before_the_first_layer(family, make_model):
     policy, sampler, asked = make_case(family, make_model, layer=-1)
     answers = drawn_answers(sampler, asked)
