@@ -24,6 +24,7 @@ EXTRAS = {
     "eval": ["matplotlib", "openpyxl"],
     "quant": ["bitsandbytes"],
     "flash": ["flash-attn"],
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],  # site
     "gpu": ["pytest"],  # scripts/gpu_report.sh
     "video": ["av"],  # frames of video files; folders of frames and animations need nothing
 }
@@ -50,7 +51,7 @@ setup(
     packages=find_namespace_packages(include=["llava", "llava.*"]),
     # names under which releases offer their methods
     py_modules=[path.stem for path in ROOT.glob("*.py") if path.name != "setup.py"],
-    package_data={"llava.eval": ["table/*.json"]},
+    package_data={"llava": ["py.typed"], "llava.eval": ["table/*.json"]},
     install_requires=[
         "torch>=2.4",
         "transformers==4.37.2",

@@ -116,7 +116,7 @@ def in_folder(command: str, folder) -> str:
 RUN = [
     line
     for line in commands(PAGE)
-    if not line.startswith((*ELSEWHERE, "#!", "srun", "NPROC")) and "all.sh" not in line
+    if not line.startswith((*ELSEWHERE, "sbatch", "NPROC")) and "all.sh" not in line
 ]
 
 

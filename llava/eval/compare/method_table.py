@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 
+from llava.engine.support import reason_of_method
 from llava.errors import errors_as_messages
 from llava.eval.efficiency.random_model import empty_model, shapes
 from llava.eval.efficiency.report import write_between_marks
@@ -20,7 +21,7 @@ from llava.pruning.stages import HOOKS
 HEAD = ("method", "how it chooses", "training", "acts", "reads the question", "families")
 HEAD += (
     "one image, many questions",
-    "decoder elsewhere",
+    "engine",
     "tokens per layer",
     "operations",
     "cache",
@@ -53,14 +54,6 @@ def shared(method: type[Pruner]) -> str:
     return "up to its first layer" if acts(method, DecoderStage) else "all of the image"
 
 
-def plain_decoder(method: type[Pruner]) -> bool:
-    """Whether the decoder may run in a program that takes embeddings: it calls no hook, and
-    positions are counted through."""
-    return not acts(method, DecoderStage) and (
-        not issubclass(method, VisionStage) or method.position_policy == "sequence"
-    )
-
-
 def row(name: str, everywhere: list[str]) -> list[str]:
     """everywhere: names of the methods that work on Qwen2.5-VL, too"""
     method = METHODS[name]
@@ -78,7 +71,7 @@ def row(name: str, everywhere: list[str]) -> list[str]:
         "yes" if reads(method) else "no",
         "all" if name in everywhere else "LLaVA",
         shared(method),
-        "yes" if plain_decoder(method) else "no",
+        "no" if reason_of_method(pruner) else "yes",
         f"{most}{plan.average:.0f}",
         f"{most}{operations[0] / operations[1]:.0%}",
         f"{most}{cache[0] / cache[1]:.0%}",

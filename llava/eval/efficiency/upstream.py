@@ -41,7 +41,8 @@ from llava.eval.efficiency.report import ratios, spread
 from llava.eval.efficiency.stock import IMAGE_ID, stock_decoder, stock_llava, time_stock
 from llava.eval.efficiency.stopwatch import Stopwatch
 from llava.model_args import DTYPES
-from llava.pruning import METHODS, Pruner
+from llava.pruning import Pruner
+from llava.pruning.cli import method_name
 
 UPSTREAM, ALONE = "transformers", "transformers, decoder alone"
 FIRST, LATER = "first_token", "decode"
@@ -76,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", default="0.6b", help="sizes of LLaVA-1.5, see docs/Efficiency.md")
     add("--layers", type=int, help="so many decoder layers of the --config, in place of all")
-    add("--methods", nargs="*", default=[], choices=sorted(METHODS), help="measured as well")
+    add("--methods", nargs="+", default=[], type=method_name, help="measured as well")
     add("--visual-token-num", type=int, default=64, help="their budget (default: 64)")
     add("--compile", action="store_true", help="measures ours with compiled steps as well")
     add("--dtype", choices=DTYPES, default="fp32")
