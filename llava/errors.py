@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 
 
+class UnavailableError(RuntimeError):
+    """What was asked for is not possible on this machine; the message says what it lacks."""
+
+
 @contextmanager
 def errors_as_messages():
-    """Ends the program with exit code 1 and the message of a ValueError, OSError or ImportError.
+    """Ends the program with exit code 1 and the message of a ValueError, OSError, ImportError or
+    UnavailableError.
 
     Decorates `main` functions: `@errors_as_messages()`.
     """
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, UnavailableError) as error:
         sys.exit(f"error: {_sentence(error)}")
 
 

@@ -10,15 +10,17 @@ import torch
 from llava.pruning import METHODS
 from llava.pruning.testing.tiny import make_own_grids_model, picture
 from tests.conftest import ANYRES, SIDE, make_pruner, pad_batch
+from tests.model.test_decode_step import SPECULATE
+from tests.pruning.test_twigvlm import grown
 from tests.second_device import SECOND, Elsewhere, devices, place
 
 FAMILIES = ("llava", "mistral", "next", "own grids")
 GREEDY = dict(do_sample=False, eos_token_id=2, pad_token_id=0)
 LAYERS = 6
 #: kernels of a layer for a further token; attention counts as the several that it consists of here
-PER_LAYER = 46
+PER_LAYER = 36
 #: beyond the layers: embedding, last norm, head, choosing the token, whether the answer ends
-PER_TOKEN = 50
+PER_TOKEN = 40
 #: and where tokens stand for others, so that their keys weigh more
 PER_BIAS = 20
 #: waits for a further token: whether the answer has ended
@@ -86,6 +88,29 @@ def test_a_token_behind_a_pruned_prompt_asks_for_no_more(make_model, sample, nam
     kernels, waits, uploads = further_token(model, inputs)
     assert kernels <= LAYERS * PER_LAYER + PER_TOKEN + PER_BIAS
     assert waits <= WAITS and uploads == 0
+
+
+@pytest.mark.parametrize("rule", [{}, {"repetition_penalty": 1.3}, {"do_sample": True}], ids=str)
+def test_a_step_of_speculation_waits_once_for_every_guess_and_once_for_all(
+    make_model, sample, rule
+):
+    model, inputs = asked(make_model, sample, "llava")
+    grown(model, 2, 2, visual_token_num=30, draft_stop_prob=0.0)
+    place(model, SECOND)
+    place(model.pruner.module, SECOND)
+    logs, waits, uploads = [], [], []
+    for tokens in (SHORT, 3 * LONG):
+        options = GREEDY | {"eos_token_id": None, "max_new_tokens": tokens, **rule}
+        with torch.no_grad(), devices() as log:
+            out = model.generate(**inputs, **options, **SPECULATE)
+        logs.append(out.logs[0])
+        waits.append(len(log.waits))
+        uploads.append(len(log.uploads))
+    steps = len(logs[1].accepted) - len(logs[0].accepted)
+    assert steps > 1 and any(logs[1].drafts)
+    guesses = [sum(map(len, own.drafts)) for own in logs]
+    assert waits[1] - waits[0] <= guesses[1] - guesses[0] + steps
+    assert uploads[0] == uploads[1]
 
 
 def test_mixed_devices_and_host_values_are_refused_and_uploads_and_kernels_counted():

@@ -3,12 +3,15 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from llava.model.language_model.decode_step import CompiledStep
 from llava.pruning import METHODS
 from tests.golden_cases import SHARED, SHIPPED, check_of, load_cases, locate, main, run_case
 from tests.golden_checks import e2e, methods
+from tests.golden_checks.models import compiled_decoding
 
 #: what a check says about a recorded program that does not exist yet
 NOT_YET = "is not part of the project"
@@ -33,6 +36,16 @@ def supported(case) -> bool:
     return method in METHODS and check_of(case) is not None
 
 
+def answering_cases():
+    """Those of whole models that generate more than one token."""
+    for param in recorded_cases():
+        folder, case = param.values
+        if case["file"].endswith(".npz") and case["args"].get("mode") != "train":
+            with np.load(folder / case["file"]) as arrays:
+                if "output_ids" in arrays.files and arrays["output_ids"].shape[-1] > 1:
+                    yield param
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """The models are tiny: more threads only wait for each other."""
@@ -45,6 +58,31 @@ def one_thread():
 @pytest.mark.parametrize(("folder", "case"), list(recorded_cases()))
 def test_the_recorded_case_is_reproduced(folder, case):
     assert [problem for problem in run_case(case, folder) if NOT_YET not in problem] == []
+
+
+@pytest.fixture(scope="module")
+def graphs_of():
+    """The folder whose checkpoints steps are compiled for."""
+    return []
+
+
+@pytest.fixture
+def fresh_graphs(folder, graphs_of):
+    """No more graphs than one model needs: those for the checkpoints of other folders are given
+    up."""
+    if graphs_of != [folder]:
+        torch.compiler.reset()
+        graphs_of[:] = [folder]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("folder", "case"), list(answering_cases()))
+def test_it_is_reproduced_with_compiled_steps_of_decoding(fresh_graphs, folder, case, monkeypatch):
+    run, taken = CompiledStep.run, []
+    monkeypatch.setattr(CompiledStep, "run", lambda *args: taken.append(1) or run(*args))
+    with compiled_decoding():
+        assert [problem for problem in run_case(case, folder) if NOT_YET not in problem] == []
+    assert taken
 
 
 def test_the_runner_counts_what_matches_and_says_what_differs(tmp_path, capsys):

@@ -151,12 +151,9 @@ class KVCache:
 
     def keep(self, layer: int, order: Tensor, state: RowState) -> None:
         """Keeps the entries at `order` (B, n) of one layer; `state` describes the result."""
-        index = order[:, None, :, None]
         for buffers in (self._keys, self._values):
             old = buffers[layer]
-            kept = old.gather(2, index.expand(-1, old.shape[1], -1, old.shape[3]))
-            buffers[layer] = _allocate(kept, kept.shape[2] + self.reserve)
-            buffers[layer][:, :, : kept.shape[2]] = kept
+            buffers[layer] = _taken(old, order, self.reserve)
         self._owned[layer], self._claimed[layer] = True, False
         self.lengths[layer], self.rows[layer] = order.shape[1], state
 
@@ -242,6 +239,18 @@ def in_buckets(places: int) -> int:
 def _allocate(like: Tensor, capacity: int) -> Tensor:
     batch, heads, _, width = like.shape
     return like.new_empty(batch, heads, capacity, width)
+
+
+def _taken(entries: Tensor, order: Tensor, room: int) -> Tensor:
+    """A buffer with the `entries` (B, H, S, d) at `order` (B, n), and free places behind them."""
+    count, (batch, heads, _, width) = order.shape[1], entries.shape
+    made = entries.new_empty(batch, heads, count + room, width)
+    index = order[:, None, :, None].expand(-1, heads, -1, width)
+    if entries.requires_grad:
+        made[:, :, :count] = entries.gather(2, index)
+    else:
+        torch.gather(entries, 2, index, out=made[:, :, :count])
+    return made
 
 
 def _cleared(cache: KVCache, layer: int, capacity: int) -> list[Tensor]:

@@ -231,11 +231,17 @@ class Speculation:
         self.log.kv_lengths.append(list(self.cache.lengths))
 
     def finished_log(self) -> SpeculationLog:
-        """The log with plain numbers in place of tensors; waits for the device."""
+        """The log with plain numbers in place of tensors; waits for the device twice."""
         log = self.log
-        log.drafts = [[int(token) for token in step] for step in log.drafts]
-        log.probabilities = [[float(p) for p in step] for step in log.probabilities]
+        log.drafts, log.probabilities = numbers_of(log.drafts), numbers_of(log.probabilities)
         return log
+
+
+def numbers_of(steps: list[list[Tensor]]) -> list[list]:
+    """The values of tensors of one element, brought to the host all at once."""
+    tensors = [x.flatten() for step in steps for x in step]
+    values = iter(torch.cat(tensors).tolist() if tensors else ())
+    return [[next(values) for _ in step] for step in steps]
 
 
 class DraftingHooks:

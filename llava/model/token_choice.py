@@ -93,10 +93,11 @@ class TokenChoice:
         at = guessed[:, None]
         ratio = p[:-1].gather(1, at)[:, 0] / q.gather(1, at)[:, 0]
         agreed = run_of(torch.rand_like(ratio) < ratio)
-        rest = (p - F.pad(q, (0, 0, 0, 1)))[agreed].clamp(min=0)
-        rest = torch.where(rest.sum() > 0, rest, p[agreed])  # p = q up to rounding
-        own = torch.multinomial(rest, 1)
-        tokens = F.pad(guessed, (0, 1)).scatter(0, agreed[None], own)
+        here = agreed[None]  # as an index of one place: a number would have to be waited for
+        more, own = (p - F.pad(q, (0, 0, 0, 1)))[here].clamp(min=0), p[here]
+        more = torch.where(more.sum() > 0, more, own)  # p = q up to rounding
+        drawn = torch.multinomial(more, 1)[0]
+        tokens = F.pad(guessed, (0, 1)).scatter(0, here, drawn)
         return tokens, agreed
 
     def _scores(self, logits: Tensor, ids: Tensor) -> Tensor:

@@ -38,16 +38,15 @@ class TokenCounts:
     def of(cls, owner: Tensor, most_images: int = 1) -> TokenCounts:
         """From the image that each token belongs to, (B, S) on the host: 0, 1, ..., -1 on text,
         `PADDING`; most_images: at least so many numbers for each row."""
-        batch, most = len(owner), max(most_images, int(owner.max()) + 1)
-        found = torch.zeros(batch, most - PADDING, dtype=torch.long)
-        found.scatter_add_(1, owner - PADDING, torch.ones_like(owner))
-        _, text, images = found.split([1, 1, most], dim=1)
-        before = (owner >= 0).cumsum(dim=1) == 0
+        rows = owner.numpy()
+        most = max(most_images, int(rows.max()) + 1)
+        images = tuple(tuple(int((row == n).sum()) for n in range(most)) for row in rows)
+        before = [row[: (row >= 0).argmax()] if row.max() >= 0 else row for row in rows]
         return cls(
-            text=tuple(text[:, 0].tolist()),
-            visual=tuple(images.sum(dim=1).tolist()),
-            images=tuple(map(tuple, images.tolist())),
-            leading=tuple((before & (owner > PADDING)).sum(dim=1).tolist()),
+            text=tuple(int((row == -1).sum()) for row in rows),
+            visual=tuple(map(sum, images)),
+            images=images,
+            leading=tuple(int((row == -1).sum()) for row in before),
         )
 
     @property

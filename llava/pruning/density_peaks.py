@@ -25,26 +25,27 @@ def cluster(tokens: Tensor, valid: Tensor, num_clusters: Tensor, most: int) -> t
     x, size = tokens.float(), tokens.shape[1]
     # Differences, not the matmul form: the diagonal is 0 and the matrix symmetric to the bit.
     apart = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[-1] ** 0.5
-    both = valid[:, :, None] & valid[:, None, :]
-    reach = torch.where(both, apart, torch.inf)
+    absent = ~valid
+    nothing = absent[:, :, None] | absent[:, None, :]
+    reach = apart.masked_fill(nothing, torch.inf)
     slot = torch.arange(most, device=x.device)
-    real = slot < num_clusters[:, None]  # (G, most)
+    unused = slot >= num_clusters[:, None]  # (G, most)
 
-    near = torch.where(real[:, None], reach.sort(dim=-1).values[..., :most].square(), 0.0)
+    near = reach.sort(dim=-1).values[..., :most].square().masked_fill(unused[:, None], 0.0)
     near = near.sum(dim=-1) / num_clusters[:, None]
-    density = torch.where(valid, torch.exp(-near), -1.0)
+    density = torch.exp(-near).masked_fill(absent, -1.0)
     earlier = torch.ones(size, size, dtype=torch.bool, device=x.device).tril(-1)
     mine, other = density[:, :, None], density[:, None, :]
     denser = (other > mine) | ((other == mine) & earlier)
     distance = torch.where(denser, reach, torch.inf).amin(dim=-1)
-    farthest = torch.where(both, apart, 0.0).amax(dim=(1, 2))
+    farthest = apart.masked_fill(nothing, 0.0).amax(dim=(1, 2))
     distance = torch.where(distance.isinf(), farthest[:, None], distance)
 
-    rating = torch.where(valid, distance * density, -1.0)
+    rating = (distance * density).masked_fill(absent, -1.0)
     centres = top_stable(rating, most)
     to_centre = apart.gather(2, centres[:, None].expand(-1, size, -1))
-    assign = torch.where(real[:, None], to_centre, torch.inf).argmin(dim=-1)
-    target = torch.where(real, centres, size)  # a spare column takes what means nothing
+    assign = to_centre.masked_fill(unused[:, None], torch.inf).argmin(dim=-1)
+    target = centres.masked_fill(unused, size)  # a spare column takes what means nothing
     assign = F.pad(assign, (0, 1)).scatter(1, target, slot.expand_as(target))[:, :size]
     member = (assign[..., None] == slot) & valid[..., None]  # (G, Q, most)
     total = member.float().transpose(1, 2) @ x

@@ -261,10 +261,14 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
 
     def reduce(self, prefill: Prefill) -> Prefill:
         """Without the glimpse and without the visual tokens that are not needed."""
-        patch, judged = prefill.patch_index, is_judged(prefill)
+        patch, every = prefill.patch_index, judges_all(prefill)
+        judged = patch >= 0
+        if not every:
+            judged = judged & (prefill.at_tokens(prefill.image_values(CROPS)) > 0)
+        ignored = ~judged
         views = Views.of(
             prefill.visual_index,
-            patch.masked_fill(~judged, -1),
+            patch if every else patch.masked_fill(ignored, -1),
             prefill.image_extras,
             prefill.counts,
         )
@@ -274,12 +278,13 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
             images = shapes_of(prefill.image_extras)
             cells = reference_cells(self.ref_boxes, self.ref_masks, images)
             chance = views.scatter(cells.float().to(judged.device, non_blocking=True))
-        chance = chance.masked_fill(~judged, 0)
-        prefill.record_importance(chance.masked_fill(~judged, float("nan")))
+        chance = chance.masked_fill(ignored, 0)
+        prefill.record_importance(chance.masked_fill(ignored, float("nan")))
         kept = self.choose(chance, judged, prefill)
-        if not prefill.has_axes:
+        if not (prefill.has_axes or views.complete):  # complete images have no newlines
             kept = kept | self.newlines(kept, prefill)
-        kept = kept | ((patch >= 0) & ~judged)
+        if not every:
+            kept = kept | ((patch >= 0) & ignored)
         text = ~prefill.is_visual & (prefill.index >= 0)
         extras = {name: own for name, own in prefill.extras.items() if name != CONDITIONS}
         return replace(prefill, extras=extras).keep(text | kept)
@@ -294,9 +299,8 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     def choose(self, chance: Tensor, judged: Tensor, prefill: Prefill) -> Tensor:
         """(B, S) True on the visual tokens that stay: threshold, cap, minimum, anchors."""
         rank = rank_within_groups(chance, judged.long())
-        total = judged.sum(dim=1)
         kept = judged & (chance > self.setting("reduce_threshold"))
-        for over, most in self.caps(kept.sum(dim=1), total, prefill):
+        for over, most in self.caps(kept, judged, prefill):
             capped = judged & (rank < most[:, None])
             kept = torch.where(over[:, None], capped, kept)
         least = self.setting("min_remain_num") or 0
@@ -311,8 +315,14 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
             kept = kept | (judged & (prefill.patch_index == corner))
         return kept
 
-    def caps(self, count: Tensor, total: Tensor, prefill: Prefill):
-        """Which prompts (B,) exceed a cap, and what they may keep (B,); one pair for each cap."""
+    def caps(self, kept: Tensor, judged: Tensor, prefill: Prefill):
+        """Which prompts (B,) exceed a cap, and what they may keep (B,); one pair for each cap.
+
+        kept, judged: (B, S) flags of the visual tokens
+        """
+        if self.visual_token_num is None and self.setting("max_remain_ratio") is None:
+            return
+        count, total = kept.sum(dim=1), judged.sum(dim=1)
         if (ratio := self.setting("max_remain_ratio")) is not None:
             # A few sizes, so that prompts of other lengths find the tables that are there.
             size = 1 << prefill.index.shape[1].bit_length()
@@ -362,12 +372,9 @@ def judges_any(prefill: Prefill) -> bool:
     return any(map(any, prefill.image_extras.get(CROPS, ())))
 
 
-def is_judged(prefill: Prefill) -> Tensor:
-    """(B, S) True on patches that are judged, which those of videos that stay whole are not."""
-    judged = prefill.patch_index >= 0
-    if all(map(all, prefill.image_extras[CROPS])):
-        return judged
-    return judged & (prefill.at_tokens(prefill.image_values(CROPS)) > 0)
+def judges_all(prefill: Prefill) -> bool:
+    """Whether all patches are judged, which those of videos that stay whole are not."""
+    return all(map(all, prefill.image_extras[CROPS]))
 
 
 def most_within(total: int, share: float) -> int:
@@ -383,7 +390,7 @@ def add_to_glimpse(prefill: Prefill, vector: Tensor) -> Prefill:
     """
     x, count = prefill.hidden_states, len(vector)
     if not torch.is_grad_enabled():
-        x[:, -count:] += vector.to(x.dtype)
+        x[:, -count:].add_(vector.to(x.dtype))
         return prefill
     glimpse = x[:, -count:] + vector.to(x.dtype)
     return replace(prefill, hidden_states=torch.cat([x[:, :-count], glimpse], dim=1))

@@ -57,10 +57,13 @@ class MustDropState:
 
     most_rows: the most text tokens behind its first image that a prompt has
     real:      (B, R) which of the rows recorded last are such tokens
+    ahead:     (B, R) how far these stand before the last token of the prompt, which stays where
+               they all follow the one image of their row; None: they have to be looked for
     """
 
     most_rows: int
     real: Tensor | None = None
+    ahead: Tensor | None = None
 
 
 @dataclass
@@ -223,12 +226,18 @@ class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
 
     def text_rows(self, prefill: Prefill) -> Tensor:
         """Places (B, R) of the text behind the first image; which of them are real is noted."""
-        flags = ~prefill.is_visual & (prefill.is_visual.cumsum(dim=1) > 0)
-        if prefill.valid is not None:
-            flags = flags & prefill.valid
         if prefill.state is None:  # text is never dropped: the count stays
             prefill.state = MustDropState(max(1, *prefill.counts.behind))
-        rows, prefill.state.real = prefill.places(flags, prefill.state.most_rows)
+        state: MustDropState = prefill.state
+        if state.ahead is not None:
+            return prefill.last[:, None] - state.ahead
+        visual = prefill.is_visual
+        flags = ~visual & (visual.cumsum(dim=1) > 0)
+        if prefill.valid is not None:
+            flags = flags & prefill.valid
+        rows, state.real = prefill.places(flags, state.most_rows)
+        if prefill.most_images == 1:
+            state.ahead = prefill.last[:, None] - rows
         return rows
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
@@ -236,12 +245,11 @@ class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
             return prefill
         seen = prefill.attention.mean(dim=1) * prefill.state.real[..., None]  # (B, R, S)
         total, most = seen.sum(dim=1), seen.amax(dim=1)
-        owner = prefill.visual_index.clamp(min=0)
-        images = total.new_zeros(total.shape[0], prefill.most_images)
-        images = images.scatter_add(1, owner, total * prefill.is_visual)
+        owner = prefill.visual_index + 1  # 0 for text
+        images = total.new_zeros(len(total), 1 + prefill.most_images).scatter_add(1, owner, total)
         share, single = self.limits(prefill)
-        dull = (total < share * prefill.at_tokens(images)) & (most < single)
-        kept = ~(prefill.is_visual & dull & ~prefill.extras[KEY])
+        seen_enough = (total >= share * prefill.at_tokens(images[:, 1:])) | (most >= single)
+        kept = seen_enough | (owner == 0) | prefill.extras[KEY]
         last = index - 1 == self.stage_layers(len(prefill.decoder.layers))[-1]
         if not last and kept.numel() <= NARROW and kept.device.type != "cpu":
             return prefill.hide(kept, renumber=True)  # on a CPU there is nothing to wait for

@@ -41,6 +41,13 @@ def ranks(score: Tensor) -> Tensor:
     return score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
+def order_within_groups(score: Tensor, group: Tensor) -> Tensor:
+    """Places (B, S) of the tokens, group by group in ascending order, the best `score` (B, S) of a
+    group first; equal scores stand in order of place. `group`: (B, S)."""
+    by_score = score.argsort(dim=1, descending=True, stable=True)
+    return by_score.gather(1, group.gather(1, by_score).argsort(dim=1, stable=True))
+
+
 def rank_within_groups(score: Tensor, group: Tensor) -> Tensor:
     """How many tokens of its own group beat each token: 0 for the best. Shapes (B, S) -> (B, S).
 
@@ -54,9 +61,9 @@ def rank_within_groups(score: Tensor, group: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, by_score.gather(1, order), own)
 
 
-def on_device(numbers: Sequence, device: torch.device) -> Tensor:
-    """Whole numbers of the host as a tensor; the host does not wait for the device."""
-    made = torch.tensor(numbers, dtype=torch.long, pin_memory=device.type == "cuda")
+def on_device(numbers: Sequence, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """Numbers of the host, whole ones, as a tensor; the host does not wait for the device."""
+    made = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
     return made.to(device, non_blocking=True)
 
 

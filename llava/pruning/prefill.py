@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .counts import PADDING, Known, TokenCounts, counted
@@ -312,14 +313,11 @@ class Prefill:
         if self.valid is not None:
             mask = mask & self.valid
         batch, size = mask.shape
-        count = tokens.shape[1]
         places = torch.arange(size, device=mask.device).expand(batch, -1)
-        ends = places.new_zeros(batch, self.most_images)
-        owner = self.visual_index.clamp(min=0)
-        ends = ends.scatter_reduce(1, owner, places * self.is_visual, "amax")  # (B, I)
-        number = torch.arange(count, device=mask.device)
-        behind = ends.gather(1, image) * (count + 1) + 1 + number
-        key = torch.cat([places * (count + 1), behind], dim=1)
+        ends = places.new_zeros(batch, 1 + self.most_images)  # of the text, and of every image
+        ends = ends.scatter_reduce(1, self.visual_index + 1, places, "amax")
+        behind = ends.gather(1, image + 1)
+        key = torch.cat([places, behind], dim=1)  # of equals the older one comes first
         alive = torch.cat([mask, real], dim=1)
         if counts is None:
             owner = torch.where(alive, torch.cat([self.visual_index, image], dim=1), PADDING)
@@ -328,7 +326,7 @@ class Prefill:
         order = order[:, order.shape[1] - counts.longest :]
         valid = None if counts.even else alive.gather(1, order)
         # Those of several axes stand where the last token of their image does.
-        positions = at(ends.gather(1, image))(self.position_ids, 1)
+        positions = at(behind)(self.position_ids, 1)
         grown = self._with(tokens, positions, image)
         return grown.take(order, valid, renumber, counts)
 
@@ -364,14 +362,14 @@ class Prefill:
         """New tokens (B, M, D) at the end, `valid` not yet adjusted; image: (B, M), positions as
         in `position_ids`."""
         batch, count = image.shape
-        none = self.index.new_full((batch, count), -1)
-        index = none - self.num_blended - torch.arange(count, device=none.device)
+        first = -1 - self.num_blended
+        index = torch.arange(first, first - count, -1, device=image.device).expand(batch, -1)
         return replace(
             self,
             hidden_states=torch.cat([self.hidden_states, tokens.to(self.hidden_states)], dim=1),
             position_ids=torch.cat([self.position_ids, positions], dim=1),
             visual_index=torch.cat([self.visual_index, image], dim=1),
-            patch_index=torch.cat([self.patch_index, none], dim=1),
+            patch_index=F.pad(self.patch_index, (0, count), value=-1),
             index=torch.cat([self.index, index], dim=1),
             extras=each(self.extras, with_zeros(count)),
             attention=None,

@@ -22,7 +22,7 @@ from .density_peaks import cluster
 from .ops import (
     gather_tokens,
     on_device,
-    rank_within_groups,
+    order_within_groups,
     scale_layers,
     top_stable,
     true_first,
@@ -266,36 +266,55 @@ class SparseVLM(ShareOption, DecoderStage, Pruner):
             [self.recycled(count - keep) for keep, count in zip(*row, strict=True)]
             for row in zip(kept, counts, strict=True)
         ]
-        plan = on_device(pairs, score.device)  # (B, I, 2)
-        num_source, num_merged = plan.unbind(dim=-1)
+        (batch, size), images, here = score.shape, len(pairs[0]), score.device
+        stays, dropped = ranked(kept, counts, size)
+        plan = [
+            [(start, *pair) for start, pair in zip(*row, strict=True)]
+            for row in zip(dropped, pairs, strict=True)
+        ]
+        start, num_source, num_merged = on_device(plan, here).unbind(dim=-1)  # (B, I) each
         most_source, most = (max(p[i] for row in pairs for p in row) for i in (0, 1))
-        num_kept = on_device(kept, score.device)
-        batch, images = num_kept.shape
 
-        rank = rank_within_groups(score, prefill.visual_index) - prefill.at_tokens(num_kept)
-        source = prefill.is_visual & (rank >= 0) & (rank < prefill.at_tokens(num_source))
-        slot = prefill.visual_index * most_source + rank
-        slot = slot.masked_fill(~source, images * most_source)
-        places = torch.arange(score.shape[1], device=score.device).expand(batch, -1)
-        where = places.new_zeros(batch, images * most_source + 1).scatter(1, slot, places)[:, :-1]
+        order = order_within_groups(score, prefill.visual_index)  # text, then image by image
+        stays = on_device(stays, here, torch.bool)
+        stays = torch.empty_like(stays).scatter_(1, order, stays)
+        where = start[..., None] + torch.arange(most_source, device=here)
+        where = order.gather(1, where.flatten(1).clamp(max=size - 1))
         tokens = gather_tokens(prefill.hidden_states, where).view(batch * images, most_source, -1)
-        valid = torch.arange(most_source, device=score.device) < num_source.flatten()[:, None]
+        valid = torch.arange(most_source, device=here) < num_source.flatten()[:, None]
         merged = cluster(tokens, valid, num_merged.flatten().clamp(min=1), most)[2]
 
-        owner = torch.arange(images, device=score.device).repeat_interleave(most).expand(batch, -1)
-        real = torch.arange(most, device=score.device) < num_merged[..., None]
+        owner = torch.arange(images, device=here).repeat_interleave(most).expand(batch, -1)
+        real = torch.arange(most, device=here) < num_merged[..., None]
         prefill.state.counts = [
             [keep + new for keep, (_, new) in zip(*row, strict=True)]
             for row in zip(kept, pairs, strict=True)
         ]
         return prefill.keep_and_append(
-            ~prefill.is_visual | (rank < 0),
+            stays,
             merged.view(batch, images * most, -1),
             owner,
             real.flatten(1),
             renumber=True,
             counts=prefill.counts.with_images(prefill.state.counts),
         )
+
+
+def ranked(kept, counts, size: int) -> tuple[list[list[bool]], list[list[int]]]:
+    """Of rows of `size` tokens as `order_within_groups` puts them, text and padding first: whether
+    each stays, and where the best of every image is that does not.
+
+    kept, counts: tokens of every image (B, I) that stay, of so many
+    """
+    stays, starts = [], []
+    for keeps, sizes in zip(kept, counts, strict=True):
+        row, first = [True] * (size - sum(sizes)), []
+        for keep, count in zip(keeps, sizes, strict=True):
+            first.append(len(row) + keep)
+            row += [True] * keep + [False] * (count - keep)
+        stays.append(row)
+        starts.append(first)
+    return stays, starts
 
 
 def find_raters(prefill: Prefill) -> tuple[Tensor, int]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,6 +14,19 @@ from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.pruning import build_pruner
 from tests.golden_cases import locate
+
+_compile = False
+
+
+@contextmanager
+def compiled_decoding():
+    """Inside, checkpoints come with compiled steps of decoding."""
+    global _compile
+    _compile = True
+    try:
+        yield
+    finally:
+        _compile = False
 
 
 @lru_cache(maxsize=3)
@@ -44,6 +58,8 @@ def load_checkpoint(name: str, folder: Path, changes: dict | None = None):
     parts = _load(locate(name, folder), json.dumps(changes or {}, sort_keys=True))
     parts[1].pruner = build_pruner("none")
     parts[1].as_in_training = None
+    if parts[1].compile_decoding != _compile:
+        parts[1].compile_decoding = _compile
     return parts
 
 

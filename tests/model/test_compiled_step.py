@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import cpu_vec_isa
 
 from llava.model.kv_cache import KVCache, RowState
+from llava.model.language_model import decode_step
 from llava.model.language_model.compiling import check_compiler, compiled
 from llava.model.language_model.decode_step import CompiledStep
 from llava.pruning import build_pruner
@@ -59,7 +60,10 @@ def test_answers_are_those_of_exact_steps_and_nothing_is_compiled_for_a_later_to
         model.compile_decoding = False
 
 
-def test_a_layer_is_compiled_to_few_kernels(make_model):
+@pytest.mark.parametrize("together", [0, 6])
+def test_a_layer_is_compiled_to_few_kernels(make_model, together, monkeypatch):
+    """Also where all layers of a decoder that has few of them are one graph."""
+    monkeypatch.setattr(decode_step, "FEW_LAYERS", together)
     from torch._inductor.utils import run_and_get_code
 
     decoder = make_model().model
@@ -74,7 +78,7 @@ def test_a_layer_is_compiled_to_few_kernels(make_model):
         _, codes = run_and_get_code(step, decoder.layers, x, cache)
     counts = [len(KERNEL.findall(code[code.index("def call(") :])) for code in codes]
     assert len(counts) == 2, "one graph for all layers, and one for what they share"
-    assert counts[0] <= GROUP and counts[1] <= LAYER, codes[1]
+    assert counts[0] <= GROUP and counts[1] <= LAYER * max(1, together), codes[1]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Steps that look at buckets of the cache give what exact ones do: here as they are, uncompiled."""
+"""Steps that look at buckets of the cache give what exact ones do: as they are, and compiled."""
 
 import gc
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from llava.model import kv_cache
-from llava.model.kv_cache import KVCache, RowState
 from llava.model.language_model import compiling, decode_step
 from llava.model.language_model.cuda_graphs import GraphStep
 from llava.model.language_model.decode_step import CompiledStep, DecodeStep
@@ -21,11 +20,17 @@ CHAINS = ["vispruner+fastv", "pool+pyramiddrop"]
 SPECULATE = dict(generation_strategy="self_speculative", return_dict_in_generate=True)
 
 
-@pytest.fixture(autouse=True)
-def small_buckets(monkeypatch):
-    """Answers of a few tokens that go from bucket to bucket, and nothing that is compiled."""
+@pytest.fixture(autouse=True, params=["as it is", pytest.param("compiled", marks=pytest.mark.slow)])
+def small_buckets(request, monkeypatch):
+    """Answers of a few tokens that go from bucket to bucket, by steps compiled or not."""
     monkeypatch.setattr(kv_cache, "BUCKET", 8)
-    monkeypatch.setattr(decode_step, "compiled", lambda function: function)
+    if request.param == "as it is":
+        monkeypatch.setattr(decode_step, "compiled", lambda function: function)
+        return
+    try:
+        compiling.check_compiler(torch.device("cpu"))
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
 def steps(model, *kinds):
@@ -168,66 +173,6 @@ def test_what_is_wanted_of_single_layers_comes_from_exact_steps(model, sample, m
     for _ in steps(model, CompiledStep):
         out = generate(model, inputs, output_hidden_states=True)
         assert len(out.hidden_states[1]) == 7
-
-
-# --- buffers --------------------------------------------------------------------------------
-
-
-def test_a_step_sees_whole_buckets_and_never_a_whole_buffer():
-    cache = KVCache(1, reserve=6)
-    cache.append(0, *torch.ones(2, 1, 1, 5, 4))
-    cache.rows[0] = RowState(torch.tensor([5]), 5)
-    assert cache.window(0, 1) == 8
-    keys, _ = cache.claim(0, 1)
-    assert keys.shape[2] == 24 and keys[:, :, 5:].eq(0).all() and cache.appended(0) == 1
-    for _ in range(10):
-        again, _ = cache.claim(0, 1)
-    assert again is keys and cache.window(0) == 16
-    grown, _ = cache.claim(0, 8)
-    assert grown.shape[2] > cache.window(0) == 24 and grown[:, :, :5].eq(1).all()
-
-
-def test_places_that_steps_see_before_they_are_written_hold_zeros(monkeypatch):
-    """Whatever made the buffer before: what is masked is multiplied by 0, and NaN stays NaN."""
-    monkeypatch.setattr(
-        kv_cache, "_allocate", lambda like, n: like.new_full((1, 2, n, 4), float("nan"))
-    )
-    prompt = torch.ones(1, 2, 5, 4)
-    for grow in (
-        lambda cache: None,
-        lambda cache: cache.keep(0, torch.arange(3)[None], RowState(torch.tensor([3]), 3)),
-        lambda cache: cache.append(0, torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4)),
-        lambda cache: [cache.claim(0, 1), cache.append(0, *torch.ones(2, 1, 2, 99, 4))],
-    ):
-        cache = KVCache(1, reserve=4)
-        cache.append(0, prompt, prompt)
-        grow(cache)
-        held = cache.lengths[0]
-        for buffer in cache.claim(0, 1):
-            assert buffer[:, :, held:].eq(0).all() and buffer[:, :, :held].isfinite().all()
-
-
-def test_beams_move_what_follows_their_prompt_alone():
-    cache = KVCache(1, reserve=4, beams=2)
-    prompt = torch.tensor([1.0, 1.0, 2.0, 2.0]).view(4, 1, 1, 1).expand(4, 1, 3, 2)
-    cache.append(0, prompt, prompt)
-    cache.rows[0] = RowState(torch.full((4,), 3), 3)
-    answer = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 1, 2)
-    keys, _ = cache.append(0, answer, -answer)
-    buffer = keys.data_ptr()
-    cache.reorder_cache(torch.tensor([1, 1, 2, 2]))
-    keys, values = cache.entries(0)
-    assert keys[:, 0, :, 0].tolist() == [[1, 1, 1, 1]] * 2 + [[2, 2, 2, 2]] * 2
-    assert values[:, 0, 3, 0].tolist() == [-1, -1, -2, -2] and keys.data_ptr() == buffer
-
-
-def test_angles_of_answers_are_those_of_their_positions(model):
-    state, rotary = RowState(torch.tensor([3, 7]), 5), model.model.rotary
-    for start, count in ((0, 1), (1, 1), (2, 3), (5, 1), (3, 2), (0, 2), (40, 300)):
-        positions = state.next_position[:, None] + torch.arange(start, start + count)
-        wanted = rotary(positions, torch.float32)
-        for own, other in zip(state.rope(rotary, start, count, torch.float32), wanted, strict=True):
-            assert torch.equal(own, other)
 
 
 # --- steps that are captured ----------------------------------------------------------------

@@ -25,12 +25,13 @@ BUDGETS = 64, 192
 ONE_TOKEN = dict(do_sample=False, max_new_tokens=1, eos_token_id=2, pad_token_id=0)
 #: layers of the tower that see whole images
 WHOLE = [7, 15, 23, 31]
+#: of the tower, which some methods read as well
+FOLDER = tempfile.TemporaryDirectory()
 
 
 def deep_llava():
     sizes = {"num_hidden_layers": 24, "image_size": SIDE * tiny.PATCH}
-    with tempfile.TemporaryDirectory() as folder:
-        return tiny.make_model(tiny.write_tower(folder, **sizes), num_hidden_layers=32)
+    return tiny.make_model(tiny.write_tower(FOLDER.name, **sizes), num_hidden_layers=32)
 
 
 def deep_qwen():

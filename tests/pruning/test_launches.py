@@ -9,6 +9,7 @@ from llava.pruning.cdpruner import largest_volume
 from llava.pruning.divprune import farthest_first
 from llava.pruning.tokens import ImageTokens
 from llava.pruning.vispruner import drop_duplicates
+from tests.pruning import kernels
 
 PICKS, MORE = 16, 24
 TOKENS = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0))
@@ -48,6 +49,19 @@ def drop_one_by_one(count: int) -> None:
 def test_a_further_pick_costs_at_most_six_kernels(pick):
     further = launches(pick, PICKS + MORE) - launches(pick, PICKS)
     assert 0 < further <= 6 * MORE
+
+
+#: kernels beyond the plain model's until the first token, of models as deep as those of 7B
+CHOOSING = {"glimpseprune": 390, "sparsevlm": 430, "mustdrop": 300}
+
+
+@pytest.mark.slow
+def test_methods_with_many_stages_ask_for_no_more_kernels():
+    model = kernels.deep_llava()
+    plain = kernels.count(model, build_pruner("none"))
+    for name, most in CHOOSING.items():
+        more = kernels.count(model, kernels.pruner_of(name, 64)) - plain
+        assert 0 < more <= most, f"{name}: {more}"
 
 
 def test_what_computes_is_counted_and_views_are_not():

@@ -1,6 +1,7 @@
 """How many kernels a device is asked to run: by stage of a prompt, and for every decoded token.
 
-Counted are torch's operations on tensors, as eager code calls them; views cost a device nothing.
+Counted are torch's operations on tensors, as eager code calls them in inference mode, where a norm,
+a linear layer and attention are one each, as on a GPU; what writes nothing costs a device nothing.
 No GPU is needed for that. A GPU serves some operations with two kernels, and what the compiler
 fuses is one kernel for several operations: `profile.py` counts what a GPU really ran.
 """
@@ -12,6 +13,8 @@ from itertools import pairwise
 from statistics import median_low
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava.eval import markdown
@@ -19,26 +22,45 @@ from llava.eval.efficiency.measure import DENSE, Workload, stages_of
 from llava.eval.efficiency.stopwatch import Stopwatch
 from llava.pruning import Pruner
 
-#: operations that compute nothing: views of tensors, and memory that nothing is written to
+#: operations that compute nothing: views of tensors, and memory that nothing is written to; others
+#: that only give back what they were given, such as `to` the same type, are recognised
 FREE = frozenset(
     "view _unsafe_view t transpose permute expand slice select unsqueeze squeeze alias split "
     "split_with_sizes diagonal unbind detach unflatten _reshape_alias as_strided narrow chunk "
-    "movedim real lift_fresh empty empty_like empty_strided new_empty new_empty_strided".split()
+    "movedim real lift_fresh set_ empty empty_like empty_strided new_empty "
+    "new_empty_strided".split()
 )
 #: tokens of an answer whose steps are counted
 TOKENS = 5
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations that compute something, in `count`."""
+    """Notes the names of operations that compute something."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.names: list[str] = []
+
+    @property
+    def count(self) -> int:
+        return len(self.names)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func._schema.name.split("::")[1] not in FREE
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        held = {storage_of(x) for x in tensors_in((args, kwargs))}
+        made = any(storage_of(x) not in held for x in tensors_in(out))
+        if name not in FREE and (made or func._schema.is_mutable):
+            self.names.append(name)
+        return out
+
+
+def tensors_in(values) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def storage_of(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
 
 
 class LaunchWatch(Stopwatch):
@@ -78,7 +100,7 @@ def count_launches(model, name: str, pruner: Pruner, workload: Workload) -> Laun
     (tables of positions and the like). Steps in which a cache grows cost more than `decode`."""
     model.pruner = pruner
     workload.run(model)
-    with Launches() as launches:
+    with torch.inference_mode(), Launches() as launches:
         watch = LaunchWatch(launches)
         found = stages_of(model, pruner, workload, watch)
     steps = [span for span in watch.spans if span.stage == "decode"]

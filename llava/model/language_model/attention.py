@@ -311,8 +311,8 @@ def rows_of(
     scores = (picked @ k.float().transpose(2, 3)).reshape(batch, heads, count, -1)
     if bias is not None:
         scores = scores + bias[:, None, None]
-    visible = torch.arange(k.shape[2], device=k.device) <= places[:, None, :, None]
+    hidden = torch.arange(k.shape[2], device=k.device) > places[:, None, :, None]
     if valid is not None:
-        visible = visible & valid[:, None, None, :]
-    scores = scores.masked_fill(~visible, float("-inf"))
+        hidden = hidden | ~valid[:, None, None, :]
+    scores = scores.masked_fill(hidden, float("-inf"))
     return ROW_FORMS[form](scores, dim=-1) if form in ROW_FORMS else scores

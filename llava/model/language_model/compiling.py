@@ -3,37 +3,68 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable
-from functools import cache
+from contextlib import suppress
+from contextvars import ContextVar
+from functools import cache, wraps
 
 import torch
 
+from ...errors import UnavailableError
+
 #: numbers of rows, guesses, types and devices make a graph each; torch gives up at 8
 MOST_GRAPHS = 64
+#: whether `prepare` was called; what it sets torch keeps for every thread by itself
+_prepared: ContextVar[bool] = ContextVar("prepared", default=False)
 
 
 @cache
 def compiled(function: Callable) -> Callable:
-    """`function` as one graph, whatever the sizes of its tensors."""
-    return torch.compile(function, fullgraph=True, dynamic=True)
+    """`function` as one graph, whatever the sizes of its tensors; raises UnavailableError where
+    torch fails to compile it."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    made = torch.compile(function, fullgraph=True, dynamic=True)
+
+    @wraps(function)
+    def call(*args, **keywords):
+        prepare()
+        try:
+            return made(*args, **keywords)
+        except TorchDynamoException as error:
+            reason = str(error).strip().partition("\n")[0]
+            name = function.__name__
+            raise UnavailableError(
+                f"compile: torch could not compile {name} ({reason}): leave compile out"
+            ) from error
+
+    return call
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises RuntimeError when nothing can be compiled for `device`: it says what is missing."""
+    """Raises UnavailableError, which says what is missing, where nothing compiles for `device`."""
     if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            raise RuntimeError(
-                "compile: torch compiles for GPUs with the package triton, which is not installed: "
-                "pip install triton, or leave compile out"
-            )
+        check_triton()
     elif device.type == "cpu":
         check_cpp_compiler()
-        name_vector_width()
     else:
-        raise RuntimeError(f"compile works on cuda and cpu, not on {device.type}: leave it out")
-    limits = torch._dynamo.config
-    name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"
-    setattr(limits, name, max(MOST_GRAPHS, getattr(limits, name)))
+        raise UnavailableError(f"compile works on cuda and cpu, not on {device.type}: leave it out")
+
+
+def check_triton() -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise UnavailableError(
+            "compile: torch compiles for GPUs with the package triton, which is not installed: "
+            "pip install triton, or leave compile out"
+        )
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise UnavailableError(
+            "compile: triton starts its kernels with code that it compiles in C, and no compiler "
+            "was found: install gcc or clang, or name yours in the environment variable CC, or "
+            "leave compile out"
+        )
 
 
 def check_cpp_compiler() -> None:
@@ -42,10 +73,24 @@ def check_cpp_compiler() -> None:
     try:
         cpp_builder.get_cpp_compiler()
     except exc.InvalidCxxCompiler as error:
-        raise RuntimeError(
+        raise UnavailableError(
             "compile: torch compiles for the CPU with a C++ compiler, and none was found: install "
             "g++ or clang++, or name yours in the environment variable CXX, or leave compile out"
         ) from error
+
+
+def prepare() -> None:
+    """Sets in this thread what compiling needs of torch: it may be another one than the model was
+    loaded in, as in a server."""
+    if _prepared.get():
+        return
+    limits = torch._dynamo.config
+    name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"
+    setattr(limits, name, max(MOST_GRAPHS, getattr(limits, name)))
+    with suppress(UnavailableError):  # GPUs do without
+        check_cpp_compiler()
+        name_vector_width()
+    _prepared.set(True)
 
 
 def name_vector_width() -> None:

@@ -7,7 +7,7 @@ so that nothing in it but the contents of tensors changes from token to token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,6 +17,10 @@ from ..kv_cache import KVCache, RowState
 from .attention import added_mask, attention_mask, causal_mask, padded_causal_mask
 from .compiling import compiled
 from .layers import DecoderLayer, Rotary, Step, bring
+
+#: decoders up to so many layers are compiled as a whole on a CPU, as calling six small graphs costs
+#: more there than what they save; deeper ones layer by layer, as all layers share one graph
+FEW_LAYERS = 12
 
 
 class DecodeStep:
@@ -103,7 +107,8 @@ class CompiledStep(DecodeStep):
     def plan(self, layers: list[DecoderLayer], x: Tensor, cache: KVCache) -> Plan:
         """The step of `layers` on x; the cache counts its tokens as held from here on."""
         numbers, count = [layer.self_attn.layer_idx for layer in layers], x.shape[1]
-        plan = Plan(layers, self.rotary, x, cache.appended(numbers[0]))
+        few = x.device.type == "cpu" and len(cache.lengths) <= FEW_LAYERS
+        plan = Plan(layers, self.rotary, x, cache.appended(numbers[0]), FEW_LAYERS if few else 1)
         groups: dict[int, int] = {}
         for number in numbers:
             state = cache.rows[number]
@@ -134,6 +139,7 @@ class Plan:
 
     x:       (B, q, D) tokens as they enter the first of `layers`
     done:    tokens of the answers before those
+    most:    layers with the same tokens that are one graph
     states:  the rows as groups of layers see them, and how many places each looks at (`windows`)
     members: the group of every layer
     buffers: keys and values (B, G, capacity, d) of every layer
@@ -144,6 +150,7 @@ class Plan:
     rotary: Rotary
     x: Tensor
     done: int
+    most: int = 1
     states: list[RowState] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
     members: list[int] = field(default_factory=list)
@@ -171,10 +178,21 @@ class Plan:
             compiled(describe)(self.rotary, done, window, x.shape[1], x.dtype, **group)
             for window, group in zip(self.windows, known, strict=True)
         ]
-        for number, layer in enumerate(self.layers):
-            group, (keys, values) = groups[self.members[number]], self.buffers[number]
-            x = compiled(run_layer)(layer, x, *group, keys, values, self.shared[number])
+        for own in self.spans():
+            group = groups[self.members[own.start]]
+            x = compiled(run_layers)(
+                self.layers[own], x, *group, self.buffers[own], self.shared[own]
+            )
         return x
+
+    def spans(self) -> Iterator[slice]:
+        """Layers one behind the other that are one graph each."""
+        start = 0
+        for stop in range(1, len(self.layers) + 1):
+            ends = stop == len(self.layers) or self.members[stop] != self.members[start]
+            if ends or stop - start == self.most:
+                yield slice(start, stop)
+                start = stop
 
 
 # --- what is compiled -----------------------------------------------------------------------
@@ -224,17 +242,18 @@ class Slots:
         return self.beginning
 
 
-def run_layer(
-    layer: DecoderLayer,
+def run_layers(
+    layers: list[DecoderLayer],
     x: Tensor,
     places: Tensor,
     cos: Tensor,
     sin: Tensor,
     mask: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    shared: tuple | None,
+    buffers: list[tuple[Tensor, Tensor]],
+    shared: list[tuple | None],
 ) -> Tensor:
-    """A layer on x (B, q, D), whose keys and values go to `places` of its buffers."""
-    slots = Slots(keys, values, places, mask.shape[-1], shared)
-    return layer(x, Step((cos, sin), mask), slots)[0]
+    """Layers on x (B, q, D), whose keys and values go to `places` of their buffers."""
+    for layer, (keys, values), beginning in zip(layers, buffers, shared, strict=True):
+        slots = Slots(keys, values, places, mask.shape[-1], beginning)
+        x, _ = layer(x, Step((cos, sin), mask), slots)
+    return x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -42,15 +43,35 @@ class Rotary:
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions (B, S), or (B, S, A) on several axes -> `rope_of`, (B, 1, S, d) each."""
-        even = torch.arange(0, self.width, 2, device=positions.device).float()
-        frequency = 1.0 / self.theta ** (even / self.width)
+        frequency = frequencies(self.width, self.theta, positions.device)
         if positions.ndim == 3:  # (B, S, d / 2), of the axis that turns a frequency
             axes = zip(positions.unbind(dim=2), self.sections, strict=True)
             positions = torch.cat([p[..., None].expand(*p.shape, n) for p, n in axes], dim=-1)
         else:
             positions = positions[..., None]
-        angles = (positions.float() / self.stretch) * frequency
+        positions = positions.float()
+        if self.stretch != 1.0:
+            positions = positions / self.stretch
+        angles = positions * frequency
         return rope_of(angles[:, None], dtype)
+
+
+def frequencies(width: int, theta: float, device: torch.device) -> Tensor:
+    """(width / 2,) radians a position that pairs of values turn by."""
+    if torch.compiler.is_compiling():  # fused with what uses them
+        return _frequencies(width, theta, device)
+    return _known_frequencies(width, theta, device)
+
+
+def _frequencies(width: int, theta: float, device: torch.device) -> Tensor:
+    even = torch.arange(0, width, 2, device=device).float()
+    return 1.0 / theta ** (even / width)
+
+
+@lru_cache(maxsize=16)
+def _known_frequencies(width: int, theta: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # they outlive the mode
+        return _frequencies(width, theta, device)
 
 
 @dataclass
