@@ -16,7 +16,7 @@ from tests.paths import ROOT
 PAGE = (ROOT / "docs/Getting_started.md").read_text(encoding="utf-8")
 DATA_PAGE = (ROOT / "playground/data/eval/README.md").read_text(encoding="utf-8")
 #: what fetches things from a network, changes the environment, or is the first line of a new clone
-ELSEWHERE = ("git clone", "python3 -m venv", "pip install", "huggingface-cli", "export ")
+ELSEWHERE = ("python3 -m venv", "pip install", "huggingface-cli", "export ")
 ELSEWHERE += ("bash scripts/quickstart.sh",)
 
 
