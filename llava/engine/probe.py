@@ -14,24 +14,22 @@ import torch
 
 from ..checkpoint_kind import values_in
 from ..config_file import read_config
-from ..constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from ..llava_hf import is_llava_hf
-from .payload import Row
-from .routes import ImageRoute, PromptRoute
+from .payload import COMPLETIONS, ids_of, tensor_text
 from .sampling import Sampling
 from .server import EngineError, RefusedError, Server
 
-MODELS, VERSION, TOKENIZE = "/v1/models", "/version", "/tokenize"
+MODELS, VERSION = "/v1/models", "/version"
 #: small ones: an id beyond its vocabulary would end the server
 IDS = (5, 77, 140, 31, 200, 96, 9, 163)
 NEW_TOKENS = 4
 #: largest difference of two logarithms of one probability: tables may be rounded to other types
 TOLERANCE = 0.25
-FLAGS = (*PromptRoute.flags, *ImageRoute.flags)
+FLAG = "--enable-prompt-embeds"
 START = (
     "Start it with python -m vllm.entrypoints.openai.api_server --model FOLDER "
-    "--enable-prompt-embeds --skip-tokenizer-init, where FOLDER is what python -m "
-    "llava.model.export --to llama writes"
+    f"{FLAG} --skip-tokenizer-init, where FOLDER is what python -m llava.model.export --to llama "
+    "writes"
 )
 SIZES = ("hidden_size", "vocab_size", "num_hidden_layers")
 
@@ -52,42 +50,21 @@ def card_of(server: Server) -> tuple[str, str, int | None]:
     return name, str(root or name), positions if type(positions) is int else None
 
 
-def served_model(
-    server: Server, model, tokenizer
-) -> tuple[str, int | None, PromptRoute | ImageRoute]:
-    """(name of the model in the server, most positions as `card_of` has them, how prompts get
-    there).
+def served_model(server: Server, model) -> tuple[str, int | None]:
+    """(name of the model in the server, most positions), as `card_of` has them.
 
     Raises ValueError where its model is not the language model of `model`, with what to do.
     """
     name, folder, positions = card_of(server)
     check_sizes(server, folder, model)
-    route = PromptRoute()
-    try:
-        check_table(server, name, model, route)
-    except RefusedError as error:
-        if (image_id := image_token(server, name)) is None:
-            raise ValueError(reason_of_refusal(server, error.reason)) from error
-        route = ImageRoute(tokenizer, image_id)
-        try:
-            check_table(server, name, model, route)
-        except RefusedError as also:
-            raise ValueError(reason_of_refusal(server, error.reason, also.reason)) from also
-    return name, positions, route
-
-
-def image_token(server: Server, name: str) -> int | None:
-    """The id of the token that stands for an image in the server; None: it has none."""
-    body = {"model": name, "prompt": DEFAULT_IMAGE_TOKEN, "add_special_tokens": False}
-    with suppress(RefusedError, EngineError, LookupError, TypeError):
-        (found,) = server.post(TOKENIZE, body)["tokens"]
-        return int(found)
-    return None
+    check_table(server, name, model)
+    return name, positions
 
 
 def check_sizes(server: Server, folder: str, model) -> None:
     """Raises ValueError where the folder that a server has loaded holds a model of other sizes; one
-    that is not on this machine is not looked at."""
+    that is not on this machine is not looked at. The layout of transformers fills vocabularies up.
+    """
     values, padded = {}, False
     if os.path.isdir(folder):
         with suppress(OSError, ValueError):
@@ -103,41 +80,40 @@ def check_sizes(server: Server, folder: str, model) -> None:
             )
 
 
-def check_table(server: Server, name: str, model, route: PromptRoute | ImageRoute) -> None:
-    """Raises ValueError unless a server sends token ids, and continues tokens of its own table as
-    those of the table here; RefusedError where it takes no embeddings."""
+def check_table(server: Server, name: str, model) -> None:
+    """Raises ValueError unless a server takes embeddings, sends token ids, and continues tokens of
+    its own table as it does those of the table here."""
     table = model.get_input_embeddings()
     size = table.num_embeddings
     ids = [number for number in IDS if number < size]
-    embeds = table(torch.tensor(ids, device=table.weight.device)).detach().cpu()
-    row = Row(embeds, [IMAGE_TOKEN_INDEX], (len(ids),))
-    sampling = Sampling(max_new_tokens=NEW_TOKENS).body() | {"return_tokens_as_token_ids": True}
-    answers = []
-    for way, prompt in ((route, route.body(row)), (PromptRoute(), {"prompt": ids})):
-        reply = server.post(way.path, {"model": name, **prompt, **sampling, **way.chances})
-        answers.append((way.ids(server, reply, row, size), chances(way, reply)))
-    if not alike(*answers):
+    sampling = Sampling(max_new_tokens=NEW_TOKENS).body()
+    body = {"model": name, **sampling, "logprobs": 1, "return_tokens_as_token_ids": True}
+    embeds = tensor_text(table(torch.tensor(ids, device=table.weight.device)).detach().cpu())
+    try:
+        ours = server.post(COMPLETIONS, body | {"prompt_embeds": embeds})
+        own = server.post(COMPLETIONS, body | {"prompt": ids})
+    except RefusedError as error:
+        raise ValueError(reason_of_refusal(server, error.reason)) from error
+    if not alike(*((ids_of(server, reply, size), chances(reply)) for reply in (ours, own))):
         raise ValueError(
             f"{server.url} serves another model ({name}): it continues the same tokens otherwise "
             f"by its own table of embeddings than by that of the checkpoint here. {START}"
         )
 
 
-def reason_of_refusal(server: Server, *reasons: str) -> str:
-    """What to say where a server does not take the embeddings of a few tokens, on neither way."""
-    said = " ".join(reasons)
-    if missing := [flag for flag in FLAGS if flag in said]:
-        return f"{server.url} was started without {' and '.join(missing)}. {START}"
-    if "hidden_size" in said or "hidden size" in said:
-        return f"{server.url} serves another model ({reasons[0]}). {START}"
-    reason = "; ".join(reasons)
+def reason_of_refusal(server: Server, reason: str) -> str:
+    """What to say where a server does not take the embeddings of a few tokens."""
+    if FLAG in reason:
+        return f"{server.url} was started without {FLAG}. {START}"
+    if "hidden_size" in reason or "hidden size" in reason:
+        return f"{server.url} serves another model ({reason}). {START}"
     return f"{server.url}, {version_of(server)}, takes no prompts as embeddings: {reason}. {START}"
 
 
-def chances(route: PromptRoute | ImageRoute, reply: dict) -> list[float]:
+def chances(reply: dict) -> list[float]:
     """The logarithms of the probabilities of an answer's tokens."""
     with suppress(LookupError, TypeError, ValueError):
-        return [float(value) for value in route.chances_in(reply)]
+        return [float(value) for value in reply["choices"][0]["logprobs"]["token_logprobs"]]
     return []
 
 

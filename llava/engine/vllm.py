@@ -17,9 +17,8 @@ from ..model.context import PromptTooLong, answer_room
 from ..model.generation import padded
 from ..model.prompt import Prompt
 from ..pruning.cost import DecoderShape
-from .payload import Row, pieces, rows_of
+from .payload import COMPLETIONS, ids_of, pieces, rows_of, tensor_text
 from .probe import card_of, served_model
-from .routes import ImageRoute, PromptRoute
 from .sampling import Sampling, sampling_of
 from .server import Server
 from .support import check_method, check_options, reason_of_model
@@ -30,17 +29,12 @@ BYTES_PER_CHARACTER = 4  # and so the most tokens that one character can take
 
 @dataclass
 class Place:
-    """A server that fits the model.
-
-    name:      what it calls its model
-    positions: the most of a prompt and its answer; None: it does not say
-    route:     how prompts get there
-    """
+    """A server that fits the model. name: what it calls its model; positions: the most of a prompt
+    and its answer; None: it does not say"""
 
     server: Server
     name: str
     positions: int | None
-    route: PromptRoute | ImageRoute
     under_way: int = 0
 
 
@@ -99,7 +93,7 @@ class VLLMEngine:
         was started without a flag.
         """
         self.tokenizer = tokenizer
-        self.places = [Place(one, *served_model(one, model, tokenizer)) for one in self.servers]
+        self.places = [Place(one, *served_model(one, model)) for one in self.servers]
 
     def encode(
         self,
@@ -185,20 +179,20 @@ class VLLMEngine:
 
     # One answer.
 
-    def _answer(self, row: Row, sampling: Sampling, size: int, streamer, should_stop) -> list[int]:
-        """The new ids behind one prompt."""
+    def _answer(
+        self, embeds: Tensor, sampling: Sampling, size: int, streamer, should_stop
+    ) -> list[int]:
+        """The new ids behind one prompt (S, D)."""
         with self._place() as place:
-            server, route = place.server, place.route
-            sampling = self._fitting(place, len(row), sampling)
-            body = {"model": place.name, **route.body(row), **sampling.body()}
-            check = partial(route.ids, server, row=row, size=size)
+            sampling = self._fitting(place, len(embeds), sampling)
+            body = {"model": place.name, "prompt_embeds": tensor_text(embeds), **sampling.body()}
             if streamer is None and should_stop is None and not sampling.stop:
-                return check(server.post(route.path, body))
+                return ids_of(place.server, place.server.post(COMPLETIONS, body), size)
             if streamer is not None:
                 streamer.put(torch.zeros(1, 0, dtype=torch.long))
             found: list[int] = []
             stops = self._stops(sampling.stop)
-            with closing(pieces(server, route.path, body, check, should_stop)) as coming:
+            with closing(pieces(place.server, body, size, should_stop)) as coming:
                 for new in coming:
                     new, finished = stops(found, new)
                     found += new

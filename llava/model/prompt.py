@@ -29,7 +29,6 @@ class Prompt:
     num_positions:  positions of the longest prompt, see `llava.model.context`; None: not known
     token_ids:      (B, S) what stands for the prompts where rules about tokens, such as a penalty
                     of repetition, look at them; None: such rules see the answer alone
-    marked_ids:     of every prompt the ids it was made of, with -200 for an image; None: not known
     """
 
     inputs_embeds: Tensor
@@ -43,7 +42,6 @@ class Prompt:
     counts: TokenCounts | None = None
     num_positions: int | None = None
     token_ids: Tensor | None = None
-    marked_ids: list[list[int]] | None = None
 
     @property
     def visuals(self) -> Visuals:
@@ -56,8 +54,6 @@ class Prompt:
         names = ("inputs_embeds", "attention_mask", "position_ids", "labels", "token_ids")
         known = {name: own for name in names if (own := getattr(self, name)) is not None}
         own = {f.name: getattr(visuals, f.name) for f in fields(Visuals)}
-        if self.marked_ids is not None:
-            own["marked_ids"] = [self.marked_ids[row] for row in rows]
         return replace(self, **own, **{name: x[index] for name, x in known.items()})
 
 

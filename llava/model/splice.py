@@ -124,8 +124,6 @@ class Splice:
         prompt.image_extras = image_numbers(own_images)
         prompt.num_positions = max(positions)
         prompt.token_ids = self.ids_for_rules(prompt, ids, mask)
-        if self.engine is not None:
-            prompt.marked_ids = [row[own].tolist() for row, own in zip(ids, mask, strict=True)]
         return prompt
 
     def read_prompts(

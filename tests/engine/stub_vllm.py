@@ -22,8 +22,6 @@ class StubVLLM(ThreadingHTTPServer):
     """
     model:     answers prompts greedily, one token at a time
     takes_embeddings, sends_ids: False as servers without the flag, and old ones, do
-    tokenizer: of a server of a LLaVA, which takes the tokens of images in a chat; None: as without
-               the flag. Its token for images is `image_id`
     root:      where it says its model was loaded from
     positions: as with --max-model-len
     pause:     seconds before every token
@@ -42,7 +40,6 @@ class StubVLLM(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.root, self.positions = model, None, 2048
         self.takes_embeddings = self.sends_ids = True
-        self.tokenizer, self.image_id = None, 600
         self.pause, self.die_after, self.meddle = 0.0, None, None
         self.die_after_requests = None
         self.requests, self.headers, self.paths = [], [], []
@@ -61,14 +58,7 @@ class StubVLLM(ThreadingHTTPServer):
         """(id, logarithm of its probability) of an answer, one by one."""
         table = self.model.get_input_embeddings()
         if text := body.get("prompt_embeds"):
-            embeds = tensor_in(text)[None]
-        elif "messages" in body:
-            embeds = torch.cat(
-                [
-                    table(torch.tensor(own)) if isinstance(own, list) else own
-                    for own in self.parts(body)
-                ]
-            )[None]
+            embeds = torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True)[None]
         else:
             embeds = table(torch.tensor([body["prompt"]]))
         cache = None
@@ -88,26 +78,6 @@ class StubVLLM(ThreadingHTTPServer):
             if token in body["stop_token_ids"]:
                 return
             embeds = table(torch.tensor([[token]]))
-
-    def parts(self, body: dict) -> list:
-        """Of a chat the ids of texts and the tokens (n, D) of images, in order."""
-        assert body["chat_template"] and not body["add_special_tokens"]
-        (message,) = body["messages"]
-        return [
-            tensor_in(part["image_embeds"])
-            if part["type"] == "image_embeds"
-            else self.tokenizer(part["text"], add_special_tokens=False).input_ids
-            for part in message["content"]
-        ]
-
-    def prompt_ids(self, body: dict) -> list[int]:
-        parts = self.parts(body)
-        ids = [own if isinstance(own, list) else [self.image_id] * len(own) for own in parts]
-        return [number for own in ids for number in own]
-
-
-def tensor_in(text: str) -> torch.Tensor:
-    return torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -147,10 +117,6 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         if body["model"] != NAME:
             return self.send(404, {"error": {"message": f"The model {body['model']} is unknown"}})
-        if self.path == "/tokenize":
-            if server.tokenizer is None:
-                return self.send(404, {"error": {"message": "Not Found"}})
-            return self.send(200, {"tokens": [server.image_id]})
         if "prompt_embeds" in body and not server.takes_embeddings:
             return self.send(400, {"error": {"message": NO_FLAG, "code": 400}})
         if body.get("stream"):
@@ -159,10 +125,6 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
         found, chances = [], []
-        chat = "messages" in body
-        head = {"prompt_token_ids": server.prompt_ids(body)} if chat else {}
-        if chat and body.get("stream"):
-            self.event(head | {"choices": [{"index": 0, "delta": {"role": "assistant"}}]})
         for token, chance in server.tokens(body):
             if len(found) == server.die_after:
                 self.close_connection = True
@@ -178,14 +140,12 @@ class Handler(BaseHTTPRequestHandler):
             self.event({"choices": [self.choice([], reason)]})
             self.piece(b"data: [DONE]\n\n")
             return self.wfile.write(b"0\r\n\r\n")
-        self.send(200, head | {"choices": [self.choice(found, reason, chances, chat)]})
+        self.send(200, {"choices": [self.choice(found, reason, chances)]})
 
-    def choice(self, ids: list[int], reason: str | None, chances=(), chat: bool = False) -> dict:
+    def choice(self, ids: list[int], reason: str | None, chances=()) -> dict:
         own = {"index": 0, "text": "", "finish_reason": reason}
         own |= {"token_ids": ids} if self.server.sends_ids else {}
-        told = {"content": [{"logprob": chance} for chance in chances]}
-        told = told if chat else {"token_logprobs": list(chances)}
-        return own | ({"logprobs": told} if chances else {})
+        return own | ({"logprobs": {"token_logprobs": list(chances)}} if chances else {})
 
     def event(self, value: dict) -> None:
         self.piece(f"data: {json.dumps(value)}\n\n".encode())
