@@ -17,7 +17,9 @@ VARIABLE = "VLLM_PYTHON"
 START_SECONDS = 600
 STOP_SECONDS = 30
 POSITIONS = 4096
+NAME = "playground"  # the same after a restart, wherever the folder is
 FLAGS = ["--enable-prompt-embeds", "--skip-tokenizer-init", "--dtype", "float32", "--enforce-eager"]
+FLAGS += ["--served-model-name", NAME]
 #: one thread, and a cache as small as vLLM takes: 1 GiB
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
