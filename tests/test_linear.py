@@ -73,6 +73,22 @@ def test_gradients_half_precision_and_autocast_go_through_torch(monkeypatch):
         assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
+def test_a_compiled_token_in_half_precision_is_one_loop_over_the_weight():
+    from torch._inductor.utils import run_and_get_code
+
+    from llava.model.language_model.compiling import check_compiler
+
+    try:
+        check_compiler(torch.device("cpu"))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    layer, x = Linear(96, 256).bfloat16(), torch.randn(1, 1, 96, dtype=torch.bfloat16)
+    with torch.no_grad():
+        found, (code, *_) = run_and_get_code(torch.compile(layer, fullgraph=True), x)
+        torch.testing.assert_close(found, layer(x), atol=0.02, rtol=0.02)
+    assert "extern_kernels." not in code and "torch.ops.mkldnn" not in code
+
+
 @needs_kernels
 def test_layers_of_others_keep_their_weights(monkeypatch):
     class Own(nn.Linear):

@@ -118,5 +118,21 @@ def table(rows: list[Row]) -> str:
     return markdown.table(list(asdict(rows[0])), lines)
 
 
+def page(command: str, about: dict, rows: list[Row]) -> str:
+    """What stands between the marks of a page: the command, what was measured, and the rows."""
+    facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in about.items())
+    head = ["way", "first tokens, ms", "tokens per second", "times dense", "times no guesses"]
+    head += ["predicted", "accepted of guessed per step", "same answers, %"]
+    head += ["compiled over as it is", "start-up, s"]
+    lines = []
+    for row in rows:
+        rates = row.speed_up, row.step_speed_up, row.predicted
+        taken = None if row.drafted is None else f"{row.accepted:.2f} of {row.drafted:.2f}"
+        same = None if row.same_answers is None else f"{row.same_answers:.0f}"
+        cells = [row.name, f"{row.first_ms:.0f}", f"{row.decode_rate:.0f}", *rates, taken, same]
+        lines.append([_cell(cell) for cell in [*cells, row.compiled_speed_up, row.start_up]])
+    return f"`{command}`\n\n{facts}.\n\n{markdown.table(head, lines, 'lr')}\n"
+
+
 def _cell(value: str | float | None) -> str:
     return "–" if value is None else value if isinstance(value, str) else f"{value:.2f}"

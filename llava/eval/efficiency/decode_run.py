@@ -116,8 +116,9 @@ def measure(
     prompts: list[Callable[[], dict]],
     limit: int,
     now: Callable[[], float] = time.perf_counter,
+    warmup: int = 1,
 ) -> None:
-    """Runs every variant on every prompt, after one prompt to warm up.
+    """Runs every variant on every prompt, after `warmup` answers each to the first one.
 
     prompts: make the arguments of `generate`, but for the length of the answer
     now: says what time it is, in seconds
@@ -126,14 +127,15 @@ def measure(
     for compiled in sorted({variant.compiled for variant in variants}):
         model.compile_decoding = compiled
         steps[compiled] = model.model.step
-    asked = [prompts[0], *prompts]
+    asked = [prompts[0]] * warmup + prompts
     for number, prompt in enumerate(progress(asked, "answers", "questions")):
         for variant in variants:
             model.pruner = variant.pruner  # first: how images are prepared may depend on it
             model.model.step = steps[variant.compiled]
             variant.run(model, prompt() | {"max_new_tokens": limit}, now)
-            if number == 0:
+            if number == 0 and warmup:
                 variant.first_call = variant.clocks[0].arrivals[-1][0]
+            if number < warmup:
                 variant.clocks, variant.answers, variant.logs = [], [], []
 
 

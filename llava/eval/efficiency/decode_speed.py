@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 from dataclasses import asdict
@@ -42,10 +43,11 @@ from llava.eval.efficiency.arguments import (
     write_json,
 )
 from llava.eval.efficiency.chance import ChanceChoice
-from llava.eval.efficiency.decode_report import rows_of, table
+from llava.eval.efficiency.decode_report import page, rows_of, table
 from llava.eval.efficiency.decode_run import made_up, measure, variants_of
 from llava.eval.efficiency.measure import make_pruner, with_budget
 from llava.eval.efficiency.random_model import CONFIGS, build_random_model, shapes
+from llava.eval.efficiency.report import DECODING, write_between_marks
 from llava.eval.files.records import read_jsonl
 from llava.model_args import add_model_args
 from llava.playground import default_model_path
@@ -64,8 +66,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pruning-arg", action="append", default=[], metavar="METHOD.KEY=VALUE")
     parser.add_argument("--limit", type=int, default=20, help="so many questions (default: 20)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument(
+        "--warmup", type=int, default=3, help="answers of every way before the first question"
+    )
     add_clock_arg(parser.add_argument)
     parser.add_argument("--json", metavar="FILE", help="write the result there, too")
+    parser.add_argument(
+        "--markdown", metavar="FILE", help="write the table into this page, between its marks"
+    )
     trained = parser.add_argument_group("a trained model")
     add_question_args(trained, QUESTIONS)
     random = parser.add_argument_group("or random weights")
@@ -77,6 +85,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_shape_args(random)
     add_model_args(parser)
     args = parser.parse_args(argv)
+    if args.warmup < 0:
+        parser.error(f"--warmup ({args.warmup}) must not be negative")
     if args.limit < 1 or args.max_new_tokens < 2 or args.prompt_length < 1:
         parser.error("--limit and --prompt-length must be at least 1, --max-new-tokens 2")
     if not 0 <= args.acceptance <= 1:
@@ -155,16 +165,21 @@ def main(argv: list[str] | None = None) -> dict:
     model, pruners, prompts = (trained_model if args.config is None else random_model)(args)
     args.limit = len(prompts)
     variants = variants_of(pruners, args.num_speculations, args.compile)
-    measure(model, variants, prompts, args.max_new_tokens, clock_of(args, model.device))
+    now = clock_of(args, model.device)
+    measure(model, variants, prompts, args.max_new_tokens, now, args.warmup)
     rows = rows_of(variants, model, same_answers=args.config is None)
     facts = about(args, model, statistics.mean(clock.tokens for clock in variants[0].clocks))
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     print(table(rows))
     result = {"about": facts, "rows": [asdict(row) for row in rows]}
     write_json(result, args.json)
+    if args.markdown:
+        words = ["python", "-m", "llava.eval.efficiency.decode_speed"]
+        command = shlex.join(words + (sys.argv[1:] if argv is None else argv))
+        write_between_marks(args.markdown, page(command, facts, rows), DECODING)
     print(json.dumps(result))
     return result
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

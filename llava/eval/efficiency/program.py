@@ -270,6 +270,7 @@ def decode_words(args) -> list[str]:
         "--dtype": args.dtype,
         "--device": args.device,
         "--json": args.json,
+        "--markdown": args.markdown,
         "--layers": args.layers,
         "--image-size": args.image_size and "x".join(map(str, args.image_size)),
     }

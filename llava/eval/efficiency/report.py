@@ -14,7 +14,7 @@ from llava.pruning.cost import FORMULAS
 #: stages that follow one another in a bar of the plot
 PARTS = ("vision", "select", "prefill")
 MARKS = "<!-- {}: {} -->"
-EFFICIENCY, LAUNCHES = "efficiency", "launches"
+EFFICIENCY, LAUNCHES, UPSTREAM, DECODING = "efficiency", "launches", "upstream", "decoding"
 
 
 def summarize(variants: list[Variant]) -> list[dict]:

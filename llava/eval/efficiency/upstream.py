@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from transformers import __version__ as transformers_version
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import errors_as_messages
 from llava.eval import markdown
+from llava.eval.efficiency import report
 from llava.eval.efficiency.arguments import (
     add_clock_arg,
     check_layers,
@@ -37,7 +39,7 @@ from llava.eval.efficiency.bandwidth import copy_bandwidth, weight_bytes
 from llava.eval.efficiency.decode_run import COMPILED, Clock
 from llava.eval.efficiency.measure import DENSE, Variant, Workload, make_pruner, measure
 from llava.eval.efficiency.random_model import build_random_model, shapes
-from llava.eval.efficiency.report import ratios, spread
+from llava.eval.efficiency.report import ratios, spread, write_between_marks
 from llava.eval.efficiency.stock import IMAGE_ID, stock_decoder, stock_llava, time_stock
 from llava.eval.efficiency.stopwatch import Stopwatch
 from llava.model_args import DTYPES
@@ -89,6 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--time-limit", type=float, metavar="SECONDS", help="begin no round after so long")
     add_clock_arg(add)
     add("--json", metavar="FILE", help="also write the numbers here")
+    add("--markdown", metavar="FILE", help="write the table into this page, between its marks")
     args = parser.parse_args(argv)
     check_layers(args.layers)
     if min(args.prompt_length, args.repeats) < 1 or args.output_tokens < 2 or args.warmup < 0:
@@ -225,6 +228,26 @@ def table(rows: list[Row]) -> str:
     return markdown.table(head, lines, "lr")
 
 
+def page(command: list[str], about: dict, rows: list[Row]) -> str:
+    """What stands between the marks of a page."""
+    bandwidth = about["copy_bandwidth"]
+    return "\n".join(
+        [
+            f"`{shlex.join(['python', '-m', 'llava.eval.efficiency.upstream', *command])}`",
+            "",
+            f"{about['device']}, {about['threads']} threads, {about['dtype']}, "
+            f"{about['parameters'] / 1e9:.2f} billion weights (`{about['config']}`), "
+            f"{about['rounds']} rounds, {about['prompt_length']} text tokens and one image per "
+            f"prompt, {about['output_tokens']} tokens out, {about['clock']} time, torch "
+            f"{about['torch']}, transformers {about['transformers']}"
+            + (f", copies at {bandwidth / 1e9:.0f} GB/s. " if bandwidth else ". ")
+            + f"Unpruned answers are {'the same' if about['same_answers'] else 'NOT the same'}.",
+            "",
+            f"{table(rows)}\n",
+        ]
+    )
+
+
 def _cell(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
@@ -257,9 +280,12 @@ def main(argv: list[str] | None = None) -> dict:
     print(table(rows))
     result = {"about": about, "rows": [vars(row) for row in rows]}
     write_json(result, args.json)
+    if args.markdown:
+        command = sys.argv[1:] if argv is None else argv
+        write_between_marks(args.markdown, page(command, about, rows), report.UPSTREAM)
     print(json.dumps(result))
     return result
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

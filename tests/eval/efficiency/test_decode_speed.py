@@ -86,6 +86,10 @@ def test_every_way_is_also_compiled_where_that_is_asked_for(model, monkeypatch):
     measure(model, list(kept.values()), [lambda: dict(prompt)] * 2, 4)
     assert kept["dense"].answers == kept["dense, compiled"].answers
     assert all(len(way.clocks) == 2 and way.first_call > 0 for way in kept.values())
+    kept["dense"].clocks.clear()
+    measure(model, [kept["dense"]], [lambda: dict(prompt)], 4, lambda: 0.0, warmup=3)
+    assert [clock.arrivals[-1][0] for clock in kept["dense"].clocks] == [0.0]
+    measure(model, list(kept.values()), [lambda: dict(prompt)] * 2, 4)
     dense, fast = rows_of(list(kept.values()), model)
     assert dense.compiled_speed_up is None and fast.compiled_speed_up > 0
     assert fast.same_answers == 100 and fast.start_up is not None
@@ -109,6 +113,7 @@ def test_chance_agrees_as_often_as_asked():
 def test_random_weights_guess_as_many_as_asked_and_are_right_as_often_as_asked(capsys):
     words = ["--config", "small", "--visual-token-num", "96", "--num-speculations", "2"]
     words += ["--acceptance", "1", "--limit", "1", "--max-new-tokens", "13", "--device", "cpu"]
+    words += ["--warmup", "1"]
     result = decode_speed.main(words)
     assert result["about"]["acceptance"] == 1 and result["about"]["model"] == "small"
     row = result["rows"][3]
@@ -149,12 +154,17 @@ def test_a_whole_run_reports_every_way(monkeypatch, tmp_path, model, capsys):
     save_twig(str(tmp_path / "twig"), grow_twig(base, 0, 2).state_dict(), 0, default_model_path())
     words = ["--limit", "1", "--max-new-tokens", "8", "--device", "cpu", "--dtype", "float32"]
     words += ["--pruning-arg", f"twigvlm.twig={tmp_path / 'twig'}", "--json", str(tmp_path / "out")]
+    page = tmp_path / "page.md"
+    words += ["--markdown", str(page), "--warmup", "0", "--processor-time"]
     result = decode_speed.main(words)
     names = ["dense", "twigvlm", "twigvlm, no guesses", "twigvlm, guessing"]
     assert [row["name"] for row in result["rows"]] == names
     assert result["rows"][3]["same_answers"] == 100
     assert json.loads((tmp_path / "out").read_text()) == result
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("<!-- decoding: begin -->") and "clock processor" in text
+    assert all(f"\n| {name} |" in text for name in names)
 
 
 def _has_playground():
