@@ -130,7 +130,7 @@ class Server:
             with self._reading():
                 response = connection.getresponse()
             if response.status != 200:
-                raise RefusedError(self.url, response.status, reason_of(self._all(response)))
+                raise self._refused(response.status, reason_of(self._all(response)))
             yield response
         except BaseException:
             connection.close()
@@ -153,6 +153,12 @@ class Server:
             raise EngineError(f"{self.url} was silent for {self.seconds:g} s") from error
         except (OSError, HTTPException) as error:
             raise EngineError(f"{self.url} {GONE} ({first_words(error)})") from error
+
+    def _refused(self, status: int, reason: str) -> EngineError | RefusedError:
+        """What a status other than 200 is: the request's fault, or that of the server."""
+        if status < 500:
+            return RefusedError(self.url, status, reason)
+        return EngineError(f"{self.url} failed with status {status}: {reason}")
 
     def _all(self, response: HTTPResponse) -> bytes:
         with self._reading():
@@ -217,7 +223,8 @@ class Server:
                 return
             event = self._object(data)
             if error := event.get("error"):
-                raise RefusedError(self.url, 500, words_of(error))
+                code = error.get("code") if isinstance(error, dict) else None
+                raise self._refused(code if type(code) is int else 500, words_of(error))
             yield event
 
     def abort(self) -> None:

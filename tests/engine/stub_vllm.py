@@ -27,6 +27,7 @@ class StubVLLM(ThreadingHTTPServer):
     pause:     seconds before every token
     die_after: tokens after which an answer breaks off, with its connection
     die_after_requests: requests after which all answers do so at once
+    broken:    all answers have status 500
     meddle:    tokens of an answer -> those that are sent
     requests:  bodies of what was asked for, in order; paths and headers likewise
     most:      answers that were under way at the same time; ended: that ended before their end;
@@ -41,7 +42,7 @@ class StubVLLM(ThreadingHTTPServer):
         self.model, self.root, self.positions = model, None, 2048
         self.takes_embeddings = self.sends_ids = True
         self.pause, self.die_after, self.meddle = 0.0, None, None
-        self.die_after_requests = None
+        self.die_after_requests, self.broken = None, False
         self.requests, self.headers, self.paths = [], [], []
         self.most = self.under_way = self.ended = self.made = 0
         self.lock = threading.Lock()
@@ -115,6 +116,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: dict) -> None:
         server = self.server
+        if server.broken:
+            return self.send(500, {"error": {"message": "EngineCore encountered an issue."}})
         if body["model"] != NAME:
             return self.send(404, {"error": {"message": f"The model {body['model']} is unknown"}})
         if "prompt_embeds" in body and not server.takes_embeddings:

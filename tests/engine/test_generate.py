@@ -310,6 +310,15 @@ def test_a_server_that_dies_in_the_middle_of_an_answer_is_an_error(remote, serve
         server.die_after = None
 
 
+def test_a_server_that_fails_is_no_fault_of_the_question(remote, server):
+    server.broken = True
+    try:
+        with pytest.raises(EngineError, match="failed with status 500: EngineCore encountered"):
+            ask(remote, "What is it?")
+    finally:
+        server.broken = False
+
+
 def test_tokens_that_the_model_has_not_are_an_error(remote, server):
     server.meddle = lambda ids: [*ids, 10**6]
     try:
