@@ -65,7 +65,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     tokens, outputs, inputs = x.shape[:-1].numel(), *weight.shape
     if tokens == 1 and inputs <= WIDEST and outputs % BLOCK == 0:
-        out = _in_blocks(x.view(inputs, 1), weight)
+        out = _in_blocks(x.view(1, inputs), weight)
     elif 1 < tokens <= FEW and weight.numel() <= SMALL:
         out = (weight @ x.view(tokens, inputs).t()).t().contiguous()
     elif tokens > 1 and weight.numel() > SMALL:
@@ -84,8 +84,12 @@ def compiled_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return out.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def _in_blocks(column: Tensor, weight: Tensor) -> Tensor:
-    """weight (N, K) times a column (K, 1) as products of blocks of its rows: MKL's kernel for those
-    reads several rows at once, that for a matrix and a vector one."""
+def _in_blocks(row: Tensor, weight: Tensor) -> Tensor:
+    """weight (N, K) times a row (1, K) as products of blocks of its rows: MKL's kernel for those
+    reads several rows at once, that for a matrix and a vector one.
+
+    The column must come as a row turned round: of one that is given as (K, 1) MKL is told that its
+    numbers lie side by side, and is slower than for a vector.
+    """
     blocks = weight.view(-1, BLOCK, weight.shape[1])
-    return torch.bmm(blocks, column.expand(len(blocks), -1, -1))
+    return torch.bmm(blocks, row.t().expand(len(blocks), -1, -1))

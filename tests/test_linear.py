@@ -61,6 +61,18 @@ def test_the_kernel_follows_from_the_sizes(shape, tokens, called):
     assert [name for name in names if name in products] == [called]
 
 
+@needs_kernels
+def test_a_token_is_a_row_turned_round_for_the_product_of_blocks(monkeypatch):
+    """The same numbers with other strides take four times as long."""
+    seen, bmm = [], torch.bmm
+    monkeypatch.setattr(
+        torch, "bmm", lambda a, b: seen.append((a.stride(), b.stride())) or bmm(a, b)
+    )
+    x, weight, _ = made(256, 96, (1, 1))
+    product(x, weight)
+    assert seen == [((128 * 96, 96, 1), (0, 1, 96))]
+
+
 def test_gradients_half_precision_and_autocast_go_through_torch(monkeypatch):
     monkeypatch.setattr(linear, "product", None)  # a call would fail
     layer, x = Linear(8, 128), torch.randn(1, 8)
