@@ -69,7 +69,7 @@ Without a model or data those of the playground are used. The same as bash {SCRI
 
   BENCHMARK            one of: {{names}}
   TOKENS               visual tokens of an image to keep, or a share of them (0.222)
-  --pruning-method M   default: vispruner where TOKENS are given, else none
+  --pruning-method M   see llava methods; default: none, with TOKENS the package's own default
   --model-path MODEL   folder, or name on the hub
   --data-dir DIR       evaluation data (default: playground/data/eval)
   --limit N            about so many questions, evenly spread

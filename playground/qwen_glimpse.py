@@ -47,6 +47,7 @@ SHAPE = GlimpseArguments(
     attn_fuse_size=64,
     visual_cond_size=128,
     use_attention_logits=False,
+    reduce_threshold=0.2,  # on the playground tokens are cheap, and missed ones are not
 )
 
 

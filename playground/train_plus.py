@@ -2,7 +2,7 @@
 pictures.
 
     python -m playground.train_plus                              # LLaVA, in playground/data/plus
-    python -m playground.train_plus --model QWEN_CHECKPOINT --glimpse PART --output FOLDER
+    python -m playground.train_plus --model QWEN_CHECKPOINT --reduce-layer 4 --output FOLDER
 
 Questions are those of the glimpse (`glimpse_data.py`), of the kinds that suffer most where all but
 the boxes is pruned. A number is rewarded where it is right, a box for what it shares with the right
@@ -27,7 +27,7 @@ KINDS = {
     "counting": (re.compile(r"How many|Are there"), "precision_match"),
     "boxes": (re.compile(r"Please provide the bounding box"), "share_box_iou"),
 }
-PICTURES, PER_PICTURE = 400, 24
+PICTURES, PER_PICTURE = 300, 24
 LONGEST_ANSWER = {"counting": 8, "boxes": 32}  # tokens
 FEW_TOKENS = 150  # of a prompt: questions that need the whole picture are left out
 WINDOW = 10  # steps that a point of the curve is the mean of
@@ -78,11 +78,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=LLAVA, help="to train an adapter on")
     parser.add_argument("--output", type=Path, default=DATA / "plus")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--pictures", type=int, default=PICTURES)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--answers", type=int, default=32, help="of a step, eight to a question")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
+    parser.add_argument("--answers", type=int, default=64, help="of a step, eight to a question")
+    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate")
     parser.add_argument(
         "--reduce-layer", type=int, help="last layer that sees all tokens; default: the glimpse's"
     )

@@ -47,7 +47,6 @@ MINUTES = {
     "glimpse": 45,
     "glimpse_plus": 15,
 }
-PLUS = {"reduce-layer": 4, "rate": 1e-3, "steps": 240, "pictures": 600}
 SQUARE = LARGE_GRIDS[0]  # what the tower of the playground's LLaVA sees
 PICTURES = 3_000_000  # first of the training scenes of stages 2 and 3
 HELD_OUT = scenes.HELD_OUT_SEEDS + 700_000_000
@@ -359,7 +358,9 @@ def glimpse(args: argparse.Namespace) -> None:
 def plus(args: argparse.Namespace) -> None:
     """The adapter of GlimpsePrune+ for the finished checkpoint, in the folder beside it."""
     output = args.state / "plus"
-    run("playground.train_plus", PLUS | {"model": args.output, "output": output})
+    words = {"model": args.output, "output": output}
+    words["reduce-layer"] = qwen_glimpse.SHAPE.reduce_layer
+    run("playground.train_plus", words)
     qwen_glimpse.publish_adapter(output / "run", args.output)
 
 
