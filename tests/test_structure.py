@@ -21,6 +21,7 @@ APART = {
     "llava.pruning": ("llava.model", "llava.engine", *PROGRAMS, TESTING),
     "llava.model": ("llava.engine", *PROGRAMS),
     "llava.engine": PROGRAMS,
+    "llava.vllm_plugin": ("llava.model", "llava.engine", *PROGRAMS),
     "llava.serve": ("llava.eval", "llava.train"),
     "llava.eval": ("llava.serve", "llava.train"),
     "llava.train": ("llava.engine", "llava.eval", "llava.serve"),

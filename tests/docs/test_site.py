@@ -12,8 +12,6 @@ from tests.paths import ROOT
 
 CONFIG = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 HOOKS = ROOT / "scripts/site_pages.py"
-#: versions, as setup.py and .ci/run say them
-PACKAGES = re.search(r'"docs": \[(.*)\]', (ROOT / "setup.py").read_text())[1].split(", ")
 
 
 def table_of(text: str) -> dict[str, str]:
@@ -43,11 +41,6 @@ def test_the_python_page_names_what_is_there():
 
 def _is_package(module: str) -> bool:
     return importlib.util.find_spec(module).submodule_search_locations is not None
-
-
-def test_the_checks_and_the_extra_take_the_same_versions():
-    line = " ".join(PACKAGES)
-    assert line in (ROOT / ".ci/run").read_text()
 
 
 def test_the_package_says_that_it_is_typed():

@@ -17,6 +17,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from ...blocks import in_pieces
 from ...devices import device_of
 from ...linear import fast_linears
+from ...pruning.attention_cues import attention_extras, split_heads
 from ...pruning.cues import OutputMean, fingerprint
 from ...pruning.ops import middle_places
 from ...pruning.stages import VisionStage
@@ -184,7 +185,8 @@ class CLIPVisionTower(nn.Module):
             q, k = attention.q_proj(normed), attention.k_proj(normed)
             if hidden[0] is not tokens.valid or hidden[1] is not tokens.key_bias:
                 mask, hidden = key_mask(tokens), (tokens.valid, tokens.key_bias)
-            found[number] = attention_extras(attention, q, k, names, mask)
+            heads, scale = attention.num_heads, attention.scale
+            found[number] = attention_extras(heads, scale, q, k, names, mask)
             if not needs_output:  # only the projections of this layer were wanted
                 break
             x = x + attention.out_proj(self_attention(attention, normed, q, k, mask))
@@ -293,11 +295,6 @@ def key_mask(tokens: TowerTokens) -> Tensor | None:
     return bias if mask is None else bias.masked_fill(~mask, float("-inf"))
 
 
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, T, C) -> (B, H, T, C / H)."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
 def self_attention(attention, x: Tensor, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     """Full attention of a CLIP layer, before its output projection; x, q, k are (B, T, C).
 
@@ -308,45 +305,3 @@ def self_attention(attention, x: Tensor, q: Tensor, k: Tensor, mask: Tensor | No
     if mask is not None:
         mask = mask[:, None, None].to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-
-
-def attention_extras(
-    attention, q: Tensor, k: Tensor, names: frozenset[str], mask: Tensor | None = None
-) -> dict[str, Tensor]:
-    """The cues of one layer that its queries and keys (B, 1 + N, C) give, in fp32; `mask`
-    (B, 1 + N) as `key_mask` gives it.
-
-    cls_attention (B, H, N) is a softmax over all keys of which the class token's own share is cut
-    off, salience (B, N) its mean over heads; attention_mean (B, N) is the column mean of the map
-    over heads and all queries.
-    """
-    found: dict[str, Tensor] = {}
-    if "keys" in names:
-        found["keys"] = k[:, 1:]
-    if "cls_query" in names:
-        found["cls_query"] = q[:, 0]
-    if "cls_key" in names:
-        found["cls_key"] = k[:, 0]
-    heads = attention.num_heads
-    if names & {"salience", "cls_attention", "attention_mean"}:
-        queries, keys = (split_heads(t, heads).float() for t in (q, k))
-        keys = keys.transpose(2, 3) * attention.scale
-        real = None
-        if mask is not None:
-            mask, real = mask[:, None, None], mask > float("-inf")
-
-    def weights(scores: Tensor) -> Tensor:
-        return (scores if mask is None else scores + mask).softmax(dim=-1)
-
-    if names & {"salience", "cls_attention"}:
-        row = weights(queries[:, :, :1] @ keys)[:, :, 0, 1:]
-        cues = {"cls_attention": row, "salience": row.mean(dim=1)}
-        found |= {name: cue for name, cue in cues.items() if name in names}
-    if "attention_mean" in names:  # head by head: one map at a time is enough memory
-        share = None if real is None else (real / real.sum(dim=1, keepdim=True))[:, None]
-        total = 0
-        for head in range(heads):
-            rows = weights(queries[:, head, None] @ keys[:, head, None])[:, 0]  # (B, 1 + N, 1 + N)
-            total = total + (rows.mean(dim=1) if share is None else (share @ rows)[:, 0])
-        found["attention_mean"] = (total / heads)[:, 1:]
-    return found
