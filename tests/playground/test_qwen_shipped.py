@@ -10,6 +10,7 @@ from llava.model.builder import load_pretrained_model
 from llava.playground import trained_part
 from llava.pruning import build_pruner, trace_pruning
 from playground import questions, scenes
+from playground.qwen_glimpse import part_folder, plus_folder
 from playground.train_qwen import OUTPUT
 
 TASKS = (questions.existence, questions.attribute, questions.relation, questions.options)
@@ -81,7 +82,21 @@ def test_the_shipped_glimpse_drops_most_tokens_and_the_answers_stay(front):
     assert trace.visual_tokens[-1].sum() < 0.2 * sum(trace.unpruned_lengths)
 
 
+def test_with_the_adapter_the_glimpse_that_was_trained_for_it_is_used():
+    adapter = plus_folder(OUTPUT)
+    tokenizer, model, processor, _ = load_pretrained_model(
+        str(adapter), str(OUTPUT), "", device="cpu", torch_dtype=torch.float32
+    )
+    pairs = asked((336, 336))
+    plus = FrontEnd(tokenizer, model, processor, "qwen2_5_vl")
+    texts, trace = answers(plus, pairs, "glimpseprune")
+    assert right(texts, pairs) == len(pairs)
+    assert trace.visual_tokens[-1].sum() < 0.2 * sum(trace.unpruned_lengths)
+    assert trained_part("glimpseprune", str(adapter)) == str(part_folder(adapter))
+
+
 def test_what_ships_stays_small():
-    parts = [OUTPUT, OUTPUT.with_name(f"glimpseprune-{OUTPUT.name}")]
+    models = [OUTPUT, plus_folder(OUTPUT)]
+    parts = [*models, *map(part_folder, models)]
     files = [file for part in parts for file in part.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 40e6
