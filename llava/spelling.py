@@ -12,7 +12,7 @@ UNKNOWN_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)", r
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns " (did you mean 'fastv'?)" where a known word is much like this one, else nothing."""
+    """Returns " (did you mean '--limit'?)" where a known word is like this one, else nothing."""
     like = {name.lower(): name for name in known}
     found = get_close_matches(word.lower(), like, n=1, cutoff=0.7)
     return f" (did you mean {like[found[0]]!r}?)" if found else ""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..model.prompt import Prompt
+from ..pruning.apart import check_bias
 from .server import EngineError, Server, Watch
 
 COMPLETIONS = "/v1/completions"
@@ -20,7 +21,8 @@ BROKEN = ("abort", "error")  # reasons of an end that is none
 
 def rows_of(prompt: Prompt) -> list[Tensor]:
     """The prompts (S, D) without padding. Raises ValueError where positions are not counted
-    through, which a server would not know."""
+    through, and where tokens carry a bias of attention: a server would know of neither."""
+    check_bias(prompt.extras)
     mask, size = prompt.attention_mask, prompt.inputs_embeds.shape[1]
     known = prompt.counts is not None
     lengths = prompt.counts.lengths if known else mask.sum(dim=1).tolist()

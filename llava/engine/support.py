@@ -1,18 +1,15 @@
 """What cannot be done by a language model in another program, with the reason.
 
-A server takes a prompt as embeddings, one after the other: it knows no image, calls no hook, and
-counts positions through. Methods and options are judged by what they declare, never by name.
+A server takes a prompt as embeddings, one after the other. What that means for methods is in
+`llava.pruning.apart`; here it is what it means for families and for options of `generate`.
 """
 
 from __future__ import annotations
 
 from ..constants import STRATEGIES
 from ..pruning import Pruner
-from ..pruning.stages import DecoderStage, fills
+from ..pruning.apart import reason_apart
 
-#: hooks of a method that are called while the decoder runs
-INSIDE = ("probe", "before_layer", "after_layers")
-ALONE = "tower, projector and method run here, the language model in a server"
 #: keywords of `generate` that a server cannot follow, the value that asks for nothing, and why
 NOT_TAKEN = {
     "num_beams": (1, "it has no beam search"),
@@ -29,18 +26,6 @@ NOT_TAKEN = {
 }
 
 
-def reason_of_method(pruner: Pruner) -> str | None:
-    """Why the answers to images pruned by a method cannot come from a server; None: they can."""
-    if fills(type(pruner.decoder), DecoderStage, *INSIDE):
-        return f"{pruner.name} acts inside the decoder, but {ALONE}: use a method that acts before"
-    if pruner.vision.position_policy != "sequence":
-        return (
-            f"{pruner.name} leaves visual tokens at their places in the unpruned image, but a "
-            "server counts the tokens of a prompt through"
-        )
-    return None
-
-
 def reason_of_model(model_class: type) -> str | None:
     """Why the decoder of a family cannot be in a server; None: it can."""
     if axes := model_class.position_axes:
@@ -53,7 +38,7 @@ def reason_of_model(model_class: type) -> str | None:
 
 def check_method(pruner: Pruner) -> None:
     """Raises ValueError with the reason where a method cannot go this way."""
-    if reason := reason_of_method(pruner):
+    if reason := reason_apart(pruner):
         raise ValueError(reason)
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..pruning import Pruner, build_pruner
+from ..pruning.apart import check_bias, reason_apart
 from ..pruning.cues import check_cues
-from ..pruning.stages import DecoderStage, VisionStage, fills
-from ..pruning.tokens import KEY_BIAS, MERGED, ImageTokens, VisionTokens
+from ..pruning.stages import VisionStage, fills
+from ..pruning.tokens import MERGED, ImageTokens, VisionTokens
 from .tower import TowerShape
 
 METHOD = "method"
@@ -64,16 +65,8 @@ def plan_of(values: object, shape: TowerShape, num_layers: int) -> PruningPlan |
 def check_method(pruner: Pruner, shape: TowerShape) -> None:
     """Raises ValueError where a method wants what a server does not do, or does not have."""
     stage = pruner.vision
-    if fills(type(pruner.decoder), DecoderStage, "probe", "before_layer", "after_layers"):
-        raise ValueError(
-            f"{pruner.name} acts inside the decoder, which is vLLM's own here: use a method that "
-            "acts before it"
-        )
-    if stage.position_policy != "sequence":
-        raise ValueError(
-            f"{pruner.name} leaves visual tokens at their places in the unpruned image, but vLLM "
-            "counts the tokens of a prompt through"
-        )
+    if reason := reason_apart(pruner):
+        raise ValueError(reason)
     if stage.reads_question:
         raise ValueError(f"{pruner.name} reads the question, which vLLM's encoder is not given")
     if fills(type(stage), VisionStage, "before_tower"):
@@ -104,10 +97,7 @@ def prune(pruner: Pruner, vision: VisionTokens, project: Callable) -> list[Tenso
     vision = stage.after_encoder(vision)
     vision.features, vision.project = project(vision.features), project
     vision = stage.after_projector(vision)
-    if KEY_BIAS in vision.extras:
-        raise ValueError(
-            f"{pruner.name} adds to attention in the decoder, which is vLLM's own here"
-        )
+    check_bias(vision.extras)
     places = vision.positions
     merged = vision.extras.get(MERGED)
     patches = places if merged is None else places.masked_fill(merged, -1)

@@ -9,10 +9,11 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import torch
+
+from tests.local_server import JSONHandler, running
 
 NAME = "stub"
 NO_FLAG = "You must set `--enable-prompt-embeds` to input `prompt_embeds`."
@@ -81,7 +82,7 @@ class StubVLLM(ThreadingHTTPServer):
             embeds = table(torch.tensor([[token]]))
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JSONHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
@@ -93,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.body()
         with server.lock:
             server.requests.append(body)
             server.paths.append(self.path)
@@ -157,30 +158,10 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
         self.wfile.flush()
 
-    def send(self, status: int, value: dict) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
-    def log_message(self, *_):
-        pass
-
-
-@contextmanager
-def stub_vllm(model, **settings) -> Iterator[StubVLLM]:
+def stub_vllm(model, **settings):
     """Runs a server for the block; settings: attributes of `StubVLLM`."""
-    server = StubVLLM(model, **settings)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return running(StubVLLM(model, **settings))
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 5.0) -> bool:

@@ -2,9 +2,10 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
+from http.server import ThreadingHTTPServer
+
+from tests.local_server import JSONHandler, running
 
 
 class StubJudge(ThreadingHTTPServer):
@@ -26,9 +27,9 @@ class StubJudge(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/v1"
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JSONHandler):
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.body()
         with self.server.lock:
             number = len(self.server.requests)
             self.server.requests.append(body)
@@ -37,29 +38,10 @@ class Handler(BaseHTTPRequestHandler):
         status, text, *headers = (200, reply) if isinstance(reply, str) else reply
         if status == 200:
             text = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
-        data = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        for name, value in (headers[0] if headers else {}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
+        self.send(status, text, *headers)
 
 
-@contextmanager
-def stub_judge(reply: Callable | list[str]) -> Iterator[StubJudge]:
+def stub_judge(reply: Callable | list[str]):
     """Runs an endpoint for the block; a list gives its replies in order, the last one for ever."""
     replies = reply if callable(reply) else lambda n, _: reply[min(n, len(reply) - 1)]
-    server = StubJudge(replies)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return running(StubJudge(replies))

@@ -24,6 +24,7 @@ from tests.ports import free_port
 
 PROMPT = "USER: <image>\nWhat is it? ASSISTANT:"
 TEXT_PROMPT = "USER: What is it? ASSISTANT:"
+STREAM = "/worker_generate_stream"
 
 
 def png(width: int = 40, height: int = 30, color="red", format: str = "PNG") -> str:
@@ -101,6 +102,20 @@ def call(app, *requests, **headers) -> list[httpx.Response]:
             return [await client.post(path, json=content) for path, content in requests]
 
     return asyncio.run(run())
+
+
+def ask(app, **changes) -> list[dict]:
+    """The chunks of the answer of a worker."""
+    (reply,) = call(app, (STREAM, body(**changes)))
+    return chunks_of(reply.content)
+
+
+def outcome(chunks: list[dict]) -> dict:
+    """The last chunk without what differs from run to run."""
+    last = chunks[-1]
+    for key in ("prefill_seconds", "total_seconds"):
+        assert last["pruning_report"].pop(key) > 0
+    return last
 
 
 @contextmanager

@@ -20,17 +20,19 @@ from tests.golden_cases import SHIPPED, locate
 from tests.golden_checks.models import load_checkpoint, open_images, prepare
 from tests.serve.serve_tools import (
     PROMPT,
+    STREAM,
     Words,
+    ask,
     body,
     call,
     chunks_of,
     live,
+    outcome,
     wait_for,
     words_app,
 )
 
 NAME = "tiny-llava-v1.5"
-STREAM = "/worker_generate_stream"
 FOLDER = SHIPPED / "llava-base"
 METHODS = {
     "none": {"method": "none"},
@@ -72,19 +74,6 @@ def image():
     import base64
 
     return base64.b64encode(locate("img1_640x360.png", FOLDER).read_bytes()).decode()
-
-
-def ask(app, **changes) -> list[dict]:
-    (reply,) = call(app, (STREAM, body(**changes)))
-    return chunks_of(reply.content)
-
-
-def outcome(chunks: list[dict]) -> dict:
-    """The last chunk without what differs from run to run."""
-    last = chunks[-1]
-    for key in ("prefill_seconds", "total_seconds"):
-        last["pruning_report"].pop(key)
-    return last
 
 
 def test_requests_with_different_methods_at_the_same_time_do_not_see_each_other(app, image):

@@ -16,10 +16,9 @@ from llava.serve.worker_app import Places, worker_app
 from tests.engine.stub_vllm import stub_vllm
 from tests.model.checkpoint_tools import CHECKPOINT, load
 from tests.paths import GOLDEN
-from tests.serve.serve_tools import body, call, chunks_of, live, wait_for
+from tests.serve.serve_tools import STREAM, ask, body, call, chunks_of, live, outcome, wait_for
 
 NAME = "tiny-llava-v1.5"
-STREAM = "/worker_generate_stream"
 ASKED = [
     {"method": "none"},
     {"method": "vispruner", "visual_token_num": 32},
@@ -65,19 +64,6 @@ def worker(server):
 def app(worker, monkeypatch):
     monkeypatch.setattr(worker, "close", lambda: None)  # servers come and go, it stays
     return worker_app(worker, Places(20))
-
-
-def ask(app, **changes) -> list[dict]:
-    (reply,) = call(app, (STREAM, body(**changes)))
-    return chunks_of(reply.content)
-
-
-def outcome(chunks: list[dict]) -> dict:
-    """The last chunk without what differs from run to run."""
-    last = chunks[-1]
-    for key in ("prefill_seconds", "total_seconds"):
-        assert last["pruning_report"].pop(key) > 0
-    return last
 
 
 def test_answers_and_reports_are_those_of_a_worker_with_all_of_its_model(app, alone, image):

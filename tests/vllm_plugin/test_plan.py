@@ -91,7 +91,7 @@ def test_nothing_is_pruned_unless_a_method_is_named(values):
 @pytest.mark.parametrize(
     "method, says",
     [
-        ("fastv", "fastv acts inside the decoder, which is vLLM's own"),
+        ("fastv", "fastv acts inside the decoder, which runs in a server"),
         ("glimpseprune", "acts inside the decoder"),
         ("nuwa", "acts inside the decoder"),
         ("vispruner+fastv", "acts inside the decoder"),

@@ -11,7 +11,7 @@ from llava.errors import errors_as_messages
 from llava.eval.benchmarks import find_benchmark
 from llava.eval.compare.published import SAME_RULE, Published, read_published
 from llava.eval.compare.scores import DENSE
-from llava.eval.efficiency.report import write_between_marks
+from llava.eval.efficiency.report import publish
 from llava.eval.markdown import table
 from llava.model_args import add_option
 
@@ -74,10 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_option(parser, "--markdown", metavar="FILE", help="write the table into this page, too")
     args = parser.parse_args(argv)
-    text = report()
-    print(text, end="")
-    if args.markdown:
-        write_between_marks(args.markdown, text, MARK)
+    publish(report(), args.markdown, MARK)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 
-from llava.engine.support import reason_of_method
 from llava.errors import errors_as_messages
 from llava.eval.efficiency.random_model import empty_model, shapes
-from llava.eval.efficiency.report import write_between_marks
+from llava.eval.efficiency.report import publish
 from llava.eval.markdown import table
 from llava.model_args import add_option
 from llava.pruning import METHODS, DecoderStage, Pruner, VisionStage, build_pruner, fills
+from llava.pruning.apart import reason_apart
 from llava.pruning.cues import names_for
 from llava.pruning.program import SIZES, Plan, sentence_about
 from llava.pruning.stages import HOOKS
@@ -71,7 +71,7 @@ def row(name: str, everywhere: list[str]) -> list[str]:
         "yes" if reads(method) else "no",
         "all" if name in everywhere else "LLaVA",
         shared(method),
-        "no" if reason_of_method(pruner) else "yes",
+        "no" if reason_apart(pruner) else "yes",
         f"{most}{plan.average:.0f}",
         f"{most}{operations[0] / operations[1]:.0%}",
         f"{most}{cache[0] / cache[1]:.0%}",
@@ -90,10 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_option(parser, "--markdown", metavar="FILE", help="write the table into this page, too")
     args = parser.parse_args(argv)
-    text = report()
-    print(text, end="")
-    if args.markdown:
-        write_between_marks(args.markdown, text, MARK)
+    publish(report(), args.markdown, MARK)
 
 
 if __name__ == "__main__":

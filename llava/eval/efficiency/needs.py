@@ -20,7 +20,7 @@ from functools import partial
 from llava.errors import errors_as_messages
 from llava.eval.efficiency.bandwidth import weight_bytes
 from llava.eval.efficiency.random_model import CONFIGS, empty_model, shapes
-from llava.eval.efficiency.report import write_between_marks
+from llava.eval.efficiency.report import publish
 from llava.eval.markdown import table
 from llava.model.quantization import quantizable
 from llava.model_args import add_option
@@ -222,10 +222,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 @errors_as_messages()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    text = report(args.models or list(PUBLISHED), args)
-    print(text, end="")
-    if args.markdown:
-        write_between_marks(args.markdown, text, MARK)
+    publish(report(args.models or list(PUBLISHED), args), args.markdown, MARK)
 
 
 if __name__ == "__main__":

@@ -151,6 +151,13 @@ def write_between_marks(path: str, text: str, name: str = EFFICIENCY) -> None:
         file.write(page)
 
 
+def publish(text: str, path: str | None, name: str) -> None:
+    """Prints a table and, where a page is given, writes it between the marks `name` there."""
+    print(text, end="")
+    if path:
+        write_between_marks(path, text, name)
+
+
 def plot(result: dict, path: str) -> None:
     """Bars of the time to the first token by stage, one panel per workload; the mark on a bar is
     the oracle with the same token counts."""

@@ -26,6 +26,7 @@ from llava.model.language_model.layers import Step
 from llava.model.prompt import Prompt, positions_behind
 from llava.pruning import build_pruner
 from llava.pruning.ops import gather_tokens
+from llava.pruning.per_token import at
 
 from .loss import cut_to, distance_loss, packed, reward_loss
 from .sampling import Answers
@@ -161,10 +162,7 @@ class PolicyObjective(nn.Module):
         for number, layer in enumerate(decoder.layers):
             if number == self.stage.layer + 1 and not reference:
                 order, there = packed(kept)
-                x, owner = gather_tokens(x, order), owner.gather(1, order)
-                places = (
-                    places.gather(1, order) if places.ndim == 2 else gather_tokens(places, order)
-                )
+                x, owner, places = (at(order)(values, 1) for values in (x, owner, places))
                 seen = padded_causal_mask(there, there.shape[1]) & apart(owner)
                 step = Step(decoder.rotary(places, x.dtype), seen | ~seen.any(-1, keepdim=True))
                 # where a token is now: how many that stay stand in front of it, padding included
@@ -186,7 +184,7 @@ class PolicyObjective(nn.Module):
         """Positions (B, L), or (B, L, A), of the tokens at `order` (B, L) of prompt and answer."""
         own = answers.prompt.position_ids
         places = torch.cat([own, positions_behind(own, answers.ids.shape[1])], dim=1)
-        return places.gather(1, order) if own.ndim == 2 else gather_tokens(places, order)
+        return at(order)(places, 1)
 
     def _predicted(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, T) of `ids` where `mask` is True, else 0; hidden (n, D) stands in front of each."""
