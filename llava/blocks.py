@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import linear
 from .linear import Linear
 
 #: most tokens that a CPU sees at a time, see `in_pieces`
@@ -58,7 +59,9 @@ def in_pieces(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function(x)`, which treats every token of x (..., D) alone. On a CPU it sees so many tokens
     at a time that what it makes on the way stays in the caches: from memory that would cost more
     than large products save."""
-    if x.device.type != "cpu" or x.shape[:-1].numel() <= PIECE or torch.is_grad_enabled():
+    if x.device.type != "cpu" or not linear.OWN_WAYS or torch.is_grad_enabled():
+        return function(x)
+    if x.shape[:-1].numel() <= PIECE:
         return function(x)
     pieces = -(-x.shape[:-1].numel() // PIECE)
     parts = [function(part) for part in x.flatten(0, -2).chunk(pieces)]

@@ -139,8 +139,9 @@ class GlimpsePlus(Glimpse):
 
 
 def plus_folder(checkpoint: Path) -> Path:
-    """Folder of the adapter for a checkpoint."""
-    return checkpoint.with_name(checkpoint.name.replace("playground", "plus-playground"))
+    """Folder of the adapter for a checkpoint, beside it."""
+    start, _, end = checkpoint.name.rpartition("-playground")
+    return checkpoint.with_name(f"{start}-plus-playground" if start else f"{end}-plus")
 
 
 def part_folder(model: Path) -> Path:

@@ -86,3 +86,15 @@ def test_each_checkpoint_of_the_playground_has_parts_of_its_own(tmp_path, monkey
     ]
     parts = [str(folder / "x-playground"), str(folder / "x-qwen2.5-vl-playground"), None]
     assert found == parts
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [
+        ("qwen2.5-vl-playground", "qwen2.5-vl-plus-playground"),
+        ("mine", "mine-plus"),
+        ("playground", "playground-plus"),
+    ],
+)
+def test_an_adapter_never_lies_in_the_folder_of_its_checkpoint(name, adapter, tmp_path):
+    assert qwen_glimpse.plus_folder(tmp_path / name) == tmp_path / adapter

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from llava import blocks
 from llava.eval.efficiency import bandwidth, launches
 from llava.eval.efficiency import profile as profiling
 from llava.eval.efficiency import program as efficiency
@@ -46,6 +47,13 @@ def test_every_further_token_counts_alike_and_more_layers_count_more(make_model)
     assert few.select == 0 and few.first_token > few.vision + few.prefill
     more = counts_of(deeper, tokens=6)
     assert (more.decode - few.decode) / 2 == pytest.approx(few.per_layer, abs=few.per_layer / 4)
+
+
+def test_what_a_cpu_does_in_its_own_way_does_not_count(make_model, monkeypatch):
+    model = make_model()
+    usual = counts_of(model)
+    monkeypatch.setattr(blocks, "PIECE", 4)  # on a CPU many pieces
+    assert counts_of(model) == usual
 
 
 def test_the_work_of_a_method_counts_as_its_own(make_model):
