@@ -20,7 +20,7 @@ SMALL = 2**18
 #: outputs that are computed together for a single token, from inputs of so many numbers at most
 BLOCK, WIDEST = 128, 2048
 #: most tokens for which small weights are the left operand
-FEW = 8
+FEW = 4
 
 
 class Linear(nn.Linear):
