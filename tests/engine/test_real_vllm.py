@@ -19,13 +19,13 @@ import torch
 
 from llava.conv_mode import choose_conv_mode
 from llava.engine import EngineError, VLLMEngine
-from llava.engine.support import reason_of_method
 from llava.front_end import FrontEnd
 from llava.mm_utils import get_model_name_from_path, load_image
 from llava.model.builder import load_pretrained_model
 from llava.model.export import export
 from llava.playground import benchmark_dir, default_model_path
 from llava.pruning import METHODS, build_pruner, trace_pruning
+from llava.pruning.apart import reason_apart
 from llava.pruning.base import option_names
 from tests.engine.real_vllm import VARIABLE, RealServer
 from tests.paths import ROOT
@@ -45,7 +45,7 @@ QUESTIONS = (
 )
 IMAGES = sorted(Path(benchmark_dir(), "images").iterdir())[:4]
 #: methods that leave the decoder alone, and so may go this way
-OUTSIDE = [name for name in METHODS if reason_of_method(build_pruner(name)) is None]
+OUTSIDE = [name for name in METHODS if reason_apart(build_pruner(name)) is None]
 INSIDE = [name for name in METHODS if name not in OUTSIDE]
 
 
@@ -165,7 +165,7 @@ def test_sixteen_requests_of_all_methods_at_once_do_not_see_each_other(here, the
 @pytest.mark.parametrize("name", INSIDE)
 def test_a_method_that_cannot_go_this_way_is_refused_with_the_reason(name, there):
     pruner = build_pruner(name)
-    reason = reason_of_method(pruner)
+    reason = reason_apart(pruner)
     with pytest.raises(ValueError) as refused:
         there.model.pruner = pruner
     assert reason in str(refused.value)
