@@ -18,13 +18,11 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationM
 
 from ..constants import STRATEGIES
 from ..pruning import PruningTrace, no_drafter
-from ..pruning.drafter import Drafter
+from ..pruning.drafter import DRAFTER_OPTIONS, Drafter
 from .patches import replacement
 from .self_speculative import Speculation, SpeculationLog
 from .token_choice import TokenChoice
 
-#: keywords of `generate` that replace options of the drafter
-DRAFTER_OPTIONS = ("num_speculations", "draft_stop_prob")
 #: arguments of the decoder that `generate` passes on
 PROMPT_TENSORS = ("inputs_embeds", "position_ids")
 #: keywords of `generate` that cannot be followed, and why
@@ -136,7 +134,10 @@ class GenerationStrategies:
             raise ValueError(no_drafter(strategy, self.pruner))
         if keywords.get("use_cache", True) is False:
             raise ValueError(f"generation_strategy {strategy!r} needs a cache (use_cache=True)")
-        return replace(drafter, **options)
+        drafter = replace(drafter, **options)
+        if drafter.guesses_trees:
+            raise NotImplementedError("tree_nodes: trees of guesses are not verified yet")
+        return drafter
 
     def greedy_search(self, input_ids: Tensor, drafter: Drafter | None = None, **keywords):
         if drafter is None:

@@ -9,6 +9,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+#: fields of `Drafter` that say how tokens are guessed: options of a method and of a `generate` call
+DRAFTER_OPTIONS = (
+    "num_speculations",
+    "draft_stop_prob",
+    "tree_depth",
+    "tree_width",
+    "tree_nodes",
+)
+
 
 @dataclass
 class Drafter:
@@ -20,6 +29,13 @@ class Drafter:
     head:             (B, S, D) after `norm` -> logits
     num_speculations: most tokens guessed in a row
     draft_stop_prob:  a guess with a smaller probability is the last one of its step
+
+    It guesses a chain of tokens, or, with `tree_nodes`, a tree of them, of which a step may accept
+    any path; `num_speculations` and `draft_stop_prob` are then not read:
+
+    tree_nodes: guesses of a step that are verified, the most probable ones; None or 0: a chain
+    tree_depth: tokens of the longest path
+    tree_width: followers of a guess that are considered, and guesses of each depth that get any
     """
 
     shared_layers: int
@@ -28,13 +44,24 @@ class Drafter:
     head: nn.Module
     num_speculations: int = 5
     draft_stop_prob: float = 0.6
+    tree_depth: int = 4
+    tree_width: int = 10
+    tree_nodes: int | None = None
 
     def __post_init__(self):
-        number, stop = self.num_speculations, self.draft_stop_prob
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise ValueError(f"num_speculations ({number!r}) must be a whole number from 0 on")
-        if not 0 <= stop <= 1:
-            raise ValueError(f"draft_stop_prob ({stop!r}) must lie between 0 and 1")
+        least = {"num_speculations": 0, "tree_depth": 1, "tree_width": 1, "tree_nodes": 0}
+        for name, fewest in least.items():
+            number = getattr(self, name)
+            if name == "tree_nodes" and number is None:
+                continue
+            if isinstance(number, bool) or not isinstance(number, int) or number < fewest:
+                raise ValueError(f"{name} ({number!r}) must be a whole number from {fewest} on")
+        if not 0 <= self.draft_stop_prob <= 1:
+            raise ValueError(f"draft_stop_prob ({self.draft_stop_prob!r}) must lie between 0 and 1")
+
+    @property
+    def guesses_trees(self) -> bool:
+        return bool(self.tree_nodes)
 
     def logits(self, x: Tensor) -> Tensor:
         """fp32 logits (B, S, V) from the output (B, S, D) of the last of `layers`."""

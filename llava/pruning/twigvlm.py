@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..devices import empty_like_weights
 from ..linear import Linear
 from .base import BudgetPruner
-from .drafter import Drafter
+from .drafter import DRAFTER_OPTIONS, Drafter
 from .learned import build_part, part_folder, read_part, read_part_config, save_part
 from .ops import on_device, rank_within_groups, scale_layer
 from .prefill import Prefill
@@ -79,7 +79,8 @@ class TwigVLM(DecoderStage, BudgetPruner):
     final_wipe_layer: None: what the twig's config says, else 24 of 32, scaled to the depth, at most
                       24 (as published for 40 layers) and at least K + 1
     enable_pruning:   False keeps all visual tokens; the twig can still guess tokens
-    num_speculations, draft_stop_prob: as in `llava.pruning.drafter.Drafter`
+    num_speculations, draft_stop_prob, tree_depth, tree_width, tree_nodes: as in
+                      `llava.pruning.drafter.Drafter`
     """
 
     twig: str | None = None
@@ -89,6 +90,9 @@ class TwigVLM(DecoderStage, BudgetPruner):
     enable_pruning: bool = True
     num_speculations: int = 5
     draft_stop_prob: float = 0.6
+    tree_depth: int = 4
+    tree_width: int = 10
+    tree_nodes: int | None = None
 
     name = "twigvlm"
     reads_text = True
@@ -99,7 +103,7 @@ class TwigVLM(DecoderStage, BudgetPruner):
         if isinstance(number, float) and number.is_integer():  # the release takes 64.0 as well
             self.visual_token_num = int(number)
         super().__post_init__()
-        Drafter(0, None, None, None, self.num_speculations, self.draft_stop_prob)  # checks them
+        Drafter(0, None, None, None, **self.drafting)  # checks them
         self.module: Twig | None = None
         self._config: dict = {}
         if self.twig is not None and os.path.isdir(self.twig):
@@ -151,9 +155,13 @@ class TwigVLM(DecoderStage, BudgetPruner):
             self.module.layers,
             self.module.norm,
             self.module.head,
-            self.num_speculations,
-            self.draft_stop_prob,
+            **self.drafting,
         )
+
+    @property
+    def drafting(self) -> dict[str, int | float | None]:
+        """The options that say how tokens are guessed."""
+        return {name: getattr(self, name) for name in DRAFTER_OPTIONS}
 
     # --- budget -------------------------------------------------------------------------------
 
