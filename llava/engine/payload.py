@@ -22,7 +22,7 @@ BROKEN = ("abort", "error")  # reasons of an end that is none
 def rows_of(prompt: Prompt) -> list[Tensor]:
     """The prompts (S, D) without padding. Raises ValueError where positions are not counted
     through, and where tokens carry a bias of attention: a server would know of neither."""
-    check_bias(prompt.extras)
+    check_bias(prompt.extras, prompt.position_bias)
     mask, size = prompt.attention_mask, prompt.inputs_embeds.shape[1]
     known = prompt.counts is not None
     lengths = prompt.counts.lengths if known else mask.sum(dim=1).tolist()

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .position_bias import Directions, between, joined
+
 #: compiled steps see so many places of a cache, or a multiple of them
 BUCKET = 64
 #: angles of so many tokens of an answer are computed at a time
@@ -25,12 +27,15 @@ class RowState:
                    always real. None: no padding
     bias:          (B, m) fp32 what is added to attention to the first m places, 0 for later ones;
                    None: nothing
+    directions:    where the first places stand, at least those of the prompt, for a bias by
+                   position; None: there is none
     """
 
     next_position: Tensor
     size: int
     valid: Tensor | None = None
     bias: Tensor | None = None
+    directions: Directions | None = None
     _rope: tuple[int, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
     def rope(self, rotary: Callable, start: int, count: int, dtype) -> tuple[Tensor, Tensor]:
@@ -54,6 +59,27 @@ class RowState:
         self.bias = _reaching(self.bias, length, 0.0)
         return None if self.bias is None else self.bias[:, :length]
 
+    def directions_of(self, rotary, length: int) -> Tensor | None:
+        """(B, length, d) `Rotary.directions` of the first places; None: nobody needs them."""
+        if self.directions is None:
+            return None
+        known = self.directions.known
+        if length > (first := known.shape[1]):
+            later = torch.arange(first, length + AHEAD, device=known.device) - self.size
+            more = rotary.directions(self.next_position[:, None] + later)
+            self.directions.known = known = torch.cat([known, more], dim=1)
+        return known[:, :length]
+
+    def attention_bias(self, rotary, start: int, length: int) -> Tensor | None:
+        """What tokens of the answer, at the places from `start` to `length`, add to attention to
+        all those before `length`: (B, length) where it is the same for all of them, else
+        (B, length - start, length); None: nothing."""
+        of_keys, places = self.key_bias(length), self.directions_of(rotary, length)
+        if places is None:
+            return of_keys
+        own = self.directions
+        return joined(of_keys, between(own.function, places[:, start:], places, own.asking))
+
     def select(self, rows: Tensor) -> None:
         """Reorders the batch."""
         self._rope = None
@@ -62,6 +88,8 @@ class RowState:
             self.valid = self.valid.index_select(0, rows)
         if self.bias is not None:
             self.bias = self.bias.index_select(0, rows)
+        if self.directions is not None:
+            self.directions = self.directions.rows(rows)
 
 
 class KVCache:

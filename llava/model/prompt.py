@@ -10,6 +10,7 @@ from torch import Tensor
 from ..constants import IGNORE_INDEX
 from ..pruning.counts import TokenCounts
 from ..pruning.ops import on_device
+from ..pruning.position_bias import PositionBias
 from ..pruning.tokens import GRID, PAIRS, ImageTokens
 from .visuals import Visuals
 
@@ -25,7 +26,8 @@ class Prompt:
     position_ids:   (B, S) positions seen by RoPE, 0 on padding; (B, S, A) where a family counts
                     on A axes
     labels:         (B, S) or None
-    visual_index, patch_index, extras, image_extras, counts: as in `Visuals`
+    visual_index, patch_index, extras, image_extras, counts, position_bias, answered: as in
+                    `Visuals`
     num_positions:  positions of the longest prompt, see `llava.model.context`; None: not known
     token_ids:      (B, S) what stands for the prompts where rules about tokens, such as a penalty
                     of repetition, look at them; None: such rules see the answer alone
@@ -40,6 +42,8 @@ class Prompt:
     extras: dict[str, Tensor] = field(default_factory=dict)
     image_extras: dict[str, list[list[int | float]]] = field(default_factory=dict)
     counts: TokenCounts | None = None
+    position_bias: list[PositionBias | None] | None = None
+    answered: int = 0
     num_positions: int | None = None
     token_ids: Tensor | None = None
 
@@ -163,6 +167,12 @@ def image_numbers(rows: list[list[ImageTokens]]) -> dict[str, list[list[int | fl
     ]
     names = dict.fromkeys(name for row in numbers for image in row for name in image)
     return {name: [[image.get(name, 0) for image in row] for row in numbers] for name in names}
+
+
+def position_biases(rows: list[list[ImageTokens]]) -> list[PositionBias | None] | None:
+    """`Visuals.position_bias` of rows with these images."""
+    found = [[image.position_bias for image in row if image.position_bias] for row in rows]
+    return [own[0] if own else None for own in found] if any(found) else None
 
 
 def zeros(like: Tensor, count: int) -> Tensor:

@@ -220,7 +220,9 @@ class PrefixCache:
         depths = {known[key].depth for key in keys} if shared else {0}
         if 0 in depths:
             return None
-        share = not self.pruner.decoder.drops_from_caches(self.model.config.num_hidden_layers)
+        # A bias by position is another one for each question, so that keys alone cannot hold it.
+        share = prompt.position_bias is None
+        share &= not self.pruner.decoder.drops_from_caches(self.model.config.num_hidden_layers)
         return Prefix([known[key] for key in keys], lengths, share)
 
 

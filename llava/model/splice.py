@@ -12,7 +12,15 @@ from ..pruning.ops import on_device
 from ..pruning.tokens import ImageTokens
 from .context import check_prompts, count_positions
 from .patches import SPLICE, replacement, spliced_outside
-from .prompt import Prompt, blank_extras, build_row, count_tokens, image_numbers, pad_rows
+from .prompt import (
+    Prompt,
+    blank_extras,
+    build_row,
+    count_tokens,
+    image_numbers,
+    pad_rows,
+    position_biases,
+)
 
 
 class Splice:
@@ -122,6 +130,7 @@ class Splice:
         prompt = pad_rows(rows, side)
         prompt.counts = count_tokens(own_images, texts, limit, side == "left")
         prompt.image_extras = image_numbers(own_images)
+        prompt.position_bias = position_biases(own_images)
         prompt.num_positions = max(positions)
         prompt.token_ids = self.ids_for_rules(prompt, ids, mask)
         return prompt

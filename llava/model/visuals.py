@@ -10,6 +10,7 @@ from torch import Tensor
 from ..pruning.counts import TokenCounts
 from ..pruning.ops import on_device
 from ..pruning.per_token import each, with_zeros
+from ..pruning.position_bias import PositionBias
 
 
 @dataclass
@@ -21,6 +22,8 @@ class Visuals:
     extras:        name -> (B, S, ...) values of the pruning method, see `Prefill`
     image_extras:  name -> its numbers for the images of every row, likewise
     counts:        how many tokens there are; None: not known, and none are visual
+    position_bias: that of the images of every row, None where they have none; None: no row has one
+    answered:      tokens at the end of every row that belong to the answer
     """
 
     visual_index: Tensor
@@ -28,6 +31,8 @@ class Visuals:
     extras: dict[str, Tensor] = field(default_factory=dict)
     image_extras: dict[str, list[list[int | float]]] = field(default_factory=dict)
     counts: TokenCounts | None = None
+    position_bias: list[PositionBias | None] | None = None
+    answered: int = 0
 
     @classmethod
     def none(cls, like: Tensor) -> Visuals:
@@ -54,6 +59,7 @@ class Visuals:
             extras=each(self.extras, lambda x, _: x[index]),
             image_extras={k: [own[row] for row in rows] for k, own in self.image_extras.items()},
             counts=None if self.counts is None else self.counts.rows(rows),
+            position_bias=self.position_bias and [self.position_bias[row] for row in rows],
         )
 
     def row(self, row: int, columns: slice | Tensor) -> Visuals:
@@ -65,6 +71,7 @@ class Visuals:
             extras={name: own[row][columns][None] for name, own in self.extras.items()},
             image_extras={name: own[row : row + 1] for name, own in self.image_extras.items()},
             counts=None if self.counts is None else self.counts.rows([row]),
+            position_bias=self.position_bias and self.position_bias[row : row + 1],
         )
 
     def with_text(self, count: int) -> Visuals:
@@ -76,4 +83,24 @@ class Visuals:
             patch_index=torch.cat([self.patch_index, nowhere], dim=1),
             extras=each(self.extras, with_zeros(count)),
             counts=None if self.counts is None else self.counts.with_text(count),
+            answered=self.answered + count,
         )
+
+    def shared_bias(self) -> tuple[PositionBias | None, Tensor | None]:
+        """(the bias by position of these prompts, None where there is none; (B, S) True on tokens
+        that look at others with it, None where all do)."""
+        rows = self.position_bias or []
+        function = next((own for own in rows if own is not None), None)
+        if other := [own for own in rows if own not in (None, function)]:
+            raise ValueError(
+                f"prompts of one batch ask for different biases: {function} and {other[0]}"
+            )
+        if function is None or (function.answers and None not in rows):
+            return function, None
+        have = [own is not None for own in rows]
+        asking = on_device(have, self.visual_index.device, torch.bool)[:, None]
+        batch, size = self.visual_index.shape
+        if function.answers or not self.answered:
+            return function, asking.expand(batch, size)
+        prompt = torch.arange(size, device=asking.device) < size - self.answered
+        return function, asking & prompt

@@ -23,6 +23,7 @@ from .published import Published
 from .pyramiddrop import PyramidDrop
 from .random import Random
 from .registry import Methods
+from .restore import Restore
 from .sparsevlm import SparseVLM
 from .stages import DecoderStage, Probe, VisionStage, fills
 from .tokens import ImageTokens, TowerTokens, VisionTokens
@@ -54,6 +55,7 @@ METHODS = Methods(
     MustDrop,
     TwigVLM,
     GlimpsePrune,
+    Restore,
 )
 
 #: entry of a published dict of options that belongs to the model
@@ -66,13 +68,18 @@ def build_pruner(name: str = "none", **options) -> Pruner:
     """Returns the pruning method called `name` with its defaults overridden by `options`.
 
     "a+b" is method a before the decoder and method b inside it; the names are prefixes of their
-    options: build_pruner("vispruner+fastv", vispruner_visual_token_num=192, fastv_layer=3).
+    options: build_pruner("vispruner+fastv", vispruner_visual_token_num=192, fastv_layer=3). Where a
+    is a wrapper it works around b, and options without a prefix are its own:
+    build_pruner("restore+vispruner", visual_token_num=64, vispruner_important_ratio=0.6); a third
+    method may act inside the decoder.
     Raises ValueError, listing the choices, on an unknown name or option, and with the cause where
     the package that brings a method cannot be used.
     """
     if "+" in name:
-        return Chain(*(build_pruner(part, **own) for part, own in split_options(name, options)))
+        return build_combination(name, options)
     method = METHODS.usable(name)
+    if method.wraps and isinstance(options.get("base"), str):
+        options = {**options, "base": build_pruner(options["base"])}
     options, known = translate(method, options), option_names(method)
     if unknown := [key for key in options if key not in known]:
         meant = did_you_mean(unknown[0], known)
@@ -85,15 +92,53 @@ def build_pruner(name: str = "none", **options) -> Pruner:
     return method(**options)
 
 
+def build_combination(name: str, options: dict) -> Pruner:
+    """`build_pruner` of "a+b"."""
+    rows, (first, *_) = in_a_row(name), name.split("+")
+    if len(rows) > 2:
+        raise ValueError(f"a combination has the form METHOD+METHOD, got {name!r}")
+    own = split_options(name, options, default=first if len(rows) == 1 else None)
+    made = []
+    for row in rows:
+        method, *inner = row.split("+")
+        given = own[method]
+        if inner and "base" in given:
+            raise ValueError(f"{name!r} names the base of {method}: leave the option base out")
+        if inner:
+            given = {**given, "base": build_pruner(inner[0], **own[inner[0]])}
+        made.append(build_pruner(method, **given))
+    return Chain(*made) if len(made) == 2 else made[0]
+
+
 def build_with_budget(name: str, budget: dict, **options) -> Pruner:
     """As `build_pruner`, for programs that give several methods the same budget: of "a+b" it is
     what b leaves, and a leaves twice as many unless an option says otherwise.
 
     budget: `visual_token_num` or `visual_token_ratio`, or nothing
     """
-    if "+" in name:
-        return build_pruner(name, **shared_budget(name, budget, options))
+    rows = in_a_row(name)
+    if len(rows) == 2:
+        first, second = (row.partition("+")[0] for row in rows)
+        return build_pruner(name, **shared_budget(first, second, budget, options))
     return build_pruner(name, **{**options, **budget})
+
+
+def in_a_row(name: str) -> list[str]:
+    """The methods that "a+b" puts in a row; a wrapper and the method in it are one of them."""
+    first, *others = name.split("+")
+    if others and first in METHODS and METHODS[first].wraps:
+        return [f"{first}+{others[0]}", *others[1:]]
+    return [first, *others]
+
+
+def option_prefixes(name: str) -> list[tuple[str, str]]:
+    """(method, prefix of its options) of everything that `name` consists of; options of a wrapper
+    need none where no method follows."""
+    parts = name.split("+")
+    if len(parts) == 1:
+        return [(name, "")]
+    found = [(part, f"{part}_") for part in parts]
+    return [(parts[0], ""), *found] if len(in_a_row(name)) == 1 else found
 
 
 def can_draft(method: type[Pruner | DecoderStage]) -> bool:
@@ -203,7 +248,9 @@ __all__ = [
     "can_draft",
     "fills",
     "guess_method",
+    "in_a_row",
     "no_drafter",
+    "option_prefixes",
     "pruner_from_keywords",
     "trace_pruning",
 ]

@@ -31,10 +31,10 @@ def reason_apart(pruner: Pruner) -> str | None:
     return None
 
 
-def check_bias(extras: Mapping) -> None:
+def check_bias(extras: Mapping, position_bias: object = None) -> None:
     """Raises ValueError where tokens carry a bias of the decoder's attention, which no server is
-    told."""
-    if KEY_BIAS in extras:
+    told; position_bias: that of prompts or images, None where there is none."""
+    if KEY_BIAS in extras or position_bias is not None:
         raise ValueError(
             "the method adds to attention in the decoder, which runs in a server: its answers "
             "would be others"

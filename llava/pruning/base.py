@@ -33,6 +33,8 @@ class Pruner:
     #: it chooses no tokens but has fewer by showing the tower smaller images: the control that says
     #: which questions of a benchmark are hard
     makes_images_smaller: ClassVar[bool] = False
+    #: it works around another method, its option `base`: "wrapper+base"
+    wraps: ClassVar[bool] = False
     #: how the published programs of the method use it
     published: ClassVar[Published] = Published()
     #: whether `generate` returns what that of the release does
@@ -99,6 +101,16 @@ class Pruner:
     def for_part(self, parts: int) -> Pruner:
         """The method for one of the `parts` equal parts that share the budget of an image."""
         return self
+
+    def choosing(self, num_tokens: int) -> Pruner:
+        """The method set to keep `num_tokens` tokens of an image as they are, and to blend none:
+        what a wrapper asks of the method in it. Raises ValueError where it cannot."""
+        raise ValueError(f"{self.name} cannot be asked for a number of tokens")
+
+    @property
+    def named(self) -> dict[str, Pruner]:
+        """Name -> method, of all that this one consists of; options carry these names."""
+        return {self.name: self}
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         """Visual tokens entering each decoder layer for one image of `crops` crops; where that
@@ -171,6 +183,9 @@ class ShareOption:
         if parts == 1 or number is None:
             return self
         return self._with_number(max(1, number // parts))
+
+    def choosing(self, num_tokens: int) -> Pruner:
+        return self._with_number(num_tokens)
 
     def _with_number(self, visual_token_num: int) -> Pruner:
         own = copy(self)

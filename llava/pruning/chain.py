@@ -67,6 +67,10 @@ class Chain(Pruner):
         return "+".join(method.name for method in self.methods)
 
     @property
+    def named(self) -> dict[str, Pruner]:
+        return {**self.first.named, **self.second.named}
+
+    @property
     def adaptive(self) -> bool:
         return any(method.adaptive for method in self.methods)
 
@@ -122,13 +126,13 @@ class Chain(Pruner):
         return self.second.token_schedule(left, num_layers, crops)
 
 
-def shared_budget(name: str, options: dict, given: dict) -> dict:
-    """The options of "a+b" where programs give several methods one budget: it is what b leaves, and
-    a leaves twice as many unless `given`, further options, say otherwise.
+def shared_budget(first: str, second: str, options: dict, given: dict) -> dict:
+    """The options of two methods in a row where programs give several methods one budget: it is
+    what the second leaves, and the first leaves twice as many unless `given`, further options, say
+    otherwise.
 
     options: the budget, as `visual_token_num` or `visual_token_ratio`
     """
-    first, second = name.split("+")
     found = {}
     for key, value in options.items():
         before = given.get(f"{first}_{key}")
@@ -139,23 +143,25 @@ def shared_budget(name: str, options: dict, given: dict) -> dict:
     return found | given
 
 
-def split_options(name: str, options: dict) -> list[tuple[str, dict]]:
-    """The two methods in "a+b", each with its own options: those with its name as a prefix.
+def split_options(name: str, options: dict, default: str | None = None) -> dict[str, dict]:
+    """Method -> its own options, those with its name as a prefix, of the methods in "a+b".
 
-    Raises ValueError when there are not two, or an option belongs to neither.
+    default: the method that options without a prefix belong to
+    Raises ValueError when a method comes twice, or an option belongs to none.
     """
     names = name.split("+")
-    if len(names) != 2 or names[0] == names[1]:
+    if len(set(names)) < len(names):
         raise ValueError(f"a combination has the form METHOD+METHOD, got {name!r}")
-    prefixes = [f"{method}_" for method in names]
-    for key in options:
-        if not key.startswith(tuple(prefixes)):
+    found: dict[str, dict] = {method: {} for method in names}
+    for key, value in options.items():
+        owner = next((method for method in names if key.startswith(f"{method}_")), default)
+        if owner is None:
+            prefixes = " or ".join(f"{method}_" for method in names)
             raise ValueError(
-                f"option {key!r} of {name!r} must start with {' or '.join(prefixes)}, the method "
-                "it belongs to"
+                f"option {key!r} of {name!r} must start with {prefixes}, the method it belongs to"
             )
-    own = [
-        {key.removeprefix(prefix): options[key] for key in options if key.startswith(prefix)}
-        for prefix in prefixes
-    ]
-    return list(zip(names, own, strict=True))
+        own = key.removeprefix(f"{owner}_")
+        if own in found[owner]:
+            raise ValueError(f"option {own!r} of {owner} is given twice")
+        found[owner][own] = value
+    return found

@@ -83,8 +83,9 @@ def method_name(text: str) -> str:
 def add_flag(parser, option: str) -> None:
     """Adds `--option VALUE` as another way to say `--pruning-arg option=VALUE`, unless the program
     has such a flag of its own."""
-    dashes = "-" if len(option) == 1 else "--"
-    flags = dict.fromkeys((dashes + option.replace("_", "-"), dashes + option))
+    flags = dict.fromkeys((f"--{option.replace('_', '-')}", f"--{option}"))
+    if len(option) == 1:
+        flags[f"-{option}"] = None
     if not any(flag in parser._option_string_actions for flag in flags):
         parser.add_argument(
             *flags,

@@ -20,6 +20,7 @@ class Pool(SelectPruner):
     """
 
     name = "pool"
+    blends = True
     anyres_tiles = (2, 2)
 
     def attach(self, model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .counts import PADDING, Known, TokenCounts, counted
 from .ops import on_device, rank_within_groups, true_first, true_last
 from .per_token import at, each, mapped, per_token, with_zeros
+from .position_bias import PositionBias
 from .tokens import GRID, KEY_BIAS, PAIRS
 
 #: tokens of a batch up to which a layer mostly reads its weights, so that a few more cost next to
@@ -36,6 +37,10 @@ class Prefill:
                    `ImageTokens.extras`, zeros on all other tokens; "key_bias" is read by the
                    layers, see `key_bias`
     image_extras:  name -> one number per image for every row, from `ImageTokens.image_extras`
+    position_bias: what tokens add to attention by where they stand, from
+                   `ImageTokens.position_bias`; None: nothing
+    asking:        (B, S) False on tokens that look at others without it: those of prompts whose
+                   images have none, and maybe of the answer; None: all look with it
     state:         what the method remembers from one layer to the next, for this prefill alone: a
                    dataclass of its own; tensors in it, also in dicts, lists and tuples, follow the
                    layers' device
@@ -60,6 +65,8 @@ class Prefill:
     valid: Tensor | None = per_token()
     extras: dict[str, Tensor] = per_token(default_factory=dict)
     image_extras: dict[str, list[list[int | float]]] = field(default_factory=dict)
+    position_bias: PositionBias | None = None
+    asking: Tensor | None = per_token(default=None)
     state: Any = None
     attention: Tensor | None = None
     drafter_row: Tensor | None = None
@@ -201,8 +208,11 @@ class Prefill:
     def attention_rows(self, layer: int, rows: Tensor) -> Tensor:
         """(B, H, R, S) fp32 rows of the attention map that decoder layer `layer` would have on the
         tokens as they are now; rows (B, R) are the places of the queries."""
+        bias = self.key_bias
+        if self.position_bias is not None:
+            bias = self.decoder.attention_bias(self, rows)
         return self.decoder.attention_rows(
-            layer, self.hidden_states, self.position_ids, rows, self.valid, self.key_bias
+            layer, self.hidden_states, self.position_ids, rows, self.valid, bias
         )
 
     def next_attention(self) -> Tensor:
@@ -223,7 +233,8 @@ class Prefill:
 
         Rows may keep different counts: shorter ones are padded on the left. Positions stay as they
         are (gaps are legal) unless `renumber`, which counts 0, 1, 2, ... again in every row; those
-        of several axes, which are places in a picture, stay in any case.
+        of several axes, which are places in a picture, stay in any case, and so do those that
+        `position_bias` looks at.
         counts: of the tokens that stay; None: the device is asked, and waited for
         """
         if self.valid is not None:
@@ -281,7 +292,7 @@ class Prefill:
             attention=None,
             drafter_row=None,
         )
-        if renumber and not self.has_axes:
+        if renumber and not self.has_axes and self.position_bias is None:
             if valid is None:
                 places = torch.arange(order.shape[1], device=order.device)
                 kept.position_ids = places.expand(len(order), -1)
@@ -372,7 +383,17 @@ class Prefill:
             patch_index=F.pad(self.patch_index, (0, count), value=-1),
             index=torch.cat([self.index, index], dim=1),
             extras=each(self.extras, with_zeros(count)),
+            asking=self._asking_with(image),
             attention=None,
             drafter_row=None,
             num_blended=self.num_blended + count,
         )
+
+    def _asking_with(self, image: Tensor) -> Tensor | None:
+        """`asking` with new tokens at the end, of images (B, M) or, at -1, of what follows."""
+        if self.asking is None:
+            return None
+        own = self.asking[:, :1].expand_as(image)
+        if not self.position_bias.answers:
+            own = own & (image >= 0)
+        return torch.cat([self.asking, own], dim=1)

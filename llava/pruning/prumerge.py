@@ -46,6 +46,7 @@ class PruMerge(VisionStage, Pruner):
     neighbors: int = 32
 
     name = "prumerge"
+    blends = True
     anyres = False
 
     @property

@@ -34,6 +34,8 @@ class VisionStage:
     #: what it does between tower layers it does in `after_projector` where tokens are blocks of
     #: patches
     merges_blocks: ClassVar[bool] = False
+    #: all tokens that it leaves are blended from several, so that none stays as it is
+    blends: ClassVar[bool] = False
     #: a hook reads `VisionTokens.questions`; other methods are not given them
     reads_question: ClassVar[bool] = False
     #: "sequence": kept visual tokens are counted 0, 1, 2, ...; "grid": they stay where the unpruned

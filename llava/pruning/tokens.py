@@ -23,6 +23,7 @@ from torch import Tensor
 from .counts import Known, counted
 from .ops import true_first
 from .per_token import at, mapped, per_token
+from .position_bias import PositionBias
 
 #: the extra that is True on tokens blended from several patches; it ends where prompts are made
 MERGED = "merged"
@@ -91,6 +92,7 @@ class ImageTokens:
              have A axes; None: at their offsets
     grid:    (h, w) of one crop
     frame_pairs: pairs of frames of a video, which are its crops; 0: this is an image
+    position_bias: what tokens of its prompt add to attention by where they stand; None: nothing
     """
 
     embeds: Tensor = per_token(0)
@@ -105,6 +107,7 @@ class ImageTokens:
     positions: Tensor | None = per_token(0, default=None)
     grid: tuple[int, int] | None = None
     frame_pairs: int = 0
+    position_bias: PositionBias | None = None
 
     @property
     def extent(self) -> int:

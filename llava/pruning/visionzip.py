@@ -68,6 +68,13 @@ class VisionZip(SelectPruner):
         patches = min(dominant - (not classless), num_patches)
         return patches, min(contextual, num_patches - patches)
 
+    def choosing(self, num_tokens: int) -> SelectPruner:
+        if self.dominant is not None:
+            raise ValueError(
+                f"{self.name} cannot be asked for a number of tokens beside dominant and contextual"
+            )
+        return Dominant(num_tokens)
+
     def keeps_all(self, num_patches: int, crops: int) -> bool:
         return self.dominant is None and self.tokens_per_crop(crops) >= num_patches
 
@@ -117,6 +124,21 @@ class VisionZip(SelectPruner):
         if self.keeps_all(num_patches, crops):
             return [num_patches * crops] * num_layers
         return [(1 + sum(self.counts(num_patches, crops))) * crops] * num_layers
+
+
+@dataclass
+class Dominant(SelectPruner):
+    """The patches with the most attention alone, for a wrapper that merges the others.
+
+    visual_token_num: as in `SelectPruner`
+    """
+
+    name = VisionZip.name
+    needs = frozenset({"salience"})
+    anyres_config = VisionZip.anyres_config
+
+    def select(self, vision: VisionTokens) -> Tensor:
+        return top_stable(vision.salience, self.num_keep(vision))
 
 
 @captured

@@ -13,7 +13,14 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Union, get_args, get_origin, get_type_hints
 
-from ..pruning import METHODS, DecoderStage, Pruner, VisionStage, build_pruner
+from ..pruning import (
+    METHODS,
+    DecoderStage,
+    Pruner,
+    VisionStage,
+    build_pruner,
+    option_prefixes,
+)
 from ..pruning.base import option_names
 from .errors import ServeError
 from .protocol import PruningRequest
@@ -77,7 +84,7 @@ class MethodShelf:
     def build(self, name: str, **options) -> Pruner:
         """`build_pruner`, with the files that this server has for the method."""
         own = {}
-        for part, prefix in _parts(name):
+        for part, prefix in option_prefixes(name):
             own |= {f"{prefix}{key}": value for key, value in self.files.get(part, {}).items()}
         return build_pruner(name, **own, **options)
 
@@ -86,7 +93,7 @@ class MethodShelf:
 
         Raises ServeError when too many of those are.
         """
-        parts = {part for part, _ in _parts(name)}
+        parts = set(name.split("+"))
         for key in [key for key, one in self._built.items() if has_trained(one, parts)]:
             del self._built[key]
         while len(self._built) >= KEPT:
@@ -100,19 +107,10 @@ class MethodShelf:
             )
 
 
-def methods_of(pruner: Pruner) -> tuple[Pruner, ...]:
-    """The methods of a chain, or the method itself."""
-    return getattr(pruner, "methods", (pruner,))
-
-
 def has_trained(pruner: Pruner, names: set[str]) -> bool:
     """Whether one of the methods called `names` is in it, with its trained part."""
-    return any(one.name in names and one.module is not None for one in methods_of(pruner))
-
-
-def _parts(name: str) -> list[tuple[str, str]]:
-    """(method, prefix of its options) of a method, or of both methods of "a+b"."""
-    return [(part, f"{part}_" if "+" in name else "") for part in name.split("+")]
+    own = pruner.named.items()
+    return any(name in names and one.module is not None for name, one in own)
 
 
 def _listed(value):
@@ -121,7 +119,7 @@ def _listed(value):
 
 def check_values(name: str, options: dict) -> None:
     """Refuses options that name files, and values of another type than a method's own."""
-    for part, prefix in _parts(name):
+    for part, prefix in option_prefixes(name):
         files = file_options(part)
         for option in all_defaults(part):
             key = f"{prefix}{option}"
@@ -203,9 +201,9 @@ def folder_option(name: str) -> str:
 def files_of(pruner: Pruner) -> dict[str, dict]:
     """method -> the files that it was given by its options."""
     found = {}
-    for one in methods_of(pruner):
-        given = {key: getattr(one, key) for key in file_options(one.name)}
-        found[one.name] = {key: value for key, value in given.items() if value is not None}
+    for name, one in pruner.named.items():
+        given = {key: getattr(one, key) for key in file_options(name)}
+        found[name] = {key: value for key, value in given.items() if value is not None}
     return found
 
 
@@ -217,11 +215,12 @@ def _default(field):
 
 def settings(pruner: Pruner) -> dict:
     """The values that a method's options have, as far as a request could have set them."""
-    if len(parts := methods_of(pruner)) > 1:
-        return {
-            f"{part.name}_{key}": value for part in parts for key, value in settings(part).items()
-        }
-    values = {key: getattr(pruner, key) for key in defaults(pruner.name)}
+    named = pruner.named
+    values = {
+        (f"{name}_{key}" if len(named) > 1 else key): getattr(one, key)
+        for name, one in named.items()
+        for key in defaults(name)
+    }
     return {key: value for key, value in values.items() if isinstance(value, PLAIN)}
 
 
@@ -263,5 +262,7 @@ def offer(model, shelf: MethodShelf) -> list[dict]:
 
 def place(pruner: Pruner) -> str | None:
     """Where a method may stand in a combination of two: "first", "second" or None."""
+    if pruner.wraps:  # what follows it is the method in it
+        return None
     acts = isinstance(pruner, VisionStage), isinstance(pruner, DecoderStage)
     return {(True, False): "first", (False, True): "second"}.get(acts)

@@ -6,6 +6,7 @@ import torch
 from llava.eval.efficiency.launches import Launches
 from llava.pruning import build_pruner
 from llava.pruning.cdpruner import largest_volume
+from llava.pruning.density_merge import merge
 from llava.pruning.divprune import farthest_first
 from llava.pruning.tokens import ImageTokens
 from llava.pruning.vispruner import drop_duplicates
@@ -49,6 +50,12 @@ def drop_one_by_one(count: int) -> None:
 def test_a_further_pick_costs_at_most_six_kernels(pick):
     further = launches(pick, PICKS + MORE) - launches(pick, PICKS)
     assert 0 < further <= 6 * MORE
+
+
+def test_merging_asks_for_as_many_kernels_whatever_the_budget():
+    kept = torch.arange(2 * PICKS).view(1, -1).expand(2, -1)
+    few, many = (launches(merge, TOKENS, kept[:, ::step], n, 1.0) for step, n in ((4, 2), (1, 24)))
+    assert few == many <= 50
 
 
 #: kernels beyond the plain model's until the first token, of models as deep as those of 7B

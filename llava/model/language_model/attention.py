@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...pruning.ops import on_device, true_first
+from ...pruning.ops import gather_tokens, on_device, true_first
 
 logger = logging.getLogger(__name__)
 
@@ -235,8 +235,8 @@ def attention_mask(
     """The mask that `attend` takes for the last Q of K tokens.
 
     visible: (B or 1, 1, Q, K) True where a query sees a key; None: the plain causal mask
-    bias:    (B, K) fp32, what is added to the products of all queries with a key; None: nothing,
-             and no mask is made where none was
+    bias:    fp32, what is added to the products of all queries with a key, (B, K), or to those of
+             each with each, (B, Q, K); None: nothing, and no mask is made where none was
 
     It is one of numbers, (B or 1, 1, Q, K) in `dtype`, that of the queries, with rows that begin
     where kernels want them to: those would make such a one of any other, in every layer.
@@ -244,14 +244,24 @@ def attention_mask(
     if bias is None and visible is None:
         return None
     if visible is None and num_queries == 1:
-        return bias[:, None, None].to(dtype)
+        return spread(bias).to(dtype)
     if visible is None:
-        visible = causal_mask(num_queries, bias.shape[1], bias.device)
+        visible = causal_mask(num_queries, bias.shape[-1], bias.device)
     batch, keys = max(len(visible), 0 if bias is None else len(bias)), visible.shape[3]
     room = -(-keys // ALIGNED) * ALIGNED
     added = visible.new_empty(batch, 1, visible.shape[2], room, dtype=dtype)[..., :keys]
-    added = added.zero_() if bias is None else added.copy_(bias[:, None, None])
+    added = added.zero_() if bias is None else added.copy_(spread(bias))
     return added.masked_fill_(~visible, float("-inf"))
+
+
+def spread(bias: Tensor) -> Tensor:
+    """A bias (B, K) of keys, or (B, Q, K) of pairs, as it is added to products (B, H, Q, K)."""
+    return bias[:, None, None] if bias.ndim == 2 else bias[:, None]
+
+
+def bias_at(bias: Tensor | None, rows: Tensor) -> Tensor | None:
+    """What a bias as in `attention_mask` is for the queries at `rows` (B, R) alone."""
+    return bias if bias is None or bias.ndim == 2 else gather_tokens(bias, rows)
 
 
 def added_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -285,13 +295,14 @@ def attention_rows(
     """Rows of the causal attention map in fp32, without the map.
 
     q (B, H, Q, d) and k (B, G, S, d) after RoPE, the queries being those of the last Q tokens; rows
-    (B, R) places among the queries; valid (B, S) as in `Prefill`; bias (B, S) of the keys as in
-    `attention_mask`. Returns (B, H, R, S) over all keys: softmax weights, their logarithm
-    ("log_weights"), or the scaled products before the softmax, bias included ("scores"); hidden
-    keys have 0 or -inf.
+    (B, R) places among the queries; valid (B, S) as in `Prefill`; bias as in `attention_mask`, one
+    of pairs being of the Q queries. Returns (B, H, R, S) over all keys: softmax weights, their
+    logarithm ("log_weights"), or the scaled products before the softmax, bias included ("scores");
+    hidden keys have 0 or -inf.
     """
     index = rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
-    return rows_of(q.gather(2, index), k, rows + k.shape[2] - q.shape[2], valid, form, bias)
+    places = rows + k.shape[2] - q.shape[2]
+    return rows_of(q.gather(2, index), k, places, valid, form, bias_at(bias, rows))
 
 
 def rows_of(
@@ -302,7 +313,8 @@ def rows_of(
     form: str = "weights",
     bias: Tensor | None = None,
 ) -> Tensor:
-    """`attention_rows` from the queries (B, H, R, d) themselves, at `places` (B, R) of the keys."""
+    """`attention_rows` from the queries (B, H, R, d) themselves, at `places` (B, R) of the keys;
+    bias (B, S), or (B, R, S) of these queries."""
     picked = picked.float() * picked.shape[-1] ** -0.5
     # Grouped queries share a key head: fold them into the row axis instead of repeating keys.
     batch, heads, count, width = picked.shape
@@ -310,7 +322,7 @@ def rows_of(
     picked = picked.reshape(batch, groups, heads // groups * count, width)
     scores = (picked @ k.float().transpose(2, 3)).reshape(batch, heads, count, -1)
     if bias is not None:
-        scores = scores + bias[:, None, None]
+        scores = scores + spread(bias)
     hidden = torch.arange(k.shape[2], device=k.device) > places[:, None, :, None]
     if valid is not None:
         hidden = hidden | ~valid[:, None, None, :]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kv_cache import KVCache, RowState
+from ..position_bias import Directions
 from .decode_step import CompiledStep, Plan
 
 #: graphs that are kept
@@ -85,13 +86,18 @@ def key_of(plan: Plan) -> tuple:
     """What a graph of the step depends on, apart from the contents of tensors."""
     weights = [layer.self_attn.q_proj.weight.data_ptr() for layer in plan.layers]
     groups = [
-        (window, state.valid is None, state.bias is None)
+        (window, state.valid is None, state.bias is None, about(state.directions))
         for state, window in zip(plan.states, plan.windows, strict=True)
     ]
     buffers = [(keys.data_ptr(), keys.shape) for keys, _ in plan.buffers]
     shared = [tuple(None if x is None else x.data_ptr() for x in own or ()) for own in plan.shared]
     parts = (weights, groups, plan.members, buffers, shared)
     return (plan.x.shape, plan.x.dtype, plan.x.device, *map(tuple, parts))
+
+
+def about(directions: Directions | None) -> tuple | None:
+    """What a graph depends on of a bias by position."""
+    return None if directions is None else (directions.function, directions.asking is None)
 
 
 class Captured:

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ...pruning.position_bias import PositionBias
 from ..kv_cache import KVCache, RowState
+from ..position_bias import between, joined
 from .attention import added_mask, attention_mask, causal_mask, padded_causal_mask
 from .compiling import compiled
 from .layers import DecoderLayer, Rotary, Step, bring
@@ -58,7 +60,7 @@ class DecodeStep:
             if collect is not None:
                 collect.append(x)
             if number in recorded:
-                step = _with_rows(step, state, cache.lengths[number] + x.shape[1], x)
+                step = self._with_rows(step, state, cache.lengths[number], x)
             x, rows = layer(x, step, cache)
             if number in recorded:
                 trace.add_answer_attention(number, rows)
@@ -68,7 +70,8 @@ class DecodeStep:
         """For layers that hold what layer `number` does."""
         count, held = x.shape[1], cache.lengths[number]
         rope = state.rope(self.rotary, held - state.size, count, x.dtype)
-        valid, bias = state.mask(held + count), state.key_bias(held + count)
+        valid = state.mask(held + count)
+        bias = state.attention_bias(self.rotary, held, held + count)
         if valid is not None:
             mask = padded_causal_mask(valid, count)
         elif bias is not None or count == 1 or self.backend == "flash_attention_2":
@@ -77,12 +80,13 @@ class DecodeStep:
             mask = causal_mask(count, held + count, state.next_position.device)
         return Step(rope, attention_mask(mask, bias, count, x.dtype))
 
-
-def _with_rows(step: Step, state: RowState, length: int, x: Tensor) -> Step:
-    """The same for a layer that holds `length` tokens, those of x (B, q, D) included, and records
-    what these attend to."""
-    rows = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-    return replace(step, rows=rows, valid=state.mask(length), bias=state.key_bias(length))
+    def _with_rows(self, step: Step, state: RowState, held: int, x: Tensor) -> Step:
+        """The same for a layer that holds `held` tokens and records what those behind them, x
+        (B, q, D), attend to."""
+        length = held + x.shape[1]
+        rows = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        bias = state.attention_bias(self.rotary, held, length)
+        return replace(step, rows=rows, valid=state.mask(length), bias=bias)
 
 
 class CompiledStep(DecodeStep):
@@ -165,6 +169,8 @@ class Plan:
                 "next_position": state.next_position,
                 "valid": state.mask(window),
                 "bias": state.key_bias(window),
+                "directions": state.directions_of(self.rotary, window),
+                "asking": state.directions and state.directions.asking,
             }
             for state, window in zip(self.states, self.windows, strict=True)
         ]
@@ -174,9 +180,10 @@ class Plan:
 
         x, done, known: what the plan says, as tensors; done: ()
         """
+        biases = [state.directions and state.directions.function for state in self.states]
         groups = [
-            compiled(describe)(self.rotary, done, window, x.shape[1], x.dtype, **group)
-            for window, group in zip(self.windows, known, strict=True)
+            compiled(describe)(self.rotary, done, window, x.shape[1], x.dtype, bias, **group)
+            for window, bias, group in zip(self.windows, biases, known, strict=True)
         ]
         for own in self.spans():
             group = groups[self.members[own.start]]
@@ -204,16 +211,19 @@ def describe(
     window: int,
     count: int,
     dtype: torch.dtype,
+    function: PositionBias | None,
     size: Tensor,
     next_position: Tensor,
     valid: Tensor | None,
     bias: Tensor | None,
+    directions: Tensor | None,
+    asking: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For a group's layers: places (q,) of the `count` new tokens in the buffers, the cosines and
     sines of `rope_of` their positions, and the mask (B or 1, 1, q, window) of numbers.
 
     done, size: () tokens of the answers so far and places of the prompt; the rest is as in
-    `RowState`, for the `window` places that are looked at
+    `RowState` and `Directions`, for the `window` places that are looked at
     """
     new = done + torch.arange(count, device=done.device)
     places = size + new
@@ -221,6 +231,9 @@ def describe(
     seen = (torch.arange(window, device=done.device) <= places[:, None])[None, None]
     if valid is not None:
         seen = seen & valid[:, None, None]
+    if directions is not None:
+        queries = directions.index_select(1, places)
+        bias = joined(bias, between(function, queries, directions, asking))
     if bias is None:
         return places, cos, sin, added_mask(seen, dtype)
     return places, cos, sin, attention_mask(seen, bias, count, dtype)

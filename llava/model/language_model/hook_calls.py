@@ -13,7 +13,15 @@ from ...pruning.per_token import each, mapped, tensors_of
 from ...pruning.prefill import Prefill
 
 #: what layers are told about the tokens beside their hidden states
-SEEN_BY_LAYERS = ("index", "position_ids", "valid", "key_bias", "next_position")
+SEEN_BY_LAYERS = (
+    "index",
+    "position_ids",
+    "valid",
+    "key_bias",
+    "position_bias",
+    "asking",
+    "next_position",
+)
 #: may be written to in place
 WRITTEN = "hidden_states"
 

@@ -13,7 +13,7 @@ from ...devices import device_of, moved
 from ...linear import Linear
 from ...pruning.ops import gather_tokens
 from ..kv_cache import KVCache, RowState
-from .attention import Packing, attend, attend_behind, attention_rows, rows_of
+from .attention import Packing, attend, attend_behind, attention_rows, bias_at, rows_of
 
 
 class Rotary:
@@ -43,6 +43,17 @@ class Rotary:
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions (B, S), or (B, S, A) on several axes -> `rope_of`, (B, 1, S, d) each."""
+        return rope_of(self.angles(positions)[:, None], dtype)
+
+    def directions(self, positions: Tensor) -> Tensor:
+        """(B, S, d) fp32 unit vectors of positions (B, S), or (B, S, A) on several axes: the
+        product of two is the mean of the cosines of the angles they are turned apart by."""
+        angles = self.angles(positions)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1) * (2 / self.width) ** 0.5
+
+    def angles(self, positions: Tensor) -> Tensor:
+        """(B, S, d / 2) fp32 radians that pairs of values turn by at positions (B, S), or (B, S, A)
+        on several axes."""
         frequency = frequencies(self.width, self.theta, positions.device)
         if positions.ndim == 3:  # (B, S, d / 2), of the axis that turns a frequency
             axes = zip(positions.unbind(dim=2), self.sections, strict=True)
@@ -52,8 +63,7 @@ class Rotary:
         positions = positions.float()
         if self.stretch != 1.0:
             positions = positions / self.stretch
-        angles = positions * frequency
-        return rope_of(angles[:, None], dtype)
+        return positions * frequency
 
 
 def frequencies(width: int, theta: float, device: torch.device) -> Tensor:
@@ -80,7 +90,8 @@ class Step:
 
     rope:   `rope_of` the tokens' positions
     mask, packed: as in `attend`
-    valid, bias: (B, S) as in `Prefill`
+    valid:  (B, S) as in `Prefill`
+    bias:   of attention, of all tokens, as in `attention_mask`
     rows:   (B, R) queries whose attention the layer records; None: it records nothing
     form:   what it records of them, see `attention_rows`
     state:  what the cache of these layers has to know about the rows
@@ -189,7 +200,7 @@ class DecoderLayer(nn.Module):
             cache.append(attention.layer_idx, k, v)
         rope = tuple(gather_tokens(part[:, 0], rows)[:, None] for part in step.rope)
         q = attention.queries(gather_tokens(normed, rows), rope)
-        weights = rows_of(q, k, rows, step.valid, bias=step.bias)
+        weights = rows_of(q, k, rows, step.valid, bias=bias_at(step.bias, rows))
         # The heads of a group read the same values: they are rows of one product.
         grouped = weights.to(v.dtype).unflatten(1, (v.shape[1], -1)).flatten(2, 3)
         out = (grouped @ v).view(*weights.shape[:3], -1)

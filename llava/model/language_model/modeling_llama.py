@@ -21,6 +21,7 @@ from ...pruning.ops import gather_tokens
 from ...pruning.prefill import Prefill
 from ...pruning.stages import DecoderStage
 from ..kv_cache import KVCache, RowState
+from ..position_bias import Directions, between, joined
 from ..reuse import Prefix
 from ..visuals import Visuals
 from .attention import (
@@ -152,6 +153,7 @@ class LlamaModel(LlamaPreTrainedModel):
             padded = not attention_mask.all() if counts is None else min(counts.lengths) < size
             valid = attention_mask.bool().to(x.device) if padded else None
         index = torch.arange(size, device=x.device).expand(batch, -1)
+        position_bias, asking = visuals.shared_bias()
         if position_ids is None:
             position_ids = index if valid is None else (valid.long().cumsum(1) - 1).clamp(min=0)
         prefill = Prefill(
@@ -165,6 +167,8 @@ class LlamaModel(LlamaPreTrainedModel):
             valid=valid,
             extras=visuals.extras,
             image_extras=visuals.image_extras,
+            position_bias=position_bias,
+            asking=asking,
         )
         if counts is not None:
             prefill.num_images = len(counts.images[0])
@@ -177,9 +181,13 @@ class LlamaModel(LlamaPreTrainedModel):
         """(B, S, D) tokens of a prompt as they enter layer `depth` when no method acts before it;
         with `prefix` those that follow it."""
         known = 0 if prefix is None else prefix.size
-        x, valid, bias = prefill.hidden_states[:, known:], prefill.valid, prefill.key_bias
+        x, valid = prefill.hidden_states[:, known:], prefill.valid
+        if prefix is None or not prefix.shared:
+            bias = self.attention_bias(prefill, first=known)
+        else:
+            bias = prefix.bias_in_cache(prefill.key_bias)
         if prefix is not None:
-            valid, bias = prefix.valid_in_cache(valid), prefix.bias_in_cache(bias)
+            valid = prefix.valid_in_cache(valid)
         hides = prefill.hides_padding if prefix is None else hides_tokens(valid)
         mask = padded_causal_mask(valid, x.shape[1]) if hides else None
         if mask is None and bias is None and known:  # else every layer would make it
@@ -196,8 +204,8 @@ class LlamaModel(LlamaPreTrainedModel):
 
     def prefill_step(self, prefill: Prefill) -> Step:
         """What the layers share on the tokens as they are now."""
-        valid, x, bias = prefill.valid, prefill.hidden_states, prefill.key_bias
-        mask = packed = None
+        valid, x, directions = prefill.valid, prefill.hidden_states, self.directions(prefill)
+        bias, mask, packed = self.attention_bias(prefill, known=directions), None, None
         if bias is not None and self.config._attn_implementation == "flash_attention_2":
             say_no_bias()
         if prefill.hides_padding:
@@ -211,8 +219,44 @@ class LlamaModel(LlamaPreTrainedModel):
             packed=packed,
             valid=valid,
             bias=bias,
-            state=RowState(next_position(prefill), x.shape[1], valid, bias),
+            state=self.row_state(prefill, directions),
         )
+
+    def row_state(self, prefill: Prefill, directions: Tensor | None) -> RowState:
+        """What caches of layers that run on the tokens as they are now have to know of them."""
+        of_keys, of_pairs, asking = prefill.key_bias, None, prefill.asking
+        if directions is not None and prefill.position_bias.answers:
+            asking = None if asking is None else asking[:, :1]
+            of_pairs = Directions(prefill.position_bias, directions, asking)
+        size = prefill.index.shape[1]
+        return RowState(next_position(prefill), size, prefill.valid, of_keys, of_pairs)
+
+    def directions(self, prefill: Prefill) -> Tensor | None:
+        """(B, S, d) `Rotary.directions` of the tokens; None where no bias asks for them."""
+        if prefill.position_bias is None:
+            return None
+        return self.rotary.directions(prefill.position_ids)
+
+    def attention_bias(
+        self,
+        prefill: Prefill,
+        rows: Tensor | None = None,
+        first: int = 0,
+        known: Tensor | None = None,
+    ) -> Tensor | None:
+        """What is added to attention among the tokens as they are now, as in `attention_mask`: the
+        queries are those at `rows` (B, R) or, where that is None, those from `first` on.
+
+        known: what `directions` gives, if somebody asked already
+        """
+        keys, asking = self.directions(prefill) if known is None else known, prefill.asking
+        if keys is None:
+            return prefill.key_bias
+        queries = keys[:, first:] if rows is None else gather_tokens(keys, rows)
+        if asking is not None:
+            asking = asking[:, first:] if rows is None else asking.gather(1, rows)
+        of_pairs = between(prefill.position_bias, queries, keys, asking)
+        return joined(prefill.key_bias, of_pairs)
 
     def through(self, prefill: Prefill, layers: nn.ModuleList) -> Tensor:
         """(B, S, D) what further layers give on the tokens as they are now, on their device."""
@@ -245,8 +289,8 @@ class LlamaModel(LlamaPreTrainedModel):
         valid: Tensor | None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """(B, H, R, S) fp32 attention rows that `layer` would have on inputs x (B, S, D); bias
-        (B, S) is `Prefill.key_bias`."""
+        """(B, H, R, S) fp32 attention rows that `layer` would have on inputs x (B, S, D); bias as
+        `attention_bias` gives it for `rows` (B, R)."""
         home, there = x.device, self.layers[layer].device
         if home != there:
             given = x, position_ids, rows, valid, bias

@@ -121,12 +121,11 @@ class PrefillLoop:
                 f"leaves {prefix.depth} layers alone"
             )
         tail = decoder.first_layers(prefill, prefix.depth, self.cache, prefix)
-        state = RowState(
-            next_position(prefill),
-            prefill.index.shape[1] - (prefix.size if prefix.shared else 0),
-            prefix.valid_in_cache(prefill.valid),
-            prefix.bias_in_cache(prefill.key_bias),
-        )
+        state = decoder.row_state(prefill, decoder.directions(prefill))
+        if prefix.shared:
+            state.size -= prefix.size
+            state.valid = prefix.valid_in_cache(state.valid)
+            state.bias = prefix.bias_in_cache(state.bias)
         for number in range(prefix.depth):
             device = decoder.layers[number].device
             if device != state.next_position.device:
@@ -189,8 +188,10 @@ def drop_from_caches(
             follows = after.next_position
             follows = before.next_position if follows is None else follows
             bias = None if before.bias is None else before.bias.gather(1, orders[key])
-            size = after.index.shape[1]
-            states[id(before)] = moved(RowState(follows, size, after.valid, bias), there)
+            size, where = after.index.shape[1], before.directions
+            where = None if where is None else where.at(orders[key])
+            state = RowState(follows, size, after.valid, bias, where)
+            states[id(before)] = moved(state, there)
         cache.keep(layer, orders[key], states[id(before)])
 
 

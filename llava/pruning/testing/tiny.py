@@ -27,7 +27,7 @@ from llava.model.language_model.qwen2_5_vl import (
 )
 from llava.model.multimodal_encoder.qwen2_5_vl_videos import Video
 
-from .. import METHODS, Pruner, build_pruner
+from .. import METHODS, Pruner, build_pruner, in_a_row
 from ..base import option_names
 
 SIDE, PATCH = 84, 14  # pixels
@@ -217,13 +217,14 @@ def make_pruner(name: str, visual_token_num: int = 10, least: int = 1, **options
     least: budget that the method cannot go below; options: further ones of the method, a share of
     tokens among them
     """
-    if "+" in name:  # the first leaves more than the second where the budget is small
-        first, second = name.split("+")
+    rows = in_a_row(name)
+    if len(rows) == 2:  # the first leaves more than the second where the budget is small
+        first, second = (row.partition("+")[0] for row in rows)
         budgets = {first: max(visual_token_num, 30), second: visual_token_num}
         options |= {f"{method}_visual_token_num": n for method, n in budgets.items()}
     elif "visual_token_ratio" in options:
         pass
-    elif "visual_token_num" in option_names(METHODS.usable(name)):
+    elif "visual_token_num" in option_names(METHODS.usable(name.partition("+")[0])):
         if not build_pruner(name, **options).adaptive:
             number = max(visual_token_num, least) if visual_token_num > 0 else visual_token_num
             options["visual_token_num"] = number
