@@ -8,6 +8,7 @@ from .base import DecoderPruner, Pruner, SelectPruner, option_names, two_budgets
 from .cdpruner import CDPruner
 from .chain import Chain, shared_budget, split_options
 from .choice import BUDGETS, all_names, as_published, choose, open_group, translate
+from .dart import DART
 from .divprune import DivPrune
 from .downsample import Downsample
 from .fastervlm import FasterVLM
@@ -29,6 +30,7 @@ from .stages import DecoderStage, Probe, VisionStage, fills
 from .tokens import ImageTokens, TowerTokens, VisionTokens
 from .trace import PruningTrace, trace_pruning
 from .twigvlm import TwigVLM
+from .v2drop import V2Drop
 from .visionzip import VisionZip
 from .vispruner import VisPruner
 from .vscan import VScan
@@ -56,6 +58,8 @@ METHODS = Methods(
     TwigVLM,
     GlimpsePrune,
     Restore,
+    DART,
+    V2Drop,
 )
 
 #: entry of a published dict of options that belongs to the model

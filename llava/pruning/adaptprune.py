@@ -87,9 +87,9 @@ class AdaptPrune(DecoderPruner):
     def score(self, prefill: Prefill) -> Tensor:
         """(B, S) the earlier a token is picked, the higher; 0 on those never picked."""
         row, place, real = prefill.images()
-        rounds, score = self.num_keep(real.shape[1]), torch.zeros_like(prefill.index)
+        rounds = self.num_keep(real.shape[1])
         if rounds >= real.shape[1]:  # everything stays
-            return score
+            return torch.zeros_like(prefill.index)
         attention = prefill.attention[:, :, -1].mean(dim=1)
         attention = attention[row, place].masked_fill(~real, -torch.inf)
         keys = prefill.decoder.layers[prefill.layer].self_attn.k_proj(
@@ -98,10 +98,8 @@ class AdaptPrune(DecoderPruner):
         order = self.pick(attention, keys, prefill.extras[CELL][row, place], rounds)
         # An image with fewer tokens than rounds has been picked empty before the last one.
         number = torch.arange(rounds, device=order.device)
-        ranks = (rounds - number) * (number < real.sum(dim=1, keepdim=True))
-        # Added: what pads an image with few tokens may be a token of another.
-        where = row.expand_as(order), place.gather(1, order)
-        return score.index_put(where, ranks, accumulate=True)
+        picked = number < real.sum(dim=1, keepdim=True)
+        return prefill.from_images(rounds - number, row, place.gather(1, order), picked)
 
     def pick(self, attention: Tensor, keys: Tensor, cells: Tensor, rounds: int) -> Tensor:
         """(G, rounds) places of the picks in order, from attention (G, V), -inf on padding, keys

@@ -249,8 +249,13 @@ class SelectPruner(VisionStage, BudgetPruner):
         """Tokens to keep of each crop."""
         return min(self.tokens_per_crop(vision.crops_in_budget), vision.features.shape[1])
 
+    def candidates(self, vision: VisionTokens) -> VisionTokens:
+        """The tokens that `select` may choose from, at least `num_keep` of each crop."""
+        return vision
+
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
         check_budget(self.visual_token_num, vision.features.shape[1], vision.crops_in_budget)
+        vision = self.candidates(vision)
         return vision.keep(self.select(vision).sort(dim=1).values)
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
@@ -339,10 +344,14 @@ class StagedPruner(DecoderStage, Pruner):
     """Drops visual tokens before several decoder layers, those first that the last prompt token
     attends to least in the layer about to run; positions are counted anew after every cut.
 
-    A method overrides `image_schedule` alone.
+    A method overrides `image_schedule` and, if it has a score of its own, `score`.
     """
 
     reads_text = True
+    #: whether positions are counted anew after every cut
+    renumbers: ClassVar[bool] = True
+    #: layers before a cut of which the score uses something
+    looks_back: ClassVar[int] = 0
 
     def image_schedule(
         self, count: int, num_layers: int, num_patches: int, budget: int = 0
@@ -353,6 +362,11 @@ class StagedPruner(DecoderStage, Pruner):
         `image_extras[BUDGET]`, 0 where it left nothing.
         """
         raise NotImplementedError(f"{type(self).__name__} must define image_schedule()")
+
+    def score(self, prefill: Prefill, kept: list[list[int]]) -> Tensor:
+        """(B, S) importance of every token before a cut that leaves `kept` tokens of every image of
+        every row; values on text are ignored."""
+        return prefill.next_attention()
 
     def before_prompt(self, image: ImageTokens) -> ImageTokens:
         """Leaves how many patches a crop of the image has."""
@@ -365,10 +379,11 @@ class StagedPruner(DecoderStage, Pruner):
         if index not in plan.cuts:
             return prefill
         kept = [[image[index] for image in row] for row in plan.kept]
-        return prefill.keep_visual(prefill.next_attention(), kept, renumber=True)
+        return prefill.keep_visual(self.score(prefill, kept), kept, renumber=self.renumbers)
 
     def reusable_layers(self, prefill: Prefill) -> int:
-        return min(self._plan(prefill).cuts, default=len(prefill.decoder.layers))
+        first = min(self._plan(prefill).cuts, default=None)
+        return len(prefill.decoder.layers) if first is None else first - self.looks_back
 
     def _plan(self, prefill: Prefill) -> StagedPlan:
         num_layers, counts = len(prefill.decoder.layers), prefill.counts.images

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -90,6 +90,16 @@ def share_down(count: int, share: float) -> int:
 def share_up(count: int, share: float) -> int:
     """A share of `count`, rounded up."""
     return math.ceil(count * share)
+
+
+def interpolate(points: Mapping[float, Sequence[float]], x: float) -> list[float]:
+    """The values at `x`, on straight lines between the points next to it, x -> values; `x` lies
+    between the first and the last of them."""
+    above = min(point for point in points if point >= x)
+    below = max(point for point in points if point <= x)
+    part = 0.0 if above == below else (x - below) / (above - below)
+    pairs = zip(points[below], points[above], strict=True)
+    return [low + part * (high - low) for low, high in pairs]
 
 
 def scale_layer(layer: int, num_layers: int, reference: int = 32) -> int:

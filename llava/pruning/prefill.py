@@ -46,6 +46,8 @@ class Prefill:
                    layers' device
     attention:     (B, H, R, S) fp32 rows of the previous layer that the method's `Probe` chose, by
                    default one, the last prompt token; None where no row was recorded
+    keys:          (B, G, S, d) keys after RoPE of the previous layer, where the `Probe` asked for
+                   them; not to be written to: caches use them as well
     drafter_row:   (B, H, 1, S) fp32 what the last prompt token attends to in the last layer of the
                    drafter, when that ran on the tokens as they are now; else None
     next_position: (B,) position of the first generated token; None: one after the last in use
@@ -69,6 +71,7 @@ class Prefill:
     asking: Tensor | None = per_token(default=None)
     state: Any = None
     attention: Tensor | None = None
+    keys: Tensor | None = None
     drafter_row: Tensor | None = None
     next_position: Tensor | None = None
     importance: tuple[Tensor, Tensor] | None = None
@@ -164,6 +167,28 @@ class Prefill:
         place = true_first(member)[:, :most]
         row = torch.arange(len(counts), device=device)
         return row.repeat_interleave(images)[:, None], place, member.gather(1, place)
+
+    def from_images(self, values: Tensor, row: Tensor, place: Tensor, real: Tensor) -> Tensor:
+        """(B, S) `values` (G, V) of the visual tokens, image by image as `images` gives them (row,
+        place, real), at the tokens they belong to; 0 on text."""
+        # Added: what pads an image with few tokens may be a token of another.
+        where, zeros = (row.expand_as(place), place), values.new_zeros(self.index.shape)
+        return zeros.index_put(where, values * real, accumulate=True)
+
+    def text_behind(self) -> Tensor:
+        """(B, I, S) True on the text behind each image of a row; I is the most images a row has."""
+        places = torch.arange(self.index.shape[1], device=self.index.device)
+        own = self.own_tokens()
+        text = ~self.is_visual if self.valid is None else ~self.is_visual & self.valid
+        behind = text[:, None] & (places > (own * places).amax(dim=-1, keepdim=True))
+        return behind & own.any(dim=-1, keepdim=True)
+
+    def own_tokens(self) -> Tensor:
+        """(B, I, S) True on the tokens of each image of a row."""
+        if self.most_images == 1:
+            return self.is_visual[:, None]
+        numbers = torch.arange(self.most_images, device=self.index.device)
+        return self.visual_index[:, None] == numbers[:, None]
 
     def image_counts(self) -> Tensor:
         """(B, I) tokens of every image of every row, on the device; `counts` has them on the host.
@@ -290,6 +315,7 @@ class Prefill:
             **mapped(self, at(order), without=("valid",)),
             valid=valid,
             attention=None,
+            keys=None,
             drafter_row=None,
         )
         if renumber and not self.has_axes and self.position_bias is None:
@@ -385,6 +411,7 @@ class Prefill:
             extras=each(self.extras, with_zeros(count)),
             asking=self._asking_with(image),
             attention=None,
+            keys=None,
             drafter_row=None,
             num_blended=self.num_blended + count,
         )

@@ -21,6 +21,7 @@ from .base import Pruner, ShareOption, check_budget
 from .density_peaks import cluster
 from .ops import (
     gather_tokens,
+    interpolate,
     on_device,
     order_within_groups,
     scale_layers,
@@ -139,12 +140,7 @@ class SparseVLM(ShareOption, DecoderStage, Pruner):
         else:
             table = RETAINED[self.version]
             table = {0: (0, 0, 0), **table, PATCHES: (PATCHES,) * 3}
-            label = budget * PATCHES / total
-            above = min(point for point in table if point >= label)
-            below = max(point for point in table if point <= label)
-            part = 0.0 if above == below else (label - below) / (above - below)
-            pairs = zip(table[below], table[above], strict=True)
-            wanted = [low + part * (high - low) for low, high in pairs]
+            wanted = interpolate(table, budget * PATCHES / total)
         return tuple(max(1, int(number * total / PATCHES + 1e-6)) for number in wanted)
 
     def recycled(self, dropped: int) -> tuple[int, int]:
@@ -224,7 +220,7 @@ class SparseVLM(ShareOption, DecoderStage, Pruner):
             return prefill
         stage, attention = layers.index(index - 1), prefill.attention
         rows, weights = prefill.state.asked
-        own = own_tokens(prefill, weights.shape[1])
+        own = prefill.own_tokens()
         if self.version == "2.0":
             attention = attention / nearness(prefill.decoder.rotary, prefill.position_ids, rows)
         score = self.score(attention, weights, own)
@@ -323,12 +319,8 @@ def find_raters(prefill: Prefill) -> tuple[Tensor, int]:
     A word after the image rates it when its share of the image's tokens, by inner product and
     softmax over the words, is above average.
     """
-    size, images = prefill.index.shape[1], prefill.most_images
-    own = own_tokens(prefill, images)
-    text = ~prefill.is_visual if prefill.valid is None else ~prefill.is_visual & prefill.valid
-    places = torch.arange(size, device=text.device)
-    after = text[:, None] & (places > own.mul(places).amax(dim=-1, keepdim=True))  # (B, I, S)
-    after = after & own.any(dim=-1, keepdim=True)
+    images = prefill.most_images
+    own, after = prefill.own_tokens(), prefill.text_behind()
     words, most = after.any(dim=1), max(1, *prefill.counts.behind)
     rows = true_first(words)[:, :most]
     x = prefill.hidden_states.float()
@@ -344,14 +336,6 @@ def find_raters(prefill: Prefill) -> tuple[Tensor, int]:
     raters = torch.zeros_like(after).scatter(2, rows[:, None].expand(-1, images, -1), chosen)
     silent = (~raters.any(dim=-1)).any(dim=-1)  # of such an image, the last prompt token is asked
     return raters, int((raters.any(dim=1).sum(dim=1) + silent).amax())
-
-
-def own_tokens(prefill: Prefill, images: int) -> Tensor:
-    """(B, I, S) True on the tokens of each image."""
-    if images == 1:
-        return prefill.is_visual[:, None]
-    numbers = torch.arange(images, device=prefill.visual_index.device)
-    return prefill.visual_index[:, None] == numbers[:, None]
 
 
 def nearness(rotary, position_ids: Tensor, rows: Tensor) -> Tensor:

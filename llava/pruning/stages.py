@@ -42,6 +42,8 @@ class VisionStage:
     #: image would have put them, and the text after the image stays where it was. Where positions
     #: have several axes, which are places in a picture, all methods are "grid"
     position_policy: ClassVar[str] = "sequence"
+    #: whether the patches that stay of a crop enter the prompt in raster order
+    in_raster_order: ClassVar[bool] = True
     #: False where the method is defined for one crop per image only
     anyres: ClassVar[bool] = True
     #: LLaVA-NeXT: tiles (across, down) every image is cut into, without newlines and unpadding;
@@ -96,27 +98,30 @@ def last_token(prefill: Prefill) -> Tensor:
 
 @dataclass(frozen=True)
 class Probe:
-    """Attention rows that a method wants recorded, for the hook that follows the layer.
+    """What a method wants recorded of some layers, for the hook that follows each of them.
 
-    layers: decoder layers of which rows are recorded
+    layers: decoder layers of which it is recorded
     rows:   gives the places (B, R) of the query rows, from the prompts as they enter the layer
-    form:   "weights", "log_weights" or "scores" (scaled products before the softmax)
+    form:   rows of attention in `Prefill.attention`, as "weights", "log_weights" or "scores"
+            (scaled products before the softmax); or "keys": no rows, but the keys of all tokens
+            in `Prefill.keys`, which cost nothing
     """
 
     layers: tuple[int, ...] = ()
     rows: Callable[[Prefill], Tensor] = last_token
     form: str = "weights"
 
-    FORMS: ClassVar[tuple[str, ...]] = ("weights", "log_weights", "scores")
+    FORMS: ClassVar[tuple[str, ...]] = ("weights", "log_weights", "scores", "keys")
 
     def __post_init__(self):
         if self.form not in self.FORMS:
-            raise ValueError(f"unknown form {self.form!r} of rows, choose from {self.FORMS}")
+            raise ValueError(f"unknown form {self.form!r} of a probe, choose from {self.FORMS}")
 
     def check(self, num_layers: int) -> None:
         """Raises ValueError when a layer is none of the decoder's."""
         if odd := [layer for layer in self.layers if not 0 <= layer < num_layers]:
-            raise ValueError(f"attention rows of layer {odd[0]} are asked for, of {num_layers}")
+            what = "keys" if self.form == "keys" else "attention rows"
+            raise ValueError(f"{what} of layer {odd[0]} are asked for, of {num_layers}")
 
 
 class DecoderStage:
@@ -133,7 +138,7 @@ class DecoderStage:
         return image
 
     def probe(self, num_layers: int) -> Probe:
-        """The attention rows to record; a method that is asked for none gives `Probe()`."""
+        """The attention rows, or keys, to record; a method that wants none gives `Probe()`."""
         return Probe()
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:

@@ -43,7 +43,7 @@ MEANT = {
     "": ("none", {}),
 }
 REFUSED = {
-    "--layer 3": "'layer' belongs to fastv, adaptprune, nuwa: name one method",
+    "--layer 3": "'layer' belongs to fastv, adaptprune, nuwa, dart: name one method",
     "--retained_tokens 64": "'retained_tokens' belongs to sparsevlm, twigvlm: name one",
     "--important_ratio .5 --alpha 1": "no pruning method has all of these options",
     "--pruning-method none --visual-token-num 64": "unknown option 'visual_token_num'",

@@ -6,6 +6,7 @@ import torch
 from llava.eval.efficiency.launches import Launches
 from llava.pruning import build_pruner
 from llava.pruning.cdpruner import largest_volume
+from llava.pruning.dart import least_alike
 from llava.pruning.density_merge import merge
 from llava.pruning.divprune import farthest_first
 from llava.pruning.tokens import ImageTokens
@@ -42,9 +43,16 @@ def drop_one_by_one(count: int) -> None:
     drop_duplicates(TOKENS, torch.arange(64).expand(2, -1), 64 - count, 1)
 
 
+def take_turns(count: int) -> None:
+    alike = TOKENS[:, None, :, 0].expand(-1, count, -1)
+    pivots = torch.arange(4).expand(2, -1)
+    numbers = torch.full((2, 1), 60), torch.full((2, 1), count - 4)
+    least_alike(alike, pivots, *numbers)
+
+
 @pytest.mark.parametrize(
     "pick",
-    [pick_by_volume, pick_farthest, pick_and_damp, drop_one_by_one],
+    [pick_by_volume, pick_farthest, pick_and_damp, drop_one_by_one, take_turns],
     ids=lambda f: f.__name__,
 )
 def test_a_further_pick_costs_at_most_six_kernels(pick):

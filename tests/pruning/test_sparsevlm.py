@@ -6,7 +6,7 @@ import torch
 from llava.model.language_model.modeling_llama import Rotary
 from llava.pruning import Prefill, trace_pruning
 from llava.pruning.density_peaks import cluster
-from llava.pruning.sparsevlm import SparseState, SparseVLM, find_raters, nearness, own_tokens
+from llava.pruning.sparsevlm import SparseState, SparseVLM, find_raters, nearness
 
 
 def prefill(states, visual):
@@ -151,7 +151,7 @@ def test_the_loss_ignores_merged_tokens(model, sample):
 
 
 def test_ratings_belong_to_the_tokens_of_each_image():
-    own = own_tokens(prefill([[1.0]] * 4, [0, 1, -1, 1]), 2)
+    own = prefill([[1.0]] * 4, [0, 1, -1, 1]).own_tokens()
     assert own.tolist() == [[[True, False, False, False], [False, True, False, True]]]
 
 

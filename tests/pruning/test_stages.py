@@ -14,6 +14,7 @@ from llava.pruning import (
     can_draft,
 )
 from llava.pruning.stages import HOOKS, filled_hooks, fills
+from llava.pruning.testing.tiny import picture
 
 
 def test_a_method_is_its_own_stage_where_it_acts():
@@ -75,7 +76,7 @@ def test_rows_of_a_layer_that_is_not_there_are_refused_at_load_time(model):
 
     with pytest.raises(ValueError, match="attention rows of layer 6 are asked for, of 6"):
         model.pruner = Mine()
-    with pytest.raises(ValueError, match="unknown form 'logits' of rows, choose from"):
+    with pytest.raises(ValueError, match="unknown form 'logits' of a probe, choose from"):
         Probe((1,), form="logits")
 
 
@@ -94,3 +95,36 @@ def test_rows_are_those_that_a_probe_names(model, sample):
     model.pruner = Mine()
     model.generate(prompt.ids, images=prompt.images, max_new_tokens=1, do_sample=False)
     assert seen == [None, None, 3, None, 3, None]
+
+
+@pytest.mark.parametrize("kind", ["model", "own_grids_model"])
+def test_keys_are_those_that_a_layer_made(request, sample, kind):
+    model, seen = request.getfixturevalue(kind), []
+    attention = model.model.layers[1].self_attn
+    make = attention.keys
+
+    class Mine(DecoderStage, Pruner):
+        def probe(self, num_layers):
+            return Probe((1,), form="keys")
+
+        def before_layer(self, index, prefill):
+            seen.append(prefill.keys)
+            assert prefill.attention is None
+            return prefill.keep(prefill.index != 3) if index == 2 else prefill
+
+    made = []
+    attention.keys = lambda *args: made.append(make(*args)) or made[-1]
+    prompt = sample(4, "image", 5)
+    images = [picture(4, 9)] if kind == "own_grids_model" else prompt.images
+    model.pruner = Mine()
+    try:
+        with torch.no_grad():
+            model(prompt.ids, images=images)
+            model.generate(prompt.ids, images=images, max_new_tokens=1, do_sample=False)
+    finally:
+        del attention.keys
+    assert [keys is not None for keys in seen] == 2 * [False, False, True, False, False, False]
+    assert torch.equal(seen[2], made[0]) and torch.equal(seen[8], made[1])
+    assert seen[2].shape == (1, attention.num_kv_heads, 46, 8)
+    with pytest.raises(ValueError, match="keys of layer 1 are asked for, of 1"):
+        Mine().probe(1).check(1)

@@ -93,7 +93,7 @@ class Step:
     valid:  (B, S) as in `Prefill`
     bias:   of attention, of all tokens, as in `attention_mask`
     rows:   (B, R) queries whose attention the layer records; None: it records nothing
-    form:   what it records of them, see `attention_rows`
+    form:   what it records of them, see `attention_rows`; "keys": the keys of all tokens instead
     state:  what the cache of these layers has to know about the rows
     """
 
@@ -149,7 +149,7 @@ class Attention(nn.Module):
         v = self.values(x)
         if cache is not None:
             k, v = cache.append(self.layer_idx, k, v)
-        row = None
+        row = k if step.form == "keys" else None
         if step.rows is not None:
             row = attention_rows(q, k, step.rows, step.valid, step.form, step.bias)
         shared = None if cache is None else cache.shared_by(self.layer_idx)
@@ -179,7 +179,7 @@ class DecoderLayer(nn.Module):
         return device_of(self) if weight.is_meta else weight.device
 
     def forward(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
-        """x (B, S, D) -> the same shape, and the attention rows that `step.rows` asks for."""
+        """x (B, S, D) -> the same shape, and the attention rows or keys that `step` asks for."""
         out, row = self.self_attn(self.input_layernorm(x), step, cache)
         return in_pieces(self.feed_forward, x + out), row
 

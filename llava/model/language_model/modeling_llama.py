@@ -258,6 +258,10 @@ class LlamaModel(LlamaPreTrainedModel):
         of_pairs = between(prefill.position_bias, queries, keys, asking)
         return joined(prefill.key_bias, of_pairs)
 
+    def final_norm(self, x: Tensor) -> Tensor:
+        """x (..., D) through the norm behind the last layer, on the device of x."""
+        return self.norm(x.to(device_of(self.norm))).to(x.device)
+
     def through(self, prefill: Prefill, layers: nn.ModuleList) -> Tensor:
         """(B, S, D) what further layers give on the tokens as they are now, on their device."""
         return run_layers(layers, prefill.hidden_states, self.prefill_step(prefill), None)
@@ -302,6 +306,13 @@ class LlamaModel(LlamaPreTrainedModel):
         rope = tuple(gather_tokens(part[:, 0], rows)[:, None] for part in rope)
         q = attention.queries(gather_tokens(x, rows), rope)
         return rows_of(q, k, rows, valid, bias=bias).to(home)
+
+    def layer_keys(self, layer: int, x: Tensor, position_ids: Tensor) -> Tensor:
+        """(B, G, S, d) keys after RoPE that `layer` would make of inputs x (B, S, D)."""
+        home, part = x.device, self.layers[layer]
+        x, position_ids = moved((x, position_ids), part.device)
+        x = part.input_layernorm(x)
+        return part.self_attn.keys(x, self.rotary(position_ids, x.dtype)).to(home)
 
     def run_layer(
         self, layer: DecoderLayer, x: Tensor, step: Step, cache: KVCache | None

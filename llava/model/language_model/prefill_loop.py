@@ -59,10 +59,13 @@ class PrefillLoop:
             self._record(prefill)
             own = step
             if number in probe.layers:
-                own = replace(step, rows=probe.rows(prefill), form=probe.form)
-            prefill.hidden_states, prefill.attention = self.decoder.run_layer(
+                rows = None if probe.form == "keys" else probe.rows(prefill)
+                own = replace(step, rows=rows, form=probe.form)
+            prefill.hidden_states, recorded = self.decoder.run_layer(
                 layer, prefill.hidden_states, own, self.cache
             )
+            keys = own.form == "keys"
+            prefill.attention, prefill.keys = (None, recorded) if keys else (recorded, None)
             if self.cache is not None:
                 self.cache.rows[number] = step.state
                 self.held.append(places)

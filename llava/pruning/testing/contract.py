@@ -88,7 +88,9 @@ class MethodContract(Promises):
         _, _, trace = generate(model, prompt.ids, prompt.images)
         kept = trace.visual_positions[0]
         plain = kept[kept >= 0]
-        assert plain.tolist() == sorted(set(plain.tolist()))
+        assert len(set(plain.tolist())) == len(plain)
+        if pruner.vision.in_raster_order:
+            assert plain.tolist() == sorted(plain.tolist())
         assert trace.visual_embeds[0].shape == (len(kept), WIDTH)
 
     @pytest.mark.parametrize("side", ["left", "right"])
