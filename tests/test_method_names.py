@@ -10,7 +10,7 @@ from llava.pruning import METHODS
 from tests.paths import ROOT
 
 #: words that mean other things as well
-COMMON = {"none", "random", "pool", "downsample"}
+COMMON = {"none", "random", "pool", "downsample", "scope"}
 NAMES = sorted(METHODS.own.keys() - COMMON)
 WORD = re.compile(rf"(?<![a-z])({'|'.join(NAMES)})(?![a-z])", re.IGNORECASE)
 #: the methods themselves, the training of their parts, and a module that a release calls so

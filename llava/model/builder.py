@@ -228,7 +228,7 @@ def load_pretrained_model(
         quantize(model, bits=4 if load_4bit else 8, dtype=dtype)
     model = place(model.eval(), device_map, device)
     if image_processor is not None:
-        model.engine = engine
+        model.engine, model.tokenizer = engine, tokenizer
         model.pruner = pruner
         model.compile_decoding = compile
         model.generation_strategy = check_strategy(generation_strategy or STRATEGIES[0])

@@ -17,6 +17,8 @@ class PrunerSlot:
 
     #: where the decoder layers run, if not here, as `llava.engine.VLLMEngine`; set by the loader
     engine = None
+    #: reads texts as the language model does, for methods that compare words; set by the loader
+    tokenizer = None
     _pruner: Pruner = Pruner()
     _image_changes: dict = {}
 

@@ -11,10 +11,14 @@ from .choice import BUDGETS, all_names, as_published, choose, open_group, transl
 from .dart import DART
 from .divprune import DivPrune
 from .downsample import Downsample
+from .eadp import EADP
 from .fastervlm import FasterVLM
 from .fastv import FastV
 from .glimpseprune import GlimpsePrune
 from .hiprune import HiPrune
+from .holov import HoloV
+from .idpruner import IDPruner
+from .mmtok import MMTok
 from .mustdrop import MustDrop
 from .nuwa import Nuwa
 from .pool import Pool
@@ -25,6 +29,7 @@ from .pyramiddrop import PyramidDrop
 from .random import Random
 from .registry import Methods
 from .restore import Restore
+from .scope import Scope
 from .sparsevlm import SparseVLM
 from .stages import DecoderStage, Probe, VisionStage, fills
 from .tokens import ImageTokens, TowerTokens, VisionTokens
@@ -57,6 +62,11 @@ METHODS = Methods(
     MustDrop,
     TwigVLM,
     GlimpsePrune,
+    Scope,
+    HoloV,
+    IDPruner,
+    MMTok,
+    EADP,
     Restore,
     DART,
     V2Drop,

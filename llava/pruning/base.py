@@ -10,13 +10,14 @@ from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from .ops import scale_layer
+from .ops import on_device, scale_layer
 from .prefill import Prefill
 from .published import Published
 from .stages import DecoderStage, Probe, VisionStage
-from .tokens import ImageTokens, VisionTokens
+from .tokens import ImageLayout, ImageTokens, VisionTokens
 
 
 class Pruner:
@@ -261,6 +262,46 @@ class SelectPruner(VisionStage, BudgetPruner):
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         own = self.with_budget_of(num_patches * crops)
         return [min(own.tokens_per_crop(crops), num_patches) * crops] * num_layers
+
+
+@dataclass
+class EqualShares(SelectPruner):
+    """Chooses patches of crops that share the budget of their image equally, however many they are;
+    a method calls `keep_shares` where it acts and overrides `pick`.
+
+    visual_token_num: tokens per image; on LLaVA-NeXT shared out among its crops, rounded down
+    """
+
+    anyres_config = {"mm_patch_merge_type": "spatial"}
+
+    def pick(self, vision: VisionTokens, rows: Tensor | slice, count: int) -> Tensor:
+        """(G, count) places of the tokens to keep of the crops `rows` (G,), in any order."""
+        raise NotImplementedError(f"{type(self).__name__} must define pick()")
+
+    def keep_shares(self, vision: VisionTokens) -> VisionTokens:
+        shares = self.shares(vision)
+        if len(shares) == 1:
+            (count,) = shares
+            return vision.keep(self.pick(vision, slice(None), count).sort(dim=1).values)
+        kept = torch.zeros_like(vision.positions, dtype=torch.bool)
+        counts = [0] * len(kept)
+        for count, crops in shares.items():
+            rows = on_device(crops, kept.device)
+            places = self.pick(vision, rows, count)
+            kept[rows] = torch.zeros_like(kept[rows]).scatter_(1, places, True)
+            for crop in crops:
+                counts[crop] = count
+        return vision.keep_mask(kept, counts)
+
+    def shares(self, vision: VisionTokens) -> dict[int, list[int]]:
+        """Tokens of a crop -> the crops of images that have as many crops."""
+        batch, num_patches = vision.features.shape[:2]
+        found: dict[int, list[int]] = {}
+        for layout in vision.layouts or [ImageLayout(slice(n, n + 1)) for n in range(batch)]:
+            crops = range(layout.crops.start, layout.crops.stop)
+            share = min(self.tokens_per_crop(len(crops)), num_patches)
+            found.setdefault(share, []).extend(crops)
+        return found
 
 
 @dataclass

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .base import SelectPruner
-from .ops import on_device, scale_layer, top_stable
+from .base import EqualShares
+from .ops import scale_layer, top_stable
 from .published import Published
-from .tokens import ImageLayout, VisionTokens
+from .tokens import VisionTokens
 
 
 @dataclass
-class HiPrune(SelectPruner):
+class HiPrune(EqualShares):
     """
     visual_token_num: tokens per image; on LLaVA-NeXT shared out equally among its crops, rounded
                       down (160 over three crops are 53 each)
@@ -46,7 +46,6 @@ class HiPrune(SelectPruner):
             "HIPRUNE_OBJECT_LAYER": "object_layer",
         }
     )
-    anyres_config = {"mm_patch_merge_type": "spatial"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -65,31 +64,15 @@ class HiPrune(SelectPruner):
         return {layer: frozenset({"attention_mean"}) for layer in (middle - 1, selected)}
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
+        return replace(self.keep_shares(vision), layers={})
+
+    def pick(self, vision: VisionTokens, rows: Tensor | slice, count: int) -> Tensor:
         means = [
             vision.layers[number]["attention_mean"]
             for number in sorted(vision.layers)
             if "attention_mean" in vision.layers[number]
         ]
-        middle, deep = means[0], means[-1]
-        kept = torch.zeros_like(deep, dtype=torch.bool)
-        counts = [0] * len(kept)
-        for budget, crops in self.budgets(vision).items():
-            rows = on_device(crops, kept.device)
-            chosen = self.choose(middle[rows], deep[rows], budget, vision.grid)
-            kept[rows] = torch.zeros_like(kept[rows]).scatter_(1, chosen, True)
-            for crop in crops:
-                counts[crop] = budget
-        return replace(vision, layers={}).keep_mask(kept, counts)
-
-    def budgets(self, vision: VisionTokens) -> dict[int, list[int]]:
-        """Tokens of a crop -> the crops of images that have as many crops."""
-        batch, num_patches = vision.features.shape[:2]
-        found: dict[int, list[int]] = {}
-        for layout in vision.layouts or [ImageLayout(slice(n, n + 1)) for n in range(batch)]:
-            crops = range(layout.crops.start, layout.crops.stop)
-            budget = min(self.tokens_per_crop(len(crops)), num_patches)
-            found.setdefault(budget, []).extend(crops)
-        return found
+        return self.choose(means[0][rows], means[-1][rows], count, vision.grid)
 
     def choose(self, middle: Tensor, deep: Tensor, budget: int, grid: tuple[int, int]) -> Tensor:
         """Places (G, budget) from the attention (G, N) every patch receives in the two layers."""

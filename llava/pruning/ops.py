@@ -26,6 +26,32 @@ def normalize(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
+#: what rounding in fp32 may leave where there is nothing: no span between cosines, no gain in
+#: coverage, no share of a token's own weight
+NEGLIGIBLE = 1e-6
+
+
+def cosines(x: Tensor) -> Tensor:
+    """(B, N, N) fp32 cosines of the rows of `x` (B, N, C), 0 where one of them is zero. Copies have
+    1, which rounding would leave a little off."""
+    unit = normalize(x)
+    found = unit @ unit.transpose(1, 2)
+    return found.masked_fill_(found > 1 - NEGLIGIBLE, 1)
+
+
+def range_in_image(score: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
+    """Of scores (B, N) of crops, the lowest and the span (B, 1) over all crops of their image."""
+
+    def over_image(values: Tensor, how: str) -> Tensor:
+        best = torch.zeros_like(values).scatter_reduce_(
+            0, image_index, values, how, include_self=False
+        )
+        return best[image_index][:, None]
+
+    low = over_image(score.amin(dim=1), "amin")
+    return low, over_image(score.amax(dim=1), "amax") - low
+
+
 def true_first(mask: Tensor) -> Tensor:
     """Places (..., S) of `mask` (..., S): where it is True, then where it is not, each in order."""
     return mask.view(torch.uint8).argsort(dim=-1, descending=True, stable=True)
@@ -59,6 +85,15 @@ def rank_within_groups(score: Tensor, group: Tensor) -> Tensor:
     first = torch.searchsorted(sorted_group, sorted_group)  # place where the own group begins
     own = torch.arange(score.shape[1], device=score.device) - first
     return torch.empty_like(order).scatter_(1, by_score.gather(1, order), own)
+
+
+def picks_then_rest(picks: Tensor, good: Tensor, rest: Tensor) -> Tensor:
+    """(B, T) `picks` as long as they are `good` (ones, then zeros); from there on the places that
+    are not among them, in the order of `rest` (B, N)."""
+    taken = torch.zeros_like(rest).scatter_reduce(1, picks, good, "amax")
+    others = rest.gather(1, taken.gather(1, rest).argsort(dim=1, stable=True))
+    rank = torch.arange(picks.shape[1], device=picks.device) - good.sum(dim=1, keepdim=True)
+    return torch.where(good.bool(), picks, others.gather(1, rank.clamp(min=0)))
 
 
 def on_device(numbers: Sequence, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:

@@ -14,7 +14,9 @@ check_<kind>(case, folder, report)
 import importlib
 import importlib.util
 
-from llava.pruning import Pruner, build_pruner
+import torch
+
+from llava.pruning import Pruner, VisionTokens, build_pruner
 from tests.golden_cases import load_arrays
 
 #: a crop of the tiny checkpoints has 24 x 24 patches
@@ -37,6 +39,25 @@ def given(args: dict, *names: str, **renamed: str) -> dict:
     """The options among `args` that are recorded with a value; renamed: theirs -> ours."""
     renamed = {name: name for name in names} | renamed
     return {ours: args[name] for name, ours in renamed.items() if args.get(name) is not None}
+
+
+def tensors(recorded: dict, *names: str) -> list[torch.Tensor]:
+    """Recorded numbers of half precision or bytes as fp32."""
+    return [torch.tensor(recorded[name]).float() for name in names]
+
+
+def tokens_of(features: torch.Tensor, **fields) -> VisionTokens:
+    """Recorded features (B, N, C) as a method is given them, each an image of one row."""
+    batch, count = features.shape[:2]
+    places = torch.arange(count).expand(batch, -1)
+    return VisionTokens(features=features, positions=places, grid=(1, count), **fields)
+
+
+def check_order(order, recorded, report) -> None:
+    """Recorded picks in their order, and as a set; rows may be padded with -1."""
+    for name, own in (("expected_order", order), ("expected_keep", order.sort(dim=1).values)):
+        report.equal(name, own, recorded[name][:, : own.shape[1]])
+        report.true(f"{name} has more", (recorded[name][:, own.shape[1] :] == -1).all())
 
 
 def module_of(case):

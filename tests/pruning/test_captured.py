@@ -13,6 +13,11 @@ from llava.pruning.captured import SETTINGS, Captures, Graph, captured
 from llava.pruning.cdpruner import largest_volume
 from llava.pruning.density_peaks import cluster
 from llava.pruning.divprune import farthest_first
+from llava.pruning.eadp import cover_relevant
+from llava.pruning.holov import best_of_runs
+from llava.pruning.idpruner import marginally_best
+from llava.pruning.mmtok import cover_both
+from llava.pruning.scope import cover_salient
 from llava.pruning.visionzip import compress
 from llava.pruning.vispruner import drop_duplicates
 from llava.pruning.vscan import absorb
@@ -57,9 +62,29 @@ def absorbed(x: Tensor) -> tuple:
     return absorb, (x, x[..., 0].argsort(dim=1)[:, :COUNT])
 
 
-ALL = pytest.mark.parametrize(
-    "loop", [farthest, volume, damped, dropped, clustered, compressed, absorbed]
-)
+def salient(x: Tensor) -> tuple:
+    return cover_salient, (x, x[..., 0].abs(), COUNT, False)
+
+
+def relevant(x: Tensor) -> tuple:
+    return cover_relevant, (x, x[..., 0].abs(), COUNT)
+
+
+def both(x: Tensor) -> tuple:
+    return cover_both, (x, x[..., :8], x[:, ::5], x[:, ::5, 0].abs(), COUNT, 0.02, 0.2, 0.5)
+
+
+def important(x: Tensor) -> tuple:
+    return marginally_best, (x, x[..., 0], COUNT, 0.5)
+
+
+def runs(x: Tensor) -> tuple:
+    return best_of_runs, (x, x[..., 0].softmax(dim=1), COUNT, 7, 0.09)
+
+
+LOOPS = [farthest, volume, damped, dropped, clustered, compressed, absorbed]
+LOOPS += [salient, relevant, both, important, runs]
+ALL = pytest.mark.parametrize("loop", LOOPS)
 
 
 def same(found, wanted) -> bool:

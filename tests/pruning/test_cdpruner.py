@@ -8,13 +8,9 @@ import pytest
 import torch
 
 from llava.pruning import build_pruner, trace_pruning
-from llava.pruning.cdpruner import (
-    CDPruner,
-    ClipText,
-    bare_question,
-    largest_volume,
-    scale_per_image,
-)
+from llava.pruning.cdpruner import CDPruner, largest_volume, scale_per_image
+from llava.pruning.clip_text import ClipText
+from llava.pruning.questions import bare_question
 from tests.conftest import TOWER, pad_batch
 
 
@@ -94,7 +90,7 @@ def test_long_texts_are_cut_into_segments_and_averaged(clip):
     text = "red circle " * 60
     segments = clip.segments(text)
     assert [len(ids) for ids in segments] == [77, len(clip.tokenizer(text).input_ids) - 77]
-    unit = torch.cat([torch.nn.functional.normalize(clip.embed([ids])) for ids in segments])
+    unit = torch.cat([torch.nn.functional.normalize(clip.run([ids])[0]) for ids in segments])
     torch.testing.assert_close(clip.directions([text])[0], unit.mean(dim=0), atol=1e-5, rtol=0)
 
 

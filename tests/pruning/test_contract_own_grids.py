@@ -8,7 +8,7 @@ from tests.conftest import make_pruner
 from tests.pruning.test_contract import CHAINS
 
 #: methods that need what only a CLIP tower has
-REFUSED = {"cdpruner", "prumerge"}
+REFUSED = {"cdpruner", "eadp", "prumerge"}
 
 
 class TestEveryMethod(OwnGridsContract):
@@ -24,6 +24,10 @@ class TestEveryMethod(OwnGridsContract):
 
 class TestCDPrunerOnDiversityAlone(OwnGridsContract):
     method, options = "cdpruner", {"theta": 0}
+
+
+class TestEADPOnCoverageAlone(OwnGridsContract):
+    method, options = "eadp", {"beta": 0}
 
 
 class TestMustDropWhereWindowsMerge(OwnGridsContract):

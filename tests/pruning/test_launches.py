@@ -9,12 +9,17 @@ from llava.pruning.cdpruner import largest_volume
 from llava.pruning.dart import least_alike
 from llava.pruning.density_merge import merge
 from llava.pruning.divprune import farthest_first
+from llava.pruning.eadp import cover_relevant
+from llava.pruning.idpruner import marginally_best
+from llava.pruning.mmtok import cover_both
+from llava.pruning.scope import cover_salient
 from llava.pruning.tokens import ImageTokens
 from llava.pruning.vispruner import drop_duplicates
 from tests.pruning import kernels
 
 PICKS, MORE = 16, 24
 TOKENS = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0))
+WEIGHT = TOKENS[..., 0].abs() + 0.1
 
 
 def launches(call, *args) -> int:
@@ -24,7 +29,7 @@ def launches(call, *args) -> int:
 
 
 def pick_by_volume(count: int) -> None:
-    largest_volume(TOKENS, TOKENS[..., 0].abs() + 0.1, count)
+    largest_volume(TOKENS, WEIGHT, count)
 
 
 def pick_farthest(count: int) -> None:
@@ -43,6 +48,26 @@ def drop_one_by_one(count: int) -> None:
     drop_duplicates(TOKENS, torch.arange(64).expand(2, -1), 64 - count, 1)
 
 
+def pick_salient(count: int) -> None:
+    cover_salient(TOKENS, WEIGHT, count, False)
+
+
+def pick_salient_by_sum(count: int) -> None:
+    cover_salient(TOKENS, WEIGHT, count, True)
+
+
+def pick_relevant(count: int) -> None:
+    cover_relevant(TOKENS, WEIGHT, count)
+
+
+def pick_for_words_and_patches(count: int) -> None:
+    cover_both(TOKENS, TOKENS, TOKENS[:, :16], WEIGHT[:, :16], count, 0.02, 0.2, 0.5)
+
+
+def pick_important_and_different(count: int) -> None:
+    marginally_best(TOKENS, WEIGHT, count, 0.5)
+
+
 def take_turns(count: int) -> None:
     alike = TOKENS[:, None, :, 0].expand(-1, count, -1)
     pivots = torch.arange(4).expand(2, -1)
@@ -50,11 +75,12 @@ def take_turns(count: int) -> None:
     least_alike(alike, pivots, *numbers)
 
 
-@pytest.mark.parametrize(
-    "pick",
-    [pick_by_volume, pick_farthest, pick_and_damp, drop_one_by_one, take_turns],
-    ids=lambda f: f.__name__,
-)
+PICKING = [pick_by_volume, pick_farthest, pick_and_damp, drop_one_by_one, take_turns]
+PICKING += [pick_salient, pick_salient_by_sum, pick_relevant, pick_for_words_and_patches]
+PICKING += [pick_important_and_different]
+
+
+@pytest.mark.parametrize("pick", PICKING, ids=lambda f: f.__name__)
 def test_a_further_pick_costs_at_most_six_kernels(pick):
     further = launches(pick, PICKS + MORE) - launches(pick, PICKS)
     assert 0 < further <= 6 * MORE

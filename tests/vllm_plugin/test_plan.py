@@ -17,7 +17,8 @@ from llava.vllm_plugin.tower import TowerShape, tower_tokens
 from tests.model.checkpoint_tools import CHECKPOINT, load
 
 SHAPE = TowerShape((24, 22), (24, 24), 64, 4)
-FIXED = ("divprune", "fastervlm", "hiprune", "pool", "random", "visionzip", "vispruner")
+FIXED = ("divprune", "fastervlm", "hiprune", "holov", "idpruner", "pool", "random", "scope")
+FIXED += ("visionzip", "vispruner")
 
 
 @pytest.fixture(scope="module")

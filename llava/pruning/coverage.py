@@ -1,0 +1,42 @@
+"""Greedy coverage: every pick is the token that adds most to what the picks before it cover.
+
+What is covered are clients, say all patches of the image, each by the token kept that suits it
+best. Known as facility location; the greedy choice is within 1 - 1/e of the best one.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops import NEGLIGIBLE, picks_then_rest
+
+
+@torch.no_grad()
+def cover_most(cover: Tensor, count: int, factor: Tensor | None = None) -> Tensor:
+    """Places (B, T), T at most `count`, in the order they are picked.
+
+    cover:  (B, N, U) fp32 how much of each of U clients every token would cover, times what the
+            client counts; below 0 is 0. It is written to
+    factor: (B, N), at least 0, of every token's gain; None: 1
+
+    A token's gain is the sum, over clients, of what it would add. Ties go to the lower place; where
+    nothing is gained any more, what is left follows in order of place.
+    """
+    batch, size, clients = cover.shape
+    covered = cover.new_zeros(batch, 1, clients)
+    picks, scores = [], []
+    for _ in range(min(count, size)):  # five small operations, six with factors
+        # With what is covered in every row, its distance to a row is what that token would add.
+        torch.maximum(cover, covered, out=cover)
+        gain = F.threshold(torch.cdist(cover, covered, p=1), NEGLIGIBLE, 0)[:, :, 0]
+        score, pick = (gain if factor is None else gain * factor).max(dim=1, keepdim=True)
+        covered = cover.gather(1, pick[:, :, None].expand(-1, -1, clients))
+        picks.append(pick)
+        scores.append(score)
+    if not picks:
+        return torch.zeros(batch, 0, dtype=torch.long, device=cover.device)
+    picks, scores = torch.cat(picks, dim=1), torch.cat(scores, dim=1)
+    in_order = torch.arange(size, device=cover.device).expand(batch, -1)
+    return picks_then_rest(picks, (scores > 0).cumprod(dim=1), in_order)

@@ -1,0 +1,85 @@
+"""IDPruner: important tokens that differ from those already chosen (maximal marginal relevance).
+
+Paper: IDPruner, https://arxiv.org/abs/2602.13315
+
+The paper's tables take a trained scorer's word for how important a token is. Here it is the
+attention of the class token or, in a tower without one, what a token receives from all, so that
+nothing is trained; a method with a scorer of its own derives from this one and overrides
+`importance`. The published scorers are not read: their layout is not part of the paper.
+
+Differs from the release: importance and similarity are functions of this file (there, texts in a
+YAML file that are run as code); batches; the picks stay on the device (there, the host waits for
+each); on LLaVA-NeXT, where the authors have no numbers, every crop is chosen from by itself.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import EqualShares
+from .captured import captured
+from .ops import cosines, top_stable
+from .tokens import VisionTokens
+
+
+@dataclass
+class IDPruner(EqualShares):
+    """
+    visual_token_num: tokens per image; on LLaVA-NeXT shared out equally among its crops, rounded
+                      down (640 of five crops are 128 each)
+    mmr_lambda:       weight of importance against difference, 0 to 1; 1 is importance alone, 0 the
+                      most important token and then always the one farthest from all chosen
+    """
+
+    mmr_lambda: float = 0.5
+
+    name = "idpruner"
+    needs = frozenset({"salience"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.mmr_lambda <= 1:
+            raise ValueError(f"mmr_lambda ({self.mmr_lambda}) must lie between 0 and 1")
+
+    def after_encoder(self, vision: VisionTokens) -> VisionTokens:
+        return vision  # tokens are compared in the space of the language model
+
+    def after_projector(self, vision: VisionTokens) -> VisionTokens:
+        return self.keep_shares(vision)
+
+    def importance(self, vision: VisionTokens) -> Tensor:
+        """(B, N) of every token; the scale does not matter, it is brought to 0 ... 1 in a crop."""
+        return vision.salience * vision.block  # the sum over the patches of a token
+
+    def pick(self, vision: VisionTokens, rows: Tensor | slice, count: int) -> Tensor:
+        importance = self.importance(vision)[rows]
+        return marginally_best(vision.features[rows], importance, count, self.mmr_lambda)
+
+
+@captured
+@torch.no_grad()
+def marginally_best(features: Tensor, importance: Tensor, count: int, weight: float) -> Tensor:
+    """Places (B, T) of features (B, N, C) in the order they are picked.
+
+    The first is the most important token, by `importance` (B, N), each further one the best by
+    weight * importance - (1 - weight) * its largest cosine with the picks. Ties go to the lower
+    place.
+    """
+    importance = importance.float()
+    low, high = importance.aminmax(dim=1, keepdim=True)
+    importance = (importance - low) / (high - low + 1e-6)
+    count = min(count, features.shape[1])
+    if weight == 1 or count == 0:
+        return top_stable(importance, count)
+    similarity = cosines(features)
+    similarity.diagonal(dim1=1, dim2=2).fill_(torch.inf)  # no token is picked twice
+    pick = importance.argmax(dim=1, keepdim=True)
+    picks, closest = [pick], torch.full_like(importance, -torch.inf)
+    importance = weight * importance
+    for _ in range(count - 1):  # four small operations
+        row = similarity.gather(1, pick[..., None].expand(-1, -1, similarity.shape[2]))[:, 0]
+        closest = torch.maximum(closest, row)
+        pick = torch.sub(importance, closest, alpha=1 - weight).argmax(dim=1, keepdim=True)
+        picks.append(pick)
+    return torch.cat(picks, dim=1)
