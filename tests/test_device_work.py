@@ -23,6 +23,10 @@ PER_LAYER = 36
 PER_TOKEN = 40
 #: and where tokens stand for others, so that their keys weigh more
 PER_BIAS = 20
+#: for a tree of guesses: growing it, masks and positions of its levels, what of it is accepted
+PER_TREE = 240
+#: and where rules look at each token of the way
+PER_RULED_TREE = 90
 #: waits for a further token: whether the answer has ended
 WAITS = 1
 #: answers of these lengths are compared
@@ -111,6 +115,28 @@ def test_a_step_of_speculation_waits_once_for_every_guess_and_once_for_all(
     guesses = [sum(map(len, own.drafts)) for own in logs]
     assert waits[1] - waits[0] <= guesses[1] - guesses[0] + steps
     assert uploads[0] == uploads[1]
+
+
+@pytest.mark.parametrize("rule", [{}, {"repetition_penalty": 1.3}, {"do_sample": True}], ids=str)
+def test_a_step_with_a_tree_of_guesses_waits_once(make_model, sample, rule):
+    model, inputs = asked(make_model, sample, "llava")
+    grown(model, 2, 2, visual_token_num=30, tree_nodes=60)
+    place(model, SECOND)
+    place(model.pruner.module, SECOND)
+    logs, counts = [], []
+    for tokens in (SHORT, 5 * LONG):
+        options = GREEDY | {"eos_token_id": None, "max_new_tokens": tokens, **rule}
+        with torch.no_grad(), devices() as log:
+            out = model.generate(**inputs, **options, **SPECULATE)
+        logs.append(out.logs[0])
+        counts.append((len(log.waits), len(log.uploads), log.kernels.total()))
+    steps = len(logs[1].accepted) - len(logs[0].accepted)
+    waits, uploads, kernels = (b - a for a, b in zip(*counts, strict=True))
+    assert steps > 1 and waits == steps and uploads == 0
+    # The newest token and the levels of guesses in the shared layers and those of the twig, the
+    # nodes in the shared layers, all of them in the others.
+    layers = 4 * (2 + 2) + LAYERS
+    assert kernels / steps <= layers * PER_LAYER + PER_TREE + (PER_RULED_TREE if rule else 0)
 
 
 def test_mixed_devices_and_host_values_are_refused_and_uploads_and_kernels_counted():

@@ -158,8 +158,9 @@ def test_a_shared_beginning_is_shared_on_several_devices(model, models, sample, 
 @pytest.mark.parametrize("shared", [2, *(pytest.param(n, marks=slow) for n in (0, 4))])
 @pytest.mark.parametrize("pruning", [True, pytest.param(False, marks=slow)])
 @pytest.mark.parametrize("method", [TwigVLM, WeighingTwig])
+@pytest.mark.parametrize("nodes", [0, 60])
 def test_guessed_tokens_are_those_of_one_device(
-    make_model, sample, layout, shared, pruning, method
+    make_model, sample, layout, shared, pruning, method, nodes
 ):
     prompt, found = sample(4, "image", 5), []
     for spread in (False, True):
@@ -171,7 +172,7 @@ def test_guessed_tokens_are_those_of_one_device(
         with devices() if spread else nullcontext():
             own.pruner = own.pruner  # the twig goes where its neighbours are
             options = dict(generation_strategy="self_speculative", return_dict_in_generate=True)
-            options |= {**GREEDY, "max_new_tokens": 7}
+            options |= {**GREEDY, "max_new_tokens": 7, "tree_nodes": nodes}
             found.append(own.generate(prompt.ids, images=prompt.images, **options))
             if spread:
                 beside = own.model.layers[min(shared, 5)]

@@ -22,6 +22,7 @@ from ..pruning.drafter import DRAFTER_OPTIONS, Drafter
 from .patches import replacement
 from .self_speculative import Speculation, SpeculationLog
 from .token_choice import TokenChoice
+from .tree_speculation import TreeSpeculation
 
 #: arguments of the decoder that `generate` passes on
 PROMPT_TENSORS = ("inputs_embeds", "position_ids")
@@ -135,8 +136,7 @@ class GenerationStrategies:
         if keywords.get("use_cache", True) is False:
             raise ValueError(f"generation_strategy {strategy!r} needs a cache (use_cache=True)")
         drafter = replace(drafter, **options)
-        if drafter.guesses_trees:
-            raise NotImplementedError("tree_nodes: trees of guesses are not verified yet")
+        check_shape(drafter, options)
         return drafter
 
     def greedy_search(self, input_ids: Tensor, drafter: Drafter | None = None, **keywords):
@@ -188,6 +188,16 @@ class GenerationStrategies:
         return SpeculativeOutput(sequences=sequences, scores=scores, logs=logs)
 
 
+def check_shape(drafter: Drafter, options: dict) -> None:
+    """Raises ValueError for keywords about trees where none are guessed, and the reverse."""
+    idle, instead = ("tree_depth", "tree_width"), "a row; tree_nodes=60 makes it a tree"
+    if drafter.guesses_trees:
+        idle = ("num_speculations", "draft_stop_prob")
+        instead = "a tree; tree_nodes=0 makes it a row"
+    if given := [name for name in idle if name in options]:
+        raise ValueError(f"{', '.join(given)} would not be read, as guesses are {instead}")
+
+
 def check_speculation(model, input_ids: Tensor, rules: LogitsProcessorList, options: dict) -> None:
     """Raises ValueError for what holds one token at a time alone."""
     strategy = f"with generation_strategy {STRATEGIES[1]!r}"
@@ -213,7 +223,8 @@ def speculate(
     others = [rule for rule in criteria if not isinstance(rule, MaxLengthCriteria)]
     scores: list[Tensor] = []
     began = time.perf_counter()
-    speculation = Speculation(model, drafter, choice, criteria.max_length - size)
+    kind = TreeSpeculation if drafter.guesses_trees else Speculation
+    speculation = kind(model, drafter, choice, criteria.max_length - size)
     tokens, rows, numbers = speculation.start(prompt)
     speculation.log.first_seconds = time.perf_counter() - began
     while True:
@@ -221,7 +232,7 @@ def speculate(
             scores.extend(rows)
         count, finished = answered(choice.ids, numbers, choice.ends, others, scores or None)
         if streamer is not None:
-            streamer.put(tokens[:count].cpu())
+            streamer.put(torch.tensor(numbers[:count]))
         size += count
         if finished or size >= criteria.max_length:
             break

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..pruning.branches import Branches
 from .position_bias import Directions, between, joined
 
 #: compiled steps see so many places of a cache, or a multiple of them
@@ -70,13 +71,18 @@ class RowState:
             self.directions.known = known = torch.cat([known, more], dim=1)
         return known[:, :length]
 
-    def attention_bias(self, rotary, start: int, length: int) -> Tensor | None:
+    def attention_bias(
+        self, rotary, start: int, length: int, branches: Branches | None = None
+    ) -> Tensor | None:
         """What tokens of the answer, at the places from `start` to `length`, add to attention to
         all those before `length`: (B, length) where it is the same for all of them, else
-        (B, length - start, length); None: nothing."""
+        (B, length - start, length); None: nothing. branches: of those tokens, if they are nodes"""
         of_keys, places = self.key_bias(length), self.directions_of(rotary, length)
         if places is None:
             return of_keys
+        if branches is not None:  # places of tokens one behind the other at the same positions
+            at = self.size + branches.root + branches.depths
+            places = torch.cat([places[:, : length - len(at)], places.index_select(1, at)], dim=1)
         own = self.directions
         return joined(of_keys, between(own.function, places[:, start:], places, own.asking))
 
@@ -188,6 +194,24 @@ class KVCache:
     def crop(self, layer: int, length: int) -> None:
         """Forgets what was appended to a layer beyond `length` entries (no copy)."""
         self.lengths[layer] = min(self.lengths[layer], length)
+
+    def keep_of_newest(self, first: list[int], places: list[int]) -> None:
+        """Of what layers hold from their places `first` on, one for each of the first layers, keeps
+        the entries at `places` behind those, which ascend, and forgets the others."""
+        by_device: dict[torch.device, list[tuple[Tensor, int]]] = {}
+        for layer, start in enumerate(first):
+            for buffer in (self._keys[layer], self._values[layer]):
+                by_device.setdefault(buffer.device, []).append((buffer, start))
+        for there, here in enumerate(places):
+            if here == there:
+                continue
+            for buffers in by_device.values():  # at once: a kernel for each layer were many
+                torch._foreach_copy_(
+                    [buffer[:, :, start + there] for buffer, start in buffers],
+                    [buffer[:, :, start + here] for buffer, start in buffers],
+                )
+        for layer, start in enumerate(first):
+            self.crop(layer, start + len(places))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in the order `beam_idx`, as beam search asks for. Beams of one prompt differ behind

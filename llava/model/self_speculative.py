@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from ..devices import device_of
+from ..pruning.branches import Branches
 from ..pruning.drafter import Drafter
 from ..pruning.prefill import Prefill
 from ..pruning.stages import DecoderStage
 from .kv_cache import KVCache
 from .token_choice import TokenChoice
+from .token_tree import TokenTree
 
 
 @dataclass
@@ -28,10 +30,12 @@ class SpeculationLog:
     """What one prompt's generation did, step by step (a step is one run of the whole decoder).
 
     drafts:        tokens guessed in each step
-    probabilities: the drafter's probability of each of them
+    probabilities: the drafter's probability of each of them, in a tree that of the path to it
     accepted:      how many of them the decoder agreed with, from the first on
     bonus:         the decoder's own token behind those
     kv_lengths:    entries of every layer's cache after the step, the drafter's layers last
+    trees:         where trees are guessed, those; their tokens are `drafts`
+    paths:         and the nodes that were accepted
     first_seconds: until the tokens of the first step were known, vision excluded
     seconds:       of the whole generation, vision excluded
     """
@@ -41,13 +45,21 @@ class SpeculationLog:
     accepted: list[int] = field(default_factory=list)
     bonus: list[int] = field(default_factory=list)
     kv_lengths: list[list[int]] = field(default_factory=list)
+    trees: list[TokenTree] = field(default_factory=list)
+    paths: list[list[int]] = field(default_factory=list)
     first_seconds: float = 0.0
     seconds: float = 0.0
 
     @property
+    def acceptable(self) -> list[int]:
+        """How many guesses each step could have accepted: all of a row, the levels of a tree."""
+        return [tree.deepest for tree in self.trees] or list(map(len, self.drafts))
+
+    @property
     def acceptance_rate(self) -> float:
-        """Accepted guesses per guess, 0 without any; the decoder's own tokens do not count."""
-        return sum(self.accepted) / max(1, sum(map(len, self.drafts)))
+        """Accepted guesses per acceptable one, 0 without any; the decoder's own tokens do not
+        count."""
+        return sum(self.accepted) / max(1, sum(self.acceptable))
 
     @property
     def tokens_per_step(self) -> float:
@@ -83,8 +95,7 @@ class Speculation:
         self.decoder, self.drafter = model.model, drafter
         self.model, self.choice, self.most = model, choice, most
         self.depth = len(self.decoder.layers)
-        reserve = most + drafter.num_speculations + 1
-        self.cache = KVCache(self.depth + len(drafter.layers), reserve)
+        self.cache = KVCache(self.depth + len(drafter.layers), most + self.spare)
         self.shared = self.decoder.layers[: drafter.shared_layers]
         self.deep = self.decoder.layers[drafter.shared_layers :]
         self.newest: Tensor | None = None  # (1, 1) the newest token of the answer
@@ -93,6 +104,11 @@ class Speculation:
         self.drafted = 0  # tokens of the answer, guesses included, that the drafter's layers saw
         self.waiting: list[Tensor] = []  # (1, 1, D) rows the drafter's layers have not seen yet
         self.log = SpeculationLog()
+
+    @property
+    def spare(self) -> int:
+        """Places in the caches beyond those of the answer."""
+        return self.drafter.num_speculations + 1
 
     # --- the prompt ---------------------------------------------------------------------------
 
@@ -137,11 +153,17 @@ class Speculation:
         trace.cache_bytes = self.cache.num_bytes()
         self.cache.lengths = lengths
 
-    def guess_first(self, prefill: Prefill) -> tuple[Guess, list[Tensor]]:
-        """The first guesses, from the prompt as it leaves the shared layers."""
+    def guess_first(self, prefill: Prefill) -> tuple[Guess, Tensor | None, Branches | None]:
+        """The first guesses, from the prompt as it leaves the shared layers; their rows (1, g, D)
+        as they leave these, and how they follow each other, see `Prefill.append`."""
+        guess, rows = self._guess(self._first_logits(prefill))
+        return guess, torch.cat(rows, dim=1) if rows else None, None
+
+    def _first_logits(self, prefill: Prefill) -> Tensor:
+        """(1, V) of the drafter at the last token of the prompt."""
         hidden, row = self.decoder.branch(prefill, self.drafter.layers, self.cache)
         prefill.drafter_row = row
-        return self._guess(self._at_home(self.drafter.logits(hidden)[:, -1]))
+        return self._at_home(self.drafter.logits(hidden)[:, -1])
 
     # --- later steps --------------------------------------------------------------------------
 
@@ -255,8 +277,8 @@ class DraftingHooks:
         return getattr(self.stage, name)
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
-        rows: list[Tensor] = []
+        rows = branches = None
         if index == self.speculation.drafter.shared_layers:
-            self.guess, rows = self.speculation.guess_first(prefill)
+            self.guess, rows, branches = self.speculation.guess_first(prefill)
         prefill = self.stage.before_layer(index, prefill)
-        return prefill.append(torch.cat(rows, dim=1)) if rows else prefill
+        return prefill if rows is None else prefill.append(rows, branches)

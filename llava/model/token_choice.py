@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessorList
+
+from .token_tree import TokenTree
+
+
+@dataclass
+class Walk:
+    """The way a step takes through a tree of guesses.
+
+    tokens:   (n,) that the answer grows by: the guesses on the way, and one token of the decoder's
+    nodes:    (n,) behind which they were chosen, from the root, 0, on
+    scores:   (n, V) from which they were
+    numbers:  `tokens` on the host
+    accepted: `nodes` on the host, without the root
+    """
+
+    tokens: Tensor
+    nodes: Tensor
+    scores: Tensor
+    numbers: list[int]
+    accepted: list[int]
 
 
 class TokenChoice:
@@ -29,6 +51,7 @@ class TokenChoice:
         self.sampled = warpers is not None
         self.ids = ids
         self.ends = set(ends)
+        self.noise: list[Tensor] = []  # of the tokens to come, see `_draw`
 
     def add(self, tokens: Tensor) -> None:
         """Tokens (n,) that are part of the answer now."""
@@ -99,6 +122,77 @@ class TokenChoice:
         drawn = torch.multinomial(more, 1)[0]
         tokens = F.pad(guessed, (0, 1)).scatter(0, here, drawn)
         return tokens, agreed
+
+    # --- trees --------------------------------------------------------------------------------
+
+    def walk(self, logits: Tensor, tree: TokenTree) -> Walk:
+        """From the root of a tree along the tokens of the decoder, as far as guesses go.
+
+        logits: (N + 1, V) of the decoder behind the root and behind every node
+        Every token is what the decoder chooses, or draws, behind those before it, whatever was
+        guessed. Waits for the device once.
+        """
+        if self.rules or self.sampled:
+            tokens, nodes, count, scores = self._walk_by_rules(logits, tree)
+        else:
+            tokens, nodes, count = self._walk_greedily(logits, tree)
+            scores = logits.index_select(0, nodes)
+        count, *numbers = torch.cat([count[None] + 1, tokens, nodes]).tolist()
+        accepted = numbers[len(tokens) + 1 : len(tokens) + count]
+        del self.noise[:count]
+        return Walk(tokens[:count], nodes[:count], scores[:count], numbers[:count], accepted)
+
+    def _walk_greedily(self, logits: Tensor, tree: TokenTree) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens (d + 1,) chosen level by level, the node (d + 1,) that each was chosen behind,
+        how many guesses were accepted); what comes after those means nothing.
+
+        A node is on the way if it and all above it are what the decoder chose behind their parents;
+        nodes with one parent hold different tokens, so a level has at most one of them.
+        """
+        best = self._best_behind(logits, tree)
+        wrong = best[tree.parents] != tree.tokens
+        good = ~(tree.lineage[1:, 1:] & wrong).any(dim=1)
+        numbers = torch.arange(1, len(tree) + 1, device=good.device)
+        beyond = tree.deepest + 1
+        path = torch.zeros(beyond + 1, dtype=torch.long, device=good.device)
+        path = path.scatter(0, tree.depths.masked_fill(~good, beyond), numbers)
+        path = path[:beyond]
+        return best[path], path, good.sum()
+
+    def _walk_by_rules(
+        self, logits: Tensor, tree: TokenTree
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Likewise, and the scores (d + 1, V): level by level, since rules want to see the answer
+        as it is before each token."""
+        ids, node = self.ids, self.ids.new_zeros(1)
+        alive, count = torch.ones_like(node), self.ids.new_zeros(())
+        numbers = torch.arange(1, len(tree) + 1, device=node.device)
+        chosen, path, scores = [], [], []
+        for level in range(tree.deepest + 1):
+            scores.append(self._scores(logits.index_select(0, node), ids))
+            chosen.append(self._draw(scores[-1], level) if self.sampled else scores[-1].argmax(-1))
+            path.append(node)
+            ids = torch.cat([ids, chosen[-1][None]], dim=1)
+            follows = (tree.parents == node) & (tree.tokens == chosen[-1])
+            alive = alive * follows.any()
+            count = count + alive[0]
+            node = (numbers * follows).sum(dim=0, keepdim=True)
+        return torch.cat(chosen), torch.cat(path), count, torch.cat(scores)
+
+    def _best_behind(self, logits: Tensor, tree: TokenTree) -> Tensor:
+        """(N + 1,) the decoder's token behind every node."""
+        return logits.argmax(dim=-1)
+
+    def _draw(self, scores: Tensor, ahead: int) -> Tensor:
+        """(1,) drawn from scores (1, V) for the token that is `ahead` of the next one.
+
+        The noise belongs to the place of the token in the answer, and is that of
+        `torch.multinomial`: after `torch.manual_seed` the tokens are those of sampling one by one.
+        """
+        p = scores.softmax(dim=-1)
+        while len(self.noise) <= ahead:
+            self.noise.append(torch.empty_like(p).exponential_())
+        return (p / self.noise[ahead]).argmax(dim=-1)
 
     def _scores(self, logits: Tensor, ids: Tensor) -> Tensor:
         for rule in self.rules:

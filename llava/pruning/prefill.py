@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .branches import Branches
 from .counts import PADDING, Known, TokenCounts, counted
 from .ops import on_device, rank_within_groups, true_first, true_last
 from .per_token import at, each, mapped, per_token, with_zeros
@@ -51,6 +52,8 @@ class Prefill:
     drafter_row:   (B, H, 1, S) fp32 what the last prompt token attends to in the last layer of the
                    drafter, when that ran on the tokens as they are now; else None
     next_position: (B,) position of the first generated token; None: one after the last in use
+    branches:      of the tokens behind the prompts, where those are guesses that form a tree; the
+                   same for all rows
     importance:    what `record_importance` left for the trace
     num_blended:   tokens with a negative `index` there were so far
     num_images:    the most images that a row has, at least 1; None: nobody counted
@@ -74,6 +77,7 @@ class Prefill:
     keys: Tensor | None = None
     drafter_row: Tensor | None = None
     next_position: Tensor | None = None
+    branches: Branches | None = None
     importance: tuple[Tensor, Tensor] | None = None
     num_blended: int = 0
     num_images: int | None = None
@@ -367,8 +371,9 @@ class Prefill:
         grown = self._with(tokens, positions, image)
         return grown.take(order, valid, renumber, counts)
 
-    def append(self, tokens: Tensor) -> Prefill:
-        """New tokens (B, M, D) behind every prompt, at the positions that follow it.
+    def append(self, tokens: Tensor, branches: Branches | None = None) -> Prefill:
+        """New tokens (B, M, D) behind every prompt, at the positions that follow it, or, with
+        `branches`, as a tree whose root is the last token of the prompt.
 
         They are no part of the prompt: their `index` counts down from -1 as in `keep_and_append`,
         and generation continues at the position it would have without them.
@@ -383,15 +388,18 @@ class Prefill:
             if self.valid is not None:
                 places = places.masked_fill(~self.valid, -1)
             follows = places.amax(dim=1) + 1
-        number = torch.arange(count, device=none.device)
-        positions = follows[:, None] + number
+        if branches is None:
+            ahead = torch.arange(count, device=none.device)
+        else:
+            ahead = branches.depths.to(none.device) - 1
+        positions = follows[:, None] + ahead
         if self.has_axes:
             positions = positions[..., None].expand(-1, -1, self.position_ids.shape[2])
         grown = self._with(tokens, positions, none)
         if self.valid is not None:
             real = torch.ones_like(none, dtype=torch.bool)
             grown.valid = torch.cat([self.valid, real], dim=1)
-        grown.next_position = follows
+        grown.next_position, grown.branches = follows, branches
         grown.know(None if known is None else known.with_text(count), hides=True)
         return grown
 

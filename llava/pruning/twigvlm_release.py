@@ -68,7 +68,7 @@ class PublishedOutput(Tensor):
     num_tokens_generated: how many those are
 
     From self-speculative generation only, over all prompts (seconds without the vision tower):
-    total_draft_matches, total_generations: guesses accepted, guesses made
+    total_draft_matches, total_generations: guesses accepted, guesses made (of a tree its levels)
     acceptance_rate:      accepted guesses per guess
     prefill_time:         seconds until the tokens of the first step were known
     decoding_time:        seconds of the whole generation, the first step included
@@ -97,7 +97,7 @@ def published_output(output, ends: Collection[int]) -> PublishedOutput:
     logs = getattr(output, "logs", None)
     if logs:
         result.total_draft_matches = sum(sum(log.accepted) for log in logs)
-        result.total_generations = sum(len(draft) for log in logs for draft in log.drafts)
+        result.total_generations = sum(sum(log.acceptable) for log in logs)
         result.acceptance_rate = result.total_draft_matches / max(1, result.total_generations)
         result.prefill_time = sum(log.first_seconds for log in logs)
         result.decoding_time = sum(log.seconds for log in logs)

@@ -101,10 +101,13 @@ def test_few_bits_answer_near_half_precision(cuda, tmp_path, option, note):
 
 
 @pytest.mark.parametrize("pruning", [True, False])
-def test_guessed_answers_are_those_of_one_token_at_a_time(make_model, sample, device, pruning):
+@pytest.mark.parametrize("nodes", [0, 60])
+def test_guessed_answers_are_those_of_one_token_at_a_time(
+    make_model, sample, device, pruning, nodes
+):
     model = make_model()
     model.lm_head.weight.data *= 8
-    pruner = grown(model, 2, 2, visual_token_num=30, enable_pruning=pruning)
+    pruner = grown(model, 2, 2, visual_token_num=30, enable_pruning=pruning, tree_nodes=nodes)
     model = model.to(device)
     model.pruner = pruner
     prompt = sample(4, "image", 5)

@@ -73,10 +73,11 @@ def test_beams_and_processors_are_those_of_plain_steps(make_model, sample, optio
 
 
 @gpu
-def test_guesses_are_those_of_plain_steps(make_model, sample):
+@pytest.mark.parametrize("nodes", [0, 60])
+def test_guesses_are_those_of_plain_steps(make_model, sample, nodes):
     model = make_model()
     model.lm_head.weight.data *= 8
-    pruner = TwigVLM(twig_K=2, visual_token_num=30)
+    pruner = TwigVLM(twig_K=2, visual_token_num=30, tree_nodes=nodes)
     pruner.module = grow_twig(model, 2, 2).requires_grad_(False)
     model = model.to("cuda")
     model.pruner = pruner

@@ -299,7 +299,8 @@ class WeighingTwig(VisionStage, TwigVLM):
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("pruning", [True, False])
-def test_tokens_are_guessed_and_verified_with_the_bias(make_model, sample, late, pruning):
+@pytest.mark.parametrize("nodes", [0, 60])
+def test_tokens_are_guessed_and_verified_with_the_bias(make_model, sample, late, pruning, nodes):
     model = make_model()
     model.lm_head.weight.data *= 8
     # A twig that is the rest of the decoder is always right, on the same tokens.
@@ -313,6 +314,7 @@ def test_tokens_are_guessed_and_verified_with_the_bias(make_model, sample, late,
         images=prompt.images,
         generation_strategy="self_speculative",
         return_dict_in_generate=True,
+        tree_nodes=nodes,
         **options,
     )
     assert torch.equal(plain, fast.sequences)

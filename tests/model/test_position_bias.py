@@ -340,8 +340,9 @@ class PlacedTwig(VisionStage, TwigVLM):
 
 
 @pytest.mark.parametrize("bias", [Near(), Near(answers=False)], ids=["all", "prompt"])
+@pytest.mark.parametrize("nodes", [0, 60])
 @pytest.mark.parametrize("pruning", [True, False])
-def test_tokens_are_guessed_and_verified_with_it(make_model, sample, bias, pruning):
+def test_tokens_are_guessed_and_verified_with_it(make_model, sample, bias, pruning, nodes):
     class Twig(PlacedTwig):
         pass
 
@@ -357,6 +358,7 @@ def test_tokens_are_guessed_and_verified_with_it(make_model, sample, bias, pruni
         images=prompt.images,
         generation_strategy="self_speculative",
         return_dict_in_generate=True,
+        tree_nodes=nodes,
         **options,
     )
     assert torch.equal(plain, fast.sequences)

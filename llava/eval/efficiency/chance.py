@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava.model.token_choice import TokenChoice, run_of
+from llava.model.token_tree import TokenTree
 
 
 class ChanceChoice(TokenChoice):
@@ -14,7 +15,8 @@ class ChanceChoice(TokenChoice):
 
     Random weights never agree. How long a step takes depends on how many tokens are guessed and
     stay, not on which: here chance (torch's generator) says how many stay, and all the work of
-    finding that out is done as well. Guessing stops at the drafter's `num_speculations` alone.
+    finding that out is done as well. Guessing stops at the drafter's `num_speculations` alone. Of a
+    tree chance says how many levels stay.
     """
 
     def __init__(self, *args, acceptance: float):
@@ -30,3 +32,12 @@ class ChanceChoice(TokenChoice):
         agreed = run_of(torch.rand(guessed.shape, device=guessed.device) < self.acceptance)
         places = torch.arange(len(best), device=best.device)
         return torch.where(places < agreed, F.pad(guessed, (0, 1)), best), agreed
+
+    def _best_behind(self, logits: Tensor, tree: TokenTree) -> Tensor:
+        """Agrees with the way to the tree's last node, as far as chance says."""
+        best = super()._best_behind(logits, tree)
+        agreed = run_of(torch.rand(tree.deepest, device=best.device) < self.acceptance)
+        way = tree.lineage[-1, 1:] & (tree.depths <= agreed)
+        beyond = len(best)  # where what is not on it goes
+        parents = tree.parents.masked_fill(~way, beyond)
+        return F.pad(best, (0, 1)).scatter(0, parents, tree.tokens)[:beyond]

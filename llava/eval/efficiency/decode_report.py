@@ -20,7 +20,7 @@ class Row:
     speed_up:        of `decode_rate` over the dense model on the same questions
     step_speed_up:   of `decode_rate` over the same loop without guesses
     predicted:       what the cost model says `step_speed_up` should be
-    accepted, drafted: guesses per step
+    accepted, drafted: guesses per step; of a tree `drafted` counts levels
     acceptance:      accepted guesses per guess
     same_answers:    share of answers equal to those of the method one token at a time, in percent
     compiled_speed_up: of `decode_rate` over the same way before it was compiled
@@ -45,11 +45,12 @@ class Row:
 def cost_model(drafter: Drafter, model, accepted: float, drafted: float) -> float:
     """Speed-up over one token at a time, in decoder layers run on one row.
 
-    A token costs L + h, with L layers and a head that costs h of them; a step with g guesses
-    g (K + T + h) + L + h and gives 1 + accepted tokens (arXiv 2503.14075, with the drafter's layers
-    on the last guess of a step put off). Assumes that a layer costs on a few rows what it costs on
-    one, as on GPUs, and for all tokens of the image, which the drafter reads, what it costs for
-    those that are kept; on a CPU both make a step dearer than this.
+    A token costs L + h, with L layers and a head that costs h of them; a step with g guesses, or
+    with a tree of g levels, g (K + T + h) + L + h and gives 1 + accepted tokens (arXiv 2503.14075,
+    with the drafter's layers on the last guess of a step put off). Assumes that a layer costs on
+    the rows of a step what it costs on one, as on GPUs, and for all tokens of the image, which the
+    drafter reads, what it costs for those that are kept; on a CPU both make a step dearer than
+    this, a tree most of all.
     """
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     head, depth = model.lm_head.weight.numel() / layer, len(model.model.layers)
@@ -78,7 +79,7 @@ def rows_of(variants: list[Variant], model, same_answers: bool = True) -> list[R
             same = sum(a == b for a, b in zip(variant.answers, plain, strict=True))
             row.same_answers = 100 * same / len(plain)
         if variant.logs and variant.guesses:
-            steps = [len(d) for log in variant.logs for d in log.drafts]
+            steps = [count for log in variant.logs for count in log.acceptable]
             accepted = [a for log in variant.logs for a in log.accepted]
             row.accepted, row.drafted = statistics.mean(accepted), statistics.mean(steps)
             row.acceptance = sum(accepted) / max(1, sum(steps))

@@ -88,21 +88,30 @@ class Variant:
 
 
 def variants_of(
-    pruners: dict[str, Pruner], num_speculations: int | None = None, compile: bool = False
+    pruners: dict[str, Pruner],
+    num_speculations: int | None = None,
+    compile: bool = False,
+    tree: dict[str, int | None] | None = None,
 ) -> list[Variant]:
     """The dense model, and each method with and, where it can guess, also without guesses.
 
     num_speculations: most guesses in a row; None: what the method says
     compile: adds all of them with compiled steps
+    tree: tree_nodes, tree_depth and tree_width of trees that are guessed as well; without nodes by
+    methods that do so anyway, as these say
     """
     options = {} if num_speculations is None else {"num_speculations": num_speculations}
+    tree = {name: number for name, number in (tree or {}).items() if number is not None}
     found = [Variant(DENSE, build_pruner(), STRATEGIES[0])]
     for name, pruner in pruners.items():
         found.append(Variant(name, pruner, STRATEGIES[0]))
         if can_draft(type(pruner.decoder)):
-            still = {"num_speculations": 0}
+            row = {"tree_nodes": 0}
+            still = {"num_speculations": 0} | row
             found.append(Variant(f"{name}, no guesses", pruner, STRATEGIES[1], still))
-            found.append(Variant(f"{name}, guessing", pruner, STRATEGIES[1], dict(options)))
+            found.append(Variant(f"{name}, guessing", pruner, STRATEGIES[1], options | row))
+            if tree.get("tree_nodes", getattr(pruner.decoder, "tree_nodes", None)):
+                found.append(Variant(f"{name}, guessing trees", pruner, STRATEGIES[1], tree))
     if compile:
         found += [
             Variant(v.name + COMPILED, v.pruner, v.strategy, dict(v.options), True) for v in found

@@ -4,6 +4,7 @@
     python -m llava.eval.efficiency.decode_speed --methods twigvlm --limit 20 \
         --json runs/decode.json
     python -m llava.eval.efficiency.decode_speed --methods twigvlm --compile
+    python -m llava.eval.efficiency.decode_speed --methods twigvlm --tree-nodes 60
     python -m llava.eval.efficiency.decode_speed --config 7b --acceptance 0.8 \
         --num-speculations 3 --limit 3
 
@@ -63,6 +64,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=able, type=method_name)
     parser.add_argument("--visual-token-num", "--visual_token_num", type=int, default=64)
     parser.add_argument("--num-speculations", type=int, help="most guesses in a row")
+    parser.add_argument(
+        "--tree-nodes", type=int, metavar="N", help="measures trees of so many guesses as well"
+    )
+    parser.add_argument("--tree-depth", type=int, metavar="N", help="levels of a tree")
+    parser.add_argument("--tree-width", type=int, metavar="N", help="followers of a guess")
     parser.add_argument("--pruning-arg", action="append", default=[], metavar="METHOD.KEY=VALUE")
     parser.add_argument("--limit", type=int, default=20, help="so many questions (default: 20)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -164,7 +170,8 @@ def main(argv: list[str] | None = None) -> dict:
     torch.manual_seed(0)
     model, pruners, prompts = (trained_model if args.config is None else random_model)(args)
     args.limit = len(prompts)
-    variants = variants_of(pruners, args.num_speculations, args.compile)
+    tree = {name: getattr(args, name) for name in ("tree_nodes", "tree_depth", "tree_width")}
+    variants = variants_of(pruners, args.num_speculations, args.compile, tree)
     now = clock_of(args, model.device)
     measure(model, variants, prompts, args.max_new_tokens, now, args.warmup)
     rows = rows_of(variants, model, same_answers=args.config is None)

@@ -79,9 +79,9 @@ STEPS = (
     ),
     Step(
         "guessing",
-        "self-speculative decoding beside its cost model, 7B, chance agreeing with 80 % of guesses",
-        f"{DECODING} --config 7b --acceptance 0.8 --num-speculations 3 --limit 3 --warmup 1"
-        " --max-new-tokens 49 --compile --json FILE",
+        "rows and trees of guesses beside their cost model, 7B, chance agreeing with 80 % of them",
+        f"{DECODING} --config 7b --acceptance 0.8 --num-speculations 3 --tree-nodes 60"
+        " --limit 3 --warmup 1 --max-new-tokens 49 --compile --json FILE",
         f"{DECODING} --config small --device cpu --dtype fp32 --limit 1 --warmup 1"
         " --visual-token-num 96 --num-speculations 2 --max-new-tokens 12 --json FILE",
         limit=120,

@@ -88,6 +88,17 @@ def attend(
     )
 
 
+def attend_with_tail(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tail: Tensor, backend: str
+) -> Tensor:
+    """As `attend` for prompts with the nodes of a tree behind them: the prompt's tokens, which see
+    none of those, as without them, and the T nodes by `tail` (B or 1, 1, T, K), a mask of numbers.
+    """
+    size = q.shape[2] - tail.shape[2]
+    prompt = attend(*(x[:, :, :size] for x in (q, k, v)), mask, backend)
+    return torch.cat([prompt, attend(q[:, :, size:], k, v, tail, backend)], dim=2)
+
+
 def packs_rows(backend: str) -> bool:
     """Whether a backend wants padded batches as `Packing` in place of a mask."""
     return backend == "flash_attention_2"
@@ -254,6 +265,28 @@ def attention_mask(
     return added.masked_fill_(~visible, float("-inf"))
 
 
+def branch_mask(
+    visible: Tensor,
+    length: int,
+    valid: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `attention_mask`, for q nodes of a tree that are the last of `length` tokens.
+
+    visible: (q, r) as in `Branches`. valid: (B, length) of all tokens; None: all are real
+    bias: of all keys (B, length), or of the nodes with them (B, q, length); None: nothing
+    """
+    batch = max([len(own) for own in (valid, bias) if own is not None], default=1)
+    room = -(-length // ALIGNED) * ALIGNED
+    added = visible.new_empty(batch, 1, len(visible), room, dtype=dtype)[..., :length]
+    added = added.zero_() if bias is None else added.copy_(spread(bias))
+    if valid is not None:
+        added.masked_fill_(~valid[:, None, None], float("-inf"))
+    added[..., length - visible.shape[1] :].masked_fill_(~visible, float("-inf"))
+    return added
+
+
 def spread(bias: Tensor) -> Tensor:
     """A bias (B, K) of keys, or (B, Q, K) of pairs, as it is added to products (B, H, Q, K)."""
     return bias[:, None, None] if bias.ndim == 2 else bias[:, None]
@@ -262,6 +295,13 @@ def spread(bias: Tensor) -> Tensor:
 def bias_at(bias: Tensor | None, rows: Tensor) -> Tensor | None:
     """What a bias as in `attention_mask` is for the queries at `rows` (B, R) alone."""
     return bias if bias is None or bias.ndim == 2 else gather_tokens(bias, rows)
+
+
+def bias_among(bias: Tensor | None, queries: slice, keys: slice) -> Tensor | None:
+    """Likewise for some of the queries with some of the keys."""
+    if bias is None:
+        return None
+    return bias[:, keys] if bias.ndim == 2 else bias[:, queries, keys]
 
 
 def added_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -216,7 +216,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         The rest is transformers' `generate`: `attention_mask` (needed when prompts are padded; any
         side), `do_sample`, `temperature`, `top_p`, `num_beams`, `max_new_tokens`, `streamer`,
         `stopping_criteria`, ... and `generation_strategy`, see `llava.model.generation`: with
-        "self_speculative" also `num_speculations` and `draft_stop_prob`. An answer ends where the
+        "self_speculative" also the options of `llava.pruning.drafter`. An answer ends where the
         model has no more positions, whatever `max_new_tokens` says, see `llava.model.context`.
         With `use_cache=False` the prompt runs again for every token, and a method that looks at the
         text chooses anew by the answer so far: its answers are others than with a cache.

@@ -91,7 +91,8 @@ def key_of(plan: Plan) -> tuple:
     ]
     buffers = [(keys.data_ptr(), keys.shape) for keys, _ in plan.buffers]
     shared = [tuple(None if x is None else x.data_ptr() for x in own or ()) for own in plan.shared]
-    parts = (weights, groups, plan.members, buffers, shared)
+    tree = [x.shape for x in plan.tree() or ()]
+    parts = (weights, groups, plan.members, buffers, shared, tree)
     return (plan.x.shape, plan.x.dtype, plan.x.device, *map(tuple, parts))
 
 
@@ -106,7 +107,9 @@ class Captured:
     def __init__(self, plan: Plan, capture: Callable):
         with torch.inference_mode(False), torch.no_grad():
             self.x = torch.empty_like(plan.x)
-            self.done = torch.zeros((), dtype=torch.long, device=plan.x.device)
+            self.counts = torch.zeros(2, dtype=torch.long, device=plan.x.device)
+            tree = plan.tree()
+            self.tree = None if tree is None else tuple(map(torch.empty_like, tree))
             self.known = [
                 {name: None if own is None else own.clone() for name, own in group.items()}
                 for group in plan.known()
@@ -115,12 +118,15 @@ class Captured:
         self.held = plan.layers, plan.buffers, plan.shared  # what has to stay where it is
         self.states: list[RowState] = []
         self.load(plan)
-        self.replay = capture(lambda: plan.run(self.x, self.done, self.known))
+        self.replay = capture(lambda: plan.run(self.x, self.counts, self.known, self.tree))
 
     def load(self, plan: Plan) -> None:
         """Puts what the step is about to where it is read."""
         self.x.copy_(plan.x)
-        self.done.fill_(plan.done)
+        for there, number in zip(self.counts, plan.numbers(), strict=True):
+            there.fill_(number)  # without a copy from the host
+        for there, here in zip(self.tree or (), plan.tree() or (), strict=True):
+            there.copy_(here)
         if [id(state) for state in self.states] == [id(state) for state in plan.states]:
             return
         for there, here in zip(self.known, plan.known(), strict=True):

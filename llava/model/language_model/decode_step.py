@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ...devices import moved
+from ...pruning.branches import Branches
 from ...pruning.position_bias import PositionBias
 from ..kv_cache import KVCache, RowState
 from ..position_bias import between, joined
-from .attention import added_mask, attention_mask, causal_mask, padded_causal_mask
+from .attention import added_mask, attention_mask, branch_mask, causal_mask, padded_causal_mask
 from .compiling import compiled
 from .layers import DecoderLayer, Rotary, Step, bring
 
@@ -42,11 +44,13 @@ class DecodeStep:
         cache: KVCache,
         collect: list[Tensor] | None = None,
         trace=None,
+        branches: Branches | None = None,
     ) -> Tensor:
         """What `layers` give on the (B, q, D) tokens that follow those in the cache, on the device
         of the last of them; the cache holds them afterwards.
 
         collect: takes the input of every layer. trace: takes the attention rows that it records.
+        branches: of the tokens, where they are nodes of a tree
         """
         recorded = frozenset() if trace is None else trace.attention_layers
         steps: dict[int, Step] = {}  # layers that hold the same tokens share one
@@ -54,7 +58,7 @@ class DecodeStep:
             number = layer.self_attn.layer_idx
             state = cache.rows[number]
             if id(state) not in steps:
-                steps[id(state)] = self._step(state, cache, number, x)
+                steps[id(state)] = self._step(state, cache, number, x, branches)
             x, step = bring(layer, x, steps[id(state)])
             steps[id(state)] = step
             if collect is not None:
@@ -66,9 +70,13 @@ class DecodeStep:
                 trace.add_answer_attention(number, rows)
         return x
 
-    def _step(self, state: RowState, cache: KVCache, number: int, x: Tensor) -> Step:
+    def _step(
+        self, state: RowState, cache: KVCache, number: int, x: Tensor, branches: Branches | None
+    ) -> Step:
         """For layers that hold what layer `number` does."""
         count, held = x.shape[1], cache.lengths[number]
+        if branches is not None:
+            return self._branching(state, held + count, x.dtype, branches)
         rope = state.rope(self.rotary, held - state.size, count, x.dtype)
         valid = state.mask(held + count)
         bias = state.attention_bias(self.rotary, held, held + count)
@@ -79,6 +87,17 @@ class DecodeStep:
         else:
             mask = causal_mask(count, held + count, state.next_position.device)
         return Step(rope, attention_mask(mask, bias, count, x.dtype))
+
+    def _branching(
+        self, state: RowState, length: int, dtype: torch.dtype, branches: Branches
+    ) -> Step:
+        """For nodes of a tree that are the last of `length` tokens; FlashAttention knows no such
+        mask, so that they run on sdpa under it."""
+        own = moved(branches, state.next_position.device)
+        path = state.rope(self.rotary, own.root, own.deepest + 1, dtype)
+        rope = tuple(part.index_select(2, own.depths[-len(own) :]) for part in path)
+        bias = state.attention_bias(self.rotary, length - len(own), length, own)
+        return Step(rope, branch_mask(own.visible, length, state.mask(length), bias, dtype))
 
     def _with_rows(self, step: Step, state: RowState, held: int, x: Tensor) -> Step:
         """The same for a layer that holds `held` tokens and records what those behind them, x
@@ -100,19 +119,27 @@ class CompiledStep(DecodeStep):
         cache: KVCache,
         collect: list[Tensor] | None = None,
         trace=None,
+        branches: Branches | None = None,
     ) -> Tensor:
         layers = list(layers)
         watched = collect is not None or (trace is not None and trace.attention_layers)
         able = layers and all(runs_on(layer, x) for layer in layers)
         if watched or not able or torch.is_grad_enabled():
-            return super().__call__(layers, x, cache, collect, trace)
-        return self.run(self.plan(layers, x, cache))
+            return super().__call__(layers, x, cache, collect, trace, branches)
+        return self.run(self.plan(layers, x, cache, branches))
 
-    def plan(self, layers: list[DecoderLayer], x: Tensor, cache: KVCache) -> Plan:
+    def plan(
+        self,
+        layers: list[DecoderLayer],
+        x: Tensor,
+        cache: KVCache,
+        branches: Branches | None = None,
+    ) -> Plan:
         """The step of `layers` on x; the cache counts its tokens as held from here on."""
         numbers, count = [layer.self_attn.layer_idx for layer in layers], x.shape[1]
         few = x.device.type == "cpu" and len(cache.lengths) <= FEW_LAYERS
-        plan = Plan(layers, self.rotary, x, cache.appended(numbers[0]), FEW_LAYERS if few else 1)
+        done, most = cache.appended(numbers[0]), FEW_LAYERS if few else 1
+        plan = Plan(layers, self.rotary, x, done, most, moved(branches, x.device))
         groups: dict[int, int] = {}
         for number in numbers:
             state = cache.rows[number]
@@ -129,7 +156,7 @@ class CompiledStep(DecodeStep):
     allocate = None
 
     def run(self, plan: Plan) -> Tensor:
-        return plan.run(plan.x, torch.tensor(plan.done, device=plan.x.device), plan.known())
+        return plan.run(plan.x, plan.counts(), plan.known(), plan.tree())
 
 
 def runs_on(layer: DecoderLayer, x: Tensor) -> bool:
@@ -144,6 +171,7 @@ class Plan:
     x:       (B, q, D) tokens as they enter the first of `layers`
     done:    tokens of the answers before those
     most:    layers with the same tokens that are one graph
+    branches: of the tokens, where they are nodes of a tree
     states:  the rows as groups of layers see them, and how many places each looks at (`windows`)
     members: the group of every layer
     buffers: keys and values (B, G, capacity, d) of every layer
@@ -155,11 +183,25 @@ class Plan:
     x: Tensor
     done: int
     most: int = 1
+    branches: Branches | None = None
     states: list[RowState] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
     members: list[int] = field(default_factory=list)
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     shared: list[tuple | None] = field(default_factory=list)
+
+    def numbers(self) -> tuple[int, int]:
+        """`done`, and the position of the first of these tokens in the answer, in a tree that of
+        its root."""
+        return self.done, self.done if self.branches is None else self.branches.root
+
+    def counts(self) -> Tensor:
+        return torch.tensor(self.numbers(), device=self.x.device)
+
+    def tree(self) -> tuple[Tensor, Tensor] | None:
+        """`depths` and `visible` of `branches`."""
+        own = self.branches
+        return None if own is None else (own.depths, own.visible)
 
     def known(self) -> list[dict[str, Tensor | None]]:
         """What `describe` is told of every group."""
@@ -175,14 +217,22 @@ class Plan:
             for state, window in zip(self.states, self.windows, strict=True)
         ]
 
-    def run(self, x: Tensor, done: Tensor, known: list[dict[str, Tensor | None]]) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        counts: Tensor,
+        known: list[dict[str, Tensor | None]],
+        tree: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
         """(B, q, D) what leaves the last layer; the tokens' keys and values are in the buffers.
 
-        x, done, known: what the plan says, as tensors; done: ()
+        x, counts, known, tree: what the plan says, as tensors
         """
         biases = [state.directions and state.directions.function for state in self.states]
         groups = [
-            compiled(describe)(self.rotary, done, window, x.shape[1], x.dtype, bias, **group)
+            compiled(describe)(
+                self.rotary, counts, window, x.shape[1], x.dtype, bias, tree, **group
+            )
             for window, bias, group in zip(self.windows, biases, known, strict=True)
         ]
         for own in self.spans():
@@ -207,11 +257,12 @@ class Plan:
 
 def describe(
     rotary: Rotary,
-    done: Tensor,
+    counts: Tensor,
     window: int,
     count: int,
     dtype: torch.dtype,
     function: PositionBias | None,
+    tree: tuple[Tensor, Tensor] | None,
     size: Tensor,
     next_position: Tensor,
     valid: Tensor | None,
@@ -222,18 +273,30 @@ def describe(
     """For a group's layers: places (q,) of the `count` new tokens in the buffers, the cosines and
     sines of `rope_of` their positions, and the mask (B or 1, 1, q, window) of numbers.
 
-    done, size: () tokens of the answers so far and places of the prompt; the rest is as in
-    `RowState` and `Directions`, for the `window` places that are looked at
+    counts, tree: as `Plan` says. size: () places of the prompt; the rest is as in `RowState` and
+    `Directions`, for the `window` places that are looked at
     """
-    new = done + torch.arange(count, device=done.device)
-    places = size + new
-    cos, sin = rotary(next_position[:, None] + new, dtype)
-    seen = (torch.arange(window, device=done.device) <= places[:, None])[None, None]
+    done, first = counts.unbind()
+    ahead, all_places = (torch.arange(n, device=counts.device) for n in (count, window))
+    places = size + done + ahead
+    if tree is None:
+        seen = all_places <= places[:, None]
+    else:
+        depths, visible = tree
+        ahead, reach = depths[-count:], visible.shape[1]
+        behind = all_places - (size + done + count - reach)  # from the first node on
+        inside, node = (behind >= 0) & (behind < reach), behind.clamp(0, reach - 1)
+        seen = (visible[:, node] & inside) | (behind < 0)
+        # Places of the cache that tokens one behind the other would have at the same positions.
+        standing = torch.where(inside, size + first + depths[node], all_places)
+    seen = seen[None, None]
+    cos, sin = rotary(next_position[:, None] + first + ahead, dtype)
     if valid is not None:
         seen = seen & valid[:, None, None]
     if directions is not None:
-        queries = directions.index_select(1, places)
-        bias = joined(bias, between(function, queries, directions, asking))
+        queries = directions.index_select(1, size + first + ahead)
+        keys = directions if tree is None else directions.index_select(1, standing)
+        bias = joined(bias, between(function, queries, keys, asking))
     if bias is None:
         return places, cos, sin, added_mask(seen, dtype)
     return places, cos, sin, attention_mask(seen, bias, count, dtype)

@@ -13,7 +13,15 @@ from ...devices import device_of, moved
 from ...linear import Linear
 from ...pruning.ops import gather_tokens
 from ..kv_cache import KVCache, RowState
-from .attention import Packing, attend, attend_behind, attention_rows, bias_at, rows_of
+from .attention import (
+    Packing,
+    attend,
+    attend_behind,
+    attend_with_tail,
+    attention_rows,
+    bias_at,
+    rows_of,
+)
 
 
 class Rotary:
@@ -95,6 +103,8 @@ class Step:
     rows:   (B, R) queries whose attention the layer records; None: it records nothing
     form:   what it records of them, see `attention_rows`; "keys": the keys of all tokens instead
     state:  what the cache of these layers has to know about the rows
+    tail:   (B or 1, 1, T, S) mask of numbers of the last T tokens where these are the nodes of a
+            tree; `mask` is about those before them. None: there are no such tokens
     """
 
     rope: tuple[Tensor, Tensor]
@@ -105,6 +115,7 @@ class Step:
     state: RowState | None = None
     packed: Packing | None = None
     bias: Tensor | None = None
+    tail: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -153,7 +164,9 @@ class Attention(nn.Module):
         if step.rows is not None:
             row = attention_rows(q, k, step.rows, step.valid, step.form, step.bias)
         shared = None if cache is None else cache.shared_by(self.layer_idx)
-        if shared is None:
+        if step.tail is not None:
+            out = attend_with_tail(q, k, v, step.mask, step.tail, self.backend)
+        elif shared is None:
             out = attend(q, k, v, step.mask, self.backend, step.packed)
         else:
             out = attend_behind(q, k, v, step.mask, shared)

@@ -27,6 +27,8 @@ from ..visuals import Visuals
 from .attention import (
     Packing,
     attention_mask,
+    bias_among,
+    branch_mask,
     causal_mask,
     check_backend,
     packs_rows,
@@ -208,18 +210,26 @@ class LlamaModel(LlamaPreTrainedModel):
         bias, mask, packed = self.attention_bias(prefill, known=directions), None, None
         if bias is not None and self.config._attn_implementation == "flash_attention_2":
             say_no_bias()
+        own, tail = slice(x.shape[1]), None  # the tokens before the nodes of a tree
+        if (branches := prefill.branches) is not None:
+            own = slice(x.shape[1] - len(branches))
+            of_nodes = bias_among(bias, slice(own.stop, None), slice(None))
+            visible = branches.visible.to(x.device)
+            tail = branch_mask(visible, x.shape[1], valid, of_nodes, x.dtype)
         if prefill.hides_padding:
-            if packs_rows(self.config._attn_implementation) and bias is None:
+            packs = packs_rows(self.config._attn_implementation)
+            if packs and bias is None and branches is None:
                 packed = Packing.of(valid, prefill.counts.lengths)
             else:
-                mask = padded_causal_mask(valid, x.shape[1])
+                mask = padded_causal_mask(valid[:, own], own.stop)
         return Step(
             rope=self.rotary(prefill.position_ids, x.dtype),
-            mask=attention_mask(mask, bias, x.shape[1], x.dtype),
+            mask=attention_mask(mask, bias_among(bias, own, own), own.stop, x.dtype),
             packed=packed,
             valid=valid,
             bias=bias,
             state=self.row_state(prefill, directions),
+            tail=tail,
         )
 
     def row_state(self, prefill: Prefill, directions: Tensor | None) -> RowState:
@@ -227,6 +237,8 @@ class LlamaModel(LlamaPreTrainedModel):
         of_keys, of_pairs, asking = prefill.key_bias, None, prefill.asking
         if directions is not None and prefill.position_bias.answers:
             asking = None if asking is None else asking[:, :1]
+            if prefill.branches is not None:  # where these stand holds for the first step alone
+                directions = directions[:, : -len(prefill.branches)]
             of_pairs = Directions(prefill.position_bias, directions, asking)
         size = prefill.index.shape[1]
         return RowState(next_position(prefill), size, prefill.valid, of_keys, of_pairs)

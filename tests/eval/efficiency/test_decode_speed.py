@@ -12,6 +12,7 @@ from llava.eval.efficiency.decode_run import Clock, Variant, measure, variants_o
 from llava.eval.efficiency.decode_speed import options_by_method
 from llava.model.language_model import decode_step
 from llava.model.self_speculative import SpeculationLog
+from llava.model.token_tree import TokenTree
 from llava.pruning import build_pruner
 from llava.pruning.drafter import Drafter
 from tests.pruning.test_twigvlm import grown
@@ -75,6 +76,30 @@ def test_the_number_of_guesses_is_that_of_the_guessing_way_alone(model):
     ways = variants_of({"twigvlm": grown(model)}, 3)
     assert [way.guesses for way in ways] == [False, False, False, True]
     assert [way.options.get("num_speculations") for way in ways] == [None, None, 0, 3]
+
+
+def test_trees_are_a_way_of_their_own_where_they_are_asked_for(model):
+    ways = variants_of({"twigvlm": grown(model)}, tree={"tree_nodes": 30, "tree_depth": None})
+    assert ways[4].name == "twigvlm, guessing trees" and ways[4].options == {"tree_nodes": 30}
+    assert [way.options.get("tree_nodes") for way in ways] == [None, None, 0, 0, 30]
+    assert ways[4].guesses and len(variants_of({"twigvlm": grown(model)})) == 4
+    own = variants_of({"twigvlm": grown(model, tree_nodes=60)})
+    assert own[4].options == {} and own[3].options == {"tree_nodes": 0}
+
+
+def test_levels_of_trees_agree_as_often_as_asked():
+    torch.manual_seed(0)
+    tree = TokenTree(
+        tokens=torch.tensor([3, 2, 3, 3]),
+        parents=torch.tensor([0, 0, 1, 3]),
+        depths=torch.tensor([1, 1, 2, 3]),
+        scores=torch.zeros(4),
+        deepest=3,
+    )
+    choice = ChanceChoice([], None, torch.zeros(1, 1).long(), [], acceptance=0.5)
+    runs = [len(choice.walk(torch.zeros(5, 5), tree).accepted) for _ in range(3000)]
+    share = torch.bincount(torch.tensor(runs)) / len(runs)
+    assert share.tolist() == pytest.approx([0.5, 0.25, 0.125, 0.125], abs=0.04)
 
 
 def test_every_way_is_also_compiled_where_that_is_asked_for(model, monkeypatch):

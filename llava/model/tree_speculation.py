@@ -1,0 +1,123 @@
+"""Self-speculative generation with trees: a step may accept any path through the guesses.
+
+The drafter grows a tree level by level, the most probable followers of the most probable nodes
+(`llava.model.token_tree`), and one run of the decoder verifies all of it: every node sees the text
+before the tree and its own ancestors. The path that the decoder itself takes is kept in the caches.
+
+Paper: Growing a Multi-head Twig to Accelerate Large Vision-Language Models, 2503.14075, version 3
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..devices import device_of
+from ..pruning.branches import Branches
+from ..pruning.prefill import Prefill
+from .self_speculative import Speculation, SpeculationLog
+from .token_choice import Walk
+from .token_tree import Growth, TokenTree, on_host
+
+
+class TreeSpeculation(Speculation):
+    """As `Speculation`, for a drafter that guesses trees.
+
+    The prompt and the newest token run through the shared layers once, for drafter and decoder. So
+    would the nodes that were followed while the tree grew, but others are kept as well, and a pass
+    of the shared layers over all nodes takes no longer than one over the others.
+    """
+
+    @property
+    def spare(self) -> int:
+        followed = self.drafter.tree_width * (self.drafter.tree_depth - 1)
+        return max(followed, self.drafter.tree_nodes) + 1
+
+    # --- guessing -----------------------------------------------------------------------------
+
+    def guess_first(self, prefill: Prefill) -> tuple[TokenTree, Tensor, Branches]:
+        tree = self._grow(self._first_logits(prefill))
+        self.nodes, branches = self._run_shared(tree)
+        return tree, self.nodes, branches
+
+    @torch.no_grad()
+    def step(self) -> tuple[Tensor, Tensor, list[int]]:
+        root = self.decoder.step(self.shared, self._embedded(self.newest[0]), self.cache)
+        self.waiting.append(root)
+        tree = self._grow(self._drafter_logits())
+        self.nodes, branches = self._run_shared(tree)
+        depths = torch.cat([tree.depths.new_zeros(1), tree.depths])
+        branches = Branches(depths, tree.lineage, branches.root, tree.deepest)
+        x = torch.cat([root, self.nodes], dim=1)
+        x = self.decoder.step(self.deep, x, self.cache, branches=branches)
+        x = self.decoder.norm(x.to(device_of(self.decoder.norm)))
+        return self._verify(tree, self.model.logits_of(x)[0])
+
+    def _grow(self, logits: Tensor) -> TokenTree:
+        """The tree behind the newest token, from the logits (1, V) of the drafter there."""
+        growth = Growth(self.drafter.tree_width, logits)
+        growth.add(logits)
+        lengths = list(self.cache.lengths)
+        for level in range(1, self.drafter.tree_depth):
+            x = self._embedded(growth.follow())
+            branches = Branches(growth.depths, growth.visible, self.count - 1, level)
+            for layers in (self.shared, self.drafter.layers):
+                x = self.decoder.step(layers, x, self.cache, branches=branches)
+            growth.add(self._at_home(self.drafter.logits(x)[0]))
+        for layer, length in enumerate(lengths):
+            self.cache.crop(layer, length)
+        return growth.tree(self.drafter.tree_nodes)
+
+    def _run_shared(self, tree: TokenTree) -> tuple[Tensor, Branches]:
+        """The nodes (1, N, D) behind the shared layers, and how they stand behind their root."""
+        branches = Branches(tree.depths, tree.lineage[1:, 1:], self.count - 1, tree.deepest)
+        x = self._embedded(tree.tokens)
+        return self.decoder.step(self.shared, x, self.cache, branches=branches), branches
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """(1, n, D) of tokens (n,)."""
+        return self.decoder.embed_tokens(tokens[None])
+
+    def _drafter_logits(self) -> Tensor:
+        """(1, V) behind the newest token; the drafter's layers see what the last step accepted
+        together with it."""
+        x = torch.cat(self.waiting, dim=1)
+        self.drafted, self.waiting = self.drafted + x.shape[1], []
+        x = self.decoder.step(self.drafter.layers, x, self.cache)
+        return self._at_home(self.drafter.logits(x[:, -1:].contiguous())[:, -1])
+
+    # --- verification -------------------------------------------------------------------------
+
+    def _verify(self, tree: TokenTree, logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        """Keeps the path that the decoder takes; logits (N + 1, V) behind the root and every node.
+
+        Returns what `start` returns, tokens beyond those that the answer may have left out.
+        """
+        walk = self.choice.walk(self._at_home(logits), tree)
+        first = [length + self.count for length in self.prompt_lengths[: self.depth]]
+        self.cache.keep_of_newest(first, [node - 1 for node in walk.accepted])
+        if walk.accepted:
+            accepted = walk.nodes[1:].to(self.nodes.device) - 1
+            self.waiting.append(self.nodes.index_select(1, accepted))
+        left = self.most - self.count
+        self.count += len(walk.numbers)
+        self.done = self.count - 1
+        self.newest = walk.tokens[-1:][None]
+        self._record(tree, walk)
+        self.choice.add(walk.tokens[:left])
+        return walk.tokens[:left], walk.scores[:left], walk.numbers[:left]
+
+    def _record(self, tree: TokenTree, walk: Walk) -> None:
+        log = self.log
+        log.trees.append(tree)
+        log.paths.append(walk.accepted)
+        log.accepted.append(len(walk.accepted))
+        log.bonus.append(walk.numbers[-1])
+        log.kv_lengths.append(list(self.cache.lengths))
+
+    def finished_log(self) -> SpeculationLog:
+        log = self.log
+        log.trees = on_host(log.trees)
+        log.drafts = [tree.tokens.tolist() for tree in log.trees]
+        log.probabilities = [tree.scores.exp().tolist() for tree in log.trees]
+        return log
