@@ -15,6 +15,7 @@ from llava.pruning.twigvlm import TwigVLM
 from tests.conftest import PINPOINTS, SIDE, make_pruner, pad_batch
 from tests.model.test_key_bias import METHODS as WEIGHING
 from tests.model.test_key_bias import WeighingTwig
+from tests.model.test_position_bias import METHODS as PLACED
 from tests.pruning.test_twigvlm import grown
 from tests.second_device import SECOND, THIRD, devices, place
 
@@ -112,8 +113,8 @@ def test_beams_and_several_answers_are_those_of_one_device(model, models, sample
 
 
 @BOTH
-@pytest.mark.parametrize("method", WEIGHING, ids=lambda method: method.name)
-def test_a_bias_of_keys_is_where_its_layers_are(model, models, sample, method, layout):
+@pytest.mark.parametrize("method", [*WEIGHING, *PLACED], ids=lambda method: method.name)
+def test_a_bias_of_attention_is_where_its_layers_are(model, models, sample, method, layout):
     for options in ({}, dict(num_beams=3)):
         wanted = run(model, method, *batch(sample), **options)
         with devices():

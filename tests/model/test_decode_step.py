@@ -13,6 +13,7 @@ from llava.model.reuse import Picture, PrefixCache
 from llava.pruning import METHODS, build_pruner, trace_pruning
 from tests.conftest import SIDE, make_pruner, pad_batch
 from tests.model.test_key_bias import METHODS as WEIGHING
+from tests.model.test_position_bias import METHODS as PLACED
 from tests.pruning.test_twigvlm import grown
 
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=-1, pad_token_id=0)
@@ -75,9 +76,9 @@ def test_answers_of_a_padded_batch_are_the_same_with_every_method(model, sample,
     assert_same(*both(model, lambda: generate(model, batch(sample))))
 
 
-@pytest.mark.parametrize("method", WEIGHING, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [*WEIGHING, *PLACED], ids=lambda method: method.name)
 @pytest.mark.parametrize("beams", [1, 3])
-def test_keys_with_a_bias_keep_it(model, sample, method, beams):
+def test_biases_of_attention_are_kept(model, sample, method, beams):
     model.pruner = method
     assert_same(*both(model, lambda: generate(model, batch(sample), num_beams=beams)))
 
@@ -97,7 +98,7 @@ def test_grouped_queries_and_written_out_attention_are_served(make_model, sample
     assert_same(*both(model, lambda: generate(model, inputs)))
 
 
-@pytest.mark.parametrize("method", ["none", "fastv", "vispruner+pyramiddrop"])
+@pytest.mark.parametrize("method", ["none", "fastv", "vispruner+pyramiddrop", "restore+vispruner"])
 def test_positions_on_three_axes_go_on_alike(own_grids_model, method):
     from llava.pruning.testing.tiny import picture, sample
 
@@ -207,6 +208,17 @@ def test_a_captured_step_serves_later_tokens_and_later_answers(model, sample):
             assert_same(generate(model, own), other)
             gc.collect()
         assert recorder.captured == first
+
+
+def test_a_captured_step_looks_at_the_places_of_its_own_prompt(model, sample):
+    model.pruner = PLACED[1]
+    prompts = [sample(3, "image", 9, seed=1), sample(9, "image", 3, seed=2)]
+    inputs = [dict(inputs=p.ids, images=p.images) for p in prompts]
+    wanted = [generate(model, own) for own in inputs]
+    for _ in steps(model, lambda *words: GraphStep(*words, capture=Recorder())):
+        for own, answer in zip(inputs * 2, wanted * 2, strict=True):
+            assert_same(generate(model, own), answer)
+            gc.collect()
 
 
 def test_a_cache_that_is_still_there_keeps_its_buffers(model, sample):

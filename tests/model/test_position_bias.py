@@ -44,7 +44,8 @@ class Placed(SelectPruner):
     bias = Near()
 
     def select(self, vision):
-        places = torch.arange(0, vision.features.shape[1], 3)[: self.num_keep(vision)]
+        size, device = vision.features.shape[1], vision.features.device
+        places = torch.arange(0, size, 3, device=device)[: self.num_keep(vision)]
         return places.expand(len(vision.features), -1)
 
     def after_layouts(self, images):
