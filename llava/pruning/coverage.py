@@ -22,21 +22,24 @@ def cover_most(cover: Tensor, count: int, factor: Tensor | None = None) -> Tenso
     factor: (B, N), at least 0, of every token's gain; None: 1
 
     A token's gain is the sum, over clients, of what it would add. Ties go to the lower place; where
-    nothing is gained any more, what is left follows in order of place.
+    no gain is more than rounding may leave, what is left follows in order of place.
     """
     batch, size, clients = cover.shape
-    covered = cover.new_zeros(batch, 1, clients)
+    # With a large factor, what rounding left of one gain could beat another that is one.
+    least = 0 if factor is None else NEGLIGIBLE
+    F.threshold_(cover, least, 0)
     picks, scores = [], []
-    for _ in range(min(count, size)):  # five small operations, six with factors
-        # With what is covered in every row, its distance to a row is what that token would add.
-        torch.maximum(cover, covered, out=cover)
-        gain = F.threshold(torch.cdist(cover, covered, p=1), NEGLIGIBLE, 0)[:, :, 0]
+    for number in range(min(count, size)):  # five small operations, six with factors
+        if number:  # what a token adds to a client shrinks by what the last pick added
+            taken = cover.gather(1, picks[-1][:, :, None].expand(-1, -1, clients))
+            F.threshold_(cover.sub_(taken), least, 0)
+        gain = cover.sum(dim=2)
         score, pick = (gain if factor is None else gain * factor).max(dim=1, keepdim=True)
-        covered = cover.gather(1, pick[:, :, None].expand(-1, -1, clients))
         picks.append(pick)
         scores.append(score)
     if not picks:
         return torch.zeros(batch, 0, dtype=torch.long, device=cover.device)
     picks, scores = torch.cat(picks, dim=1), torch.cat(scores, dim=1)
+    gained = scores > 0 if least else scores >= NEGLIGIBLE
     in_order = torch.arange(size, device=cover.device).expand(batch, -1)
-    return picks_then_rest(picks, (scores > 0).cumprod(dim=1), in_order)
+    return picks_then_rest(picks, gained.cumprod(dim=1), in_order)

@@ -22,6 +22,7 @@ from .base import EqualShares
 from .captured import captured
 from .coverage import cover_most
 from .ops import cosines
+from .published import Published
 from .tokens import VisionTokens
 
 COMBINATIONS = ("multiply", "add")
@@ -40,6 +41,7 @@ class Scope(EqualShares):
     combine: str = "multiply"
 
     name = "scope"
+    published = Published(environment={"ALPHA": "alpha"})
     needs = frozenset({"salience"})
 
     def __post_init__(self):
