@@ -42,7 +42,7 @@ def trained_part(method: str, model_path: str) -> str | None:
     """
     for checkpoint, own in PARTS.items():
         if model_path and Path(model_path).resolve() == (ROOT / checkpoint).resolve():
-            folder = ROOT / f"checkpoints/{method}-{own}playground"
+            folder = ROOT / f"checkpoints/{method.replace('_', '-')}-{own}playground"
             return str(folder) if folder.is_dir() else None
     return None
 

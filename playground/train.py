@@ -6,9 +6,10 @@
     python -m playground.train finetune             # stage 3: conversations, llava.train.train
     python -m playground.train twig                 # stage 4: llava.train.train_twigvlm
     python -m playground.train glimpse              # stage 5: llava.train.train_glimpseprune
+    python -m playground.train twig_plus            # stage 6: llava.train.train_twigvlm_plus, twice
 
 Stages 1 and 2 have a time budget (--minutes), the others a number of steps. All are seeded and
-continue where they stopped. What stage 4 and 5 make fits the decoder of stage 3 alone.
+continue where they stopped. What stages 4 to 6 make fits the decoder of stage 3 alone.
 """
 
 import argparse
@@ -29,11 +30,11 @@ TOWER = CHECKPOINTS / "clip-playground-patch14-336"
 LLAVA = CHECKPOINTS / "llava-v1.5-playground"
 DATA = ROOT / "data"
 WEIGHTS = "model.safetensors"
-PICTURES = {"finetune": 6000, "twig": 10_000}
+PICTURES = {"finetune": 6000, "twig": 10_000, "twig_plus": 4000}
 MINUTES = {"tower": 33, "decoder": 161}
 DECODER_SCENES = 100_000  # first of the training scenes of stage 2
-CONVERSATION_SCENES = 1_000_000  # of stages 3 and 4, which stages 1 and 2 do not reach
-TURNS = {"finetune": 6, "twig": 12}  # of a conversation at most
+CONVERSATION_SCENES = 1_000_000  # of stages 3, 4 and 6, which stages 1 and 2 do not reach
+TURNS = {"finetune": 6, "twig": 12, "twig_plus": 1}  # of a conversation at most
 
 
 def tower(args: argparse.Namespace) -> None:
@@ -107,6 +108,28 @@ def glimpse(args: argparse.Namespace) -> None:
     _publish_part(output, "glimpseprune")
 
 
+def twig_plus(args: argparse.Namespace) -> None:
+    """Stage 6: the twig of stage 4 with a pruning head, distilled, then reinforced. On single
+    questions: the pruning head hears the first of a conversation alone."""
+    first, second = DATA / "twig_plus_1", DATA / "twig_plus_2"
+    options = conversations("twig_plus", LLAVA, first) | {
+        "stage": 1,
+        "twig_path": CHECKPOINTS / "twigvlm-playground",
+        "learning_rate": 1e-3,
+    }
+    run("llava.train.train_twigvlm_plus", options | {"max_steps": args.steps or 1000})
+    options = conversations("twig_plus", LLAVA, second) | {
+        "stage": 2,
+        "twig_path": first,
+        "num_groups": 16,
+        "matrix_optim": "same",
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 8,
+    }
+    run("llava.train.train_twigvlm_plus", options | {"max_steps": args.steps or 250})
+    _publish_part(second, "twigvlm-plus")
+
+
 def conversations(stage: str, model: Path, output: Path) -> dict:
     """Options of `llava.train.train` for conversations about new scenes."""
     data = DATA / f"train_{stage}"
@@ -161,7 +184,7 @@ def as_words(options: dict) -> list[str]:
     return words
 
 
-STAGES = {f.__name__: f for f in (tower, decoder, finetune, twig, glimpse)}
+STAGES = {f.__name__: f for f in (tower, decoder, finetune, twig, glimpse, twig_plus)}
 
 
 def main() -> None:
@@ -169,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=("all", *STAGES))
     parser.add_argument("--minutes", type=float, help="time budget of stage 1 or 2")
-    parser.add_argument("--steps", type=int, help="steps of stage 3, 4 or 5")
+    parser.add_argument("--steps", type=int, help="steps of stage 3 to 6, of each part")
     args = parser.parse_args()
     for name in STAGES if args.stage == "all" else [args.stage]:
         STAGES[name](args)

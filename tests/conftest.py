@@ -80,7 +80,7 @@ def sample():
 
 
 #: methods that cannot go lower on the tiny model
-LEAST_BUDGET = {"twigvlm": 6, "v2drop": 19}
+LEAST_BUDGET = {"twigvlm": 6, "twigvlm_plus": 6, "v2drop": 19}
 
 
 def make_pruner(name: str, visual_token_num: int = 10):

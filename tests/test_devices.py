@@ -12,6 +12,7 @@ from llava.model.reuse import Picture, PrefixCache
 from llava.pruning import METHODS, DecoderStage, build_pruner, trace_pruning
 from llava.pruning.base import DecoderPruner, Pruner
 from llava.pruning.twigvlm import TwigVLM
+from llava.pruning.twigvlm_plus import TwigVLMPlus
 from tests.conftest import PINPOINTS, SIDE, make_pruner, pad_batch
 from tests.model.test_key_bias import METHODS as WEIGHING
 from tests.model.test_key_bias import WeighingTwig
@@ -158,7 +159,7 @@ def test_a_shared_beginning_is_shared_on_several_devices(model, models, sample, 
 @BOTH
 @pytest.mark.parametrize("shared", [2, *(pytest.param(n, marks=slow) for n in (0, 4))])
 @pytest.mark.parametrize("pruning", [True, pytest.param(False, marks=slow)])
-@pytest.mark.parametrize("method", [TwigVLM, WeighingTwig])
+@pytest.mark.parametrize("method", [TwigVLM, TwigVLMPlus, WeighingTwig])
 @pytest.mark.parametrize("nodes", [0, 60])
 def test_guessed_tokens_are_those_of_one_device(
     make_model, sample, layout, shared, pruning, method, nodes

@@ -15,9 +15,10 @@ NAMES = sorted(METHODS.own.keys() - COMMON)
 WORD = re.compile(rf"(?<![a-z])({'|'.join(NAMES)})(?![a-z])", re.IGNORECASE)
 #: the methods themselves, the training of their parts, and a module that a release calls so
 THEIR_OWN = re.compile(
-    r"llava/pruning/.*|llava/train/train_(twigvlm|glimpseprune)\w*\.py|llava/train/glimpse/.*"
+    r"llava/pruning/.*|llava/train/train_(twigvlm|glimpseprune)\w*\.py"
+    r"|llava/train/(glimpse|twig_plus)/.*"
     r"|playground/(train|train_plus|train_qwen|qwen_glimpse)\.py|nuwa\.py"
-    r"|scripts/(v1_5|qwen2_5_vl)/train_(twig|glimpse)\w*\.(sh|yaml)"
+    r"|scripts/(v1_5|qwen2_5_vl)/(train/)?train_(twig|glimpse)[\w+]*\.(sh|yaml)"
 )
 FOLDERS = ("llava", "scripts", "playground", ".ci")
 

@@ -281,4 +281,5 @@ class DraftingHooks:
         if index == self.speculation.drafter.shared_layers:
             self.guess, rows, branches = self.speculation.guess_first(prefill)
         prefill = self.stage.before_layer(index, prefill)
+        prefill.drafter_row = prefill.drafter_input = None  # of use to that hook alone
         return prefill if rows is None else prefill.append(rows, branches)

@@ -7,7 +7,15 @@ from .adaptprune import AdaptPrune
 from .base import DecoderPruner, Pruner, SelectPruner, option_names, two_budgets
 from .cdpruner import CDPruner
 from .chain import Chain, shared_budget, split_options
-from .choice import BUDGETS, all_names, as_published, choose, open_group, translate
+from .choice import (
+    BUDGETS,
+    all_names,
+    as_published,
+    choose,
+    open_group,
+    the_one_of,
+    translate,
+)
 from .dart import DART
 from .divprune import DivPrune
 from .downsample import Downsample
@@ -35,6 +43,7 @@ from .stages import DecoderStage, Probe, VisionStage, fills
 from .tokens import ImageTokens, TowerTokens, VisionTokens
 from .trace import PruningTrace, trace_pruning
 from .twigvlm import TwigVLM
+from .twigvlm_plus import TwigVLMPlus
 from .v2drop import V2Drop
 from .visionzip import VisionZip
 from .vispruner import VisPruner
@@ -61,6 +70,7 @@ METHODS = Methods(
     Downsample,
     MustDrop,
     TwigVLM,
+    TwigVLMPlus,
     GlimpsePrune,
     Scope,
     HoloV,
@@ -203,14 +213,19 @@ def take_options(keywords: dict, parts: tuple[str, ...] = ()) -> tuple[str | Non
     names = [key for key in keywords if key in known or key.startswith(prefixes)]
     owner, options = None, {key: keywords.pop(key) for key in names}
     for name, method in methods.items():
-        if method.published.group not in keywords:
+        group = method.published.group
+        if group not in keywords:
             continue
-        if (entries := keywords.pop(method.published.group)) is None:
+        if (entries := keywords.pop(group)) is None:
             continue
         found = open_group(method, entries, (STRATEGY,))
         if STRATEGY in found:
             keywords[STRATEGY] = found.pop(STRATEGY)
-        owner, options = name, translate(method, {**options, **found})
+        sharing = [key for key, other in methods.items() if other.published.group == group]
+        named = [key for key in sharing if key in parts]
+        found = {**options, **found}
+        owner = named[0] if named else the_one_of(sharing, methods, found) or name
+        options = translate(methods[owner], found)
     return owner, {key: value for key, value in options.items() if value is not None}
 
 

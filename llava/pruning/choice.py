@@ -8,7 +8,7 @@ their options, stands in the methods' own files (`Pruner.published`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ..spelling import did_you_mean
 from .base import Pruner, option_names
@@ -41,8 +41,8 @@ def choose(methods: Methods, options: Mapping[str, object], default: str) -> str
         meant = did_you_mean(unknown[0], all_names(methods))
         raise ValueError(f"no pruning method has an option {', '.join(map(repr, unknown))}{meant}")
     able = [name for name in methods if all(name in names for names in owners.values())]
-    if len(able) == 1:
-        return able[0]
+    if (meant := the_one_of(able, methods, options)) is not None:
+        return meant
     special = {key: names for key, names in owners.items() if key not in BUDGETS}
     said = "; ".join(f"{key!r} belongs to {', '.join(names)}" for key, names in special.items())
     raise ValueError(
@@ -50,6 +50,15 @@ def choose(methods: Methods, options: Mapping[str, object], default: str) -> str
         if able
         else f"no pruning method has all of these options: {said}"
     )
+
+
+def the_one_of(names: Sequence[str], methods: Methods, options: Mapping[str, object]) -> str | None:
+    """Which of the methods called `names`, each of which has these options, is meant: the only one,
+    or the only one that their values can mean. None: it could be several, or there is none."""
+    if len(names) > 1:
+        known = ((name, methods[name]) for name in names)
+        names = [name for name, m in known if m.published.can_mean(translate(m, options))]
+    return names[0] if len(names) == 1 else None
 
 
 def as_published(method: type[Pruner], options: Mapping[str, object]) -> dict:

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from ..config_file import read_json
 from ..playground import trained_part
-from ..weight_files import local_folder, tensors_in
+from ..weight_files import index_names, local_folder, names_in, tensors_in
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+#: names the files of a part that was saved in several
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 #: key of config.json that says whose part a folder holds; published folders lack it
 METHOD_KEY = "pruning_method"
 
@@ -58,17 +60,41 @@ def read_part_config(folder: str, method: str) -> dict:
     return values
 
 
-def read_part(folder: str, names: Iterable[str] = (WEIGHTS_FILE,)) -> tuple[str, dict]:
-    """(path, name -> tensor) of the first file among `names` that `folder` has.
+def part_files(folder: str, names: Iterable[str] = (WEIGHTS_FILE,)) -> list[str]:
+    """The first file among `names` that `folder` has, else those that its index names; [] without.
 
-    Tensors of nested state dicts are called OUTER.INNER. Raises FileNotFoundError when there is no
-    such file, ValueError when it is damaged or holds something other than tensors.
+    Raises FileNotFoundError when the index names one that is missing.
     """
-    names = list(names)
     for name in names:
         if os.path.isfile(path := os.path.join(folder, name)):
-            return path, {key: tensor.clone() for key, tensor in tensors_in(path)}
-    raise FileNotFoundError(f"{folder} holds no trained part (looked for {', '.join(names)})")
+            return [path]
+    if not os.path.isfile(index := os.path.join(folder, INDEX_FILE)):
+        return []
+    paths = [os.path.join(folder, name) for name in index_names(index)]
+    if missing := [path for path in paths if not os.path.isfile(path)]:
+        raise FileNotFoundError(f"{index} names a file that is missing: {missing[0]}")
+    return paths
+
+
+def read_part(
+    folder: str,
+    names: Iterable[str] = (WEIGHTS_FILE,),
+    skip: Callable[[str], bool] | None = None,
+) -> tuple[str, dict]:
+    """(path, name -> tensor) of the first file among `names` that `folder` has, or of its index and
+    all files that it names.
+
+    Tensors of nested state dicts are called OUTER.INNER; those that `skip` accepts are not read.
+    Raises FileNotFoundError when there is no such file, ValueError when it is damaged or holds
+    something other than tensors.
+    """
+    names, tensors = list(names), {}
+    for path in (paths := part_files(folder, names)):
+        left_out = filter(skip, names_in(path)) if skip else ()
+        tensors |= {name: tensor.clone() for name, tensor in tensors_in(path, left_out)}
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no trained part (looked for {', '.join(names)})")
+    return paths[0] if len(paths) == 1 else os.path.join(folder, INDEX_FILE), tensors
 
 
 def build_part(

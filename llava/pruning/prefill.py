@@ -51,6 +51,7 @@ class Prefill:
                    them; not to be written to: caches use them as well
     drafter_row:   (B, H, 1, S) fp32 what the last prompt token attends to in the last layer of the
                    drafter, when that ran on the tokens as they are now; else None
+    drafter_input: (B, S, D) what entered that layer, likewise
     next_position: (B,) position of the first generated token; None: one after the last in use
     branches:      of the tokens behind the prompts, where those are guesses that form a tree; the
                    same for all rows
@@ -76,6 +77,7 @@ class Prefill:
     attention: Tensor | None = None
     keys: Tensor | None = None
     drafter_row: Tensor | None = None
+    drafter_input: Tensor | None = None
     next_position: Tensor | None = None
     branches: Branches | None = None
     importance: tuple[Tensor, Tensor] | None = None
@@ -321,6 +323,7 @@ class Prefill:
             attention=None,
             keys=None,
             drafter_row=None,
+            drafter_input=None,
         )
         if renumber and not self.has_axes and self.position_bias is None:
             if valid is None:
@@ -421,6 +424,7 @@ class Prefill:
             attention=None,
             keys=None,
             drafter_row=None,
+            drafter_input=None,
             num_blended=self.num_blended + count,
         )
 

@@ -29,6 +29,11 @@ class Published:
             if not isinstance(value := getattr(self, name), Mapping):
                 raise TypeError(f"{name} of Published must be a dict, not {value!r}")
 
+    def can_mean(self, options: Mapping[str, object]) -> bool:
+        """Whether options that other methods have as well may mean this one, by their values; they
+        have the names they have here."""
+        return True
+
     def for_call(self, pruner, keywords: dict) -> tuple:
         """The method and the keywords of one `generate` call, from the method in use and those that
         the caller gave: the release may have keywords of its own."""

@@ -19,6 +19,7 @@ import os
 import re
 import warnings
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,11 @@ from ..devices import empty_like_weights
 from ..linear import Linear
 from .base import BudgetPruner
 from .drafter import DRAFTER_OPTIONS, Drafter
-from .learned import build_part, part_folder, read_part, read_part_config, save_part
+from .learned import build_part, part_folder, read_part_config, save_part
 from .ops import on_device, rank_within_groups, scale_layer
 from .prefill import Prefill
 from .stages import DecoderStage
+from .twig_files import check_owner, published_name, read_twig
 from .twigvlm_release import TwigRelease
 
 #: in a 32-layer decoder: K, the layer before which all visual tokens go, layers of the twig
@@ -39,6 +41,9 @@ FIRST_LAYER, WIPE_LAYER, TWIG_LAYERS = 2, 24, 3
 
 class Twig(nn.Module):
     """The trained part; layers of the same make as the decoder's, numbered behind them."""
+
+    #: whether a pruning head belongs to it
+    has_head: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, count: int):
         super().__init__()
@@ -52,11 +57,6 @@ class Twig(nn.Module):
     def forward(self, decoder: nn.Module, prefill: Prefill) -> Tensor:
         """(B, S, D) behind the norm, for prompts as they enter decoder layer K; for training."""
         return self.norm(decoder.through(prefill, self.layers))
-
-
-def published_name(name: str) -> str:
-    """Name in a checkpoint of a tensor of `Twig`."""
-    return name.replace("head.", "lm_head.") if name.startswith("head.") else f"model.{name}"
 
 
 @dataclass
@@ -97,6 +97,8 @@ class TwigVLM(DecoderStage, BudgetPruner):
     name = "twigvlm"
     reads_text = True
     published = TwigRelease()
+    #: what is trained
+    twig_class: ClassVar[type[Twig]] = Twig
 
     def __post_init__(self):
         number = self.visual_token_num
@@ -119,7 +121,8 @@ class TwigVLM(DecoderStage, BudgetPruner):
             (folder,) = self.part_folders(getattr(model.config, "_name_or_path", ""))
             self._config = read_part_config(folder, self.name)
             count = self.twig_T or _environment("twig_T")
-            self.module = load_twig(folder, model, count, self._neighbour(model))
+            like = self._neighbour(model)
+            self.module = load_twig(folder, model, count, like, self.twig_class)
         weight = self.module.norm.weight
         if weight.shape[0] != model.config.hidden_size:
             raise ValueError(
@@ -139,7 +142,8 @@ class TwigVLM(DecoderStage, BudgetPruner):
     def use_random_parts(self, model: nn.Module) -> None:
         """Random weights in place of trained ones, where only costs and shapes matter."""
         count = self.twig_T or max(1, scale_layer(TWIG_LAYERS, model.config.num_hidden_layers))
-        self.module = Twig(model, count).apply(model._init_weights).requires_grad_(False).eval()
+        twig = self.twig_class(model, count)
+        self.module = twig.apply(model._init_weights).requires_grad_(False).eval()
 
     def _neighbour(self, model: nn.Module) -> Tensor:
         """An empty tensor with device and type of the decoder layer that the twig stands beside."""
@@ -272,18 +276,24 @@ class TwigVLM(DecoderStage, BudgetPruner):
 
 
 def load_twig(
-    folder: str, model: nn.Module, count: int | None = None, like: Tensor | None = None
+    folder: str,
+    model: nn.Module,
+    count: int | None = None,
+    like: Tensor | None = None,
+    kind: type[Twig] = Twig,
 ) -> Twig:
     """The twig in `folder`, in the published layout or ours.
 
     count: layers it must have; None: any number
     like:  a tensor of the device and type it is to have; None: those of the model's final norm
-    Raises ValueError when it has another number, or does not fit the model.
+    kind:  what it is to be
+    Raises ValueError when it is of another kind, has another number, or does not fit the model.
     """
-    path, tensors = read_part(folder)
-    numbers = {int(m[1]) for name in tensors if (m := re.match(r"model\.layers\.(\d+)\.", name))}
+    path, tensors = read_twig(folder)
+    numbers = {int(m[1]) for name in tensors if (m := re.match(r"layers\.(\d+)\.", name))}
     if not numbers:
         raise ValueError(f"{path} holds no layers of a twig (model.layers.0. ...)")
+    check_owner(path, tensors, kind.has_head)
     if count is not None and len(numbers) != count:
         raise ValueError(f"twig_T is {count}, but the twig in {path} has {len(numbers)} layers")
     if len(numbers) > model.config.num_hidden_layers:
@@ -291,21 +301,21 @@ def load_twig(
             f"the twig in {path} has {len(numbers)} layers, more than the decoder it belongs to "
             f"({model.config.num_hidden_layers})"
         )
-    named = {_our_name(name): tensor for name, tensor in tensors.items()}
     like = empty_like_weights(model.model.norm) if like is None else like
-    return build_part(lambda: Twig(model, len(numbers)), named, path, like)
+    return build_part(lambda: kind(model, len(numbers)), tensors, path, like)
 
 
-def grow_twig(model: nn.Module, shared_layers: int, count: int) -> Twig:
+def grow_twig(model: nn.Module, shared_layers: int, count: int, kind: type[Twig] = Twig) -> Twig:
     """The twig that training starts from: copies of `count` decoder layers from `shared_layers` on,
-    of the final norm and of the head. Raises ValueError when there are not so many layers."""
+    of the final norm and of the head; what else there is of its kind is fresh. Raises ValueError
+    when there are not so many layers."""
     decoder, depth = model.model, model.config.num_hidden_layers
     if shared_layers < 0 or count < 1 or shared_layers + count > depth:
         raise ValueError(
             f"twig_K ({shared_layers}) and twig_T ({count}) need {shared_layers + count} decoder "
             f"layers, of which at least one for the twig; this model has {depth}"
         )
-    twig = Twig(model, count).to(empty_like_weights(decoder.norm))
+    twig = kind(model, count).to(empty_like_weights(decoder.norm))
     layers = decoder.layers[shared_layers : shared_layers + count]
     for copy, layer in zip(twig.layers, layers, strict=True):
         copy.load_state_dict(layer.state_dict())
@@ -315,15 +325,20 @@ def grow_twig(model: nn.Module, shared_layers: int, count: int) -> Twig:
 
 
 def save_twig(
-    folder: str, weights: dict[str, Tensor], shared_layers: int, base_model: str, **others
+    folder: str,
+    weights: dict[str, Tensor],
+    shared_layers: int,
+    base_model: str,
+    method: str = TwigVLM.name,
+    **others,
 ) -> None:
-    """Writes a twig in the published layout, with our config.json; weights: its state dict, others:
-    what else config.json is to say."""
+    """Writes a twig of `method` in the published layout, with our config.json; weights: its state
+    dict, others: what else config.json is to say."""
     tensors = {published_name(name): tensor for name, tensor in weights.items()}
     numbers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
     save_part(
         folder,
-        TwigVLM.name,
+        method,
         tensors,
         base_model,
         twig_K=shared_layers,
@@ -332,10 +347,6 @@ def save_twig(
         vocab_size=weights["head.weight"].shape[0],
         **others,
     )
-
-
-def _our_name(name: str) -> str:
-    return name.removeprefix("model.").replace("lm_head.", "head.")
 
 
 def _environment(name: str) -> int | None:

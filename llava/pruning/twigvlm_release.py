@@ -6,13 +6,14 @@ decode `output.predicted_tokens`; all others decode `output` itself. `PublishedO
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from .choice import open_group
 from .published import Published
+from .twig_files import holds_pruning_head
 
 #: entry of `twigvlm_config` that is no option of the method
 STRATEGY = "generation_strategy"
@@ -34,6 +35,10 @@ class TwigRelease(Published):
             "twig_block": "twig",
         }
         super().__init__(options=names, group="twigvlm_config")
+
+    def can_mean(self, options: Mapping[str, object]) -> bool:
+        """Unless the twig has a pruning head: that is TwigVLM++'s."""
+        return not holds_pruning_head(options.get("twig"))
 
     def for_call(self, pruner, keywords: dict) -> tuple:
         if self.group not in keywords and not pruner.as_published:
@@ -58,6 +63,13 @@ class TwigRelease(Published):
         """With `predicted_tokens` and the other fields of the release, when the model was loaded or
         called in its way and the call did not ask for an output object."""
         return published_output(output, ends) if pruner.as_published else output
+
+
+class TwigPlusRelease(TwigRelease):
+    """The same of TwigVLM++, which calls the budget `avg_retain_rank`."""
+
+    def can_mean(self, options: Mapping[str, object]) -> bool:
+        return holds_pruning_head(options.get("twig"))
 
 
 class PublishedOutput(Tensor):

@@ -5,7 +5,7 @@
     python -m llava.train.memory CHECKPOINT --gpus 4 --batch 4 --length 2048
 
 What is counted: weights, gradients, optimizer, and the activations of a step with gradient
-checkpointing (without it for a twig, whose trunk keeps none, and a glimpse, in front of which
+checkpointing (without it for twigs, whose trunk keeps none, and a glimpse, in front of which
 prompts leave keys and values alone). Not counted: the frozen tower at
 work, CUDA itself (about 1 GB) and what the allocator loses to fragments; leave a tenth free.
 """
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields
 
 from llava.model.language_model.qwen2_5_vl import Qwen2_5_VLConfig
 from llava.model.multimodal_encoder.qwen2_5_vl_encoder import Qwen2_5_VLVisionConfig
+from llava.train.twig_plus.policy import LOGITS_HELD
 
 GB = 1e9
 SIZES = {
@@ -52,6 +53,8 @@ RECIPES = {
     "finetune": (3, "all", 16, 2048),
     "finetune_lora": (3, "lora", 16, 2048),
     "train_twig": (2, "twig", 4, 2048),
+    "train_twig++_stage1": (2, "gated twig", 4, 2048),
+    "train_twig++_stage2": (2, "gates", 1, 2048),
     "train_glimpse": (0, "glimpse", 1, 704),
 }
 QWEN_RECIPES = {
@@ -59,6 +62,11 @@ QWEN_RECIPES = {
     "finetune_lora": (3, "lora", 4, 4096),
     "train_glimpse": (0, "glimpse", 1, 4096),
 }
+#: what is trained on a trunk that keeps no activations and stays whole
+BESIDE = ("twig", "gated twig", "gates", "glimpse")
+#: selections of a sample that a pruning head learns from, which run side by side, and the tokens
+#: of LLaVA-1.5's image that each of them leaves out at least
+SELECTIONS, LEFT_OUT = 32, 576 - 227
 #: widths and layers of a glimpse's predictor, and the tokens of an answer behind it
 PREDICTOR, CONDITION, PREDICTOR_LAYERS, ANSWER = 256, 512, 4, 64
 
@@ -118,6 +126,11 @@ class Shape:
         conditions = (self.mm_hidden_size + 1) * CONDITION
         layers = PREDICTOR_LAYERS * (attention + mlp + 2 * width + conditions)
         return vectors + (self.num_attention_heads + 1) * width + layers + width + 1
+
+    @property
+    def gates(self) -> int:
+        """The two gates of a pruning head."""
+        return 2 * self.hidden_size * self.hidden_size
 
     def lora(self, rank: int) -> int:
         return self.num_hidden_layers * rank * sum(a + b for a, b in self.matrices)
@@ -189,7 +202,7 @@ def estimate(
 ) -> Memory:
     """Memory of a step in bfloat16 with AdamW.
 
-    trained: "projector", "all", "lora", "twig" or "glimpse"; zero: 2 or 3 (DeepSpeed), 0: neither
+    trained: "projector", "all", "lora" or one of `BESIDE`; zero: 2 or 3 (DeepSpeed), 0: neither
     batch, length: samples per GPU and the tokens of each; offload: as scripts/zero3_offload.json
     tower:   parameters of the vision tower, which is frozen; None: those of the shape
     """
@@ -200,14 +213,17 @@ def estimate(
         "projector": shape.projector,
         "all": shape.language_model + shape.projector,
         "lora": shape.lora(lora_r) + shape.projector,
-        "twig": twig_layers * shape.layer + shape.head + shape.hidden_size,
+        "twig": (twig := twig_layers * shape.layer + shape.head + shape.hidden_size),
+        "gated twig": twig + shape.gates,
+        "gates": shape.gates,
         "glimpse": shape.glimpse,
     }
     if trained not in learned:
         raise ValueError(f"trained {trained!r} is unknown, choose from {', '.join(learned)}")
     count = learned[trained]
     frozen = tower + shape.language_model + shape.projector
-    frozen -= 0 if trained in ("lora", "twig", "glimpse") else count
+    frozen -= 0 if trained in ("lora", *BESIDE) else count
+    frozen += twig if trained == "gates" else 0
     shared = gpus if zero else 1
     if zero:  # bfloat16 weights and gradients; a float32 copy and two moments
         weights, gradients, optimizer = 2 * count, 2 * count / shared, 12 * count / shared
@@ -216,7 +232,7 @@ def estimate(
     kept = 2 * frozen
     if zero == 3:
         weights /= shared
-        if trained not in ("twig", "glimpse"):  # their trunk stays whole
+        if trained not in BESIDE:
             kept /= shared
     gathered = 2 * (2 * shape.layer + shape.head) if zero == 3 else 0  # whole while they are used
     on_cpu = weights + kept + optimizer if offload else 0
@@ -237,9 +253,15 @@ def activations(shape: Shape, trained: str, batch: int, length: int, twig_layers
     inside = 2 * tokens * (8 * shape.hidden_size + 3 * shape.intermediate_size)
     if trained == "glimpse":
         return inside + glimpse_activations(shape, batch, length)
-    whole_layers = twig_layers if trained == "twig" else 1
-    inputs = 0 if trained == "twig" else 2 * tokens * shape.hidden_size * shape.num_hidden_layers
+    if trained == "gates":  # nothing is kept of a layer, and of logits a part at a time
+        side_by_side = SELECTIONS * max(1, length - LEFT_OUT) / length
+        return inside * side_by_side + LOGITS_HELD * (2 + 4 + 4)
+    on_trunk = trained in ("twig", "gated twig")
+    whole_layers = twig_layers if on_trunk else 1
+    inputs = 0 if on_trunk else 2 * tokens * shape.hidden_size * shape.num_hidden_layers
     logits = tokens * shape.vocab_size * (2 + 4 + 4)  # bfloat16, float32 and the gradient
+    if trained == "gated twig":  # both distributions, their logarithms, and the teacher's logits
+        logits += tokens * shape.vocab_size * (2 + 4 * 4)
     return inputs + whole_layers * inside + logits
 
 

@@ -21,8 +21,11 @@ from torch import Tensor, nn
 
 from llava.constants import IGNORE_INDEX
 from llava.conv_mode import CONFIG_KEY
-from llava.pruning.learned import read_part
-from llava.pruning.twigvlm import Twig, grow_twig, published_name, save_twig
+from llava.conversation import Conversation
+from llava.model.prompt import Prompt
+from llava.pruning.prefill import Prefill
+from llava.pruning.twig_files import read_twig
+from llava.pruning.twigvlm import Twig, TwigVLM, grow_twig, save_twig
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.data import check_data_path, make_supervised_data_module
 from llava.train.llava_trainer import LLaVATrainer
@@ -51,10 +54,14 @@ class TwigTraining(nn.Module):
     token over supervised tokens}.
     """
 
+    #: what grows
+    kind: type[Twig] = Twig
+
     def __init__(self, model: nn.Module, shared_layers: int, count: int):
         """model: a LLaVA model, which is frozen; the rest as in `grow_twig`"""
         super().__init__()
-        self.model = grow_twig(model, shared_layers, count)  # named as the optimizer knows decoders
+        # named as the optimizer knows decoders
+        self.model = grow_twig(model, shared_layers, count, self.kind)
         self.shared_layers = shared_layers
         model.requires_grad_(False).eval()
         self._trunk = [model]  # a list hides it from optimizers, checkpoints and other processes
@@ -77,27 +84,35 @@ class TwigTraining(nn.Module):
     ) -> dict[str, Tensor]:
         decoder = self.trunk.model
         with torch.no_grad():
-            prompt = self.trunk.build_prompt(input_ids, attention_mask, labels, images, image_sizes)
-            prefill = decoder.start(
-                prompt.inputs_embeds,
-                prompt.attention_mask,
-                prompt.position_ids,
-                visuals=prompt.visuals,
-            )
+            batch = input_ids, attention_mask, labels, images, image_sizes
+            prompt, prefill = started(self.trunk, *batch)
             prefill.hidden_states = decoder.first_layers(prefill, self.shared_layers, None)
         hidden = self.twig(decoder, prefill)
         targets = prompt.labels[:, 1:]
         supervised = targets != IGNORE_INDEX
         logits = self.twig.head(hidden[:, :-1][supervised]).float()
-        total = F.cross_entropy(logits, targets[supervised], reduction="sum")
-        return {"loss": total / supervised.sum().clamp(min=1)}
+        return {"loss": next_token_loss(logits, targets[supervised])}
+
+
+def started(trunk: nn.Module, *batch) -> tuple[Prompt, Prefill]:
+    """A batch, given as to `trunk.build_prompt`, embedded and in front of the first layer."""
+    prompt = trunk.build_prompt(*batch)
+    prefill = trunk.model.start(
+        prompt.inputs_embeds, prompt.attention_mask, prompt.position_ids, visuals=prompt.visuals
+    )
+    return prompt, prefill
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of targets (N,) by logits (N, V); 0 without any."""
+    return F.cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))
 
 
 class TwigTrainer(LLaVATrainer):
     """Trains a `TwigTraining`; checkpoints and result hold the twig alone."""
 
-    #: what config.json says the twig was trained on
-    base_model = ""
+    #: what config.json says the twig was trained on, and the method that it is for
+    base_model, method = "", TwigVLM.name
 
     def run_settings(self) -> dict:
         return {"twig_K": self.model.shared_layers}
@@ -114,13 +129,22 @@ class TwigTrainer(LLaVATrainer):
         if self.args.should_save:
             weights = {name: w if dtype is None else w.to(dtype) for name, w in weights.items()}
             folder = output_dir or self.args.output_dir
-            template = {CONFIG_KEY: getattr(self.model.trunk.config, CONFIG_KEY)}
-            save_twig(folder, weights, self.model.shared_layers, self.base_model, **template)
+            save_twig(
+                folder,
+                weights,
+                self.model.shared_layers,
+                self.base_model,
+                self.method,
+                **self.twig_facts(),
+            )
+
+    def twig_facts(self) -> dict:
+        """What config.json says besides sizes."""
+        return {CONFIG_KEY: getattr(self.model.trunk.config, CONFIG_KEY)}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         twig = (self.model if model is None else model).twig
-        _, tensors = read_part(resume_from_checkpoint)
-        twig.load_state_dict({name: tensors[published_name(name)] for name in twig.state_dict()})
+        twig.load_state_dict(read_twig(resume_from_checkpoint)[1])
 
 
 def train(
@@ -141,7 +165,44 @@ def prepare(
     """Everything up to the first step."""
     parser = FlagParser((TwigArguments, ModelArguments, DataArguments, TrainingArguments))
     twig_args, model_args, data_args, training_args = parser.parse(words)
-    given = given_flags(words)
+    trunk = load_trunk(
+        model_args, data_args, training_args, given_flags(words), attn_implementation
+    )
+    training = TwigTraining(trunk.model, twig_args.twig_K, twig_args.twig_T)
+    if not training_args.deepspeed:  # which keeps float32 copies itself
+        training.twig.float()
+    trainer = TwigTrainer(
+        model=training,
+        tokenizer=trunk.tokenizer,
+        args=training_args,
+        callbacks=list(callbacks),
+        **trunk.data(data_args, twig_args.skip_samples),
+    )
+    trainer.base_model = model_args.model_name_or_path
+    return trainer
+
+
+@dataclass
+class Trunk:
+    """A finished model that something is trained on, and what its data needs."""
+
+    model: nn.Module
+    tokenizer: object
+    conv: Conversation
+
+    def data(self, data_args, skip: Sequence[int] = ()) -> dict:
+        """The Trainer's data sets and collator."""
+        return make_supervised_data_module(self.tokenizer, data_args, self.conv, skip)
+
+
+def load_trunk(
+    model_args, data_args, training_args, given: set[str], attn_implementation: str | None = None
+) -> Trunk:
+    """The model of the flags in the compute precision, on its device, whole in every process.
+
+    given: names of the flags on the command line. Raises ValueError for flags that ask for
+    something else than a twig to be trained.
+    """
     refuse_other_recipes(model_args, training_args)
     check_data_path(data_args.data_path)
     check_evaluation(training_args)
@@ -157,19 +218,7 @@ def prepare(
         conv = family.choose_template(tokenizer, model, model_args.version)
         family.add_vision(model, tokenizer, model_args, data_args, training_args)
     data_args.image_grid_pinpoints = getattr(model.config, "image_grid_pinpoints", None)
-    training = TwigTraining(model.to(training_args.device), twig_args.twig_K, twig_args.twig_T)
-    if not training_args.deepspeed:  # which keeps float32 copies itself
-        training.twig.float()
-    data = make_supervised_data_module(tokenizer, data_args, conv, twig_args.skip_samples)
-    trainer = TwigTrainer(
-        model=training,
-        tokenizer=tokenizer,
-        args=training_args,
-        callbacks=list(callbacks),
-        **data,
-    )
-    trainer.base_model = model_args.model_name_or_path
-    return trainer
+    return Trunk(model.to(training_args.device), tokenizer, conv)
 
 
 def refuse_other_recipes(model_args, training_args) -> None:

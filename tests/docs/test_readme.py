@@ -50,7 +50,7 @@ def test_every_path_the_pages_name_exists():
         *("playground/data/", "llava/pruning/largest", "llava/pruning/last_attention"),
         "llava/eval/benchmarks/countbench",
     )
-    pattern = r"(?<![\w/])(?:llava|scripts|docs|playground|tests)/[\w./{},-]*[\w/](?![\w<*])"
+    pattern = r"(?<![\w/])(?:llava|scripts|docs|playground|tests)/[\w./{},+-]*[\w/](?![\w<*])"
     for page in PAGES:
         for path in re.findall(pattern, page.read_text()):
             blank = re.search(r"[{}]|TOKENS|BENCHMARK|METHOD|NAME|CARD|_$", path)

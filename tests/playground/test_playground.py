@@ -15,6 +15,7 @@ from transformers import CLIPModel, CLIPTokenizer, HfArgumentParser, LlamaTokeni
 from llava.eval.benchmarks.refcoco import iou
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from llava.train import train_twigvlm_plus
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.glimpse.arguments import (
     BoxArguments,
@@ -189,6 +190,7 @@ def test_the_stages_of_the_training_name_options_that_exist(tmp_path, monkeypatc
             BoxArguments,
             GlimpseTrainingArguments,
         ),
+        "llava.train.train_twigvlm_plus": train_twigvlm_plus.CLASSES,
     }
     ran = []
 
@@ -203,9 +205,9 @@ def test_the_stages_of_the_training_name_options_that_exist(tmp_path, monkeypatc
     monkeypatch.setattr(train, "save_mean", lambda *_: None)
     monkeypatch.setattr(make_data, "write_training", lambda *_: None)
     monkeypatch.setattr(train.glimpse_data, "write", lambda *_, **__: None)
-    for name in ("finetune", "twig", "glimpse"):
+    for name in ("finetune", "twig", "glimpse", "twig_plus"):
         train.STAGES[name](Namespace(steps=None))
-    assert ran == list(classes)
+    assert ran == [*classes, "llava.train.train_twigvlm_plus"]
 
 
 def test_the_mean_of_two_files_of_weights_is_their_mean(tmp_path):

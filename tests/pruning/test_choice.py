@@ -44,7 +44,7 @@ MEANT = {
 }
 REFUSED = {
     "--layer 3": "'layer' belongs to fastv, adaptprune, nuwa, dart: name one method",
-    "--retained_tokens 64": "'retained_tokens' belongs to sparsevlm, twigvlm: name one",
+    "--retained_tokens 64": "belongs to sparsevlm, twigvlm, twigvlm_plus: name one",
     "--important_ratio .5 --alpha 1": "no pruning method has all of these options",
     "--pruning-method none --visual-token-num 64": "unknown option 'visual_token_num'",
     "--pruning-method fastv --important-ratio 0.5": "unknown option 'important_ratio'",

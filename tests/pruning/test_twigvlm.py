@@ -15,7 +15,7 @@ GREEDY = dict(do_sample=False, max_new_tokens=4, eos_token_id=-1)
 def grown(model, shared=1, layers=2, method=TwigVLM, **options):
     """TwigVLM on `model` with a twig that is a copy of its layers."""
     pruner = method(twig_K=shared, **{"visual_token_num": 10, **options})
-    pruner.module = grow_twig(model, shared, layers).requires_grad_(False)
+    pruner.module = grow_twig(model, shared, layers, method.twig_class).requires_grad_(False)
     model.pruner = pruner
     return pruner
 

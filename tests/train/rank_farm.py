@@ -37,7 +37,7 @@ def import_everything() -> None:
         # No operator is compiled: that takes minutes, and needs a compiler.
         for name in deepspeed.ops.__compatible_ops__:
             deepspeed.ops.__compatible_ops__[name] = False
-    for program in ("train", "train_twigvlm", "train_glimpseprune"):
+    for program in ("train", "train_twigvlm", "train_twigvlm_plus", "train_glimpseprune"):
         importlib.import_module(f"llava.train.{program}")
 
 

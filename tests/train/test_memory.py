@@ -62,6 +62,19 @@ def test_the_parts_of_a_glimpse_are_counted_as_it_has_them():
         assert read_shape(name).glimpse == sum(p.numel() for p in glimpse.parameters())
 
 
+def test_the_parameters_of_twigs_are_those_of_the_paper():
+    shape = read_shape("7b")
+    counts = {"twig": 738_226_176, "gated twig": 771_780_608, "gates": 33_554_432}
+    for trained, count in counts.items():
+        assert estimate(shape, trained, 0).gradients == pytest.approx(4 * count / 1e9)
+    one, all_of_it = (estimate(shape, trained, 0, batch=1) for trained in ("gates", "gated twig"))
+    frozen = shape.language_model + shape.projector + shape.tower
+    assert all_of_it.weights == pytest.approx((2 * frozen + 4 * counts["gated twig"]) / 1e9)
+    frozen += counts["twig"]  # which stays as it is
+    assert one.weights == pytest.approx((2 * frozen + 4 * counts["gates"]) / 1e9)
+    assert 0 < one.activations < 10  # of 32 selections side by side
+
+
 def test_zero_shares_what_it_says_it_shares():
     shape = read_shape("7b")
     count = shape.language_model + shape.projector
@@ -93,7 +106,7 @@ def test_the_table_fits_the_machines_that_the_recipes_name(capsys):
     main(["13b"])
     rows = capsys.readouterr().out.splitlines()[1:]
     totals = {row[:34].strip(): float(row.split()[-2]) for row in rows}
-    assert len(totals) == 6 and all(total < 80 for total in totals.values())
+    assert len(totals) == 8 and all(total < 80 for total in totals.values())
     main(["qwen2.5-vl-7b"])
     rows = capsys.readouterr().out.splitlines()[1:]
     totals = {row[:34].strip(): float(row.split()[-2]) for row in rows}

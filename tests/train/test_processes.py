@@ -11,6 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llava.model import LlavaLlamaForCausalLM
+from llava.pruning.twigvlm import grow_twig, save_twig
+from llava.pruning.twigvlm_plus import GatedTwig
 from tests.golden_data import GOLDEN
 from tests.paths import ROOT
 from tests.ports import free_port
@@ -44,6 +47,7 @@ FLAGS = {
 
 RECIPES = ["pretrain", "finetune", "finetune_lora", "train_twig", "train_glimpse"]
 RECIPES += ["../qwen2_5_vl/finetune", "../qwen2_5_vl/finetune_lora"]
+RECIPES += ["train/train_twig++_stage1", "train/train_twig++_stage2"]
 
 
 class Farm:
@@ -95,6 +99,9 @@ def place(workplace, tmp_path_factory):  # noqa: F811
     }
     torch.save(projector, workplace / "mm_projector.bin")
     glimpse_tests.make_workplace(workplace / "boxes")
+    model = LlavaLlamaForCausalLM.from_pretrained(workplace / "start")
+    twig = grow_twig(model, 1, 1, GatedTwig).state_dict()
+    save_twig(str(workplace / "twig"), twig, 1, "start", "twigvlm_plus")
     (workplace / "pictures").mkdir()
     qwen_tests.make_place(workplace / "pictures")
     return workplace
@@ -108,7 +115,7 @@ def caption(i):
 def recipe(name, place, output, **changes):
     """(program, flags) of scripts/v1_5/NAME.sh, or of the folder that the name begins with, on the
     data of `place`."""
-    twig, glimpse = name == "train_twig", name == "train_glimpse"
+    twig, glimpse = "train_twig" in name, name == "train_glimpse"
     environment = {
         "LAUNCHER": r"printf %s\n",
         "MODEL": place / ("boxes/llava" if glimpse else "start"),
@@ -120,8 +127,10 @@ def recipe(name, place, output, **changes):
         "REPORT_TO": "none",
         "BF16": "False",
         "PROGRAM": "train.py",
-        **({"twig_K": 1, "twig_T": 1} if twig else {}),
+        **({"twig_K": 1, "twig_T": 1, "TWIG": place / "twig"} if twig else {}),
     }
+    if name.endswith("stage2"):
+        changes = {"num_groups": 4} | changes
     if glimpse:
         environment |= {"DATA": place / "boxes/boxes.jsonl", "IMAGES": place / "boxes"}
         changes = {"attn_fuse_size": 16, "visual_cond_size": 32, "le_dropout_prob": 0} | changes

@@ -285,7 +285,8 @@ class LlamaModel(LlamaPreTrainedModel):
 
         Returns what the last of `layers` gives at the last prompt token, (B, 1, D) before any norm
         and on its device, and what that token attends to there, (B, H, 1, S) in fp32. With a cache,
-        which must hold nothing of these layers yet, their keys and values are kept.
+        which must hold nothing of these layers yet, their keys and values are kept. Leaves what
+        entered the last of `layers` in `prefill.drafter_input`.
         """
         x, step = prefill.hidden_states, self.prefill_step(prefill)
         if cache is not None:
@@ -293,6 +294,7 @@ class LlamaModel(LlamaPreTrainedModel):
                 cache.rows[layer.self_attn.layer_idx] = step.state
         x = run_layers(layers[:-1], x, step, cache)
         x, step = bring(layers[-1], x, step)
+        prefill.drafter_input = x
         hidden, row = layers[-1].at_rows(x, step, prefill.last[:, None].to(x.device), cache)
         return hidden, row.to(prefill.hidden_states.device)
 
