@@ -38,9 +38,11 @@ from .random import Random
 from .registry import Methods
 from .restore import Restore
 from .scope import Scope
+from .sinkpruner import SinkPruner
 from .sparsevlm import SparseVLM
 from .stages import DecoderStage, Probe, VisionStage, fills
 from .tokens import ImageTokens, TowerTokens, VisionTokens
+from .tops import TOPS
 from .trace import PruningTrace, trace_pruning
 from .twigvlm import TwigVLM
 from .twigvlm_plus import TwigVLMPlus
@@ -80,6 +82,8 @@ METHODS = Methods(
     Restore,
     DART,
     V2Drop,
+    TOPS,
+    SinkPruner,
 )
 
 #: entry of a published dict of options that belongs to the model

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from .base import SelectPruner
 from .ops import top_stable
+from .sinks import SinkFilter
 from .tokens import VisionTokens
 
 
 @dataclass
-class FasterVLM(SelectPruner):
+class FasterVLM(SinkFilter, SelectPruner):
     """
     visual_token_num: tokens per image (paper: 288, 144, 58 and 29 of 576); on LLaVA-NeXT the sum
                       over five crops, so that an image cut into three keeps three fifths of it
+    sink_ratio:       share of the patches left out, those of the largest norm; 0: none
     """
 
     visual_token_num: int = 144

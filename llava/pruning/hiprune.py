@@ -17,11 +17,12 @@ from torch import Tensor
 from .base import EqualShares
 from .ops import scale_layer, top_stable
 from .published import Published
+from .sinks import SinkFilter
 from .tokens import VisionTokens
 
 
 @dataclass
-class HiPrune(EqualShares):
+class HiPrune(SinkFilter, EqualShares):
     """
     visual_token_num: tokens per image; on LLaVA-NeXT shared out equally among its crops, rounded
                       down (160 over three crops are 53 each)
@@ -32,6 +33,7 @@ class HiPrune(EqualShares):
     wrap:             as released, the neighbour beyond the border of the grid is the first or last
                       patch of the next row, and beyond the first or last row the corner patch;
                       False: there is none
+    sink_ratio:       share of the patches left out, those of the largest norm; 0: none
     """
 
     alpha: float = 0.1
@@ -72,10 +74,22 @@ class HiPrune(EqualShares):
             for number in sorted(vision.layers)
             if "attention_mean" in vision.layers[number]
         ]
-        return self.choose(means[0][rows], means[-1][rows], count, vision.grid)
+        sinks = self.sink_places(vision.features[rows], count)
+        return self.choose(means[0][rows], means[-1][rows], count, vision.grid, sinks)
 
-    def choose(self, middle: Tensor, deep: Tensor, budget: int, grid: tuple[int, int]) -> Tensor:
-        """Places (G, budget) from the attention (G, N) every patch receives in the two layers."""
+    def choose(
+        self,
+        middle: Tensor,
+        deep: Tensor,
+        budget: int,
+        grid: tuple[int, int],
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Places (G, budget) from the attention (G, N) every patch receives in the two layers;
+        sinks: places (G, H) that are left out."""
+        if sinks is not None:
+            middle = middle.scatter(1, sinks, -torch.inf)
+            deep = deep.scatter(1, sinks, -torch.inf)
         anchors = top_stable(middle, round(budget * self.alpha / 5))
         shallow = self.with_neighbours(anchors, grid)
         # Attention is at most 1: anchors come first, then neighbours, then the deep layer's choice.

@@ -10,6 +10,7 @@ go to the lower patch; sums are fp32; a budget of all patches leaves the image a
 class token and a merged token would take the place of patches).
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,17 +19,19 @@ from torch import Tensor
 from .base import SelectPruner
 from .captured import captured
 from .ops import gather_tokens, normalize, top_stable, true_first
+from .sinks import SinkFilter
 from .tokens import MERGED, VisionTokens, without_cues
 
 
 @dataclass
-class VisionZip(SelectPruner):
+class VisionZip(SinkFilter, SelectPruner):
     """
     visual_token_num: tokens per image, 27 dominant for 5 contextual ones (64 = 54 + 10); on
                       LLaVA-NeXT the sum over five crops, images with fewer crops have fewer tokens
     dominant:         tokens per crop kept as they are, the class token being the first of them
     contextual:       tokens per crop that merge the rest. Given together, these two replace
                       `visual_token_num` (191 and 30 are the release's defaults)
+    sink_ratio:       share of the patches left out, those of the largest norm; 0: none
     """
 
     visual_token_num: int = 64
@@ -73,7 +76,11 @@ class VisionZip(SelectPruner):
             raise ValueError(
                 f"{self.name} cannot be asked for a number of tokens beside dominant and contextual"
             )
-        return Dominant(num_tokens)
+        return Dominant(num_tokens, sink_ratio=self.sink_ratio)
+
+    def num_keep(self, vision: VisionTokens) -> int:
+        whole, classless = math.prod(vision.grid), vision.cls_token is None
+        return sum(self.counts(whole, vision.crops_in_budget, classless))
 
     def keeps_all(self, num_patches: int, crops: int) -> bool:
         return self.dominant is None and self.tokens_per_crop(crops) >= num_patches
@@ -83,10 +90,15 @@ class VisionZip(SelectPruner):
             super().check(num_patches, num_layers, crops)
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
-        size, crops = vision.features.shape[1], vision.crops_in_budget
-        if vision.block > 1 or self.keeps_all(size, crops):
+        size = vision.features.shape[1]
+        if self.keeps_all(size, vision.crops_in_budget):
+            return vision
+        vision = self.candidates(vision)
+        if vision.block > 1:
             return vision
         patches, targets, tokens = self.compress(vision)
+        if not vision.complete:
+            patches = vision.positions.gather(1, patches)
         batch, num_merged = targets.shape
         merged = size + torch.arange(num_merged, device=patches.device)
         positions = [patches.new_full((batch, 1), -1), patches, merged.expand(batch, -1)]
@@ -101,10 +113,12 @@ class VisionZip(SelectPruner):
 
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
         """Where blocks of patches become tokens here, those are merged, each at its target."""
-        if vision.block == 1 or self.keeps_all(vision.features.shape[1], vision.crops_in_budget):
+        if vision.block == 1 or self.keeps_all(math.prod(vision.grid), vision.crops_in_budget):
             return vision
         patches, targets, tokens = self.compress(vision)
         positions = torch.cat([patches, targets], dim=1)
+        if not vision.complete:
+            positions = vision.positions.gather(1, positions)
         merged = torch.zeros_like(positions, dtype=torch.bool)
         merged[:, patches.shape[1] :] = True
         compressed = replace(
@@ -115,8 +129,8 @@ class VisionZip(SelectPruner):
     def compress(self, vision: VisionTokens) -> tuple[Tensor, Tensor, Tensor]:
         """As `compress`, for the tokens as they are here."""
         keys = vision.keys.float().unflatten(-1, (vision.num_heads, -1)).mean(dim=2)
-        size, classless = vision.features.shape[1], vision.cls_token is None
-        counts = self.counts(size, vision.crops_in_budget, classless)
+        whole, classless = math.prod(vision.grid), vision.cls_token is None
+        counts = self.counts(whole, vision.crops_in_budget, classless)
         return compress(vision.features, vision.salience, keys, *counts)
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
@@ -127,7 +141,7 @@ class VisionZip(SelectPruner):
 
 
 @dataclass
-class Dominant(SelectPruner):
+class Dominant(SinkFilter, SelectPruner):
     """The patches with the most attention alone, for a wrapper that merges the others.
 
     visual_token_num: as in `SelectPruner`

@@ -19,16 +19,18 @@ from .base import SelectPruner
 from .captured import captured
 from .ops import normalize, top_stable
 from .published import Published
+from .sinks import SinkFilter
 from .tokens import VisionTokens
 
 
 @dataclass
-class VisPruner(SelectPruner):
+class VisPruner(SinkFilter, SelectPruner):
     """
     visual_token_num: tokens per image; on LLaVA-NeXT the sum over its five crops (640 = 5 x 128)
     important_ratio:  share of the kept patches chosen by class-token attention, 0 to 1; the rest is
                       chosen for diversity. 1 is attention alone
     drop_per_round:   near-duplicates removed in each matching round; larger is faster and coarser
+    sink_ratio:       share of the patches left out, those of the largest norm; 0: none
     """
 
     visual_token_num: int = 64

@@ -25,6 +25,8 @@ CUTS = {
     "twigvlm": {28: [2, 21], 36: [2, 24]},
     "twigvlm_plus": {28: [2, 21], 36: [2, 24]},
     "v2drop": {28: [3, 15, 19], 36: [3, 19, 25]},
+    "tops": {28: [13, 17], 36: [16, 22]},
+    "sinkpruner": {28: [2, 5, 13], 36: [2, 7, 17]},
     "vscan": {28: [14], 36: [18]},
     "nuwa": {28: [15], 36: [19]},
 }
@@ -43,6 +45,8 @@ SETTINGS = [
     ("visionzip", {"visual_token_ratio": 0.5}, 500, 500),
     ("visionzip", {"visual_token_ratio": 0.111}, 111, 111),
     ("divprune", {"subset_ratio": 0.098}, 98, 98),
+    ("sinkpruner", {"visual_token_ratio": 0.333}, 501, 250),
+    ("sinkpruner", {"visual_token_ratio": 0.111}, 251, 60),
 ]
 
 

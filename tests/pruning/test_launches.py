@@ -13,7 +13,9 @@ from llava.pruning.eadp import cover_relevant
 from llava.pruning.idpruner import marginally_best
 from llava.pruning.mmtok import cover_both
 from llava.pruning.scope import cover_salient
+from llava.pruning.sinkpruner import sanitize
 from llava.pruning.tokens import ImageTokens
+from llava.pruning.tops import preserve
 from llava.pruning.vispruner import drop_duplicates
 from tests.pruning import kernels
 
@@ -75,9 +77,13 @@ def take_turns(count: int) -> None:
     least_alike(alike, pivots, *numbers)
 
 
+def pick_unlike(count: int) -> None:
+    sanitize(TOKENS, TOKENS[..., 0], 1, 4, count, 1)
+
+
 PICKING = [pick_by_volume, pick_farthest, pick_and_damp, drop_one_by_one, take_turns]
 PICKING += [pick_salient, pick_salient_by_sum, pick_relevant, pick_for_words_and_patches]
-PICKING += [pick_important_and_different]
+PICKING += [pick_important_and_different, pick_unlike]
 
 
 @pytest.mark.parametrize("pick", PICKING, ids=lambda f: f.__name__)
@@ -90,6 +96,15 @@ def test_merging_asks_for_as_many_kernels_whatever_the_budget():
     kept = torch.arange(2 * PICKS).view(1, -1).expand(2, -1)
     few, many = (launches(merge, TOKENS, kept[:, ::step], n, 1.0) for step, n in ((4, 2), (1, 24)))
     assert few == many <= 50
+
+
+def test_a_pick_by_three_scaled_criteria_costs_fourteen():
+    """Two of them are scaled anew over what is left at every pick: its least value is looked for,
+    subtracted, the largest looked for, divided by."""
+    real, weights = torch.ones(2, 64, dtype=torch.bool), torch.full((2, 2), 0.5)
+    given = TOKENS, TOKENS[..., 0].abs(), real, weights
+    few, many = (launches(preserve, *given, count, False) for count in (PICKS, PICKS + MORE))
+    assert many - few <= 14 * MORE
 
 
 #: kernels beyond the plain model's until the first token, of models as deep as those of 7B

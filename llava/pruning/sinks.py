@@ -1,0 +1,71 @@
+"""Sinks: patches of very large norm, where the tower keeps what holds for the whole image.
+
+Class tokens look at them because of their norm, not of what they show. Methods that choose by such
+attention may leave them out (`SinkFilter`).
+
+Paper: SinkPruner, https://arxiv.org/abs/2609.01004
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .ops import top_stable
+from .tokens import VisionTokens
+
+
+def check_sink_ratio(sink_ratio: float) -> None:
+    """Raises ValueError unless this is a share of patches that leaves some."""
+    if isinstance(sink_ratio, bool) or not 0 <= sink_ratio < 1:
+        raise ValueError(
+            f"sink_ratio ({sink_ratio!r}) must lie between 0, where no patch is left out, and "
+            "below 1"
+        )
+
+
+def num_sinks(num_patches: int, sink_ratio: float) -> int:
+    """Patches of a crop that are sinks: a share of them, rounded up."""
+    return math.ceil(round(num_patches * sink_ratio, 9))
+
+
+def sinks(features: Tensor, count: int) -> Tensor:
+    """Places (B, count) of the largest Euclidean norms of features (B, N, C); equal ones: the lower
+    place."""
+    return top_stable(torch.linalg.vector_norm(features.float(), dim=-1), count)
+
+
+@dataclass
+class SinkFilter:
+    """Mixin of methods that choose by attention: with `sink_ratio` they choose among the others,
+    and keep as many tokens as without it.
+
+    sink_ratio: share of the patches of a crop that is left out, those of the largest norm;
+                SinkPruner proposes 0.01 (6 of 576), 0: none. Never so many that the budget cannot
+                be filled
+    """
+
+    sink_ratio: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_sink_ratio(self.sink_ratio)
+
+    def sink_places(self, features: Tensor, least: int) -> Tensor | None:
+        """(B, H) places of the sinks among features (B, N, C), at most as many as leave `least`
+        tokens of each crop; None: there are none."""
+        size = features.shape[1]
+        count = min(num_sinks(size, self.sink_ratio), size - least)
+        return sinks(features, count) if count > 0 else None
+
+    def candidates(self, vision: VisionTokens, least: int | None = None) -> VisionTokens:
+        """The tokens to choose from; least: of each crop that must be left, None: the budget."""
+        least = self.num_keep(vision) if least is None else least
+        found = self.sink_places(vision.features, least)
+        if found is None:
+            return vision
+        left = torch.ones_like(vision.positions, dtype=torch.bool).scatter(1, found, False)
+        return vision.keep_mask(left, [left.shape[1] - found.shape[1]] * len(left))

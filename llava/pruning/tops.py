@@ -1,0 +1,337 @@
+"""TOPS: sets that are relevant, cover the image and are diverse, chosen once after the projector
+and twice inside the decoder.
+
+Paper: TOPS, Token Optimal Preservation Sets, https://arxiv.org/abs/2606.27161
+
+There is no release: this follows the text, and where that is silent the choice is ours. Criteria
+are scaled to 0 to 1 as in its main part (its algorithms divide by means: `normalize="mean"`).
+Raters are the words behind the image that look at it more than they do on average; layer p still
+sees all its tokens, rates them, and its output is compared. In a tower without a class token the
+attention that patches receive from all takes its place. On LLaVA-NeXT all patches of an image
+compete in the first stage, whichever crop they belong to.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import BUDGET, ShareOption, StagedPlan, StagedPruner, check_budget
+from .captured import captured
+from .ops import interpolate, normalize, on_device, scale_layers
+from .own_grids import OwnGrids
+from .prefill import Prefill
+from .sinks import SinkFilter, check_sink_ratio
+from .stages import Probe, VisionStage
+from .tokens import ImageTokens, VisionTokens
+from .words import Words, mean_attention, words_behind
+
+#: layers whose attention rates, and of how many layers
+LAYERS, BLOCK_LAYERS = ((12, 24), 32), ((12, 16), 28)
+#: where tokens are blocks of patches: label -> tokens after the two cuts
+BLOCK_TOKENS = {0: (0, 0), 64: (71, 19), 128: (139, 39), 256: (281, 77)}
+#: weight of coverage in the decoder for 2/9, 1/9 and 1/18 of the tokens: (LLaVA-NeXT, more than 32
+#: layers) -> weights
+BUDGETS = (2 / 9, 1 / 9, 1 / 18)
+COVERAGE = {
+    (False, False): (0.5, 1.0, 1.0),
+    (False, True): (0.4, 0.4, 0.4),
+    (True, False): (0.5, 0.4, 0.5),
+    (True, True): (0.5, 0.5, 0.5),
+}
+BLOCK_COVERAGE = 0.4
+#: of the first stage, coverage and diversity
+FIRST_WEIGHTS = (0.5, 0.5)
+#: gains below count as none: rounding leaves them
+GAIN = 1e-6
+NORMALIZE, RATERS = ("minmax", "mean"), ("threshold", "all", "last")
+#: what images carry into the decoder: their share of tokens, whether they are cut into crops
+SHARE, TILED = "tops_share", "tops_tiled"
+SALIENCE = "tops_salience"
+
+
+@dataclass
+class Plan(StagedPlan):
+    """
+    words: that were asked in the layer before
+    """
+
+    words: Words | None = None
+
+
+@dataclass
+class TOPS(SinkFilter, OwnGrids, VisionStage, ShareOption, StagedPruner):
+    """
+    visual_token_num: T, the label of the published tables: 2T tokens of an image enter the decoder,
+                      T and T/4 are left after the cuts, which is 1.24 T on average (64 are 79.5);
+                      on LLaVA-NeXT the sum over five crops; on Qwen2.5-VL 1.1 T and 0.3 T are left
+    average:          True: `visual_token_num` is the average over the layers, and T follows from it
+    alpha:            weight of diversity in the decoder; relevance has 1
+    lam:              weight of coverage there; None: as published for the model and the nearest of
+                      its budgets, 0.4 to 1. In the first stage both are 0.5
+    normalize:        how criteria are scaled: "minmax", or by their "mean"
+    raters:           words behind the image whose attention is relevance: "threshold", those that
+                      look at it more than the mean; "all"; or "last", the last prompt token
+    pruning_layers:   layers (0-based) whose attention rates; the layer after each sees fewer
+                      tokens.
+                      None: 12, 24 of 32 layers, on Qwen2.5-VL 12, 16 of 28, scaled to the depth
+    sink_ratio:       share of the patches left out, those of the largest norm; 0: none
+    """
+
+    visual_token_num: int = 64
+    average: bool = False
+    alpha: float = 0.5
+    lam: float | None = None
+    normalize: str = "minmax"
+    raters: str = "threshold"
+    pruning_layers: Sequence[int] | None = None
+
+    name = "tops"
+    needs = frozenset({"salience"})
+    anyres_tiles = (2, 2)
+    looks_back = 1
+
+    #: decoder layers of the model it is assigned to
+    depth = LAYERS[1]
+
+    def __post_init__(self):
+        self.check_budgets()
+        check_sink_ratio(self.sink_ratio)
+        for name, choices in (("normalize", NORMALIZE), ("raters", RATERS)):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"unknown {name} {value!r}, choose from {', '.join(choices)}")
+        if min(self.alpha, self.lam or 0) < 0:
+            raise ValueError(f"alpha ({self.alpha}) and lam ({self.lam}) must be at least 0")
+        if self.pruning_layers is not None and len(self.pruning_layers) != 2:
+            raise ValueError(f"pruning_layers ({self.pruning_layers}) must name two layers")
+
+    def attach(self, model) -> None:
+        super().attach(model)
+        self.depth = model.config.num_hidden_layers
+
+    def check_depth(self, num_layers: int) -> None:
+        first, second = self.rating_layers(num_layers)
+        if not 0 <= first < second < num_layers - 1:
+            raise ValueError(
+                f"pruning_layers {first, second} must ascend and leave a layer of {num_layers} "
+                "after them"
+            )
+
+    def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
+        super().check(num_patches, num_layers, crops)
+        check_budget(self.tokens_of(num_patches * crops), num_patches, crops)
+
+    def rating_layers(self, num_layers: int) -> tuple[int, ...]:
+        layers, depth = BLOCK_LAYERS if self.own_grids else LAYERS
+        return tuple(self.pruning_layers or scale_layers(layers, num_layers, depth))
+
+    # --- how many -----------------------------------------------------------------------------
+
+    def label(self, total: int, num_layers: int) -> int:
+        """T of an image of `total` tokens."""
+        wanted = self.tokens_of(total)
+        if not self.average or wanted >= total:
+            return wanted
+        low, high = 1, wanted  # the largest T whose average stays within the budget
+        while low < high:
+            label = (low + high + 1) // 2
+            plan = self.image_schedule(min(2 * label, total), num_layers, total, label)
+            low, high = (label, high) if sum(plan) <= wanted * num_layers else (low, label - 1)
+        return low
+
+    def image_schedule(
+        self, count: int, num_layers: int, num_patches: int, budget: int = 0
+    ) -> list[int]:
+        """budget: T of the image."""
+        plan = [count] * num_layers
+        if count <= budget:  # T is all there is
+            return plan
+        left = (budget, budget // 4)
+        if self.own_grids:
+            last = max(BLOCK_TOKENS)
+            part = interpolate(BLOCK_TOKENS, min(budget, last))
+            left = tuple(round(number * max(budget / last, 1.0)) for number in part)
+        for layer, number in zip(self.rating_layers(num_layers), left, strict=True):
+            number = max(1, min(plan[layer], number))
+            plan[layer + 1 :] = [number] * (num_layers - layer - 1)
+        return plan
+
+    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
+        total = num_patches * crops
+        label = self.label(total, num_layers)
+        first = min(2 * label, total)
+        return self.image_schedule(first, num_layers, num_patches, label)
+
+    # --- after the projector ------------------------------------------------------------------
+
+    def after_encoder(self, vision: VisionTokens) -> VisionTokens:
+        self.check_model(vision)
+        size, crops = vision.features.shape[1], vision.crops_in_budget
+        first = min(2 * self.label(size * crops, self.depth), size * crops)
+        return self.candidates(vision, math.ceil(first / crops))
+
+    def after_projector(self, vision: VisionTokens) -> VisionTokens:
+        """Images of a single crop, all at once."""
+        if vision.crops_in_budget > 1:  # they are chosen from as a whole
+            return replace(vision, extras={**vision.extras, SALIENCE: vision.salience})
+        count = 2 * self.label(math.prod(vision.grid), self.depth)
+        if count >= vision.features.shape[1]:
+            return vision
+        picks = self.first_picks(vision.features, vision.salience, count)
+        return vision.keep(picks.sort(dim=1).values)
+
+    def after_layouts(self, images: list[ImageTokens]) -> list[ImageTokens]:
+        """Images of several crops; those of one size all at once."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        labels = [self.label(image.length, self.depth) for image in images]
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            if SALIENCE in image.extras and 2 * label < len(image.embeds):
+                groups.setdefault((len(image.embeds), 2 * label), []).append(number)
+        pruned = list(images)
+        for (_, count), numbers in groups.items():
+            embeds = torch.stack([images[number].embeds for number in numbers])
+            salience = torch.stack([images[number].extras[SALIENCE] for number in numbers])
+            picks = self.first_picks(embeds, salience, count).sort(dim=1).values
+            for number, own in zip(numbers, picks, strict=True):
+                pruned[number] = images[number].keep(own)
+        for number, (image, label) in enumerate(zip(pruned, labels, strict=True)):
+            extras = {name: own for name, own in image.extras.items() if name != SALIENCE}
+            numbers = {**image.image_extras, BUDGET: label}
+            pruned[number] = replace(image, extras=extras, image_extras=numbers)
+        return pruned
+
+    def first_picks(self, features: Tensor, salience: Tensor, count: int) -> Tensor:
+        """(B, count) places of features (B, N, D) in the order they are picked."""
+        weights = on_device([FIRST_WEIGHTS], features.device, torch.float32)
+        real = torch.ones_like(salience, dtype=torch.bool)
+        by_mean = self.normalize == "mean"
+        return preserve(features, salience, real, weights.expand(len(real), -1), count, by_mean)[0]
+
+    # --- inside the decoder -------------------------------------------------------------------
+
+    def before_prompt(self, image: ImageTokens) -> ImageTokens:
+        """Leaves what the weights depend on."""
+        label = image.image_extras.get(BUDGET, image.length)
+        tiled = int(image.crops > 1 and not image.frame_pairs)
+        numbers = {SHARE: label / max(image.length, 1), TILED: tiled}
+        image = super().before_prompt(image)
+        return replace(image, image_extras={**image.image_extras, **numbers})
+
+    def weights(self, prefill: Prefill) -> list[tuple[float, float]]:
+        """(lam, alpha) for every image of every row, one behind the other."""
+        deep, found = len(prefill.decoder.layers) > 32, []
+        pairs = zip(prefill.image_numbers(SHARE), prefill.image_numbers(TILED), strict=True)
+        for share, tiled in (pair for rows in pairs for pair in zip(*rows, strict=True)):
+            nearest = min(range(len(BUDGETS)), key=lambda n: abs(BUDGETS[n] - share))
+            lam = BLOCK_COVERAGE if self.own_grids else COVERAGE[bool(tiled), deep][nearest]
+            found.append((lam if self.lam is None else self.lam, self.alpha))
+        return found
+
+    def probe(self, num_layers: int) -> Probe:
+        return Probe(self.rating_layers(num_layers), self.ask)
+
+    def ask(self, prefill: Prefill) -> Tensor:
+        """Places (B, R) of the words that are asked, which are noted."""
+        if self.raters == "last":
+            rows = prefill.last[:, None]
+            own = torch.ones_like(rows, dtype=torch.bool)[:, None]
+            words = Words(rows, own.expand(-1, prefill.most_images, -1))
+        else:
+            words = words_behind(prefill)
+        prefill.state.words = words
+        return words.rows
+
+    def score(self, prefill: Prefill, kept: list[list[int]]) -> Tensor:
+        """(B, S) the earlier a visual token is picked, the higher; 0 on those never picked."""
+        words, rows = prefill.state.words, prefill.attention.mean(dim=1)  # (B, R, S)
+        judges = words.own
+        if self.raters == "threshold":
+            looks = prefill.own_tokens().float() @ rows.transpose(1, 2)  # (B, I, R)
+            judges = above_mean(looks, judges)
+        relevance = mean_attention(prefill, rows, judges)
+        row, place, real = prefill.images()
+        device, most = place.device, max(map(max, kept))
+        weights = on_device(self.weights(prefill), device, torch.float32)
+        order, _ = preserve(
+            prefill.hidden_states[row, place],
+            relevance[row, place],
+            real,
+            weights,
+            most,
+            self.normalize == "mean",
+        )
+        number = torch.arange(order.shape[1], device=device)
+        picked = number < on_device(kept, device).view(-1, 1)
+        return prefill.from_images(most - number, row, place.gather(1, order), picked)
+
+    def _plan(self, prefill: Prefill) -> Plan:
+        plan = super()._plan(prefill)
+        return Plan(plan.cuts, plan.kept)
+
+
+def above_mean(looks: Tensor, asked: Tensor) -> Tensor:
+    """(..., R) True on those that are asked (..., R) and look at an image as much as they do on
+    average; at least one of them, by rounding all where all look the same. looks: (..., R)"""
+    mean = (looks * asked).sum(dim=-1, keepdim=True) / asked.sum(dim=-1, keepdim=True).clamp(min=1)
+    return asked & (looks >= mean * (1 - 1e-6))
+
+
+@captured
+def preserve(
+    features: Tensor, relevance: Tensor, real: Tensor, weights: Tensor, count: int, by_mean: bool
+) -> tuple[Tensor, Tensor]:
+    """(G, count) places in the order they are picked, and what each pick scored, from features
+    (G, V, D), relevance (G, V), real (G, V) False on padding, and weights (G, 2) of coverage and
+    diversity. Groups with fewer tokens than `count` are at their end before: what follows is noise.
+
+    The first pick is the most relevant token. Each further one has the largest sum of relevance,
+    coverage (what it adds to how well the free tokens are represented) and diversity (distance to
+    the nearest pick), each scaled over the free tokens; equal sums: the lower place.
+    """
+    count = min(count, features.shape[1])
+    unit = normalize(features.detach())
+    # Distances; padding has no clients. What is left of a distance by rounding is none.
+    distance = F.threshold(1 - unit @ unit.transpose(1, 2), GAIN, 0.0)
+    distance = distance.masked_fill(~real[..., None], torch.inf)
+    relevance = relevance.detach().float()
+    best, pick = relevance.masked_fill(~real, -torch.inf).max(dim=1)
+    taken = torch.zeros_like(relevance).masked_fill_(~real, torch.inf)
+    marks = torch.stack([taken, scaled(relevance, real, by_mean) - taken], dim=1)
+    taken, rating = marks[:, 0], marks[:, 1]  # inf, -inf on what is not free
+    gone = torch.full_like(marks[..., :1], torch.inf)
+    gone[:, 1].neg_()
+    groups, total = torch.arange(len(real), device=real.device), real.sum(dim=1, keepdim=True)
+    criteria = torch.zeros_like(marks)  # of every token, 0 on what is not free
+    covers, far = criteria[:, 0], criteria[:, 1]
+    far.copy_(distance[groups, pick]).masked_fill_(~real, 0.0)
+    marks.scatter_(2, pick[:, None, None].expand(-1, 2, 1), gone)
+    order, scores, gains = [pick], [best], torch.empty_like(distance)
+    for number in range(1, count):  # fourteen small operations
+        torch.sub(far[:, None], distance, out=gains)
+        torch.sum(F.threshold(gains, GAIN, 0.0, inplace=True), dim=2, out=covers)
+        if by_mean:
+            above = criteria
+            range_ = criteria.sum(dim=2) / (total - number)
+        else:
+            above = criteria - (criteria + taken[:, None]).amin(dim=2, keepdim=True)
+            range_ = above.amax(dim=2)
+        scale = weights / range_.clamp(min=1e-30)  # a constant criterion is 0 itself
+        score = torch.baddbmm(rating[:, None], scale[:, None], above)[:, 0]
+        best, pick = score.max(dim=1)
+        torch.minimum(far, distance[groups, pick], out=far)
+        marks.scatter_(2, pick[:, None, None].expand(-1, 2, 1), gone)
+        order.append(pick)
+        scores.append(best)
+    return torch.stack(order, dim=1), torch.stack(scores, dim=1)
+
+
+def scaled(values: Tensor, real: Tensor, by_mean: bool) -> Tensor:
+    """Values (G, V) over the real tokens from 0 to 1, or by their mean; equal ones become 0."""
+    if by_mean:
+        mean = (values * real).sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp(min=1)
+        return torch.where(mean > 0, values / mean.clamp(min=1e-30), 0.0)
+    above = values - values.masked_fill(~real, torch.inf).amin(dim=1, keepdim=True)
+    return above / above.masked_fill(~real, 0.0).amax(dim=1, keepdim=True).clamp(min=1e-30)
