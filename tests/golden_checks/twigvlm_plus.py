@@ -1,4 +1,5 @@
-"""TwigVLM++: what its pruning head keeps, token by token, and the training of both its stages."""
+"""TwigVLM++: what its pruning head keeps, the trees that its twig guesses, and the training of both
+its stages."""
 
 import atexit
 import shutil
@@ -34,6 +35,7 @@ from tests.golden_cases import load_arrays, locate
 from tests.golden_checks.e2e import LOGITS_ATOL, clear_steps, image_names, prompt_of
 from tests.golden_checks.methods import PATCHES, given
 from tests.golden_checks.models import load_checkpoint, open_images, prepare
+from tests.golden_checks.token_trees import check_trees
 from tests.golden_checks.twigvlm import (
     check_tokens_kept,
     check_trajectory,
@@ -97,6 +99,7 @@ def check_inference(case, folder, report):
         images = {"images": pixels, "image_sizes": sizes}
     with transformed(model, args["base_transform"]):
         check_kept(model, pruner, ids, images, case, recorded, report)
+        check_trees(model, ids, images, case, recorded, report)
 
 
 def check_kept(model, pruner, ids, images, case, recorded, report):

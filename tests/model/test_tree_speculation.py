@@ -11,8 +11,10 @@ from llava.model.language_model.decode_step import CompiledStep
 from llava.model.token_choice import TokenChoice
 from llava.pruning import trace_pruning
 from llava.pruning.testing.tiny import make_own_grids_model, picture
+from llava.pruning.twigvlm import TwigVLM
 from tests.conftest import ANYRES, SIDE, pad_batch
 from tests.model.test_attention import flash  # noqa: F401
+from tests.model.test_position_bias import PlacedTwig
 from tests.model.test_self_speculative import GREEDY, SPECULATE, Recorder, StopAt
 from tests.pruning.test_twigvlm import grown
 
@@ -224,10 +226,10 @@ def test_every_backend_gives_the_same(make_model, sample, flash, backend, prunin
 
 
 @pytest.mark.parametrize("kind", [CompiledStep, GraphStep])
-@pytest.mark.parametrize("shared", [0, 2])
-def test_compiled_and_captured_steps_verify_trees(sharp, sample, monkeypatch, kind, shared):
+@pytest.mark.parametrize(("shared", "method"), [(0, TwigVLM), (2, TwigVLM), (2, PlacedTwig)])
+def test_compiled_and_captured_steps_verify_trees(sharp, sample, monkeypatch, kind, shared, method):
     monkeypatch.setattr(decode_step, "compiled", lambda function: function)
-    grown(sharp, shared, 2, visual_token_num=14)
+    grown(sharp, shared, 2, method, visual_token_num=14)
     prompt, taken = sample(4, "image", 5), []
     run = kind.run
 
