@@ -276,10 +276,9 @@ def check_base(wrapper: str, base: Pruner) -> None:
     if base.wraps:
         reason = "is a wrapper itself"
     elif type(base.decoder) is not DecoderStage:
-        reason = (
-            f"acts inside the decoder, but {wrapper} merges what is not chosen before it (a method "
-            f"inside the decoder may follow: {wrapper}+METHOD+{name})"
-        )
+        reason = f"acts inside the decoder, but {wrapper} merges what is not chosen before it"
+        if not isinstance(base, VisionStage):
+            reason += f" (it may follow: {wrapper}+METHOD+{name})"
     elif not isinstance(base, VisionStage):
         reason = "chooses no tokens"
     elif fills(type(stage), VisionStage, *before):

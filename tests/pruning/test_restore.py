@@ -10,7 +10,7 @@ from llava.pruning.testing import MethodContract, OwnGridsContract
 from llava.pruning.tokens import KEY_BIAS
 from tests.conftest import SIDE, make_pruner
 
-BASES = ["visionzip", "vispruner", "divprune", "hiprune", "cdpruner", "random"]
+BASES = ["visionzip", "vispruner", "divprune", "holov", "hiprune", "cdpruner", "random"]
 COMBINED = [*(f"restore+{base}" for base in BASES), "restore+vispruner+fastv"]
 GREEDY = dict(do_sample=False, max_new_tokens=3, eos_token_id=-1)
 
@@ -60,7 +60,7 @@ def test_a_third_method_acts_inside_the_decoder():
         ("restore+fastv", {}, "fastv, which acts inside the decoder.*restore\\+METHOD\\+fastv"),
         ("restore+pyramiddrop", {}, "pyramiddrop, which acts inside the decoder"),
         ("restore+sparsevlm", {}, "sparsevlm, which acts inside the decoder"),
-        ("restore+nuwa", {}, "nuwa, which acts inside the decoder"),
+        ("restore+nuwa", {}, "nuwa, which acts inside .* not chosen before it$"),
         ("restore+pool", {}, "pool, which blends the tokens it leaves"),
         ("restore+prumerge", {}, "prumerge, which blends the tokens it leaves"),
         ("restore+downsample", {}, "downsample, which changes what the vision tower sees"),
