@@ -52,7 +52,7 @@ def _existing(name: str) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(
             f"the playground is not here ({path} is missing): it comes with a clone of the "
-            "repository, not with the installed package; name a checkpoint with --model-path and "
-            "an image with --image-file"
+            "repository, not with the installed package; name a checkpoint with --model-path (and, "
+            "where one is asked for, an image with --image-file)"
         )
     return path

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from llava.progress import progress
 from playground import questions, scenes
 from playground.make_data import write_lines
 from playground.questions import PLURALS, Question
@@ -76,9 +77,8 @@ def write(folder: Path, pictures: int, per_picture: int) -> None:
     images = folder / "cot" / SET
     images.mkdir(parents=True, exist_ok=True)
     lines = []
-    for seed in range(
-        scenes.TRAIN_SEEDS + FIRST_SCENE, scenes.TRAIN_SEEDS + FIRST_SCENE + pictures
-    ):
+    first = scenes.TRAIN_SEEDS + FIRST_SCENE
+    for seed in progress(range(first, first + pictures), "scenes", "pictures"):
         name = f"{seed:08d}.png"
         image = Image.fromarray(scenes.render(scenes.make_scene(seed)))
         image.save(images / name, compress_level=1)

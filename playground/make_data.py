@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from llava.progress import progress
 from playground import questions, scenes
 from playground.questions import Question
 
@@ -288,7 +289,8 @@ def write_training(folder: Path, first: int, count: int, longest: int | None = N
     that a folder with it is complete."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     records = []
-    for seed in range(scenes.TRAIN_SEEDS + first, scenes.TRAIN_SEEDS + first + count):
+    seeds = range(scenes.TRAIN_SEEDS + first, scenes.TRAIN_SEEDS + first + count)
+    for seed in progress(seeds, "scenes", "pictures"):
         name = f"{seed:08d}.png"
         image = Image.fromarray(scenes.render(scenes.make_scene(seed)))
         image.save(folder / "images" / name, compress_level=1)

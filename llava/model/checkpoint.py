@@ -23,6 +23,7 @@ from transformers.modeling_utils import no_init_weights
 
 from ..checkpoint_kind import ADAPTER, ADAPTER_CONFIG
 from ..config_file import one_sentence, read_json, shown
+from ..progress import progress
 from ..weight_files import (
     NO_PACKED,
     PACKED_SUFFIXES,
@@ -363,7 +364,7 @@ def write_checkpoint(
         save_file(shards[0], os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
         return
     weight_map = {}
-    for number, shard in enumerate(shards, start=1):
+    for number, shard in enumerate(progress(shards, "writing", "files"), start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, os.path.join(folder, name), metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)

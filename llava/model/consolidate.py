@@ -10,6 +10,7 @@ import argparse
 import torch
 
 from ..checkpoint_kind import values_in
+from ..progress import progress
 from ..weight_files import tensors_in, weight_files
 from .checkpoint import TOWER_PREFIX, is_ignored, write_checkpoint
 from .utils import auto_upgrade
@@ -19,7 +20,7 @@ def consolidate_ckpt(src_path: str, dst_path: str) -> None:
     auto_upgrade(src_path)
     own_tower = values_in(src_path).get("unfreeze_mm_vision_tower", False)
     tensors = {}
-    for path in weight_files(src_path):
+    for path in progress(weight_files(src_path), "reading", "files"):
         for name, tensor in tensors_in(path):
             if not is_ignored(name) and (own_tower or not name.startswith(TOWER_PREFIX)):
                 dtype = torch.float16 if tensor.is_floating_point() else tensor.dtype

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..progress import progress
 from ..weight_files import tensors_in, weight_files
 from .checkpoint import is_ignored, is_vocabulary
 
@@ -14,7 +15,7 @@ def read_weights(folder: str) -> dict[str, Tensor]:
     """All weights of a checkpoint in float16."""
     return {
         name: tensor.to(torch.float16, copy=True)
-        for path in weight_files(folder)
+        for path in progress(weight_files(folder), "reading", "files")
         for name, tensor in tensors_in(path)
         if not is_ignored(name)
     }

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from . import METHODS, Pruner
+from .about import how_it_chooses, sentence_about
 from .cli import add_option_args, pruner_from_args
 from .cost import FORMULAS, DecoderShape, kv_cache_bytes, prefill_flops
 from .registry import Unusable
@@ -92,17 +93,6 @@ def describe(pruner: Pruner, shape: DecoderShape, crops: int, text: int) -> Iter
     yield f"KV cache, 16 bit: {own / 2**20:.1f} MiB of {all_tokens / 2**20:.1f} MiB"
 
 
-def sentence_about(method: type[Pruner]) -> str:
-    """The first sentence of a method's file, "NAME: how it chooses"; of a file that says nothing
-    the name of its class."""
-    if method is Pruner:
-        return "None: plain LLaVA, all visual tokens stay."
-    if not (text := sys.modules[method.__module__].__doc__):
-        return f"{method.name}: {method.__module__}.{method.__qualname__}"
-    paragraph = " ".join(text.strip().split("\n\n")[0].split())
-    return paragraph.partition(". ")[0].rstrip(".") + "."
-
-
 def sizes(layers: int | None = None) -> Iterator[tuple[str, DecoderShape]]:
     """(title, shape) of the published sizes; with a number of layers those that have so many, or,
     where none has, all of them cut or extended to it."""
@@ -153,8 +143,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 def listing() -> Iterator[str]:
     """A line about every method: what it does, or why it cannot be used."""
     for name, method in METHODS.items():
-        about = sentence_about(method)
-        said = method.reason if issubclass(method, Unusable) else about.partition(": ")[2] or about
+        said = method.reason if issubclass(method, Unusable) else f"{how_it_chooses(method)}."
         yield f"{name:<14} {said}"
 
 

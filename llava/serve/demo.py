@@ -19,11 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 
 import requests
 
 from ..errors import errors_as_messages
 from ..log_output import protect_standard_streams
+from ..playground import default_model_path
 from .auth import TOKEN_VARIABLE, add_token_arg, check_exposure, read_token, token_headers
 
 HERE = "127.0.0.1"
@@ -109,6 +111,22 @@ def is_listening(host: str, port: int) -> bool:
             return True
     except OSError:
         return False
+
+
+#: of the extra `serve`, as they are imported
+PACKAGES = ("gradio", "fastapi", "uvicorn", "httpx", "python_multipart", "pydantic")
+
+
+def check_parts(model_path: str | None) -> None:
+    """Raises ImportError or FileNotFoundError where packages, or a model, are missing: the parts
+    would find that out one after the other, some after minutes."""
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        raise ImportError(
+            f"the demo needs {', '.join(missing)} of the extra `serve`: pip install -e '.[serve]' "
+            "in a clone of the repository, pip install 'FILE.whl[serve]' with a wheel"
+        )
+    if not model_path:
+        default_model_path()
 
 
 #: options of the worker that the demo sets
@@ -199,6 +217,7 @@ def interrupt(*_) -> None:
 def main() -> None:
     args, worker_args = build_parser().parse_known_args()
     protect_standard_streams()
+    check_parts(args.model_path)
     check_worker_args(worker_args)
     signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -123,8 +123,9 @@ def launch(args, uploads: str):
             "the web page needs the packages of the extra `serve`: pip install -e '.[serve]'"
         ) from error
     from .web.guard import UPLOAD_BYTES, Guard
+    from .web.script import HEAD
     from .web.server import limited_server, log_failed_events
-    from .web.style import css, theme
+    from .web.style import FRAME, css, theme
 
     page = build_page(args)
     page.queue(
@@ -159,6 +160,7 @@ def launch(args, uploads: str):
         app_kwargs={"middleware": [guard], "openapi_url": None, "docs_url": None},
         theme=theme(),
         css=css(),
+        head=FRAME + HEAD,
     )
     with limited_server():
         _, address, shared = page.launch(**options)

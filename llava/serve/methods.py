@@ -8,6 +8,7 @@ import re
 import threading
 import weakref
 from collections import OrderedDict, abc
+from contextlib import suppress
 from dataclasses import MISSING
 from pathlib import Path
 from types import NoneType, UnionType
@@ -21,7 +22,9 @@ from ..pruning import (
     build_pruner,
     option_prefixes,
 )
+from ..pruning.about import how_it_chooses, is_trained, what_budget_counts, where_it_acts
 from ..pruning.base import option_names
+from ..pruning.registry import Unusable
 from .errors import ServeError
 from .protocol import PruningRequest
 
@@ -30,6 +33,7 @@ PLAIN = (bool, int, float, str, list, tuple, type(None))
 KEPT = 32  # settings that stay built; a method with trained parts keeps one
 TRAINED = 4  # settings of one method with trained parts that are alive at a time
 BUDGET = "visual_token_num"
+TYPICAL_PATCHES = 576  # of an image, where every image has its own number
 _PATH = re.compile(r"\S*[/\\]\S*")
 
 logger = logging.getLogger(__name__)
@@ -248,16 +252,30 @@ def offer(model, shelf: MethodShelf) -> list[dict]:
             reason = unavailable(error).message
         finally:
             model.pruner = before
-        listing.append(
-            {
-                "name": name,
-                "options": defaults(name),
-                "available": reason is None,
-                "reason": reason,
-                "place": where,
-            }
-        )
+        entry = {"name": name, "options": defaults(name), "available": reason is None}
+        entry |= {"reason": reason, "place": where, **description(name, model, shelf)}
+        listing.append(entry)
     return listing
+
+
+def description(name: str, model, shelf: MethodShelf) -> dict:
+    """What a menu says about a method: "about", how it chooses; "acts", where; "trained"; "counts"
+    and "from_layer", what its budget is (`what_budget_counts`), null where it has none."""
+    method, counts, layer = METHODS[name], None, None
+    if BUDGET in defaults(name):
+        tower = model.get_vision_tower()
+        patches = TYPICAL_PATCHES if tower.grid is None else tower.num_patches
+        with suppress(Exception):  # it cannot run here, which its `reason` says
+            own = shelf.build(name, **{BUDGET: max(1, patches // 3)})
+            found = what_budget_counts(own, patches, model.config.num_hidden_layers)
+            counts, layer = found or (None, None)
+    return {
+        "about": "" if issubclass(method, Unusable) else how_it_chooses(method),
+        "acts": where_it_acts(method),
+        "trained": is_trained(method),
+        "counts": counts,
+        "from_layer": layer,
+    }
 
 
 def place(pruner: Pruner) -> str | None:

@@ -26,6 +26,7 @@ import requests
 from ..constants import DEFAULT_IMAGE_TOKEN
 from ..errors import errors_as_messages
 from ..playground import benchmark_dir
+from ..progress import progress
 from .auth import add_token_arg, read_token
 from .register_worker import post
 from .test_message import request_body, template_at
@@ -93,16 +94,22 @@ def measure(
     for worker in workers:  # whatever happens once only
         ask(worker, bodies[worker][0], token)
     rates, answers = {}, {}
+    total = rounds * len(concurrency) * sum(len(bodies[worker]) for worker in workers)
+    bar = progress(total, "asking", "answers")
     for _ in range(rounds):
         for count in concurrency:
             for worker in workers:
                 start = time.perf_counter()
                 with ThreadPoolExecutor(count) as pool:
                     asked = pool.map(partial(ask, worker, token=token), bodies[worker])
-                    answered = list(asked)
+                    answered = []
+                    for answer in asked:
+                        answered.append(answer)
+                        bar.update()
                 seconds = time.perf_counter() - start
                 rates.setdefault((worker, count), []).append(len(answered) / seconds)
                 answers.setdefault((worker, count), []).extend(answered)
+    bar.close()
     found = []
     for count in concurrency:
         for worker in workers:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, default_conversation
+from llava.progress import progress
 
 from .labels import preprocess
 from .sample_images import SampleImages
@@ -70,7 +71,7 @@ class LazySupervisedDataset(Dataset):
         files = {path for own in paths.values() for path in own}
         wrong = {path: f"there is no file {path}" for path in missing_files(files)}
         wrong |= self.images.measure(files - wrong.keys())
-        for i in good:
+        for i in progress(good, "samples", "samples"):
             number, sample = self.numbers[i], self.samples[i]
             if odd := [path for path in paths.get(i, ()) if path in wrong]:
                 findings.mistake(number, sample, wrong[odd[0]])

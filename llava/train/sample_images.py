@@ -16,6 +16,7 @@ from llava.conversation import Conversation
 from llava.front_end import with_marks
 from llava.image_io import image_size
 from llava.mm_utils import load_image, process_images
+from llava.progress import progress
 
 #: flags that bound the area of an image; names as in the image processor
 PIXEL_BOUNDS = ("min_pixels", "max_pixels")
@@ -105,7 +106,8 @@ class GridImages(SampleImages):
 
         new = sorted(set(paths) - self._tokens.keys())
         with ThreadPoolExecutor(READERS) as pool:
-            found = dict(zip(new, pool.map(look, new, chunksize=64), strict=True))
+            looks = pool.map(look, new, chunksize=64)
+            found = dict(zip(progress(new, "sizes of images", "files"), looks, strict=True))
         self._tokens |= {path: count for path, (count, wrong) in found.items() if wrong is None}
         return {path: wrong for path, (_, wrong) in found.items() if wrong is not None}
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, SeparatorStyle
+from llava.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def check_conversations(
     """
     alternate = conv.sep_style != SeparatorStyle.SINGLE
     plain = conv.sep_style == SeparatorStyle.PLAIN
-    for number, sample in zip(numbers, samples, strict=True):
+    for number, sample in zip(numbers, progress(samples, "conversations", "samples"), strict=True):
         problem = settle_image(sample, several) or settle_messages(sample)
         if problem is None:
             problem = check_marks(sample, number, findings, plain, several)

@@ -461,3 +461,13 @@ def test_the_demo_refuses_words_that_the_worker_would_refuse_before_it_starts(mo
     assert "(did you mean '--device'?)" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="'fastvv' .did you mean 'fastv'"):
         run_program(demo, monkeypatch, "--pruning-method", "fastvv")
+
+
+def test_the_demo_says_what_is_missing_before_it_starts(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "run", lambda *_: pytest.fail("it was started"))
+    monkeypatch.setattr("llava.playground.ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="the playground is not here .* --model-path"):
+        run_program(demo, monkeypatch)
+    monkeypatch.setattr(demo, "PACKAGES", ("gradio", "no_such_package"))
+    with pytest.raises(SystemExit, match="needs no_such_package of the extra `serve`"):
+        run_program(demo, monkeypatch, "--model-path", str(tmp_path))

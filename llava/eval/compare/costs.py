@@ -13,7 +13,7 @@ from llava.eval.benchmarks.benchmark import Benchmark
 from llava.eval.compare.scores import Run
 from llava.eval.efficiency.measure import Workload, llava_facts, time_llava
 from llava.eval.files.records import Records
-from llava.eval.progress import progress
+from llava.progress import progress
 from llava.pruning import Pruner
 
 

@@ -12,11 +12,11 @@ from llava.eval.efficiency.random_model import empty_model, shapes
 from llava.eval.efficiency.report import publish
 from llava.eval.markdown import table
 from llava.model_args import add_option
-from llava.pruning import METHODS, DecoderStage, Pruner, VisionStage, build_pruner, fills
+from llava.pruning import METHODS, DecoderStage, Pruner, build_pruner
+from llava.pruning.about import acts, how_it_chooses, is_trained, where_it_acts
 from llava.pruning.apart import reason_apart
 from llava.pruning.cues import names_for
-from llava.pruning.program import SIZES, Plan, sentence_about
-from llava.pruning.stages import HOOKS
+from llava.pruning.program import SIZES, Plan
 
 HEAD = ("method", "how it chooses", "training", "acts", "reads the question", "families")
 HEAD += (
@@ -29,18 +29,6 @@ HEAD += (
 #: the setting of the last three columns
 BUDGET, SIZE = 64, "7B"
 MARK = "methods"
-
-
-def acts(method: type[Pruner], stage: type) -> bool:
-    return issubclass(method, stage) and fills(method, stage, *HOOKS[stage])
-
-
-def place(method: type[Pruner]) -> str:
-    """Where a method acts, seen from the decoder."""
-    before, inside = acts(method, VisionStage), acts(method, DecoderStage)
-    return {(True, False): "before", (False, True): "inside", (True, True): "both"}.get(
-        (before, inside), "nowhere"
-    )
 
 
 def reads(method: type[Pruner]) -> bool:
@@ -62,12 +50,11 @@ def row(name: str, everywhere: list[str]) -> list[str]:
     most = "at most " if pruner.adaptive else ""
     operations = [one.flops(SIZES[SIZE], BUDGET, "exact") for one in (plan, dense)]
     cache = [one.kv_bytes(SIZES[SIZE], BUDGET) for one in (plan, dense)]
-    learned = method.part_folders is not Pruner.part_folders
     return [
         f"[`{name}`](Methods.md#{name})",
-        sentence_about(method).partition(": ")[2].rstrip("."),
-        "its own part" if learned else "none",
-        place(method),
+        how_it_chooses(method),
+        "its own part" if is_trained(method) else "none",
+        where_it_acts(method),
         "yes" if reads(method) else "no",
         "all" if name in everywhere else "LLaVA",
         shared(method),

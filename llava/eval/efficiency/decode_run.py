@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from llava.constants import STRATEGIES
 from llava.eval.efficiency.measure import DENSE, Workload
-from llava.eval.progress import progress
 from llava.model.self_speculative import SpeculationLog
+from llava.progress import progress
 from llava.pruning import Pruner, build_pruner, can_draft
 
 #: ending of the names of ways that are compiled

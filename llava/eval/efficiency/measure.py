@@ -19,8 +19,8 @@ from llava.eval.efficiency.memory import peak_bytes
 from llava.eval.efficiency.oracle import Oracle, imitation, watch_schedule
 from llava.eval.efficiency.stock import stock_decoder, time_stock
 from llava.eval.efficiency.stopwatch import Stopwatch
-from llava.eval.progress import progress
 from llava.model.multimodal_encoder.qwen2_5_vl_images import smart_resize
+from llava.progress import progress
 from llava.pruning import METHODS, Pruner, build_pruner, build_with_budget, trace_pruning
 from llava.pruning.base import option_names
 from llava.pruning.cost import FORMULAS, prefill_flops

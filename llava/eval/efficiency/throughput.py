@@ -35,11 +35,11 @@ from llava.eval.efficiency.arguments import (
 from llava.eval.efficiency.measure import with_budget
 from llava.eval.efficiency.random_model import CONFIGS, build_random_model, shapes
 from llava.eval.files.records import read_jsonl
-from llava.eval.progress import progress
 from llava.front_end import FrontEnd
 from llava.model.multimodal_encoder.qwen2_5_vl_images import Qwen2_5_VLImageProcessor
 from llava.model_args import PIXELS, add_model_args
 from llava.playground import default_model_path
+from llava.progress import progress
 from llava.pruning.cli import method_name
 
 QUESTIONS = "gqa/llava_gqa_testdev_balanced.jsonl"

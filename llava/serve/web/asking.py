@@ -76,12 +76,12 @@ def request_body(conversation: Conversation, settings: Settings) -> dict:
         "max_new_tokens": min(max(int(settings.max_new_tokens), 1), MAX_NEW_TOKENS),
         "stop": stop_of(conversation),
         "images": conversation.get_images(),
-        "question": _question(conversation),
+        "question": latest_question(conversation),
     }
     return body if settings.pruning is None else {**body, "pruning": settings.pruning}
 
 
-def _question(conversation: Conversation) -> str:
+def latest_question(conversation: Conversation) -> str:
     """The latest question without marks of images, for methods that read it."""
     message = conversation.messages[-2][1]
     text = message[0] if isinstance(message, tuple) else message

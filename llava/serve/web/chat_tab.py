@@ -19,18 +19,21 @@ from llava.utils import moderation_msg, violates_moderation
 from ..errors import new_request_id
 from . import asking
 from .client import Service
-from .controls import Controls
+from .controls import Controls, question_box
+from .examples import number_of
+from .exports import Asked
 from .failures import SENTENCES, Failure
-from .insight import EMPTY, insight
+from .insight import EMPTY, NO_IMAGE, insight
 from .log import ConversationLog
 from .picker import MethodPicker
 from .pictures import data_uri
 from .report import Report
+from .script import AGAIN, SENT
 
 logger = logging.getLogger("llava.serve.web")
 CURSOR = "▌"
 STOPPED = "*(stopped)*"
-THUMBNAIL = 240  # pixels of the longer side of an image in the chat
+THUMBNAIL = 180  # pixels of the longer side of an image in the chat
 
 
 @dataclass
@@ -59,12 +62,12 @@ class ChatTab:
         self.service, self.controls, self.log, self.moderate = service, controls, log, moderate
         self.methods = gr.State({"methods": {}, "dense": None, "own_grids": False})
         self.chat = gr.State(None, time_to_live=4 * 3600)
-        with gr.Row(equal_height=False):
+        with gr.Row(equal_height=False, elem_id="chat-tab"):
             with gr.Column(scale=6, min_width=320):
                 self._add_window()
-            with gr.Column(scale=5, min_width=320):
-                self.picker = MethodPicker("chat", default=DEFAULT_METHOD)
-                self.insight = gr.HTML(EMPTY, elem_id="insight", padding=False)
+            with gr.Column(scale=5, min_width=320, elem_id="chat-side"):
+                self.picker = MethodPicker("chat", self.methods, default=DEFAULT_METHOD)
+                self.insight = gr.HTML(EMPTY, elem_id="insight", elem_classes="pv-html")
 
     def _add_window(self) -> None:
         self.window = gr.Chatbot(
@@ -79,17 +82,7 @@ class ChatTab:
             placeholder="Choose an example or an image of your own, and ask.",
         )
         with gr.Row(elem_classes="pv-ask"):
-            self.text = gr.Textbox(
-                show_label=False,
-                placeholder="Ask about the image and press Enter",
-                scale=8,
-                lines=1,
-                max_lines=4,
-                max_length=4000,
-                elem_id="question",
-                container=False,
-                min_width=120,
-            )
+            self.text = question_box("question", "Ask about the image and press Enter")
             self.send = gr.Button("Send", variant="primary", scale=1, min_width=70, elem_id="send")
             self.stop = gr.Button(
                 "Stop", variant="stop", scale=1, min_width=70, elem_id="stop", visible=False
@@ -118,11 +111,11 @@ class ChatTab:
             concurrency_id="answers",
             show_progress="hidden",
         )
-        running = [
-            gr.on([self.send.click, self.text.submit], self.ask, **slow),
-            self.again.click(self.regenerate, **slow),
-        ]
         quick = dict(show_progress="hidden", concurrency_limit=None)
+        asked, shown = [self.send.click, self.text.submit], [self.window]
+        gr.on(asked, None, [self.text, self.window], shown, js=SENT, **quick)
+        self.again.click(None, [self.window], shown, js=AGAIN, **quick)
+        running = [gr.on(asked, self.ask, **slow), self.again.click(self.regenerate, **slow)]
         self.stop.click(self.stopped, {self.chat}, self.outputs, cancels=running, **quick)
         clear = [self.clear.click, self.window.clear]
         gr.on(clear, self.cleared, {self.chat}, self.outputs, **quick)
@@ -138,7 +131,7 @@ class ChatTab:
             yield {self.chat: chat}
         elif refused := self.moderate and await asyncio.to_thread(_refused, text):
             gr.Warning(refused)
-            yield {self.chat: chat}
+            yield {self.chat: chat, self.window: chat.bubbles}
         else:
             add = partial(_add, chat, text=text, image=image)
             async for update in self._turn(chat, values, request, add):
@@ -163,7 +156,7 @@ class ChatTab:
             settings = self.controls.settings(values, pruning, known.get("conv_mode"))
         except Failure as failure:  # nothing was asked yet: the text stays where it is
             gr.Warning(failure.sentence)
-            yield {self.chat: chat}
+            yield {self.chat: chat, self.window: chat.bubbles}
             return
         chat.started, chat.model = time.time(), settings.model
         try:
@@ -189,16 +182,24 @@ class ChatTab:
         yield {**self._ready(), self.window: chat.bubbles}
         images = chat.conversation.get_images(return_pil=True)
         if not images:
+            yield {self.insight: NO_IMAGE}
             return
         report, started = answer.report, chat.started
-        yield {
-            self.insight: await asyncio.to_thread(insight, images, report),
-            **self._widen(values, report),
-        }
-        if report and report.method != "none" and values[self.controls.dense]:
+        asked = await asyncio.to_thread(self._asked, chat, settings, answer.text)
+        measures = bool(report and report.method != "none" and values[self.controls.dense])
+        shown = await asyncio.to_thread(insight, images, report, None, measures, asked)
+        yield {self.insight: shown, **self._widen(values, report)}
+        if measures:
             dense = await asking.dense_seconds(self.service, chat.conversation, settings, number)
             if chat.started == started:  # else the panel belongs to the next answer already
-                yield {self.insight: await asyncio.to_thread(insight, images, report, dense)}
+                shown = await asyncio.to_thread(insight, images, report, dense, asked=asked)
+                yield {self.insight: shown}
+
+    def _asked(self, chat: Chat, settings: asking.Settings, answer: str) -> Asked:
+        """What the panel's link and downloads say."""
+        example = chat.image and number_of(chat.image, self.controls.samples)
+        question = asking.latest_question(chat.conversation)
+        return Asked(settings.model, question, answer, settings.pruning, example)
 
     def _widen(self, values: dict, report: Report | None) -> dict:
         """Images of several crops have more patches than one crop: the slider learns of it."""

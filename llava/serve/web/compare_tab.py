@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import html
-import logging
 
 import gradio as gr
 
-from llava.log_output import error_places
 from llava.pruning import DEFAULT_METHOD, Pruner
 
-from ..errors import new_request_id
-from . import asking
 from .client import Service
-from .controls import Controls
+from .controls import Controls, question_box
+from .examples import number_of
 from .failures import Failure
 from .insight import insight
 from .picker import MethodPicker
-
-logger = logging.getLogger("llava.serve.web")
-WAITING = "<p class='pv-empty'>The answer appears here.</p>"
-NEXT = "<p class='pv-empty'>Waiting …</p>"
+from .runs import NEXT, WAITING, Run, said
+from .script import waiting
 
 
 class CompareTab:
@@ -32,17 +26,7 @@ class CompareTab:
         self.service, self.controls, self.methods = service, controls, methods
         self.runs = gr.State(None, time_to_live=4 * 3600)  # of the comparison that is going on
         with gr.Row(elem_classes="pv-ask"):
-            self.text = gr.Textbox(
-                show_label=False,
-                placeholder="One question for both methods",
-                scale=8,
-                lines=1,
-                max_lines=4,
-                max_length=4000,
-                elem_id="compare-question",
-                container=False,
-                min_width=120,
-            )
+            self.text = question_box("compare-question", "One question for both methods")
             self.run = gr.Button(
                 "Compare", variant="primary", scale=1, min_width=90, elem_id="compare"
             )
@@ -57,19 +41,22 @@ class CompareTab:
 
     def _picker(self, side: str, default: str) -> MethodPicker:
         with gr.Column(min_width=320):
-            return MethodPicker(side, default, f"Method, {side}")
+            return MethodPicker(side, self.methods, default, f"Method, {side}")
 
     def _panel(self, side: str) -> gr.HTML:
         with gr.Column(min_width=320):
-            return gr.HTML(WAITING, elem_id=f"{side}-panel", padding=False)
+            return gr.HTML(WAITING, elem_id=f"{side}-panel", elem_classes="pv-html")
 
     def connect(self, concurrency: int) -> None:
         """Wires the events; `concurrency` answers are written at a time."""
         inputs = self.controls.inputs | {self.methods, self.text}
         inputs = inputs.union(*(picker.inputs for picker in self.pickers))
         outputs = {*self.panels, self.run, self.stop, self.runs}
+        quick = dict(concurrency_limit=None, show_progress="hidden")
+        asked, seen = [self.run.click, self.text.submit], [self.text, self.controls.image]
+        gr.on(asked, None, [*seen, *self.panels], self.panels, js=waiting(NEXT), **quick)
         running = gr.on(
-            [self.run.click, self.text.submit],
+            asked,
             self.compare,
             inputs,
             outputs,
@@ -77,24 +64,16 @@ class CompareTab:
             concurrency_id="answers",
             show_progress="hidden",
         )
-        self.stop.click(
-            self.stopped,
-            {self.runs},
-            outputs,
-            cancels=[running],
-            concurrency_limit=None,
-            show_progress="hidden",
-        )
+        self.stop.click(self.stopped, {self.runs}, outputs, cancels=[running], **quick)
 
     async def compare(self, values: dict):
         """Asks both methods, left then right."""
         text, image = (values[self.text] or "").strip(), values[self.controls.image]
         if image is None or not text:
-            failure = Failure("no_image" if image is None else "no_question")
-            gr.Warning(failure.sentence)
+            gr.Warning(Failure("no_image" if image is None else "no_question").sentence)
             yield {self.panels[0]: WAITING}
             return
-        runs = list(map(_Run, self.pickers, self.panels))
+        runs = [Run(), Run()]
         yield {
             self.run: gr.update(visible=False),
             self.stop: gr.update(visible=True),
@@ -102,76 +81,61 @@ class CompareTab:
             self.panels[1]: NEXT,
             self.runs: runs,
         }
-        for run in runs:
-            async for shown in self._one(run, values, text, image):
-                yield {run.panel: shown}
-        dense = await self._dense(runs, values)
-        if dense is not None:
-            done = [run for run in runs if run.report]
-            yield {run.panel: await asyncio.to_thread(run.panel_html, dense) for run in done}
+        example = await asyncio.to_thread(number_of, image, self.controls.samples)
+        sides = list(zip(runs, self.panels, strict=True))
+        for (run, panel), picker in zip(sides, self.pickers, strict=True):
+            async for _ in run.ask(self.service, self._settings(picker, values), text, image):
+                yield {panel: said(run.method, run.answer())}
+            measuring = self._measures(values)
+            yield {panel: await asyncio.to_thread(_panel, run, example, None, measuring)}
+        done = [(run, panel) for run, panel in sides if run.report]
+        dense = await self._dense([run for run, _ in done], values)
+        yield {
+            panel: await asyncio.to_thread(_panel, run, example, dense, False)
+            for run, panel in done
+        }
         yield self._idle()
 
-    async def _one(self, run: _Run, values: dict, text: str, image):
-        """The growing panel of one method."""
-        number = new_request_id()
-        try:
+    def _settings(self, picker: MethodPicker, values: dict):
+        def settings():
             known = values[self.methods]
-            pruning = run.picker.request(known["methods"], values)
-            run.method = pruning["method"] if pruning else ""
-            run.settings = self.controls.settings(values, pruning, known.get("conv_mode"))
-            run.conversation = asking.new_conversation(run.settings)
-            asking.add_question(run.conversation, text, image, run.settings.mode)
-            async for answer in asking.ask(self.service, run.conversation, run.settings, number):
-                run.text, run.report = answer.text, answer.report
-                yield run.said(answer.text + "▌")
-            shown = await asyncio.to_thread(run.panel_html, None)
-            run.ended = True
-            yield shown
-        except Failure as failure:
-            logger.warning("request %s: %s", number, failure.cause)
-            run.ended = True
-            yield run.said(f"⚠️ {failure.text(number)}")
-        except Exception as error:
-            logger.error("request %s: %s", number, error_places(error))
-            run.ended = True
-            yield run.said(f"⚠️ {Failure('page_error').text(number)}")
+            pruning = picker.request(known["methods"], values)
+            return self.controls.settings(values, pruning, known.get("conv_mode"))
 
-    async def _dense(self, runs: list[_Run], values: dict) -> float | None:
+        return settings
+
+    def _measures(self, values: dict) -> bool:
+        """Whether the time without pruning will be known at the end."""
+        plain = [values[picker.method] == Pruner.name for picker in self.pickers]
+        return any(plain) or bool(values[self.controls.dense])
+
+    async def _dense(self, runs: list[Run], values: dict) -> float | None:
         """Seconds of the prefill without pruning: of the run that had none, or measured."""
-        reports = [run.report for run in runs if run.report]
-        for report in reports:
-            if report.method == "none":
-                return report.prefill_seconds
-        if not reports or not values[self.controls.dense]:
+        for run in runs:
+            if run.report.method == Pruner.name:
+                return run.report.prefill_seconds
+        if not runs or not values[self.controls.dense]:
             return None
-        run = next(run for run in runs if run.report)
-        return await asking.dense_seconds(
-            self.service, run.conversation, run.settings, new_request_id()
-        )
+        return await runs[0].dense_seconds(self.service)
 
     def stopped(self, values: dict) -> dict:
         """Stop: what was written so far stays."""
-        cut = [run for run in values[self.runs] or [] if not run.ended]
-        return {**self._idle(), **{run.panel: run.said(f"{run.text} (stopped)") for run in cut}}
+        cut = {}
+        for run, panel in zip(values[self.runs] or [], self.panels, strict=False):
+            if not run.ended:
+                run.stop()
+                cut[panel] = said(run.method, run.answer())
+        return {**self._idle(), **cut}
 
     def _idle(self) -> dict:
         shown = {self.run: gr.update(visible=True), self.stop: gr.update(visible=False)}
         return {**shown, self.runs: None}
 
 
-class _Run:
-    """One side of a comparison. ended: its panel is complete."""
-
-    def __init__(self, picker: MethodPicker, panel: gr.HTML):
-        self.picker, self.panel = picker, panel
-        self.method, self.text, self.report = "", "", None
-        self.settings = self.conversation = None
-        self.ended = False
-
-    def said(self, text: str) -> str:
-        title = f"<div class='pv-title pv-method'>{html.escape(self.method)}</div>"
-        return f"<div class='pv-answer'>{title}{html.escape(text.strip())}</div>"
-
-    def panel_html(self, dense: float | None) -> str:
-        images = self.conversation.get_images(return_pil=True)
-        return self.said(self.text or "(no text)") + insight(images, self.report, dense)
+def _panel(run: Run, example: int | None, dense: float | None, measuring: bool) -> str:
+    """All about one side, once its answer is complete."""
+    answer = said(run.method, run.answer())
+    if run.problem:
+        return answer
+    asked = run.asked(example)
+    return answer + insight(run.images, run.report, dense, measuring, asked)

@@ -1,11 +1,11 @@
-"""Model, image, examples and parameters: the left column, shared by both tabs."""
+"""Model, image, examples and parameters: the left column, shared by all tabs."""
 
 from __future__ import annotations
 
 import gradio as gr
 
 from .asking import Settings
-from .examples import examples
+from .examples import example_list, examples
 from .templates import AUTOMATIC, choices
 
 MODES = ["Crop", "Resize", "Pad", "Default"]
@@ -35,14 +35,7 @@ class Controls:
         )
         self.samples = examples()
         if self.samples:
-            # Pictures alone: the question appears in its box with a click.
-            self.examples = gr.Dataset(
-                components=[gr.Image(visible=False, type="filepath")],
-                samples=[[path] for path, _ in self.samples],
-                label="Examples",
-                type="index",
-                elem_id="examples",
-            )
+            self.examples = example_list(self.samples)
 
     def parameters(self) -> None:
         """Adds the accordion of sampling parameters."""
@@ -77,3 +70,19 @@ class Controls:
             pruning,
             conv_mode,
         )
+
+
+def question_box(name: str, placeholder: str) -> gr.Textbox:
+    """Where a question is typed; name: its element id."""
+    return gr.Textbox(
+        label="Question about the image",
+        show_label=False,
+        placeholder=placeholder,
+        scale=8,
+        lines=1,
+        max_lines=4,
+        max_length=4000,
+        elem_id=name,
+        container=False,
+        min_width=120,
+    )

@@ -27,12 +27,14 @@ SENTENCES = {
     "another image or method.",
     "no_model": "There is no model to ask: no worker is registered. Start one, then reload this "
     "page.",
-    "no_image": "Choose an image first: the two methods are compared on it.",
+    "no_image": "Choose an image first: an example, or one of your own.",
     "no_question": "Type a question first.",
     "no_moderation": "The moderation service does not answer, so your text was not sent. Try again "
     "in a while.",
     "bad_image": "This file is not an image that can be used (PNG, JPEG, WebP, GIF or BMP).",
     "bad_option": "A method option is not valid.",
+    "bad_budgets": "The budgets are not valid.",
+    "no_link": "The link names something that this page does not have.",
     "no_method": "This pruning method is not available for {model}.",
     "page_error": "The page failed on this request. The log of the page says more under the "
     "request's number.",

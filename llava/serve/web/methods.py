@@ -1,4 +1,4 @@
-"""The method menu: what a worker offers, and the "pruning" field of a request."""
+"""The methods that a worker offers, and the "pruning" field of a request."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from .failures import Failure
 BUDGET = "visual_token_num"
 #: the budget as a share of an image's tokens, in place of the number
 SHARE = "visual_token_ratio"
+#: what a worker says of a method beside its options
+SAID = ("about", "acts", "trained", "counts", "from_layer")
 
 
 @dataclass(frozen=True)
@@ -19,16 +21,19 @@ class Method:
 
     options: name -> default; reason: why the method cannot be used, None when it can; place: where
     it may stand in a combination of two methods, "first" or "second"
+    about: how it chooses; acts: "nowhere", "before", "inside" or "both", seen from the decoder;
+    counts, from_layer: what its budget is. Workers of older versions do not say these.
     """
 
     name: str
     options: dict = field(default_factory=dict)
     reason: str | None = None
     place: str | None = None
-
-    @property
-    def label(self) -> str:
-        return self.name if self.reason is None else f"{self.name} (not available)"
+    about: str = ""
+    acts: str = ""
+    trained: bool = False
+    counts: str | None = None
+    from_layer: int | None = None
 
     @property
     def budget(self) -> int | None:
@@ -52,7 +57,8 @@ def offered(status: dict) -> dict[str, Method]:
     for entry in status.get("pruning_methods") or []:
         options = entry.get("options") or {}
         reason = None if entry.get("available", True) else entry.get("reason") or "not available"
-        method = Method(str(entry["name"]), dict(options), reason, entry.get("place"))
+        said = {key: entry[key] for key in SAID if entry.get(key) is not None}
+        method = Method(str(entry["name"]), dict(options), reason, entry.get("place"), **said)
         methods[method.name] = method
     return methods
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,19 +20,43 @@ IMPORTANCE = "importance"  # title of the map
 QUALITY = 82  # of the JPEG files in the page
 
 
-def stages(images: list[Image.Image], report: Report) -> list[tuple[str, list[Image.Image]]]:
-    """(title, panels) for every stage of the pruning, the importance map last.
+@dataclass(frozen=True)
+class View:
+    """
+    panels: pictures, one or more for every image
+    kept:   patches that are kept, for every image; empty where the pictures show something else
+    alt:    what the pictures show, for those who do not see them
+    """
+
+    title: str
+    panels: list[Image.Image]
+    kept: list[int]
+    alt: str
+
+
+def stages(images: list[Image.Image], report: Report) -> list[View]:
+    """One for every stage of the pruning, the importance map last.
 
     images: what was sent with the question, in its order
     """
-    views = [("kept before the decoder", _all(images, report, lambda image: image.kept))]
+    views = [_stage("kept before the decoder", images, report, lambda image: image.kept)]
     layers = sorted({layer for image in report.images for layer, _ in image.layers})
     for layer in layers:
-        panels = _all(images, report, lambda image, layer=layer: _patches_at(image, layer))
-        views.append((f"from layer {layer} on", panels))
+        patches = partial(_patches_at, layer=layer)
+        views.append(_stage(f"from layer {layer} on", images, report, patches))
     if any(image.importance for image in report.images):
-        views.append((IMPORTANCE, _importance(images, report)))
+        alt = "importance of the patches to the method, from blue to red"
+        views.append(View(IMPORTANCE, _importance(images, report), [], alt))
     return views
+
+
+def _stage(title: str, images, report: Report, patches_of) -> View:
+    kept = [len(patches_of(image)) for image in report.images]
+    counts = ", ".join(
+        f"{count} of {image.total}" for count, image in zip(kept, report.images, strict=True)
+    )
+    alt = f"{title}: {counts} patches of the image are kept and bright, the others dark"
+    return View(title, _all(images, report, patches_of), kept, alt)
 
 
 def data_uri(image: Image.Image, side: int = PANEL_SIDE) -> str:

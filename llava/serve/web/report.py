@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Report:
     dense_tokens:     visual tokens without pruning
     prefill_seconds:  time until the first token
     kv_bytes, dense_kv_bytes: size of the cache after the prefill, and without pruning
+    data:             all of it as the worker sent it
     """
 
     method: str
@@ -46,6 +47,7 @@ class Report:
     prefill_seconds: float
     kv_bytes: int
     dense_kv_bytes: int
+    data: dict = field(default_factory=dict, repr=False)
 
     @property
     def mean_tokens(self) -> float:
@@ -79,6 +81,7 @@ def read_report(data: dict | None) -> Report | None:
             float(data["prefill_seconds"]),
             int(data["kv_bytes"]),
             int(data["dense_kv_bytes"]),
+            data,
         )
     except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError):
         return None

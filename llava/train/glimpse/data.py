@@ -22,6 +22,7 @@ import numpy as np
 import yaml
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.progress import progress
 
 from ..samples import Findings, is_number, is_unicode, missing_files, read_rows
 
@@ -128,7 +129,7 @@ def read_dataset(entry: dict, img_dir: str, seed: int) -> list[BoxSample]:
     bbox_type = entry.get("bbox_type", "xyxy")
     read = read_conversation if mapper == "cot_bench" else read_line
     samples, findings, empty = [], Findings(path), []
-    for number, row in rows:
+    for number, row in progress(rows, os.path.basename(path), "samples"):
         try:
             sample = read(row, folder, bbox_type)
         except (KeyError, ValueError) as error:

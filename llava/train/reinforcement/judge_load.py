@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from llava.answer_scores import JUDGE_MODEL, judge_question
 from llava.errors import errors_as_messages
 from llava.judge import Judge, JudgeError
+from llava.progress import progress
 
 from .rewards import LOCAL_JUDGE, check_judge, training_judge
 
@@ -46,8 +47,11 @@ def load(judge: Judge, requests: int, items: int, threads: int) -> tuple[list[fl
                 found.append(str(error))
         return found
 
-    with ThreadPoolExecutor(threads) as pool:
-        results = [entry for found in pool.map(one, range(requests)) for entry in found]
+    results: list[float | str] = []
+    with ThreadPoolExecutor(threads) as pool, progress(requests, "judge", "requests") as bar:
+        for found in pool.map(one, range(requests)):
+            results += found
+            bar.update()
     seconds = sorted(entry for entry in results if isinstance(entry, float))
     return seconds, [entry for entry in results if isinstance(entry, str)]
 

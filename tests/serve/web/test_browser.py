@@ -48,14 +48,25 @@ def address(fake, tmp_path_factory):
     blocks.close(verbose=False)
 
 
-class Browser:
-    """One window; every look waits until what it looks for is there."""
+def name_in(line: str) -> str:
+    """The method that a line of a menu is about, "fastv: how it chooses · where it acts"."""
+    return line.partition(" · ")[0].partition(": ")[0]
 
-    def __init__(self, width: int, height: int, phone: bool = False):
+
+class Browser:
+    """One window; every look waits until what it looks for is there.
+
+    downloads: folder for files that the page lets visitors download
+    """
+
+    def __init__(self, width: int, height: int, phone: bool = False, downloads: str = ""):
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
         for flag in (*FLAGS, f"--window-size={width},{height}"):
             options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        if downloads:
+            options.add_experimental_option("prefs", {"download.default_directory": downloads})
         if phone:
             metrics = {"width": width, "height": height, "pixelRatio": 2, "touch": True}
             options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})
@@ -78,6 +89,14 @@ class Browser:
     def until(self, condition, what: str):
         return WebDriverWait(self.driver, SECONDS, 0.05).until(lambda _: condition(), what)
 
+    def tab(self, name: str) -> None:
+        self.driver.find_element(By.XPATH, f"//button[@role='tab'][contains(., '{name}')]").click()
+
+    def errors(self) -> list[str]:
+        """What the console said since the last call that a developer would have to look at."""
+        entries = self.driver.get_log("browser")
+        return [e["message"] for e in entries if e["level"] in ("SEVERE", "WARNING")]
+
     def text(self, selector: str) -> str:
         script = "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText).join()"
         return self.driver.execute_script(script, selector)
@@ -92,7 +111,8 @@ class Browser:
         self.until(lambda: self.chosen("#chat-method") == "vispruner", "the menu of methods")
 
     def chosen(self, selector: str) -> str:
-        return self.find(f"{selector} input").get_attribute("value")
+        """Name of the method that a menu shows."""
+        return name_in(self.find(f"{selector} input").get_attribute("value"))
 
     def choose(self, selector: str, name: str) -> None:
         self.click(f"{selector} input")
@@ -105,7 +125,7 @@ class Browser:
 
     def options(self, name: str) -> list:
         found = self.driver.find_elements(By.CSS_SELECTOR, "ul[role=listbox] li")
-        return [option for option in found if option.get_attribute("aria-label") == name]
+        return [o for o in found if name_in(o.get_attribute("aria-label") or "") == name]
 
     def load_example(self) -> None:
         self.click("#examples button")

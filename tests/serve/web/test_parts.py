@@ -333,19 +333,21 @@ def bright_cells(panel: Image.Image) -> set[int]:
 
 def test_bright_patches_of_the_picture_are_those_of_the_report():
     report = report_of("vispruner", 9)
-    [(_, [panel]), _] = stages([GREY], report)
+    [panel] = stages([GREY], report)[0].panels
     assert bright_cells(panel) == set(report.images[0].kept)
 
 
 def test_every_layer_that_drops_tokens_has_a_picture():
-    views = dict(stages([GREY], report_of("fastv", 12)))
+    views = {view.title: view.panels for view in stages([GREY], report_of("fastv", 12))}
     assert list(views) == ["kept before the decoder", "from layer 2 on"]
     assert len(bright_cells(views["kept before the decoder"][0])) == DENSE
     assert bright_cells(views["from layer 2 on"][0]) == set(range(12))
 
 
 def test_the_map_of_importance_goes_from_blue_to_red():
-    [panel] = dict(stages([GREY], report_of("vispruner", 9)))[IMPORTANCE]
+    view = stages([GREY], report_of("vispruner", 9))[-1]
+    [panel] = view.panels
+    assert view.title == IMPORTANCE
     first, last = np.asarray(panel)[5, 5], np.asarray(panel)[-6, -6]
     assert first[2] > first[0] + 60 and last[0] > last[2] + 60
 
@@ -353,7 +355,8 @@ def test_the_map_of_importance_goes_from_blue_to_red():
 def test_patches_lie_where_the_crop_of_the_report_lies():
     wide = Image.new("RGB", (200, 100), (200, 200, 200))
     images = [{**make_report({"images": ["x"]})["images"][0], "crops": [[0.25, 0, 0.75, 1]]}]
-    [(_, [panel])] = stages([wide], report_of("none", None, images=images))
+    [view] = stages([wide], report_of("none", None, images=images))
+    [panel] = view.panels
     pixels = np.asarray(panel.convert("L"))
     assert pixels[100, 50] < 60 and pixels[100, 510] < 60 and pixels[140, 300] > 120
 

@@ -29,7 +29,7 @@ def compare(browser: Browser, address: str) -> None:
     browser.find("#compare-question textarea")
     browser.click("#compare")
     browser.until(lambda: "dense" in browser.text("#right-panel"), "the right panel")
-    browser.until(lambda: "not measured" not in browser.text("#right-panel"), "the dense time")
+    browser.until(lambda: "measuring" not in browser.text("#right-panel"), "the dense time")
 
 
 def chat(browser: Browser, address: str) -> None:
@@ -38,7 +38,7 @@ def chat(browser: Browser, address: str) -> None:
     browser.load_example()
     browser.click("#send")
     browser.until(lambda: "dense" in browser.text("#insight"), "the report")
-    browser.until(lambda: "not measured" not in browser.text("#insight"), "the dense time")
+    browser.until(lambda: "measuring" not in browser.text("#insight"), "the dense time")
 
 
 PICTURES = {"compare": compare, "chat": chat}

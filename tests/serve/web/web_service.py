@@ -21,13 +21,25 @@ MODEL = "llava-v1.5-fake"
 GRID, LAYERS = 6, 8
 DENSE = GRID * GRID
 METHODS = [
-    {"name": "none", "options": {}, "available": True, "reason": None},
+    {
+        "name": "none",
+        "options": {},
+        "available": True,
+        "reason": None,
+        "about": "all tokens stay",
+        "acts": "nowhere",
+        "trained": False,
+    },
     {
         "name": "vispruner",
         "options": {"visual_token_num": 9, "important_ratio": 0.5, "seed": None},
         "available": True,
         "reason": None,
         "place": "first",
+        "about": "the patches with the most attention",
+        "acts": "before",
+        "trained": False,
+        "counts": "every layer",
     },
     {
         "name": "fastv",
@@ -35,12 +47,32 @@ METHODS = [
         "available": True,
         "reason": None,
         "place": "second",
+        "about": "what the last token looks at",
+        "acts": "inside",
+        "trained": False,
+        "counts": "later layers",
+        "from_layer": 2,
+    },
+    {
+        "name": "glimpseprune",
+        "options": {"visual_token_num": None},
+        "available": True,
+        "reason": None,
+        "place": None,
+        "about": "a learned token decides",
+        "acts": "both",
+        "trained": True,
+        "counts": "at most",
     },
     {
         "name": "twigvlm",
         "options": {"visual_token_num": 12},
         "available": False,
         "reason": "its trained part is missing <b>here</b>.",
+        "about": "a small branch decides",
+        "acts": "inside",
+        "trained": True,
+        "counts": "average",
     },
 ]
 

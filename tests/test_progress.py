@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from llava.eval import progress as bars
+from llava import progress as bars
 
 
 class Terminal(io.StringIO):

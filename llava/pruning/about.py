@@ -1,0 +1,72 @@
+"""What a method's class says of it: how it chooses, where it acts, what its budget counts."""
+
+from __future__ import annotations
+
+import sys
+
+from .base import Pruner
+from .stages import HOOKS, DecoderStage, VisionStage, fills
+
+#: what a budget may count, see `what_budget_counts`
+EVERY_LAYER, AVERAGE, LATER_LAYERS, AT_MOST = "every layer", "average", "later layers", "at most"
+SLACK = 0.05  # share by which an average may miss the budget, as layers are whole
+
+
+def sentence_about(method: type[Pruner]) -> str:
+    """The first sentence of a method's file, "NAME: how it chooses"; of a file that says nothing
+    the name of its class."""
+    if method is Pruner:
+        return "None: plain LLaVA, all visual tokens stay."
+    if not (text := sys.modules[method.__module__].__doc__):
+        return f"{method.name}: {method.__module__}.{method.__qualname__}"
+    paragraph = " ".join(text.strip().split("\n\n")[0].split())
+    return paragraph.partition(". ")[0].rstrip(".") + "."
+
+
+def how_it_chooses(method: type[Pruner]) -> str:
+    """`sentence_about` without the name and the full stop."""
+    sentence = sentence_about(method)
+    return (sentence.partition(": ")[2] or sentence).rstrip(".")
+
+
+def acts(method: type[Pruner], stage: type) -> bool:
+    """Whether a method does anything in a stage."""
+    return issubclass(method, stage) and fills(method, stage, *HOOKS[stage])
+
+
+def where_it_acts(method: type[Pruner]) -> str:
+    """Seen from the decoder: "before", "inside", "both" or "nowhere"."""
+    before, inside = acts(method, VisionStage), acts(method, DecoderStage)
+    return {(True, False): "before", (False, True): "inside", (True, True): "both"}.get(
+        (before, inside), "nowhere"
+    )
+
+
+def is_trained(method: type[Pruner]) -> bool:
+    """Whether a method has a part of its own that was trained."""
+    return method.part_folders is not Pruner.part_folders
+
+
+def what_budget_counts(
+    pruner: Pruner, num_patches: int, num_layers: int
+) -> tuple[str, int | None] | None:
+    """What the `visual_token_num` of a method means on a decoder of `num_layers` layers for an
+    image of `num_patches` tokens.
+
+    (EVERY_LAYER, None):  tokens in all layers
+    (LATER_LAYERS, K):    tokens from layer K on; earlier layers see more
+    (AVERAGE, None):      tokens on average over the layers
+    (AT_MOST, None):      what an image may keep at most; how many it keeps, the method decides
+    None:                 none of these
+    """
+    if pruner.adaptive:
+        return AT_MOST, None
+    budget = pruner.visual_token_num
+    tokens = pruner.token_schedule(num_patches, num_layers)
+    if set(tokens) == {budget}:
+        return EVERY_LAYER, None
+    if tokens[-1] == budget:
+        return LATER_LAYERS, tokens.index(budget)
+    if abs(sum(tokens) / num_layers - budget) <= SLACK * budget:
+        return AVERAGE, None
+    return None
