@@ -274,5 +274,5 @@ def test_a_bare_checkpoint_folder_loads(tmp_path, monkeypatch, weights):
 def test_a_next_checkpoint_of_any_name_keeps_its_newline(tmp_path):
     folder = copy_of(NEXT, tmp_path / "attempt", weights=True)
     model = load(folder, name="attempt")[1]
-    saved = load_file(NEXT / "model.safetensors")["model.image_newline"]
+    saved = load_file(NEXT / "model-00002-of-00002.safetensors")["model.image_newline"]
     assert torch.equal(model.model.image_newline, saved)

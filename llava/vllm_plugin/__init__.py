@@ -9,11 +9,17 @@ Of the rest of `llava` only what needs torch alone is used here, as vLLM wants a
 than the other rooms. `docs/Serving.md` says which methods can go this way.
 """
 
-ARCHITECTURE = "LlavaForConditionalGeneration"
+#: architecture -> the class that takes the place of vLLM's
+CLASSES = {
+    "LlavaForConditionalGeneration": "llava.vllm_plugin.model:PrunableLlava",
+    "LlavaNextForConditionalGeneration": "llava.vllm_plugin.refusal:UnprunedLlavaNext",
+    "Qwen2_5_VLForConditionalGeneration": "llava.vllm_plugin.refusal:UnprunedQwen25VL",
+}
 
 
 def register() -> None:
-    """Puts our class in place of vLLM's for LLaVA; called by vLLM in each of its processes."""
+    """Puts our classes in place of vLLM's; called by vLLM in each of its processes."""
     from vllm import ModelRegistry
 
-    ModelRegistry.register_model(ARCHITECTURE, "llava.vllm_plugin.model:PrunableLlava")
+    for architecture, place in CLASSES.items():
+        ModelRegistry.register_model(architecture, place)

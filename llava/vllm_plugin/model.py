@@ -7,10 +7,8 @@ from vllm.model_executor.models import llava as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ..image_io import resized_square
-from .plan import PruningPlan, plan_of, prune
+from .plan import OVERRIDE, PruningPlan, plan_of, prune
 from .tower import TowerShape, tower_tokens
-
-OVERRIDE = "pruning"
 
 
 def plan_for(config) -> PruningPlan | None:

@@ -19,6 +19,7 @@ from ..pruning.stages import VisionStage, fills
 from ..pruning.tokens import MERGED, ImageTokens, VisionTokens
 from .tower import TowerShape
 
+OVERRIDE = "pruning"
 METHOD = "method"
 #: seeds of the made-up images that a method is tried with; None: one without any contrast
 TRIALS = (0, 1, 2, None)
@@ -35,6 +36,16 @@ class PruningPlan:
 
     pruner: Pruner
     count: int
+
+
+def check_unpruned(config) -> None:
+    """Raises ValueError where the config of a model that is never pruned holds the override."""
+    if getattr(config, OVERRIDE, None) is not None:
+        kind = getattr(config, "model_type", type(config).__name__)
+        raise ValueError(
+            f"the override {OVERRIDE!r} prunes LLaVA-1.5 alone, and this model is {kind}: leave it "
+            "out, or let llava prune and vLLM run the language model (docs/Serving.md)"
+        )
 
 
 def plan_of(values: object, shape: TowerShape, num_layers: int) -> PruningPlan | None:

@@ -21,7 +21,7 @@ def copy_of(source: Path, folder: Path, weights: bool = False, **config) -> Path
     """A checkpoint in `folder` with other config values, and no weights unless asked for."""
     folder.mkdir(exist_ok=True, parents=True)
     for path in source.iterdir():
-        if weights or path.suffix != ".safetensors":
+        if weights or ".safetensors" not in path.name:
             shutil.copyfile(path, folder / path.name)
     values = json.loads((folder / "config.json").read_text())
     values |= {"mm_vision_tower": str(TOWER), **config}

@@ -20,7 +20,7 @@ def main(job: dict) -> dict:
         hf_overrides=job["overrides"],
         dtype="float32",
         enforce_eager=True,
-        max_model_len=2048,
+        max_model_len=4096,
         max_num_seqs=8,
         limit_mm_per_prompt={"image": 2},
         seed=0,

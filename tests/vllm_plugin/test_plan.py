@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from llava.pruning import build_pruner
-from llava.vllm_plugin import ARCHITECTURE, register
-from llava.vllm_plugin.plan import plan_of, prune
+from llava.vllm_plugin import CLASSES, register
+from llava.vllm_plugin.plan import check_unpruned, plan_of, prune
 from llava.vllm_plugin.tower import TowerShape, tower_tokens
 from tests.model.checkpoint_tools import CHECKPOINT, load
 
@@ -148,10 +148,19 @@ def test_patches_with_the_class_token_among_them_are_refused(model):
         plan_of({"method": "vispruner", "visual_token_num": 64}, shape, 4)
 
 
-def test_vllm_is_given_the_class_by_name_alone(monkeypatch):
+def test_vllm_is_given_the_classes_by_name_alone(monkeypatch):
     """So that a process which serves another model imports nothing of it."""
     given, module = {}, ModuleType("vllm")
     module.ModelRegistry = SimpleNamespace(register_model=given.__setitem__)
     monkeypatch.setitem(sys.modules, "vllm", module)
     register()
-    assert given == {ARCHITECTURE: "llava.vllm_plugin.model:PrunableLlava"}
+    assert given == CLASSES and "LlavaForConditionalGeneration" in given
+    assert not [name for name in sys.modules if name.startswith("llava.vllm_plugin.model")]
+
+
+def test_a_model_that_is_never_pruned_refuses_the_override():
+    config = SimpleNamespace(model_type="llava_next")
+    check_unpruned(config)
+    config.pruning = {"method": "vispruner"}
+    with pytest.raises(ValueError, match=r"prunes LLaVA-1.5 alone, and this model is llava_next"):
+        check_unpruned(config)

@@ -104,12 +104,26 @@ def test_answers_are_ours_token_by_token(front, folder, installed, tmp_path, met
     assert found["lengths"] == lengths
 
 
+def test_a_model_that_it_does_not_prune_ends_the_start_with_the_reason(installed, tmp_path):
+    export(str(GOLDEN / "tiny-llava-v1.6"), str(tmp_path / "next-hf"), "llava-hf")
+    overrides = {"pruning": {"method": "vispruner", "visual_token_num": 64}}
+    job = {"model": str(tmp_path / "next-hf"), "prompts": [], "num_new": 1, "overrides": overrides}
+    done = run(job, installed, tmp_path)
+    said = done.stdout + done.stderr  # its engine is a process of its own
+    assert done.returncode and "prunes LLaVA-1.5 alone, and this model is llava_next" in said
+
+
 def answered(job, installed, tmp_path) -> dict:
-    """What vLLM makes of a job, in its own environment."""
+    """What vLLM makes of a job."""
+    done = run(job, installed, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((tmp_path / "answers.json").read_text())
+
+
+def run(job, installed, tmp_path) -> subprocess.CompletedProcess:
+    """A job given to vLLM in its own environment."""
     (tmp_path / "job.json").write_text(json.dumps(job))
     script = ROOT / "tests/vllm_plugin/answer.py"
     command = [os.environ["VLLM_PYTHON"], script, "job.json", "answers.json"]
     options = {"capture_output": True, "encoding": "utf-8", "timeout": 1800}
-    done = subprocess.run(command, cwd=tmp_path, env=vllm_environment(installed), **options)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((tmp_path / "answers.json").read_text())
+    return subprocess.run(command, cwd=tmp_path, env=vllm_environment(installed), **options)

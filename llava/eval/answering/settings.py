@@ -15,7 +15,7 @@ HARMLESS = frozenset(
     "model_path model_name question_file image_folder answers_file data_dir out overwrite "
     "num_chunks chunk_idx limit batch_size workers reuse device skip_bad follow answer_prompter "
     "methods tokens tasks pruning_method visual_token_num pruning_arg pruner "
-    "timed_prompts published page compile "
+    "timed_prompts published page highlight compile "
     "engine_url allow_engine engine_key_file engine_requests".split()
 )
 #: options that other records cover, in a more exact form

@@ -77,6 +77,26 @@ class Comparison:
     def as_dict(self) -> dict:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: dict) -> Comparison:
+        """From what `as_dict` made, numbers rounded or not. Raises ValueError on another form."""
+        try:
+            rows = [_row_from(row) for row in values["rows"]]
+            return cls(values["settings"], rows, values["missing"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"this is no comparison: {error!r}") from None
+
+
+def _row_from(values: dict) -> Row:
+    cells = {name: _cell_from(cell) for name, cell in values["cells"].items()}
+    own = {"budget": Budget(**values["budget"]), "cells": cells, "cost": Cost(**values["cost"])}
+    return Row(**(values | own))
+
+
+def _cell_from(values: dict) -> Cell:
+    hard = values["hard"]
+    return Cell(**(values | {"hard": None if hard is None else HardCell(**hard)}))
+
 
 def compare_runs(
     runs: list[Run],

@@ -1,11 +1,13 @@
 """Score against what it costs: one line per method, one picture per kind of cost.
 
+The methods that matter most are drawn in colour with their names beside them, the others in grey.
 A filled point differs significantly from the unpruned score, an open one does not.
 """
 
 from __future__ import annotations
 
-from itertools import cycle
+from collections.abc import Sequence
+from statistics import mean
 
 from llava.eval.compare.comparison import AVERAGE, Comparison, Row
 from llava.eval.compare.scores import DENSE
@@ -13,13 +15,17 @@ from llava.eval.compare.suite_report import mark_points
 from llava.eval.plotting import import_pyplot
 from llava.eval.scoring.bootstrap import is_significant
 
-MARKERS = "osD^vP*X<>phH8d"
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by everybody
+MARKERS = "osD^v"
+GREY = "0.72"
 NOTE = "filled: significantly other than unpruned; open: not"
 LABELS = {
     "tokens": "visual tokens per decoder layer (average)",
     "flops": "operations of the prefill, of the unpruned model's",
     "time": "time to the first token, of the unpruned model's",
 }
+#: letters of a line of the names below the plot
+NAMES_WIDTH = 150
 
 
 def place(row: Row, dense: Row, axis: str) -> float:
@@ -31,52 +37,117 @@ def place(row: Row, dense: Row, axis: str) -> float:
     return row.cost.seconds / dense.cost.seconds
 
 
-def plot(comparison: Comparison, axis: str, path: str) -> None:
+def leaders(comparison: Comparison, axis: str) -> list[str]:
+    """The methods to be drawn in colour, as many as there are colours: those of which most runs
+    are better than all that cost less, then those that are best on average."""
+    rows = [row for row in comparison.rows if row.method != DENSE]
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        scores.setdefault(row.method, []).append(row.cells[AVERAGE].percent)
+    wins, best = dict.fromkeys(scores, 0), float("-inf")
+    key = lambda row: (place(row, comparison.dense, axis), -row.cells[AVERAGE].percent)  # noqa: E731
+    for row in sorted(rows, key=key):
+        if row.cells[AVERAGE].percent > best:
+            best = row.cells[AVERAGE].percent
+            wins[row.method] += 1
+    return sorted(wins, key=lambda name: (-wins[name], -mean(scores[name])))[: len(COLORS)]
+
+
+def plot(
+    comparison: Comparison, axis: str, path: str, highlight: Sequence[str] | None = None
+) -> None:
     """Draws the averages over `axis` ("tokens", "flops" or "time"): all methods left, and every
-    benchmark small. The bar on the right is the interval of the unpruned score."""
+    benchmark small. The bar is the interval of the unpruned score.
+
+    highlight: the methods in colour, five at most; None: `leaders`
+    """
     pyplot = import_pyplot()
     tasks = comparison.tasks
+    shown = leaders(comparison, axis) if highlight is None else list(highlight)[: len(COLORS)]
     columns = max(1, -(-len(tasks) // 3))
-    figure = pyplot.figure(figsize=(7 + 2.4 * columns, 7.2), layout="constrained")
+    figure = pyplot.figure(figsize=(8 + 2.6 * columns, 8), layout="constrained")
     grid = figure.add_gridspec(3, columns + 3)
     large = figure.add_subplot(grid[:, :3])
-    _panel(large, comparison, AVERAGE, axis, large=True)
+    _panel(large, comparison, AVERAGE, axis, shown, large=True)
     large.set(xlabel=LABELS[axis], ylabel="score (% of maximum)")
     for number, task in enumerate(tasks):
         axes = figure.add_subplot(grid[number % 3, 3 + number // 3])
-        _panel(axes, comparison, task, axis)
-        axes.tick_params(labelsize=7)
-    handles, labels = large.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=7, frameon=False, fontsize="small"
-    )
-    figure.text(0.99, 0.005, NOTE, ha="right", fontsize="x-small", color="0.4")
+        _panel(axes, comparison, task, axis, shown)
+        axes.tick_params(labelsize=9)
+    others = [name for name in _methods(comparison) if name not in shown]
+    text = f"{NOTE}; dashed: unpruned" + (f"; grey: {', '.join(others)}" if others else "")
+    figure.supxlabel(_wrapped(text), fontsize=8, color="0.35")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
-def _panel(axes, comparison: Comparison, task: str, axis: str, large: bool = False) -> None:
+def _wrapped(text: str) -> str:
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) > NAMES_WIDTH:
+            lines.append("")
+        lines[-1] += f"{word} "
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _methods(comparison: Comparison) -> list[str]:
+    return list(dict.fromkeys(row.method for row in comparison.rows if row.method != DENSE))
+
+
+def _panel(
+    axes, comparison: Comparison, task: str, axis: str, shown: Sequence[str], large: bool = False
+) -> None:
     dense = comparison.dense
     full = dense.cells[task]
-    axes.axhline(full.percent, color="0.5", linestyle="--", linewidth=1, label="unpruned")
+    axes.axhline(full.percent, color="0.4", linestyle="--", linewidth=1)
     if full.range is not None:
         axes.axhspan(*full.range, color="0.5", alpha=0.12, linewidth=0)
-    methods = dict.fromkeys(row.method for row in comparison.rows if row.method != DENSE)
-    colors = import_pyplot().get_cmap("tab20").colors
-    for method, color, marker in zip(methods, cycle(colors), cycle(MARKERS), strict=False):
+    size, width = (6, 1.8) if large else (4, 1.3)
+    labels = []
+    for method in sorted(_methods(comparison), key=lambda name: name in shown):
         rows = [row for row in comparison.rows if row.method == method]
         cells = [(place(row, dense, axis), row.cells[task]) for row in rows]
         points = sorted((x, c.percent, is_significant(c.change_range)) for x, c in cells)
-        size, width = (6, 1.3) if large else (3, 0.8)
         xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
-        # Drawn as the legend shows it, under the points that say what is significant.
-        axes.plot(xs, ys, color=color, marker=marker, ms=size, linewidth=width, label=method)
+        if method not in shown:
+            axes.plot(xs, ys, color=GREY, marker=".", ms=size / 2, linewidth=width / 2, zorder=1.5)
+            continue
+        number = shown.index(method)
+        color, marker = COLORS[number], MARKERS[number]
+        axes.plot(xs, ys, color=color, linewidth=width, label=method)
         mark_points(axes, points, color, marker, size)
+        labels.append((ys[0], xs[0], method, color))
     if axis == "tokens":
         axes.set_xscale("log", base=2)
         ticks = {row.budget.of(dense.visual_tokens): row.budget.label for row in comparison.rows}
         axes.set_xticks(list(ticks), labels=ticks.values())
         axes.minorticks_off()
-    axes.set_title(task, fontsize=11 if large else 9)
+    if large:
+        _name_lines(axes, labels)
+    axes.set_title(task, fontsize=12 if large else 11)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _name_lines(axes, labels: list[tuple[float, float, str, str]]) -> None:
+    """Writes the names of lines left of where they begin, none over another."""
+    low, high = axes.get_ylim()
+    left, right = axes.get_xlim()
+    if axes.get_xscale() == "log":
+        left /= (right / left) ** 0.25
+    else:
+        left -= (right - left) * 0.25
+    axes.set_xlim(left, right)
+    step, free = (high - low) / 28, float("inf")
+    for y, x, name, color in sorted(labels, reverse=True):
+        free = min(y, free - step)
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(left, free),
+            textcoords="data",
+            color=color,
+            fontweight="bold",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.35, "linewidth": 0.8},
+        )

@@ -3,7 +3,8 @@ agreement with the unpruned answers, and what every setting costs.
 
     python -m llava.eval.compare --tokens 192 128 64 32 --limit 100
     python -m llava.eval.compare --methods nuwa vispruner --tasks refcoco --published
-    python -m llava.eval.compare --page docs/Results.md      (and pictures into images/)
+    python -m llava.eval.compare --page docs/Results.md      (pictures into images/, numbers
+                                                              into docs/results/)
 
 Answers come from `llava.eval.compare.suite` (same options, resumable, several processes). On top of
 its scores.json the folder gets compare.json, compare.csv, compare.md and three plots: score over
@@ -17,9 +18,10 @@ import json
 import os
 import shlex
 import sys
+from pathlib import Path
 
 from llava.errors import errors_as_messages
-from llava.eval.compare import suite
+from llava.eval.compare import gallery, suite
 from llava.eval.compare.budget import Budget
 from llava.eval.compare.comparison import Comparison, compare_runs
 from llava.eval.compare.costs import measure_costs, sample_prompts
@@ -51,10 +53,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="put the literature's numbers for this model beside ours (default: that of the "
         "family: llava-1.5-7b, qwen2.5-vl-7b)",
     )
-    group.add_argument("--page", metavar="FILE", help="also write the results as a page of docs/")
+    group.add_argument(
+        "--page",
+        metavar="FILE",
+        help="also write the results as a page of docs/, its pictures, and its numbers for the "
+        "page of all results (llava.eval.compare.gallery)",
+    )
+    group.add_argument(
+        "--highlight",
+        nargs="+",
+        metavar="METHOD",
+        help="methods drawn in colour, five at most (default: those that are best at their cost)",
+    )
     args = suite.parse_suite_args(parser, argv)
     if args.timed_prompts < 1:
         parser.error("--timed-prompts must be at least 1")
+    if unknown := [name for name in args.highlight or () if name not in args.methods]:
+        parser.error(f"--highlight {unknown[0]}: --methods has {', '.join(args.methods)}")
     return args
 
 
@@ -72,14 +87,16 @@ def write(comparison: Comparison, args: argparse.Namespace, command: str) -> Non
         text += "\n" + published_table(comparison, read_published(), args.published)
     save("compare.md", text)
     for axis in AXES:
-        plot(comparison, axis, os.path.join(args.out, f"{axis}.png"))
+        plot(comparison, axis, os.path.join(args.out, f"{axis}.png"), args.highlight)
     if args.page:
-        pictures = os.path.join(os.path.dirname(args.page) or ".", os.pardir, "images")
+        docs = os.path.dirname(args.page) or "."
+        gallery.save(comparison, Path(docs) / "results")
+        pictures = os.path.join(docs, os.pardir, "images")
         os.makedirs(pictures, exist_ok=True)
         stem = os.path.splitext(os.path.basename(args.page))[0].lower()
         names = {axis: f"{stem}_{axis}.png" for axis in AXES}
         for axis, name in names.items():
-            plot(comparison, axis, os.path.join(pictures, name))
+            plot(comparison, axis, os.path.join(pictures, name), args.highlight)
         whole = page(text, names, command, args.model_name) + by_hand(args.page)
         with open(args.page, "w", encoding="utf-8") as file:
             file.write(whole)

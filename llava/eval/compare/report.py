@@ -9,6 +9,7 @@ import os
 from llava.eval.compare.budget import Budget
 from llava.eval.compare.cells import bold, in_brackets
 from llava.eval.compare.comparison import AVERAGE, Cell, Comparison, Row
+from llava.eval.compare.groups import by_cost
 from llava.eval.compare.hard import HardCell
 from llava.eval.compare.scores import DENSE
 from llava.eval.markdown import table
@@ -55,7 +56,8 @@ def _plain(value) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    """Averages and costs per budget, then every benchmark, then what was not run."""
+    """Averages and costs of runs that cost about the same, then every benchmark, then the hard
+    questions of every budget, then what was not run."""
     dense = comparison.dense
     cell = dense.cells[AVERAGE]
     settings = comparison.settings
@@ -67,7 +69,8 @@ def markdown(comparison: Comparison) -> str:
         "their questions; the change is paired with the unpruned answers to the same questions. "
         "Bold: the change is significant, its interval leaves out 0. Same: answers that are those "
         "of the unpruned model. Kept: visual tokens per decoder layer, on average over layers and "
-        "questions.",
+        "questions; the tables group runs by it, since the budget that was asked for means "
+        "something else to every method.",
         "",
         f"Unpruned: {cell.percent:.1f} {in_brackets(cell.range)}, {dense.visual_tokens:.0f} "
         f"{each}, KV cache {dense.cost.kv_bytes / 1e6:.2f} MB, "
@@ -75,12 +78,12 @@ def markdown(comparison: Comparison) -> str:
     ]
     if any(row.cells[AVERAGE].failed for row in comparison.rows):
         lines += ["", *_failed_table(comparison)]
-    for budget in _budgets(comparison):
-        rows = _ranked(comparison, budget)
-        lines += ["", f"**{budget.title}**", "", _average_table(rows, dense)]
-    for budget in _budgets(comparison):
-        rows = _ranked(comparison, budget)
-        lines += ["", f"**{budget.title}, by benchmark**", "", _task_table(rows, comparison)]
+    groups = by_cost(comparison)
+    for group in groups:
+        lines += ["", f"**{_capital(group.title)}**", "", _average_table(group.rows, dense)]
+    for group in groups:
+        title = f"**By benchmark, {group.title}**"
+        lines += ["", title, "", _task_table(group.rows, comparison)]
     for budget in _budgets(comparison):
         lines += _hard_table(_ranked(comparison, budget), comparison.tasks)
     if comparison.missing:
@@ -98,9 +101,13 @@ def _ranked(comparison: Comparison, budget: Budget) -> list[Row]:
     return sorted(rows, key=lambda row: -row.cells[AVERAGE].percent)
 
 
+def _capital(title: str) -> str:
+    return title[0].upper() + title[1:]
+
+
 def _average_table(rows: list[Row], dense: Row) -> str:
-    head = ["method", "average", "change", "same, %", "kept", "KV, MB", "GFLOP", "/ unpruned"]
-    head += ["first token, ms", "/ unpruned", "answers/s"]
+    head = ["method", "asked for", "average", "change", "same, %", "kept", "KV, MB", "GFLOP"]
+    head += ["/ unpruned", "first token, ms", "/ unpruned", "answers/s"]
     return table(head, [_average_cells(row, dense) for row in rows], "lr")
 
 
@@ -108,6 +115,7 @@ def _average_cells(row: Row, dense: Row) -> list[str]:
     cell, cost, rate = row.cells[AVERAGE], row.cost, row.answers_per_second
     return [
         _name(row),
+        row.budget.label,
         f"{cell.percent:.1f} {in_brackets(cell.range)}",
         _change(cell),
         f"{cell.loyalty:.1f}",
@@ -124,10 +132,10 @@ def _average_cells(row: Row, dense: Row) -> list[str]:
 def _task_table(rows: list[Row], comparison: Comparison) -> str:
     tasks = comparison.tasks
     lines = [
-        [_name(row), *(_task_cell(row.cells[task]) for task in tasks)]
+        [_name(row), row.budget.label, *(_task_cell(row.cells[task]) for task in tasks)]
         for row in [comparison.dense, *rows]
     ]
-    return table(["method", *tasks], lines, "lr")
+    return table(["method", "asked for", *tasks], lines, "lr")
 
 
 def _hard_table(rows: list[Row], tasks: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava.eval.answering.loop import AnswerLoop
-from llava.eval.compare import program
+from llava.eval.compare import gallery, program
 from tests.eval import mini_benchmark
 from tests.paths import GOLDEN
 
@@ -75,8 +75,10 @@ def test_tables_files_and_plots_name_the_budgets(finished):
     folder, comparison = finished
     text = (folder / "out" / "compare.md").read_text()
     assert "17 visual tokens per question on average" in text
-    for title in ("**25 % of the tokens**", "**100 tokens**", "**8 tokens, by benchmark**"):
+    for title in ("**8 to 17 visual tokens per layer**", "**By benchmark, 4 to 8 visual tokens"):
         assert title in text
+    for budget in ("25 %", "100", "8"):
+        assert f"| `random` | {budget} | " in text
     assert "`cdpruner` was not run at 25 %, 100, 8: cdpruner needs 'text_tower'" in text
     assert "The literature on qwen2.5-vl-7b has no number for these runs." in text
     with open(folder / "out" / "compare.csv", newline="") as file:
@@ -92,6 +94,9 @@ def test_tables_files_and_plots_name_the_budgets(finished):
     for axis in program.AXES:
         assert f"(../images/second_{axis}.png)" in page
         assert (folder / "images" / f"second_{axis}.png").stat().st_size > 5000
+    (saved,) = gallery.read(folder / "docs" / "results")
+    assert saved.settings["model_name"] == MODEL.name
+    assert len(saved.rows) == len(comparison["rows"])
 
 
 def test_a_comparison_goes_on_with_the_answers_it_has(finished, data, monkeypatch):

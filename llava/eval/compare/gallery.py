@@ -1,0 +1,156 @@
+"""All published comparisons on one page: every method on every family at every budget.
+
+python -m llava.eval.compare.gallery [--results docs/results] [--page docs/Results_gallery.md]
+
+`llava.eval.compare --page` leaves its numbers in `results/` beside the page; this program puts what
+lies there side by side. It measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from llava.errors import errors_as_messages
+from llava.eval.compare.cells import bold, in_brackets
+from llava.eval.compare.comparison import AVERAGE, Comparison, Row
+from llava.eval.compare.scores import DENSE
+from llava.eval.markdown import table
+from llava.model_args import add_option
+
+RESULTS, PAGE = Path("docs/results"), Path("docs/Results_gallery.md")
+#: decimals that are kept of percentages, tokens and seconds
+DECIMALS = 4
+ABSENT = "–"
+COLUMNS = ("kept", "change", "hard questions", "same, %")
+
+
+def save(comparison: Comparison, folder: Path) -> Path:
+    """Writes the numbers of a comparison into the folder of results, named after the model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{comparison.settings['model_name']}.json"
+    lines = (json.dumps(row) for row in _rounded(comparison.as_dict()["rows"]))
+    about = {"settings": comparison.settings, "missing": comparison.missing}
+    head = json.dumps(about, indent=1)[:-2]
+    rows = ",\n".join(lines)
+    path.write_text(f'{head},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
+    return path
+
+
+def _rounded(values):
+    if isinstance(values, float):
+        return round(values, DECIMALS)
+    if isinstance(values, dict):
+        return {name: _rounded(value) for name, value in values.items()}
+    return [_rounded(value) for value in values] if isinstance(values, list | tuple) else values
+
+
+def read(folder: Path) -> list[Comparison]:
+    """The comparisons of a folder, by the names of their models. Raises ValueError where there are
+    none, or a file holds something else."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found.append(Comparison.from_dict(json.loads(path.read_text(encoding="utf-8"))))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    if not found:
+        raise ValueError(
+            f"{folder} holds no results (*.json); llava.eval.compare --page writes them"
+        )
+    return found
+
+
+def share(row: Row, comparison: Comparison) -> float:
+    """The budget that was asked for, as a share of the unpruned model's tokens, in percent."""
+    whole = comparison.dense.visual_tokens
+    return round(100 * min(row.budget.of(whole) / whole, 1), 1)
+
+
+def gallery(comparisons: list[Comparison]) -> str:
+    """The page."""
+    lines = [
+        "# All results side by side",
+        "",
+        "Written by `python -m llava.eval.compare.gallery` from `docs/results/*.json`, the numbers "
+        "behind the pages of single models, which say how they were measured. A row is a method, "
+        "a group of columns a model of the playground; the tables differ in the share of visual "
+        "tokens that was asked for. **Kept** is what a method has left per decoder layer on "
+        "average, in percent of the unpruned model's tokens: where it is above the share, the "
+        "method costs more than its label says. **Change**: the score minus that of the unpruned "
+        "model, averaged over the benchmarks, with its 95 % interval; bold where that leaves out "
+        "0. **Hard questions**: the change on those that smaller images of the same cost get "
+        "wrong. **Same** (loyalty): answers that are letter for letter the unpruned model's. "
+        "Sorted by the mean of the changes.",
+    ]
+    for own in comparisons:
+        dense = own.dense.cells[AVERAGE]
+        lines += [
+            "",
+            f"- `{own.settings['model_name']}`: {dense.count} questions, unpruned "
+            f"{dense.percent:.1f} {in_brackets(dense.range)}",
+        ]
+    for part in sorted({share(row, own) for own in comparisons for row in _pruned(own)})[::-1]:
+        lines += ["", f"## {part:g} % of the tokens", "", _table(comparisons, part)]
+    return "\n".join(lines) + "\n"
+
+
+def _pruned(comparison: Comparison) -> Iterable[Row]:
+    return (row for row in comparison.rows if row.method != DENSE)
+
+
+def _table(comparisons: list[Comparison], part: float) -> str:
+    by_model = [
+        {row.method: row for row in _pruned(own) if share(row, own) == part} for own in comparisons
+    ]
+    present = [(own, rows) for own, rows in zip(comparisons, by_model, strict=True) if rows]
+    methods = dict.fromkeys(name for _, rows in present for name in rows)
+    head = ["method"]
+    for own, _ in present:
+        head += [f"{own.settings['model_name']}: {COLUMNS[0]}, %", *COLUMNS[1:]]
+    lines = [
+        [f"`{name}`", *(cell for own, rows in present for cell in _cells(rows.get(name), own))]
+        for name in sorted(methods, key=lambda name: -_mean_change(name, present))
+    ]
+    return table(head, lines, "lr")
+
+
+def _mean_change(method: str, present: list[tuple[Comparison, dict[str, Row]]]) -> float:
+    changes = [rows[method].cells[AVERAGE].change for _, rows in present if method in rows]
+    return sum(changes) / len(changes)
+
+
+def _cells(row: Row | None, comparison: Comparison) -> list[str]:
+    if row is None:
+        return [ABSENT] * len(COLUMNS)
+    cell, hard = row.cells[AVERAGE], row.cells[AVERAGE].hard
+    change = f"{cell.change:+.1f} {in_brackets(cell.change_range, '+')}".strip()
+    return [
+        f"{100 * row.visual_tokens / comparison.dense.visual_tokens:.1f}",
+        bold(change, cell.change_range),
+        ABSENT if hard is None else bold(f"{hard.change:+.1f}", hard.change_range),
+        f"{cell.loyalty:.1f}",
+    ]
+
+
+@errors_as_messages()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.eval.compare.gallery",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_option(parser, "--results", metavar="DIR", default=str(RESULTS), help="folder of *.json")
+    add_option(parser, "--page", metavar="FILE", default=str(PAGE), help="what to write")
+    args = parser.parse_args(argv)
+    text = gallery(read(Path(args.results)))
+    os.makedirs(os.path.dirname(args.page) or ".", exist_ok=True)
+    Path(args.page).write_text(text, encoding="utf-8")
+    print(f"written: {args.page}")
+
+
+if __name__ == "__main__":
+    main()

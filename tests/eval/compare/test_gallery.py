@@ -1,0 +1,106 @@
+"""Runs grouped by cost, the methods that a plot shows in colour, and the page of all results."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from llava.eval.compare import gallery
+from llava.eval.compare.budget import Budget
+from llava.eval.compare.comparison import AVERAGE, Cell, Comparison, Row
+from llava.eval.compare.costs import Cost
+from llava.eval.compare.groups import by_cost
+from llava.eval.compare.hard import HardCell
+from llava.eval.compare.plot import COLORS, leaders
+from llava.eval.compare.scores import DENSE
+
+
+def row(method: str, label: int | None, kept: float, percent: float) -> Row:
+    change = percent - 90
+    hard = HardCell(percent / 2, 2 * change, (2 * change - 1, 2 * change + 1), 12)
+    whole = (percent - 1, percent + 1)
+    cell = Cell(percent, whole, change, (change - 1.5, change + 1.5), 80.123456789, 40, hard=hard)
+    cost = Cost(kept, kept, 1e4 * kept, 1e9 * kept, 0.001 * kept)
+    return Row(method, Budget(tokens=label), {AVERAGE: cell, "pope": cell}, cost, kept, None)
+
+
+def comparison(name: str = "small", *rows: Row) -> Comparison:
+    return Comparison({"model_name": name}, [row(DENSE, 576, 576, 90), *rows], ["- not run: one"])
+
+
+def test_runs_are_grouped_by_the_tokens_they_have_and_not_by_their_label():
+    found = by_cost(
+        comparison(
+            "small",
+            row("first", 64, 64, 80),
+            row("second", 64, 149, 85),
+            row("third", 192, 149, 87),
+            row("rounded", 64, 73, 70),
+        )
+    )
+    assert [[own.method for own in group.rows] for group in found] == [
+        ["third", "second"],
+        ["first", "rounded"],
+    ]
+    assert [group.title for group in found] == [
+        "144 to 288 visual tokens per layer",
+        "36 to 72 visual tokens per layer",
+    ]
+
+
+def test_a_run_that_keeps_more_than_the_unpruned_average_is_in_the_largest_group():
+    (group,) = by_cost(comparison("small", row("first", 575, 600, 80)))
+    assert group.most == 576 and len(group.rows) == 1
+
+
+def test_the_methods_in_colour_are_those_that_nothing_cheaper_beats():
+    best = [row("best", 64, 64, 85), row("best", 192, 192, 89)]
+    dear = [row("dear", 64, 400, 88.5)]
+    others = [row(f"other{n}", 64, 64, 60 + n) for n in range(6)]
+    found = leaders(comparison("small", *others, *dear, *best), "tokens")
+    assert len(found) == len(COLORS)
+    assert found[:2] == ["best", "dear"] and "other0" not in found and "other5" in found
+
+
+def test_results_are_read_as_they_were_saved(tmp_path):
+    own = comparison("small", row("first", 64, 64.123456, 80))
+    path = gallery.save(own, tmp_path / "results")
+    assert path.name == "small.json"
+    (again,) = gallery.read(tmp_path / "results")
+    assert again.missing == own.missing and again.settings == own.settings
+    kept = again.rows[1]
+    assert kept.visual_tokens == pytest.approx(64.123456, abs=1e-4)
+    assert kept.budget == Budget(tokens=64) and kept.cells["pope"].hard.count == 12
+    assert replace(kept, cells={}, visual_tokens=0.0).method == "first"
+
+
+def test_a_page_puts_models_beside_one_another():
+    first = comparison("one", row("good", 64, 64, 89), row("poor", 64, 149, 70))
+    second = comparison("two", row("poor", 64, 64, 75), row("good", 192, 192, 90))
+    page = gallery.gallery([first, second])
+    tables = page.split("## ")
+    assert [text.partition("\n")[0] for text in tables[1:]] == [
+        "33.3 % of the tokens",
+        "11.1 % of the tokens",
+    ]
+    rows = [line for line in tables[2].splitlines() if line.startswith("| `")]
+    assert rows == [
+        "| `good` | 11.1 | -1.0 [-2.5, +0.5] | **-2.0** | 80.1 | – | – | – | – |",
+        "| `poor` | 25.9 | **-20.0 [-21.5, -18.5]** | **-40.0** | 80.1 | 11.1 "
+        "| **-15.0 [-16.5, -13.5]** | **-30.0** | 80.1 |",
+    ]
+    assert "`one`: 40 questions, unpruned 90.0 [89.0, 91.0]" in page
+    assert "| method | two: kept, % | change |" in tables[1] and "one" not in tables[1]
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"rows": [{}], "settings": {}, "missing": []}'])
+def test_a_file_of_something_else_is_named(tmp_path, text):
+    (tmp_path / "odd.json").write_text(text)
+    with pytest.raises(ValueError, match=r"odd\.json: this is no comparison"):
+        gallery.read(tmp_path)
+
+
+def test_a_folder_without_results_says_what_writes_them(tmp_path):
+    with pytest.raises(SystemExit, match=r"holds no results.*llava\.eval\.compare --page"):
+        gallery.main(["--results", str(tmp_path)])
