@@ -32,6 +32,7 @@ EXTRAS["dev"] = [
     "pytest",
     "pytest-xdist>=3.2",
     "hypothesis",
+    "mypy==2.4.1",  # another one finds other things
     "ruff>=0.17,<0.18",
     *EXTRAS["train"],
     # Linux alone: built from source in seconds, nothing is compiled.

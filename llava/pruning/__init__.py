@@ -244,7 +244,7 @@ def pruner_from_keywords(pruner: Pruner | str | None, keywords: dict) -> Pruner:
     owner, options = take_options(keywords, tuple(parts))
     if isinstance(pruner, Pruner):
         if owner or options:
-            given = ", ".join(options) or METHODS[owner].published.group
+            given = ", ".join(options) or (owner and METHODS[owner].published.group)
             raise ValueError(f"{given} given beside a finished pruner {pruner!r}")
         return pruner
     if owner and pruner not in (None, owner):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
+import torch
 from torch import Tensor
 
 
@@ -51,9 +54,11 @@ def attention_extras(
         found |= {name: cue for name, cue in cues.items() if name in names}
     if "attention_mean" in names:  # head by head: one map at a time is enough memory
         share = None if real is None else (real / real.sum(dim=1, keepdim=True))[:, None]
-        total = 0
-        for head in range(num_heads):
+
+        def received(head: int) -> Tensor:
             rows = weights(queries[:, head, None] @ keys[:, head, None])[:, 0]  # (B, 1 + N, 1 + N)
-            total = total + (rows.mean(dim=1) if share is None else (share @ rows)[:, 0])
+            return rows.mean(dim=1) if share is None else (share @ rows)[:, 0]
+
+        total = reduce(torch.add, map(received, range(num_heads)))
         found["attention_mean"] = (total / num_heads)[:, 1:]
     return found

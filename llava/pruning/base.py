@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import math
 from copy import copy
-from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .interfaces import LanguageModel
 from .ops import on_device, scale_layer
 from .prefill import Prefill
 from .published import Published
 from .stages import DecoderStage, Probe, VisionStage
 from .tokens import ImageLayout, ImageTokens, VisionTokens
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Pruner:
@@ -63,7 +67,7 @@ class Pruner:
         """What acts inside the decoder, likewise."""
         return self if isinstance(self, DecoderStage) else NO_DECODER_STAGE
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: LanguageModel) -> None:
         """Called with the whole language model before anything else when the method is assigned.
 
         A method with trained weights builds and loads its `module` here, see
@@ -71,7 +75,7 @@ class Pruner:
         `model.get_vision_tower()` (None: it has none). Raises ValueError where they do not fit.
         """
 
-    def use_random_parts(self, model: nn.Module) -> None:
+    def use_random_parts(self, model: LanguageModel) -> None:
         """Makes `module` of random weights that fit `model`, where the method has one, so that it
         is not loaded when the method is assigned: for measuring times, not for answers."""
 
@@ -91,7 +95,7 @@ class Pruner:
         """
         self.check_depth(num_layers)
 
-    def with_budget_of(self, num_tokens: int, parts: int = 1) -> Pruner:
+    def with_budget_of(self, num_tokens: int, parts: int = 1) -> Self:
         """The method for images of `num_tokens` tokens: with a number in place of a share, and none
         above what they have.
 
@@ -99,7 +103,7 @@ class Pruner:
         """
         return self
 
-    def for_part(self, parts: int) -> Pruner:
+    def for_part(self, parts: int) -> Self:
         """The method for one of the `parts` equal parts that share the budget of an image."""
         return self
 
@@ -126,8 +130,8 @@ NO_VISION_STAGE, NO_DECODER_STAGE = VisionStage(), DecoderStage()
 
 
 @dataclass(repr=False)
-class ShareOption:
-    """Mixin of methods whose budget `visual_token_num` may be given as a share.
+class ShareOption(Pruner):
+    """Base of methods whose budget `visual_token_num` may be given as a share.
 
     visual_token_ratio: share of an image's tokens in place of `visual_token_num`, which is None
                         then; above 0 to 1, rounded (halves to even), at least one token
@@ -138,7 +142,8 @@ class ShareOption:
 
     def __init_subclass__(cls, **keywords):
         super().__init_subclass__(**keywords)
-        cls.__repr__ = cls.__repr__  # a dataclass would write one of its own
+        # Set, or a dataclass would write one of its own.
+        cls.__repr__ = cls.__repr__  # type: ignore[method-assign]
 
     def __repr__(self) -> str:
         """The options, of the two budgets the one that counts."""
@@ -164,13 +169,21 @@ class ShareOption:
             raise ValueError(two_budgets(number, share))
         self.visual_token_num = None
 
-    def tokens_of(self, num_tokens: int) -> int | None:
-        """The budget of an image that has `num_tokens`; it may be more than those. None: there is
-        no budget."""
-        share = self.visual_token_ratio
-        return self.visual_token_num if share is None else max(1, round(share * num_tokens))
+    @property
+    def has_budget(self) -> bool:
+        """Whether either is given."""
+        return self.visual_token_num is not None or self.visual_token_ratio is not None
 
-    def with_budget_of(self, num_tokens: int, parts: int = 1) -> Pruner:
+    def tokens_of(self, num_tokens: int) -> int:
+        """The budget of an image that has `num_tokens`; it may be more than those. Raises
+        ValueError where there is none, see `has_budget`."""
+        if (share := self.visual_token_ratio) is not None:
+            return max(1, round(share * num_tokens))
+        if self.visual_token_num is None:
+            raise ValueError(f"{self.name} has no budget")
+        return self.visual_token_num
+
+    def with_budget_of(self, num_tokens: int, parts: int = 1) -> Self:
         if self.visual_token_ratio is not None:  # of every part, so that it is theirs exactly
             part = num_tokens // parts
             return self._with_number(parts * max(1, min(self.tokens_of(part), part)))
@@ -179,7 +192,7 @@ class ShareOption:
             return self
         return self._with_number(max(1, num_tokens))
 
-    def for_part(self, parts: int) -> Pruner:
+    def for_part(self, parts: int) -> Self:
         number = self.visual_token_num
         if parts == 1 or number is None:
             return self
@@ -188,7 +201,7 @@ class ShareOption:
     def choosing(self, num_tokens: int) -> Pruner:
         return self._with_number(num_tokens)
 
-    def _with_number(self, visual_token_num: int) -> Pruner:
+    def _with_number(self, visual_token_num: int) -> Self:
         own = copy(self)
         own.visual_token_num, own.visual_token_ratio = visual_token_num, None
         return own
@@ -203,7 +216,7 @@ def two_budgets(number: int, share: float) -> str:
 
 
 @dataclass
-class BudgetPruner(ShareOption, Pruner):
+class BudgetPruner(ShareOption):
     """A method with a token budget."""
 
     visual_token_num: int = 64
@@ -330,7 +343,7 @@ class DecoderPruner(DecoderStage, BudgetPruner):
 
     def score(self, prefill: Prefill) -> Tensor:
         """(B, S) importance of every token; values on text are ignored."""
-        return prefill.attention[:, :, -1].mean(dim=1)
+        return prefill.attention[:, :, -1].mean(dim=1)  # type: ignore[index] # see `probe`
 
     def check_depth(self, num_layers: int) -> None:
         layer = self.cut_layer(num_layers)
@@ -411,7 +424,8 @@ class StagedPruner(DecoderStage, Pruner):
 
     def before_prompt(self, image: ImageTokens) -> ImageTokens:
         """Leaves how many patches a crop of the image has."""
-        return replace(image, image_extras={**image.image_extras, PATCHES: math.prod(image.grid)})
+        patches = math.prod(image.grid)  # type: ignore[arg-type] # models say it of every image
+        return replace(image, image_extras={**image.image_extras, PATCHES: patches})
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if index == 0:
@@ -433,7 +447,8 @@ class StagedPruner(DecoderStage, Pruner):
             prefill.image_numbers(name) if name in prefill.image_extras else nothing
             for name in (BUDGET, PATCHES)
         )
-        plan, cuts = [], set()
+        plan: list[list[list[int]]] = []
+        cuts: set[int] = set()
         for images in map(zip, counts, patches, budgets):
             plan.append(schedules := [])
             for count, num_patches, budget in images:
@@ -450,8 +465,4 @@ class StagedPruner(DecoderStage, Pruner):
 
 def option_names(method: type[Pruner]) -> list[str]:
     """Names of the options a method takes."""
-    return (
-        [f.name for f in fields(method) if f.init]
-        if hasattr(method, "__dataclass_fields__")
-        else []
-    )
+    return [f.name for f in fields(method) if f.init] if is_dataclass(method) else []

@@ -22,9 +22,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVarTuple, Unpack
+
+    Arguments = TypeVarTuple("Arguments")
 
 
 @dataclass
@@ -46,15 +52,16 @@ class Settings:
 
 SETTINGS = Settings()
 
-Result = Tensor | tuple[Tensor, ...]
-Function = Callable[..., Result]
+Result = TypeVar("Result", bound=Tensor | tuple[Tensor, ...])
 
 
-def captured(function: Function) -> Function:
+def captured(
+    function: Callable[[Unpack[Arguments]], Result],
+) -> Callable[[Unpack[Arguments]], Result]:
     """`function`, see above, as one launch where that is possible; called with positions alone."""
 
     @wraps(function)
-    def call(*args: Tensor | Hashable) -> Result:
+    def call(*args: Unpack[Arguments]) -> Result:
         tensors = [x for x in args if isinstance(x, Tensor)]
         if not (SETTINGS.enabled and can_capture(tensors)):
             return function(*args)
@@ -86,7 +93,7 @@ class Graph:
     pool: memory that it shares with graphs of the same stream, for what only lives inside of them
     """
 
-    def __init__(self, function: Function, args: tuple, pool):
+    def __init__(self, function: Callable, args: tuple, pool: Any):
         self.args = tuple(torch.empty_like(x) if isinstance(x, Tensor) else x for x in args)
         self.load(args)
         device = next(x.device for x in self.args if isinstance(x, Tensor))
@@ -106,7 +113,7 @@ class Graph:
             if isinstance(own, Tensor):
                 own.copy_(given)
 
-    def __call__(self, args: tuple) -> Result:
+    def __call__(self, args: tuple) -> Tensor | tuple[Tensor, ...]:
         self.load(args)
         self.graph.replay()
         if isinstance(self.output, Tensor):  # the next replay writes to the same memory
@@ -123,10 +130,10 @@ class Captures:
 
     def clear(self) -> None:
         self.graphs: dict[Hashable, OrderedDict[Hashable, Graph]] = {}
-        self.pools: dict[Hashable, object] = {}
+        self.pools: dict[Hashable, Any] = {}
         self.calls: OrderedDict[Hashable, int] = OrderedDict()
 
-    def run(self, function: Function, args: tuple) -> Result:
+    def run(self, function: Callable, args: tuple) -> Any:
         # Buffers of a graph belong to one call at a time.
         with self.lock, torch.inference_mode(False), torch.no_grad():
             place = place_of(next(x.device for x in args if isinstance(x, Tensor)))

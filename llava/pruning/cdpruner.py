@@ -120,6 +120,6 @@ def largest_volume(features: Tensor, relevance: Tensor, count: int) -> Tensor:
         gains.append(gain)
     if not picks:
         return features.new_empty(len(unit), 0, dtype=torch.long)
-    picks, gains = (torch.cat(parts, dim=1).squeeze(2) for parts in (picks, gains))
+    picked, gained = (torch.cat(parts, dim=1).squeeze(2) for parts in (picks, gains))
     by_relevance = relevance.argsort(dim=1, descending=True, stable=True)
-    return picks_then_rest(picks, (gains > 0).cumprod(dim=1), by_relevance)
+    return picks_then_rest(picked, (gained > 0).cumprod(dim=1), by_relevance)

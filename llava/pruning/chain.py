@@ -7,12 +7,17 @@ second sees the tokens that the first left. Options carry the name of their meth
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .base import Pruner
+from .interfaces import LanguageModel
 from .published import Published
 from .stages import DecoderStage, VisionStage
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class OfTheSecond(Published):
@@ -63,7 +68,7 @@ class Chain(Pruner):
         return self.first, self.second
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override] # of the methods, not of the class
         return "+".join(method.name for method in self.methods)
 
     @property
@@ -71,19 +76,19 @@ class Chain(Pruner):
         return {**self.first.named, **self.second.named}
 
     @property
-    def adaptive(self) -> bool:
+    def adaptive(self) -> bool:  # type: ignore[override] # likewise
         return any(method.adaptive for method in self.methods)
 
     @property
-    def module(self) -> nn.Module | None:
+    def module(self) -> nn.Module | None:  # type: ignore[override] # is never set here
         modules = {m.name: m.module for m in self.methods if m.module is not None}
         return nn.ModuleDict(modules) if modules else None
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: LanguageModel) -> None:
         for method in self.methods:
             method.attach(model)
 
-    def use_random_parts(self, model: nn.Module) -> None:
+    def use_random_parts(self, model: LanguageModel) -> None:
         for method in self.methods:
             method.use_random_parts(model)
 
@@ -105,14 +110,14 @@ class Chain(Pruner):
                 f"{error}"
             ) from error
 
-    def with_budget_of(self, num_tokens: int, parts: int = 1) -> Chain:
+    def with_budget_of(self, num_tokens: int, parts: int = 1) -> Self:
         first = self.first.with_budget_of(num_tokens, parts)
         left = first.token_schedule(num_tokens // parts, 1, parts)[0]
         second = self.second.with_budget_of(left, parts)
         same = first is self.first and second is self.second
         return self if same else replace(self, first=first, second=second)
 
-    def for_part(self, parts: int) -> Chain:
+    def for_part(self, parts: int) -> Self:
         first, second = (method.for_part(parts) for method in self.methods)
         return replace(self, first=first, second=second)
 

@@ -41,8 +41,8 @@ def choose(methods: Methods, options: Mapping[str, object], default: str) -> str
         meant = did_you_mean(unknown[0], all_names(methods))
         raise ValueError(f"no pruning method has an option {', '.join(map(repr, unknown))}{meant}")
     able = [name for name in methods if all(name in names for names in owners.values())]
-    if (meant := the_one_of(able, methods, options)) is not None:
-        return meant
+    if (one := the_one_of(able, methods, options)) is not None:
+        return one
     special = {key: names for key, names in owners.items() if key not in BUDGETS}
     said = "; ".join(f"{key!r} belongs to {', '.join(names)}" for key, names in special.items())
     raise ValueError(
@@ -74,7 +74,8 @@ def translate(method: type[Pruner], options: Mapping[str, object]) -> dict:
 
     Raises ValueError when two names of one option have different values.
     """
-    names, found = names_of(method), {}
+    names = names_of(method)
+    found: dict[str, tuple[str, object]] = {}
     for key, value in options.items():
         ours = names.get(key, key)
         if ours in found and found[ours][1] != value:

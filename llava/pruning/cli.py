@@ -68,7 +68,7 @@ def add_option_args(parser: argparse.ArgumentParser, group=None) -> None:
             add_flag(group, name)
         return parse(*arguments, **more)
 
-    parser.parse_known_args = parse_known_args
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign] # of this parser
 
 
 def method_name(text: str) -> str:

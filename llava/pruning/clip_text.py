@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..weight_files import CACHE_DIR, local_folder, weight_files
+from .base import Pruner
+from .interfaces import LanguageModel
 from .ops import normalize
+from .stages import VisionStage
 
 QUESTIONS_REMEMBERED = 256
 VOCABULARY = 1024  # of the random text tower
@@ -27,7 +30,7 @@ class ClipText(nn.Module):
         self.folder = folder
         self.text, self.norm, self.projection = text, norm, projection
         self.tokenizer = tokenizer
-        self.known: dict[str, Tensor] = {}
+        self.known: dict[str, Reading] = {}
         self.requires_grad_(False).eval()
 
     @classmethod
@@ -141,18 +144,19 @@ class Reading(NamedTuple):
     words: Tensor | None
 
 
-class AsksClip:
-    """Mixin of methods that compare patches with the question: their `module` is a `ClipText`,
+class AsksClip(VisionStage, Pruner):
+    """Base of methods that compare patches with the question: their `module` is a `ClipText`,
     unless the setting does without it, which `reads_question` says."""
 
     needs = frozenset({"text_tower"})
     reads_question = True
+    module: ClipText | None = None
 
-    def use_random_parts(self, model: nn.Module) -> None:
+    def use_random_parts(self, model: LanguageModel) -> None:
         if self.reads_question:
             self.module = ClipText.random(model.get_vision_tower().config)
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: LanguageModel) -> None:
         tower = model.get_vision_tower()
         if tower is not None and self.reads_question:
             folder = tower.vision_tower_name

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 #: stands for padding where -1 stands for text
 PADDING = -2
+
+Counts = TypeVar("Counts")
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,14 @@ class TokenCounts:
 
     text:    of every row, all that belong to no image
     visual:  of every row, all that belong to images
-    images:  of every image of every row, 0 where a row has no such image; None: not known
+    images:  of every image of every row, 0 where a row has no such image; (): not known
     leading: tokens of text before the first image of every row (all of them where there is none)
     left:    whether padding stands on the left; else on the right
     """
 
     text: tuple[int, ...]
     visual: tuple[int, ...]
-    images: tuple[tuple[int, ...], ...] | None
+    images: tuple[tuple[int, ...], ...]
     leading: tuple[int, ...]
     left: bool = True
 
@@ -70,13 +73,13 @@ class TokenCounts:
 
     def with_images(self, images: Sequence[Sequence[int]]) -> TokenCounts:
         """The same text with other numbers of visual tokens."""
-        images = tuple(map(tuple, images))
-        return replace(self, images=images, visual=tuple(map(sum, images)), left=True)
+        rows = tuple(map(tuple, images))
+        return replace(self, images=rows, visual=tuple(map(sum, rows)), left=True)
 
     def with_visual(self, visual: Sequence[int]) -> TokenCounts:
         """Likewise, where only those of whole rows are known."""
-        alone = self.images is not None and len(self.images[0]) == 1
-        images = tuple((number,) for number in visual) if alone else None
+        alone = bool(self.images) and len(self.images[0]) == 1
+        images = tuple((number,) for number in visual) if alone else ()
         return replace(self, images=images, visual=tuple(visual), left=True)
 
     def with_text(self, count: int) -> TokenCounts:
@@ -85,10 +88,11 @@ class TokenCounts:
 
     def rows(self, numbers: Sequence[int]) -> TokenCounts:
         """Of these rows alone, in this order."""
-        images = self.images and [self.images[n] for n in numbers]
-        if images:  # no more of them than a row has
-            most = max((n for row in images for n, own in enumerate(row, 1) if own), default=1)
-            images = tuple(row[:most] for row in images)
+        images: tuple[tuple[int, ...], ...] = ()
+        if self.images:  # no more of them than a row has
+            chosen = [self.images[n] for n in numbers]
+            most = max((n for row in chosen for n, own in enumerate(row, 1) if own), default=1)
+            images = tuple(row[:most] for row in chosen)
         text, visual, leading = (
             tuple(own[n] for n in numbers) for own in (self.text, self.visual, self.leading)
         )
@@ -96,7 +100,7 @@ class TokenCounts:
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
+class Known(Generic[Counts]):
     """What the host knows of tensors.
 
     about:  those tensors; where they are `counted`, what is written to them is noticed
@@ -106,7 +110,7 @@ class Known:
     """
 
     about: tuple[Tensor | None, ...]
-    counts: TokenCounts | list[int] | None = None
+    counts: Counts | None = None
     hides: bool | None = None
     left: bool = False
     versions: tuple[int, ...] = field(init=False)
@@ -124,7 +128,10 @@ def version(value: Tensor | None) -> int:
     return 0 if value is None or value.is_inference() else value._version
 
 
-def counted(value: Tensor | None) -> Tensor | None:
+Maybe = TypeVar("Maybe", Tensor, Tensor | None)
+
+
+def counted(value: Maybe) -> Maybe:
     """The same memory as a tensor that counts writes, which those of inference mode do not; the
     tensor itself where it does."""
     if type(value) is not Tensor or not value.is_inference():

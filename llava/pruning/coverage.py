@@ -7,7 +7,6 @@ best. Known as facility location; the greedy choice is within 1 - 1/e of the bes
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .ops import NEGLIGIBLE, picks_then_rest
@@ -27,19 +26,20 @@ def cover_most(cover: Tensor, count: int, factor: Tensor | None = None) -> Tenso
     batch, size, clients = cover.shape
     # With a large factor, what rounding left of one gain could beat another that is one.
     least = 0 if factor is None else NEGLIGIBLE
-    F.threshold_(cover, least, 0)
-    picks, scores = [], []
+    torch.threshold_(cover, least, 0)
+    picks: list[Tensor] = []
+    scores: list[Tensor] = []
     for number in range(min(count, size)):  # five small operations, six with factors
         if number:  # what a token adds to a client shrinks by what the last pick added
             taken = cover.gather(1, picks[-1][:, :, None].expand(-1, -1, clients))
-            F.threshold_(cover.sub_(taken), least, 0)
+            torch.threshold_(cover.sub_(taken), least, 0)
         gain = cover.sum(dim=2)
         score, pick = (gain if factor is None else gain * factor).max(dim=1, keepdim=True)
         picks.append(pick)
         scores.append(score)
     if not picks:
         return torch.zeros(batch, 0, dtype=torch.long, device=cover.device)
-    picks, scores = torch.cat(picks, dim=1), torch.cat(scores, dim=1)
-    gained = scores > 0 if least else scores >= NEGLIGIBLE
+    gains = torch.cat(scores, dim=1)
+    gained = gains > 0 if least else gains >= NEGLIGIBLE
     in_order = torch.arange(size, device=cover.device).expand(batch, -1)
-    return picks_then_rest(picks, gained.cumprod(dim=1), in_order)
+    return picks_then_rest(torch.cat(picks, dim=1), gained.cumprod(dim=1), in_order)

@@ -8,11 +8,12 @@ compared when the method is assigned. Letters in shapes as in `llava.pruning.tok
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from .interfaces import Tower
 from .stages import VisionStage, fills
 
 #: cue -> what it is
@@ -36,54 +37,29 @@ CUES = {
 }
 
 
-class Tower(Protocol):
-    """What a vision tower says of itself.
+class Method(Protocol):
+    """What is read here of a `Pruner`."""
 
-    title:    what messages call it
-    provides: cues of the layer whose output are the features, and of the tower as a whole
-    provides_in_layers: cues of any layer; a layer that sees parts of an image alone stands for the
-              next one that sees all of it where attention is asked for
-    depth:    (number of layers, 0-based layer whose output are the features)
-    grid:     (h, w) of every crop; None: images have grids of their own
-    hidden_size: width of a patch in the layers
-    window_side: tokens along a side of the windows that patches attend in where a layer does not
-              see all of an image; None: all layers do. `whole_layers` are those that do
-    select_feature: "patch", or "cls_patch" where the class token is a token like any other
-    """
+    name: ClassVar[str]
 
-    title: str
-    provides: frozenset[str]
-    provides_in_layers: frozenset[str]
-    select_feature: str
+    def __init__(self) -> None: ...
 
     @property
-    def depth(self) -> tuple[int, int]: ...
-
-    @property
-    def grid(self) -> tuple[int, int] | None: ...
-
-    @property
-    def hidden_size(self) -> int: ...
-
-    @property
-    def window_side(self) -> int | None: ...
-
-    @property
-    def whole_layers(self) -> list[int]: ...
+    def vision(self) -> VisionStage: ...
 
 
-def check_needs(stage: VisionStage, tower: Tower, methods: Iterable[type] = ()) -> None:
+def check_needs(stage: VisionStage, tower: Tower, methods: Iterable[type[Method]] = ()) -> None:
     """Raises ValueError where a method needs what the tower does not have.
 
     methods: classes of methods, of which the message names those that work with the tower
     """
     acts = fills(type(stage), VisionStage, "before_tower_layer")
     acts = acts and not (stage.merges_blocks and tower.grid is None)
-    needs = stage.needs | ({"tower_tokens"} if acts else set())
+    needs = stage.needs | (frozenset({"tower_tokens"}) if acts else frozenset())
     _check(stage, tower, needs, tower.provides, methods)
 
 
-def check_cues(stage: VisionStage, tower: Tower, methods: Iterable[type] = ()) -> None:
+def check_cues(stage: VisionStage, tower: Tower, methods: Iterable[type[Method]] = ()) -> None:
     """Likewise, what it needs of single layers included."""
     check_needs(stage, tower, methods)
     found = frozenset().union(*stage.tower_extras(*tower.depth).values())
@@ -100,7 +76,7 @@ def _check(
     tower: Tower,
     needs: frozenset[str],
     known: frozenset[str],
-    methods: Iterable[type],
+    methods: Iterable[type[Method]],
 ) -> None:
     for cue in sorted(needs - known):
         what = CUES.get(cue, "which no tower has")
@@ -113,7 +89,7 @@ def _check(
         )
 
 
-def names_for(tower: Tower, methods: Iterable[type]) -> list[str]:
+def names_for(tower: Tower, methods: Iterable[type[Method]]) -> list[str]:
     """Of the methods those that find on the tower what they need, with their defaults."""
     found = []
     for method in methods:

@@ -34,7 +34,8 @@ class Downsample(SelectPruner):
         return rows, max(1, min(budget // rows, math.isqrt(budget * width // height)))
 
     def before_tower(self, images: Tensor, patch_size: int, crops: int = 1) -> Tensor:
-        grid = tuple(side // patch_size for side in images.shape[2:])
+        height, width = images.shape[2:]
+        grid = height // patch_size, width // patch_size
         if self.tokens_per_crop(crops) >= math.prod(grid):
             return images
         size = tuple(side * patch_size for side in self.sides(grid, crops))

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..devices import device_of, empty_like_weights, moved
 from .base import Pruner
@@ -31,6 +31,7 @@ from .glimpseprune_call import GlimpseRelease
 from .glimpseprune_modules import PAPER_LAYER, Glimpse, GlimpseConfig
 from .glimpseprune_reference import check_boxes, reference_cells
 from .glimpseprune_views import CROPS, Views, shapes_of
+from .interfaces import LanguageModel
 from .learned import WEIGHTS_FILE, build_part, part_folder, read_part, read_part_config
 from .ops import lookup, on_device, rank_within_groups, scale_layer, share_down
 from .prefill import Prefill
@@ -105,6 +106,7 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     reads_text = True
 
     def __post_init__(self):
+        self.module: Glimpse | None = None
         self.saved: dict = {}  # settings in the config of the trained part
         if self.visual_token_num is not None and self.visual_token_num < 1:
             raise ValueError(f"visual_token_num ({self.visual_token_num}) must be at least 1 token")
@@ -141,7 +143,7 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
 
     # --- the trained part ---------------------------------------------------------------------
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: LanguageModel) -> None:
         if model.get_vision_tower() is None:
             raise ValueError(f"{self.name} needs a model with a vision tower")
         if self.module is None:
@@ -160,7 +162,7 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     def part_folders(self, model_path: str) -> list[str]:
         return [part_folder(self.name, self.new_modules, model_path, "new_modules")]
 
-    def load(self, model: nn.Module) -> Glimpse:
+    def load(self, model: LanguageModel) -> Glimpse:
         """Reads the trained part that belongs to `model`."""
         (folder,) = self.part_folders(getattr(model.config, "_name_or_path", ""))
         self.saved = {k: v for k, v in read_part_config(folder, self.name).items() if k in DEFAULTS}
@@ -169,11 +171,11 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
         like = empty_like_weights(model.get_input_embeddings())
         return build_part(lambda: Glimpse(config), tensors, source, like)
 
-    def use_random_parts(self, model: nn.Module) -> None:
+    def use_random_parts(self, model: LanguageModel) -> None:
         like = empty_like_weights(model.get_input_embeddings())
-        self.module = Glimpse(GlimpseConfig.for_model(model)).to(like).requires_grad_(False)
-        self.module.initialize()
-        self.module.eval()
+        made = Glimpse(GlimpseConfig.for_model(model)).to(like).requires_grad_(False)
+        made.initialize()
+        self.module = made.eval()
 
     def last_dense_layer(self, num_layers: int) -> int:
         """`reduce_layer`: the last layer that sees all visual tokens."""
@@ -331,8 +333,8 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
         if self.visual_token_num is not None:
             pairs = zip(prefill.counts.images, prefill.image_numbers(CROPS), strict=True)
             rows = [[n for n, crops in zip(*row, strict=True) if crops] for row in pairs]
-            most = [sum(min(n, self.visual_token_num) for n in row) for row in rows]
-            most = on_device(most, total.device)
+            sums = [sum(min(n, self.visual_token_num) for n in row) for row in rows]
+            most = on_device(sums, total.device)
             if ratio is not None:
                 most = torch.minimum(most, share)
             yield count > most, most

@@ -7,6 +7,7 @@ config.json), so that both load as they are.
 from __future__ import annotations
 
 from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..blocks import RMSNorm
 from .glimpseprune_predictor import ImportancePredictor
 from .glimpseprune_views import Views
+from .interfaces import LanguageModel
 from .ops import scale_layer
 
 #: layers of the paper: glimpse row and cut of 32 decoder layers, hidden states of a 24-layer tower
@@ -25,8 +27,14 @@ WINDOWED_PAPER_LAYER = 18, 28
 PREDICTOR = "AttnFuserV1"
 NORMS = ("rmsnorm", "layernorm")
 #: values of a `GlimpseConfig` that follow from the model
-OF_THE_MODEL = ("hidden_size", "num_attention_heads", "mm_hidden_size", "rms_norm_eps")
-OF_THE_MODEL += ("first_state", "window_side")
+OF_THE_MODEL = (
+    "hidden_size",
+    "num_attention_heads",
+    "mm_hidden_size",
+    "rms_norm_eps",
+    "first_state",
+    "window_side",
+)
 
 
 @dataclass(frozen=True)
@@ -115,19 +123,21 @@ class GlimpseConfig:
         return tuple(state - self.first_state for state in self.selected_visual_layers)
 
     @classmethod
-    def for_model(cls, model: nn.Module, **changes) -> GlimpseConfig:
+    def for_model(cls, model: LanguageModel, **changes) -> GlimpseConfig:
         """The paper's setting, its layers scaled to the depth of `model`; `changes` replace it."""
         tower, depth = model.get_vision_tower(), model.config.num_hidden_layers
         if tower.window_side is None:
             states = tower.depth[1] + 1
             layer = scale_layer(PAPER_LAYER, depth)
             seen = [scale_layer(n, states + 1, PAPER_FEATURES + 1) for n in PAPER_TOWER_STATES]
-            paper = {"selected_visual_layers": tuple(seen)}
+            paper: dict[str, Any] = {"selected_visual_layers": tuple(seen)}
         else:
             layer = scale_layer(WINDOWED_PAPER_LAYER[0], depth, WINDOWED_PAPER_LAYER[1])
-            seen = tuple(reversed(tower.whole_layers))
-            paper = {"selected_visual_layers": seen, "use_attention_logits": True}
-            paper |= {"attn_fuse_global": True}
+            paper = {
+                "selected_visual_layers": tuple(reversed(tower.whole_layers)),
+                "use_attention_logits": True,
+                "attn_fuse_global": True,
+            }
         paper |= {
             "le_layers": tuple(range(depth)),
             "selected_layers": (layer,),
@@ -136,7 +146,7 @@ class GlimpseConfig:
         return cls.from_values({**paper, **changes}, model)
 
     @classmethod
-    def from_values(cls, values: dict, model: nn.Module) -> GlimpseConfig:
+    def from_values(cls, values: dict, model: LanguageModel) -> GlimpseConfig:
         """The config that the keys of a config.json describe, for `model`.
 
         Raises ValueError when they do not fit it, or ask for another predictor.
@@ -147,7 +157,7 @@ class GlimpseConfig:
             raise ValueError(f"attn_fuse_hidden_act {act!r} is not supported, choose 'silu'")
         config, tower = model.config, model.get_vision_tower()
         known = {f.name for f in fields(cls)}
-        given = {
+        given: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in values.items()
             if key in known
@@ -219,9 +229,9 @@ class Glimpse(nn.Module):
         rows:    per selected layer (B, H, S), what the last glimpse token pays each token
         context: (B, S, J * C), the conditions of each token
         """
-        rows = views.gather(torch.cat([row.transpose(1, 2) for row in rows], dim=-1))
+        paid = views.gather(torch.cat([row.transpose(1, 2) for row in rows], dim=-1))
         real = None if views.complete else views.real
-        outputs = self.attn_fuser(rows, views.gather(context), views.grids, real)
+        outputs = self.attn_fuser(paid, views.gather(context), views.grids, real)
         return [logits.float() for logits in outputs]
 
     @torch.no_grad()

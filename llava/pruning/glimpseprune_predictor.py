@@ -42,8 +42,8 @@ class ImportancePredictor(nn.Module):
 
     def conditions(self, states: list[Tensor]) -> Tensor:
         """(B, N, J * C) from J hidden states (B, N, vision width) of the tower."""
-        parts = zip(self.cond_in_projs, states, strict=True)
-        return torch.cat([project(x.to(project.weight.dtype)) for project, x in parts], dim=-1)
+        parts, dtype = zip(self.cond_in_projs, states, strict=True), self.attn_in_proj.weight.dtype
+        return torch.cat([project(x.to(dtype)) for project, x in parts], dim=-1)
 
     def forward(
         self,

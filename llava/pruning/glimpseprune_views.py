@@ -61,7 +61,8 @@ class Views:
         table = torch.full((total + 1,), count, device=patch.device)
         table.scatter_(0, slot, torch.arange(count, device=patch.device))
         whole = counts is not None and whole_grids(images, counts.images)
-        return cls(tuple(grids), table[:total], whole, tuple(patch.shape))
+        batch, size = patch.shape
+        return cls(tuple(grids), table[:total], whole, (batch, size))
 
     def gather(self, x: Tensor) -> Tensor:
         """(n, ...) the values of the patches, from those of all tokens (B, S, ...); zeros where

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -23,6 +24,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 #: names the files of a part that was saved in several
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+Part = TypeVar("Part", bound=nn.Module)
 #: key of config.json that says whose part a folder holds; published folders lack it
 METHOD_KEY = "pruning_method"
 
@@ -80,7 +82,7 @@ def read_part(
     folder: str,
     names: Iterable[str] = (WEIGHTS_FILE,),
     skip: Callable[[str], bool] | None = None,
-) -> tuple[str, dict]:
+) -> tuple[str, dict[str, Tensor]]:
     """(path, name -> tensor) of the first file among `names` that `folder` has, or of its index and
     all files that it names.
 
@@ -88,7 +90,8 @@ def read_part(
     Raises FileNotFoundError when there is no such file, ValueError when it is damaged or holds
     something other than tensors.
     """
-    names, tensors = list(names), {}
+    tensors: dict[str, Tensor] = {}
+    names = list(names)
     for path in (paths := part_files(folder, names)):
         left_out = filter(skip, names_in(path)) if skip else ()
         tensors |= {name: tensor.clone() for name, tensor in tensors_in(path, left_out)}
@@ -98,8 +101,8 @@ def read_part(
 
 
 def build_part(
-    make: Callable[[], nn.Module], tensors: dict[str, Tensor], source: str, like: Tensor
-) -> nn.Module:
+    make: Callable[[], Part], tensors: dict[str, Tensor], source: str, like: Tensor
+) -> Part:
     """The module that `make` returns, frozen and in eval mode, with `tensors` as its weights.
 
     `make` runs without memory for weights (on the meta device), so the module may not compute any

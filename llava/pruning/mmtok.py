@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..devices import device_of
 from .base import SelectPruner
 from .captured import captured
 from .coverage import cover_most
+from .interfaces import LanguageModel
 from .ops import cosines, normalize, on_device
 from .own_grids import OwnGrids
 from .questions import bare_question
@@ -67,11 +68,11 @@ class MMTok(OwnGrids, SelectPruner):
 
     # --- words --------------------------------------------------------------------------------
 
-    def use_random_parts(self, model: nn.Module) -> None:
+    def use_random_parts(self, model: LanguageModel) -> None:
         """Reads letter by letter where the model has no tokenizer."""
         self._letters = Letters(model.config.vocab_size)
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: LanguageModel) -> None:
         super().attach(model)
         self._tokenizer = self._letters if model.tokenizer is None else model.tokenizer
         self._embed = model.get_input_embeddings()

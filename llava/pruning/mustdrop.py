@@ -120,7 +120,8 @@ class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
     def thresholds(self) -> tuple[float, float]:
         given = (self.global_thr, self.individual_thr)
         label = THRESHOLDS.get(self.visual_token_num, given)
-        return tuple(low if own is None else own for own, low in zip(given, label, strict=True))
+        first, second = (low if own is None else own for own, low in zip(given, label, strict=True))
+        return first, second
 
     def stage_layers(self, num_layers: int) -> tuple[int, ...]:
         return tuple(self.pruning_layers or scale_layers(LAYERS, num_layers))
@@ -173,9 +174,9 @@ class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
     def windows(self, grid: tuple[int, int], device) -> Tensor:
         """(W, window^2) patches of every full window of an (h, w) grid, row-major."""
         rows, columns = (side // self.window * self.window for side in grid)
-        grid = torch.arange(math.prod(grid), device=device).view(grid)[:rows, :columns]
-        grid = grid.unflatten(1, (-1, self.window)).unflatten(0, (-1, self.window))
-        return grid.transpose(1, 2).reshape(-1, self.window**2)
+        patches = torch.arange(math.prod(grid), device=device).view(grid)[:rows, :columns]
+        patches = patches.unflatten(1, (-1, self.window)).unflatten(0, (-1, self.window))
+        return patches.transpose(1, 2).reshape(-1, self.window**2)
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
         """Marks the tokens that are never dropped."""
@@ -209,7 +210,7 @@ class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
     def with_keys(self, vision: VisionTokens, score: Tensor) -> VisionTokens:
         """`vision` with the tokens marked that have the best `score` (B, N)."""
         if vision.valid is None:
-            num_keys = share_up(score.shape[1], self.key_ratio)
+            num_keys: int | Tensor = share_up(score.shape[1], self.key_ratio)
         else:
             score, count = score.masked_fill(~vision.valid, -1.0), vision.valid.sum(dim=1)
             num_keys = lookup(share_up, count, self.key_ratio, score.shape[1])[:, None]
@@ -263,9 +264,10 @@ class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
         length = prefill.at_tokens(prefill.image_values(LENGTH)).clamp(min=1)
         given = (self.global_thr, self.individual_thr)
         pairs = zip(given, self.thresholds, strict=True)
-        return tuple(
+        first, second = (
             PUBLISHED_LENGTH / length * label if own is None else own for own, label in pairs
         )
+        return first, second
 
     def reusable_layers(self, prefill: Prefill) -> int:
         return self.stage_layers(len(prefill.decoder.layers))[0]

@@ -171,7 +171,7 @@ class Nuwa(OwnGrids, VisionStage, DecoderPruner):
 
     # --- budgets ------------------------------------------------------------------------------
 
-    def tokens_per_crop(self, num_patches: int, crops: int) -> int:
+    def stage1_tokens(self, num_patches: int, crops: int) -> int:
         """Tokens of stage 1 for each of the `crops` of an image."""
         total, side = self.visual_token_num, math.isqrt(num_patches)
         if total >= num_patches * crops:
@@ -193,7 +193,7 @@ class Nuwa(OwnGrids, VisionStage, DecoderPruner):
             return self.for_part(crops).stage2_blocks(count // crops, num_patches) * crops
         if crops > 1:
             return max(1, count // 10)
-        return min(count, 2 * total - self.tokens_per_crop(num_patches, 1))
+        return min(count, 2 * total - self.stage1_tokens(num_patches, 1))
 
     def block_tokens(self, count: int) -> int:
         """Tokens of stage 1 of an image of `count` tokens that are blocks of patches."""
@@ -221,7 +221,7 @@ class Nuwa(OwnGrids, VisionStage, DecoderPruner):
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         self = self.with_budget_of(num_patches * crops)
-        first, layer = self.tokens_per_crop(num_patches, crops) * crops, self.cut_layer(num_layers)
+        first, layer = self.stage1_tokens(num_patches, crops) * crops, self.cut_layer(num_layers)
         second = self.stage2_tokens(first, num_patches, crops)
         return [first] * layer + [second] * (num_layers - layer)
 
@@ -246,8 +246,8 @@ class Nuwa(OwnGrids, VisionStage, DecoderPruner):
         salience = vision.salience.flatten()
         features = vision.features.flatten(0, 1).clone()
         kept = torch.zeros_like(salience, dtype=torch.bool)
-        for view, places in self.views(vision).items():
-            places = torch.stack(places)  # (G, V)
+        for view, rows in self.views(vision).items():
+            places = torch.stack(rows)  # (G, V)
             if view.untouched:
                 kept[places] = True
                 continue
@@ -312,7 +312,7 @@ class Nuwa(OwnGrids, VisionStage, DecoderPruner):
     def view(self, rows: int, columns: int, share: int, num_patches: int, crops: int) -> View:
         """A grid that has the budget of `share` of the `crops` of its image."""
         untouched = self.visual_token_num >= num_patches * crops
-        keep = self.tokens_per_crop(num_patches, crops) * share
+        keep = self.stage1_tokens(num_patches, crops) * share
         needed = math.ceil(keep * CELL**2 / (rows * columns))  # of every cell
         top = self.top_per_region or 1
         if crops > 1 and self.top_per_region is None:
@@ -382,8 +382,10 @@ class Nuwa(OwnGrids, VisionStage, DecoderPruner):
         if self.stage2 == "attention":
             rows = prefill.attention.mean(dim=2)  # (B, H, S)
             return rows.amax(dim=1) if self.own_grids else rows.mean(dim=1)
-        places, draw = prefill.position_ids, self.seed
-        for axis in places.unbind(dim=2) if places.ndim == 3 else [places]:
+        places, seed = prefill.position_ids, self.seed
+        first, *others = places.unbind(dim=2) if places.ndim == 3 else [places]
+        draw = scramble(scramble(first) + seed)
+        for axis in others:
             draw = scramble(scramble(axis) + draw)
         return draw
 

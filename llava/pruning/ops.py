@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Number = TypeVar("Number", int, float)
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -102,7 +105,7 @@ def on_device(numbers: Sequence, device: torch.device, dtype: torch.dtype = torc
     return made.to(device, non_blocking=True)
 
 
-def lookup(rule: Callable[[int, float], int], values: Tensor, number: float, most: int) -> Tensor:
+def lookup(rule: Callable[[int, Number], int], values: Tensor, number: Number, most: int) -> Tensor:
     """`rule(value, number)` of whole values from 0 to `most`, in the arithmetic of Python.
 
     From a table that is made once: float64 tensors, which would give the same, are not there on
@@ -112,7 +115,9 @@ def lookup(rule: Callable[[int, float], int], values: Tensor, number: float, mos
 
 
 @lru_cache(maxsize=64)
-def _table(rule, number: float, most: int, device: torch.device) -> Tensor:
+def _table(
+    rule: Callable[[int, Any], int], number: float, most: int, device: torch.device
+) -> Tensor:
     with torch.inference_mode(False):  # it outlives the mode
         return torch.tensor([rule(value, number) for value in range(most + 1)], device=device)
 
@@ -127,7 +132,7 @@ def share_up(count: int, share: float) -> int:
     return math.ceil(count * share)
 
 
-def interpolate(points: Mapping[float, Sequence[float]], x: float) -> list[float]:
+def interpolate(points: Mapping[Any, Sequence[float]], x: float) -> list[float]:
     """The values at `x`, on straight lines between the points next to it, x -> values; `x` lies
     between the first and the last of them."""
     above = min(point for point in points if point >= x)

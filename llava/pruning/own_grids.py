@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
-
+from .base import Pruner
+from .interfaces import LanguageModel
 from .tokens import VisionTokens
 
 
-class OwnGrids:
-    """Mixin of methods that are others where tokens are blocks of patches, as on Qwen2.5-VL, and
+class OwnGrids(Pruner):
+    """Base of methods that are others where tokens are blocks of patches, as on Qwen2.5-VL, and
     have to know that before they see an image.
 
     own_grids: whether they are, in the model that the method is assigned to
@@ -16,7 +16,7 @@ class OwnGrids:
 
     own_grids = False
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: LanguageModel) -> None:
         super().attach(model)
         tower = model.get_vision_tower()
         self.own_grids = tower is not None and tower.grid is None

@@ -1,13 +1,14 @@
 """Values that there is one of for each token: which fields hold them, and how all follow a change.
 
-A dataclass marks such fields with `per_token`; a field may hold a tensor, a dict of tensors, or
-None. What is done to the tokens is then done to all of them at once by `mapped`.
+A dataclass marks such a field, `field(metadata=per_token())`; it may hold a tensor, a dict of
+tensors, or None. What is done to the tokens is then done to all of them at once by `mapped`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import field, fields
+from dataclasses import fields
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,28 +16,28 @@ from torch import Tensor
 MARK = "token_axis"
 
 
-def per_token(axis: int = 1, **keywords):
-    """A dataclass field of values with the tokens along `axis`; keywords: as of `field`."""
-    return field(metadata={MARK: axis}, **keywords)
+def per_token(axis: int = 1) -> dict[str, int]:
+    """The metadata of a dataclass field that holds values with the tokens along `axis`."""
+    return {MARK: axis}
 
 
 def mapped(
-    carrier, change: Callable[[Tensor, int], Tensor], without: Collection[str] = ()
-) -> dict[str, object]:
+    carrier: Any, change: Callable[[Tensor, int], Tensor], without: Collection[str] = ()
+) -> dict[str, Any]:
     """Field -> its value with every tensor `x` in it replaced by `change(x, axis)`, for all marked
     fields of the dataclass `carrier` but those named in `without`."""
     marked = [f for f in fields(carrier) if MARK in f.metadata and f.name not in without]
     return {f.name: each(getattr(carrier, f.name), change, f.metadata[MARK]) for f in marked}
 
 
-def each(value: Tensor | dict | None, change: Callable[[Tensor, int], Tensor], axis: int = 1):
+def each(value: Any, change: Callable[[Tensor, int], Tensor], axis: int = 1) -> Any:
     """`value` with every tensor `x` in it replaced by `change(x, axis)`."""
     if isinstance(value, dict):
         return {name: change(own, axis) for name, own in value.items()}
     return None if value is None else change(value, axis)
 
 
-def tensors_of(carrier) -> dict[str, Tensor]:
+def tensors_of(carrier: Any) -> dict[str, Tensor]:
     """What there is in the marked fields of a dataclass, by name; in dicts "field[name]"."""
     found: dict[str, Tensor] = {}
     for name in (f.name for f in fields(carrier) if MARK in f.metadata):

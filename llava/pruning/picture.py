@@ -38,7 +38,7 @@ def survivors(trace: PruningTrace, prompts: list[Tensor]) -> list[list[Tensor]]:
     size, images = trace.position_ids.shape[1], iter(trace.visual_positions)
     last = trace.decoder_keep[max(trace.decoder_keep)] if trace.decoder_keep else None
     beams = 1 if last is None else len(last) // len(prompts)
-    found = []
+    found: list[list[Tensor]] = []
     for number, ids in enumerate(prompts):
         alive = torch.full((size,), last is None)
         if last is not None:
@@ -128,9 +128,9 @@ def draw_importance(
 
     values: one per patch, in the order of `boxes`
     """
-    per_crop, values = len(boxes[0]), np.asarray(values, dtype=np.float32)
-    low, high = values.min(), values.max()
-    levels = (values - low) / max(high - low, np.finfo(np.float32).tiny)
+    per_crop, given = len(boxes[0]), np.asarray(values, dtype=np.float32)
+    low, high = given.min(), given.max()
+    levels = (given - low) / max(high - low, np.finfo(np.float32).tiny)
     panels = []
     for crops in (range(0, 1), range(1, len(boxes))):
         own = slice(crops.start * per_crop, crops.stop * per_crop)
@@ -232,7 +232,8 @@ def show_pruning(
     panels, total, maps, extra = [], 0, trace.importance, ""
     for number, (image, patches) in enumerate(zip(images, left, strict=True)):
         values, grid = None if maps is None else maps[number], trace.grids[number]
-        whole, times = Shot(image, patches, trace.visual_positions[number], values), 1
+        first = image[0] if isinstance(image, list) else image
+        whole, times = Shot(first, patches, trace.visual_positions[number], values), 1
         shots = [whole]
         if isinstance(image, list):
             shots, times = shots_of_video(image, whole, math.prod(grid)), math.ceil(len(image) / 2)
@@ -244,8 +245,8 @@ def show_pruning(
             if len(boxes) > 1:
                 extra = "; each image twice: patches of the overview, patches of the tiles"
             if shot.values is not None:
-                values = importance_of_patches(shot.values, shot.positions, count)
-                panels += draw_importance(shot.image, values, boxes)
+                judged = importance_of_patches(shot.values, shot.positions, count)
+                panels += draw_importance(shot.image, judged, boxes)
         total += count * times
     caption = f"{model.pruner!r}: {sum(map(len, left))} visual tokens of {total} patches"
     mean = sum(int(tokens[0]) for tokens in trace.visual_tokens) / len(trace.visual_tokens)

@@ -7,9 +7,10 @@ number allows; a patch that lies in two cells counts in both by its share. No pa
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import SelectPruner
+from .interfaces import LanguageModel
 from .tokens import MERGED, VisionTokens, without_cues
 
 
@@ -23,7 +24,7 @@ class Pool(SelectPruner):
     blends = True
     anyres_tiles = (2, 2)
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: LanguageModel) -> None:
         tower = model.get_vision_tower()
         if tower is not None and tower.select_feature != "patch":
             raise ValueError(

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .branches import Branches
 from .counts import PADDING, Known, TokenCounts, counted
+from .interfaces import Decoder
 from .ops import on_device, rank_within_groups, true_first, true_last
 from .per_token import at, each, mapped, per_token, with_zeros
 from .position_bias import PositionBias
@@ -61,18 +62,18 @@ class Prefill:
     known:         numbers about `visual_index` and `valid`, see `counts`
     """
 
-    decoder: nn.Module
+    decoder: Decoder
     layer: int
-    hidden_states: Tensor = per_token()
-    position_ids: Tensor = per_token()
-    visual_index: Tensor = per_token()
-    patch_index: Tensor = per_token()
-    index: Tensor = per_token()
-    valid: Tensor | None = per_token()
-    extras: dict[str, Tensor] = per_token(default_factory=dict)
-    image_extras: dict[str, list[list[int | float]]] = field(default_factory=dict)
+    hidden_states: Tensor = field(metadata=per_token())
+    position_ids: Tensor = field(metadata=per_token())
+    visual_index: Tensor = field(metadata=per_token())
+    patch_index: Tensor = field(metadata=per_token())
+    index: Tensor = field(metadata=per_token())
+    valid: Tensor | None = field(metadata=per_token())
+    extras: dict[str, Tensor] = field(default_factory=dict, metadata=per_token())
+    image_extras: dict[str, list[list[Any]]] = field(default_factory=dict)
     position_bias: PositionBias | None = None
-    asking: Tensor | None = per_token(default=None)
+    asking: Tensor | None = field(default=None, metadata=per_token())
     state: Any = None
     attention: Tensor | None = None
     keys: Tensor | None = None
@@ -83,7 +84,7 @@ class Prefill:
     importance: tuple[Tensor, Tensor] | None = None
     num_blended: int = 0
     num_images: int | None = None
-    known: Known | None = None
+    known: Known[TokenCounts] | None = None
 
     # --- how many -----------------------------------------------------------------------------
 
@@ -95,12 +96,14 @@ class Prefill:
         not, because something else replaced `visual_index` or `valid`, this waits for the device.
         """
         known = self.what_is_known()
-        if known.counts is None or known.counts.images is None:
-            owner = self.visual_index
-            if self.valid is not None:
-                owner = torch.where(self.valid, owner, PADDING)
-            self.know(TokenCounts.of(owner.cpu(), self.num_images or 1), known.hides, known.left)
-        return self.known.counts
+        if known.counts is not None and known.counts.images:
+            return known.counts
+        owner = self.visual_index
+        if self.valid is not None:
+            owner = torch.where(self.valid, owner, PADDING)
+        counts = TokenCounts.of(owner.cpu(), self.num_images or 1)
+        self.know(counts, known.hides, known.left)
+        return counts
 
     @property
     def hides_padding(self) -> bool:
@@ -108,20 +111,23 @@ class Prefill:
         if self.valid is None:
             return False
         known = self.what_is_known()
-        if known.hides is None:
-            hides = bool((self.valid[:, 1:] & ~self.valid[:, :-1]).any())
-            self.know(known.counts, hides, known.left)
-        return self.known.hides
+        if known.hides is not None:
+            return known.hides
+        hides = bool((self.valid[:, 1:] & ~self.valid[:, :-1]).any())
+        self.know(known.counts, hides, known.left)
+        return hides
 
     def know(self, counts: TokenCounts | None, hides: bool | None, left: bool = False) -> None:
         """Remembers numbers about the tokens as they are now; see `Known`."""
         self.visual_index, self.valid = counted(self.visual_index), counted(self.valid)
         self.known = Known((self.visual_index, self.valid), counts, hides, left)
 
-    def what_is_known(self) -> Known:
+    def what_is_known(self) -> Known[TokenCounts]:
         """What was remembered, if the tokens are still those."""
-        holds = self.known is not None and self.known.holds_for(self.visual_index, self.valid)
-        return self.known if holds else Known((self.visual_index, self.valid))
+        known = self.known
+        if known is not None and known.holds_for(self.visual_index, self.valid):
+            return known
+        return Known((self.visual_index, self.valid))
 
     @property
     def most_images(self) -> int:
@@ -201,7 +207,7 @@ class Prefill:
         I is the most images a row has, at least 1."""
         return on_device(self.counts.images, self.visual_index.device)
 
-    def image_numbers(self, name: str) -> list[list[int | float]]:
+    def image_numbers(self, name: str) -> list[list[Any]]:
         """`image_extras[name]` with 0 where a row has no such image, so that rows are as long."""
         rows = self.image_extras[name]
         most = max(self.most_images, *map(len, rows))
@@ -297,11 +303,11 @@ class Prefill:
         """
         counts = None
         if not isinstance(num_keep, Tensor):
-            before, wanted = self.counts, num_keep
+            before = self.counts
             if isinstance(num_keep, int):
                 wanted = [[num_keep] * len(row) for row in before.images]
             else:
-                num_keep = self.at_tokens(on_device(num_keep, score.device))
+                wanted, num_keep = num_keep, self.at_tokens(on_device(num_keep, score.device))
             pairs = (zip(*rows, strict=True) for rows in zip(before.images, wanted, strict=True))
             counts = before.with_images([[min(n, max(k, 0)) for n, k in row] for row in pairs])
         rank = rank_within_groups(score, self.visual_index)
@@ -433,6 +439,6 @@ class Prefill:
         if self.asking is None:
             return None
         own = self.asking[:, :1].expand_as(image)
-        if not self.position_bias.answers:
+        if self.position_bias is not None and not self.position_bias.answers:
             own = own & (image >= 0)
         return torch.cat([self.asking, own], dim=1)

@@ -100,7 +100,7 @@ def sizes(layers: int | None = None) -> Iterator[tuple[str, DecoderShape]]:
     for name, shape in SIZES.items():
         if shape in own:
             yield f"{name}, {shape.num_layers} layers", shape
-        elif not own:
+        elif layers is not None and not own:
             wide = f"as wide as {name} ({shape.hidden_size}), {layers} layers"
             yield wide, replace(shape, num_layers=layers)
 

@@ -50,7 +50,7 @@ class PruMerge(VisionStage, Pruner):
     anyres = False
 
     @property
-    def adaptive(self) -> bool:
+    def adaptive(self) -> bool:  # type: ignore[override] # of the setting, not of the class
         return self.visual_token_num is None
 
     def __post_init__(self):

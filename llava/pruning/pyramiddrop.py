@@ -43,13 +43,13 @@ class PyramidDrop(ShareOption, StagedPruner):
 
     def __post_init__(self):
         self.check_budgets()
-        number, layers, ratios = self.tokens_of(1), self.layer_list, self.image_token_ratio_list
-        if number is not None and ratios is not None:
+        layers, ratios = self.layer_list, self.image_token_ratio_list
+        if self.has_budget and ratios is not None:
             raise ValueError(
-                f"visual_token_num ({number}) and image_token_ratio_list ({ratios}) both say how "
-                "many tokens to keep: give one of them"
+                f"visual_token_num ({self.tokens_of(1)}) and image_token_ratio_list ({ratios}) "
+                "both say how many tokens to keep: give one of them"
             )
-        if number is None and len(layers or LAYERS[0]) != len(ratios or RATIOS):
+        if not self.has_budget and len(layers or LAYERS[0]) != len(ratios or RATIOS):
             raise ValueError(
                 f"layer_list ({layers}) and image_token_ratio_list ({ratios}) must have one entry "
                 "per cut each"
@@ -69,14 +69,14 @@ class PyramidDrop(ShareOption, StagedPruner):
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
         super().check(num_patches, num_layers, crops)
         total = num_patches * crops
-        budget = self.tokens_of(total)
         if self.visual_token_ratio is not None:
             return self.with_budget_of(total).check(num_patches, num_layers, crops)
         layers = self.cut_layers(total, num_layers)
         if layers[-1] >= num_layers:
             raise ValueError(f"layer_list {layers} must stay below the {num_layers} decoder layers")
-        if budget is None:
+        if not self.has_budget:
             return
+        budget = self.tokens_of(total)
         check_budget(budget, num_patches, crops)
         least = total * layers[0] + num_layers - layers[0]
         if least > budget * num_layers:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, MutableMapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import ClassVar
@@ -136,7 +136,7 @@ def fault_of(method: object, name: str) -> str | None:
         return f"calls itself {method.name!r}: name both alike"
     if not isinstance(method.published, Published):
         return f"has published = {method.published!r}, which must be a llava.pruning.Published"
-    options = fields(method) if is_dataclass(method) else ()
+    options: tuple[Field, ...] = fields(method) if is_dataclass(method) else ()
     if bare := [f.name for f in options if f.init and (f.default, f.default_factory) == NEITHER]:
         return f"has no default for its option {', '.join(bare)}"
     return None

@@ -32,6 +32,7 @@ from .base import BudgetPruner, Pruner, ShareOption, check_budget
 from .counts import Known, counted
 from .density_merge import Merged, merge
 from .fastervlm import FasterVLM
+from .interfaces import LanguageModel
 from .ops import gather_tokens, on_device
 from .position_bias import PositionBias
 from .stages import DecoderStage, VisionStage, fills
@@ -109,8 +110,8 @@ class Restore(VisionStage, BudgetPruner):
                 f"pruned_size {self.pruned_size!r} is unknown, choose from {', '.join(self.SIZES)}"
             )
         check_base(type(self).name, self.base)
-        self.name = f"{type(self).name}+{self.base.name}"
-        self.part_folders = self.base.part_folders
+        self.name = f"{type(self).name}+{self.base.name}"  # type: ignore[misc] # of this one
+        self.part_folders = self.base.part_folders  # type: ignore[method-assign] # likewise
         for name in AS_THE_BASE:
             setattr(self, name, getattr(self.base.vision, name))
 
@@ -121,13 +122,13 @@ class Restore(VisionStage, BudgetPruner):
         return {type(self).name: self, **self.base.named}
 
     @property
-    def module(self) -> nn.Module | None:
+    def module(self) -> nn.Module | None:  # type: ignore[override] # is never set here
         return self.base.module
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: LanguageModel) -> None:
         self.base.attach(model)
 
-    def use_random_parts(self, model: nn.Module) -> None:
+    def use_random_parts(self, model: LanguageModel) -> None:
         self.base.use_random_parts(model)
 
     def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
@@ -164,7 +165,7 @@ class Restore(VisionStage, BudgetPruner):
         if base is None or own.token_schedule(num_patches, 1, crops)[0] == total:
             return
         base.check(num_patches, num_layers, crops)
-        asked = base.visual_token_num
+        asked = base.visual_token_num  # type: ignore[attr-defined] # `choosing` set it
         if (found := base.token_schedule(num_patches, 1, crops)[0]) != asked:
             raise ValueError(
                 f"{self.base.name} keeps {found} tokens where {type(self).name} asks it for "

@@ -169,6 +169,7 @@ class SinkPruner(OwnGrids, VisionStage, ShareOption, StagedPruner):
         num_patches = vision.features.shape[1]
         budget = self.visual_token_num // vision.crops_in_budget
         images = len(vision.layouts or vision.features)
+        extras: dict[str, list[int | float]]
         extras = {**vision.image_extras, BUDGET: [budget] * images}
         if budget >= num_patches:
             return replace(vision, image_extras=extras)

@@ -51,7 +51,7 @@ class SinkFilter:
     sink_ratio: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self):
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[misc] # of the method it is mixed into
         check_sink_ratio(self.sink_ratio)
 
     def sink_places(self, features: Tensor, least: int) -> Tensor | None:
@@ -63,7 +63,8 @@ class SinkFilter:
 
     def candidates(self, vision: VisionTokens, least: int | None = None) -> VisionTokens:
         """The tokens to choose from; least: of each crop that must be left, None: the budget."""
-        least = self.num_keep(vision) if least is None else least
+        if least is None:
+            least = self.num_keep(vision)  # type: ignore[attr-defined] # of a `SelectPruner`
         found = self.sink_places(vision.features, least)
         if found is None:
             return vision

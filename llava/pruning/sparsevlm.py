@@ -110,7 +110,7 @@ class SparseVLM(ShareOption, DecoderStage, Pruner):
             )
 
     @property
-    def adaptive(self) -> bool:
+    def adaptive(self) -> bool:  # type: ignore[override] # of the setting, not of the class
         return self.version == "1.0"
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
@@ -133,13 +133,15 @@ class SparseVLM(ShareOption, DecoderStage, Pruner):
     def allowed(self, total: int) -> tuple[int, ...]:
         """Tokens left at each stage of an image of `total` tokens, merged ones not counted."""
         budget = self.tokens_of(total)
-        if self.retained_tokens is not None:
-            wanted = self.retained_tokens
+        given = self.retained_tokens
+        wanted: Sequence[float]
+        if given is not None and not isinstance(given, int):
+            wanted = given
         elif budget >= total:
             return (total,) * len(RETAINED[self.version][64])
         else:
-            table = RETAINED[self.version]
-            table = {0: (0, 0, 0), **table, PATCHES: (PATCHES,) * 3}
+            published = RETAINED[self.version]
+            table = {0: (0, 0, 0), **published, PATCHES: (PATCHES,) * 3}
             wanted = interpolate(table, budget * PATCHES / total)
         return tuple(max(1, int(number * total / PATCHES + 1e-6)) for number in wanted)
 
@@ -263,7 +265,7 @@ class SparseVLM(ShareOption, DecoderStage, Pruner):
             for row in zip(kept, counts, strict=True)
         ]
         (batch, size), images, here = score.shape, len(pairs[0]), score.device
-        stays, dropped = ranked(kept, counts, size)
+        staying, dropped = ranked(kept, counts, size)
         plan = [
             [(start, *pair) for start, pair in zip(*row, strict=True)]
             for row in zip(dropped, pairs, strict=True)
@@ -272,7 +274,7 @@ class SparseVLM(ShareOption, DecoderStage, Pruner):
         most_source, most = (max(p[i] for row in pairs for p in row) for i in (0, 1))
 
         order = order_within_groups(score, prefill.visual_index)  # text, then image by image
-        stays = on_device(stays, here, torch.bool)
+        stays = on_device(staying, here, torch.bool)
         stays = torch.empty_like(stays).scatter_(1, order, stays)
         where = start[..., None] + torch.arange(most_source, device=here)
         where = order.gather(1, where.flatten(1).clamp(max=size - 1))

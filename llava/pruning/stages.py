@@ -26,7 +26,7 @@ class VisionStage:
     name: ClassVar[str] = "none"
     #: cues that the vision tower has to provide, see `llava.pruning.cues`: "salience", "keys",
     #: "cls_attention", ..., of the layer of the features, and "fingerprint" of the pixels
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
     #: cues that are taken where the tower has them
     wants: ClassVar[frozenset[str]] = frozenset()
     #: cue -> what to set to do without it
@@ -37,13 +37,13 @@ class VisionStage:
     #: all tokens that it leaves are blended from several, so that none stays as it is
     blends: ClassVar[bool] = False
     #: a hook reads `VisionTokens.questions`; other methods are not given them
-    reads_question: ClassVar[bool] = False
+    reads_question: bool = False
     #: "sequence": kept visual tokens are counted 0, 1, 2, ...; "grid": they stay where the unpruned
     #: image would have put them, and the text after the image stays where it was. Where positions
     #: have several axes, which are places in a picture, all methods are "grid"
     position_policy: ClassVar[str] = "sequence"
     #: whether the patches that stay of a crop enter the prompt in raster order
-    in_raster_order: ClassVar[bool] = True
+    in_raster_order: bool = True
     #: False where the method is defined for one crop per image only
     anyres: ClassVar[bool] = True
     #: LLaVA-NeXT: tiles (across, down) every image is cut into, without newlines and unpadding;

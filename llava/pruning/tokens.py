@@ -56,7 +56,7 @@ class TowerTokens:
     key_bias: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
     all_patches: Tensor | None = None
-    known: Known | None = None
+    known: Known[list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,16 @@ class ImageTokens:
     position_bias: what tokens of its prompt add to attention by where they stand; None: nothing
     """
 
-    embeds: Tensor = per_token(0)
-    patches: Tensor = per_token(0)
-    offsets: Tensor = per_token(0)
+    embeds: Tensor = field(metadata=per_token(0))
+    patches: Tensor = field(metadata=per_token(0))
+    offsets: Tensor = field(metadata=per_token(0))
     length: int
-    extras: dict[str, Tensor] = per_token(0, default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict, metadata=per_token(0))
     image_extras: dict[str, int | float] = field(default_factory=dict)
     blocks: tuple[tuple[int, int], ...] = ()
     crops: int = 1
     places: int | None = None
-    positions: Tensor | None = per_token(0, default=None)
+    positions: Tensor | None = field(default=None, metadata=per_token(0))
     grid: tuple[int, int] | None = None
     frame_pairs: int = 0
     position_bias: PositionBias | None = None
@@ -152,27 +152,27 @@ class VisionTokens:
     known:         numbers about `valid`, see `crop_counts`
     """
 
-    features: Tensor = per_token()
-    positions: Tensor = per_token()
+    features: Tensor = field(metadata=per_token())
+    positions: Tensor = field(metadata=per_token())
     grid: tuple[int, int]
     image_index: Tensor | None = None
     layouts: list[ImageLayout] | None = None
     crops_in_budget: int = 1
-    valid: Tensor | None = per_token(default=None)
+    valid: Tensor | None = field(default=None, metadata=per_token())
     block: int = 1
     num_heads: int = 1
     project: Callable[[Tensor], Tensor] | None = None
-    salience: Tensor | None = per_token(default=None)
-    cls_attention: Tensor | None = per_token(2, default=None)
-    keys: Tensor | None = per_token(default=None)
+    salience: Tensor | None = field(default=None, metadata=per_token())
+    cls_attention: Tensor | None = field(default=None, metadata=per_token(2))
+    keys: Tensor | None = field(default=None, metadata=per_token())
     fingerprint: Tensor | None = None
     cls_token: Tensor | None = None
     layers: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     questions: list[str] | None = None
-    extras: dict[str, Tensor] = per_token(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict, metadata=per_token())
     image_extras: dict[str, list[int | float]] = field(default_factory=dict)
     all_patches: Tensor | None = None
-    known: Known | None = None
+    known: Known[list[int]] | None = None
 
     @property
     def complete(self) -> bool:
@@ -184,10 +184,13 @@ class VisionTokens:
         the methods of this class replaced `valid`."""
         if self.valid is None:
             return [self.features.shape[1]] * self.features.shape[0]
-        if self.known is None or not self.known.holds_for(self.valid):
-            self.valid = counted(self.valid)
-            self.known = Known((self.valid,), self.valid.sum(dim=1).tolist())
-        return self.known.counts
+        known = self.known
+        if known is None or known.counts is None or not known.holds_for(self.valid):
+            self.valid = valid = counted(self.valid)
+            counts: list[int] = valid.sum(dim=1).tolist()
+            self.known = Known((valid,), counts)
+            return counts
+        return known.counts
 
     def keep(self, index: Tensor) -> VisionTokens:
         """The tokens at `index` (B, T), in that order, with everything that travels with them."""

@@ -149,7 +149,7 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, ShareOption, StagedPruner):
         plan = [count] * num_layers
         if count <= budget:  # T is all there is
             return plan
-        left = (budget, budget // 4)
+        left: tuple[int, ...] = (budget, budget // 4)
         if self.own_grids:
             last = max(BLOCK_TOKENS)
             part = interpolate(BLOCK_TOKENS, min(budget, last))
@@ -199,8 +199,8 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, ShareOption, StagedPruner):
                 pruned[number] = images[number].keep(own)
         for number, (image, label) in enumerate(zip(pruned, labels, strict=True)):
             extras = {name: own for name, own in image.extras.items() if name != SALIENCE}
-            numbers = {**image.image_extras, BUDGET: label}
-            pruned[number] = replace(image, extras=extras, image_extras=numbers)
+            image_extras = {**image.image_extras, BUDGET: label}
+            pruned[number] = replace(image, extras=extras, image_extras=image_extras)
         return pruned
 
     def first_picks(self, features: Tensor, salience: Tensor, count: int) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .cost import DecoderShape, kv_cache_bytes, prefill_flops
+from .interfaces import LanguageModel
 from .tokens import ImageTokens
 
 
@@ -64,16 +66,18 @@ class PruningTrace:
     def flops(self) -> float:
         """Floating-point operations of the decoder layers in the latest prefill, summed over rows;
         formula in `llava.pruning.cost.prefill_flops`."""
+        if (shape := self.shape) is None:  # there was no prefill
+            return 0
         rows = zip(*(tokens.tolist() for tokens in self.prompt_tokens), strict=True)
-        return sum(prefill_flops(self.shape, row) for row in rows)
+        return sum(prefill_flops(shape, row) for row in rows)
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of the valid cache entries after the latest prefill, from the tensors' own sizes;
         without a cache (`use_cache=False`) what one would have held."""
-        if self.cache_bytes:
+        if self.cache_bytes or (shape := self.shape) is None:
             return self.cache_bytes
-        return sum(kv_cache_bytes(self.shape, t.sum().item()) for t in self.prompt_tokens)
+        return sum(kv_cache_bytes(shape, int(t.sum())) for t in self.prompt_tokens)
 
     def add_image(self, image: ImageTokens) -> None:
         """An image as it enters the decoder."""
@@ -92,7 +96,7 @@ class PruningTrace:
 
     def add_layer(self, visual_index: Tensor | None, valid: Tensor | None, size: Tensor) -> None:
         """One layer of the prefill; `size` (B, S) only lends its shape and device."""
-        tokens = size.new_ones(size.shape, dtype=bool) if valid is None else valid
+        tokens = size.new_ones(size.shape, dtype=torch.bool) if valid is None else valid
         visual = tokens & (visual_index >= 0) if visual_index is not None else tokens & False
         self.prompt_tokens.append(tokens.sum(dim=1))
         self.visual_tokens.append(visual.sum(dim=1))
@@ -115,7 +119,7 @@ class PruningTrace:
         found += [self._over_prompt(seen[:, :, n], index) for n in range(seen.shape[2])]
 
     def _over_prompt(self, row: Tensor, index: Tensor) -> Tensor:
-        size = self.position_ids.shape[1]
+        size = self.position_ids.shape[1]  # type: ignore[union-attr] # see `start_prefill`
         places = torch.where(index < 0, size, index)[:, None].expand_as(row)
         whole = row.new_zeros(*row.shape[:2], size + 1)  # padding adds its zeros somewhere
         return whole.scatter_add_(2, places, row)[..., :size].detach().cpu()
@@ -133,7 +137,8 @@ class PruningTrace:
 
     def _of_images(self, rows: Tensor) -> list[Tensor]:
         found = []
-        for row, owner in zip(rows, self.visual_index, strict=True):
+        owners: Any = self.visual_index  # there with `attention_layers`
+        for row, owner in zip(rows, owners, strict=True):
             found += [row[:, owner == image] for image in range(int(owner.amax()) + 1)]
         return found
 
@@ -149,8 +154,8 @@ class PruningTrace:
             setattr(self, name, [torch.cat(layer) for layer in layers])
         self.cache_bytes = sum(row.cache_bytes for row in rows)
         self.importance = [image for row in rows for image in row.importance or []] or None
-        size = max(row.position_ids.shape[1] for row in rows)
-        positions = [row.position_ids for row in rows]
+        positions = [row.position_ids for row in rows if row.position_ids is not None]
+        size = max(p.shape[1] for p in positions)
         missing = [(0, 0) * (p.ndim - 2) + (size - p.shape[1], 0) for p in positions]
         self.position_ids = torch.cat(
             [F.pad(p, n) for p, n in zip(positions, missing, strict=True)]
@@ -163,7 +168,9 @@ class PruningTrace:
             ]
             self.decoder_keep[layer] = kept
 
-    def finish_prefill(self, cache, visual_index: Tensor, judged=None) -> None:
+    def finish_prefill(
+        self, cache: Any, visual_index: Tensor, judged: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         """visual_index (B, S) of the prompt; judged: what `Prefill.record_importance` left."""
         # Brought over together: a wait for the device in every layer would slow the prefill down.
         device = self.prompt_tokens[-1].device  # layers may run on several
@@ -194,7 +201,7 @@ def importance_per_image(index: Tensor, score: Tensor, visual_index: Tensor) -> 
 
 @contextmanager
 def trace_pruning(
-    model: nn.Module, embeds: bool = False, attention: Iterable[int] = ()
+    model: LanguageModel, embeds: bool = False, attention: Iterable[int] = ()
 ) -> Iterator[PruningTrace]:
     """Records what the calls of `model` inside the block keep, see `PruningTrace`.
 

@@ -19,7 +19,7 @@ import os
 import re
 import warnings
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from ..devices import empty_like_weights
 from ..linear import Linear
 from .base import BudgetPruner
 from .drafter import DRAFTER_OPTIONS, Drafter
+from .interfaces import Decoder, LanguageModel
 from .learned import build_part, part_folder, read_part_config, save_part
 from .ops import on_device, rank_within_groups, scale_layer
 from .prefill import Prefill
@@ -45,16 +46,16 @@ class Twig(nn.Module):
     #: whether a pruning head belongs to it
     has_head: ClassVar[bool] = False
 
-    def __init__(self, model: nn.Module, count: int):
+    def __init__(self, model: LanguageModel, count: int):
         super().__init__()
         decoder, config = model.model, model.config
-        layer = type(decoder.layers[0])
+        layer: Any = type(decoder.layers[0])
         first = config.num_hidden_layers
         self.layers = nn.ModuleList(layer(config, first + number) for number in range(count))
         self.norm = type(decoder.norm)(config.hidden_size, config.rms_norm_eps)
         self.head = Linear(config.hidden_size, model.lm_head.weight.shape[0], bias=False)
 
-    def forward(self, decoder: nn.Module, prefill: Prefill) -> Tensor:
+    def forward(self, decoder: Decoder, prefill: Prefill) -> Tensor:
         """(B, S, D) behind the norm, for prompts as they enter decoder layer K; for training."""
         return self.norm(decoder.through(prefill, self.layers))
 
@@ -101,7 +102,7 @@ class TwigVLM(DecoderStage, BudgetPruner):
     twig_class: ClassVar[type[Twig]] = Twig
 
     def __post_init__(self):
-        number = self.visual_token_num
+        number: float = self.visual_token_num
         if isinstance(number, float) and number.is_integer():  # the release takes 64.0 as well
             self.visual_token_num = int(number)
         super().__post_init__()
@@ -116,17 +117,17 @@ class TwigVLM(DecoderStage, BudgetPruner):
     def part_folders(self, model_path: str) -> list[str]:
         return [part_folder(self.name, self.twig, model_path, "twig")]
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: LanguageModel) -> None:
         if self.module is None:
             (folder,) = self.part_folders(getattr(model.config, "_name_or_path", ""))
             self._config = read_part_config(folder, self.name)
             count = self.twig_T or _environment("twig_T")
             like = self._neighbour(model)
             self.module = load_twig(folder, model, count, like, self.twig_class)
-        weight = self.module.norm.weight
-        if weight.shape[0] != model.config.hidden_size:
+        width = self.module.head.in_features
+        if width != model.config.hidden_size:
             raise ValueError(
-                f"the twig is {weight.shape[0]} wide, this model {model.config.hidden_size}: load "
+                f"the twig is {width} wide, this model {model.config.hidden_size}: load "
                 "a twig that was trained on it"
             )
         like = self._neighbour(model)
@@ -139,13 +140,13 @@ class TwigVLM(DecoderStage, BudgetPruner):
                 "the decoder"
             )
 
-    def use_random_parts(self, model: nn.Module) -> None:
+    def use_random_parts(self, model: LanguageModel) -> None:
         """Random weights in place of trained ones, where only costs and shapes matter."""
         count = self.twig_T or max(1, scale_layer(TWIG_LAYERS, model.config.num_hidden_layers))
         twig = self.twig_class(model, count)
         self.module = twig.apply(model._init_weights).requires_grad_(False).eval()
 
-    def _neighbour(self, model: nn.Module) -> Tensor:
+    def _neighbour(self, model: LanguageModel) -> Tensor:
         """An empty tensor with device and type of the decoder layer that the twig stands beside."""
         layers = model.model.layers
         beside = min(self.shared_layers(len(layers)), len(layers) - 1)
@@ -163,7 +164,7 @@ class TwigVLM(DecoderStage, BudgetPruner):
         )
 
     @property
-    def drafting(self) -> dict[str, int | float | None]:
+    def drafting(self) -> dict[str, Any]:
         """The options that say how tokens are guessed."""
         return {name: getattr(self, name) for name in DRAFTER_OPTIONS}
 
@@ -277,7 +278,7 @@ class TwigVLM(DecoderStage, BudgetPruner):
 
 def load_twig(
     folder: str,
-    model: nn.Module,
+    model: LanguageModel,
     count: int | None = None,
     like: Tensor | None = None,
     kind: type[Twig] = Twig,
@@ -305,7 +306,9 @@ def load_twig(
     return build_part(lambda: kind(model, len(numbers)), tensors, path, like)
 
 
-def grow_twig(model: nn.Module, shared_layers: int, count: int, kind: type[Twig] = Twig) -> Twig:
+def grow_twig(
+    model: LanguageModel, shared_layers: int, count: int, kind: type[Twig] = Twig
+) -> Twig:
     """The twig that training starts from: copies of `count` decoder layers from `shared_layers` on,
     of the final norm and of the head; what else there is of its kind is fresh. Raises ValueError
     when there are not so many layers."""

@@ -19,11 +19,13 @@ ranked nor removed); a twig without a head is refused. The guessing is as exact 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..linear import Linear
+from .interfaces import Decoder, LanguageModel, Layer
 from .ops import gather_tokens
 from .per_token import at
 from .prefill import Prefill
@@ -62,13 +64,13 @@ class GatedTwig(Twig):
 
     has_head = True
 
-    def __init__(self, model: nn.Module, count: int):
+    def __init__(self, model: LanguageModel, count: int):
         super().__init__(model, count)
         self.pruning_head = PruningHead(model.config)
 
     def scores(
         self,
-        decoder: nn.Module,
+        decoder: Decoder,
         x: Tensor,
         position_ids: Tensor,
         asking: Tensor,
@@ -81,14 +83,14 @@ class GatedTwig(Twig):
         x:            (B, S, D) tokens as they enter that layer
         position_ids: as in `Prefill`
         """
-        layer = self.layers[-1]
+        layer: Any = self.layers[-1]
         asks, asked, q, k = probed(decoder, layer, x, position_ids, asking, places)
         return self.pruning_head(asks, asked, q, k, real.to(x.device))
 
 
 def probed(
-    decoder: nn.Module,
-    layer: nn.Module,
+    decoder: Decoder,
+    layer: Layer,
     x: Tensor,
     position_ids: Tensor,
     asking: Tensor,
@@ -102,10 +104,10 @@ def probed(
     """
     rows = torch.cat([asking, places], dim=1).to(x.device)
     normed = layer.input_layernorm(gather_tokens(x, rows))
-    rope = decoder.rotary(at(rows)(position_ids.to(x.device), 1), x.dtype)
+    cos, sin = decoder.rotary(at(rows)(position_ids.to(x.device), 1), x.dtype)
     asks, asked = normed[:, :1], normed[:, 1:]
-    q = layer.self_attn.queries(asks, tuple(part[:, :, :1] for part in rope))
-    return asks, asked, q, layer.self_attn.keys(asked, tuple(part[:, :, 1:] for part in rope))
+    q = layer.self_attn.queries(asks, (cos[:, :, :1], sin[:, :, :1]))
+    return asks, asked, q, layer.self_attn.keys(asked, (cos[:, :, 1:], sin[:, :, 1:]))
 
 
 def shares(q: Tensor, k: Tensor, real: Tensor) -> Tensor:
@@ -141,7 +143,8 @@ class TwigVLMPlus(TwigVLM):
 
     def score(self, prefill: Prefill) -> Tensor:
         """(B, S) scores of the pruning head by the last prompt token; 0 on text."""
-        twig, x = self.module, prefill.drafter_input
+        twig: Any = self.module  # a `GatedTwig`
+        x = prefill.drafter_input
         if x is None:
             x = prefill.decoder.through(prefill, twig.layers[:-1])
         places, real = prefill.places(prefill.is_visual, max(prefill.counts.visual))

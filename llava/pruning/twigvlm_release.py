@@ -87,7 +87,7 @@ class PublishedOutput(Tensor):
     decoding_tokens_per_second
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     predicted_tokens: list[list[int]]
     num_tokens_generated: int

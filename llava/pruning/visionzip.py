@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .base import SelectPruner
+from .base import Pruner, SelectPruner
 from .captured import captured
 from .ops import gather_tokens, normalize, top_stable, true_first
 from .sinks import SinkFilter
@@ -71,7 +71,7 @@ class VisionZip(SinkFilter, SelectPruner):
         patches = min(dominant - (not classless), num_patches)
         return patches, min(contextual, num_patches - patches)
 
-    def choosing(self, num_tokens: int) -> SelectPruner:
+    def choosing(self, num_tokens: int) -> Pruner:
         if self.dominant is not None:
             raise ValueError(
                 f"{self.name} cannot be asked for a number of tokens beside dominant and contextual"
@@ -101,8 +101,8 @@ class VisionZip(SinkFilter, SelectPruner):
             patches = vision.positions.gather(1, patches)
         batch, num_merged = targets.shape
         merged = size + torch.arange(num_merged, device=patches.device)
-        positions = [patches.new_full((batch, 1), -1), patches, merged.expand(batch, -1)]
-        positions = torch.cat(positions, dim=1)
+        first = patches.new_full((batch, 1), -1)
+        positions = torch.cat([first, patches, merged.expand(batch, -1)], dim=1)
         tokens = torch.cat([vision.cls_token, tokens], dim=1)
         return replace(
             without_cues(vision),

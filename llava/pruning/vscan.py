@@ -103,10 +103,10 @@ class VScan(OwnGrids, ShareOption, VisionStage, StagedPruner):
             if None not in (getattr(self, number), getattr(self, share)):
                 raise ValueError(f"{number} and {share} say the same: give one of them")
         given = [("encoder_token_ratio", self.encoder_token_ratio)]
-        given += [("cut_ratio_list", share) for share in self.cut_ratio_list or ()]
-        for name, share in given:
-            if share is not None and not 0 < share <= 1:
-                raise ValueError(f"{name} ({share}) must lie above 0 and up to 1")
+        given += [("cut_ratio_list", own) for own in self.cut_ratio_list or ()]
+        for name, value in given:
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} ({value}) must lie above 0 and up to 1")
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
         super().check(num_patches, num_layers, crops)

@@ -18,7 +18,7 @@ OWN_CUES = frozenset({"salience", "cls_attention", "keys"})
 
 @dataclass(frozen=True)
 class TowerShape:
-    """What a config says of a tower; a `llava.pruning.cues.Tower`.
+    """What a config says of a tower; a `llava.pruning.interfaces.Tower`.
 
     depth: (number of layers, 0-based layer whose output are the features)
     grid:  (h, w) patches of an image

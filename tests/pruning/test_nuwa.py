@@ -30,7 +30,7 @@ def test_the_published_budgets(budget, first, second):
 )
 def test_the_budgets_of_tiled_images_are_those_of_the_release(budget, crops, each, top):
     pruner = Nuwa(visual_token_num=budget)
-    assert pruner.tokens_per_crop(576, crops) == each
+    assert pruner.stage1_tokens(576, crops) == each
     assert pruner.view(24, 24, 1, 576, crops).top == top
 
 

@@ -1,6 +1,6 @@
 """Whatever there is one of for each token follows a change of the tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -10,9 +10,9 @@ from llava.pruning.per_token import at, each, mapped, per_token, tensors_of, wit
 
 @dataclass
 class Carrier:
-    x: torch.Tensor = per_token()
-    late: torch.Tensor | None = per_token(2, default=None)
-    extras: dict = per_token(default_factory=dict)
+    x: torch.Tensor = field(metadata=per_token())
+    late: torch.Tensor | None = field(default=None, metadata=per_token(2))
+    extras: dict = field(default_factory=dict, metadata=per_token())
     other: torch.Tensor | None = None
 
 

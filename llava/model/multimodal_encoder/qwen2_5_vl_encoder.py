@@ -105,8 +105,8 @@ class Plan:
 class Qwen2_5_VLVisionTower(nn.Module):
     """Patches of images to tokens of the language model; parameter names as released.
 
-    What it says of itself is that of `llava.pruning.cues.Tower`. Cues about attention come from
-    layers that see whole images: one that does not stands for the next that does.
+    What it says of itself is that of `llava.pruning.interfaces.Tower`. Cues about attention come
+    from layers that see whole images: one that does not stands for the next that does.
     """
 
     title = "the vision tower of Qwen2.5-VL"

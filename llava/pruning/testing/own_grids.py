@@ -142,7 +142,7 @@ class OwnGridsContract(Promises):
             sample(5, seed=3),
             sample(2, "image", 1, "image", 4),
         ]
-        images = [[picture(*WIDE)], [], [video(2, *TALL), picture(*WIDE, seed=1)]]
+        images: list[list] = [[picture(*WIDE)], [], [video(2, *TALL), picture(*WIDE, seed=1)]]
         alone = [
             generate(model, p.ids, own or None) for p, own in zip(prompts, images, strict=True)
         ]
@@ -197,10 +197,10 @@ class OwnGridsContract(Promises):
             pytest.skip("this method takes no share")
         prompt = sample(4, "image", 5)
         for grid in (WIDE, TALL):
-            number, share = round(0.4 * grid[0] * grid[1]), {"visual_token_ratio": 0.4}
+            number = round(0.4 * grid[0] * grid[1])
             settings = (
                 make_pruner(pruner.name, number, **self.options),
-                make_pruner(pruner.name, **self.options, **share),
+                make_pruner(pruner.name, **self.options, visual_token_ratio=0.4),
             )
             found = []
             for model.pruner in settings:

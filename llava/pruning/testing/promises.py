@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import torch
 from .. import METHODS, Chain, Pruner, build_pruner, trace_pruning
 from .tiny import Sample, make_pruner, pad_batch, sample
 
-GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=-1)
+GREEDY: dict[str, Any] = dict(do_sample=False, max_new_tokens=6, eos_token_id=-1)
 
 
 def generate(model, ids, images, **kwargs):
@@ -68,7 +68,8 @@ class Promises:
 
     def test_a_layer_works_on_no_more_tokens_than_are_counted(self, model, pruner):
         """On a CPU, where nothing is saved by carrying tokens along that were dropped."""
-        model.pruner, sizes = pruner, {}
+        model.pruner = pruner
+        sizes: dict[int, int] = {}
 
         def note(layer, given) -> None:
             sizes.setdefault(layer.self_attn.layer_idx, given[0].shape[1])
@@ -128,7 +129,7 @@ class Promises:
         assert streamer.tokens[-GREEDY["max_new_tokens"] :] == answer[0].tolist()
 
     def test_a_printed_method_builds_itself_again(self, pruner):
-        classes = (Chain, *(METHODS[part] for part in pruner.name.split("+")))
+        classes: list[type[Pruner]] = [Chain, *(METHODS[n] for n in pruner.name.split("+"))]
         namespace = {cls.__name__: cls for cls in classes}
         assert repr(eval(repr(pruner), namespace)) == repr(pruner)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ SIDE, PATCH = 84, 14  # pixels
 NUM_PATCHES = (SIDE // PATCH) ** 2
 #: what images of a LLaVA-NeXT model may be resized to
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
-TINY = dict(
+TINY: dict[str, Any] = dict(
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=6,
@@ -51,7 +52,7 @@ TINY = dict(
     image_aspect_ratio="pad",
 )
 #: added to `TINY`, what makes a model LLaVA-NeXT
-ANYRES = dict(
+ANYRES: dict[str, Any] = dict(
     image_aspect_ratio="anyres",
     mm_patch_merge_type="spatial_unpad",
     image_grid_pinpoints=PINPOINTS,
@@ -128,14 +129,14 @@ def make_model(tower: str, mistral: bool = False, **config):
 
 
 #: a model whose images have grids of their own: in place of the values of `TINY`, and its tower
-OWN_GRIDS = dict(
+OWN_GRIDS: dict[str, Any] = dict(
     num_key_value_heads=2,
     rope_scaling={"type": "mrope", "mrope_section": [2, 1, 1]},
     vocab_size=92,
     image_token_id=90,
     video_token_id=91,
 )
-OWN_GRIDS_TOWER = dict(
+OWN_GRIDS_TOWER: dict[str, Any] = dict(
     depth=4,
     hidden_size=16,
     intermediate_size=24,
@@ -184,7 +185,7 @@ class Sample:
     images: Tensor | None
 
 
-def sample(*pieces: int | str, seed: int = 0) -> Sample:
+def sample(*pieces: int | Literal["image"], seed: int = 0) -> Sample:
     """A random prompt; a piece is a number of text tokens or "image"."""
     generator = torch.Generator().manual_seed(seed)
     ids = [torch.tensor([1])]
@@ -211,7 +212,7 @@ def pad_batch(rows: list[Tensor], side: str = "left") -> tuple[Tensor, Tensor]:
     return torch.cat(ids), torch.cat(masks)
 
 
-def make_pruner(name: str, visual_token_num: int = 10, least: int = 1, **options: object) -> Pruner:
+def make_pruner(name: str, visual_token_num: int = 10, least: int = 1, **options: Any) -> Pruner:
     """A method with a small budget where it takes one, and random weights where it has none.
 
     least: budget that the method cannot go below; options: further ones of the method, a share of
@@ -243,5 +244,5 @@ def with_random_parts(pruner: Pruner) -> Pruner:
             pruner.use_random_parts(model)
             load(model)
 
-    pruner.attach = attach
+    pruner.attach = attach  # type: ignore[method-assign] # of this one alone
     return pruner
