@@ -99,9 +99,9 @@ class DART(DecoderPruner):
         budgets = self.budgets(prefill)
         if budgets == [list(row) for row in prefill.counts.images]:
             return torch.zeros_like(prefill.index)
-        row, place, real = prefill.images()
-        pivots, words, num_words = self.pivots(prefill)
-        states = prefill.hidden_states[row, torch.cat([place, words], dim=1)]
+        row, place, real = images = prefill.images()
+        pivots, words, num_words = self.pivots(prefill, *images)
+        states = prefill.hidden_states.detach()[row, torch.cat([place, words], dim=1)]
         unit = normalize(prefill.decoder.final_norm(states))  # (G, V + q, D)
         count = place.shape[1]
         ends = torch.arange(count, unit.shape[1], device=pivots.device).expand(len(pivots), -1)
@@ -114,16 +114,17 @@ class DART(DecoderPruner):
         taken = turn < kept
         return prefill.from_images(count - turn, row, place, taken & real)
 
-    def pivots(self, prefill: Prefill) -> tuple[Tensor, Tensor, Tensor]:
-        """Image by image as `Prefill.images` gives them: places in the image (G, p) of the visual
-        tokens with the largest keys and in the prompt (G, q) of the words behind it, largest first,
-        and how many such words there are (G, 1)."""
-        row, place, real = prefill.images()
+    def pivots(
+        self, prefill: Prefill, row: Tensor, place: Tensor, real: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Image by image as `Prefill.images` gives them (row, place, real): places in the image
+        (G, p) of the visual tokens with the largest keys and in the prompt (G, q) of the words
+        behind it, largest first, and how many such words there are (G, 1)."""
         keys = prefill.keys
         if self.key_states == "output":
             x, positions = prefill.hidden_states, prefill.position_ids
             keys = prefill.decoder.layer_keys(prefill.layer - 1, x, positions)
-        size = keys.abs().sum(dim=(1, 3), dtype=torch.float32)  # (B, S)
+        size = keys.detach().abs().sum(dim=(1, 3), dtype=torch.float32)  # (B, S)
         visual = size[row, place].masked_fill(~real, -1.0)
         behind = prefill.text_behind().flatten(0, 1)  # (G, S)
         text = size[row[:, 0]].masked_fill(~behind, -1.0)
@@ -145,11 +146,12 @@ def least_alike(alike: Tensor, pivots: Tensor, count: Tensor, num_words: Tensor)
     """
     size, places = alike.shape[2], torch.arange(alike.shape[2], device=alike.device)
     own = count.clamp(max=pivots.shape[1])  # visual pivots, (G, 1)
-    quota = (count - own + own + num_words - 1) // (own + num_words).clamp(min=1)
+    num_pivots = own + num_words
+    quota = (count - own + num_pivots - 1) // num_pivots.clamp(min=1)  # rounded up
     number = torch.arange(alike.shape[1], device=alike.device)
     behind = number >= pivots.shape[1]
     number = torch.where(behind, number - pivots.shape[1] + own, number)  # (G, P) among the real
-    there = torch.where(behind, number < own + num_words, number < own)
+    there = torch.where(behind, number < num_pivots, number < own)
     start = own + quota * number  # taken before
     allowed = (count - start).clamp(min=0).minimum(quota) * there
     turns = (start[..., None] + places).masked_fill(places >= allowed[..., None], size)

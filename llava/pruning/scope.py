@@ -23,18 +23,20 @@ from .captured import captured
 from .coverage import cover_most
 from .ops import cosines
 from .published import Published
+from .sinks import SinkFilter
 from .tokens import VisionTokens
 
 COMBINATIONS = ("multiply", "add")
 
 
 @dataclass
-class Scope(EqualShares):
+class Scope(SinkFilter, EqualShares):
     """
     visual_token_num: tokens per image; on LLaVA-NeXT shared out equally among its crops, rounded
                       down (640 of five crops are 128 each)
     alpha:            exponent of the attention; 0 is coverage alone
     combine:          "multiply": the gain in coverage times the attention; "add": plus
+    sink_ratio:       share of the patches left out, those of the largest norm; 0: none
     """
 
     alpha: float = 1.0
@@ -52,6 +54,7 @@ class Scope(EqualShares):
             raise ValueError(f"combine ({self.combine!r}) must be one of {', '.join(COMBINATIONS)}")
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
+        vision = self.candidates(vision, max(self.shares(vision)))
         return vision if vision.block > 1 else self.keep_shares(vision)
 
     def after_projector(self, vision: VisionTokens) -> VisionTokens:

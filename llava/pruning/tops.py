@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .base import BUDGET, ShareOption, StagedPlan, StagedPruner, check_budget
 from .captured import captured
-from .ops import interpolate, normalize, on_device, scale_layers
+from .ops import NEGLIGIBLE, cosines, interpolate, on_device, scale_layers
 from .own_grids import OwnGrids
 from .prefill import Prefill
 from .sinks import SinkFilter, check_sink_ratio
@@ -42,14 +42,13 @@ COVERAGE = {
     (True, False): (0.5, 0.4, 0.5),
     (True, True): (0.5, 0.5, 0.5),
 }
-BLOCK_COVERAGE = 0.4
+BLOCK_COVERAGE, VIDEO_COVERAGE = 0.4, 0.5
 #: of the first stage, coverage and diversity
 FIRST_WEIGHTS = (0.5, 0.5)
-#: gains below count as none: rounding leaves them
-GAIN = 1e-6
 NORMALIZE, RATERS = ("minmax", "mean"), ("threshold", "all", "last")
-#: what images carry into the decoder: their share of tokens, whether they are cut into crops
-SHARE, TILED = "tops_share", "tops_tiled"
+#: what images carry into the decoder: their share of tokens, and what they are
+SHARE, KIND = "tops_share", "tops_kind"
+IMAGE, TILED, VIDEO = range(3)
 SALIENCE = "tops_salience"
 
 
@@ -215,18 +214,20 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, ShareOption, StagedPruner):
     def before_prompt(self, image: ImageTokens) -> ImageTokens:
         """Leaves what the weights depend on."""
         label = image.image_extras.get(BUDGET, image.length)
-        tiled = int(image.crops > 1 and not image.frame_pairs)
-        numbers = {SHARE: label / max(image.length, 1), TILED: tiled}
+        kind = VIDEO if image.frame_pairs else TILED if image.crops > 1 else IMAGE
+        numbers = {SHARE: label / max(image.length, 1), KIND: kind}
         image = super().before_prompt(image)
         return replace(image, image_extras={**image.image_extras, **numbers})
 
     def weights(self, prefill: Prefill) -> list[tuple[float, float]]:
         """(lam, alpha) for every image of every row, one behind the other."""
         deep, found = len(prefill.decoder.layers) > 32, []
-        pairs = zip(prefill.image_numbers(SHARE), prefill.image_numbers(TILED), strict=True)
-        for share, tiled in (pair for rows in pairs for pair in zip(*rows, strict=True)):
+        pairs = zip(prefill.image_numbers(SHARE), prefill.image_numbers(KIND), strict=True)
+        for share, kind in (pair for rows in pairs for pair in zip(*rows, strict=True)):
             nearest = min(range(len(BUDGETS)), key=lambda n: abs(BUDGETS[n] - share))
-            lam = BLOCK_COVERAGE if self.own_grids else COVERAGE[bool(tiled), deep][nearest]
+            lam = COVERAGE[kind == TILED, deep][nearest]
+            if self.own_grids:
+                lam = VIDEO_COVERAGE if kind == VIDEO else BLOCK_COVERAGE
             found.append((lam if self.lam is None else self.lam, self.alpha))
         return found
 
@@ -292,10 +293,8 @@ def preserve(
     the nearest pick), each scaled over the free tokens; equal sums: the lower place.
     """
     count = min(count, features.shape[1])
-    unit = normalize(features.detach())
-    # Distances; padding has no clients. What is left of a distance by rounding is none.
-    distance = F.threshold(1 - unit @ unit.transpose(1, 2), GAIN, 0.0)
-    distance = distance.masked_fill(~real[..., None], torch.inf)
+    distance = 1 - cosines(features.detach())
+    distance = distance.masked_fill(~real[..., None], torch.inf)  # padding has no clients
     relevance = relevance.detach().float()
     best, pick = relevance.masked_fill(~real, -torch.inf).max(dim=1)
     taken = torch.zeros_like(relevance).masked_fill_(~real, torch.inf)
@@ -311,7 +310,7 @@ def preserve(
     order, scores, gains = [pick], [best], torch.empty_like(distance)
     for number in range(1, count):  # fourteen small operations
         torch.sub(far[:, None], distance, out=gains)
-        torch.sum(F.threshold(gains, GAIN, 0.0, inplace=True), dim=2, out=covers)
+        torch.sum(F.threshold(gains, NEGLIGIBLE, 0.0, inplace=True), dim=2, out=covers)
         if by_mean:
             above = criteria
             range_ = criteria.sum(dim=2) / (total - number)

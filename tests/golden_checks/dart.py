@@ -45,7 +45,7 @@ def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
     count = int(prefill.is_visual[0].sum())
     order = order_of(score[0], start, count)
     report.equal("dart_order", order, recorded["dart_order"])
-    words = watched.pivots(prefill)[1][0]
+    words = watched.pivots(prefill, *prefill.images())[1][0]
     report.equal("pivots_text", words, recorded["pivots_text"])
     report.equal("pivots_visual", order[:4], recorded["pivots_visual"])
     return True
@@ -89,7 +89,7 @@ def check_select(case, folder, recorded, report):
         if len(wanted["expected_keep"]) == size:
             continue  # nothing is dropped, and nothing was chosen
         report.equal("order", order_of(score[row], first, size), wanted["expected_order"])
-        visual, words = pruner.pivots(prefill)[:2]
+        visual, words = pruner.pivots(prefill, *prefill.images())[:2]
         report.equal(
             "visual pivots",
             visual[row][: len(wanted["expected_pivots_visual"])],

@@ -95,7 +95,7 @@ def test_the_weight_of_coverage_is_that_of_the_nearest_published_budget(label, d
 
         @staticmethod
         def image_numbers(name):
-            return [[{"tops_share": label / (576 * crops), "tops_tiled": crops > 1}[name]]]
+            return [[{"tops_share": label / (576 * crops), "tops_kind": crops > 1}[name]]]
 
     Sizes.decoder.layers = [None] * depth
     assert TOPS().weights(Sizes) == [(lam, 0.5)]
