@@ -30,7 +30,7 @@ TOWER = CHECKPOINTS / "clip-playground-patch14-336"
 LLAVA = CHECKPOINTS / "llava-v1.5-playground"
 DATA = ROOT / "data"
 WEIGHTS = "model.safetensors"
-PICTURES = {"finetune": 6000, "twig": 10_000, "twig_plus": 4000}
+PICTURES = {"finetune": 6000, "twig": 10_000, "twig_plus": 2500}
 MINUTES = {"tower": 33, "decoder": 161}
 DECODER_SCENES = 100_000  # first of the training scenes of stage 2
 CONVERSATION_SCENES = 1_000_000  # of stages 3, 4 and 6, which stages 1 and 2 do not reach
@@ -115,18 +115,19 @@ def twig_plus(args: argparse.Namespace) -> None:
     options = conversations("twig_plus", LLAVA, first) | {
         "stage": 1,
         "twig_path": CHECKPOINTS / "twigvlm-playground",
-        "learning_rate": 1e-3,
+        "learning_rate": 4e-4,
     }
-    run("llava.train.train_twigvlm_plus", options | {"max_steps": args.steps or 1000})
+    run("llava.train.train_twigvlm_plus", options | {"max_steps": args.steps or 400})
     options = conversations("twig_plus", LLAVA, second) | {
         "stage": 2,
         "twig_path": first,
         "num_groups": 16,
         "matrix_optim": "same",
-        "learning_rate": 1e-3,
+        "learning_rate": 5e-4,
+        "warmup_steps": 5,
         "per_device_train_batch_size": 8,
     }
-    run("llava.train.train_twigvlm_plus", options | {"max_steps": args.steps or 250})
+    run("llava.train.train_twigvlm_plus", options | {"max_steps": args.steps or 80})
     _publish_part(second, "twigvlm-plus")
 
 

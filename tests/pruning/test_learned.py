@@ -80,14 +80,14 @@ def test_a_file_that_could_run_code_is_refused(tmp_path):
 def test_without_a_folder_only_the_playground_model_has_a_part(tmp_path, monkeypatch):
     monkeypatch.setattr(playground, "ROOT", tmp_path)
     checkpoint = tmp_path / playground.CHECKPOINT
-    part = tmp_path / "checkpoints" / "magic-playground"
+    part = tmp_path / "checkpoints" / "magic-plus-playground"
     checkpoint.mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="magic needs a trained part.*spell=FOLDER"):
-        part_folder("magic", None, str(checkpoint), "spell")
+    with pytest.raises(FileNotFoundError, match="magic_plus needs a trained part.*spell=FOLDER"):
+        part_folder("magic_plus", None, str(checkpoint), "spell")
     part.mkdir()
-    assert part_folder("magic", None, str(checkpoint), "spell") == str(part)
-    with pytest.raises(FileNotFoundError, match="train one with"):
-        part_folder("magic", None, str(tmp_path), "spell")
-    assert part_folder("magic", str(tmp_path), "anything", "spell") == str(tmp_path)
+    assert part_folder("magic_plus", None, str(checkpoint), "spell") == str(part)
+    with pytest.raises(FileNotFoundError, match="train one with python -m .*train_magic_plus"):
+        part_folder("magic_plus", None, str(tmp_path), "spell")
+    assert part_folder("magic_plus", str(tmp_path), "anything", "spell") == str(tmp_path)
     (part / "config.json").write_text(json.dumps({}))
-    assert read_part_config(str(part), "magic") == {}
+    assert read_part_config(str(part), "magic_plus") == {}

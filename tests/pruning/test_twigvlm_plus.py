@@ -7,9 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.eval import run_llava
+from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import load_pretrained_model
 from llava.model.language_model.layers import DecoderLayer
+from llava.playground import default_model_path, trained_part
 from llava.pruning import build_pruner, pruner_from_keywords
 from llava.pruning.cli import pruner_from_args
+from llava.pruning.twig_files import read_twig
 from llava.pruning.twigvlm import TwigVLM, grow_twig, load_twig, save_twig
 from llava.pruning.twigvlm_plus import GatedTwig, TwigVLMPlus
 from tests.conftest import pad_batch
@@ -216,6 +220,20 @@ def test_the_published_dict_goes_with_either_method_that_is_named(model, sample)
     options = {"enable_pruning": True, "avg_retain_rank": 10}
     output = model.generate(prompt.ids, images=prompt.images, **GREEDY, twigvlm_config=options)
     assert output.num_tokens_generated == 4
+
+
+def test_the_playground_s_is_found_by_itself():
+    path = default_model_path()
+    name = get_model_name_from_path(path)
+    _, model, _, _ = load_pretrained_model(path, None, name, pruner="twigvlm_plus", device="cpu")
+    config = model.pruner._config
+    assert (config["stage"], config["twig_K"], config["base_model"]) == (2, 0, name)
+    assert model.pruner.token_schedule(576, 6) == [96] * 4 + [0] * 2
+    _, plain = read_twig(trained_part("twigvlm", path))
+    assert model.pruner.module.state_dict().keys() - plain.keys() == {
+        "pruning_head.q_gate.weight",
+        "pruning_head.k_gate.weight",
+    }
 
 
 def test_without_a_twig_the_message_says_how_to_get_one(model):

@@ -116,12 +116,13 @@ def recipe(name, place, output, **changes):
     """(program, flags) of scripts/v1_5/NAME.sh, or of the folder that the name begins with, on the
     data of `place`."""
     twig, glimpse = "train_twig" in name, name == "train_glimpse"
+    whole_batches = name == "pretrain" or name.endswith("stage2")
     environment = {
         "LAUNCHER": r"printf %s\n",
         "MODEL": place / ("boxes/llava" if glimpse else "start"),
         "VISION_TOWER": place / "tower",
         "PROJECTOR": place / "mm_projector.bin",
-        "DATA": place / ("captions.json" if name == "pretrain" else "data.json"),
+        "DATA": place / ("captions.json" if whole_batches else "data.json"),
         "IMAGES": GOLDEN / "images",
         "OUTPUT": output,
         "REPORT_TO": "none",
