@@ -67,3 +67,22 @@ def test_angles_of_answers_are_those_of_their_positions(model):
         wanted = rotary(positions, torch.float32)
         for own, other in zip(state.rope(rotary, start, count, torch.float32), wanted, strict=True):
             assert torch.equal(own, other)
+
+
+def test_of_the_newest_entries_some_stay_in_their_order():
+    """In the first layers alone, whatever their lengths."""
+    cache, held = KVCache(3, reserve=20), []
+    for layer, length in enumerate((4, 2, 7)):
+        entries = torch.randn(2, 1, 2, length + 6, 3)
+        cache.append(layer, *entries[..., :length, :])
+        cache.append(layer, *entries[..., length:, :])
+        held.append(entries)
+    for places in ([0, 2, 3], [1], []):
+        first = [4, 2]
+        cache.keep_of_newest(first, places)
+        assert cache.lengths == [4 + len(places), 2 + len(places), 13]
+        for layer, start in enumerate(first):
+            order = [*range(start), *(start + place for place in places)]
+            held[layer] = held[layer][..., order, :]
+        for layer, wanted in enumerate(held):
+            assert torch.equal(torch.stack(cache.entries(layer)), wanted)

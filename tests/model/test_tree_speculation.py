@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from llava.model.language_model import decode_step
+from llava.model.language_model import attention, decode_step
 from llava.model.language_model.cuda_graphs import GraphStep
 from llava.model.language_model.decode_step import CompiledStep
 from llava.model.token_choice import TokenChoice
@@ -212,8 +212,22 @@ def test_a_streamer_sees_the_answer_and_nothing_else(sharp, sample):
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "flash_attention_2"])
 @pytest.mark.parametrize("pruning", [True, False])
-def test_every_backend_gives_the_same(make_model, sample, flash, backend, pruning):  # noqa: F811
+def test_every_backend_gives_the_same(
+    make_model,
+    sample,
+    flash,  # noqa: F811
+    backend,
+    pruning,
+    monkeypatch,
+):
     """FlashAttention knows no mask: nodes run on sdpa, and the prompt before them does not."""
+    run, sizes = attention._flash, []
+
+    def watched(q, k, v):
+        sizes.append(q.shape[2])
+        return run(q, k, v)
+
+    monkeypatch.setattr(attention, "_flash", watched)
     model = sharpened(make_model())
     model.config._attn_implementation = model.model.step.backend = backend
     for layer in model.model.layers:
@@ -221,8 +235,17 @@ def test_every_backend_gives_the_same(make_model, sample, flash, backend, prunin
     twig = grown(model, 2, 2, visual_token_num=14, enable_pruning=pruning)
     assert {layer.self_attn.backend for layer in twig.module.layers} == {backend}
     prompt = sample(4, "image", 5)
-    plain, fast, logs = answers(model, prompt.ids, prompt.images)
+    plain = model.generate(prompt.ids, images=prompt.images, **GREEDY)
+    before = [size for size in sizes if size > 5]
+    sizes.clear()
+    _, fast, logs = answers(model, prompt.ids, prompt.images)
     assert torch.equal(plain, fast) and sum(logs[0].accepted) >= 3
+    if backend == "flash_attention_2":  # one by one, then with trees, where the twig runs as well
+        assert len(before) == 6 + pruning
+        wanted = 2 * before + before[: not pruning]
+        assert sorted(size for size in sizes if size > 5) == sorted(wanted)
+    else:
+        assert not sizes
 
 
 @pytest.mark.parametrize("kind", [CompiledStep, GraphStep])
