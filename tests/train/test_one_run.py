@@ -1,4 +1,4 @@
-"""What the four training programs share: mistakes are named before a model is loaded, and a run
+"""What the five training programs share: mistakes are named before a model is loaded, and a run
 goes on from its own checkpoints alone."""
 
 import json
@@ -9,7 +9,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from llava.train import train, train_glimpseprune, train_glimpseprune_plus, train_twigvlm
+from llava.train import (
+    train,
+    train_glimpseprune,
+    train_glimpseprune_plus,
+    train_twigvlm,
+    train_twigvlm_plus,
+)
 from llava.train.arguments import ModelArguments, TrainingArguments
 from llava.train.run import (
     RUN_FILE,
@@ -23,9 +29,12 @@ from tests.train.train_tools import write_own_grids_start
 PROGRAMS = {
     "plain": train,
     "twig": train_twigvlm,
+    "gated twig": train_twigvlm_plus,
     "glimpse": train_glimpseprune,
     "plus": train_glimpseprune_plus,
 }
+#: programs that learn from conversations
+CONVERSATIONS = ("plain", "twig", "gated twig")
 CONVERSATION = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
 
 
@@ -58,12 +67,12 @@ def words(place, program, output, **changes):
         "gradient_accumulation_steps": 1,
         "max_steps": 1,
     }
-    if program in ("plain", "twig"):
+    if program in CONVERSATIONS:
         flags |= {"data_path": place / "data.json", "image_folder": place}
     else:
         data = {"glimpse": "boxes.jsonl", "plus": "ruled.yaml"}[program]
         flags |= {"train_dataset": place / data, "img_dir": place}
-    if program == "twig":
+    if program.endswith("twig"):
         flags |= {"twig_K": 1, "twig_T": 1}
     flags |= changes
     return [word for key, value in flags.items() for word in (f"--{key}", str(value))]
@@ -93,7 +102,7 @@ def test_flags_are_found_in_both_spellings():
 def test_a_program_ends_with_one_line_before_a_model_is_loaded(
     place, tmp_path, monkeypatch, program, mistake
 ):
-    data = "data_path" if program in ("plain", "twig") else "train_dataset"
+    data = "data_path" if program in CONVERSATIONS else "train_dataset"
     changes, message = {
         "evaluation": ({"evaluation_strategy": "steps"}, "--evaluation_strategy steps needs data"),
         "data": ({data: "none.json"}, "none.json"),
@@ -110,6 +119,8 @@ def test_a_program_ends_with_one_line_before_a_model_is_loaded(
         ("plain", {"lora_enable": True, "tune_mm_mlp_adapter": True}, "leave one out"),
         ("plain", {"lora_enable": True, "lora_bias": "some"}, "choose from none, all, lora_only"),
         ("plain", {"pruning_method": "nothing"}, "unknown pruning method"),
+        ("gated twig", {"stage": 3}, "--stage 3 is unknown: 1 distils, 2 reinforces"),
+        ("gated twig", {"num_groups": 3}, "--num_groups belongs to --stage 2, this is 1"),
         ("glimpse", {"mm_projector_lr": 1}, "mm_projector_lr cannot be set"),
         ("glimpse", {"box_frame": "whole"}, "choose from seen, released"),
         ("plus", {"freeze_mm_mlp_adapter": True}, "freeze_mm_mlp_adapter cannot be set"),
@@ -151,6 +162,7 @@ def stopped(place, tmp_path_factory):
         ("plain", "twig", {}, "trains: LLaVATrainer, here TwigTrainer"),
         ("plain", "glimpse", {}, "trains: LLaVATrainer, here GlimpseTrainer"),
         ("twig", "twig", {"twig_K": 0}, "twig_K: 1, here 0"),
+        ("twig", "gated twig", {}, "trains: TwigTrainer, here DistillationTrainer"),
         ("twig", "plus", {"lora_r": 2}, "trains: TwigTrainer, here PolicyTrainer"),
     ],
 )

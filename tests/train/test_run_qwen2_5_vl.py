@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.pruning import build_pruner
-from llava.train import train_twigvlm
+from llava.train import train_twigvlm, train_twigvlm_plus
 from llava.train.model_setup import FAMILIES
 from llava.train.optimizer import parameter_groups
 from llava.train.train import prepare
@@ -213,6 +213,20 @@ def test_a_twig_grows_from_it(place, tmp_path):  # noqa: F811
     model = load(CHECKPOINT, pruner="twigvlm", twig=str(tmp_path), visual_token_num=10)[1]
     twig = trainer.model.twig.state_dict()
     assert all(torch.equal(p, twig[name]) for name, p in model.pruner_module.state_dict().items())
+
+
+def test_a_pruning_head_is_distilled_and_reinforced_on_it(place, tmp_path):  # noqa: F811
+    first, second = tmp_path / "1", tmp_path / "2"
+    flags = ["--stage", 1, "--twig_K", 0, "--twig_T", 1, "--max_steps", 6]
+    trainer = train_twigvlm_plus.train(command_line(place, first, *flags))
+    assert losses(trainer)[-1] < 0.9 * losses(trainer)[0]
+    flags = ["--stage", 2, "--twig_path", first, "--num_groups", 3, "--max_steps", 2]
+    train_twigvlm_plus.train(command_line(place, second, *flags))
+    model = load(CHECKPOINT, pruner="twigvlm_plus", twig=str(second), visual_token_num=10)[1]
+    start, end = (load_file(folder / "model.safetensors") for folder in (first, second))
+    changed = {name for name in end if not torch.equal(end[name], start[name])}
+    assert len(changed) == 2 and all("leaf_attention_module" in name for name in changed)
+    assert model.pruner_module.pruning_head.num_heads == model.config.num_attention_heads
 
 
 @pytest.mark.slow
