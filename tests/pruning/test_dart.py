@@ -95,10 +95,25 @@ def test_an_image_of_llava_next_keeps_the_share_of_a_full_one(anyres_model, samp
     assert length < 150 and int(trace.visual_tokens[-1][0]) == round(90 * length / 180)
 
 
+@pytest.mark.parametrize("key_states", ["input", "output"])
+def test_pivots_have_the_largest_keys_of_the_layer_before(model, sample, key_states):
+    """Those that it made, or would make of what it gives."""
+    prompt = sample(3, "image", 8)
+    states = model(prompt.ids, images=prompt.images, output_hidden_states=True).hidden_states
+    x = states[1 if key_states == "input" else 2]
+    size = model.model.layer_keys(1, x, torch.arange(x.shape[1])[None])[0].abs().sum(dim=(0, 2))
+    model.pruner = build_pruner("dart", visual_token_num=4, layer=2, key_states=key_states)
+    with trace_pruning(model) as trace:
+        model.generate(prompt.ids, images=prompt.images, max_new_tokens=1, do_sample=False)
+    kept = trace.decoder_keep[2][0]
+    assert kept[4:8].tolist() == (size[4:40].topk(4).indices.sort().values + 4).tolist()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"rule": "greedy"}, "unknown rule 'greedy', choose from exact, released"),
+        ({"key_states": "both"}, "unknown key_states 'both', choose from input, output"),
         ({"pivot_image_token": 0}, "must be at least 1"),
         ({"layer": 0}, "must be at least 1"),
     ],
