@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from llava.constants import IGNORE_INDEX
-from llava.model.self_speculative import DraftingHooks  # noqa: F401  (the model is whole)
+from llava.pruning import build_pruner
 from llava.pruning.twigvlm import grow_twig
 from llava.pruning.twigvlm_plus import GatedTwig, TwigVLMPlus
 from llava.train.twig_plus.policy import (
@@ -76,8 +76,6 @@ def test_a_selection_costs_what_the_pruned_model_says(model, sample, first, wipe
             labels=prompt.labels,
         )
         torch.testing.assert_close(3 * out.loss, 3 * cost, atol=1e-4, rtol=1e-4)
-    from llava.pruning import build_pruner
-
     model.pruner = build_pruner("none")
 
 
