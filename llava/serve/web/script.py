@@ -18,6 +18,19 @@ HEAD = """<script>
     if (picture.matches?.('#image img:not([alt])')) picture.alt = 'the image asked about';
   }, true);
 
+  // gradio fills the track of a slider too early: before it stands in the page, or has its ends.
+  const fill = () => document.querySelectorAll('input[type=range]').forEach(range => {
+    const share = (range.value - range.min) / (range.max - range.min || 1);
+    range.style.setProperty('--range_progress', `${100 * share}%`);
+  });
+  let planned = false;
+  new MutationObserver(() => {
+    if (!planned) requestAnimationFrame(() => { planned = false; fill(); });
+    planned = true;
+  }).observe(document, {
+    subtree: true, childList: true, attributes: true, attributeFilter: ['min', 'max'],
+  });
+
   const say = (element, text) => {
     element.dataset.label ??= element.textContent;
     element.textContent = text;

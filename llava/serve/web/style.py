@@ -59,7 +59,7 @@ _PANEL = """
   overflow-wrap: anywhere; }
 #chatbot img { max-width: 120px; border-radius: 8px; margin: 0; }
 .pv-html { min-height: 0; padding: 0 !important; overflow: visible; }
-.pv-html > * { padding: 0 !important; }
+.block.pv-html > .html-container { padding: 0 !important; }
 .pv-examples { display: flex; flex-direction: column; gap: .4rem; margin-top: .3rem; }
 .pv-examples button { display: flex; gap: .6rem; align-items: center; text-align: left; padding: 0;
   border: 1px solid var(--border-color-primary); border-radius: 8px; overflow: hidden;

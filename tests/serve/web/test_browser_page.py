@@ -122,13 +122,13 @@ def test_methods_stand_under_headings_and_a_search_replaces_what_is_there(page):
 
 
 def test_the_track_of_a_slider_is_filled_up_to_its_value(page):
-    script = """const range = document.querySelector('#chat-budget input[type=range]');
-      return [parseFloat(getComputedStyle(range).getPropertyValue('--range_progress')),
+    script = """const range = document.querySelector(`#${arguments[0]}-budget input[type=range]`);
+      return range && [parseFloat(getComputedStyle(range).getPropertyValue('--range_progress')),
               100 * (range.value - range.min) / (range.max - range.min)];"""
 
-    def filled():
-        shown, right = page.driver.execute_script(script)
-        return abs(shown - right) < 0.1
+    def filled(name="chat"):
+        found = page.driver.execute_script(script, name)
+        return found and abs(found[0] - found[1]) < 0.1
 
     page.until(filled, "the first method")
     for method in ("fastv", "vispruner"):
@@ -139,6 +139,10 @@ def test_the_track_of_a_slider_is_filled_up_to_its_value(page):
     box.clear()
     box.send_keys("30\t")
     page.until(filled, "a number that was typed")
+    page.tab("Compare")
+    page.choose("#left-method", "vispruner")
+    page.until(lambda: page.shows("left-budget"), "a slider that was not there before")
+    page.until(lambda: filled("left"), "its track")
 
 
 def test_the_method_may_decide_and_that_can_be_seen(page):

@@ -14,7 +14,6 @@ import io
 import sys
 
 from PIL import Image
-from selenium.webdriver.common.by import By
 
 from tests.serve.web.test_browser import Browser
 
@@ -22,11 +21,15 @@ WIDTH, HEIGHT = 1366, 768
 
 
 def compare(browser: Browser, address: str) -> None:
-    """Lets the two methods chosen by default answer the first example."""
+    """Lets a method that keeps a number of tokens, and one that decides, answer the first
+    example."""
     browser.open(address)
     browser.load_example()
-    browser.driver.find_element(By.XPATH, "//button[@role='tab'][contains(., 'Compare')]").click()
+    browser.tab("Compare")
     browser.find("#compare-question textarea")
+    browser.choose("#left-method", "vispruner")
+    browser.choose("#right-method", "glimpseprune")
+    browser.until(lambda: browser.shows("right-own"), "the box")
     browser.click("#compare")
     browser.until(lambda: "dense" in browser.text("#right-panel"), "the right panel")
     browser.until(lambda: "measuring" not in browser.text("#right-panel"), "the dense time")
