@@ -5,10 +5,11 @@ More (DART), https://arxiv.org/abs/2502.11494
 
 Differs from the release: pivots take their turns in a fixed order, visual ones first, the largest
 key first (there, in the order of a set of integers); the budget is met exactly (there, 64 are 68);
-prompts with fewer than four words behind the image have fewer pivots (there, an error); keys are
-those that layer K-1 computed anyway; every image of every prompt of a batch at its real place,
-no loop on the host. On LLaVA-NeXT the budget is that of a full image, and images cut into fewer
-tiles keep the same share of their tokens (there, a setting by hand).
+prompts with fewer than four words behind the image have fewer pivots (there, an error); every image
+of every prompt of a batch at its real place, no loop on the host. "Keys of layer K-1" may mean two
+things, see `key_states`: the default is what the recorded selections follow. On LLaVA-NeXT the
+budget is that of a full image, and images cut into fewer tiles keep the same share of their tokens
+(there, a setting by hand).
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from .prefill import Prefill
 from .stages import Probe
 from .tokens import ImageTokens
 
-RULES, KEY_STATES = ("exact", "released"), ("input", "output")
+RULES, KEY_STATES = ("exact", "released"), ("output", "input")
 #: crops of a full image on LLaVA-NeXT, for which budgets are given
 FULL_IMAGE = 5
 
@@ -37,15 +38,15 @@ class DART(DecoderPruner):
                        layers, scaled to the depth of the decoder
     pivot_image_token: visual tokens with the largest keys, kept in any case
     pivot_text_token:  words behind the image with the largest keys, pivots like them
-    key_states:        states that layer K-1 takes those keys from: "input", the keys that it has
-                       made, or "output", those that it would make of what it gives
+    key_states:        states that layer K-1 takes those keys from: "output", the keys that it would
+                       make of what it gives, or "input", those that it has made
     rule:              "exact": as many tokens as the budget says; "released": 4 and 8 times an
                        eighth of the budget, rounded down (64 are 68)
     """
 
     pivot_image_token: int = 4
     pivot_text_token: int = 4
-    key_states: str = "input"
+    key_states: str = "output"
     rule: str = "exact"
 
     name = "dart"

@@ -214,7 +214,8 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, ShareOption, StagedPruner):
     def before_prompt(self, image: ImageTokens) -> ImageTokens:
         """Leaves what the weights depend on."""
         label = image.image_extras.get(BUDGET, image.length)
-        kind = VIDEO if image.frame_pairs else TILED if image.crops > 1 else IMAGE
+        # A video of one pair of frames is a still picture.
+        kind = VIDEO if image.frame_pairs > 1 else TILED if image.crops > 1 else IMAGE
         numbers = {SHARE: label / max(image.length, 1), KIND: kind}
         image = super().before_prompt(image)
         return replace(image, image_extras={**image.image_extras, **numbers})

@@ -1,7 +1,4 @@
-"""DART: its selection on recorded states and keys, and pivots and turns of whole models.
-
-Those of whole models were recorded with keys that layer K-1 makes of its output.
-"""
+"""DART: its selection on recorded states and keys, and pivots and turns of whole models."""
 
 from types import SimpleNamespace
 
@@ -15,7 +12,7 @@ from tests.golden_checks.methods import given
 
 def build(case, folder):
     options = given(case["args"], "visual_token_num", "layer")
-    return build_pruner("dart", key_states="output", **options)
+    return build_pruner("dart", **options)
 
 
 class Watched(DART):
@@ -63,6 +60,7 @@ def check_select(case, folder, recorded, report):
         pivot_image_token=args["pivot_image_token"],
         pivot_text_token=args["pivot_text_token"],
         rule=args["rule"],
+        key_states="input",  # the keys are given
     )
     lengths = count[:, 0].tolist()
     prefill = Prefill(

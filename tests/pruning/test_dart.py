@@ -29,7 +29,7 @@ def prompt(states, sizes, start: int, count: int) -> Prefill:
 
 def taken(prefill: Prefill, budget: int, **options) -> list[int]:
     """Places in the prompt of the visual tokens in the order in which they are taken."""
-    pruner = build_pruner("dart", visual_token_num=budget, **options)
+    pruner = build_pruner("dart", visual_token_num=budget, key_states="input", **options)
     prefill.image_extras = {"budget": [[budget]]}
     score = pruner.score(prefill)[0]
     order = score.argsort(descending=True, stable=True)
@@ -113,7 +113,7 @@ def test_pivots_have_the_largest_keys_of_the_layer_before(model, sample, key_sta
     ("options", "message"),
     [
         ({"rule": "greedy"}, "unknown rule 'greedy', choose from exact, released"),
-        ({"key_states": "both"}, "unknown key_states 'both', choose from input, output"),
+        ({"key_states": "both"}, "unknown key_states 'both', choose from output, input"),
         ({"pivot_image_token": 0}, "must be at least 1"),
         ({"layer": 0}, "must be at least 1"),
     ],
