@@ -21,6 +21,7 @@ from ..pruning.cues import cues_for, fingerprint
 from ..pruning.stages import VisionStage, fills
 from ..pruning.tokens import ImageTokens, VisionTokens
 from .image_layout import own_grid_layout
+from .model_part import ModelPart
 from .multimodal_encoder.qwen2_5_vl_encoder import BlockFeatures
 from .multimodal_encoder.qwen2_5_vl_images import blocks_of_pixels, pixels_of_blocks
 from .multimodal_encoder.qwen2_5_vl_videos import Video
@@ -47,7 +48,7 @@ class Batch:
     vision: VisionTokens
 
 
-class BlockEncoding:
+class BlockEncoding(ModelPart):
     """Mixin of models with `get_vision_tower()`, and a pruning method in use."""
 
     def image_tokens(self, images, image_sizes=None, questions=None) -> list[ImageTokens]:
@@ -100,8 +101,8 @@ class BlockEncoding:
                 vision.fingerprint = fingerprint(pixels.to(vision.features.device))
             if stage.reads_question and questions is not None:
                 vision.questions = [questions[number] for number in numbers]
-            own = method.for_part(count).vision
-            batches.append(Batch(method, own, numbers, count, own.after_encoder(vision)))
+            part = method.for_part(count).vision
+            batches.append(Batch(method, part, numbers, count, part.after_encoder(vision)))
         return batches
 
     def image_extent(self, image: Tensor | Video) -> int:
@@ -152,7 +153,8 @@ class BlockEncoding:
     def _before_tower(self, image: Tensor | Video, number: int) -> Tensor | Video:
         """An image, or all frames of a video, as a method leaves them to the tower."""
         parts, config = parts_of(image), self.get_vision_tower().config
-        own = self._fitted(tuple(parts[0].shape[:2]), len(parts), number).for_part(len(parts))
+        height, width = parts[0].shape[:2]
+        own = self._fitted((height, width), len(parts), number).for_part(len(parts))
         merge, patch, frames = config.spatial_merge_size, config.patch_size, 1
         if isinstance(image, Video):
             frames = config.temporal_patch_size
@@ -161,7 +163,9 @@ class BlockEncoding:
         if changed is pixels:
             return image
         smaller = [blocks_of_pixels(part, merge, patch) for part in changed.split(frames)]
-        return replace(image, pixels=torch.stack(smaller)) if frames > 1 else smaller[0]
+        if isinstance(image, Video):
+            return replace(image, pixels=torch.stack(smaller))
+        return smaller[0]
 
 
 def parts_of(image: Tensor | Video) -> list[Tensor]:

@@ -65,6 +65,7 @@ from .language_model.attention import check_backend
 from .language_model.compiling import check_compiler
 from .language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from .language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
+from .model_part import ModelPart
 from .multimodal_encoder.builder import tower_beside
 from .placement import (
     choose_device,
@@ -277,7 +278,7 @@ def set_vision_tower(config, override: str | None, base: str | None) -> None:
         config.mm_vision_tower = tower_beside(name, base) or name
 
 
-def check_tower_width(model: nn.Module) -> None:
+def check_tower_width(model: ModelPart) -> None:
     """Raises ValueError when the projector was made for features of another tower."""
     tower, config = model.get_vision_tower(), model.config
     if tower.hidden_size != config.mm_hidden_size:
@@ -307,7 +308,7 @@ def fill_llava(filler: Filler, folder: str, base: str | None, kind: Kind) -> Non
         merge_lora(filler.model, folder, name_here, filler.elsewhere)
 
 
-def load_tower(model: nn.Module, filler: Filler, dtype: torch.dtype, device) -> None:
+def load_tower(model: ModelPart, filler: Filler, dtype: torch.dtype, device) -> None:
     """Readies the vision tower.
 
     Its weights come from the checkpoint when it was trained along (`unfreeze_mm_vision_tower`) and
@@ -379,7 +380,7 @@ def is_fast(folder: str, kind: Kind) -> bool:
     return kind.family == "mistral" or whole and not (model or vocabulary)
 
 
-def add_image_tokens(model: nn.Module, tokenizer) -> None:
+def add_image_tokens(model: ModelPart, tokenizer) -> None:
     """Adds the marker tokens the config asks for and makes the vocabulary fit the tokenizer.
 
     A `padded_vocabulary` keeps the rows that it has beyond those of the tokenizer.

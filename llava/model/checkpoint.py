@@ -13,6 +13,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -35,8 +36,12 @@ from ..weight_files import (
 )
 
 #: recomputed by the model, saved by some versions of other libraries
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "embeddings.position_ids")
-IGNORED_SUFFIXES += ("rotary_emb.cos_cached", "rotary_emb.sin_cached")
+IGNORED_SUFFIXES = (
+    "rotary_emb.inv_freq",
+    "embeddings.position_ids",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+)
 #: what may name modules in an adapter config: parts of names, and once "anything"
 MODULE_PATTERN = re.compile(r"([\w.|^$()-]|\\[.d]|\.\*(?!.*\*))*")
 TOWER_PREFIX = "model.vision_tower."
@@ -82,7 +87,7 @@ def model_config(config_class, model_class, folder: str, values: dict, backend: 
 
 def build_empty(
     model_class, config, dtype: torch.dtype, device, decoder: bool = True
-) -> tuple[nn.Module, Filler]:
+) -> tuple[Any, Filler]:
     """A model without memory for its weights, and what fills it.
 
     decoder: False leaves out its decoder layers and head, which are in a server
@@ -125,7 +130,7 @@ class Filler:
     #: beginnings of the names of weights that are somewhere else
     elsewhere: tuple[str, ...] = ()
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu"):
+    def __init__(self, model: Any, dtype: torch.dtype, device: torch.device | str = "cpu"):
         self.model, self.dtype, self.device = model, dtype, device
         self.wanted = dict(model.state_dict(keep_vars=True))
         self.filled: set[str] = set()
@@ -248,7 +253,7 @@ def clean_trainable_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def merge_lora(
-    model: nn.Module,
+    model: Any,
     folder: str,
     rename: Callable[[str], str] = str,
     elsewhere: tuple[str, ...] = (),
@@ -353,7 +358,8 @@ def write_checkpoint(
     os.makedirs(folder, exist_ok=True)
     if like and os.path.abspath(like) != os.path.abspath(folder):
         _copy_settings(like, folder, torch_dtype)
-    shards, size = [{}], 0
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
     for name, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
             shards.append({})
@@ -363,7 +369,7 @@ def write_checkpoint(
     if len(shards) == 1:
         save_file(shards[0], os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(progress(shards, "writing", "files"), start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, os.path.join(folder, name), metadata={"format": "pt"})

@@ -16,11 +16,12 @@ from ..mm_utils import get_anyres_image_grid_shape
 from ..pruning.cues import cues_for
 from ..pruning.tokens import ImageTokens, VisionTokens
 from .image_layout import flat_layout, image_layout, spatial_layout, with_newline
+from .model_part import ModelPart
 from .multimodal_encoder.clip_encoder import CLIPVisionTower
 from .patches import check_tower, refuse, replacement
 
 
-class ImageEncoding:
+class ImageEncoding(ModelPart):
     """Mixin of models with `get_model()`, `get_vision_tower()`, and a pruning method in use."""
 
     def encode_images(self, images: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPImageProcessor, PreTrainedTokenizerBase
 
 from ..checkpoint_kind import OTHER_FAMILIES, Kind, kind_of
@@ -65,15 +66,44 @@ DECODERS = {
 }
 #: beginnings of names of the language model's weights
 DECODER_PARTS = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
-TEXT_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-TEXT_KEYS += ("num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps")
-TEXT_KEYS += ("max_position_embeddings", "initializer_range", "rope_theta", "rope_scaling")
-TEXT_KEYS += ("attention_bias", "tie_word_embeddings", "sliding_window", "use_cache")
-TEXT_KEYS += ("bos_token_id", "eos_token_id", "pad_token_id")
-TEXT_KEYS += ("use_sliding_window", "max_window_layers")
-VISION_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-VISION_KEYS += ("num_channels", "image_size", "patch_size", "hidden_act", "layer_norm_eps")
-VISION_KEYS += ("projection_dim", "attention_dropout", "initializer_range", "initializer_factor")
+TEXT_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "initializer_range",
+    "rope_theta",
+    "rope_scaling",
+    "attention_bias",
+    "tie_word_embeddings",
+    "sliding_window",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "use_sliding_window",
+    "max_window_layers",
+)
+VISION_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "projection_dim",
+    "attention_dropout",
+    "initializer_range",
+    "initializer_factor",
+)
 #: folder in a checkpoint of ours for the tower of a model that brought its own
 TOWER_FOLDER = "vision_tower"
 TRAINED_PART = "pruner.bin"
@@ -90,7 +120,7 @@ class Source:
     folder: str
     name: str
     kind: Kind
-    model: nn.Module
+    model: Any
     tokenizer: PreTrainedTokenizerBase
     processor: CLIPImageProcessor | None
 

@@ -25,9 +25,18 @@ from .multimodal_encoder.clip_files import PREPROCESSOR, PROCESSOR
 
 CHAT_TEMPLATE = "chat_template.json"
 #: files of a released folder that are taken over as they are
-KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-KEPT_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
-KEPT_FILES += (CHAT_TEMPLATE, "chat_template.jinja", "video_preprocessor_config.json")
+KEPT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    CHAT_TEMPLATE,
+    "chat_template.jinja",
+    "video_preprocessor_config.json",
+)
 #: entries of tokenizer_config.json that belong to the layout of transformers
 FOREIGN_ENTRIES = ("processor_class", "chat_template", "image_token", "extra_special_tokens")
 #: what a tokenizer of another kind must read in the same way

@@ -19,6 +19,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationM
 from ..constants import STRATEGIES
 from ..pruning import PruningTrace, no_drafter
 from ..pruning.drafter import DRAFTER_OPTIONS, Drafter
+from .model_part import ModelPart
 from .patches import replacement
 from .self_speculative import Speculation, SpeculationLog
 from .token_choice import TokenChoice
@@ -61,7 +62,7 @@ def no_search(name: str) -> str:
     )
 
 
-class GenerationStrategies:
+class GenerationStrategies(ModelPart):
     """Mixin of causal language models: chooses the strategy of a `generate` call.
 
     It takes the place of transformers' greedy search and sampling, so everything that `generate`

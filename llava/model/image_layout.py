@@ -49,7 +49,8 @@ def image_layout(
 
 def unpad_image(tensor: Tensor, original_size: tuple[int, int]) -> Tensor:
     """Cuts the padding off a map (C, H, W) of an image of size (width, height) that was padded."""
-    top, bottom, left, right = unpad_window(*tensor.shape[1:], original_size)
+    _, height, width = tensor.shape
+    top, bottom, left, right = unpad_window(height, width, original_size)
     return tensor[:, top:bottom, left:right]
 
 

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from .checkpoint import read_file
+from .model_part import ModelPart
 from .split_parameters import whole
 
 
-class ImageMarks:
+class ImageMarks(ModelPart):
     """Mixin of causal language models."""
 
     def initialize_vision_tokenizer(self, model_args, tokenizer) -> None:

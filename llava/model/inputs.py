@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def generate_inputs(
     """
     ids, mask = pad_left(prompts, pad_id)
     device = device_of(model.get_input_embeddings())
-    found = {"input_ids": ids.to(device)}
+    found: dict[str, Any] = {"input_ids": ids.to(device)}
     if not bool(mask.all()):
         found["attention_mask"] = mask.to(device)
     if own := [picture for row in pictures for picture in row]:

@@ -8,6 +8,7 @@ that must not go unnoticed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ def check_tower(tower: nn.Module, forward: Callable) -> None:
     goes round; `forward` is that of the tower's class as it came."""
     if replacement(tower, "forward", forward) is not None:
         refuse(f"{type(tower).__name__}.forward")
-    clip = tower.vision_tower
+    clip: Any = tower.vision_tower
     layers = clip.vision_model.encoder.layers
     parts = [clip, clip.vision_model, clip.vision_model.encoder]
     for part in (*parts, *layers, *(layer.self_attn for layer in layers)):
@@ -101,7 +102,7 @@ def spliced_outside(
             "attention_mask, past_key_values, inputs_embeds, labels) with inputs_embeds"
         )
     _, positions, mask, _, embeds, labels = out
-    mask = torch.ones(embeds.shape[:2], dtype=bool) if mask is None else mask.bool()
+    mask = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
     mask = mask.to(embeds.device)
     if positions is None:
         positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import TypeVar
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
@@ -10,6 +11,8 @@ from accelerate.utils import get_balanced_memory
 from torch import nn
 
 from ..checkpoint_kind import OTHER_FAMILIES, family_in
+
+Model = TypeVar("Model", bound=nn.Module)
 
 #: strategies that share a model out over several GPUs
 SHARING = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -114,7 +117,7 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float16
 
 
-def place(model: nn.Module, device_map, device: torch.device) -> nn.Module:
+def place(model: Model, device_map, device: torch.device) -> Model:
     """The model on its device, or shared out over several as `device_map` says."""
     if not may_share(device_map, device):
         return model.to(device)
@@ -138,7 +141,7 @@ def _fits(model: nn.Module, device: torch.device) -> bool:
     return sum(p.nbytes for p in model.parameters()) < WEIGHT_SHARE * free
 
 
-def _share(model: nn.Module, strategy: str) -> nn.Module:
+def _share(model: Model, strategy: str) -> Model:
     whole = model._no_split_modules
     memory = None
     if strategy != "sequential":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def build_row(
     max_length: int | None,
     blanks: dict[str, Tensor],
     axes: tuple[int, ...] = (),
-) -> dict[str, Tensor | dict[str, Tensor]]:
+) -> dict[str, Any]:
     """One sample: text `embeds` (L, D) with images in place of the tokens at `marks`.
 
     policy: "sequence" counts positions through; "grid" gives visual tokens the place they have in
@@ -116,7 +117,7 @@ def build_row(
             own = image.extras.get(name)
             extras[name].append(zeros(blank, tokens) if own is None else own)
         place += image.extent
-    row = {key: torch.cat(parts)[:max_length] for key, parts in pieces.items()}
+    row: dict[str, Any] = {key: torch.cat(parts)[:max_length] for key, parts in pieces.items()}
     if policy == "sequence":
         row["place"] = torch.arange(len(row["labels"]), device=labels.device)
     row["extras"] = {name: torch.cat(parts)[:max_length] for name, parts in extras.items()}

@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ..image_settings import ImageSettings
 from ..pruning import METHODS
 from ..pruning.base import Pruner
 from ..pruning.cues import check_cues, check_needs
+from .model_part import ModelPart
 
 
-class PrunerSlot:
+class PrunerSlot(ModelPart):
     """Mixin of models with `config` and `get_vision_tower()`: holds the pruning method."""
 
     #: where the decoder layers run, if not here, as `llava.engine.VLLMEngine`; set by the loader
-    engine = None
+    engine: Any = None
     #: reads texts as the language model does, for methods that compare words; set by the loader
-    tokenizer = None
+    tokenizer: Any = None
     _pruner: Pruner = Pruner()
     _image_changes: dict = {}
 

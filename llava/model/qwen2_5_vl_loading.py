@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
+from operator import eq
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen2TokenizerFast
 
 from ..checkpoint_kind import NON_LORA, Kind
@@ -39,11 +41,25 @@ from .multimodal_encoder.qwen2_5_vl_encoder import Qwen2_5_VLVisionConfig, Qwen2
 from .multimodal_encoder.qwen2_5_vl_images import PREPROCESSOR, Qwen2_5_VLImageProcessor
 
 #: what no default may stand for: another value would give answers all the same, wrong ones
-NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rope_theta")
-NEEDED += ("intermediate_size", "num_key_value_heads", "image_token_id", "vision_config")
+NEEDED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "rope_theta",
+    "intermediate_size",
+    "num_key_value_heads",
+    "image_token_id",
+    "vision_config",
+)
 #: settings of the released models that are fixed here, and may be repeated by a file
-FIXED = {"spatial_merge_size": 2, "temporal_patch_size": 2}
-FIXED |= {"in_chans": 3, "in_channels": 3, "hidden_act": "silu"}
+FIXED: dict[str, int | str] = {
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "in_chans": 3,
+    "in_channels": 3,
+    "hidden_act": "silu",
+}
 VISION_RULES = {
     "depth": whole(1, 512),
     "hidden_size": SIZE,
@@ -59,7 +75,7 @@ VISION_RULES = {
         or_none=False,
     ),
     **{
-        key: Rule(f"{value}, the only value supported", lambda given, value=value: given == value)
+        key: Rule(f"{value}, the only value supported", partial(eq, value))
         for key, value in FIXED.items()
     },
 }
@@ -170,7 +186,7 @@ def load(
     dtype: torch.dtype,
     device: torch.device | str,
     use_safetensors: bool | None = None,
-) -> tuple[PreTrainedTokenizerBase, nn.Module, Qwen2_5_VLImageProcessor]:
+) -> tuple[PreTrainedTokenizerBase, Any, Qwen2_5_VLImageProcessor]:
     """(tokenizer, model, image processor) in `folder`, or in `base` with the adapter in `folder`;
     values: as `checked_config` gives them."""
     adapter, folder = (None, folder) if base is None else (folder, base)

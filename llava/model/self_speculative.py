@@ -11,6 +11,7 @@ Paper: Growing a Twig to Accelerate Large Vision-Language Models, https://arxiv.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +41,8 @@ class SpeculationLog:
     seconds:       of the whole generation, vision excluded
     """
 
-    drafts: list[list[int]] = field(default_factory=list)
-    probabilities: list[list[float]] = field(default_factory=list)
+    drafts: list[list[Any]] = field(default_factory=list)
+    probabilities: list[list[Any]] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     bonus: list[int] = field(default_factory=list)
     kv_lengths: list[list[int]] = field(default_factory=list)
@@ -153,7 +154,7 @@ class Speculation:
         trace.cache_bytes = self.cache.num_bytes()
         self.cache.lengths = lengths
 
-    def guess_first(self, prefill: Prefill) -> tuple[Guess, Tensor | None, Branches | None]:
+    def guess_first(self, prefill: Prefill) -> tuple[Any, Tensor | None, Branches | None]:
         """The first guesses, from the prompt as it leaves the shared layers; their rows (1, g, D)
         as they leave these, and how they follow each other, see `Prefill.append`."""
         guess, rows = self._guess(self._first_logits(prefill))
@@ -223,7 +224,7 @@ class Speculation:
 
     # --- verification -------------------------------------------------------------------------
 
-    def _verify(self, guess: Guess, logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    def _verify(self, guess: Any, logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         """Accepts guesses; logits (g + 1, V) of the decoder before each guess and behind the last.
 
         Returns what `start` returns.
@@ -245,7 +246,7 @@ class Speculation:
         self.waiting = self.waiting[: max(0, self.done - self.drafted)]
         self.drafted = min(self.drafted, self.done)
 
-    def _record(self, guess: Guess, numbers: list[int]) -> None:
+    def _record(self, guess: Any, numbers: Any) -> None:
         self.log.drafts.append(guess.tokens)
         self.log.probabilities.append(guess.probabilities)
         self.log.accepted.append(len(numbers) - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,9 @@ from torch import Tensor
 from ..constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from ..pruning.ops import on_device
 from ..pruning.tokens import ImageTokens
+from ..pruning.trace import PruningTrace
 from .context import check_prompts, count_positions
+from .model_part import ModelPart
 from .patches import SPLICE, replacement, spliced_outside
 from .prompt import (
     Prompt,
@@ -23,11 +26,11 @@ from .prompt import (
 )
 
 
-class Splice:
+class Splice(ModelPart):
     """Mixin of models with `get_model()`, `image_tokens()` and `pruner`."""
 
     #: set by `trace_pruning` for the time of its block
-    pruning_trace = None
+    pruning_trace: PruningTrace | None = None
     #: whether the splice follows the rules of training: a long prompt is cut, a text-only one uses
     #: up a dummy image. None: with labels, and in training mode
     as_in_training: bool | None = None
@@ -93,7 +96,8 @@ class Splice:
         marked = (ids == IMAGE_TOKEN_INDEX) & mask
         num_images = 0 if images is None else len(images)
         slots = image_slots(marked.sum(dim=1).tolist(), num_images, training)
-        tokens, only_dummies = [], self.training and images is not None and not any(slots)
+        tokens: Any = []  # a list of `ImageTokens`
+        only_dummies = self.training and images is not None and not any(slots)
         if any(slots) or only_dummies:
             encoded = isinstance(images[0], ImageTokens)
             tokens = images if encoded else self.image_tokens(images, image_sizes, questions)
@@ -114,12 +118,12 @@ class Splice:
         rows, policy, positions, texts = [], self.position_policy, [], []
         blanks, own_images = blank_extras(tokens), [[tokens[i] for i in own] for own in slots]
         for row, own in enumerate(own_images):
-            keep = mask[row].nonzero()[:, 0]
-            marks = marked[row][keep].nonzero()[:, 0].tolist()
-            edges = [-1, *marks, len(keep)]
+            there = mask[row].nonzero()[:, 0]
+            marks = marked[row][there].nonzero()[:, 0].tolist()
+            edges = [-1, *marks, len(there)]
             texts.append([stop - start - 1 for start, stop in pairwise(edges)])
             positions.append(count_positions(sum(texts[-1]), own, policy))
-            keep = places(keep, embeds.device)
+            keep = places(there, embeds.device)
             parts = embeds[row, keep], labels[row, keep], marks, own
             rows.append(build_row(*parts, policy, limit, blanks, self.position_axes))
         if only_dummies:  # none of their rows, yet a gradient of zeros

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from .checkpoint import read_file
+from .model_part import ModelPart
 from .multimodal_encoder.builder import build_vision_tower
 from .multimodal_projector.builder import build_vision_projector
 from .split_parameters import whole
 
 
-class LlavaMetaModel:
+class LlavaMetaModel(ModelPart):
     """Mixin of the inner model: holds tower, projector and the newline embedding."""
 
     def __init__(self, config):
         super().__init__(config)
         if getattr(config, "mm_vision_tower", None):
-            self.vision_tower = build_vision_tower(config, delay_load=True)
+            self.vision_tower: Any = build_vision_tower(config, delay_load=True)
             self.mm_projector = build_vision_projector(config, delay_load=True)
             if "unpad" in getattr(config, "mm_patch_merge_type", "flat"):
                 self.image_newline = nn.Parameter(torch.empty(config.hidden_size))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from .base import Pruner
-from .stages import HOOKS, DecoderStage, VisionStage, fills
+from .stages import HOOKS, DecoderStage, Stage, VisionStage, fills
 
 #: what a budget may count, see `what_budget_counts`
 EVERY_LAYER, AVERAGE, LATER_LAYERS, AT_MOST = "every layer", "average", "later layers", "at most"
@@ -29,7 +29,7 @@ def how_it_chooses(method: type[Pruner]) -> str:
     return (sentence.partition(": ")[2] or sentence).rstrip(".")
 
 
-def acts(method: type[Pruner], stage: type) -> bool:
+def acts(method: type[Pruner], stage: type[Stage]) -> bool:
     """Whether a method does anything in a stage."""
     return issubclass(method, stage) and fills(method, stage, *HOOKS[stage])
 
@@ -61,7 +61,7 @@ def what_budget_counts(
     """
     if pruner.adaptive:
         return AT_MOST, None
-    budget = pruner.visual_token_num
+    budget = pruner.visual_token_num  # type: ignore[attr-defined] # asked of those that have it
     tokens = pruner.token_schedule(num_patches, num_layers)
     if set(tokens) == {budget}:
         return EVERY_LAYER, None

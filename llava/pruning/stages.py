@@ -179,7 +179,7 @@ class DecoderStage:
 
 
 #: what a stage is called for while a model runs, in that order
-HOOKS = {
+HOOKS: dict[type, tuple[str, ...]] = {
     VisionStage: (
         "before_tower",
         "before_tower_layer",

@@ -87,6 +87,7 @@ class PublishedOutput(Tensor):
     decoding_tokens_per_second
     """
 
+    # What torch itself gives to subclasses that are no more than a tensor.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     predicted_tokens: list[list[int]]

@@ -95,7 +95,7 @@ def attend_with_tail(
     none of those, as without them, and the T nodes by `tail` (B or 1, 1, T, K), a mask of numbers.
     """
     size = q.shape[2] - tail.shape[2]
-    prompt = attend(*(x[:, :, :size] for x in (q, k, v)), mask, backend)
+    prompt = attend(q[:, :, :size], k[:, :, :size], v[:, :, :size], mask, backend)
     return torch.cat([prompt, attend(q[:, :, size:], k, v, tail, backend)], dim=2)
 
 

@@ -34,6 +34,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
     """Base of the whole models. A family adds how its images get into the prompt (`splice`), its
     vision tower (`get_vision_tower`) and `pruner`, the pruning method in use."""
 
+    lm_head: nn.Module
     #: decoder of the family
     model_class: type[LlamaModel] = LlamaModel
     _tied_weights_keys = ["lm_head.weight"]
@@ -54,7 +55,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
     @compile_decoding.setter
     def compile_decoding(self, value: bool) -> None:
         """Raises RuntimeError where nothing can be compiled, saying what is missing."""
-        kind = DecodeStep
+        kind: type[DecodeStep] = DecodeStep
         if value:
             device = self.model.layers[0].device
             check_compiler(device)

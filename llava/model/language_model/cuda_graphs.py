@@ -92,7 +92,7 @@ def key_of(plan: Plan) -> tuple:
     buffers = [(keys.data_ptr(), keys.shape) for keys, _ in plan.buffers]
     shared = [tuple(None if x is None else x.data_ptr() for x in own or ()) for own in plan.shared]
     tree = [x.shape for x in plan.tree() or ()]
-    parts = (weights, groups, plan.members, buffers, shared, tree)
+    parts: tuple[list, ...] = (weights, groups, plan.members, buffers, shared, tree)
     return (plan.x.shape, plan.x.dtype, plan.x.device, *map(tuple, parts))
 
 
@@ -109,7 +109,9 @@ class Captured:
             self.x = torch.empty_like(plan.x)
             self.counts = torch.zeros(2, dtype=torch.long, device=plan.x.device)
             tree = plan.tree()
-            self.tree = None if tree is None else tuple(map(torch.empty_like, tree))
+            self.tree: tuple[Tensor, Tensor] | None = None
+            if tree is not None:
+                self.tree = torch.empty_like(tree[0]), torch.empty_like(tree[1])
             self.known = [
                 {name: None if own is None else own.clone() for name, own in group.items()}
                 for group in plan.known()
@@ -129,10 +131,10 @@ class Captured:
             there.copy_(here)
         if [id(state) for state in self.states] == [id(state) for state in plan.states]:
             return
-        for there, here in zip(self.known, plan.known(), strict=True):
-            for name, tensor in there.items():
+        for known, news in zip(self.known, plan.known(), strict=True):
+            for name, tensor in known.items():
                 if tensor is not None:
-                    tensor.copy_(here[name])
+                    tensor.copy_(news[name])
         self.states = plan.states
 
     def __call__(self, plan: Plan) -> Tensor:

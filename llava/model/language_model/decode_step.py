@@ -7,7 +7,7 @@ so that nothing in it but the contents of tensors changes from token to token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -95,9 +95,9 @@ class DecodeStep:
         mask, so that they run on sdpa under it."""
         own = moved(branches, state.next_position.device)
         path = state.rope(self.rotary, own.root, own.deepest + 1, dtype)
-        rope = tuple(part.index_select(2, own.depths[-len(own) :]) for part in path)
+        cos, sin = (part.index_select(2, own.depths[-len(own) :]) for part in path)
         bias = state.attention_bias(self.rotary, length - len(own), length, own)
-        return Step(rope, branch_mask(own.visible, length, state.mask(length), bias, dtype))
+        return Step((cos, sin), branch_mask(own.visible, length, state.mask(length), bias, dtype))
 
     def _with_rows(self, step: Step, state: RowState, held: int, x: Tensor) -> Step:
         """The same for a layer that holds `held` tokens and records what those behind them, x
@@ -153,7 +153,7 @@ class CompiledStep(DecodeStep):
         return plan
 
     #: makes the buffers of caches, see `KVCache.claim`
-    allocate = None
+    allocate: Callable[..., list[Tensor]] | None = None
 
     def run(self, plan: Plan) -> Tensor:
         return plan.run(plan.x, plan.counts(), plan.known(), plan.tree())
@@ -212,7 +212,7 @@ class Plan:
                 "valid": state.mask(window),
                 "bias": state.key_bias(window),
                 "directions": state.directions_of(self.rotary, window),
-                "asking": state.directions and state.directions.asking,
+                "asking": None if state.directions is None else state.directions.asking,
             }
             for state, window in zip(self.states, self.windows, strict=True)
         ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -211,8 +213,8 @@ class DecoderLayer(nn.Module):
         k, v = attention.keys(normed, step.rope), attention.values(normed)
         if cache is not None:
             cache.append(attention.layer_idx, k, v)
-        rope = tuple(gather_tokens(part[:, 0], rows)[:, None] for part in step.rope)
-        q = attention.queries(gather_tokens(normed, rows), rope)
+        cos, sin = (gather_tokens(part[:, 0], rows)[:, None] for part in step.rope)
+        q = attention.queries(gather_tokens(normed, rows), (cos, sin))
         weights = rows_of(q, k, rows, step.valid, bias=bias_at(step.bias, rows))
         # The heads of a group read the same values: they are rows of one product.
         grouped = weights.to(v.dtype).unflatten(1, (v.shape[1], -1)).flatten(2, 3)
@@ -231,7 +233,7 @@ def bring(layer: DecoderLayer, x: Tensor, step: Step) -> tuple[Tensor, Step]:
     return x, step
 
 
-def run_layers(layers: nn.ModuleList, x: Tensor, step: Step, cache: KVCache | None) -> Tensor:
+def run_layers(layers: Iterable[Any], x: Tensor, step: Step, cache: KVCache | None) -> Tensor:
     """(B, S, D) what `layers` give on x (B, S, D), on the device of the last of them."""
     for layer in layers:
         x, step = bring(layer, x, step)

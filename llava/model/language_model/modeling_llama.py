@@ -9,6 +9,7 @@ every layer of a prefill that holds an image.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,9 @@ class LlamaPreTrainedModel(PreTrainedModel):
 
 class LlamaModel(LlamaPreTrainedModel):
     """Embeddings, decoder layers and final norm; parameter names as in published checkpoints."""
+
+    embed_tokens: nn.Module
+    layers: Any  # a ModuleList, whose type does not say that it holds `DecoderLayer`s
 
     def __init__(self, config):
         super().__init__(config)
@@ -288,14 +292,15 @@ class LlamaModel(LlamaPreTrainedModel):
         which must hold nothing of these layers yet, their keys and values are kept. Leaves what
         entered the last of `layers` in `prefill.drafter_input`.
         """
+        own: Any = layers
         x, step = prefill.hidden_states, self.prefill_step(prefill)
         if cache is not None:
-            for layer in layers:
+            for layer in own:
                 cache.rows[layer.self_attn.layer_idx] = step.state
-        x = run_layers(layers[:-1], x, step, cache)
-        x, step = bring(layers[-1], x, step)
+        x = run_layers(own[:-1], x, step, cache)
+        x, step = bring(own[-1], x, step)
         prefill.drafter_input = x
-        hidden, row = layers[-1].at_rows(x, step, prefill.last[:, None].to(x.device), cache)
+        hidden, row = own[-1].at_rows(x, step, prefill.last[:, None].to(x.device), cache)
         return hidden, row.to(prefill.hidden_states.device)
 
     def attention_rows(
@@ -317,8 +322,8 @@ class LlamaModel(LlamaPreTrainedModel):
         x = norm(x)
         rope = self.rotary(position_ids, x.dtype)
         k = attention.keys(x, rope)
-        rope = tuple(gather_tokens(part[:, 0], rows)[:, None] for part in rope)
-        q = attention.queries(gather_tokens(x, rows), rope)
+        cos, sin = (gather_tokens(part[:, 0], rows)[:, None] for part in rope)
+        q = attention.queries(gather_tokens(x, rows), (cos, sin))
         return rows_of(q, k, rows, valid, bias=bias).to(home)
 
     def layer_keys(self, layer: int, x: Tensor, position_ids: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class PrefillLoop:
     dropped: whether tokens were dropped, known when the loop has run
     """
 
-    decoder: torch.nn.Module
+    decoder: Any
     stage: DecoderStage | None
     cache: KVCache | None = None
     trace: PruningTrace | None = None

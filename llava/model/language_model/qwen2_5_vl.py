@@ -7,6 +7,8 @@ every video, are taken as well.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,8 +29,13 @@ from .causal_lm import VisionLanguageForCausalLM
 from .modeling_llama import LlamaModel
 
 #: images and videos as the processor of transformers names them
-NAMED_PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-NAMED_PIXELS += ("second_per_grid_ts",)
+NAMED_PIXELS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "second_per_grid_ts",
+)
 #: frequencies that time, height and width turn in the released models
 RELEASED_SECTIONS = (16, 24, 24)
 
@@ -106,10 +113,10 @@ class Qwen2_5_VLForConditionalGeneration(
             for token, what in self._pads().items():
                 if (input_ids == token).any():
                     raise ValueError(f"the prompt holds {what} tokens, but no images were given")
-        return super().forward(input_ids, *args, images=images, **kwargs)
+        return super().forward(input_ids, *args, images=images, **kwargs)  # type: ignore[misc] # beyond `args`
 
     @torch.no_grad()
-    def generate(self, inputs=None, images=None, **kwargs):
+    def generate(self, inputs=None, images=None, **kwargs):  # type: ignore[override] # the rest: kwargs
         """As of the other families, with `images` as `process_images` makes them, (h, w, 4, values)
         each, videos as `process_video` does, or both as transformers has them: `pixel_values`
         (patches, values) and `image_grid_thw` (images, 3), `pixel_values_videos`, `video_grid_thw`
@@ -163,7 +170,7 @@ class Qwen2_5_VLForConditionalGeneration(
 
     def _pad_of(self, image: Tensor | Video | ImageTokens) -> int:
         """The token that stands for this image or video."""
-        video = isinstance(image, Video) or getattr(image, "frame_pairs", 0)
+        video = isinstance(image, Video) or getattr(image, "frame_pairs", 0) > 0
         return self.config.video_token_id if video else self.config.image_token_id
 
     def ids_for_rules(self, prompt: Prompt, ids: Tensor, mask: Tensor) -> Tensor:
@@ -176,8 +183,9 @@ def in_order(
 ) -> list[Tensor | Video]:
     """Images and videos as their runs stand in prompts (B, L), row after row; what has no run comes
     last."""
-    left = {image_id: list(images), video_id: list(videos)}
-    ordered, rows = [], input_ids.cpu()
+    left: dict[int, list[Any]] = {image_id: list(images), video_id: list(videos)}
+    ordered: list[Any] = []
+    rows = input_ids.cpu()
     marks = rows[(rows == image_id) | (rows == video_id)].tolist()
     place = 0
     while place < len(marks) and left[marks[place]]:

@@ -170,7 +170,8 @@ class CLIPVisionTower(nn.Module):
         chosen = tokens if self.num_run_layers == 0 else None
         means = OutputMean(wanted)
         last = max([self.num_run_layers - 1, *(n for n, names in wanted.items() if names)])
-        mask, hidden = None, (None, None)  # the mask, and what it is of
+        mask: Tensor | None = None
+        hidden: tuple[Tensor | None, Tensor | None] = (None, None)  # what the mask is of
         for number, layer in enumerate(model.encoder.layers[: last + 1]):
             tokens = stage.before_tower_layer(number, tokens)
             names = wanted.get(number, frozenset())

@@ -8,8 +8,9 @@ grid of an image, in blocks of `M` = 4 patches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +115,7 @@ class Qwen2_5_VLVisionTower(nn.Module):
     provides_in_layers = LAYER_CUES
     select_feature = "patch"
     grid = None  # every image has its own
+    _gradient_checkpointing_func: Callable  # transformers sets it with `gradient_checkpointing`
 
     def __init__(self, config: Qwen2_5_VLVisionConfig):
         super().__init__()
@@ -180,7 +182,8 @@ class Qwen2_5_VLVisionTower(nn.Module):
         full, sources = set(self.config.fullatt_block_indexes), self._sources(wanted)
         found: dict[int, dict[str, Tensor]] = {number: {} for number in sources}
         means, outputs = OutputMean(wanted), {}
-        for number, block in enumerate(self.blocks):
+        blocks: Iterable[Any] = self.blocks
+        for number, block in enumerate(blocks):
             segments = plan.wholes if number in full else plan.windows
             x = self._run(block, x, rope, segments, found.get(number))
             if "output" in wanted.get(number, ()):

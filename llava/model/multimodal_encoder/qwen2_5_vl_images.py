@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +26,15 @@ from .qwen2_5_vl_videos import TOTAL_PIXELS, Video, frame_limits, split_patches
 
 PREPROCESSOR = "preprocessor_config.json"
 #: what it says, and under which name transformers reads it
-SAVED = ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size")
-SAVED += ("image_mean", "image_std")
+SAVED = (
+    "min_pixels",
+    "max_pixels",
+    "patch_size",
+    "temporal_patch_size",
+    "merge_size",
+    "image_mean",
+    "image_std",
+)
 KNOWN_AS = {"image_processor_type": "Qwen2VLImageProcessor"}
 #: longest side over shortest that is accepted
 MAX_RATIO = 200
@@ -89,12 +97,13 @@ class Qwen2_5_VLImageProcessor:
             `ref_token_masks`, per picture a tensor (h, w) that is True on the tokens there (None
             where it is None)
         """
-        found, masks = {}, None
+        found: dict[str, Any] = {}
+        masks = None
         if images is not None:
             parts = self.process_images(images if isinstance(images, (list, tuple)) else [images])
             found["pixel_values"] = torch.cat([part.flatten(0, 2) for part in parts])
             found["image_grid_thw"] = torch.tensor([self._grid_thw(part[None]) for part in parts])
-            grids = [tuple(part.shape[:2]) for part in parts]
+            grids = [(part.shape[0], part.shape[1]) for part in parts]
             masks = token_masks(grids, normed_bboxes, ref_image_masks)
         if videos is not None:
             videos = [videos] if isinstance(videos[0], Image.Image) else videos
@@ -103,10 +112,10 @@ class Qwen2_5_VLImageProcessor:
             found["pixel_values_videos"] = torch.cat([clip.pixels.flatten(0, 3) for clip in clips])
             found["video_grid_thw"] = torch.tensor([self._grid_thw(clip.pixels) for clip in clips])
             found["second_per_grid_ts"] = [clip.seconds for clip in clips]
-        found = BatchFeature(found, tensor_type=return_tensors)
+        batch = BatchFeature(found, tensor_type=return_tensors)
         if masks is not None:
-            found["ref_token_masks"] = masks
-        return found
+            batch["ref_token_masks"] = masks
+        return batch
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes preprocessor_config.json beside a model that was saved in `folder`. The bounds of
@@ -262,7 +271,11 @@ def blocks_of_pixels(pixels: Tensor, merge: int, patch: int, frames: int = 2) ->
 
 
 def smart_resize(
-    height: int, width: int, factor: int = 28, min_pixels: int = 56 * 56, max_pixels: int = 12845056
+    height: int,
+    width: int,
+    factor: int = 28,
+    min_pixels: int = 56 * 56,
+    max_pixels: float = 12845056,
 ) -> tuple[int, int]:
     """(height, width), multiples of `factor` near the given ones, with an area between the bounds.
 

@@ -85,18 +85,18 @@ def split_patches(
     shape = tuple(torch.as_tensor(grids).shape)
     if len(shape) != 2 or shape[1] != 3:
         raise ValueError(f"{names[1]} must be (images or videos, 3), not {shape}")
-    grids = torch.as_tensor(grids).tolist()
-    if odd := [grid for grid in grids if min(grid) < 1 or grid[1] % merge or grid[2] % merge]:
+    sizes = torch.as_tensor(grids).tolist()
+    if odd := [grid for grid in sizes if min(grid) < 1 or grid[1] % merge or grid[2] % merge]:
         raise ValueError(
             f"{names[1]} holds {odd[0]}: rows and columns of patches must be multiples of {merge}"
         )
-    counts = [math.prod(grid) for grid in grids]
+    counts = [math.prod(size) for size in sizes]
     if pixels.ndim != 2 or sum(counts) != len(pixels):
         raise ValueError(
-            f"{names[0]} {tuple(pixels.shape)} do not fit {names[1]} {grids}, which is "
+            f"{names[0]} {tuple(pixels.shape)} do not fit {names[1]} {sizes}, which is "
             f"about {sum(counts)} patches"
         )
     return [
         part.view(pairs, rows // merge, columns // merge, merge * merge, -1)
-        for part, (pairs, rows, columns) in zip(pixels.split(counts), grids, strict=True)
+        for part, (pairs, rows, columns) in zip(pixels.split(counts), sizes, strict=True)
     ]

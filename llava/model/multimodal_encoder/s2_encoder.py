@@ -61,7 +61,7 @@ class CLIPVisionTowerS2(CLIPVisionTower):
             raise ValueError(f"the multi-scale tower cannot take smaller images, as {stage!r} asks")
         images = before
         maps = [self._scale_map(images, side) for side in self.s2_scales]
-        size = maps[0].shape[-2:]
+        height, width = size = maps[0].shape[-2:]
         maps = [F.interpolate(m.float(), size=size, mode="area").to(m.dtype) for m in maps]
         features = torch.cat(maps, dim=1).flatten(2).transpose(1, 2).to(images.dtype)
         batch, count = features.shape[:2]
@@ -70,7 +70,7 @@ class CLIPVisionTowerS2(CLIPVisionTower):
             features=features,
             positions=places,
             all_patches=places,
-            grid=tuple(size),
+            grid=(height, width),
             crops_in_budget=crops_in_budget,
             fingerprint=fingerprint(images) if "fingerprint" in needs else None,
         )
