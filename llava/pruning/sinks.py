@@ -38,7 +38,7 @@ def sinks(features: Tensor, count: int) -> Tensor:
     return top_stable(torch.linalg.vector_norm(features.float(), dim=-1), count)
 
 
-@dataclass
+@dataclass(repr=False)
 class SinkFilter:
     """Mixin of methods that choose by attention: with `sink_ratio` they choose among the others,
     and keep as many tokens as without it.

@@ -19,6 +19,13 @@ def test_methods_that_choose_by_the_class_token_offer_it():
     assert all("sink_ratio" in option_names(METHODS[name]) for name in FILTERING)
 
 
+@pytest.mark.parametrize("name", FILTERING)
+def test_settings_that_differ_in_any_option_are_printed_differently(name):
+    """Programs tell by it whether answers belong to the same run."""
+    settings = [{}, {"sink_ratio": 0.01}, {"visual_token_num": 96}, {"visual_token_ratio": 0.25}]
+    assert len({repr(build_pruner(name, **options)) for options in settings}) == len(settings)
+
+
 def test_how_many_patches_are_sinks():
     assert [num_sinks(576, share) for share in (0, 0.01, 0.5)] == [0, 6, 288]
     assert num_sinks(100, 0.07) == 7  # and not 8, as 0.07 * 100 is in floats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar
 
 import pytest
@@ -131,7 +132,17 @@ class Promises:
     def test_a_printed_method_builds_itself_again(self, pruner):
         classes: list[type[Pruner]] = [Chain, *(METHODS[n] for n in pruner.name.split("+"))]
         namespace = {cls.__name__: cls for cls in classes}
-        assert repr(eval(repr(pruner), namespace)) == repr(pruner)
+        text = repr(pruner)
+        assert repr(eval(text, namespace)) == text
+        parts = [part for part in pruner.named.values() if is_dataclass(part)]
+        given = {key for part in parts for key, value in printed(part).items() if value is not None}
+        left_out = [key for key in sorted(given) if f"{key}=" not in text]
+        assert not left_out, f"{text} does not say {', '.join(left_out)}"
+
+
+def printed(pruner: Any) -> dict:
+    """Option -> value of all that a method prints."""
+    return {option.name: getattr(pruner, option.name) for option in fields(pruner) if option.repr}
 
 
 class Words:
