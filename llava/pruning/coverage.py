@@ -21,7 +21,8 @@ def cover_most(cover: Tensor, count: int, factor: Tensor | None = None) -> Tenso
     factor: (B, N), at least 0, of every token's gain; None: 1
 
     A token's gain is the sum, over clients, of what it would add. Ties go to the lower place; where
-    no gain is more than rounding may leave, what is left follows in order of place.
+    no gain is more than rounding may leave, of 1 or of the first gain if that is less, what is left
+    follows in order of place.
     """
     batch, size, clients = cover.shape
     # With a large factor, what rounding left of one gain could beat another that is one.
@@ -40,6 +41,8 @@ def cover_most(cover: Tensor, count: int, factor: Tensor | None = None) -> Tenso
     if not picks:
         return torch.zeros(batch, 0, dtype=torch.long, device=cover.device)
     gains = torch.cat(scores, dim=1)
-    gained = gains > 0 if least else gains >= NEGLIGIBLE
+    gained = gains > 0
+    if not least:  # clients may count as little as one of thousands
+        gained &= gains >= NEGLIGIBLE * gains[:, :1].clamp(max=1)
     in_order = torch.arange(size, device=cover.device).expand(batch, -1)
     return picks_then_rest(torch.cat(picks, dim=1), gained.cumprod(dim=1), in_order)

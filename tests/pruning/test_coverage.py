@@ -39,6 +39,16 @@ def test_where_nothing_is_gained_tokens_follow_in_order_of_place():
     assert picks([[[1, 2], [2, 2], [2, 3]]], 3, nothing_counts) == [[0, 1, 2]]
 
 
+@pytest.mark.parametrize("weight", [1e-9, 1.0, 1e6])
+def test_what_clients_count_together_changes_no_choice(weight):
+    """Of thousands of tokens with a share of every client, each adds less than rounding of 1."""
+    cover = random(2, 16, 16)
+    expected = cover_most(cover.clone(), 8)
+    assert expected.diff(dim=1).lt(0).any()
+    assert torch.equal(cover_most(cover * weight, 8), expected)
+    assert picks(torch.zeros(1, 4, 4), 3) == [[0, 1, 2]]
+
+
 def test_equal_gains_go_to_the_lower_place():
     assert picks([[[1, 0], [0, 1], [1, 0], [0, 1]]], 4) == [[0, 1, 2, 3]]
 
