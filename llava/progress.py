@@ -15,13 +15,5 @@ def progress(steps: Iterable | int, label: str, unit: str) -> tqdm:
     """A bar on stderr, where that is a terminal, that goes through `steps`, or is moved on with
     `update` where they are a number. Of several processes the first one shows it."""
     counted = {"total": steps} if isinstance(steps, int) else {"iterable": steps}
-    return tqdm(**counted, desc=label, unit=f" {unit}", delay=PATIENCE, disable=hidden())
-
-
-def hidden(first: bool | None = None) -> bool | None:
-    """What `tqdm` takes for `disable`: None leaves it to stderr, which shows bars on a terminal.
-
-    first: whether this is the first of several processes; None: what the launcher says
-    """
-    first = os.environ.get("RANK", "0") == "0" if first is None else first
-    return None if first else True
+    hidden = None if os.environ.get("RANK", "0") == "0" else True  # None: stderr decides
+    return tqdm(**counted, desc=label, unit=f" {unit}", delay=PATIENCE, disable=hidden)

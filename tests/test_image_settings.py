@@ -22,7 +22,11 @@ PLAIN = ImageSettings("anyres", tuple(map(tuple, PINPOINTS)), "area", "spatial_u
 CHANGING = sorted(
     name
     for name, method in METHODS.items()
-    if issubclass(method, VisionStage) and (method.anyres_config or method.anyres_tiles)
+    if issubclass(method, VisionStage)
+    and (
+        method.anyres_tiles
+        or any(getattr(PLAIN, key) != own for key, own in method.anyres_config.items())
+    )
 )
 
 

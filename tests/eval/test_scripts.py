@@ -335,7 +335,7 @@ def test_generation_without_a_cache_is_refused_with_its_reason(run):
 def test_words_that_could_mean_several_methods_stop_the_script(run):
     done = run("v1_5/eval/pope.sh", "64", "layer=3")
     assert done.returncode == 1 and not done.stdout
-    assert "error: 'layer' belongs to fastv, adaptprune, nuwa: name one method" in done.stderr
+    assert "error: 'layer' belongs to fastv, adaptprune, nuwa, dart: name one method" in done.stderr
 
 
 def test_a_benchmark_that_fails_does_not_stop_the_others(run, data, tmp_path):

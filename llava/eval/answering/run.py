@@ -20,9 +20,10 @@ from llava.eval.answering.questions import Question
 from llava.eval.answering.workers import Workers
 from llava.eval.files.answer_lines import Answer, Failure
 from llava.eval.files.mask_files import REFERENCE, mask_path, write_mask
-from llava.progress import hidden
 
 FILE_SYSTEM_SECONDS = 90.0
+#: between two states of a progress bar in a file
+SECONDS_IN_LOGS = 15.0
 
 Batch = list[int]  # numbers of questions
 Share = list[Batch]  # what one process takes at a time
@@ -153,7 +154,9 @@ def _answer(task, todo: list[Share], make_loop, workers, key: str, put, num_befo
     loop.visual_tokens, start = None, time.perf_counter()
     asked = ((b, [task.questions[n] for n in b]) for b in chain([first], batches))
     label = task.label or os.path.basename(task.path)
-    bar = {"desc": label, "unit": " answers", "disable": hidden(workers.main)}
+    # Logs of long runs show how far they are as well, now and then.
+    bar = {"desc": label, "unit": " answers", "disable": not workers.main}
+    bar["mininterval"] = 0.1 if sys.stderr.isatty() else SECONDS_IN_LOGS
     with tqdm(total=len(task.questions), initial=num_before, **bar) as progress:
         for numbers, answers in loop.run(asked, task.images):
             for number, answer in zip(numbers, answers, strict=True):
@@ -162,7 +165,7 @@ def _answer(task, todo: list[Share], make_loop, workers, key: str, put, num_befo
                 put(number, line)
                 if task.follow:
                     progress.write(json.dumps(line), file=sys.stdout)
-            if not progress.disable and loop.visual_tokens and not progress.postfix:
+            if workers.main and loop.visual_tokens and not progress.postfix:
                 entering, mean = loop.visual_tokens
                 progress.set_postfix_str(f"visual tokens {entering:g}, mean {mean:.1f}")
             done = workers.count(key, len(numbers))
