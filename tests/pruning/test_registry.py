@@ -49,7 +49,7 @@ def test_a_method_of_a_package_is_one_like_ours(site, capsys):
     with pytest.raises(ValueError, match="unknown option 'stride'.*choose from .*step"):
         build_pruner("first", stride=2)
     main([])
-    assert "first          acme.First" in capsys.readouterr().out.splitlines()
+    assert "first          acme.First." in capsys.readouterr().out.splitlines()
     main(["first", "--visual-token-num", "64"])
     assert "average over layers: 64.0 of 576" in capsys.readouterr().out
 
