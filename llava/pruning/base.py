@@ -406,6 +406,8 @@ class StagedPruner(DecoderStage, Pruner):
     renumbers: ClassVar[bool] = True
     #: layers before a cut of which the score uses something
     looks_back: ClassVar[int] = 0
+    #: what is noted for a batch; a method that notes more has a dataclass of its own
+    plan_class: ClassVar[type[StagedPlan]] = StagedPlan
 
     def image_schedule(
         self, count: int, num_layers: int, num_patches: int, budget: int = 0
@@ -456,7 +458,7 @@ class StagedPruner(DecoderStage, Pruner):
                 schedules.append(own.image_schedule(count, num_layers, num_patches, budget))
                 before = [count, *schedules[-1][:-1]]
                 cuts |= {n for n in range(num_layers) if schedules[-1][n] < before[n]}
-        return StagedPlan(cuts, plan)
+        return self.plan_class(cuts, plan)
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         own = self.with_budget_of(num_patches * crops)

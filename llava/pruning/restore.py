@@ -340,6 +340,4 @@ def with_merged(image: ImageTokens, tokens: Merged) -> ImageTokens:
     places, embeds, sizes, blended = (x[0] for x in tokens)
     kept = image.keep(places)
     patches = kept.patches.masked_fill(blended, -1)
-    return replace(
-        kept, embeds=embeds, patches=patches, extras={**kept.extras, KEY_BIAS: sizes.log()}
-    )
+    return replace(kept, embeds=embeds, patches=patches, extras={KEY_BIAS: sizes.log()})

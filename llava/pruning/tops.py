@@ -92,6 +92,7 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, ShareOption, StagedPruner):
     needs = frozenset({"salience"})
     anyres_tiles = (2, 2)
     looks_back = 1
+    plan_class = Plan
 
     #: decoder layers of the model it is assigned to
     depth = LAYERS[1]
@@ -268,10 +269,6 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, ShareOption, StagedPruner):
         number = torch.arange(order.shape[1], device=device)
         picked = number < on_device(kept, device).view(-1, 1)
         return prefill.from_images(most - number, row, place.gather(1, order), picked)
-
-    def _plan(self, prefill: Prefill) -> Plan:
-        plan = super()._plan(prefill)
-        return Plan(plan.cuts, plan.kept)
 
 
 def above_mean(looks: Tensor, asked: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """TwigVLM++: a pruning head on the twig, trained for that alone, chooses the tokens, and the twig
 guesses trees of the answer's.
 
-Paper: Growing a Twig to Accelerate Large Vision-Language Models, third version,
+Paper: Growing a Multi-head Twig to Accelerate Large Vision-Language Models,
 https://arxiv.org/abs/2503.14075v3
 
 The twig and its use are TwigVLM's. New is the pruning head: two gates on queries and keys of the

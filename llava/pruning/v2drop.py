@@ -56,6 +56,7 @@ class V2Drop(ShareOption, StagedPruner):
     reads_text = False
     renumbers = False
     looks_back = 1
+    plan_class = Plan
 
     def __post_init__(self):
         self.check_budgets()
@@ -129,10 +130,6 @@ class V2Drop(ShareOption, StagedPruner):
 
     def score(self, prefill: Prefill, kept: list[list[int]]) -> Tensor:
         return variation(prefill.state.before, prefill.hidden_states)
-
-    def _plan(self, prefill: Prefill) -> Plan:
-        plan = super()._plan(prefill)
-        return Plan(plan.cuts, plan.kept)
 
 
 def variation(before: Tensor, after: Tensor) -> Tensor:

@@ -35,6 +35,13 @@ def section(name: str) -> str:
     return found[1]
 
 
+def test_the_notice_credits_the_paper_of_every_method():
+    notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
+    papers = {name: re.search(r"\d{4}\.\d{5}", row["paper"]) for name, row in table().items()}
+    assert [name for name, found in papers.items() if found and found[0] not in notice] == []
+    assert sum(map(bool, papers.values())) > len(papers) / 2
+
+
 def test_the_table_has_every_method_once_and_in_order():
     assert list(table()) == list(METHODS.own)
 
