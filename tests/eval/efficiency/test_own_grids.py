@@ -32,7 +32,8 @@ def test_every_way_of_decoding_a_checkpoint_is_measured(checkpoint, tmp_path, ca
     folder, model = checkpoint
     save_twig(str(tmp_path / "twig"), grow_twig(model, 1, 2).state_dict(), 1, str(folder))
     words = ["--model-path", str(folder), "--limit", "1", "--max-new-tokens", "6", *BOUND]
-    words += ["--pruning-arg", f"twigvlm.twig={tmp_path / 'twig'}", "--visual-token-num", "18"]
+    words += ["--methods", "twigvlm", "--pruning-arg", f"twigvlm.twig={tmp_path / 'twig'}"]
+    words += ["--visual-token-num", "18"]
     result = decode_speed.main(words)
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == ["dense", "twigvlm", "twigvlm, no guesses", "twigvlm, guessing"]
