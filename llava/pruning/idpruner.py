@@ -20,16 +20,18 @@ from torch import Tensor
 from .base import EqualShares
 from .captured import captured
 from .ops import cosines, top_stable
+from .sinks import SinkFilter
 from .tokens import VisionTokens
 
 
 @dataclass
-class IDPruner(EqualShares):
+class IDPruner(SinkFilter, EqualShares):
     """
     visual_token_num: tokens per image; on LLaVA-NeXT shared out equally among its crops, rounded
                       down (640 of five crops are 128 each)
     mmr_lambda:       weight of importance against difference, 0 to 1; 1 is importance alone, 0 the
                       most important token and then always the one farthest from all chosen
+    sink_ratio:       share of the patches left out, those of the largest norm; 0: none
     """
 
     mmr_lambda: float = 0.5
@@ -43,7 +45,8 @@ class IDPruner(EqualShares):
             raise ValueError(f"mmr_lambda ({self.mmr_lambda}) must lie between 0 and 1")
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
-        return vision  # tokens are compared in the space of the language model
+        """Tokens are compared in the space of the language model, sinks are known before it."""
+        return self.candidates(vision, max(self.shares(vision)))
 
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
         return self.keep_shares(vision)
