@@ -182,13 +182,14 @@ class MethodPicker:
         updates[self.shares] = self._share_box(method, undecided, shares)
         budget = self.scaled(known, method, shares, undecided)
         if link.budget is not None:
-            budget["value"] = min(link.budget, budget["maximum"])
+            budget["value"] = _within(budget, link.budget)
         updates[self.budget] = budget
         if then:
             updates |= self.follow(methods, first, then, budget["value"], shares)
             updates[self.then]["value"] = then
             if link.then_budget is not None:
-                updates[self.then_budget]["value"] = link.then_budget
+                scale = updates[self.then_budget]
+                scale["value"] = _within(scale, link.then_budget)
         texts = _texts(method, methods.get(then), link.options)
         for box, text in zip(self.boxes, texts, strict=False):
             updates[box]["value"] = text
@@ -252,6 +253,11 @@ def _texts(method: Method, second: Method | None, options: dict[str, str]) -> li
 def _scale(option: str, maximum: int, value: float) -> dict:
     """What a budget slider reaches."""
     return {"maximum": maximum, "step": STEP if option == SHARE else 1, "value": value}
+
+
+def _within(scale: dict, value: float) -> float:
+    """The value, or the end of the slider that it lies beyond."""
+    return max(1, min(value, scale["maximum"]))
 
 
 def _checkbox(label: str, name: str) -> gr.Checkbox:

@@ -90,6 +90,14 @@ def test_a_budget_above_all_tokens_is_all_tokens(page):
     assert visitor.values[page.chat.picker.budget] == 36
 
 
+def test_budgets_beyond_a_slider_are_its_ends(page):
+    visitor = follow(page, "?method=vispruner%2Bfastv&budget=16&then_budget=99")
+    budgets = page.chat.picker.budget, page.chat.picker.then_budget
+    assert [visitor.values[box] for box in budgets] == [16, 16]
+    visitor = follow(page, "?method=vispruner%2Bfastv&budget=16&then_budget=0.1")
+    assert visitor.values[page.chat.picker.then_budget] == 1
+
+
 def test_a_question_that_is_too_long_for_an_address_has_no_link():
     assert Link(MODEL, question="ä" * 400).query() is None
 
