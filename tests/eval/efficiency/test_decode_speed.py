@@ -179,6 +179,7 @@ def test_a_whole_run_reports_every_way(monkeypatch, tmp_path, model, capsys):
     save_twig(str(tmp_path / "twig"), grow_twig(base, 0, 2).state_dict(), 0, default_model_path())
     words = ["--limit", "1", "--max-new-tokens", "8", "--device", "cpu", "--dtype", "float32"]
     words += ["--pruning-arg", f"twigvlm.twig={tmp_path / 'twig'}", "--json", str(tmp_path / "out")]
+    words += ["--methods", "twigvlm"]
     page = tmp_path / "page.md"
     words += ["--markdown", str(page), "--warmup", "0", "--processor-time"]
     result = decode_speed.main(words)
