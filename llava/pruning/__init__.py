@@ -29,6 +29,7 @@ from .idpruner import IDPruner
 from .mmtok import MMTok
 from .mustdrop import MustDrop
 from .nuwa import Nuwa
+from .option_types import check_types
 from .pool import Pool
 from .prefill import Prefill
 from .prumerge import PruMerge
@@ -100,8 +101,8 @@ def build_pruner(name: str = "none", **options) -> Pruner:
     is a wrapper it works around b, and options without a prefix are its own:
     build_pruner("restore+vispruner", visual_token_num=64, vispruner_important_ratio=0.6); a third
     method may act inside the decoder.
-    Raises ValueError, listing the choices, on an unknown name or option, and with the cause where
-    the package that brings a method cannot be used.
+    Raises ValueError, listing the choices, on an unknown name or option, on a value of another type
+    than the option has, and with the cause where the package that brings a method cannot be used.
     """
     if "+" in name:
         return build_combination(name, options)
@@ -117,13 +118,19 @@ def build_pruner(name: str = "none", **options) -> Pruner:
         )
     if len(given := [options[key] for key in BUDGETS if options.get(key) is not None]) > 1:
         raise ValueError(two_budgets(*given))
-    return method(**options)
+    try:
+        made = method(**options)
+    except TypeError:  # of a value that the method did arithmetic with
+        check_types(method, options)
+        raise
+    check_types(method, {key: getattr(made, key) for key in options})  # some are converted
+    return made
 
 
 def build_combination(name: str, options: dict) -> Pruner:
     """`build_pruner` of "a+b"."""
     rows, (first, *_) = in_a_row(name), name.split("+")
-    if len(rows) > 2:
+    if len(rows) > 2 or not all(name.split("+")):
         raise ValueError(f"a combination has the form METHOD+METHOD, got {name!r}")
     own = split_options(name, options, default=first if len(rows) == 1 else None)
     made = []

@@ -7,12 +7,10 @@ import logging
 import re
 import threading
 import weakref
-from collections import OrderedDict, abc
+from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import MISSING
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Union, get_args, get_origin, get_type_hints
 
 from ..pruning import (
     METHODS,
@@ -24,11 +22,11 @@ from ..pruning import (
 )
 from ..pruning.about import how_it_chooses, is_trained, what_budget_counts, where_it_acts
 from ..pruning.base import option_names
+from ..pruning.option_types import alternatives, fits, in_words, type_of
 from ..pruning.registry import Unusable
 from .errors import ServeError
 from .protocol import PruningRequest
 
-SEQUENCES = (abc.Sequence, list, tuple)
 PLAIN = (bool, int, float, str, list, tuple, type(None))
 KEPT = 32  # settings that stay built; a method with trained parts keeps one
 TRAINED = 4  # settings of one method with trained parts that are alive at a time
@@ -129,33 +127,11 @@ def check_values(name: str, options: dict) -> None:
             key = f"{prefix}{option}"
             if key in options and option in files:
                 raise ServeError("method_unavailable", f"The option {key} is the server's to set.")
-            if key in options and not _fits(options[key], _type(part, option)):
+            if key in options and not fits(options[key], type_of(METHODS[part], option)):
                 raise ServeError(
-                    "method_unavailable", f"The option {key} takes {_wanted(_type(part, option))}."
+                    "method_unavailable",
+                    f"The option {key} takes {in_words(type_of(METHODS[part], option))}.",
                 )
-
-
-def _fits(value, kind) -> bool:
-    """Whether a value from JSON, its lists as tuples, is of a type."""
-    if (origin := get_origin(kind)) in (Union, UnionType):
-        return any(_fits(value, one) for one in get_args(kind))
-    if origin in SEQUENCES:
-        (inner, *_) = get_args(kind)
-        return isinstance(value, tuple) and all(_fits(one, inner) for one in value)
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
-def _wanted(kind) -> str:
-    """The first of the types that an option takes, in words."""
-    kinds = [one for one in _alternatives(kind) if one is not NoneType] or [NoneType]
-    if get_origin(kinds[0]) in SEQUENCES:
-        return f"a list, each {_wanted(get_args(kinds[0])[0])}"
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    return words.get(kinds[0], "no value from a request")
-
-
-def _alternatives(kind) -> tuple:
-    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def all_defaults(name: str) -> dict:
@@ -178,21 +154,12 @@ def defaults(name: str) -> dict:
 def file_options(name: str) -> list[str]:
     """The options by which a method is told of files: paths, and texts that are missing by
     default."""
-    kinds = {key: _alternatives(_type(name, key)) for key in all_defaults(name)}
+    kinds = {key: alternatives(type_of(METHODS[name], key)) for key in all_defaults(name)}
     return [
         key
         for key, value in all_defaults(name).items()
         if Path in kinds[key] or (value is None and str in kinds[key])
     ]
-
-
-def _type(name: str, key: str):
-    """The type of an option; `object`, which no value from a request is of, where its annotation
-    means nothing outside of its file, as a package may write it."""
-    try:
-        return get_type_hints(METHODS[name])[key]
-    except Exception:  # reading it runs it
-        return object
 
 
 def folder_option(name: str) -> str:

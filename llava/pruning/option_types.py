@@ -1,0 +1,58 @@
+"""What the options of methods may be: their annotations, held against values that were given."""
+
+from __future__ import annotations
+
+from collections import abc
+from collections.abc import Mapping
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+SEQUENCES = (abc.Sequence, list, tuple)
+#: values that are checked: those that command lines and requests are made of
+PLAIN = (bool, int, float, str, list, tuple)
+
+
+def type_of(method: type, option: str) -> Any:
+    """The type of an option; `object`, which no plain value is of, where its annotation means
+    nothing outside of its file, as a package may write it."""
+    try:
+        return get_type_hints(method)[option]
+    except Exception:  # reading it runs it
+        return object
+
+
+def alternatives(kind: Any) -> tuple:
+    """The types that a union allows, else the type alone."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def fits(value: object, kind: Any) -> bool:
+    """Whether a plain value, its lists as tuples, is of a type."""
+    if len(kinds := alternatives(kind)) > 1:
+        return any(fits(value, one) for one in kinds)
+    if get_origin(kind) in SEQUENCES:
+        (inner, *_) = get_args(kind)
+        return isinstance(value, tuple) and all(fits(one, inner) for one in value)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def in_words(kind: Any) -> str:
+    """The first of the types that an option takes."""
+    kinds = [one for one in alternatives(kind) if one is not NoneType] or [NoneType]
+    if get_origin(kinds[0]) in SEQUENCES:
+        return f"a list, each {in_words(get_args(kinds[0])[0])}"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return words.get(kinds[0], "no plain value")
+
+
+def check_types(method: type, options: Mapping[str, object]) -> None:
+    """Raises ValueError on plain values of another type than the options of a method have. 0 and 1
+    are False and True as well; what is not plain, or None, the method knows."""
+    for name, value in options.items():
+        if type(value) not in PLAIN:
+            continue
+        kind = type_of(method, name)
+        if kind is object or (bool in alternatives(kind) and value in (0, 1)):
+            continue
+        if not fits(tuple(value) if isinstance(value, list) else value, kind):
+            raise ValueError(f"{name} ({value!r}) must be {in_words(kind)}")

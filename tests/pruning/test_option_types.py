@@ -1,0 +1,43 @@
+"""Values of options that are of another type than the option."""
+
+import pytest
+
+from llava.pruning import METHODS, build_pruner
+from llava.pruning.base import option_names
+from llava.pruning.option_types import check_types
+
+
+@pytest.mark.parametrize("name", METHODS.own)
+def test_what_every_option_is_by_default_is_of_its_type(name):
+    method = METHODS[name]
+    fields = {option: method.__dataclass_fields__[option] for option in option_names(method)}
+    check_types(method, {option: field.default for option, field in fields.items()})
+
+
+@pytest.mark.parametrize(
+    "name, option, value, wanted",
+    [
+        ("vispruner", "sink_ratio", "x", "a number"),
+        ("scope", "alpha", "nan", "a number"),
+        ("holov", "raster_order", "maybe", "true or false"),
+        ("holov", "num_runs", 2.5, "a whole number"),
+        ("v2drop", "keep_list", "abc", "a list, each a number"),
+        ("pyramiddrop", "layer_list", [8, "b", 24], "a list, each a whole number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_with_what_is_possible(name, option, value, wanted):
+    with pytest.raises(ValueError) as raised:
+        build_pruner(name, **{option: value})
+    assert str(raised.value) == f"{option} ({value!r}) must be {wanted}"
+
+
+def test_values_that_mean_the_same_are_taken():
+    assert build_pruner("scope", alpha=2).alpha == 2
+    assert build_pruner("holov", raster_order=1).in_raster_order
+    assert build_pruner("v2drop", keep_list=(288, 0.5, 1)).keep_list == (288, 0.5, 1)
+
+
+@pytest.mark.parametrize("name", ["+fastv", "restore+", "scope++fastv"])
+def test_a_combination_names_all_of_its_methods(name):
+    with pytest.raises(ValueError, match=r"a combination has the form METHOD\+METHOD, got"):
+        build_pruner(name)
