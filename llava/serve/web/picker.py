@@ -14,6 +14,8 @@ NOTHING_MORE = ("nothing more", "")
 PERCENT, STEP = 22.2, 0.1  # what a share is at first, and how finely it is chosen
 UNKNOWN = "The worker of this model offers no choice of pruning methods."
 NO_METHOD = Method("none")
+#: in the page, but not to be seen: what is not in the page at all may miss that it is shown again
+HIDDEN = "hidden"
 
 
 class MethodPicker:
@@ -38,7 +40,7 @@ class MethodPicker:
         self.known, self.default, self.with_budget = known, default, with_budget
         with gr.Group():
             self.method = gr.Dropdown([], label=label, interactive=True, elem_id=f"{name}-method")
-            self.note = gr.Markdown(visible=False, elem_classes="pv-note", elem_id=f"{name}-note")
+            self.note = gr.Markdown(visible=HIDDEN, elem_classes="pv-note", elem_id=f"{name}-note")
             self.own = _checkbox("Let the method decide how many tokens to keep", f"{name}-own")
             self.shares = _checkbox("As a share of an image's tokens", f"{name}-shares")
             self.budget = _budget_slider(f"{name}-budget")
@@ -46,16 +48,16 @@ class MethodPicker:
                 [NOTHING_MORE],
                 value="",
                 label="And then, inside the decoder",
-                visible=False,
+                visible=HIDDEN,
                 interactive=True,
                 elem_id=f"{name}-then",
             )
             self.then_budget = _budget_slider(f"{name}-then-budget")
         with gr.Accordion(
-            "Method options", open=False, visible=False, elem_id=f"{name}-options"
+            "Method options", open=False, visible=HIDDEN, elem_id=f"{name}-options"
         ) as self.accordion:
             self.boxes = [
-                gr.Textbox(visible=False, max_lines=1, interactive=True, max_length=OPTION_CHARS)
+                gr.Textbox(visible=HIDDEN, max_lines=1, interactive=True, max_length=OPTION_CHARS)
                 for _ in range(MAX_OPTIONS)
             ]
 
@@ -94,7 +96,7 @@ class MethodPicker:
         known: as in the state."""
         methods = known["methods"]
         if not methods:
-            hidden = gr.update(visible=False)
+            hidden = gr.update(visible=HIDDEN)
             updates = {component: hidden for component in self.outputs}
             return {**updates, self.note: gr.update(value=UNKNOWN, visible=True)}
         name = next((n for n in (wanted, self.default) if n in methods), next(iter(methods)))
@@ -116,12 +118,12 @@ class MethodPicker:
         more = followers(methods, name) if self.with_budget and not method.reason else []
         note = _note(method, self.with_budget)
         return {
-            self.note: gr.update(value=note, visible=bool(note)),
-            self.own: gr.update(visible=undecided and self.with_budget, value=undecided),
+            self.note: gr.update(value=note, visible=_seen(note)),
+            self.own: gr.update(visible=_seen(undecided and self.with_budget), value=undecided),
             self.shares: self._share_box(method, undecided, shares),
             self.budget: self.scaled(known, method, shares, undecided),
             self.then: gr.update(
-                choices=[NOTHING_MORE, *menu(methods, more)], value="", visible=bool(more)
+                choices=[NOTHING_MORE, *menu(methods, more)], value="", visible=_seen(more)
             ),
             **self.follow(methods, name, "", None),
         }
@@ -139,7 +141,7 @@ class MethodPicker:
         else:
             most = largest_budget(known["methods"], known["dense"])
             scale = _scale(option, most, min(method.budget or max(1, most // 9), most))
-        return gr.update(visible=shown, label=label, **scale)
+        return gr.update(visible=_seen(shown), label=label, **scale)
 
     def follow(
         self,
@@ -158,11 +160,13 @@ class MethodPicker:
         scale = _scale(option, 100, 50) if option == SHARE else _scale(option, most, most // 2)
         label = budget_label(second, option, behind=True)
         updates = {
-            self.then_budget: gr.update(visible=BUDGET in second.options, label=label, **scale),
-            self.accordion: gr.update(visible=bool(options)),
+            self.then_budget: gr.update(
+                visible=_seen(BUDGET in second.options), label=label, **scale
+            ),
+            self.accordion: gr.update(visible=_seen(options)),
         }
         for number, box in enumerate(self.boxes):
-            updates[box] = gr.update(visible=False, value="")
+            updates[box] = gr.update(visible=HIDDEN, value="")
             if number < len(options):
                 label, default = options[number]
                 shown = "worked out by the method" if default is None else default
@@ -208,7 +212,7 @@ class MethodPicker:
         known = values[self.known]
         method = known["methods"].get(values[self.method], NO_METHOD)
         scale = self.scaled(known, method, bool(values[self.shares]), bool(values[self.own]))
-        hidden = {self.then: gr.update(value=""), self.then_budget: gr.update(visible=False)}
+        hidden = {self.then: gr.update(value=""), self.then_budget: gr.update(visible=HIDDEN)}
         return {self.budget: scale, **hidden}
 
     def decided(self, values: dict) -> dict:
@@ -223,7 +227,12 @@ class MethodPicker:
 
     def _share_box(self, method: Method, undecided: bool, shares: bool) -> dict:
         shown = SHARE in method.options and self.with_budget and not undecided
-        return gr.update(visible=shown, value=shares)
+        return gr.update(visible=_seen(shown), value=shares)
+
+
+def _seen(shown) -> bool | str:
+    """What gradio takes for `visible`."""
+    return True if shown else HIDDEN
 
 
 def _note(method: Method, with_budget: bool) -> str:
@@ -261,10 +270,10 @@ def _within(scale: dict, value: float) -> float:
 
 
 def _checkbox(label: str, name: str) -> gr.Checkbox:
-    return gr.Checkbox(False, label=label, visible=False, interactive=True, elem_id=name)
+    return gr.Checkbox(False, label=label, visible=HIDDEN, interactive=True, elem_id=name)
 
 
 def _budget_slider(name: str) -> gr.Slider:
     """Hidden until a method says how far it reaches; name: its element id."""
     # gradio's button resets to the value here, which is no method's default.
-    return gr.Slider(1, 2, 1, step=1, visible=False, elem_id=name, interactive=True, buttons=[])
+    return gr.Slider(1, 2, 1, step=1, visible=HIDDEN, elem_id=name, interactive=True, buttons=[])

@@ -148,8 +148,8 @@ def test_regenerate_asks_the_same_with_the_method_chosen_now(page, fake):
 def test_a_second_method_goes_on_inside_the_decoder(page, fake):
     visitor, picker = Visitor(page), page.chat.picker
     known = visitor.values[page.chat.methods]
-    assert picker.choose(known, "vispruner")[picker.then]["visible"]
-    assert not picker.choose(known, "fastv")[picker.then]["visible"]
+    assert picker.choose(known, "vispruner")[picker.then]["visible"] is True
+    assert picker.choose(known, "fastv")[picker.then]["visible"] == "hidden"
     visitor.values[picker.then] = "fastv"
     updates = picker.followed(visitor.values)
     labels = [updates[box].get("label") for box in picker.boxes[:4]]

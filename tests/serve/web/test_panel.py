@@ -148,16 +148,18 @@ def test_where_the_method_decides_there_is_a_box_for_that_and_no_slider(page, fa
     visitor, picker = Visitor(page), page.chat.picker
     known = visitor.values[page.chat.methods]
     updates = picker.choose(known, "glimpseprune")
-    assert updates[picker.own]["visible"] and updates[picker.own]["value"]
-    assert not updates[picker.budget]["visible"]
+    assert updates[picker.own]["visible"] is True and updates[picker.own]["value"]
+    assert updates[picker.budget]["visible"] == "hidden"
     visitor.receive(updates)
     visitor.values |= {picker.method: "glimpseprune", picker.own: False}
     decided = picker.decided(visitor.values)
-    assert decided[picker.budget]["visible"] and "at most" in decided[picker.budget]["label"]
+    assert (
+        decided[picker.budget]["visible"] is True and "at most" in decided[picker.budget]["label"]
+    )
     visitor.receive(decided)
     visitor.say("Hello", IMAGE)
     assert fake.bodies[-2]["pruning"]["visual_token_num"] == 4
-    assert not picker.choose(known, "vispruner")[picker.own]["visible"]
+    assert picker.choose(known, "vispruner")[picker.own]["visible"] == "hidden"
 
 
 def test_the_note_says_how_a_method_chooses_and_explains_its_number(page):
