@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from llava.eval.compare.groups import by_cost
 from llava.eval.compare.hard import HardCell
 from llava.eval.compare.plot import COLORS, leaders
 from llava.eval.compare.scores import DENSE
+from tests.paths import ROOT
 
 
 def row(method: str, label: int | None, kept: float, percent: float) -> Row:
@@ -104,3 +107,11 @@ def test_a_file_of_something_else_is_named(tmp_path, text):
 def test_a_folder_without_results_says_what_writes_them(tmp_path):
     with pytest.raises(SystemExit, match=r"holds no results.*llava\.eval\.compare --page"):
         gallery.main(["--results", str(tmp_path)])
+
+
+def test_the_page_of_all_results_is_what_the_numbers_say():
+    found = sorted((ROOT / "docs" / "results").glob("*.json"))
+    assert found and all(path.stat().st_size < 500_000 for path in found)
+    assert all(json.loads(path.read_text())["rows"] for path in found)
+    page = Path(ROOT / gallery.PAGE).read_text(encoding="utf-8")
+    assert page == gallery.gallery(gallery.read(ROOT / gallery.RESULTS))
