@@ -244,7 +244,8 @@ def event_of(site, name: str, value) -> dict:
     """An event in whose data the component `name` has `value` and all others have none."""
     config = site.get("/config").json()
     number = next(one["id"] for one in config["components"] if one["props"].get("elem_id") == name)
-    found = next(one for one in config["dependencies"] if number in one["inputs"])
+    asked = (one for one in config["dependencies"] if number in one["inputs"])
+    found = next(one for one in asked if one["backend_fn"])  # others run in the browser alone
     data = [value if one == number else None for one in found["inputs"]]
     return {"fn_index": found["id"], "data": data, "session_hash": f"of_{name}"}
 
