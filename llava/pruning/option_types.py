@@ -36,6 +36,15 @@ def fits(value: object, kind: Any) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
+def is_plain(kind: Any) -> bool:
+    """Whether plain values are all that a type is of, so that they can be held against it."""
+    if len(kinds := alternatives(kind)) > 1:
+        return all(map(is_plain, kinds))
+    if get_origin(kind) in SEQUENCES:
+        return is_plain(get_args(kind)[0])
+    return kind in (bool, int, float, str, NoneType)
+
+
 def in_words(kind: Any) -> str:
     """The first of the types that an option takes."""
     kinds = [one for one in alternatives(kind) if one is not NoneType] or [NoneType]
@@ -47,12 +56,12 @@ def in_words(kind: Any) -> str:
 
 def check_types(method: type, options: Mapping[str, object]) -> None:
     """Raises ValueError on plain values of another type than the options of a method have. 0 and 1
-    are False and True as well; what is not plain, or None, the method knows."""
+    are False and True as well; what is not plain, the value or its type, the method knows."""
     for name, value in options.items():
         if type(value) not in PLAIN:
             continue
         kind = type_of(method, name)
-        if kind is object or (bool in alternatives(kind) and value in (0, 1)):
+        if not is_plain(kind) or (bool in alternatives(kind) and value in (0, 1)):
             continue
         if not fits(tuple(value) if isinstance(value, list) else value, kind):
             raise ValueError(f"{name} ({value!r}) must be {in_words(kind)}")

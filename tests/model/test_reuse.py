@@ -148,7 +148,8 @@ DEPTHS = [
     (build_pruner("pyramiddrop", layer_list=(2, 3, 4)), 2),
     (build_pruner("vscan", visual_token_num=10), 3),
     (build_pruner("nuwa", visual_token_num=10), 2),
-    (build_pruner("dart", visual_token_num=10, layer=4), 3),  # keys of layer 3 are looked at
+    (build_pruner("dart", visual_token_num=10, layer=4), 4),
+    (build_pruner("dart", visual_token_num=10, layer=4, key_states="input"), 3),  # of layer 3
     (build_pruner("v2drop", layer_list=[4, 5], keep_list=[0.5, 0.5]), 3),  # what layer 3 changes
     (build_pruner("tops", visual_token_num=10), 2),
     (build_pruner("sinkpruner", visual_token_num=10), 1),

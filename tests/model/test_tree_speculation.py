@@ -345,8 +345,9 @@ def test_caches_hold_the_path_that_was_accepted_and_never_move(sharp, sample, mo
     for (keys, values), layer in zip(caches[-1], range(6), strict=True):
         wanted = whole.entries(layer)
         length = min(keys.shape[2], wanted[0].shape[2])
-        torch.testing.assert_close(keys[:, :, :length], wanted[0][:, :, :length])
-        torch.testing.assert_close(values[:, :, :length], wanted[1][:, :, :length])
+        for found, one_by_one in zip((keys, values), wanted, strict=True):
+            pair = found[:, :, :length], one_by_one[:, :, :length]
+            torch.testing.assert_close(*pair, atol=1e-4, rtol=1e-3)  # processors round differently
 
 
 def test_the_trace_describes_the_prompt_whatever_the_strategy(sharp, sample):

@@ -37,6 +37,11 @@ def test_values_that_mean_the_same_are_taken():
     assert build_pruner("v2drop", keep_list=(288, 0.5, 1)).keep_list == (288, 0.5, 1)
 
 
+def test_an_option_that_takes_more_than_plain_values_is_left_to_its_method():
+    boxes = [[0.1, 0.2, 0.45, 0.6]]
+    assert build_pruner("glimpseprune", ref_boxes=boxes).ref_boxes == boxes
+
+
 @pytest.mark.parametrize("name", ["+fastv", "restore+", "scope++fastv"])
 def test_a_combination_names_all_of_its_methods(name):
     with pytest.raises(ValueError, match=r"a combination has the form METHOD\+METHOD, got"):
