@@ -18,7 +18,7 @@ from .ops import on_device, scale_layer
 from .prefill import Prefill
 from .published import Published
 from .stages import DecoderStage, Probe, VisionStage
-from .tokens import ImageLayout, ImageTokens, VisionTokens
+from .tokens import ImageTokens, VisionTokens
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -308,11 +308,10 @@ class EqualShares(SelectPruner):
 
     def shares(self, vision: VisionTokens) -> dict[int, list[int]]:
         """Tokens of a crop -> the crops of images that have as many crops."""
-        batch, num_patches = vision.features.shape[:2]
         found: dict[int, list[int]] = {}
-        for layout in vision.layouts or [ImageLayout(slice(n, n + 1)) for n in range(batch)]:
-            crops = range(layout.crops.start, layout.crops.stop)
-            share = min(self.tokens_per_crop(len(crops)), num_patches)
+        for own in vision.crops_of_images():
+            crops = range(own.start, own.stop)
+            share = min(self.tokens_per_crop(len(crops)), vision.features.shape[1])
             found.setdefault(share, []).extend(crops)
         return found
 

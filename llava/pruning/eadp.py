@@ -16,7 +16,6 @@ The projection of Qwen2.5-VL's patches into a text space is not described: refus
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,9 +25,9 @@ from .base import SelectPruner
 from .captured import captured
 from .clip_text import AsksClip
 from .coverage import cover_most
-from .ops import NEGLIGIBLE, cosines, normalize, on_device, range_in_image
+from .ops import NEGLIGIBLE, cosines, normalize, on_device, range_in_image, shared_out
 from .questions import bare_question
-from .tokens import ImageLayout, VisionTokens
+from .tokens import VisionTokens
 
 #: the extra from one hook to the next: (B, N) how much of the question a patch is about
 RELEVANCE = "relevance"
@@ -157,8 +156,8 @@ class EADP(AsksClip, SelectPruner):
             return vision.keep(picks.sort(dim=1).values)
         size, counts = vision.features.shape[1], []
         shares = relevance.sum(dim=1).tolist()  # the device is waited for
-        for layout in vision.layouts or [ImageLayout(slice(n, n + 1)) for n in range(len(shares))]:
-            own = shares[layout.crops]
+        for crops in vision.crops_of_images():
+            own = shares[crops]
             counts += shared_out(own, [size] * len(own), self.visual_token_num)
         most = min(-(-max(counts) // ROUND_UP) * ROUND_UP, size)
         picks = cover_relevant(vision.features, relevance, most)
@@ -169,24 +168,6 @@ class EADP(AsksClip, SelectPruner):
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         return [min(self.tokens_of(num_patches * crops), num_patches * crops)] * num_layers
-
-
-def shared_out(shares: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
-    """Tokens of every crop, `total` together, or all there are: by its share, rounded down, one at
-    least where that is possible and no more than its size; what is left goes one by one to the
-    largest fractions, what is too much comes from the largest crop. Ties: the lower one."""
-    crops, total = range(len(sizes)), min(total, sum(sizes))
-    shares = shares if sum(shares) > 0 else [1.0] * len(sizes)
-    ideal = [share / sum(shares) * total for share in shares]
-    least = 1 if total >= len(sizes) else 0
-    counts = [max(least, min(int(x), size)) for x, size in zip(ideal, sizes, strict=True)]
-    by_fraction = sorted(crops, key=lambda n: -(ideal[n] % 1))
-    while (left := total - sum(counts)) > 0:
-        for crop in [n for n in by_fraction if counts[n] < sizes[n]][:left]:
-            counts[crop] += 1
-    while sum(counts) > total:
-        counts[max(crops, key=counts.__getitem__)] -= 1
-    return counts
 
 
 def smoothed(score: Tensor) -> Tensor:

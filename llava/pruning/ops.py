@@ -132,6 +132,24 @@ def share_up(count: int, share: float) -> int:
     return math.ceil(count * share)
 
 
+def shared_out(shares: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
+    """Tokens of every crop, `total` together, or all there are: by its share, rounded down, one at
+    least where that is possible and no more than its size; what is left goes one by one to the
+    largest fractions, what is too much comes from the largest crop. Ties: the lower one."""
+    crops, total = range(len(sizes)), min(total, sum(sizes))
+    shares = shares if sum(shares) > 0 else [1.0] * len(sizes)
+    ideal = [share / sum(shares) * total for share in shares]
+    least = 1 if total >= len(sizes) else 0
+    counts = [max(least, min(int(x), size)) for x, size in zip(ideal, sizes, strict=True)]
+    by_fraction = sorted(crops, key=lambda n: -(ideal[n] % 1))
+    while (left := total - sum(counts)) > 0:
+        for crop in [n for n in by_fraction if counts[n] < sizes[n]][:left]:
+            counts[crop] += 1
+    while sum(counts) > total:
+        counts[max(crops, key=counts.__getitem__)] -= 1
+    return counts
+
+
 def interpolate(points: Mapping[Any, Sequence[float]], x: float) -> list[float]:
     """The values at `x`, on straight lines between the points next to it, x -> values; `x` lies
     between the first and the last of them."""

@@ -33,7 +33,7 @@ from .counts import Known, counted
 from .density_merge import Merged, merge
 from .fastervlm import FasterVLM
 from .interfaces import LanguageModel
-from .ops import gather_tokens, on_device
+from .ops import gather_tokens, on_device, shared_out
 from .position_bias import PositionBias
 from .stages import DecoderStage, VisionStage, fills
 from .tokens import KEY_BIAS, MERGED, ImageTokens, VisionTokens, without_cues
@@ -202,18 +202,26 @@ class Restore(VisionStage, BudgetPruner):
                 return vision
             return base.vision.after_projector(vision)
         kept, counts = self.chosen_places(vision, base)
-        groups: dict[int, list[int]] = {}  # crops by the tokens that are chosen of them
-        for crop, count in enumerate(counts):
-            groups.setdefault(count, []).append(crop)
-        asked, merged = self.split(self.tokens_per_crop(crops))
+        groups: dict[tuple[int, int], list[int]] = {}  # crops by their chosen and merged tokens
+        for crop, pair in enumerate(zip(counts, self.beside(vision, counts), strict=True)):
+            groups.setdefault(pair, []).append(crop)
         parts = []
-        for count, members in groups.items():
-            # A base that shares its budget out among fewer crops gives each of them another number.
-            beside = merged if count == asked else count * merged // asked
-            beside = min(beside, vision.features.shape[1] - count)
+        for (count, beside), members in groups.items():
             own = slice(None) if len(groups) == 1 else on_device(members, kept.device)
             parts.append((members, self.merged(vision.features[own], kept[own, :count], beside)))
         return with_tokens(vision, parts)
+
+    def beside(self, vision: VisionTokens, counts: list[int]) -> list[int]:
+        """Merged tokens of every crop, of which `counts` are chosen. An image has as many of them
+        for one that is chosen as the budget says, each crop by what is chosen of it: the base
+        method may give crops different numbers, and more where there are fewer crops."""
+        size, found = vision.features.shape[1], []
+        asked, merged = self.split(self.tokens_per_crop(vision.crops_in_budget))
+        for crops in vision.crops_of_images():
+            own = counts[crops]
+            total = sum(own) * merged // asked if asked else len(own) * merged
+            found += shared_out(own, [size - count for count in own], total)
+        return found
 
     def chosen_places(self, vision: Undecided, base: Pruner | None) -> tuple[Tensor, list[int]]:
         """(B, K) places that the base method chooses, those of a crop first, and how many they are

@@ -179,6 +179,12 @@ class VisionTokens:
         """Whether the tokens are those of the whole grid of every crop, in order."""
         return self.valid is None and self.positions is self.all_patches
 
+    def crops_of_images(self) -> list[slice]:
+        """Which crops every image was cut into, image by image."""
+        if self.layouts is None:
+            return [slice(crop, crop + 1) for crop in range(len(self.features))]
+        return [layout.crops for layout in self.layouts]
+
     def crop_counts(self) -> list[int]:
         """Tokens of every crop, padding left out. Waits for the device where something else than
         the methods of this class replaced `valid`."""

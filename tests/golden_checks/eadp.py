@@ -3,8 +3,8 @@
 import torch
 
 from llava.pruning import Pruner, build_pruner
-from llava.pruning.eadp import RELEVANCE, cover_relevant, shared_out
-from llava.pruning.ops import normalize
+from llava.pruning.eadp import RELEVANCE, cover_relevant
+from llava.pruning.ops import normalize, shared_out
 from tests.golden_checks.compare import SCORES_ATOL
 from tests.golden_checks.methods import budget, check_order, given, tensors
 

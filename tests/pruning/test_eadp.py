@@ -7,8 +7,8 @@ import torch
 
 from llava.pruning import build_pruner, trace_pruning
 from llava.pruning.clip_text import ClipText
-from llava.pruning.eadp import cover_relevant, shared_out, smoothed
-from llava.pruning.ops import normalize
+from llava.pruning.eadp import cover_relevant, smoothed
+from llava.pruning.ops import normalize, shared_out
 from llava.pruning.testing.tiny import SIDE
 
 

@@ -183,6 +183,18 @@ def test_images_of_several_crops_are_merged_where_the_base_chooses(anyres_model,
     assert torch.equal(places, places.unique())
 
 
+@pytest.mark.parametrize("gamma, budget", [(0.5, 50), (0.5, 75), (0.3, 60), (0.9, 170)])
+def test_crops_that_differ_in_tokens_have_the_budget_together(anyres_model, sample, gamma, budget):
+    """Of eadp, which gives every crop of an image its own number."""
+    model, prompt = anyres_model, sample(4, "image", 5)
+    model.pruner = build_pruner("restore+eadp", visual_token_num=budget, gamma=gamma)
+    images = [torch.randn(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(5))]
+    asked = {"image_sizes": [(2 * SIDE, 2 * SIDE)], "questions": ["what color is the dog"]}
+    with trace_pruning(model) as trace:
+        model.generate(prompt.ids, images=images, **asked, **GREEDY)
+    assert len(trace.visual_positions[0]) == model.pruner.token_schedule(36, 6, 5)[0] == budget
+
+
 def test_crops_with_other_numbers_of_tokens_are_padded(anyres_model, sample):
     """Of hiprune, which shares its budget out among as many crops as an image has."""
     model = anyres_model
