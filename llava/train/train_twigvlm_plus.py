@@ -27,7 +27,7 @@ import transformers
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.pruning.learned import read_part_config
 from llava.pruning.twig_files import holds_pruning_head
-from llava.pruning.twigvlm import TwigVLM, load_twig
+from llava.pruning.twigvlm import TWIG_LAYERS, TwigVLM, load_twig
 from llava.pruning.twigvlm_plus import TwigVLMPlus
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.processes import leave_group
@@ -142,7 +142,8 @@ def prepare_distillation(
     """Stage 1."""
     depth, own = trunk.model.config.num_hidden_layers, twig_args
     options = {"twig_K": own.twig_K, "final_wipe_layer": own.final_wipe_layer}
-    method, start, count = TwigVLMPlus(**options), None, 3 if own.twig_T is None else own.twig_T
+    method, start = TwigVLMPlus(**options), None
+    count = TWIG_LAYERS if own.twig_T is None else own.twig_T
     if own.twig_path is not None:
         folder = local_folder(own.twig_path)
         owner = TwigVLMPlus if holds_pruning_head(folder) else TwigVLM

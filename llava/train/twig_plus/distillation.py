@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llava.constants import IGNORE_INDEX
 from llava.model.language_model.layers import Step, run_layers
+from llava.pruning.ops import scale_layer
 from llava.pruning.prefill import Prefill
 from llava.pruning.twigvlm_plus import GatedTwig, probed, shares
 
@@ -52,7 +53,7 @@ class Distillation:
 
 def attention_layer(depth: int) -> int:
     """The teacher's layer in a decoder of `depth` layers, where none is given."""
-    return min(round(ATTENTION_LAYER / 32 * depth), depth - 1)
+    return scale_layer(ATTENTION_LAYER, depth)
 
 
 def check_attention_layer(layer: int, depth: int) -> None:

@@ -25,7 +25,7 @@ from llava.pruning.twigvlm_plus import GatedTwig
 
 from ..reinforcement.sampling import drawn
 from .asked import Asked
-from .distillation import check_attention_layer, teach
+from .distillation import ATTENTION_LAYER, check_attention_layer, teach
 from .losses import (
     budget_chances,
     candidates,
@@ -58,7 +58,7 @@ class Reinforcement:
     power: float = 2.0
     kl: float = 1.0
     kl_squared: bool = True
-    attention_layer: int = 19
+    attention_layer: int = ATTENTION_LAYER
 
     def __post_init__(self):
         if self.num_groups < 2:
