@@ -19,7 +19,7 @@ from .base import SelectPruner
 from .captured import captured
 from .ops import normalize
 from .published import Published
-from .tokens import ImageTokens, VisionTokens
+from .tokens import ImageTokens, VisionTokens, keep_chosen
 
 
 @dataclass
@@ -67,20 +67,13 @@ class DivPrune(SelectPruner):
         return pruned
 
     def after_layouts(self, images: list[ImageTokens]) -> list[ImageTokens]:
-        """Images of several crops, of which each has its own number of tokens; those of one size
-        all at once."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        for number, image in enumerate(images):
-            size, count = len(image.embeds), self.num_tokens(image.length)
-            if size > count:
-                groups.setdefault((size, count), []).append(number)
-        pruned = list(images)
-        for (_, count), numbers in groups.items():
-            embeds = torch.stack([images[number].embeds for number in numbers])
-            picks = farthest_first(embeds, count).sort(dim=1).values
-            for number, own in zip(numbers, picks, strict=True):
-                pruned[number] = images[number].keep(own)
-        return pruned
+        """Images of several crops, of which each has its own number of tokens."""
+
+        def choose(alike: list[ImageTokens], count: int) -> Tensor:
+            embeds = torch.stack([image.embeds for image in alike])
+            return farthest_first(embeds, count).sort(dim=1).values
+
+        return keep_chosen(images, [self.num_tokens(image.length) for image in images], choose)
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         return [self.num_tokens(num_patches * crops)] * num_layers

@@ -21,7 +21,7 @@ from .base import SelectPruner
 from .captured import captured
 from .ops import true_first
 from .published import Published
-from .tokens import ImageTokens, VisionTokens
+from .tokens import ImageTokens, VisionTokens, keep_chosen
 
 #: the extra from one hook to the next: (B, N) the attention of a patch
 ATTENTION = "attention"
@@ -73,20 +73,17 @@ class HoloV(SelectPruner):
         return vision.keep(self.choose(vision.features, vision.salience, own_grids))
 
     def after_layouts(self, images: list[ImageTokens]) -> list[ImageTokens]:
-        """Images of several crops, those of one size at once."""
-        groups: dict[int, list[int]] = {}
-        pruned = list(images)
-        for number, image in enumerate(images):
-            if ATTENTION in image.extras:
-                pruned[number] = without_newlines(image)
-                groups.setdefault(len(pruned[number].embeds), []).append(number)
-        for numbers in groups.values():
-            group = [pruned[number] for number in numbers]
-            features = torch.stack([image.embeds for image in group])
-            attention = torch.stack([image.extras[ATTENTION] for image in group])
-            for number, own in zip(numbers, self.choose(features, attention), strict=True):
-                pruned[number] = pruned[number].keep(own)
-                pruned[number].extras.pop(ATTENTION)  # of no use to the decoder
+        """Images of several crops."""
+
+        def choose(alike: list[ImageTokens], count: int) -> Tensor:
+            features = torch.stack([image.embeds for image in alike])
+            return self.choose(features, torch.stack([image.extras[ATTENTION] for image in alike]))
+
+        images = [without_newlines(im) if ATTENTION in im.extras else im for im in images]
+        pruned = keep_chosen(images, [self.visual_token_num] * len(images), choose)
+        for number, image in enumerate(pruned):  # attention is of no use to the decoder
+            extras = {name: own for name, own in image.extras.items() if name != ATTENTION}
+            pruned[number] = replace(image, extras=extras)
         return pruned
 
     def choose(self, features: Tensor, attention: Tensor, own_grids: bool = False) -> Tensor:

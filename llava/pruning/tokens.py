@@ -14,7 +14,7 @@ holds for a whole image is a number of the host and travels in `image_extras`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -119,6 +119,29 @@ class ImageTokens:
         if isinstance(index, Tensor) and index.dtype == torch.bool:
             index = index.nonzero()[:, 0]
         return replace(self, **mapped(self, lambda x, _: x[index]))
+
+
+def keep_chosen(
+    images: Sequence[ImageTokens],
+    counts: Sequence[int],
+    choose: Callable[[list[ImageTokens], int], Tensor],
+) -> list[ImageTokens]:
+    """Images with `counts` of their tokens, those that have more; images of one size that keep as
+    many are chosen from at once.
+
+    choose: images (B) that all have n tokens, and how many stay -> places (B, count) of these in
+    the order in which they enter the prompt
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, (image, count) in enumerate(zip(images, counts, strict=True)):
+        if (size := len(image.embeds)) > count:
+            groups.setdefault((size, count), []).append(number)
+    kept = list(images)
+    for (_, count), numbers in groups.items():
+        chosen = choose([images[number] for number in numbers], count)
+        for number, own in zip(numbers, chosen, strict=True):
+            kept[number] = images[number].keep(own)
+    return kept
 
 
 @dataclass

@@ -26,7 +26,7 @@ from .own_grids import OwnGrids
 from .prefill import Prefill
 from .sinks import SinkFilter, check_sink_ratio
 from .stages import Probe, VisionStage
-from .tokens import ImageTokens, VisionTokens
+from .tokens import ImageTokens, VisionTokens, keep_chosen
 from .words import Words, mean_attention, words_behind
 
 #: layers whose attention rates, and of how many layers
@@ -184,19 +184,15 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, ShareOption, StagedPruner):
         return vision.keep(picks.sort(dim=1).values)
 
     def after_layouts(self, images: list[ImageTokens]) -> list[ImageTokens]:
-        """Images of several crops; those of one size all at once."""
-        groups: dict[tuple[int, int], list[int]] = {}
+        """Chooses from images of several crops, and leaves T of every image."""
         labels = [self.label(image.length, self.depth) for image in images]
-        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-            if SALIENCE in image.extras and 2 * label < len(image.embeds):
-                groups.setdefault((len(image.embeds), 2 * label), []).append(number)
-        pruned = list(images)
-        for (_, count), numbers in groups.items():
-            embeds = torch.stack([images[number].embeds for number in numbers])
-            salience = torch.stack([images[number].extras[SALIENCE] for number in numbers])
-            picks = self.first_picks(embeds, salience, count).sort(dim=1).values
-            for number, own in zip(numbers, picks, strict=True):
-                pruned[number] = images[number].keep(own)
+
+        def choose(alike: list[ImageTokens], count: int) -> Tensor:
+            embeds = torch.stack([image.embeds for image in alike])
+            salience = torch.stack([image.extras[SALIENCE] for image in alike])
+            return self.first_picks(embeds, salience, count).sort(dim=1).values
+
+        pruned = keep_chosen(images, [2 * label for label in labels], choose)
         for number, (image, label) in enumerate(zip(pruned, labels, strict=True)):
             extras = {name: own for name, own in image.extras.items() if name != SALIENCE}
             image_extras = {**image.image_extras, BUDGET: label}
