@@ -17,24 +17,28 @@ from .policy import HeadReinforcement
 
 
 class LoggedParts:
-    """Mixin of Trainers: the log shows the means of all numbers that the model gives beside its
-    loss, over the steps since the last line and over all processes."""
+    """Mixin of Trainers: the log shows the means of the numbers that the model gives beside its
+    loss, over the steps since the last line and over all processes, which wait for one another and
+    so sum up all of them, whatever their own samples gave."""
 
-    _sums: dict[str, Tensor] | None = None
+    #: the names of all such numbers
+    parts: tuple[str, ...] = ()
+    _sums: Tensor | None = None  # (parts, 2) with how many numbers that are
 
     def note(self, out: dict[str, Tensor]) -> None:
         """Adds what the model returned to the sums."""
-        self._sums = self._sums or {}
-        for name, value in out.items():
-            if name != "loss":
-                pair = torch.stack([value.detach().float(), torch.ones_like(value).float()])
-                self._sums[name] = self._sums.get(name, 0) + pair
+        if self._sums is None:
+            self._sums = torch.zeros(len(self.parts), 2, device=out["loss"].device)
+        for own, name in zip(self._sums, self.parts, strict=True):
+            if name in out:
+                own += torch.stack([value := out[name].detach().float(), torch.ones_like(value)])
 
     def log(self, logs: dict[str, float]) -> None:
-        if self._sums and "loss" in logs:
-            sums = {name: self.accelerator.reduce(s, "sum") for name, s in self._sums.items()}
-            logs = logs | {name: round((s[0] / s[1]).item(), 4) for name, s in sums.items()}
-            self._sums = {}
+        if self._sums is not None and "loss" in logs:
+            sums = self.accelerator.reduce(self._sums, "sum").tolist()
+            means = zip(self.parts, sums, strict=True)
+            logs = logs | {name: round(own / count, 4) for name, (own, count) in means if count}
+            self._sums = None
         super().log(logs)
 
 
@@ -43,6 +47,7 @@ class DistillationTrainer(LoggedParts, TwigTrainer):
 
     method = TwigVLMPlus.name
     final_wipe_layer = 0
+    parts = ("ntp", "attn_kl", "pred_kl")
 
     def compute_loss(self, model, inputs, return_outputs: bool = False):
         out = model(**inputs)
@@ -66,6 +71,7 @@ class ReinforcementTrainer(LoggedParts, LLaVATrainer):
     """
 
     twig_path = base_model = ""
+    parts = ("policy", "cost_std", "kept", "attn_kl", "cost")
     _step = -1
 
     @property
