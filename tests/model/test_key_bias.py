@@ -3,24 +3,34 @@
 import math
 import sys
 import types
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from llava.model.kv_cache import KVCache
 from llava.model.language_model import attention
 from llava.model.language_model.attention import attend
-from llava.model.reuse import Picture, Prefix, PrefixCache
+from llava.model.reuse import Prefix
 from llava.model.visuals import Visuals
 from llava.pruning import DecoderStage, Pruner, VisionStage, build_pruner
 from llava.pruning.base import DecoderPruner, SelectPruner
 from llava.pruning.twigvlm import TwigVLM
-from tests.conftest import SIDE, pad_batch
+from tests.model.bias_tools import (
+    GREEDY,
+    CutCaches,
+    NotesAttention,
+    answers,
+    assert_beams_are_those_of_each,
+    assert_guesses_change_nothing,
+    assert_noted_attention_is_the_same,
+    assert_rows_are_those_of_each,
+    assert_same,
+    assert_shared_beginnings_change_nothing,
+    third_patches,
+    watched_masks,
+    with_backend,
+)
 from tests.pruning.test_twigvlm import grown
-
-GREEDY = dict(do_sample=False, max_new_tokens=5, eos_token_id=-1, pad_token_id=0)
 
 
 def weights_of(vision):
@@ -33,10 +43,7 @@ class Weighing(SelectPruner):
     """Keeps every third patch, some of which count for several."""
 
     name = "weighing"
-
-    def select(self, vision):
-        places = torch.arange(0, 36, 3, device=vision.features.device)[: self.num_keep(vision)]
-        return places.expand(len(vision.features), -1)
+    select = third_patches
 
     def after_encoder(self, vision):
         vision = super().after_encoder(vision)
@@ -57,20 +64,10 @@ class WeighingLate(DecoderPruner):
         return prefill
 
 
-class WeighingCaches(DecoderStage, Weighing):
-    """As `Weighing`, and takes tokens out of the caches of layers that ran, before layer 3."""
+class WeighingCaches(CutCaches, Weighing):
+    """As `Weighing`, and takes tokens out of the caches of layers that ran."""
 
     name = "weighing caches"
-
-    def before_layer(self, index, prefill):
-        odd = prefill.is_visual & (prefill.patch_index % 2 == 1)
-        return prefill.keep(~odd) if index == 3 else prefill
-
-    def pruned_caches(self, index, num_layers):
-        return range(index if index == 3 else 0)
-
-    def reusable_layers(self, prefill):
-        return 3
 
 
 METHODS = [Weighing(12), WeighingLate(12, 2), WeighingCaches(12)]
@@ -79,12 +76,6 @@ METHODS = [Weighing(12), WeighingLate(12, 2), WeighingCaches(12)]
 @pytest.fixture(params=METHODS, ids=lambda method: method.name)
 def method(request):
     return request.param
-
-
-def with_backend(model, backend):
-    model.config._attn_implementation = backend
-    for layer in model.model.layers:
-        layer.self_attn.backend = backend
 
 
 def prompt_with_copies(model, size, copies):
@@ -136,25 +127,13 @@ def test_a_token_that_counts_for_k_in_the_decoder_is_k_tokens(make_model, backen
     assert not torch.allclose(plain.hidden_states[:, -6:], outputs[1][:, :6], atol=1e-4)
 
 
-def answers(model, prompt, **options):
-    out = model.generate(
-        prompt.ids,
-        images=prompt.images,
-        output_scores=True,
-        return_dict_in_generate=True,
-        **{**GREEDY, **options},
-    )
-    return out.sequences, torch.stack(out.scores, dim=1)
-
-
 def test_backends_agree_on_a_bias(make_model, sample, method):
     model, prompt = make_model(), sample(3, "image", 5)
     model.pruner, found = method, []
     for backend in ("sdpa", "eager"):
         with_backend(model, backend)
         found.append(answers(model, prompt))
-    assert torch.equal(found[0][0], found[1][0])
-    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-4, rtol=1e-4)
+    assert_same(*found)
 
 
 def test_a_bias_changes_the_answer_and_an_equal_one_does_not(model, sample):
@@ -178,72 +157,31 @@ def test_a_bias_changes_the_answer_and_an_equal_one_does_not(model, sample):
 def test_a_bias_stays_with_its_row_in_a_batch(model, sample, method):
     model.pruner = method
     prompts = [sample(3, "image", 9, seed=1), sample(12, "image", 2, seed=2), sample(5, seed=3)]
-    ids, mask = pad_batch([p.ids for p in prompts])
-    images = torch.cat([p.images for p in prompts if p.images is not None])
-    out = model.generate(
-        ids,
-        images=images,
-        attention_mask=mask,
-        output_scores=True,
-        return_dict_in_generate=True,
-        **GREEDY,
-    )
-    scores = torch.stack(out.scores, dim=1)
-    for row, prompt in enumerate(prompts):
-        tokens, own = answers(model, prompt)
-        assert torch.equal(out.sequences[row], tokens[0])
-        torch.testing.assert_close(scores[row], own[0], atol=1e-4, rtol=1e-4)
+    assert_rows_are_those_of_each(model, prompts)
 
 
 def test_a_bias_holds_without_a_cache(model, sample):
     model.pruner, prompt = Weighing(12), sample(3, "image", 5)
-    cached, plain = answers(model, prompt), answers(model, prompt, use_cache=False)
-    assert torch.equal(cached[0], plain[0])
-    torch.testing.assert_close(cached[1], plain[1], atol=1e-4, rtol=1e-4)
+    assert_same(answers(model, prompt), answers(model, prompt, use_cache=False))
 
 
 def test_beams_keep_the_bias_of_their_prompt(model, sample):
     model.pruner = Weighing(12)
     prompts = [sample(3, "image", 5, seed=1), sample(2, "image", 2, seed=2)]
-    ids, mask = pad_batch([prompt.ids for prompt in prompts])
-    images = torch.cat([prompt.images for prompt in prompts])
-    beams = {**GREEDY, "num_beams": 3}
-    out = model.generate(ids, images=images, attention_mask=mask, **beams)
-    for row, prompt in enumerate(prompts):
-        alone = model.generate(prompt.ids, images=prompt.images, use_cache=False, **beams)
-        assert torch.equal(out[row], alone[0])
+    assert_beams_are_those_of_each(model, prompts, 3)
 
 
 @pytest.mark.parametrize("others", [False, True], ids=["one image", "two images"])
-def test_questions_that_share_a_beginning_share_its_bias(model, sample, method, others):
-    model.pruner, cache = method, PrefixCache(model)
-    pictures = [Picture(sample("image", seed=n).images[0], (SIDE, SIDE)) for n in (1, 2)]
-    first = sample(4, "image", seed=1).ids[0]
-    prompts = [torch.cat([first, sample(n, seed=n).ids[0, 1:]]) for n in (5, 9, 3)]
-    own = [pictures[n % 2 if others else 0] for n in range(3)]
-    shared = []
-    put = Prefix.put
+def test_questions_that_share_a_beginning_share_its_bias(
+    model, sample, method, others, monkeypatch
+):
+    shared, put = [], Prefix.put
     spy = lambda self, *args: shared.append(self.shared) or put(self, *args)  # noqa: E731
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Prefix, "put", spy)
-        for _ in range(2):
-            out = cache.generate(
-                prompts,
-                [[picture] for picture in own],
-                ["why"] * 3,
-                output_scores=True,
-                return_dict_in_generate=True,
-                **GREEDY,
-            )
+    monkeypatch.setattr(Prefix, "put", spy)
+    model.pruner = method
+    assert_shared_beginnings_change_nothing(model, sample, two_images=others)
     # Held once where all rows begin alike and no cache loses tokens.
     assert set(shared) == {not others and method is not METHODS[2]}
-    for row, (prompt, picture) in enumerate(zip(prompts, own, strict=True)):
-        alone = SimpleNamespace(ids=prompt[None], images=picture.pixels[None])
-        tokens, scores = answers(model, alone)
-        assert torch.equal(out.sequences[row], tokens[0])
-        torch.testing.assert_close(
-            torch.stack(out.scores, dim=1)[row], scores[0], atol=1e-4, rtol=1e-4
-        )
 
 
 def test_caches_that_lose_tokens_keep_the_bias_of_the_others(model, sample):
@@ -256,7 +194,7 @@ def test_caches_that_lose_tokens_keep_the_bias_of_the_others(model, sample):
 
 
 def test_recorded_attention_is_that_of_the_layer_with_its_bias(model, sample):
-    class Recording(VisionStage, DecoderPruner):
+    class Recording(NotesAttention, VisionStage, DecoderPruner):
         weighs = True
 
         def after_encoder(self, vision):
@@ -264,22 +202,10 @@ def test_recorded_attention_is_that_of_the_layer_with_its_bias(model, sample):
                 vision.extras["key_bias"] = weights_of(vision)
             return vision
 
-        def before_layer(self, index, prefill):
-            if index == 1:
-                seen.append(prefill.next_attention())
-                _, row = prefill.decoder.branch(prefill, prefill.decoder.layers[1:2])
-                seen.append(row[:, :, 0].mean(dim=1))
-            if index == 2:
-                seen.append(prefill.attention[:, :, -1].mean(dim=1))
-            return prefill
-
-    model.pruner, prompt, seen = Recording(12, layer=2), sample(3, "image", 5), []
-    answers(model, prompt)
-    torch.testing.assert_close(seen[1], seen[0])
-    torch.testing.assert_close(seen[2], seen[0])
-    model.pruner.weighs = False
-    answers(model, prompt)
-    assert not torch.allclose(seen[0], seen[3], atol=1e-4)
+    model.pruner = Recording(12, layer=2)
+    assert_noted_attention_is_the_same(
+        model, sample(3, "image", 5), without=lambda method: setattr(method, "weighs", False)
+    )
 
 
 class WeighingTwig(VisionStage, TwigVLM):
@@ -306,19 +232,7 @@ def test_tokens_are_guessed_and_verified_with_the_bias(make_model, sample, late,
     # A twig that is the rest of the decoder is always right, on the same tokens.
     options = dict(visual_token_num=14, enable_pruning=pruning, draft_stop_prob=0.0)
     grown(model, 2, 4, method=WeighingTwig, **options).late = late
-    prompt = sample(4, "image", 5)
-    options = {**GREEDY, "max_new_tokens": 12}
-    plain = model.generate(prompt.ids, images=prompt.images, **options)
-    fast = model.generate(
-        prompt.ids,
-        images=prompt.images,
-        generation_strategy="self_speculative",
-        return_dict_in_generate=True,
-        tree_nodes=nodes,
-        **options,
-    )
-    assert torch.equal(plain, fast.sequences)
-    assert pruning or fast.logs[0].acceptance_rate == 1
+    assert_guesses_change_nothing(model, sample(4, "image", 5), nodes, all_right=not pruning)
 
 
 def test_flash_attention_leaves_layers_with_a_bias_to_sdpa_and_says_so(
@@ -339,21 +253,13 @@ def test_flash_attention_leaves_layers_with_a_bias_to_sdpa_and_says_so(
     wanted = answers(model, prompt)
     with_backend(model, "flash_attention_2")
     attention.say_no_bias.cache_clear()
-    out = answers(model, prompt)
-    assert torch.equal(out[0], wanted[0])
-    torch.testing.assert_close(out[1], wanted[1], atol=1e-4, rtol=1e-4)
+    assert_same(answers(model, prompt), wanted)
     assert len(asked) == 5 * 2  # the layers before the cut, in the prefill and four steps
     assert caplog.text.count("flash_attention_2 cannot add a bias to keys") == 1
 
 
 def test_without_a_bias_no_layer_gets_a_mask(model, sample, monkeypatch):
-    asked, plain = [], F.scaled_dot_product_attention
-
-    def spy(q, k, v, attn_mask=None, **options):
-        asked.append(attn_mask)
-        return plain(q, k, v, attn_mask=attn_mask, **options)
-
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
+    asked = watched_masks(monkeypatch)
     model.pruner = build_pruner("random", visual_token_num=12)
     answers(model, sample(3, "image", 5))
     tower = 3

@@ -7,23 +7,33 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from llava.model.language_model import attention
 from llava.model.language_model.attention import attend, attention_mask
 from llava.model.language_model.layers import Rotary
 from llava.model.position_bias import between, joined
-from llava.model.reuse import Picture, PrefixCache
 from llava.pruning import DecoderStage, VisionStage, build_pruner, trace_pruning
 from llava.pruning.base import DecoderPruner, SelectPruner
 from llava.pruning.position_bias import PositionBias
 from llava.pruning.testing.tiny import picture
 from llava.pruning.twigvlm import TwigVLM
-from tests.conftest import SIDE, pad_batch
-from tests.model.test_key_bias import with_backend
+from tests.conftest import pad_batch
+from tests.model.bias_tools import (
+    GREEDY,
+    CutCaches,
+    NotesAttention,
+    answers,
+    assert_beams_are_those_of_each,
+    assert_guesses_change_nothing,
+    assert_noted_attention_is_the_same,
+    assert_rows_are_those_of_each,
+    assert_same,
+    assert_shared_beginnings_change_nothing,
+    third_patches,
+    watched_masks,
+    with_backend,
+)
 from tests.pruning.test_twigvlm import grown
-
-GREEDY = dict(do_sample=False, max_new_tokens=5, eos_token_id=-1, pad_token_id=0)
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,7 @@ class Placed(SelectPruner):
     name = "placed"
     position_policy = "grid"
     bias = Near()
-
-    def select(self, vision):
-        size, device = vision.features.shape[1], vision.features.device
-        places = torch.arange(0, size, 3, device=device)[: self.num_keep(vision)]
-        return places.expand(len(vision.features), -1)
+    select = third_patches
 
     def after_layouts(self, images):
         return [replace(image, position_bias=self.bias) for image in images]
@@ -86,20 +92,10 @@ class PlacedCut(Placed, DecoderPruner):
         return prefill.keep_visual(self.score(prefill), 7, renumber=True)
 
 
-class PlacedCaches(DecoderStage, Placed):
-    """Takes tokens out of the caches of layers that ran, before layer 3."""
+class PlacedCaches(CutCaches, Placed):
+    """Takes tokens out of the caches of layers that ran."""
 
     name = "placed caches"
-
-    def before_layer(self, index, prefill):
-        odd = prefill.is_visual & (prefill.patch_index % 2 == 1)
-        return prefill.keep(~odd) if index == 3 else prefill
-
-    def pruned_caches(self, index, num_layers):
-        return range(index if index == 3 else 0)
-
-    def reusable_layers(self, prefill):
-        return 3
 
 
 METHODS = [Placed(12), PlacedWeighing(12), PlacedPrompt(12), PlacedCut(12), PlacedCaches(12)]
@@ -108,22 +104,6 @@ METHODS = [Placed(12), PlacedWeighing(12), PlacedPrompt(12), PlacedCut(12), Plac
 @pytest.fixture(params=METHODS, ids=lambda method: method.name)
 def method(request):
     return request.param
-
-
-def answers(model, prompt, **options):
-    out = model.generate(
-        prompt.ids,
-        images=prompt.images,
-        output_scores=True,
-        return_dict_in_generate=True,
-        **{**GREEDY, **options},
-    )
-    return out.sequences, torch.stack(out.scores, dim=1)
-
-
-def assert_same(found, wanted):
-    assert torch.equal(found[0], wanted[0])
-    torch.testing.assert_close(found[1], wanted[1], atol=1e-4, rtol=1e-4)
 
 
 # --- what it is -----------------------------------------------------------------------------
@@ -185,15 +165,10 @@ def test_queries_that_do_not_ask_add_nothing():
 
 
 def test_it_changes_answers_and_holds_in_every_layer(model, sample, monkeypatch):
-    prompt, masks, plain = sample(3, "image", 5), [], F.scaled_dot_product_attention
-
-    def spy(q, k, v, attn_mask=None, **options):
-        masks.append(attn_mask)
-        return plain(q, k, v, attn_mask=attn_mask, **options)
-
+    prompt = sample(3, "image", 5)
     model.pruner = Placed(12)
     with_bias = answers(model, prompt)
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
+    masks = watched_masks(monkeypatch)
     monkeypatch.setattr(Placed, "bias", None)
     without = answers(model, prompt)
     assert all(mask is None for mask in masks)
@@ -231,12 +206,7 @@ def test_batch_mates_and_padding_change_nothing(model, sample, method, side):
         sample(12, "image", 2, "image", 1, seed=2),
         sample(5, seed=3),
     ]
-    ids, mask = pad_batch([p.ids for p in prompts], side)
-    images = torch.cat([p.images for p in prompts if p.images is not None])
-    tokens, scores = answers(model, SimpleNamespace(ids=ids, images=images), attention_mask=mask)
-    for row, prompt in enumerate(prompts):
-        own = answers(model, prompt)
-        assert_same((tokens[row], scores[row]), (own[0][0], own[1][0]))
+    tokens, scores = assert_rows_are_those_of_each(model, prompts, side)
     model.pruner = build_pruner("none")
     text = answers(model, prompts[2])
     assert_same((tokens[2], scores[2]), (text[0][0], text[1][0]))
@@ -246,41 +216,17 @@ def test_batch_mates_and_padding_change_nothing(model, sample, method, side):
 def test_beams_keep_it(model, sample, method, beams):
     model.pruner = method
     prompts = [sample(3, "image", 5, seed=1), sample(6, seed=2), sample(2, "image", 2, seed=2)]
-    ids, mask = pad_batch([prompt.ids for prompt in prompts])
-    images = torch.cat([p.images for p in prompts if p.images is not None])
-    options = {**GREEDY, "num_beams": beams}
-    out = model.generate(ids, images=images, attention_mask=mask, **options)
-    for row, prompt in enumerate(prompts):
-        alone = model.generate(prompt.ids, images=prompt.images, **options)
-        assert torch.equal(out[row], alone[0])
-        if not isinstance(method, PlacedCaches):
-            slow = model.generate(prompt.ids, images=prompt.images, use_cache=False, **options)
-            assert torch.equal(slow, alone)
+    cacheless = not isinstance(method, PlacedCaches)
+    assert_beams_are_those_of_each(model, prompts, beams, cacheless)
 
 
 @pytest.mark.parametrize("others", [False, True], ids=["one image", "two images"])
 def test_questions_that_share_a_beginning_look_at_it_from_their_places(
     model, sample, method, others
 ):
-    model.pruner, cache = method, PrefixCache(model)
-    pictures = [Picture(sample("image", seed=n).images[0], (SIDE, SIDE)) for n in (1, 2)]
-    first = sample(4, "image", seed=1).ids[0]
-    prompts = [torch.cat([first, sample(n, seed=n).ids[0, 1:]]) for n in (5, 9, 3)]
-    own = [pictures[n % 2 if others else 0] for n in range(3)]
-    for _ in range(2):
-        out = cache.generate(
-            prompts,
-            [[image] for image in own],
-            ["why"] * 3,
-            output_scores=True,
-            return_dict_in_generate=True,
-            **GREEDY,
-        )
+    model.pruner = method
+    cache = assert_shared_beginnings_change_nothing(model, sample, two_images=others)
     assert any(cache._beginnings.values())
-    for row, (prompt, image) in enumerate(zip(prompts, own, strict=True)):
-        alone = answers(model, SimpleNamespace(ids=prompt[None], images=image.pixels[None]))
-        scores = torch.stack(out.scores, dim=1)[row]
-        assert_same((out.sequences[row], scores), (alone[0][0], alone[1][0]))
 
 
 def test_positions_on_three_axes_have_it(own_grids_model, method):
@@ -300,26 +246,14 @@ def test_positions_on_three_axes_have_it(own_grids_model, method):
 
 
 def test_recorded_attention_is_that_of_the_layer(model, sample):
-    class Recording(DecoderStage, Placed):
-        def before_layer(self, index, prefill):
-            if index == 1:
-                seen.append(prefill.next_attention())
-                _, row = prefill.decoder.branch(prefill, prefill.decoder.layers[1:2])
-                seen.append(row[:, :, 0].mean(dim=1))
-            if index == 2:
-                seen.append(prefill.attention[:, :, -1].mean(dim=1))
-            return prefill
-
+    class Recording(NotesAttention, DecoderStage, Placed):
         def probe(self, num_layers):
             return replace(super().probe(num_layers), layers=(1,))
 
-    model.pruner, prompt, seen = Recording(12), sample(3, "image", 5), []
-    answers(model, prompt)
-    torch.testing.assert_close(seen[1], seen[0])
-    torch.testing.assert_close(seen[2], seen[0])
-    model.pruner.bias = None
-    answers(model, prompt)
-    assert not torch.allclose(seen[0], seen[3], atol=1e-4)
+    model.pruner, prompt = Recording(12), sample(3, "image", 5)
+    assert_noted_attention_is_the_same(
+        model, prompt, without=lambda method: setattr(method, "bias", None)
+    )
     model.pruner = Placed(12)
     with trace_pruning(model, attention=[1]) as trace:
         tokens, _ = answers(model, prompt)
@@ -348,22 +282,11 @@ def test_tokens_are_guessed_and_verified_with_it(make_model, sample, bias, pruni
         pass
 
     Twig.bias = bias
-    model, prompt = make_model(), sample(4, "image", 5)
+    model = make_model()
     model.lm_head.weight.data *= 8
     options = dict(visual_token_num=14, enable_pruning=pruning, draft_stop_prob=0.0)
     grown(model, 2, 4, method=Twig, **options)
-    options = {**GREEDY, "max_new_tokens": 12}
-    plain = model.generate(prompt.ids, images=prompt.images, **options)
-    fast = model.generate(
-        prompt.ids,
-        images=prompt.images,
-        generation_strategy="self_speculative",
-        return_dict_in_generate=True,
-        tree_nodes=nodes,
-        **options,
-    )
-    assert torch.equal(plain, fast.sequences)
-    assert pruning or fast.logs[0].acceptance_rate == 1
+    assert_guesses_change_nothing(model, sample(4, "image", 5), nodes, all_right=not pruning)
 
 
 def test_flash_attention_leaves_it_to_sdpa_and_says_so(make_model, sample, caplog, monkeypatch):

@@ -2,36 +2,34 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, StoppingCriteria, TemperatureLogitsWarper
+from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
 from llava.constants import STRATEGIES
 from llava.model.self_speculative import Guess
 from llava.model.token_choice import TokenChoice
 from llava.pruning import build_pruner, trace_pruning
 from tests.conftest import pad_batch
+from tests.model.speculation_tools import (
+    GREEDY,
+    SPECULATE,
+    Recorder,
+    answers,
+    assert_an_end_mark_ends_the_answer,
+    assert_caches_hold_the_answer,
+    assert_rows_stay_apart,
+    assert_scores_are_those_of_one_by_one,
+    assert_stopping_criteria_see_every_token,
+    assert_traces_describe_the_prompt,
+    batch_of_three,
+    counted_caches,
+    sharpened,
+)
 from tests.pruning.test_twigvlm import grown
-
-GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=-1, pad_token_id=0)
-SPECULATE = dict(generation_strategy="self_speculative")
-
-
-def answers(model, ids, images, **options):
-    """Tokens of both strategies, and the logs of the second."""
-    options = {**GREEDY, **options}
-    plain = model.generate(ids, images=images, **options)
-    fast = model.generate(ids, images=images, **options, **SPECULATE, return_dict_in_generate=True)
-    return plain, fast.sequences, fast.logs
 
 
 @pytest.fixture
 def sharp(make_model):
-    """A model that is sure of its tokens and hardly changes behind layer 2: guesses are good."""
-    model = make_model()
-    for layer in model.model.layers[3:]:
-        layer.self_attn.o_proj.weight.data *= 0.02
-        layer.mlp.down_proj.weight.data *= 0.02
-    model.lm_head.weight.data *= 8
-    return model
+    return sharpened(make_model(), 8)
 
 
 @pytest.mark.parametrize("shared", [0, 1, 2])
@@ -88,33 +86,12 @@ def test_an_end_mark_anywhere_ends_the_answer(sharp, sample, place):
     """As a guess, as the decoder's own token, as the first token."""
     grown(sharp, enable_pruning=False)
     prompt = sample(4, "image", 5)
-    whole = sharp.generate(prompt.ids, images=prompt.images, **GREEDY)[0].tolist()
-    plain, fast, _ = answers(sharp, prompt.ids, prompt.images, eos_token_id=whole[place])
-    assert torch.equal(plain, fast)
-    assert fast[0, -1] == whole[place] and fast.shape[1] == whole.index(whole[place]) + 1
-
-
-class StopAt(StoppingCriteria):
-    def __init__(self, length):
-        self.length, self.seen = length, []
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.seen.append(input_ids.shape[1])
-        return input_ids.shape[1] == self.length
+    assert_an_end_mark_ends_the_answer(sharp, prompt, place)
 
 
 def test_stopping_criteria_see_every_token(sharp, sample):
     grown(sharp, enable_pruning=False)
-    prompt = sample(4, "image", 5)
-    rules = [StopAt(6), StopAt(6)]
-    outputs = [
-        sharp.generate(
-            prompt.ids, images=prompt.images, **GREEDY, stopping_criteria=[rule], **options
-        )
-        for rule, options in zip(rules, ({}, SPECULATE), strict=True)
-    ]
-    assert torch.equal(*outputs) and outputs[1].shape == (1, 5)  # 6 with the start mark
-    assert rules[0].seen == rules[1].seen
+    assert_stopping_criteria_see_every_token(sharp, sample(4, "image", 5))
 
 
 def test_rules_about_scores_hold(sharp, sample):
@@ -128,25 +105,7 @@ def test_rules_about_scores_hold(sharp, sample):
 
 def test_rows_of_a_batch_stay_apart(sharp, sample):
     grown(sharp, visual_token_num=14)
-    prompts = [sample(3, "image", 9, seed=1), sample(12, "image", 2, seed=2), sample(5, seed=3)]
-    ids, mask = pad_batch([p.ids for p in prompts])
-    images = torch.cat([p.images for p in prompts if p.images is not None])
-    plain, fast, logs = answers(sharp, ids, images, attention_mask=mask)
-    assert torch.equal(plain, fast)
-    assert len({tuple(log.accepted) for log in logs}) > 1  # they accept different numbers
-
-
-class Recorder:
-    """A streamer that keeps what it is given."""
-
-    def __init__(self):
-        self.puts, self.ended = [], 0
-
-    def put(self, value):
-        self.puts.append(value.flatten().tolist())
-
-    def end(self):
-        self.ended += 1
+    assert_rows_stay_apart(sharp, sample)
 
 
 def test_a_streamer_sees_the_answer_and_nothing_else(sharp, sample):
@@ -172,26 +131,14 @@ def test_a_streamer_sees_the_answer_and_nothing_else(sharp, sample):
 
 def test_scores_are_those_the_tokens_were_chosen_from(sharp, sample):
     grown(sharp)
-    prompt = sample(4, "image", 5)
-    options = dict(GREEDY, output_scores=True, return_dict_in_generate=True)
-    plain = sharp.generate(prompt.ids, images=prompt.images, **options)
-    fast = sharp.generate(prompt.ids, images=prompt.images, **options, **SPECULATE)
-    torch.testing.assert_close(
-        torch.stack(fast.scores), torch.stack(plain.scores), atol=1e-3, rtol=1e-4
-    )
+    assert_scores_are_those_of_one_by_one(sharp, sample(4, "image", 5))
 
 
 # --- caches -----------------------------------------------------------------------------------
 
 
 def test_caches_hold_the_answer_and_never_move(sharp, sample, monkeypatch):
-    from llava.model import kv_cache
-
-    made = []
-    allocate = kv_cache._allocate
-    monkeypatch.setattr(
-        kv_cache, "_allocate", lambda like, size: made.append(size) or allocate(like, size)
-    )
+    made = counted_caches(monkeypatch)
     grown(sharp, visual_token_num=14)
     prompt = sample(4, "image", 5)
     output = sharp.generate(
@@ -199,38 +146,21 @@ def test_caches_hold_the_answer_and_never_move(sharp, sample, monkeypatch):
     )
     log = output.logs[0]
     assert len(made) == 2 * (6 + 2)  # keys and values of 6 layers and the twig's 2, once
-    size, kept = prompt.ids.shape[1] + 35, log.kv_lengths[0][2] - log.accepted[0]
-    emitted = 0
-    for accepted, lengths in zip(log.accepted, log.kv_lengths, strict=True):
-        emitted += accepted + 1
-        assert lengths[0] == size + emitted - 1 and lengths[2] == kept + emitted - 1
-        assert lengths[5] == prompt.ids.shape[1] - 1 + emitted - 1
-        assert size + emitted - 2 <= lengths[6] <= size + emitted - 1
+    for _, size, twig in assert_caches_hold_the_answer(log, prompt.ids.shape[1]):
+        assert size - 2 <= twig <= size - 1
 
 
 def test_the_trace_describes_the_prompt_whatever_the_strategy(sharp, sample):
     grown(sharp, visual_token_num=14)
     prompt = sample(4, "image", 5)
-    traces = []
-    for options in ({}, SPECULATE):
-        with trace_pruning(sharp) as trace:
-            sharp.generate(prompt.ids, images=prompt.images, **GREEDY, **options)
-        traces.append(trace)
-    plain, fast = traces
-    assert [n.tolist() for n in plain.visual_tokens] == [n.tolist() for n in fast.visual_tokens]
-    assert [n.tolist() for n in plain.prompt_tokens] == [n.tolist() for n in fast.prompt_tokens]
-    assert [n.tolist() for n in plain.kv_lengths] == [n.tolist() for n in fast.kv_lengths]
-    for layer, rows in plain.decoder_keep.items():
-        assert rows[0].tolist() == fast.decoder_keep[layer][0].tolist()
+    plain, fast = assert_traces_describe_the_prompt(sharp, prompt)
     twig_entries = 2 * (prompt.ids.shape[1] + 35)
     assert fast.kv_bytes == plain.kv_bytes + twig_entries * 2 * 32 * 4
 
 
 def test_the_trace_of_a_batch_has_a_row_per_prompt(sharp, sample):
     grown(sharp, visual_token_num=14)
-    prompts = [sample(3, "image", 9, seed=1), sample(12, "image", 2, seed=2), sample(5, seed=3)]
-    ids, mask = pad_batch([p.ids for p in prompts])
-    images = torch.cat([p.images for p in prompts if p.images is not None])
+    ids, mask, images = batch_of_three(sample)
     traces = []
     for options in ({}, SPECULATE):
         with trace_pruning(sharp) as trace:

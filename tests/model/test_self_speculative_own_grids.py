@@ -6,7 +6,7 @@ import torch
 from llava.pruning import build_pruner
 from llava.pruning.chain import Chain
 from llava.pruning.testing.tiny import make_own_grids_model, pad_batch, picture, sample
-from tests.model.test_self_speculative import GREEDY, SPECULATE, Recorder, answers
+from tests.model.speculation_tools import GREEDY, SPECULATE, Recorder, answers, sharpened
 from tests.pruning.test_twigvlm import grown
 from tests.second_device import SECOND, devices, place
 
@@ -15,13 +15,7 @@ WIDE, TALL = (4, 9), (7, 5)
 
 @pytest.fixture
 def sharp():
-    """A model that is sure of its tokens and hardly changes behind layer 2: guesses are good."""
-    model = make_own_grids_model()
-    for layer in model.model.layers[3:]:
-        layer.self_attn.o_proj.weight.data *= 0.02
-        layer.mlp.down_proj.weight.data *= 0.02
-    model.lm_head.weight.data *= 8
-    return model
+    return sharpened(make_own_grids_model(), 8)
 
 
 PROMPTS = {

@@ -9,39 +9,38 @@ from llava.model.language_model import attention, decode_step
 from llava.model.language_model.cuda_graphs import GraphStep
 from llava.model.language_model.decode_step import CompiledStep
 from llava.model.token_choice import TokenChoice
-from llava.pruning import trace_pruning
 from llava.pruning.testing.tiny import make_own_grids_model, picture
 from llava.pruning.twigvlm import TwigVLM
-from tests.conftest import ANYRES, SIDE, pad_batch
+from tests.conftest import ANYRES, SIDE
+from tests.model import speculation_tools
+from tests.model.speculation_tools import (
+    GREEDY,
+    SPECULATE,
+    Recorder,
+    assert_an_end_mark_ends_the_answer,
+    assert_caches_hold_the_answer,
+    assert_rows_stay_apart,
+    assert_scores_are_those_of_one_by_one,
+    assert_stopping_criteria_see_every_token,
+    assert_traces_describe_the_prompt,
+    counted_caches,
+    sharpened,
+)
 from tests.model.test_attention import flash  # noqa: F401
 from tests.model.test_position_bias import PlacedTwig
-from tests.model.test_self_speculative import GREEDY, SPECULATE, Recorder, StopAt
 from tests.pruning.test_twigvlm import grown
 
 TREE = dict(tree_nodes=60, tree_depth=4, tree_width=10)
 
 
-def sharpened(model):
-    """A model that is sure of its tokens and hardly changes behind layer 2: guesses are good."""
-    for layer in model.model.layers[3:]:
-        layer.self_attn.o_proj.weight.data *= 0.02
-        layer.mlp.down_proj.weight.data *= 0.02
-    model.lm_head.weight.data *= 3
-    return model
-
-
 @pytest.fixture
 def sharp(make_model):
-    return sharpened(make_model())
+    return sharpened(make_model(), 3)
 
 
 def answers(model, ids, images, tree=TREE, **options):
     """Tokens one by one and with trees, and the logs of these."""
-    options = {**GREEDY, **options}
-    plain = model.generate(ids, images=images, **options)
-    options |= {"return_dict_in_generate": True, **SPECULATE, **tree}
-    fast = model.generate(ids, images=images, **options)
-    return plain, fast.sequences, fast.logs
+    return speculation_tools.answers(model, ids, images, tree, **options)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
@@ -75,7 +74,7 @@ def test_so_they_are_for_every_prompt_and_depth_of_the_branch(
 @pytest.mark.parametrize("seed", range(6))
 def test_so_they_are_for_twigs_that_differ_from_the_decoder(make_model, sample, seed):
     """Wrong guesses of all kinds: near copies with noise on every weight."""
-    model = sharpened(make_model())
+    model = sharpened(make_model(), 3)
     twig = grown(model, 2, 2, visual_token_num=20).module
     torch.manual_seed(seed)
     for weight in twig.parameters():
@@ -95,7 +94,7 @@ def test_so_they_are_for_every_family(make_model, sample, family):
         images = [torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))]
     else:
         model, images, sizes = make_model(mistral=True), sample("image").images, {}
-    grown(sharpened(model), 2, 2, visual_token_num=30)
+    grown(sharpened(model, 3), 2, 2, visual_token_num=30)
     ids = sample(4, "image", 5).ids
     plain, fast, logs = answers(model, ids, images, **sizes)
     assert torch.equal(plain, fast) and sum(logs[0].accepted) >= 2
@@ -145,23 +144,12 @@ def test_an_end_mark_anywhere_ends_the_answer(sharp, sample, place):
     """As a guess, as the decoder's own token, as the first token."""
     grown(sharp, enable_pruning=False)
     prompt = sample(4, "image", 5)
-    whole = sharp.generate(prompt.ids, images=prompt.images, **GREEDY)[0].tolist()
-    plain, fast, _ = answers(sharp, prompt.ids, prompt.images, eos_token_id=whole[place])
-    assert torch.equal(plain, fast)
-    assert fast[0, -1] == whole[place] and fast.shape[1] == whole.index(whole[place]) + 1
+    assert_an_end_mark_ends_the_answer(sharp, prompt, place, TREE)
 
 
 def test_stopping_criteria_see_every_token(sharp, sample):
     grown(sharp, enable_pruning=False)
-    prompt = sample(4, "image", 5)
-    rules = [StopAt(6), StopAt(6)]
-    outputs = [
-        sharp.generate(
-            prompt.ids, images=prompt.images, **GREEDY, stopping_criteria=[rule], **options
-        )
-        for rule, options in zip(rules, ({}, SPECULATE | TREE), strict=True)
-    ]
-    assert torch.equal(*outputs) and rules[0].seen == rules[1].seen
+    assert_stopping_criteria_see_every_token(sharp, sample(4, "image", 5), TREE)
 
 
 @pytest.mark.parametrize("most", [12, 30])
@@ -178,23 +166,12 @@ def test_rules_about_scores_look_at_the_way_through_the_tree(sharp, sample, most
 @pytest.mark.parametrize("rules", [{}, {"repetition_penalty": 1.3}], ids=str)
 def test_scores_are_those_the_tokens_were_chosen_from(sharp, sample, rules):
     grown(sharp)
-    prompt = sample(4, "image", 5)
-    options = dict(GREEDY, output_scores=True, return_dict_in_generate=True, **rules)
-    plain = sharp.generate(prompt.ids, images=prompt.images, **options)
-    fast = sharp.generate(prompt.ids, images=prompt.images, **options, **SPECULATE, **TREE)
-    torch.testing.assert_close(
-        torch.stack(fast.scores), torch.stack(plain.scores), atol=1e-3, rtol=1e-4
-    )
+    assert_scores_are_those_of_one_by_one(sharp, sample(4, "image", 5), TREE, **rules)
 
 
 def test_rows_of_a_batch_stay_apart(sharp, sample):
     grown(sharp, visual_token_num=14)
-    prompts = [sample(3, "image", 9, seed=1), sample(12, "image", 2, seed=2), sample(5, seed=3)]
-    ids, mask = pad_batch([p.ids for p in prompts])
-    images = torch.cat([p.images for p in prompts if p.images is not None])
-    plain, fast, logs = answers(sharp, ids, images, attention_mask=mask)
-    assert torch.equal(plain, fast)
-    assert len({tuple(log.accepted) for log in logs}) > 1  # they accept different numbers
+    assert_rows_stay_apart(sharp, sample, TREE)
 
 
 def test_a_streamer_sees_the_answer_and_nothing_else(sharp, sample):
@@ -228,7 +205,7 @@ def test_every_backend_gives_the_same(
         return run(q, k, v)
 
     monkeypatch.setattr(attention, "_flash", watched)
-    model = sharpened(make_model())
+    model = sharpened(make_model(), 3)
     model.config._attn_implementation = model.model.step.backend = backend
     for layer in model.model.layers:
         layer.self_attn.backend = backend
@@ -306,11 +283,8 @@ def test_caches_hold_the_path_that_was_accepted_and_never_move(sharp, sample, mo
     from llava.model import kv_cache
     from llava.model.tree_speculation import TreeSpeculation
 
-    made, caches = [], []
-    allocate, verify = kv_cache._allocate, TreeSpeculation._verify
-    monkeypatch.setattr(
-        kv_cache, "_allocate", lambda like, size: made.append(size) or allocate(like, size)
-    )
+    made, caches = counted_caches(monkeypatch), []
+    verify = TreeSpeculation._verify
 
     def watched(own, tree, logits):
         out = verify(own, tree, logits)
@@ -325,13 +299,8 @@ def test_caches_hold_the_path_that_was_accepted_and_never_move(sharp, sample, mo
     out = sharp.generate(prompt.ids, **options, **SPECULATE, **TREE, return_dict_in_generate=True)
     fast, (log,) = out.sequences, out.logs
     assert len(made) == 2 * (6 + 2)  # keys and values of 6 layers and the twig's 2, once
-    size, kept = prompt.ids.shape[1] + 35, log.kv_lengths[0][2] - log.accepted[0]
-    emitted = 0
-    for accepted, lengths in zip(log.accepted, log.kv_lengths, strict=True):
-        assert lengths[6] == size + emitted  # the twig sees an accepted token in the next step
-        emitted += accepted + 1
-        assert lengths[0] == size + emitted - 1 and lengths[2] == kept + emitted - 1
-        assert lengths[5] == prompt.ids.shape[1] - 1 + emitted - 1
+    for size, _, twig in assert_caches_hold_the_answer(log, prompt.ids.shape[1]):
+        assert twig == size  # it sees an accepted token in the next step
     # The same tokens one by one:
     caches_of_one = []
     append = kv_cache.KVCache.append
@@ -352,17 +321,7 @@ def test_caches_hold_the_path_that_was_accepted_and_never_move(sharp, sample, mo
 
 def test_the_trace_describes_the_prompt_whatever_the_strategy(sharp, sample):
     grown(sharp, visual_token_num=14)
-    prompt = sample(4, "image", 5)
-    traces = []
-    for options in ({}, SPECULATE | TREE):
-        with trace_pruning(sharp) as trace:
-            sharp.generate(prompt.ids, images=prompt.images, **GREEDY, **options)
-        traces.append(trace)
-    plain, fast = traces
-    for name in ("visual_tokens", "prompt_tokens", "kv_lengths"):
-        assert list(map(list, getattr(plain, name))) == list(map(list, getattr(fast, name)))
-    for layer, rows in plain.decoder_keep.items():
-        assert rows[0].tolist() == fast.decoder_keep[layer][0].tolist()
+    assert_traces_describe_the_prompt(sharp, sample(4, "image", 5), TREE)
 
 
 def test_the_log_says_what_every_step_did(sharp, sample):

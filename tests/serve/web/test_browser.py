@@ -15,9 +15,6 @@ from PIL import Image  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
-from llava.serve import gradio_web_server  # noqa: E402
-from tests.serve.web.web_service import FakeService, running  # noqa: E402
-
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SECONDS = 180  # patience costs nothing where all goes well
 FLAGS = (
@@ -28,24 +25,12 @@ FLAGS = (
     "--disable-dev-shm-usage",
 )
 
-pytestmark = [
+#: marks of tests in a browser
+IN_BROWSER = [
     pytest.mark.slow,
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver"),
 ]
-
-
-@pytest.fixture(scope="module")
-def fake():
-    with running(FakeService()) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def address(fake, tmp_path_factory):
-    args = gradio_web_server.build_parser().parse_args(["--controller-url", fake.url])
-    blocks, address = gradio_web_server.launch(args, str(tmp_path_factory.mktemp("uploads")))
-    yield address
-    blocks.close(verbose=False)
+pytestmark = IN_BROWSER
 
 
 def name_in(line: str) -> str:

@@ -17,17 +17,14 @@ from selenium.webdriver.common.by import By  # noqa: E402
 
 from tests.paths import GOLDEN, ROOT  # noqa: E402
 from tests.serve.serve_tools import free_port  # noqa: E402
-from tests.serve.web.test_browser import CHROMIUM, DRIVER, Browser  # noqa: E402
+from tests.serve.web.test_browser import IN_BROWSER, Browser  # noqa: E402
 
 MODEL = "tests/golden/tiny-qwen2.5-vl-cut"
 #: file -> (rows, columns) of its tokens
 IMAGES = {"img1_640x360.png": (13, 23), "img2_300x480.png": (17, 11)}
 SHARE = 0.222
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver"),
-]
+pytestmark = IN_BROWSER
 
 
 @pytest.fixture(scope="module")

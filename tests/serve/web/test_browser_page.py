@@ -15,9 +15,7 @@ pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
-from llava.serve import gradio_web_server  # noqa: E402
-from tests.serve.web.test_browser import CHROMIUM, DRIVER, Browser  # noqa: E402
-from tests.serve.web.web_service import FakeService, running  # noqa: E402
+from tests.serve.web.test_browser import IN_BROWSER, Browser  # noqa: E402
 
 TABS = {"Chat": "#question", "Compare": "#compare-question", "Sweep": "#sweep-question"}
 HELD_BACK = """
@@ -26,24 +24,7 @@ HELD_BACK = """
   window.fetch = (url, ...more) => String(url.url ?? url).includes('queue/join')
     ? new Promise(done => window.held.push(() => done(send(url, ...more)))) : send(url, ...more);
 """
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver"),
-]
-
-
-@pytest.fixture(scope="module")
-def fake():
-    with running(FakeService()) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def address(fake, tmp_path_factory):
-    args = gradio_web_server.build_parser().parse_args(["--controller-url", fake.url])
-    blocks, address = gradio_web_server.launch(args, str(tmp_path_factory.mktemp("uploads")))
-    yield address
-    blocks.close(verbose=False)
+pytestmark = IN_BROWSER
 
 
 @pytest.fixture(scope="module")

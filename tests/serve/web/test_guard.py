@@ -11,28 +11,16 @@ gr = pytest.importorskip("gradio")
 
 import httpx  # noqa: E402
 
-from llava.serve import gradio_web_server  # noqa: E402
 from llava.serve.web import guard, uploads  # noqa: E402
 from tests.serve.web.test_parts import form, png  # noqa: E402
-from tests.serve.web.web_service import FakeService, running  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def fake():
-    with running(FakeService()) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def site(fake, tmp_path_factory):
+def site(address, uploads):
     """A client of the launched page; where uploads go is in `.uploads`."""
-    uploads = tmp_path_factory.mktemp("uploads")
-    args = gradio_web_server.build_parser().parse_args(["--controller-url", fake.url])
-    blocks, address = gradio_web_server.launch(args, str(uploads))
     with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
         client.uploads = uploads
         yield client
-    blocks.close(verbose=False)
 
 
 def test_the_page_listens_on_loopback_and_forbids_loading_from_elsewhere(site):

@@ -6,39 +6,17 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-gr = pytest.importorskip("gradio")
+pytest.importorskip("gradio")
 
 
 from llava.serve import gradio_web_server  # noqa: E402
 from llava.serve.web import chat_tab  # noqa: E402
-from llava.serve.web.client import Service  # noqa: E402
-from llava.serve.web.log import ConversationLog  # noqa: E402
 from llava.serve.web.methods import offered  # noqa: E402
-from llava.serve.web.page import Page, PageOptions  # noqa: E402
-from tests.serve.web.web_service import DENSE, METHODS, MODEL, FakeService, running  # noqa: E402
+from llava.serve.web.page import Page  # noqa: E402
+from tests.serve.web.web_service import DENSE, METHODS, MODEL  # noqa: E402
 
 IMAGE = Image.new("RGB", (60, 40), "white")
 VISITOR = SimpleNamespace(client=SimpleNamespace(host="1.2.3.4"), query_params={})
-
-
-@pytest.fixture(scope="module")
-def fake():
-    with running(FakeService()) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def page(fake, tmp_path_factory):
-    log = ConversationLog(tmp_path_factory.mktemp("log"))
-    return Page(Service(fake.url), log, PageOptions(models=(MODEL,)))
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    """Sentences shown at the edge of the page."""
-    shown = []
-    monkeypatch.setattr(gr, "Warning", shown.append)
-    return shown
 
 
 class Visitor:

@@ -10,28 +10,14 @@ from PIL import Image
 
 pytest.importorskip("gradio")
 
-from llava.serve.web.client import Service  # noqa: E402
 from llava.serve.web.examples import examples, legend, number_of  # noqa: E402
 from llava.serve.web.exports import Asked  # noqa: E402
 from llava.serve.web.figures import cards  # noqa: E402
 from llava.serve.web.insight import insight  # noqa: E402
-from llava.serve.web.log import ConversationLog  # noqa: E402
-from llava.serve.web.page import TITLE, Page, PageOptions  # noqa: E402
+from llava.serve.web.page import TITLE  # noqa: E402
 from tests.serve.web.test_page import IMAGE, Visitor  # noqa: E402
 from tests.serve.web.test_parts import GREY, report_of  # noqa: E402
-from tests.serve.web.web_service import MODEL, FakeService, running  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def fake():
-    with running(FakeService()) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def page(fake, tmp_path_factory):
-    log = ConversationLog(tmp_path_factory.mktemp("log"))
-    return Page(Service(fake.url), log, PageOptions(models=(MODEL,)))
+from tests.serve.web.web_service import MODEL  # noqa: E402
 
 
 def test_the_page_says_what_was_kept_and_not_what_was_needed(page):

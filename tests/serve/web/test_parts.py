@@ -36,18 +36,10 @@ from tests.serve.web.web_service import (  # noqa: E402
     GRID,
     METHODS,
     MODEL,
-    FakeService,
     make_report,
-    running,
 )
 
 GREY = Image.new("RGB", (120, 120), (200, 200, 200))
-
-
-@pytest.fixture(scope="module")
-def fake():
-    with running(FakeService()) as service:
-        yield service
 
 
 def settings(**values) -> asking.Settings:

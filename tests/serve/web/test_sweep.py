@@ -7,40 +7,15 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from PIL import Image
 
-gr = pytest.importorskip("gradio")
+pytest.importorskip("gradio")
 
 from llava.serve.web.budgets import proposed, read_budgets  # noqa: E402
-from llava.serve.web.client import Service  # noqa: E402
 from llava.serve.web.failures import Failure  # noqa: E402
-from llava.serve.web.log import ConversationLog  # noqa: E402
-from llava.serve.web.page import Page, PageOptions  # noqa: E402
+from llava.serve.web.page import Page  # noqa: E402
 from llava.serve.web.runs import Run  # noqa: E402
 from llava.serve.web.sweep_view import Step, smallest_agreeing  # noqa: E402
-from tests.serve.web.test_page import Visitor  # noqa: E402
-from tests.serve.web.web_service import MODEL, FakeService, running  # noqa: E402
-
-IMAGE = Image.new("RGB", (60, 40), "white")
-
-
-@pytest.fixture(scope="module")
-def fake():
-    with running(FakeService()) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def page(fake, tmp_path_factory):
-    log = ConversationLog(tmp_path_factory.mktemp("log"))
-    return Page(Service(fake.url), log, PageOptions(models=(MODEL,)))
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    shown = []
-    monkeypatch.setattr(gr, "Warning", shown.append)
-    return shown
+from tests.serve.web.test_page import IMAGE, Visitor  # noqa: E402
 
 
 def sweep(page: Page, budgets: str, method: str = "vispruner", text: str = "Hello") -> Visitor:
