@@ -15,6 +15,25 @@ def build(case, folder):
     return build_pruner("dart", **options)
 
 
+def prompts_of(hidden, keys, start, count) -> Prefill:
+    """Rows that enter layer 2, each with one image.
+
+    hidden (B, S, D), keys (B, S, K); start, count (B, 1): the places of the images
+    """
+    places = torch.arange(hidden.shape[1]).expand(len(hidden), -1)
+    return Prefill(
+        decoder=SimpleNamespace(final_norm=lambda x: x),
+        layer=2,
+        hidden_states=hidden,
+        position_ids=places,
+        visual_index=((places >= start) & (places < start + count)).long() - 1,
+        patch_index=places - start,
+        index=places,
+        valid=None,
+        keys=keys[:, None],
+    )
+
+
 class Watched(DART):
     """Notes the prefill that it scores, and the scores."""
 
@@ -52,7 +71,6 @@ def check_select(case, folder, recorded, report):
     """All prompts of a case at once."""
     args, arrays = case["args"], {name: torch.tensor(own) for name, own in recorded.items()}
     hidden, keys = arrays["hidden"].float(), arrays["keys"].float()
-    places = torch.arange(hidden.shape[1]).expand(len(hidden), -1)
     start, count = arrays["start"][:, None].long(), arrays["count"][:, None].long()
     pruner = build_pruner(
         "dart",
@@ -63,18 +81,8 @@ def check_select(case, folder, recorded, report):
         key_states="input",  # the keys are given
     )
     lengths = count[:, 0].tolist()
-    prefill = Prefill(
-        decoder=SimpleNamespace(final_norm=lambda x: x),
-        layer=2,
-        hidden_states=hidden,
-        position_ids=places,
-        visual_index=((places >= start) & (places < start + count)).long() - 1,
-        patch_index=places - start,
-        index=places,
-        valid=None,
-        keys=keys[:, None],
-        image_extras={"budget": [[pruner.kept_of(args["tokens"], n)] for n in lengths]},
-    )
+    prefill = prompts_of(hidden, keys, start, count)
+    prefill.image_extras = {"budget": [[pruner.kept_of(args["tokens"], n)] for n in lengths]}
     score = pruner.score(prefill)
     kept = prefill.keep_visual(score, pruner.budgets(prefill))
     for row, (first, size) in enumerate(zip(start[:, 0].tolist(), lengths, strict=True)):

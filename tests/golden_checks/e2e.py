@@ -26,10 +26,15 @@ GAP_FIELDS = ("step_margin", "step_gaps", "logit_gap")
 
 def as_recorded(recorded) -> dict:
     """Keywords of `generate`: greedy, as many tokens as were recorded, and the scores of all."""
+    return greedy(recorded["output_ids"].shape[-1])
+
+
+def greedy(most: int, end: int | None = None) -> dict:
+    """Keywords of `generate`: greedy, `most` tokens or up to the mark `end`, and their scores."""
     return dict(
         do_sample=False,
-        max_new_tokens=recorded["output_ids"].shape[-1],
-        eos_token_id=-1,
+        max_new_tokens=most,
+        eos_token_id=-1 if end is None else end,
         pad_token_id=0,
         output_scores=True,
         return_dict_in_generate=True,

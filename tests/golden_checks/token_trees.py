@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.golden_checks.e2e import CLEAR_GAP, LOGITS_ATOL
+from tests.golden_checks.e2e import CLEAR_GAP, LOGITS_ATOL, greedy
 
 #: smallest gap at which the choice of a candidate is not left to rounding, and scores so close
 #: that their order is
@@ -20,13 +20,8 @@ def check_trees(model, ids, images, case, recorded, report):
         output = model.generate(
             ids,
             **images,
-            do_sample=False,
-            max_new_tokens=args["max_new_tokens"],
-            eos_token_id=-1 if end is None else end,
-            pad_token_id=0,
+            **greedy(args["max_new_tokens"], end),
             generation_strategy=args["generation_strategy"],
-            output_scores=True,
-            return_dict_in_generate=True,
         )
     finally:
         head.remove()

@@ -25,6 +25,7 @@ from tests.golden_checks.e2e import (
     EMBEDS_ATOL,
     LOGITS_ATOL,
     clear_steps,
+    greedy,
     image_names,
     prompt_of,
 )
@@ -110,46 +111,40 @@ def feed_recorded(pruner, recorded, report):
 
 
 def run_and_compare(model, pruner, ids, images, strategy, case, recorded, report):
-    args, seen = case["args"], SimpleNamespace(scores=[], drafts=[])
-    watch(pruner, seen)
+    args, scores, drafts = case["args"], watched_scores(pruner), []
+    pruner.module.head.register_forward_hook(lambda _, inputs, logits: drafts.append(logits))
     end = args.get("eos_token_id")
     with trace_pruning(model, embeds=True) as trace:
         output = model.generate(
             ids,
             **images,
-            do_sample=False,
-            max_new_tokens=args["max_new_tokens"],
-            eos_token_id=-1 if end is None else end,
-            pad_token_id=0,
+            **greedy(args["max_new_tokens"], end),
             generation_strategy=strategy,
-            output_scores=True,
-            return_dict_in_generate=True,
         )
     answer = [token for token in output.sequences[0].tolist() if token != end]
-    scores = torch.cat(output.scores)
+    logits = torch.cat(output.scores)
     margin = np.min(recorded.get("margin_target_top2", 1))
     clear = bool(margin >= CLEAR_GAP)  # otherwise rounding decides somewhere
-    steps = None if clear else clear_steps(scores)
+    steps = None if clear else clear_steps(logits)
     report.equal("output_ids", answer[:steps], recorded["output_ids"].tolist()[:steps])
-    report.close("first_logits", output.scores[0][0], recorded["first_logits"], LOGITS_ATOL)
+    report.close("first_logits", logits[0], recorded["first_logits"], LOGITS_ATOL)
     check_tokens_kept(trace, pruner, recorded, report)
-    if "twig_scores" in recorded and seen.scores:
-        report.close("twig_scores", seen.scores[-1], recorded["twig_scores"], SCORES_ATOL)
+    if "twig_scores" in recorded and scores:
+        report.close("twig_scores", scores[-1], recorded["twig_scores"], SCORES_ATOL)
     if strategy == "self_speculative" and "draft_tokens" in recorded and clear:
-        check_steps(output.logs[0], seen, recorded, report)
+        check_steps(output.logs[0], drafts, recorded, report)
 
 
-def watch(pruner, seen):
-    """Keeps what the twig computes: scores of every token, and its first logits."""
-    module_hook = pruner.module.head.register_forward_hook
-    module_hook(lambda _, inputs, logits: seen.drafts.append(logits.detach()))
-    score = type(pruner).score
+def watched_scores(pruner) -> list:
+    """The scores of visual tokens that `pruner` computes from here on."""
+    scores, score = [], type(pruner).score
 
     def watched(prefill):
-        seen.scores.append(score(pruner, prefill)[prefill.is_visual])
+        scores.append(score(pruner, prefill)[prefill.is_visual])
         return score(pruner, prefill)
 
     pruner.score = watched
+    return scores
 
 
 def check_tokens_kept(trace, pruner, recorded, report):
@@ -181,10 +176,10 @@ def check_tokens_kept(trace, pruner, recorded, report):
             report.equal("r", len(visual), int(recorded["r"]))
 
 
-def check_steps(log, seen, recorded, report):
+def check_steps(log, drafts, recorded, report):
     """Guesses, what was accepted of them, and cache lengths after every step."""
     report.close(
-        "draft_first_logits", seen.drafts[0][0, -1], recorded["draft_first_logits"], LOGITS_ATOL
+        "draft_first_logits", drafts[0][0, -1], recorded["draft_first_logits"], LOGITS_ATOL
     )
     report.equal("draft_len", list(map(len, log.drafts)), recorded["draft_len"].tolist())
     width = recorded["draft_tokens"].shape[1]
@@ -212,17 +207,27 @@ def check_steps(log, seen, recorded, report):
 
 def check_training(case, folder, report):
     recorded, args = load_arrays(case, folder), case["args"]
-    tokenizer, model, processor = load_checkpoint(case["checkpoint"], folder)
-    tokenizer.pad_token = tokenizer.unk_token
-    tokenizer.model_max_length, side = args["model_max_length"], tokenizer.padding_side
-    name = next((s["image"] for s in args["samples"] if s.get("image")), "img0_336x336.png")
-    batch = collated(args, tokenizer, processor, locate(name, folder).parent)
+    model, batch = training_batch(case, folder)
     for key in ("input_ids", "labels", "attention_mask"):
         report.equal(key, batch[key].long(), recorded[key].astype(np.int64))
     training = TwigTraining(model, args["twig_K"], args["twig_T"])
-    tokenizer.padding_side = side
-    check_gradients(training, batch, recorded, report)
+    check_start(training, recorded, report)
+    check_gradients(training, batch, recorded, report, LOSS_ATOL)
     check_trajectory(training, batch, args["optimizer"], recorded, report)
+
+
+def training_batch(case, folder):
+    """(model, batch) of the samples that were recorded."""
+    args = case["args"]
+    tokenizer, model, processor = load_checkpoint(case["checkpoint"], folder)
+    tokenizer.pad_token = tokenizer.unk_token
+    tokenizer.model_max_length, side = args["model_max_length"], tokenizer.padding_side
+    samples = args.get("samples") or [args["sample"]]
+    names = (sample["image"] for sample in samples if sample.get("image"))
+    images = locate(next(names, "img0_336x336.png"), folder).parent
+    batch = collated(args | {"samples": samples}, tokenizer, processor, images)
+    tokenizer.padding_side = side
+    return model, batch
 
 
 def collated(args, tokenizer, processor, image_folder):
@@ -239,35 +244,49 @@ def collated(args, tokenizer, processor, image_folder):
     return DataCollatorForSupervisedDataset(tokenizer)([dataset[i] for i in range(len(dataset))])
 
 
-def check_gradients(training, batch, recorded, report):
-    names = [str(name) for name in recorded["param_names"]]
-    weights = {published_name(name): p for name, p in training.twig.named_parameters()}
-    report.equal("trained parameters", sorted(weights), sorted(names))
+def check_start(training, recorded, report):
+    """The twig before its first step."""
+    weights = published_weights(training.twig)
     shapes = zip(recorded["checkpoint_names"], recorded["checkpoint_shapes"], strict=True)
     for name, shape in shapes:
         report.equal(f"shape of {name}", str(list(weights[name].shape)), str(shape))
+    norms = [weights[str(name)].detach().norm().item() for name in recorded["param_names"]]
+    report.close("init_norms", norms, recorded["init_norms"], 1e-4)
+
+
+def published_weights(module, prefix: str = "") -> dict:
+    """Parameters of `module` by the names that the release has for them under `prefix`."""
+    return {published_name(prefix + name): p for name, p in module.named_parameters()}
+
+
+def check_gradients(training, batch, recorded, report, *loss_tolerance):
+    """What is trained, and the loss of a batch with its gradients."""
+    names = [str(name) for name in recorded["param_names"]]
+    weights = published_weights(training.twig)
+    report.equal("trained parameters", sorted(weights), sorted(names))
     count = sum(p.numel() for p in training.parameters() if p.requires_grad)
     report.equal("n_trainable", count, int(recorded["n_trainable"]))
-    norms = [weights[name].detach().norm().item() for name in names]
-    report.close("init_norms", norms, recorded["init_norms"], 1e-4)
     supervised = (batch["labels"][:, 1:] != -100).sum()
     report.equal("n_supervised", int(supervised), int(recorded["n_supervised"]))
     loss = training(**batch)["loss"]
-    report.close("loss", loss, recorded["loss"], LOSS_ATOL)
+    report.close("loss", loss, recorded["loss"], *loss_tolerance)
     loss.backward()
-    gradients = {name: p.grad for name, p in weights.items()}
-    norms = [gradients[name].norm().item() for name in names]
+    norms = [weights[name].grad.norm().item() for name in names]
     report.close("grad_norms", norms, recorded["grad_norms"], 1e-4, NORMS_RTOL)
     total = sum(norm**2 for norm in norms) ** 0.5
     report.close("grad_norm_total", total, recorded["grad_norm_total"], 1e-4, NORMS_RTOL)
+    compare_gradients(weights, recorded, report, 1e-4, NORMS_RTOL)
+
+
+def compare_gradients(weights, recorded, report, *tolerance):
     for key in recorded:
         if key == "grad__lm_head_rowsum":
-            ours = gradients["lm_head.weight"].sum(dim=1)
+            ours = weights["lm_head.weight"].grad.sum(dim=1)
         elif key.startswith("grad__"):
-            ours = gradients[key.removeprefix("grad__")]
+            ours = weights[key.removeprefix("grad__")].grad
         else:
             continue
-        report.close(key, ours, recorded[key], 1e-4, NORMS_RTOL)
+        report.close(key, ours, recorded[key], *tolerance)
 
 
 def check_trajectory(training, batch, options, recorded, report, atol=2e-4):

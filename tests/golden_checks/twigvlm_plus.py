@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from llava.mm_utils import tokenizer_image_token
 from llava.pruning import build_pruner, trace_pruning
-from llava.pruning.twig_files import OUR_HEAD, published_name, read_twig
+from llava.pruning.twig_files import OUR_HEAD, read_twig
 from llava.train.twig_plus import distillation
 from llava.train.twig_plus.distillation import Distillation, TwigDistillation
 from llava.train.twig_plus.losses import (
@@ -32,15 +32,19 @@ from llava.train.twig_plus.policy import (
     Selections,
 )
 from tests.golden_cases import load_arrays, locate
-from tests.golden_checks.e2e import LOGITS_ATOL, clear_steps, image_names, prompt_of
+from tests.golden_checks.e2e import LOGITS_ATOL, clear_steps, greedy, image_names, prompt_of
 from tests.golden_checks.methods import PATCHES, given
 from tests.golden_checks.models import load_checkpoint, open_images, prepare
 from tests.golden_checks.token_trees import check_trees
 from tests.golden_checks.twigvlm import (
+    check_gradients,
     check_tokens_kept,
     check_trajectory,
-    collated,
+    compare_gradients,
+    published_weights,
+    training_batch,
     transformed,
+    watched_scores,
 )
 
 SAME = ("twig_K", "twig_T", "enable_pruning", "final_wipe_layer", "tree_depth")
@@ -104,25 +108,13 @@ def check_inference(case, folder, report):
 
 def check_kept(model, pruner, ids, images, case, recorded, report):
     """Token by token: scores, what is kept of them, and the answer."""
-    args, scores = case["args"], []
-    score = type(pruner).score
-
-    def watched(prefill):
-        scores.append(score(pruner, prefill)[prefill.is_visual])
-        return score(pruner, prefill)
-
-    pruner.score = watched
+    args, scores = case["args"], watched_scores(pruner)
     end = args["eos_token_id"]
     with trace_pruning(model, embeds=True) as trace:
         output = model.generate(
             ids,
             **images,
-            do_sample=False,
-            max_new_tokens=args["max_new_tokens"],
-            eos_token_id=-1 if end is None else end,
-            pad_token_id=0,
-            output_scores=True,
-            return_dict_in_generate=True,
+            **greedy(args["max_new_tokens"], end),
         )
     del pruner.score
     answer = [token for token in output.sequences[0].tolist() if token != end]
@@ -140,16 +132,8 @@ def check_kept(model, pruner, ids, images, case, recorded, report):
 
 
 def started(case, folder, report, recorded):
-    """(model with the factors of the case, batch) of recorded samples."""
-    args = case["args"]
-    tokenizer, model, processor = load_checkpoint(case["checkpoint"], folder)
-    tokenizer.pad_token = tokenizer.unk_token
-    tokenizer.model_max_length, side = args["model_max_length"], tokenizer.padding_side
-    samples = args.get("samples") or [args["sample"]]
-    name = next(sample["image"] for sample in samples if sample.get("image"))
-    images = locate(name, folder).parent
-    batch = collated(args | {"samples": samples}, tokenizer, processor, images)
-    tokenizer.padding_side = side
+    """(model, batch) of the recorded samples."""
+    model, batch = training_batch(case, folder)
     for key in ("input_ids", "labels", "attention_mask"):
         if key in recorded:
             report.equal(key, batch[key].long(), recorded[key].astype(np.int64))
@@ -167,7 +151,7 @@ def check_stage1(case, folder, report):
         gates = {name: tensors[name] for name in training.twig.state_dict() if OUR_HEAD in name}
         training.twig.load_state_dict(gates, strict=False)
         check_parts(training, batch, recorded, report)
-        check_gradients(training, batch, recorded, report)
+        check_gradients(training, batch, recorded, report, *LOSS)
         check_trajectory(training, batch, args["optimizer"], recorded, report, TRAJECTORY_ATOL)
 
 
@@ -195,31 +179,6 @@ def check_parts(training, batch, recorded, report):
     report.equal("clipped", int((tokens > training.weights.clip).sum()), int(recorded["clipped"]))
     for ours, theirs in (("ntp", "ntp"), ("pred_kl", "predkl"), ("attn_kl", "attnkl")):
         report.close(theirs, out[ours], recorded[theirs], *LOSS)
-
-
-def check_gradients(training, batch, recorded, report):
-    names = [str(name) for name in recorded["param_names"]]
-    weights = {published_name(name): p for name, p in training.twig.named_parameters()}
-    report.equal("trained parameters", sorted(weights), sorted(names))
-    count = sum(p.numel() for p in training.parameters() if p.requires_grad)
-    report.equal("n_trainable", count, int(recorded["n_trainable"]))
-    supervised = (batch["labels"][:, 1:] != -100).sum()
-    report.equal("n_supervised", int(supervised), int(recorded["n_supervised"]))
-    loss = training(**batch)["loss"]
-    report.close("loss", loss, recorded["loss"], *LOSS)
-    loss.backward()
-    norms = [weights[name].grad.norm().item() for name in names]
-    report.close("grad_norms", norms, recorded["grad_norms"], 1e-4, 1e-3)
-    total = sum(norm**2 for norm in norms) ** 0.5
-    report.close("grad_norm_total", total, recorded["grad_norm_total"], 1e-4, 1e-3)
-    compare_gradients(weights, recorded, report, 1e-4, 1e-3)
-
-
-def compare_gradients(weights, recorded, report, *tolerance):
-    for key in recorded:
-        if key.startswith("grad__"):
-            gradient = weights[key.removeprefix("grad__")].grad
-            report.close(key, gradient, recorded[key], *tolerance)
 
 
 def check_stage2(case, folder, report):
@@ -263,7 +222,7 @@ def check_selections(training, batch, recorded, report):
     gamma = divergence_weight(chosen.shape[1], budgets[0], budgets[-1], squared=False)
     report.close("gamma", gamma, recorded["gamma"], 1e-6)
     out["loss"].backward()
-    weights = {published_name(OUR_HEAD + n): p for n, p in training.head.named_parameters()}
+    weights = published_weights(training.head, OUR_HEAD)
     compare_gradients(weights, recorded, report, 5e-3, 2e-3)
 
 

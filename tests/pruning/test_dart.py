@@ -1,30 +1,18 @@
 """DART: pivots, turns and budgets, on inputs small enough to check by hand."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from llava.pruning import Prefill, build_pruner, trace_pruning
 from llava.pruning.dart import least_alike
 from tests.conftest import SIDE, make_pruner
+from tests.golden_checks.dart import prompts_of
 
 
 def prompt(states, sizes, start: int, count: int) -> Prefill:
     """One row with an image of `count` tokens at `start`; sizes are the L1 norms of keys."""
     states, sizes = torch.tensor(states).float()[None], torch.tensor(sizes).float()
-    places = torch.arange(len(sizes))[None]
-    return Prefill(
-        decoder=SimpleNamespace(final_norm=lambda x: x),
-        layer=2,
-        hidden_states=states,
-        position_ids=places,
-        visual_index=((places >= start) & (places < start + count)).long() - 1,
-        patch_index=places - start,
-        index=places,
-        valid=None,
-        keys=sizes[None, None, :, None],
-    )
+    return prompts_of(states, sizes[None, :, None], start, count)
 
 
 def taken(prefill: Prefill, budget: int, **options) -> list[int]:
