@@ -125,7 +125,6 @@ def answer_questions(
         workers.wait(f"{key}/answered")
         answers.finish(FILE_SYSTEM_SECONDS if workers.size > 1 else 0.0)
         outcome.num_failed = answers.num_failed
-    workers.settle(key)
     workers.wait(f"{key}/merged")
     return outcome
 
@@ -139,6 +138,7 @@ def _answer_beside(task: Task, make_loop, workers: Workers, key: str) -> Answere
         todo = [[b for b in share if not answered.issuperset(b)] for share in todo]
     outcome = _answer(task, todo, make_loop, workers, key, journal.put, num_before)
     journal.close()
+    workers.done(key)
     workers.wait(f"{key}/answered")
     workers.wait(f"{key}/merged")
     return outcome

@@ -81,29 +81,49 @@ class Workers:
 
     def claim(self, key: str, count: int) -> Iterator[int]:
         """Yields numbers below `count`: every one to one process, in order, as they ask. A process
-        that stands in for one that died gets the numbers of that one first."""
+        that stands in for one that died gets the numbers of that one first, and nothing when that
+        one was done.
+
+        A claim is one step of the store, so that no number is lost with a process, whenever it
+        dies. What is claimed is always all numbers below some number.
+        """
         if self.store is None:
             yield from range(count)
             return
-        own = self._claims(key, self.rank)
-        if self.replaces(key):
-            yield from map(int, self.store.get(own).split())
-        while (number := self.store.add(f"{key}/next", 1) - 1) < count:
-            self.store.append(own, f"{number} ")
-            yield number
+        if self.store.check([self._own(key, "done")]):
+            return
+        stands_in = self.replaces(key)
+        self.store.set(self._own(key, "begun"), "")
+        number = 0
+        while True:
+            if not stands_in:  # what is counted is claimed; there may be more
+                number = max(number, self.store.add(f"{key}/claimed", 0))
+            if number >= count:
+                return
+            if self._taken_by(key, number) == self.rank:
+                if not stands_in:
+                    self.store.add(f"{key}/claimed", 1)
+                yield number
+            number += 1
+
+    def _taken_by(self, key: str, number: int) -> int:
+        """The process that has claimed a number: this one, where it was free."""
+        return int(self.store.compare_set(f"{key}/claim/{number}", "", str(self.rank)))
 
     def replaces(self, key: str) -> bool:
-        """Whether this process stands in for one that had claimed something, and died."""
-        return self.store is not None and self.store.check([self._claims(key, self.rank)])
+        """Whether this process stands in for one that had begun to claim, and died before it was
+        done."""
+        if self.store is None or not self.store.check([self._own(key, "begun")]):
+            return False
+        return not self.store.check([self._own(key, "done")])
 
-    def settle(self, key: str) -> None:
-        """Nobody who is started again from now on gets what was claimed before."""
-        for rank in range(self.size if self.store is not None else 0):
-            self.store.delete_key(self._claims(key, rank))
+    def done(self, key: str) -> None:
+        """Says that what this process had claimed is written: nobody has to stand in for it."""
+        if self.store is not None:
+            self.store.set(self._own(key, "done"), "")
 
-    @staticmethod
-    def _claims(key: str, rank: int) -> str:
-        return f"{key}/claims/{rank}"
+    def _own(self, key: str, state: str) -> str:
+        return f"{key}/{state}/{self.rank}"
 
     def count(self, key: str, number: int) -> int:
         """Adds to a counter that all processes share; returns its value."""
@@ -117,24 +137,26 @@ class Workers:
         if self.store is None:
             return
         here, start = self._arrive(f"{key}/here"), time.monotonic()
-        while here < self.size:
+        while not self.store.check(here):
             if time.monotonic() - start > PATIENCE_SECONDS:
+                absent = sum(not self.store.check([place]) for place in here)
                 raise TimeoutError(
-                    f"{self.size - here} of {self.size} processes did not finish: start the same "
+                    f"{absent} of {self.size} processes did not finish: start the same "
                     "command again to answer what they left"
                 )
             time.sleep(POLL_SECONDS)
-            here = self.store.add(f"{key}/here", 0)
         # The main process may hold the store itself: it leaves when the others need it no more.
         gone, start = self._arrive(f"{key}/gone"), time.monotonic()
-        while self.main and gone < self.size and time.monotonic() - start < LEAVING_SECONDS:
+        while (
+            self.main and not self.store.check(gone) and time.monotonic() - start < LEAVING_SECONDS
+        ):
             time.sleep(POLL_SECONDS / 4)
-            gone = self.store.add(f"{key}/gone", 0)
 
-    def _arrive(self, place: str) -> int:
-        """How many processes are at this place, this one counted once however often it comes."""
-        first = self.store.add(f"{place}/{self.rank}", 1) == 1
-        return self.store.add(place, int(first))
+    def _arrive(self, place: str) -> list[str]:
+        """Says that this process is at a place; returns the keys that are there when all are."""
+        keys = [f"{place}/{rank}" for rank in range(self.size)]
+        self.store.set(keys[self.rank], "")
+        return keys
 
     def device(self) -> str | None:
         """The GPU of this process; None: where there is one process or no GPU, the model's default
