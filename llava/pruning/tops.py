@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .base import BUDGET, ShareOption, StagedPlan, StagedPruner, check_budget
 from .captured import captured
-from .ops import NEGLIGIBLE, cosines, interpolate, on_device, scale_layers
+from .ops import cosines, interpolate, on_device, scale_layers
 from .own_grids import OwnGrids
 from .prefill import Prefill
 from .sinks import SinkFilter, check_sink_ratio
@@ -50,6 +49,11 @@ NORMALIZE, RATERS = ("minmax", "mean"), ("threshold", "all", "last")
 SHARE, KIND = "tops_share", "tops_kind"
 IMAGE, TILED, VIDEO = range(3)
 SALIENCE = "tops_salience"
+#: the distance that says a token is taken, the least between others, and what is divided by the
+#: distance to mark what is taken: 1e6 there, next to nothing elsewhere
+TAKEN, COPY, MARK = -1e-37, 1e-14, 1e-31
+#: the least that a criterion spans: one that is the same everywhere counts 0
+LEAST = 1e-9
 
 
 @dataclass
@@ -275,6 +279,7 @@ def above_mean(looks: Tensor, asked: Tensor) -> Tensor:
 
 
 @captured
+@torch.no_grad()
 def preserve(
     features: Tensor, relevance: Tensor, real: Tensor, weights: Tensor, count: int, by_mean: bool
 ) -> tuple[Tensor, Tensor]:
@@ -285,40 +290,52 @@ def preserve(
     The first pick is the most relevant token. Each further one has the largest sum of relevance,
     coverage (what it adds to how well the free tokens are represented) and diversity (distance to
     the nearest pick), each scaled over the free tokens; equal sums: the lower place.
+
+    Coverage is looked at from the other end: what is left uncovered were a token picked, the sum
+    of how far the free ones are from their nearest pick then. So it is the lower the better.
     """
-    count = min(count, features.shape[1])
-    distance = 1 - cosines(features.detach())
-    distance = distance.masked_fill(~real[..., None], torch.inf)  # padding has no clients
-    relevance = relevance.detach().float()
-    best, pick = relevance.masked_fill(~real, -torch.inf).max(dim=1)
-    taken = torch.zeros_like(relevance).masked_fill_(~real, torch.inf)
-    marks = torch.stack([taken, scaled(relevance, real, by_mean) - taken], dim=1)
-    taken, rating = marks[:, 0], marks[:, 1]  # inf, -inf on what is not free
-    gone = torch.full_like(marks[..., :1], torch.inf)
-    gone[:, 1].neg_()
-    groups, total = torch.arange(len(real), device=real.device), real.sum(dim=1, keepdim=True)
-    criteria = torch.zeros_like(marks)  # of every token, 0 on what is not free
-    covers, far = criteria[:, 0], criteria[:, 1]
-    far.copy_(distance[groups, pick]).masked_fill_(~real, 0.0)
-    marks.scatter_(2, pick[:, None, None].expand(-1, 2, 1), gone)
-    order, scores, gains = [pick], [best], torch.empty_like(distance)
-    for number in range(1, count):  # fourteen small operations
-        torch.sub(far[:, None], distance, out=gains)
-        torch.sum(F.threshold(gains, NEGLIGIBLE, 0.0, inplace=True), dim=2, out=covers)
+    size = features.shape[1]
+    count = min(count, size)
+    relevance = relevance.float()
+    best, pick = relevance.masked_fill(~real, -torch.inf).max(dim=1, keepdim=True)
+    order, scores = [pick], [best]
+    rating = scaled(relevance, real, by_mean)[:, None]
+    # (G, V, V): row i is how far every token would be from its nearest pick with i among them.
+    left = (1 - cosines(features)).clamp_(min=COPY)
+    left.diagonal(dim1=1, dim2=2).fill_(TAKEN)
+    left = left.masked_fill_(~real[..., None], torch.inf).masked_fill_(~real[:, None], TAKEN)
+
+    # (3, G, V): what is left uncovered, the distance to the nearest pick, and a mark of what is
+    # taken; in `above` the first two counted from the worst among the free tokens.
+    criteria = left.new_zeros(3, len(left), size)
+    uncovered, far = criteria[0], criteria[1]
+    worst_is_most = on_device([1, -1, 1], left.device, left.dtype)[:, None, None]
+    above = LEAST * -worst_is_most.repeat(1, len(left), size + 1)  # one place more: see LEAST
+    marked, scale = above[..., :size], torch.ones_like(above[..., 0])
+    ends = left.new_empty(4, 2, len(left))  # both criteria, most, least, least and most
+    worst, span = (pair.diagonal(dim1=0, dim2=1).t() for pair in (ends[:2], ends[2:]))
+    shares, pick = weights.t()[..., None].expand(-1, -1, count), pick[..., None]
+    if by_mean:  # of how many free tokens a sum is made
+        free = real.sum(dim=1, keepdim=True)
+        shares = shares * (free - torch.arange(count, device=free.device))
+    for number in range(1, count):  # ten small operations
+        torch.gather(left, 1, pick.expand(-1, -1, size), out=far[:, None])
+        torch.minimum(left, far[:, None], out=left)
+        torch.sum(left, dim=2, out=uncovered)
+        torch.addcdiv(criteria, worst_is_most, far, value=MARK, out=marked)
+        among = criteria if by_mean else marked
+        torch.aminmax(among[:2], dim=2, out=(ends[1], ends[0]))
+        torch.sub(criteria[:2], worst[..., None], out=marked[:2])
         if by_mean:
-            above = criteria
-            range_ = criteria.sum(dim=2) / (total - number)
+            span = above[:2].sum(dim=2)
         else:
-            above = criteria - (criteria + taken[:, None]).amin(dim=2, keepdim=True)
-            range_ = above.amax(dim=2)
-        scale = weights / range_.clamp(min=1e-30)  # a constant criterion is 0 itself
-        score = torch.baddbmm(rating[:, None], scale[:, None], above)[:, 0]
-        best, pick = score.max(dim=1)
-        torch.minimum(far, distance[groups, pick], out=far)
-        marks.scatter_(2, pick[:, None, None].expand(-1, 2, 1), gone)
-        order.append(pick)
-        scores.append(best)
-    return torch.stack(order, dim=1), torch.stack(scores, dim=1)
+            torch.aminmax(above[:2], dim=2, out=(ends[2], ends[3]))
+        torch.div(shares[..., number], span, out=scale[:2])
+        score = torch.baddbmm(rating, scale.t()[:, None], marked.transpose(0, 1))
+        best, pick = score.max(dim=2, keepdim=True)
+        order.append(pick[:, 0])
+        scores.append(best[:, 0])
+    return torch.cat(order, dim=1), torch.cat(scores, dim=1)
 
 
 def scaled(values: Tensor, real: Tensor, by_mean: bool) -> Tensor:

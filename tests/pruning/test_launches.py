@@ -98,18 +98,21 @@ def test_merging_asks_for_as_many_kernels_whatever_the_budget():
     assert few == many <= 50
 
 
-def test_a_pick_by_three_scaled_criteria_costs_fourteen():
-    """Two of them are scaled anew over what is left at every pick: its least value is looked for,
-    subtracted, the largest looked for, divided by."""
+@pytest.mark.parametrize("by_mean", [False, True])
+def test_a_pick_by_three_scaled_criteria_costs_ten(by_mean):
+    """Two of them are scaled anew over what is left at every pick, each operation waiting for the
+    one before: the last pick's distances are looked up, held against those of the others, summed,
+    the worst is looked for, subtracted, the best looked for, divided by, all added, the most looked
+    for. The tenth marks what is taken."""
     real, weights = torch.ones(2, 64, dtype=torch.bool), torch.full((2, 2), 0.5)
     given = TOKENS, TOKENS[..., 0].abs(), real, weights
-    few, many = (launches(preserve, *given, count, False) for count in (PICKS, PICKS + MORE))
-    assert many - few <= 14 * MORE
+    few, many = (launches(preserve, *given, count, by_mean) for count in (PICKS, PICKS + MORE))
+    assert many - few <= 10 * MORE
 
 
 #: kernels beyond the plain model's until the first token, of models as deep as those of 7B
 CHOOSING = {"glimpseprune": 390, "sparsevlm": 430, "mustdrop": 300, "sinkpruner": 310}
-CHOOSING |= {"dart": 155, "v2drop": 60, "tops": 3200}
+CHOOSING |= {"dart": 155, "v2drop": 60, "tops": 2400}
 
 
 @pytest.mark.slow
