@@ -30,8 +30,8 @@ class TreeSpeculation(Speculation):
 
     @property
     def spare(self) -> int:
-        followed = self.drafter.tree_width * (self.drafter.tree_depth - 1)
-        return max(followed, self.drafter.tree_nodes) + 1
+        followed = self.drafter.width * (self.drafter.tree_depth - 1)
+        return max(followed, self.drafter.nodes) + 1
 
     # --- guessing -----------------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ class TreeSpeculation(Speculation):
 
     def _grow(self, logits: Tensor) -> TokenTree:
         """The tree behind the newest token, from the logits (1, V) of the drafter there."""
-        growth = Growth(self.drafter.tree_width, logits)
+        growth = Growth(self.drafter.width, logits)
         growth.add(logits)
         lengths = list(self.cache.lengths)
         for level in range(1, self.drafter.tree_depth):
@@ -66,7 +66,7 @@ class TreeSpeculation(Speculation):
             growth.add(self._at_home(self.drafter.logits(x)[0]))
         for layer, length in enumerate(lengths):
             self.cache.crop(layer, length)
-        return growth.tree(self.drafter.tree_nodes)
+        return growth.tree(self.drafter.nodes)
 
     def _run_shared(self, tree: TokenTree) -> tuple[Tensor, Branches]:
         """The nodes (1, N, D) behind the shared layers, and how they stand behind their root."""

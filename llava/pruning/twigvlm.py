@@ -92,8 +92,8 @@ class TwigVLM(DecoderStage, BudgetPruner):
     num_speculations: int = 5
     draft_stop_prob: float = 0.6
     tree_depth: int = 4
-    tree_width: int = 10
-    tree_nodes: int | None = None
+    tree_width: int | None = None
+    tree_nodes: int | None = 0
 
     name = "twigvlm"
     reads_text = True

@@ -131,11 +131,12 @@ class TwigVLMPlus(TwigVLM):
                       playground checkpoint
     twig_K, twig_T, final_wipe_layer, enable_pruning: as in TwigVLM
     tree_nodes, tree_depth, tree_width: of the trees that are guessed, see
-                      `llava.pruning.drafter.Drafter`; tree_nodes=0 guesses rows as TwigVLM does,
-                      with `num_speculations` and `draft_stop_prob`
+                      `llava.pruning.drafter.Drafter`: 60 nodes as published, 8 on a CPU;
+                      tree_nodes=0 guesses rows as TwigVLM does, with `num_speculations` and
+                      `draft_stop_prob`
     """
 
-    tree_nodes: int | None = 60
+    tree_nodes: int | None = None
 
     name = "twigvlm_plus"
     published = TwigPlusRelease()

@@ -115,10 +115,34 @@ def test_guessing_and_choosing_share_the_twig_s_layers(model, sample, monkeypatc
     assert pruner.drafter(6).tree_nodes == nodes
 
 
-def test_trees_are_guessed_unless_something_else_is_asked_for():
-    pruner = TwigVLMPlus()
-    assert (pruner.tree_depth, pruner.tree_width, pruner.tree_nodes) == (4, 10, 60)
-    assert not TwigVLM().tree_nodes
+def sizes(pruner) -> tuple[int, int, int]:
+    """Nodes, width and depth of the trees that are guessed in 6 layers."""
+    drafter = pruner.drafter(6)
+    return drafter.nodes, drafter.width, drafter.tree_depth
+
+
+def test_trees_are_as_large_as_suits_the_device_unless_a_size_is_asked_for(model):
+    assert sizes(grown_plus(model)) == (8, 2, 4)
+    assert sizes(grown_plus(model, tree_nodes=60)) == (60, 10, 4)
+    assert sizes(grown_plus(model, tree_width=3)) == (8, 3, 4)
+    assert sizes(grown_plus(model, tree_nodes=9, tree_depth=3)) == (9, 3, 3)
+    there = grown_plus(model)
+    there.module.to("meta")  # not a CPU, whatever it is
+    assert sizes(there) == (60, 10, 4)
+    for pruner in (grown_plus(model, tree_nodes=0), grown(model)):
+        assert not pruner.drafter(6).guesses_trees
+
+
+def test_a_call_may_ask_for_the_published_trees_on_a_cpu(model, sample):
+    grown_plus(model, layers=2)
+    prompt, found = sample(4, "image", 5), []
+    options = dict(images=prompt.images, max_new_tokens=4, return_dict_in_generate=True)
+    for tree in ({}, {"tree_nodes": 60}, {"tree_nodes": 0}):
+        out = model.generate(
+            prompt.ids, **options, **tree, generation_strategy="self_speculative", do_sample=False
+        )
+        found.append({len(tree) for tree in out.logs[0].trees})
+    assert found == [{8}, {60}, set()]
 
 
 # --- files ------------------------------------------------------------------------------------

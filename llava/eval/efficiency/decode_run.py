@@ -110,7 +110,7 @@ def variants_of(
             still = {"num_speculations": 0} | row
             found.append(Variant(f"{name}, no guesses", pruner, STRATEGIES[1], still))
             found.append(Variant(f"{name}, guessing", pruner, STRATEGIES[1], options | row))
-            if tree.get("tree_nodes", getattr(pruner.decoder, "tree_nodes", None)):
+            if tree.get("tree_nodes", getattr(pruner.decoder, "tree_nodes", 0)) != 0:
                 found.append(Variant(f"{name}, guessing trees", pruner, STRATEGIES[1], tree))
     if compile:
         found += [
