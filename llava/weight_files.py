@@ -184,6 +184,17 @@ def names_in(path: str) -> list[str]:
         raise ValueError(f"{path} is damaged or not a weight file: {first_line(error)}") from error
 
 
+def metadata_in(path: str) -> dict[str, str]:
+    """The texts that a safetensors file holds beside its tensors."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is damaged or not a weight file: {first_line(error)}") from error
+
+
 def float_type_in(
     paths: Iterable[str], wanted: Callable[[str], bool] = lambda _: True
 ) -> torch.dtype | None:

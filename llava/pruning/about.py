@@ -43,8 +43,8 @@ def where_it_acts(method: type[Pruner]) -> str:
 
 
 def is_trained(method: type[Pruner]) -> bool:
-    """Whether a method has a part of its own that was trained."""
-    return method.part_folders is not Pruner.part_folders
+    """Whether a method needs a part of its own that was trained."""
+    return method.part_folders is not Pruner.part_folders and not method.part_is_optional
 
 
 def what_budget_counts(

@@ -40,6 +40,8 @@ class Pruner:
     makes_images_smaller: ClassVar[bool] = False
     #: it works around another method, its option `base`: "wrapper+base"
     wraps: ClassVar[bool] = False
+    #: the method runs without its trained part, which an option names
+    part_is_optional: ClassVar[bool] = False
     #: how the published programs of the method use it
     published: ClassVar[Published] = Published()
     #: whether `generate` returns what that of the release does
@@ -80,7 +82,8 @@ class Pruner:
         is not loaded when the method is assigned: for measuring times, not for answers."""
 
     def part_folders(self, model_path: str) -> list[str]:
-        """Folders of the trained parts that this method reads for the model of `model_path`."""
+        """Folders, or files, of the trained parts that this method reads for the model of
+        `model_path`."""
         return []
 
     def check_depth(self, num_layers: int) -> None:

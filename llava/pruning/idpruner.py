@@ -2,10 +2,11 @@
 
 Paper: IDPruner, https://arxiv.org/abs/2602.13315
 
-The paper's tables take a trained scorer's word for how important a token is. Here it is the
-attention of the class token or, in a tower without one, what a token receives from all, so that
-nothing is trained; a method with a scorer of its own derives from this one and overrides
-`importance`. The published scorers are not read: their layout is not part of the paper.
+The paper's tables take a trained scorer's word for how important a token is. Here it is, unless a
+`scorer` is given, the attention of the class token or, in a tower without one, what a token
+receives from all, so that nothing is trained. Files of the published scorers have to be converted:
+their layout is not part of the paper. What is no stack of linear layers derives from this class and
+overrides `importance`.
 
 Differs from the release: importance and similarity are functions of this file (there, texts in a
 YAML file that are run as code); batches; the picks stay on the device (there, the host waits for
@@ -17,9 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..devices import device_of
 from .base import EqualShares
 from .captured import captured
+from .interfaces import LanguageModel
 from .ops import cosines, top_stable
+from .scorer import Scorer, read_scorer, scorer_file
 from .sinks import SinkFilter
 from .tokens import VisionTokens
 
@@ -31,18 +35,42 @@ class IDPruner(SinkFilter, EqualShares):
                       down (640 of five crops are 128 each)
     mmr_lambda:       weight of importance against difference, 0 to 1; 1 is importance alone, 0 the
                       most important token and then always the one farthest from all chosen
+    scorer:           file of a trained network that says how important a token is, or its folder or
+                      hub repository, see `llava.pruning.scorer`; None: attention does
     sink_ratio:       share of the patches left out, those of the largest norm; 0: none
     """
 
     mmr_lambda: float = 0.5
+    scorer: str | None = None
 
     name = "idpruner"
     needs = frozenset({"salience"})
+    does_without = {"salience": "scorer=FILE for a trained scorer"}
+    part_is_optional = True
 
     def __post_init__(self):
         super().__post_init__()
+        self.module: Scorer | None = None
         if not 0 <= self.mmr_lambda <= 1:
             raise ValueError(f"mmr_lambda ({self.mmr_lambda}) must lie between 0 and 1")
+        if self.scorer is not None:
+            self.needs = frozenset()
+
+    # --- the scorer ---------------------------------------------------------------------------
+
+    def part_folders(self, model_path: str) -> list[str]:
+        return [] if self.scorer is None else [scorer_file(self.scorer, self.name)]
+
+    def attach(self, model: LanguageModel) -> None:
+        super().attach(model)
+        if self.scorer is None:
+            return
+        width = model.config.hidden_size
+        if self.module is None or self.module.width != width:  # one of another model may fit, too
+            self.module = read_scorer(self.scorer, self.name, width)
+        self.module.to(device_of(model.get_input_embeddings()))
+
+    # --- choice -------------------------------------------------------------------------------
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
         """Tokens are compared in the space of the language model, sinks are known before it."""
@@ -53,7 +81,10 @@ class IDPruner(SinkFilter, EqualShares):
 
     def importance(self, vision: VisionTokens) -> Tensor:
         """(B, N) of every token; the scale does not matter, it is brought to 0 ... 1 in a crop."""
-        return vision.salience * vision.block  # the sum over the patches of a token
+        if self.module is None:
+            return vision.salience * vision.block  # the sum over the patches of a token
+        features = vision.features.detach()
+        return self.module(features.to(device_of(self.module))).to(features.device)
 
     def pick(self, vision: VisionTokens, rows: Tensor | slice, count: int) -> Tensor:
         importance = self.importance(vision)[rows]

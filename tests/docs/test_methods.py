@@ -7,7 +7,8 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
-from llava.pruning import METHODS, DecoderStage, Pruner, VisionStage
+from llava.pruning import METHODS, DecoderStage, VisionStage
+from llava.pruning.about import is_trained
 from llava.pruning.choice import BUDGETS
 from llava.pruning.cues import check_cues
 from llava.pruning.stages import fills
@@ -61,8 +62,7 @@ def test_text_and_training_are_what_the_class_says(name):
     method, row = METHODS[name], table()[name]
     reads = getattr(method, "reads_text", False) or getattr(method, "reads_question", False)
     assert row["needs text?"].startswith("yes" if reads else "no"), "needs text?"
-    learned = method.part_folders is not Pruner.part_folders
-    assert row["trained?"].startswith("yes" if learned else "no"), "trained?"
+    assert row["trained?"].startswith("yes" if is_trained(method) else "no"), "trained?"
 
 
 @pytest.mark.parametrize("name", METHODS.own)

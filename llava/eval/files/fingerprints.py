@@ -14,8 +14,10 @@ STRIDE, BLOCK, END = 2**23, 2**14, 2**20
 
 
 def fingerprint(folder: str, endings: tuple[str, ...] = WEIGHTS) -> str:
-    """Returns a digest of the files in a folder that have one of the endings; a name that is no
-    folder, such as one on the hub, is its own."""
+    """Returns a digest of the files in a folder that have one of the endings, or of the file that
+    is named; a name that is neither, such as one on the hub, is its own."""
+    if os.path.isfile(folder):
+        return hashlib.sha256(file_digest(folder)).hexdigest()[:16]
     if not os.path.isdir(folder):
         return folder
     digest = hashlib.sha256()
