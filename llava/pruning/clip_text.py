@@ -1,9 +1,13 @@
 """The text tower of the CLIP model that a vision tower belongs to, for methods that compare patches
-with the question in the space both towers meet in."""
+with the question in the space both towers meet in.
+
+All of it is fp32, whatever the model is in: temperatures of 0.01 make a hundredfold of what half
+precision leaves of a cosine. A question is read once, and the tower is small."""
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..weight_files import CACHE_DIR, local_folder, weight_files
@@ -51,7 +55,10 @@ class ClipText(nn.Module):
         for kind in (CLIPTextModelWithProjection, CLIPVisionModelWithProjection):
             try:
                 part, info = kind.from_pretrained(
-                    folder, output_loading_info=True, cache_dir=CACHE_DIR.get()
+                    folder,
+                    output_loading_info=True,
+                    torch_dtype=torch.float32,
+                    cache_dir=CACHE_DIR.get(),
                 )
             except OSError as error:
                 raise ValueError(f"{folder} holds no weights of a CLIP model: {error}") from error
@@ -87,8 +94,16 @@ class ClipText(nn.Module):
         return cls(CLIPTextModelWithProjection(config), norm, projection, letters)
 
     def image_embeds(self, features: Tensor) -> Tensor:
-        """(B, N, P) embeddings of patch features (B, N, C)."""
-        return self.projection(self.norm(features.to(self.projection.weight.dtype))).float()
+        """(B, N, P) fp32 embeddings of patch features (B, N, C)."""
+        norm = self.norm
+        normed = F.layer_norm(
+            features.float(),
+            norm.normalized_shape,
+            norm.weight.float(),
+            norm.bias.float(),
+            norm.eps,
+        )
+        return F.linear(normed, self.projection.weight.float())
 
     def directions(self, texts: list[str]) -> Tensor:
         """(n, P) means of the unit embeddings of each text's segments."""
@@ -125,13 +140,14 @@ class ClipText(nn.Module):
 
     @torch.no_grad()
     def run(self, segments: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """(embeddings (m, P) fp32, normed states (m, L, width) of the tokens) of m segments."""
+        """(embeddings (m, P), normed states (m, L, width) of the tokens) of m segments, fp32."""
+        self.text.float()  # a model that is cast takes it along
         rows = [torch.tensor(ids) for ids in segments]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         device = self.projection.weight.device
         found = self.text(ids.to(device), attention_mask=mask.to(device))
-        return found.text_embeds.float(), found.last_hidden_state
+        return found.text_embeds, found.last_hidden_state
 
 
 class Reading(NamedTuple):
@@ -163,7 +179,7 @@ class AsksClip(VisionStage, Pruner):
             if self.module is None or self.module.folder not in (None, folder):
                 self.module = ClipText.load(folder)
             if tower.is_loaded:
-                self.module.to(tower.device, tower.dtype)
+                self.module.to(tower.device, torch.float32)
             width = self.module.projection.in_features
             if tower.hidden_size != width:
                 raise ValueError(

@@ -119,11 +119,12 @@ def best_of_runs(
     batch, size = attention.shape
     num_runs = min(num_runs, size)
     place, real = run_places(size, num_runs, attention.device)
-    own = torch.where(real, attention[:, place], -torch.inf)  # (B, R, K)
-    scores = run_scores(features[:, place], attention[:, place], real, alpha)
+    own = attention[:, place]  # (B, R, K)
+    scores = run_scores(features[:, place], own, real, alpha)
     sizes = real.sum(dim=1).expand(batch, -1)
     quota = fitted(quotas(scores, count), sizes, scores, real.shape[1])
     whole = (quota == sizes)[..., None]
+    own = own.masked_fill(~real, -torch.inf)
     order = own.argsort(dim=2, descending=True, stable=True)
     in_raster = torch.arange(order.shape[2], device=order.device)
     order = torch.where(whole, in_raster, order)

@@ -309,7 +309,8 @@ def preserve(
     # taken; in `above` the first two counted from the worst among the free tokens.
     criteria = left.new_zeros(3, len(left), size)
     uncovered, far = criteria[0], criteria[1]
-    worst_is_most = on_device([1, -1, 1], left.device, left.dtype)[:, None, None]
+    worst_is_most = torch.ones_like(criteria[:, :1, :1])
+    worst_is_most[1].neg_()
     above = LEAST * -worst_is_most.repeat(1, len(left), size + 1)  # one place more: see LEAST
     marked, scale = above[..., :size], torch.ones_like(above[..., 0])
     ends = left.new_empty(4, 2, len(left))  # both criteria, most, least, least and most

@@ -11,6 +11,8 @@ from llava.pruning import captured as module
 from llava.pruning.adaptprune import damped_picks
 from llava.pruning.captured import SETTINGS, Captures, Graph, captured
 from llava.pruning.cdpruner import largest_volume
+from llava.pruning.dart import least_alike
+from llava.pruning.density_merge import merge
 from llava.pruning.density_peaks import cluster
 from llava.pruning.divprune import farthest_first
 from llava.pruning.eadp import cover_relevant
@@ -18,6 +20,8 @@ from llava.pruning.holov import best_of_runs
 from llava.pruning.idpruner import marginally_best
 from llava.pruning.mmtok import cover_both
 from llava.pruning.scope import cover_salient
+from llava.pruning.sinkpruner import sanitize
+from llava.pruning.tops import preserve
 from llava.pruning.visionzip import compress
 from llava.pruning.vispruner import drop_duplicates
 from llava.pruning.vscan import absorb
@@ -82,8 +86,32 @@ def runs(x: Tensor) -> tuple:
     return best_of_runs, (x, x[..., 0].softmax(dim=1), COUNT, 7, 0.09)
 
 
+def preserved(x: Tensor) -> tuple:
+    real = torch.arange(64) < torch.tensor([[64], [50]])
+    return preserve, (x, x[..., 0].abs(), real, torch.full((2, 2), 0.5), COUNT, False)
+
+
+def preserved_by_mean(x: Tensor) -> tuple:
+    function, args = preserved(x)
+    return function, (*args[:-1], True)
+
+
+def unlike_pivots(x: Tensor) -> tuple:
+    numbers = torch.tensor([[COUNT], [COUNT - 1]]), torch.tensor([[2], [1]])
+    return least_alike, (x[..., :6].mT, torch.arange(4).expand(2, -1), *numbers)
+
+
+def sanitized(x: Tensor) -> tuple:
+    return sanitize, (x, x[..., 0], 3, 8, COUNT, 5)
+
+
+def merged(x: Tensor) -> tuple:
+    return merge, (x, x[..., 0].argsort(dim=1)[:, :COUNT], 7, 1.0)
+
+
 LOOPS = [farthest, volume, damped, dropped, clustered, compressed, absorbed]
-LOOPS += [salient, relevant, both, important, runs]
+LOOPS += [salient, relevant, both, important, runs, preserved, preserved_by_mean]
+LOOPS += [unlike_pivots, sanitized, merged]
 ALL = pytest.mark.parametrize("loop", LOOPS)
 
 

@@ -1,6 +1,7 @@
 """EADP: relevance on inputs small enough to check by hand, and budgets of crops."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,6 +130,47 @@ def test_questions_that_were_read_for_their_direction_are_read_again_for_words(t
     assert [len(reading.words) for reading in readings] == [
         len(clip.tokenizer(text).input_ids) - 1 for text in ("blue dog", "red")
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["eadp", "cdpruner"])
+@pytest.mark.parametrize("cast", ["before", "after"])
+def test_in_half_precision_scores_and_choice_are_those_of_fp32_on_the_same_features(
+    make_model, sample, name, dtype, cast
+):
+    """Whether the model is cast before it gets the method or with it."""
+    seen = {}
+
+    def watch(pruner, hook: str) -> None:
+        inner = getattr(pruner, hook)
+
+        def watched(vision):
+            seen[hook] = vision, inner(vision)
+            return seen[hook][1]
+
+        setattr(pruner, hook, watched)
+
+    model, prompt = make_model(), sample(4, "image", 5)
+    if cast == "before":
+        model.to(dtype)
+    model.pruner = build_pruner(name, visual_token_num=10)
+    if cast == "after":
+        model.to(dtype)
+    for hook in ("after_encoder", "after_projector"):
+        watch(model.pruner, hook)
+    asked = dict(images=prompt.images.to(dtype), questions=["what color is the dog"])
+    model.generate(prompt.ids, max_new_tokens=1, **asked)
+
+    whole = make_model()
+    whole.pruner = build_pruner(name, visual_token_num=10)
+    if cast == "after":  # its weights were rounded
+        whole.pruner.module.to(dtype).float()
+    for hook, (given, found) in seen.items():
+        assert given.features.dtype == dtype
+        expected = getattr(whole.pruner, hook)(replace(given, features=given.features.float()))
+        assert torch.equal(found.positions, expected.positions)
+        for extra, values in expected.extras.items():
+            assert values.dtype == torch.float32 and torch.equal(found.extras[extra], values)
 
 
 def test_without_a_question_or_an_exponent_nothing_but_coverage_counts(model, sample):
