@@ -16,6 +16,7 @@ import pytest
 from tests.eval import eval_cases, fake_answers
 from tests.eval.stub_judge import stub_judge
 from tests.paths import ROOT
+from tests.repeated import others_slow
 
 UPLOADS = {
     "vizwiz/answers_upload/llava_test": ".json",
@@ -97,7 +98,7 @@ def test_all_benchmarks_run_and_end_in_one_table(run, data):
     assert "--pruning-method vispruner --visual-token-num 64 --limit 2" in " ".join(argv)
 
 
-@pytest.mark.parametrize("folder", UPLOADS)
+@pytest.mark.parametrize("folder", others_slow(UPLOADS))
 def test_the_file_for_a_server_lies_in_place_of_the_answers(run, data, folder):
     if UPLOADS[folder] == ".xlsx":
         pytest.importorskip("openpyxl")
@@ -144,7 +145,7 @@ QWEN_BUDGETS = {
 
 
 @pytest.mark.parametrize(
-    "words, environment, given, label", QWEN_BUDGETS.values(), ids=QWEN_BUDGETS
+    "words, environment, given, label", others_slow(QWEN_BUDGETS.values()), ids=QWEN_BUDGETS
 )
 def test_scripts_of_qwen_ask_its_playground(run, words, environment, given, label):
     done = run("qwen2_5_vl/eval/pope.sh", *words, LIMIT="2", **environment)
@@ -170,6 +171,7 @@ def test_a_missing_folder_of_qwen_says_where_the_published_one_is(run, tmp_path)
     )
 
 
+@pytest.mark.slow
 def test_a_script_of_qwen_answers_with_a_model(run, data):
     done = run(
         "qwen2_5_vl/eval/pope.sh",
@@ -212,7 +214,9 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("words, environment, label", PUBLISHED.values(), ids=PUBLISHED)
+@pytest.mark.parametrize(
+    "words, environment, label", others_slow(PUBLISHED.values()), ids=PUBLISHED
+)
 def test_words_of_published_scripts_reach_the_program(run, words, environment, label):
     path = last_line(run("v1_5/eval/pope.sh", *words, LIMIT="2", **environment))["answers_file"]
     assert path.endswith(f"/{label}_limit2.jsonl")
@@ -248,7 +252,9 @@ RELEASED = {
 }
 
 
-@pytest.mark.parametrize("family, environment, given, ending", RELEASED.values(), ids=RELEASED)
+@pytest.mark.parametrize(
+    "family, environment, given, ending", others_slow(RELEASED.values()), ids=RELEASED
+)
 def test_variables_of_the_release_reach_visual_cot(run, data, family, environment, given, ending):
     done = run(f"{family}/eval/viscot.sh", SETS="gqa", NUM_SAMPLES="2", **environment)
     assert done.returncode == 0, done.stderr
@@ -260,6 +266,7 @@ def test_variables_of_the_release_reach_visual_cot(run, data, family, environmen
     assert ("viscot_gqa" in done.stdout) == ("glimpse.jsonl" not in ending)
 
 
+@pytest.mark.slow
 def test_visual_cot_ends_with_its_scores_where_tokens_have_no_place_in_the_image(run, data):
     done = run("v1_5/eval/viscot.sh", "64", METHOD="pool", SETS="gqa", LIMIT="2")
     assert done.returncode == 0, done.stderr
@@ -273,6 +280,7 @@ def test_every_script_that_is_called_by_its_name_is_executable():
     assert not [str(path) for path in scripts if not os.access(path, os.X_OK)]
 
 
+@pytest.mark.slow
 def test_folders_of_the_release_are_words_of_visual_cot(run, data, tmp_path):
     parts, adapter = tmp_path / "parts", tmp_path / "adapter"
     parts.mkdir(), adapter.mkdir()
@@ -338,6 +346,7 @@ def test_words_that_could_mean_several_methods_stop_the_script(run):
     assert "error: 'layer' belongs to fastv, adaptprune, nuwa, dart: name one method" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_fails_does_not_stop_the_others(run, data, tmp_path):
     for name in ("pope", "qbench", "refcoco/refcoco+_testA", "viscot/benchmark/gqa"):
         for path in data.glob(f"{name}/*" if "/" not in name else f"{name}*"):

@@ -54,6 +54,7 @@ def test_run_llava_takes_it_like_any_other(installed, tmp_path):
     assert out.strip() and (tmp_path / "kept.png").exists()
 
 
+@pytest.mark.slow
 def test_an_evaluation_script_takes_its_name_and_its_options(installed, tmp_path):
     for folder in ("pope", "images"):
         shutil.copytree(ROOT / "playground/benchmark" / folder, tmp_path / folder)

@@ -26,6 +26,7 @@ from llava.serve import (
 )
 from llava.serve.sglang_worker import Forwarder, messages, served_model
 from tests.paths import ROOT
+from tests.repeated import others_slow
 from tests.serve.serve_tools import (
     PROMPT,
     body,
@@ -132,7 +133,7 @@ def test_the_test_message_stops_where_the_template_ends():
 
 
 @pytest.mark.parametrize(
-    "package, program", [("fastapi", "controller"), ("httpx_sse", "sglang_worker")]
+    "package, program", others_slow([("fastapi", "controller"), ("httpx_sse", "sglang_worker")])
 )
 def test_a_missing_extra_is_named_and_the_chat_in_a_terminal_works_without(package, program):
     code = (

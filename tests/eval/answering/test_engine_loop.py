@@ -76,7 +76,7 @@ def test_answers_are_those_of_the_local_model_in_the_order_of_the_questions(run,
 
 
 def test_many_questions_are_under_way_at_once_and_no_more_than_asked_for(run, server):
-    server.pause = 0.3
+    server.pause = 0.1
     run("many.jsonl", server=server)
     assert server.most > 2  # more than a batch
     server.most = 0

@@ -12,6 +12,7 @@ import pytest
 from tests.eval import fake_answers
 from tests.eval.eval_files import write_lines
 from tests.paths import ROOT
+from tests.repeated import others_slow
 
 PAGE = (ROOT / "docs/Evaluation.md").read_text().split("## Adding a benchmark")[1]
 NAME = "countbench"
@@ -108,9 +109,8 @@ print(*(benchmark.name for benchmark in available(None, sys.argv[1])))
     assert in_python(copy, code, data) == f"{NAME}\n"
 
 
-@pytest.mark.parametrize("words", [("benchmark.sh", NAME), ("all.sh",)], ids=lambda words: words[0])
-def test_scripts_run_it_without_one_of_its_own(copy, data, tmp_path, words):
-    script, *rest = words
+@pytest.mark.parametrize("script, rest", others_slow([("benchmark.sh", [NAME]), ("all.sh", [])]))
+def test_scripts_run_it_without_one_of_its_own(copy, data, tmp_path, script, rest):
     python = fake_answers.interpreter(tmp_path)
     done = run(
         copy,

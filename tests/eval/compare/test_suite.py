@@ -188,6 +188,7 @@ def test_incomplete_answers_are_not_scored(args):
         benchmark.score(args.data_dir, benchmark.read(path), [first], None)
 
 
+@pytest.mark.slow
 def test_a_benchmark_script_splits_the_work_and_ends_with_the_score(tmp_path):
     data = mini_benchmark.build(tmp_path / "data")
     command = ["bash", "scripts/v1_6/eval/pope.sh", "64", "seed=1"]

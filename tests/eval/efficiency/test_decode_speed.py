@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from llava.eval.efficiency import decode_speed
+from llava.eval.efficiency import decode_speed, random_model
 from llava.eval.efficiency.chance import ChanceChoice
 from llava.eval.efficiency.decode_report import cost_model, rows_of, table
 from llava.eval.efficiency.decode_run import Clock, Variant, measure, variants_of
@@ -135,7 +135,8 @@ def test_chance_agrees_as_often_as_asked():
     assert not choice.stops(guessed[None, :1], torch.tensor([0.01]), 0.6)
 
 
-def test_random_weights_guess_as_many_as_asked_and_are_right_as_often_as_asked(capsys):
+def test_random_weights_guess_as_many_as_asked_and_are_right_as_often_as_asked(monkeypatch, capsys):
+    monkeypatch.setitem(random_model.CLIP_LARGE, "num_hidden_layers", 2)  # the tower is not asked
     words = ["--config", "small", "--visual-token-num", "96", "--num-speculations", "2"]
     words += ["--acceptance", "1", "--limit", "1", "--max-new-tokens", "13", "--device", "cpu"]
     words += ["--warmup", "1"]
