@@ -46,7 +46,10 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     add_option(group, "--load-4bit", action="store_true")
     add_option(group, "--attn-implementation", help="sdpa, flash_attention_2 or eager")
     add_option(
-        group, "--compile", action="store_true", help="compiles decoding: see docs/Efficiency.md"
+        group,
+        "--compile",
+        action="store_true",
+        help="compiles decoding, on a GPU also prompts: see docs/Efficiency.md",
     )
     for name in PIXELS:
         what = "a frame of a video" if name.startswith("video") else "an image"

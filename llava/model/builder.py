@@ -129,7 +129,8 @@ def load_pretrained_model(
     vision_tower: folder to use in place of the config's `mm_vision_tower`
     vision_tower_dtype: None is the model's own
     generation_strategy: what `generate` uses unless told otherwise; None: "autoregressive"
-    compile:     whether steps of decoding are compiled, see `model.compile_decoding`
+    compile:     whether steps of decoding are compiled, and on a GPU layers on prompts, see
+                 `model.compile_decoding` and `model.compile_prefill`
     cache_dir:   where everything that is looked up on the hub is (model, tower, trained part)
     use_safetensors: True takes no `.bin` for the weights of the model or its base, False no
                  safetensors; None: safetensors where there are any

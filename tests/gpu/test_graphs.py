@@ -1,4 +1,4 @@
-"""Steps of decoding compiled, and on a GPU launched as graphs, say what plain steps say."""
+"""Prompts and steps of decoding compiled, steps launched as graphs, say what plain ones say."""
 
 import pytest
 import torch
@@ -29,10 +29,11 @@ def compiler(request):
 
 
 def both(model, inputs: dict, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """Answers of plain steps and of compiled ones."""
+    """Answers of plain layers and of compiled ones."""
     found = []
     for compiled in (False, True):
         model.compile_decoding = compiled
+        assert model.compile_prefill == compiled
         with torch.no_grad():
             out = model.generate(**inputs, **{**OPTIONS, "max_new_tokens": LONG, **options})
         found.append(out.cpu())

@@ -132,15 +132,15 @@ def measure(
     prompts: make the arguments of `generate`, but for the length of the answer
     now: says what time it is, in seconds
     """
-    steps = {}  # each of both is made once: it keeps what it captured
+    ways = {}  # each of both is made once: it keeps what it captured
     for compiled in sorted({variant.compiled for variant in variants}):
         model.compile_decoding = compiled
-        steps[compiled] = model.model.step
+        ways[compiled] = model.model.step, model.compile_prefill
     asked = [prompts[0]] * warmup + prompts
     for number, prompt in enumerate(progress(asked, "answers", "questions")):
         for variant in variants:
             model.pruner = variant.pruner  # first: how images are prepared may depend on it
-            model.model.step = steps[variant.compiled]
+            model.model.step, model.compile_prefill = ways[variant.compiled]
             variant.run(model, prompt() | {"max_new_tokens": limit}, now)
             if number == 0 and warmup:
                 variant.first_call = variant.clocks[0].arrivals[-1][0]

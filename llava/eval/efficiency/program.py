@@ -183,7 +183,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--compile",
         action="store_true",
-        help="compiles steps of decoding; with --decode, every way runs as it is and compiled",
+        help="compiles decoding, on a GPU also prompts; with --decode, every way runs both ways",
     )
     add(
         "--count-kernels",

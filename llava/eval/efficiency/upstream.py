@@ -116,13 +116,14 @@ def ways_of_ours(
 ) -> dict[str, Callable]:
     """Functions that make the model answer in some way, by name: (workload, tokens) -> as
     `answer`."""
-    steps = {}
+    ways = {}  # each is made once: it keeps what it captured
     for compiled in [True, False] if compile else [False]:
         model.compile_decoding = compiled
-        steps[compiled] = model.model.step  # each is made once: it keeps what it captured
+        ways[compiled] = model.model.step, model.compile_prefill
 
     def run(pruner: Pruner, compiled: bool, workload: Workload, num_tokens: int):
-        model.pruner, model.model.step = pruner, steps[compiled]
+        model.pruner = pruner
+        model.model.step, model.compile_prefill = ways[compiled]
         inputs = {"images": workload.images, "image_sizes": workload.image_sizes}
         inputs |= {"input_ids": workload.input_ids, "questions": workload.questions()}
         return answer(partial(model.generate, **inputs), num_tokens, now)
@@ -130,7 +131,7 @@ def ways_of_ours(
     return {
         name + (COMPILED if compiled else ""): partial(run, pruner, compiled)
         for name, pruner in pruners.items()
-        for compiled in sorted(steps)
+        for compiled in sorted(ways)
     }
 
 

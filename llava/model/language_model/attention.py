@@ -83,9 +83,10 @@ def attend(
             return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).view(q.shape)
         else:
             k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, **grouped
-    )
+    causal = mask is None
+    if q.shape[2] == 1:  # a plain bool also where sizes are symbols, in compiled code
+        causal = False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, **grouped)
 
 
 def attend_with_tail(
@@ -259,8 +260,7 @@ def attention_mask(
     if visible is None:
         visible = causal_mask(num_queries, bias.shape[-1], bias.device)
     batch, keys = max(len(visible), 0 if bias is None else len(bias)), visible.shape[3]
-    room = -(-keys // ALIGNED) * ALIGNED
-    added = visible.new_empty(batch, 1, visible.shape[2], room, dtype=dtype)[..., :keys]
+    added = visible.new_empty(batch, 1, visible.shape[2], room_for(keys), dtype=dtype)[..., :keys]
     added = added.zero_() if bias is None else added.copy_(spread(bias))
     return added.masked_fill_(~visible, float("-inf"))
 
@@ -278,13 +278,18 @@ def branch_mask(
     bias: of all keys (B, length), or of the nodes with them (B, q, length); None: nothing
     """
     batch = max([len(own) for own in (valid, bias) if own is not None], default=1)
-    room = -(-length // ALIGNED) * ALIGNED
-    added = visible.new_empty(batch, 1, len(visible), room, dtype=dtype)[..., :length]
+    added = visible.new_empty(batch, 1, len(visible), room_for(length), dtype=dtype)[..., :length]
     added = added.zero_() if bias is None else added.copy_(spread(bias))
     if valid is not None:
         added.masked_fill_(~valid[:, None, None], float("-inf"))
     added[..., length - visible.shape[1] :].masked_fill_(~visible, float("-inf"))
     return added
+
+
+def room_for(keys: int) -> int:
+    """Places that a row of a mask of so many keys takes: aligned, and always more, as sizes that
+    are equal for some prompts and not for others compile twice."""
+    return (keys // ALIGNED + 1) * ALIGNED
 
 
 def spread(bias: Tensor) -> Tensor:

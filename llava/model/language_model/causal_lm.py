@@ -49,7 +49,8 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
     @property
     def compile_decoding(self) -> bool:
         """Whether steps of decoding are compiled, and on a GPU launched as CUDA graphs; off unless
-        assigned. See `llava.model.language_model.decode_step`."""
+        assigned, which on a GPU assigns `compile_prefill` as well. See
+        `llava.model.language_model.decode_step`."""
         return isinstance(self.model.step, CompiledStep)
 
     @compile_decoding.setter
@@ -61,6 +62,24 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             check_compiler(device)
             kind = GraphStep if device.type == "cuda" else CompiledStep
         self.model.step = kind(self.model.rotary, self.config._attn_implementation)
+        self.compile_prefill = kind is GraphStep
+
+    @property
+    def compile_prefill(self) -> bool:
+        """Whether layers of the decoder on prompts, and those of a CLIP tower, are compiled.
+        Assigning `compile_decoding` assigns this as well: True on a GPU alone, as a CPU gains
+        little. See `llava.model.language_model.prompt_layer`."""
+        return self.model.compile_layers
+
+    @compile_prefill.setter
+    def compile_prefill(self, value: bool) -> None:
+        """Raises RuntimeError where nothing can be compiled, saying what is missing."""
+        if value:
+            check_compiler(self.model.layers[0].device)
+        self.model.compile_layers = value
+        tower = self.get_vision_tower()
+        if hasattr(tower, "compile_layers"):  # where images have grids, each were a graph
+            tower.compile_layers = value
 
     def get_model(self) -> LlamaModel:
         return self.model

@@ -40,6 +40,7 @@ from .attention import (
 from .decode_step import DecodeStep
 from .layers import DecoderLayer, Rotary, Step, bring, run_layers
 from .prefill_loop import PrefillLoop, next_position
+from .prompt_layer import is_able, run_compiled
 
 
 @dataclass
@@ -96,6 +97,7 @@ class LlamaModel(LlamaPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = Rotary(config)
         self.step = DecodeStep(self.rotary, config._attn_implementation)
+        self.compile_layers = False  # those on prompts; `step` is about decoding
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -336,9 +338,12 @@ class LlamaModel(LlamaPreTrainedModel):
     def run_layer(
         self, layer: DecoderLayer, x: Tensor, step: Step, cache: KVCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        """As `layer(x, step, cache)`, with checkpoints for the gradients where training asks."""
+        """As `layer(x, step, cache)`, compiled where that is wanted, and with checkpoints for the
+        gradients where training asks."""
         if self.gradient_checkpointing and self.training:
             return self._gradient_checkpointing_func(layer.__call__, x, step, cache)
+        if self.compile_layers and is_able(layer, x, step, cache):
+            return run_compiled(layer, x, step, cache)
         return layer(x, step, cache)
 
 

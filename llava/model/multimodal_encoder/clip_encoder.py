@@ -22,6 +22,7 @@ from ...pruning.cues import OutputMean, fingerprint
 from ...pruning.ops import middle_places
 from ...pruning.stages import VisionStage
 from ...pruning.tokens import TowerTokens, VisionTokens
+from ..language_model.compiling import compiled
 from .clip_files import read_image_processor, read_vision_config, read_vision_model
 
 LAYER_CUES = frozenset(
@@ -55,6 +56,8 @@ class CLIPVisionTower(nn.Module):
     title = "a CLIP vision tower"
     provides, provides_in_layers = CUES, LAYER_CUES
     window_side = None
+    #: whether layers are compiled, see `compile_prefill` of the model
+    compile_layers = False
 
     def __init__(self, vision_tower: str, args, delay_load: bool = False):
         super().__init__()
@@ -180,18 +183,15 @@ class CLIPVisionTower(nn.Module):
                     f"unknown cues {sorted(unknown)}, choose from {sorted(LAYER_CUES)}"
                 )
             x = tokens.hidden_states
-            normed = layer.layer_norm1(x)
-            needs_output = number < max(last, self.num_run_layers) or names & OUTPUTS
-            attention = layer.self_attn
-            q, k = attention.q_proj(normed), attention.k_proj(normed)
+            needs_output = number < max(last, self.num_run_layers) or bool(names & OUTPUTS)
             if hidden[0] is not tokens.valid or hidden[1] is not tokens.key_bias:
                 mask, hidden = key_mask(tokens), (tokens.valid, tokens.key_bias)
-            heads, scale = attention.num_heads, attention.scale
-            found[number] = attention_extras(heads, scale, q, k, names, mask)
-            if not needs_output:  # only the projections of this layer were wanted
+            inside = names - OUTPUTS
+            compiles = self.compile_layers and needs_output and not inside and self._can_compile
+            run = compiled(run_layer) if compiles else run_layer
+            x, found[number] = run(layer, x, mask, inside, needs_output)
+            if not needs_output:
                 break
-            x = x + attention.out_proj(self_attention(attention, normed, q, k, mask))
-            x = in_pieces(partial(feed_forward, layer), x)
             tokens = replace(tokens, hidden_states=x)
             if "output" in names:
                 found[number]["output"] = x[:, 1:]
@@ -200,6 +200,11 @@ class CLIPVisionTower(nn.Module):
             if number == self.num_run_layers - 1:
                 chosen = tokens
         return chosen
+
+    @property
+    def _can_compile(self) -> bool:
+        """Gradients, and hooks of accelerate that bring the weights, are for layers as they are."""
+        return not torch.is_grad_enabled() and "_hf_hook" not in vars(self)
 
     def _embed(self, images: Tensor) -> Tensor:
         """Embeddings (B, 1 + N, C); positions are interpolated for crops of another size."""
@@ -273,6 +278,22 @@ class CLIPVisionTower(nn.Module):
     @property
     def num_patches(self) -> int:
         return self.num_patches_per_side**2
+
+
+def run_layer(
+    layer, x: Tensor, mask: Tensor | None, names: frozenset[str], needs_output: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a CLIP layer gives on x (B, T, C), and the cues `names` that are seen inside it.
+
+    mask: (B, T) as `key_mask` gives it. needs_output: False: only the cues are wanted, x stays
+    """
+    attention, normed = layer.self_attn, layer.layer_norm1(x)
+    q, k = attention.q_proj(normed), attention.k_proj(normed)
+    cues = attention_extras(attention.num_heads, attention.scale, q, k, names, mask)
+    if not needs_output:
+        return x, cues
+    x = x + attention.out_proj(self_attention(attention, normed, q, k, mask))
+    return in_pieces(partial(feed_forward, layer), x), cues
 
 
 def feed_forward(layer, x: Tensor) -> Tensor:
