@@ -139,6 +139,23 @@ def test_a_step_with_a_tree_of_guesses_waits_once(make_model, sample, rule):
     assert kernels / steps <= layers * PER_LAYER + PER_TREE + (PER_RULED_TREE if rule else 0)
 
 
+@pytest.mark.parametrize("rule", [{}, {"repetition_penalty": 1.3}, {"do_sample": True}], ids=str)
+def test_a_step_of_a_batch_with_trees_waits_once_for_all_rows(make_model, sample, rule):
+    model, inputs = asked(make_model, sample, "llava", batch=True)
+    grown(model, 2, 2, visual_token_num=30, tree_nodes=20)
+    place(model, SECOND)
+    place(model.pruner.module, SECOND)
+    steps, counts = [], []
+    for tokens in (SHORT, 5 * LONG):
+        options = GREEDY | {"eos_token_id": None, "max_new_tokens": tokens, **rule}
+        with torch.no_grad(), devices() as log:
+            out = model.generate(**inputs, **options, **SPECULATE)
+        steps.append(max(len(own.accepted) for own in out.logs))
+        counts.append((len(log.waits), len(log.uploads)))
+    waits, uploads = (b - a for a, b in zip(*counts, strict=True))
+    assert steps[1] - steps[0] > 1 and waits == steps[1] - steps[0] and uploads == 0
+
+
 def test_mixed_devices_and_host_values_are_refused_and_uploads_and_kernels_counted():
     x, host = Elsewhere(torch.arange(6.0), SECOND), torch.arange(3)
     with devices() as log:

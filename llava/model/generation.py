@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +20,11 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationM
 from ..constants import STRATEGIES
 from ..pruning import PruningTrace, no_drafter
 from ..pruning.drafter import DRAFTER_OPTIONS, Drafter
+from .lockstep import together
 from .model_part import ModelPart
 from .patches import replacement
 from .self_speculative import Speculation, SpeculationLog
-from .token_choice import TokenChoice
+from .token_choice import Noise, TokenChoice
 from .tree_speculation import TreeSpeculation
 
 #: arguments of the decoder that `generate` passes on
@@ -168,24 +170,36 @@ class GenerationStrategies(ModelPart):
         synced_gpus: bool = False,
         **prompt,
     ):
-        """Prompt after prompt: rows that accept different numbers of guesses stay independent."""
+        """Every prompt has its own caches, as rows accept different numbers of guesses. Answers
+        that are guessed in rows grow one after the other, those in trees together."""
         check_speculation(self, input_ids, logits_processor, prompt)
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(f"a streamer shows one answer, but there are {len(input_ids)} prompts")
         ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+        kind = TreeSpeculation if drafter.guesses_trees else Speculation
+        several, noise = len(input_ids) > 1, Noise(len(input_ids))
         answers = []
         for row in traced_rows(self, len(input_ids)):
             ids = input_ids[row : row + 1]
-            choice = self.token_choice(logits_processor, warpers, ids, ends)
-            own = one_row(prompt, row)
+            choice = self.token_choice(logits_processor, warpers, ids, ends, noise, row)
+            most = stopping_criteria.max_length - ids.shape[1]
             answers.append(
-                speculate(self, drafter, choice, own, stopping_criteria, streamer, output_scores)
+                Answer(
+                    kind(self, drafter, choice, most, several),
+                    stopping_criteria,
+                    streamer,
+                    output_scores,
+                )
             )
-        sequences = padded([answer[0] for answer in answers], pad_token_id)
+            answers[-1].start(one_row(prompt, row))
+            if not drafter.guesses_trees:
+                answers[-1].finish()
+        grow_together(answers)
+        sequences = padded([answer.ids for answer in answers], pad_token_id)
         if not return_dict_in_generate:
             return sequences
-        scores = padded_scores([answer[1] for answer in answers]) if output_scores else None
-        logs = [answer[2] for answer in answers]
+        scores = padded_scores([answer.scores for answer in answers]) if output_scores else None
+        logs = [answer.log for answer in answers]
         return SpeculativeOutput(sequences=sequences, scores=scores, logs=logs)
 
 
@@ -215,34 +229,75 @@ def check_speculation(model, input_ids: Tensor, rules: LogitsProcessorList, opti
             raise ValueError(f"prefix_allowed_tokens_fn takes one prompt at a time {strategy}")
 
 
-def speculate(
-    model, drafter, choice, prompt: dict, criteria, streamer, keep_scores: bool
-) -> tuple[Tensor, list[Tensor], SpeculationLog]:
-    """One answer: (n,) ids behind those of `choice`, included, scores (V,) per token if wanted, and
-    the log."""
-    begin = size = choice.ids.shape[1]
-    others = [rule for rule in criteria if not isinstance(rule, MaxLengthCriteria)]
-    scores: list[Tensor] = []
-    began = time.perf_counter()
-    kind = TreeSpeculation if drafter.guesses_trees else Speculation
-    speculation = kind(model, drafter, choice, criteria.max_length - size)
-    tokens, rows, numbers = speculation.start(prompt)
-    speculation.log.first_seconds = time.perf_counter() - began
-    while True:
-        if keep_scores:
-            scores.extend(rows)
-        count, finished = answered(choice.ids, numbers, choice.ends, others, scores or None)
-        if streamer is not None:
-            streamer.put(torch.tensor(numbers[:count]))
-        size += count
-        if finished or size >= criteria.max_length:
-            break
-        tokens, rows, numbers = speculation.step()
-    if streamer is not None:
-        streamer.end()
-    log = speculation.finished_log()
-    log.seconds = time.perf_counter() - began
-    return choice.ids[0, :size], scores[: size - begin], log
+class Answer:
+    """One answer while it grows.
+
+    speculation: guesses and verifies its tokens; None when it is `finished`
+    ids:         (n,) the answer, behind the ids that its `TokenChoice` began with
+    scores:      (V,) for each of its tokens, if they are wanted
+    """
+
+    def __init__(self, speculation: Speculation, criteria, streamer, keep_scores: bool):
+        self.speculation: Any = speculation
+        self.choice, self.streamer, self.keep_scores = speculation.choice, streamer, keep_scores
+        self.begin = self.size = self.choice.ids.shape[1]
+        self.longest = criteria.max_length
+        self.criteria = [rule for rule in criteria if not isinstance(rule, MaxLengthCriteria)]
+        self.scores: list[Tensor] = []
+        self.log = speculation.log
+
+    @property
+    def finished(self) -> bool:
+        return self.speculation is None
+
+    def start(self, prompt: dict) -> None:
+        """Runs the prompt, `one_row` of a batch."""
+        began = time.perf_counter()
+        found = self.speculation.start(prompt)
+        self.log.first_seconds = time.perf_counter() - began
+        self.take(*found)
+        self.log.seconds = time.perf_counter() - began
+
+    def finish(self) -> None:
+        """Lets it grow alone."""
+        began = time.perf_counter()
+        while not self.finished:
+            self.take(*self.speculation.step())
+        self.log.seconds += time.perf_counter() - began
+
+    def take(self, tokens: Tensor, rows: Tensor, numbers: list[int]) -> None:
+        """What a step of `speculation` gave."""
+        if self.keep_scores:
+            self.scores.extend(rows)
+        count, ended = answered(
+            self.choice.ids, numbers, self.choice.ends, self.criteria, self.scores or None
+        )
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor(numbers[:count]))
+        self.size += count
+        if ended or self.size >= self.longest:
+            self._end()
+
+    def _end(self) -> None:
+        if self.streamer is not None:
+            self.streamer.end()
+        self.log = self.speculation.finished_log()
+        self.ids = self.choice.ids[0, : self.size]
+        self.scores = self.scores[: self.size - self.begin]
+        self.choice.noise.forget(self.choice.row)
+        self.speculation = None  # its caches are free
+
+
+def grow_together(answers: list[Answer]) -> None:
+    """Lets answers grow until all have ended, a step of each at a time."""
+    while growing := [answer for answer in answers if not answer.finished]:
+        began = time.perf_counter()
+        found = together([answer.speculation.steps() for answer in growing])
+        for answer, own in zip(growing, found, strict=True):
+            answer.take(*own)
+        share = (time.perf_counter() - began) / len(growing)
+        for answer in growing:
+            answer.log.seconds += share
 
 
 def answered(

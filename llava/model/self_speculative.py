@@ -38,7 +38,8 @@ class SpeculationLog:
     trees:         where trees are guessed, those; their tokens are `drafts`
     paths:         and the nodes that were accepted
     first_seconds: until the tokens of the first step were known, vision excluded
-    seconds:       of the whole generation, vision excluded
+    seconds:       of the whole generation, vision excluded; a step that answers of a batch take
+                   together counts for each of them in equal parts
     """
 
     drafts: list[list[Any]] = field(default_factory=list)
@@ -90,9 +91,18 @@ class Speculation:
     model:     a LLaVA model
     choice:    how tokens follow from logits
     most:      tokens to generate at most, at least 1
+    of_several: it is one of several; those that guess trees grow together
     """
 
-    def __init__(self, model, drafter: Drafter, choice: TokenChoice, most: int):
+    def __init__(
+        self,
+        model,
+        drafter: Drafter,
+        choice: TokenChoice,
+        most: int,
+        of_several: bool = False,
+    ):
+        self.of_several = of_several
         self.decoder, self.drafter = model.model, drafter
         self.model, self.choice, self.most = model, choice, most
         self.depth = len(self.decoder.layers)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from .lockstep import Numbers, Work, alone
 from .token_tree import TokenTree
 
 
@@ -30,6 +31,37 @@ class Walk:
     accepted: list[int]
 
 
+class Noise:
+    """What decides the draws of the answers of a batch, place by place: that of `torch.multinomial`
+    for all of them at once, so that after one seed the tokens are those of sampling one by one.
+
+    rows: answers of the batch
+    """
+
+    def __init__(self, rows: int = 1):
+        self.places: list[float] = [0] * rows  # how long each answer is
+        self.first = 0  # the place of the first of `drawn`
+        self.drawn: list[Tensor] = []  # (B, V) each
+
+    def ahead(self, row: int, count: int, like: Tensor) -> Tensor:
+        """(1, V) of the token that is `count` of them ahead of an answer's next one.
+
+        like: (1, V) probabilities of tokens
+        """
+        place = int(self.places[row]) + count - self.first
+        while len(self.drawn) <= place:
+            shape = len(self.places), like.shape[1]
+            self.drawn.append(like.new_empty(shape).exponential_())
+        return self.drawn[place][row : row + 1]
+
+    def forget(self, row: int, count: float = float("inf")) -> None:
+        """`count` more tokens of an answer are chosen; by default it has ended."""
+        self.places[row] += count
+        if (shortest := min(self.places)) < float("inf"):
+            del self.drawn[: int(shortest) - self.first]
+            self.first = int(shortest)
+
+
 class TokenChoice:
     """The rule by which one answer continues.
 
@@ -38,6 +70,7 @@ class TokenChoice:
                 None: the best token is taken
     ids:        (1, n) what the answer starts behind, as processors want to see it
     ends:       tokens that end an answer
+    noise, row: of sampling with trees of guesses, where the answer is a row of a batch
     """
 
     def __init__(
@@ -46,12 +79,14 @@ class TokenChoice:
         warpers: LogitsProcessorList | None,
         ids: Tensor,
         ends: list[int],
+        noise: Noise | None = None,
+        row: int = 0,
     ):
         self.rules = [*processors, *(warpers or [])]
         self.sampled = warpers is not None
         self.ids = ids
         self.ends = set(ends)
-        self.noise: list[Tensor] = []  # of the tokens to come, see `_draw`
+        self.noise, self.row = noise or Noise(), row
 
     def add(self, tokens: Tensor) -> None:
         """Tokens (n,) that are part of the answer now."""
@@ -132,14 +167,18 @@ class TokenChoice:
         Every token is what the decoder chooses, or draws, behind those before it, whatever was
         guessed. Waits for the device once.
         """
+        return alone(self.walking(logits, tree))
+
+    def walking(self, logits: Tensor, tree: TokenTree) -> Work[Walk]:
+        """`walk`, for several answers at once."""
         if self.rules or self.sampled:
             tokens, nodes, count, scores = self._walk_by_rules(logits, tree)
         else:
             tokens, nodes, count = self._walk_greedily(logits, tree)
             scores = logits.index_select(0, nodes)
-        count, *numbers = torch.cat([count[None] + 1, tokens, nodes]).tolist()
+        count, *numbers = yield Numbers(torch.cat([count[None] + 1, tokens, nodes]))
         accepted = numbers[len(tokens) + 1 : len(tokens) + count]
-        del self.noise[:count]
+        self.noise.forget(self.row, count)
         return Walk(tokens[:count], nodes[:count], scores[:count], numbers[:count], accepted)
 
     def _walk_greedily(self, logits: Tensor, tree: TokenTree) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,15 +223,10 @@ class TokenChoice:
         return logits.argmax(dim=-1)
 
     def _draw(self, scores: Tensor, ahead: int) -> Tensor:
-        """(1,) drawn from scores (1, V) for the token that is `ahead` of the next one.
-
-        The noise belongs to the place of the token in the answer, and is that of
-        `torch.multinomial`: after `torch.manual_seed` the tokens are those of sampling one by one.
-        """
+        """(1,) drawn from scores (1, V) for the token that is `ahead` of the next one, by the noise
+        that belongs to its place in the answer."""
         p = scores.softmax(dim=-1)
-        while len(self.noise) <= ahead:
-            self.noise.append(torch.empty_like(p).exponential_())
-        return (p / self.noise[ahead]).argmax(dim=-1)
+        return (p / self.noise.ahead(self.row, ahead, p)).argmax(dim=-1)
 
     def _scores(self, logits: Tensor, ids: Tensor) -> Tensor:
         for rule in self.rules:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..devices import device_of
 from ..pruning.branches import Branches
 from ..pruning.prefill import Prefill
+from .lockstep import Layers, Tokens, Work, alone
 from .self_speculative import Speculation, SpeculationLog
 from .token_choice import Walk
 from .token_tree import Growth, TokenTree, on_host
@@ -36,25 +37,33 @@ class TreeSpeculation(Speculation):
     # --- guessing -----------------------------------------------------------------------------
 
     def guess_first(self, prefill: Prefill) -> tuple[TokenTree, Tensor, Branches]:
-        tree = self._grow(self._first_logits(prefill))
-        self.nodes, branches = self._run_shared(tree)
-        return tree, self.nodes, branches
+        return alone(self._guess_nodes(self._first_logits(prefill)))
 
-    @torch.no_grad()
     def step(self) -> tuple[Tensor, Tensor, list[int]]:
-        root = self.decoder.step(self.shared, self._embedded(self.newest[0]), self.cache)
+        return alone(self.steps())
+
+    def steps(self) -> Work[tuple[Tensor, Tensor, list[int]]]:
+        """`step`, for several prompts at once (`together`), of which each has its own tree, accepts
+        its own path, and has caches as long as its own text."""
+        root = yield self._through(self.shared, self._embedded(self.newest[0]))
         self.waiting.append(root)
-        tree = self._grow(self._drafter_logits())
-        self.nodes, branches = self._run_shared(tree)
+        logits = yield from self._draft()
+        tree, nodes, branches = yield from self._guess_nodes(logits)
         depths = torch.cat([tree.depths.new_zeros(1), tree.depths])
         branches = Branches(depths, tree.lineage, branches.root, tree.deepest)
-        x = torch.cat([root, self.nodes], dim=1)
-        x = self.decoder.step(self.deep, x, self.cache, branches=branches)
-        x = self.decoder.norm(x.to(device_of(self.decoder.norm)))
-        return self._verify(tree, self.model.logits_of(x)[0])
+        x = yield self._through(self.deep, torch.cat([root, nodes], dim=1), branches)
+        logits = yield Tokens(self._decoder_logits, x)
+        return (yield from self._verified(tree, logits[0]))
 
-    def _grow(self, logits: Tensor) -> TokenTree:
-        """The tree behind the newest token, from the logits (1, V) of the drafter there."""
+    def _guess_nodes(self, logits: Tensor) -> Work[tuple[TokenTree, Tensor, Branches]]:
+        """The tree behind the newest token, from the logits (1, V) of the drafter there; its nodes
+        (1, N, D) behind the shared layers, and how they stand behind their root."""
+        tree = yield from self._grow(logits)
+        branches = Branches(tree.depths, tree.lineage[1:, 1:], self.count - 1, tree.deepest)
+        self.nodes = yield self._through(self.shared, self._embedded(tree.tokens), branches)
+        return tree, self.nodes, branches
+
+    def _grow(self, logits: Tensor) -> Work[TokenTree]:
         growth = Growth(self.drafter.width, logits)
         growth.add(logits)
         lengths = list(self.cache.lengths)
@@ -62,38 +71,44 @@ class TreeSpeculation(Speculation):
             x = self._embedded(growth.follow())
             branches = Branches(growth.depths, growth.visible, self.count - 1, level)
             for layers in (self.shared, self.drafter.layers):
-                x = self.decoder.step(layers, x, self.cache, branches=branches)
-            growth.add(self._at_home(self.drafter.logits(x)[0]))
+                x = yield self._through(layers, x, branches)
+            logits = yield Tokens(self.drafter.logits, x)
+            growth.add(self._at_home(logits[0]))
         for layer, length in enumerate(lengths):
             self.cache.crop(layer, length)
         return growth.tree(self.drafter.nodes)
 
-    def _run_shared(self, tree: TokenTree) -> tuple[Tensor, Branches]:
-        """The nodes (1, N, D) behind the shared layers, and how they stand behind their root."""
-        branches = Branches(tree.depths, tree.lineage[1:, 1:], self.count - 1, tree.deepest)
-        x = self._embedded(tree.tokens)
-        return self.decoder.step(self.shared, x, self.cache, branches=branches), branches
+    def _draft(self) -> Work[Tensor]:
+        """(1, V) behind the newest token; the drafter's layers see what the last step accepted
+        together with it."""
+        x = torch.cat(self.waiting, dim=1)
+        self.drafted, self.waiting = self.drafted + x.shape[1], []
+        x = yield self._through(self.drafter.layers, x)
+        logits = yield Tokens(self.drafter.logits, x[:, -1:].contiguous())
+        return self._at_home(logits[:, -1])
+
+    def _through(self, layers, x: Tensor, branches: Branches | None = None) -> Layers:
+        return Layers(self.decoder.step, layers, x, self.cache, branches, self.of_several)
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         """(1, n, D) of tokens (n,)."""
         return self.decoder.embed_tokens(tokens[None])
 
-    def _drafter_logits(self) -> Tensor:
-        """(1, V) behind the newest token; the drafter's layers see what the last step accepted
-        together with it."""
-        x = torch.cat(self.waiting, dim=1)
-        self.drafted, self.waiting = self.drafted + x.shape[1], []
-        x = self.decoder.step(self.drafter.layers, x, self.cache)
-        return self._at_home(self.drafter.logits(x[:, -1:].contiguous())[:, -1])
+    def _decoder_logits(self, x: Tensor) -> Tensor:
+        """(1, n, V) from what the last layer gives."""
+        return self.model.logits_of(self.decoder.norm(x.to(device_of(self.decoder.norm))))
 
     # --- verification -------------------------------------------------------------------------
 
     def _verify(self, tree: TokenTree, logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        return alone(self._verified(tree, logits))
+
+    def _verified(self, tree: TokenTree, logits: Tensor) -> Work[tuple[Tensor, Tensor, list[int]]]:
         """Keeps the path that the decoder takes; logits (N + 1, V) behind the root and every node.
 
         Returns what `start` returns, tokens beyond those that the answer may have left out.
         """
-        walk = self.choice.walk(self._at_home(logits), tree)
+        walk = yield from self.choice.walking(self._at_home(logits), tree)
         first = [length + self.count for length in self.prompt_lengths[: self.depth]]
         self.cache.keep_of_newest(first, [node - 1 for node in walk.accepted])
         if walk.accepted:

@@ -6,7 +6,7 @@ import torch
 from llava.pruning import build_pruner
 from llava.pruning.chain import Chain
 from llava.pruning.testing.tiny import make_own_grids_model, pad_batch, picture, sample
-from tests.model.speculation_tools import GREEDY, SPECULATE, Recorder, answers, sharpened
+from tests.model.speculation_tools import GREEDY, ROW, SPECULATE, Recorder, answers, sharpened
 from tests.pruning.test_twigvlm import grown
 from tests.second_device import SECOND, devices, place
 
@@ -58,16 +58,18 @@ def test_rules_about_tokens_look_at_the_prompt_as_well(sharp):
     assert torch.equal(own, plain)
 
 
-def test_rows_of_a_batch_stay_apart(sharp):
+@pytest.mark.parametrize("tree", [ROW, {"tree_nodes": 20}], ids=str)
+def test_rows_of_a_batch_stay_apart(sharp, tree):
     grown(sharp, visual_token_num=None, visual_token_ratio=0.4)
     prompts = [sample(3, "image", 9, seed=1), sample(12, "image", 2, seed=2), sample(5, seed=3)]
     ids, mask = pad_batch([p.ids for p in prompts])
     images = [picture(*WIDE), picture(*TALL)]
     for rules in ({}, {"repetition_penalty": 1.3}):
-        plain, fast, logs = answers(sharp, ids, images, attention_mask=mask, **rules)
+        plain, fast, logs = answers(sharp, ids, images, tree, attention_mask=mask, **rules)
         assert torch.equal(plain, fast)
         for row, own in enumerate(([images[0]], [images[1]], None)):
-            alone = sharp.generate(prompts[row].ids, images=own, **GREEDY, **SPECULATE, **rules)
+            options = {**GREEDY, **SPECULATE, **tree, **rules}
+            alone = sharp.generate(prompts[row].ids, images=own, **options)
             assert torch.equal(fast[row], alone[0])
     assert len({tuple(log.accepted) for log in logs}) > 1  # they accept different numbers
 

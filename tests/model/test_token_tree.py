@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from llava.model.token_choice import TokenChoice
+from llava.model.token_choice import Noise, TokenChoice
 from llava.model.token_tree import Growth, TokenTree, on_host
 
 VOCABULARY = 5
@@ -183,7 +183,7 @@ def test_drawn_tokens_have_the_decoders_distribution():
         walk = own.walk(logits, tree)
         firsts[walk.numbers[0]] += 1
         accepted += bool(walk.accepted)
-        own.noise.clear()
+        own.noise = Noise()
     p = target(()).softmax(dim=0)
     assert (firsts / rounds - p).abs().max() < 0.03
     guessed = p[tree.tokens[tree.depths == 1]].sum()  # no rule can accept more often

@@ -8,6 +8,7 @@ import torch
 from llava.model.language_model import attention, decode_step
 from llava.model.language_model.cuda_graphs import GraphStep
 from llava.model.language_model.decode_step import CompiledStep
+from llava.model.lockstep import Numbers
 from llava.model.token_choice import TokenChoice
 from llava.pruning.testing.tiny import make_own_grids_model, picture
 from llava.pruning.twigvlm import TwigVLM
@@ -284,15 +285,15 @@ def test_caches_hold_the_path_that_was_accepted_and_never_move(sharp, sample, mo
     from llava.model.tree_speculation import TreeSpeculation
 
     made, caches = counted_caches(monkeypatch), []
-    verify = TreeSpeculation._verify
+    verify = TreeSpeculation._verified
 
     def watched(own, tree, logits):
-        out = verify(own, tree, logits)
+        out = yield from verify(own, tree, logits)
         held = [own.cache.entries(layer) for layer in range(own.depth)]
         caches.append([(k.clone(), v.clone()) for k, v in held])
         return out
 
-    monkeypatch.setattr(TreeSpeculation, "_verify", watched)
+    monkeypatch.setattr(TreeSpeculation, "_verified", watched)
     grown(sharp, 2, 2, visual_token_num=14)
     prompt = sample(4, "image", 5)
     options = dict(images=prompt.images, **GREEDY | {"max_new_tokens": 40})
@@ -342,14 +343,13 @@ def test_the_log_says_what_every_step_did(sharp, sample):
 
 
 def test_a_step_waits_for_the_device_once(sharp, sample, monkeypatch):
-    waits = []
-    walk = TokenChoice.walk
-    monkeypatch.setattr(TokenChoice, "walk", lambda *args: waits.append(1) or walk(*args))
+    waits, read = [], Numbers.answer
+    monkeypatch.setattr(Numbers, "answer", lambda asked: waits.append(len(asked)) or read(asked))
     monkeypatch.setattr(TokenChoice, "stops", None)
     grown(sharp, enable_pruning=False)
     prompt = sample(4, "image", 5)
     _, _, logs = answers(sharp, prompt.ids, prompt.images)
-    assert len(waits) == len(logs[0].accepted)
+    assert waits == [1] * len(logs[0].accepted)
 
 
 # --- sampling -------------------------------------------------------------------------------

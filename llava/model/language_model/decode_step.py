@@ -7,8 +7,9 @@ so that nothing in it but the contents of tensors changes from token to token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +21,19 @@ from ..kv_cache import KVCache, RowState
 from ..position_bias import between, joined
 from .attention import added_mask, attention_mask, branch_mask, causal_mask, padded_causal_mask
 from .compiling import compiled
-from .layers import DecoderLayer, Rotary, Step, bring
+from .layers import DecoderLayer, OwnCache, Rotary, Step, bring
 
 #: decoders up to so many layers are compiled as a whole on a CPU, as calling six small graphs costs
 #: more there than what they save; deeper ones layer by layer, as all layers share one graph
 FEW_LAYERS = 12
+
+
+class Asked(Protocol):
+    """Tokens x (1, q, D) of one answer, its cache, and how they follow each other in a tree."""
+
+    x: Tensor
+    cache: KVCache
+    branches: Branches | None
 
 
 class DecodeStep:
@@ -69,6 +78,34 @@ class DecodeStep:
             if number in recorded:
                 trace.add_answer_attention(number, rows)
         return x
+
+    def several(self, layers: Iterable[DecoderLayer], asked: Sequence[Asked]) -> list[Tensor]:
+        """What `layers` give on the tokens of several answers, each as by itself, (1, q, D); every
+        layer multiplies all of them with its weights at once. Layer by layer in a compiled step,
+        too: what is compiled is one cache."""
+        x = torch.cat([own.x for own in asked], dim=1)
+        steps: dict[tuple[int, ...], Step] = {}
+        for layer in layers:
+            number = layer.self_attn.layer_idx
+            key = tuple(id(own.cache.rows[number]) for own in asked)
+            if key not in steps:
+                steps[key] = self._joint_step(asked, number)
+            x, steps[key] = bring(layer, x, steps[key])
+            x, _ = layer(x, steps[key], None)
+        return list(x.split([own.x.shape[1] for own in asked], dim=1))
+
+    def _joint_step(self, asked: Sequence[Asked], number: int) -> Step:
+        """For layers that hold what layer `number` does."""
+        steps = [
+            self._step(own.cache.rows[number], own.cache, number, own.x, own.branches)
+            for own in asked
+        ]
+        cos, sin = (torch.cat(parts, dim=2) for parts in zip(*(s.rope for s in steps), strict=True))
+        answers = [
+            OwnCache(own.x.shape[1], own.cache, step.mask)
+            for own, step in zip(asked, steps, strict=True)
+        ]
+        return Step((cos, sin), answers=answers)
 
     def _step(
         self, state: RowState, cache: KVCache, number: int, x: Tensor, branches: Branches | None

@@ -95,6 +95,16 @@ def _known_frequencies(width: int, theta: float, device: torch.device) -> Tensor
 
 
 @dataclass
+class OwnCache:
+    """The tokens of one answer, so many of those that a layer runs on, the cache that they go to,
+    and their mask as in `attend`."""
+
+    size: int
+    cache: KVCache
+    mask: Tensor | None
+
+
+@dataclass
 class Step:
     """What the layers of one forward pass share.
 
@@ -107,6 +117,8 @@ class Step:
     state:  what the cache of these layers has to know about the rows
     tail:   (B or 1, 1, T, S) mask of numbers of the last T tokens where these are the nodes of a
             tree; `mask` is about those before them. None: there are no such tokens
+    answers: whose the tokens are, one answer behind the other, where each has a cache of its own;
+            the cache that a layer is given, `mask` and all else but `rope` are then not read
     """
 
     rope: tuple[Tensor, Tensor]
@@ -118,6 +130,7 @@ class Step:
     packed: Packing | None = None
     bias: Tensor | None = None
     tail: Tensor | None = None
+    answers: list[OwnCache] | None = None
 
 
 class Attention(nn.Module):
@@ -160,6 +173,9 @@ class Attention(nn.Module):
         batch, size, _ = x.shape
         q, k = self.queries_and_keys(x, step.rope)
         v = self.values(x)
+        if step.answers is not None:
+            out = self._attend_each(q, k, v, step.answers)
+            return self.o_proj(out.transpose(1, 2).reshape(batch, size, -1)), None
         if cache is not None:
             k, v = cache.append(self.layer_idx, k, v)
         row = k if step.form == "keys" else None
@@ -173,6 +189,15 @@ class Attention(nn.Module):
         else:
             out = attend_behind(q, k, v, step.mask, shared)
         return self.o_proj(out.transpose(1, 2).reshape(batch, size, -1)), row
+
+    def _attend_each(self, q: Tensor, k: Tensor, v: Tensor, answers: list[OwnCache]) -> Tensor:
+        """(1, H, Q, d) attention of tokens to those of their own answer."""
+        sizes, out = [own.size for own in answers], []
+        parts = (x.split(sizes, dim=2) for x in (q, k, v))
+        for own, asking, keys, values in zip(answers, *parts, strict=True):
+            keys, values = own.cache.append(self.layer_idx, keys, values)
+            out.append(attend(asking, keys, values, own.mask, self.backend))
+        return torch.cat(out, dim=2)
 
 
 class DecoderLayer(nn.Module):
