@@ -84,7 +84,8 @@ class IDPruner(SinkFilter, EqualShares):
         if self.module is None:
             return vision.salience * vision.block  # the sum over the patches of a token
         features = vision.features.detach()
-        return self.module(features.to(device_of(self.module))).to(features.device)
+        scores: Tensor = self.module(features.to(device_of(self.module)))
+        return scores.to(features.device)
 
     def pick(self, vision: VisionTokens, rows: Tensor | slice, count: int) -> Tensor:
         importance = self.importance(vision)[rows]

@@ -13,6 +13,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +50,12 @@ class Scorer(nn.Sequential):
 
     @property
     def width(self) -> int:
-        return self[0].in_features
+        first: Any = self[0]
+        return int(first.in_features)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return super().forward(tokens)[..., 0]
+        scores: Tensor = super().forward(tokens)
+        return scores[..., 0]
 
 
 def scorer_file(given: str, method: str) -> str:
