@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "llava/__init__.py").read_text()).group(1)
@@ -41,6 +42,22 @@ EXTRAS["dev"] = [
     *EXTRAS["serve"],
 ]
 
+MANIFEST = (ROOT / "MANIFEST.in").read_text()
+
+
+class BuildPy(build_py):
+    """Puts copies of what MANIFEST.in includes where `llava/clone_files.py` looks for them."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return  # the clone itself is read
+        for name in re.findall(r"^include (.+)$", MANIFEST, re.MULTILINE):
+            copy = Path(self.build_lib, "llava", "clone", name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(ROOT / name), str(copy))
+
+
 setup(
     name="llava",
     version=VERSION,
@@ -53,6 +70,7 @@ setup(
     # names under which releases offer their methods
     py_modules=[path.stem for path in ROOT.glob("*.py") if path.name != "setup.py"],
     package_data={"llava": ["py.typed"], "llava.eval": ["table/*.json"]},
+    cmdclass={"build_py": BuildPy},
     install_requires=[
         "torch>=2.4",
         "transformers==4.37.2",

@@ -95,7 +95,7 @@ def evaluate(words: list[str]) -> int:
     if not (ROOT / SCRIPT).is_file():
         raise ValueError(
             f"{ROOT / SCRIPT} is not there: the scripts come with a clone of the repository, not "
-            "with the installed package. python -m llava.eval.compare runs benchmarks without them"
+            "with the installed package. llava compare runs benchmarks without them"
         )
     benchmark, *words = words
     find_benchmark(benchmark)

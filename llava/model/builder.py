@@ -47,6 +47,7 @@ from ..constants import (
 from ..llava_hf import layout_note, name_here
 from ..log_output import say
 from ..pruning import Pruner, pruner_from_keywords
+from ..pruning.required import required
 from ..weight_files import local_folder, uses_cache_dir
 from . import qwen2_5_vl_loading
 from .checkpoint import (
@@ -299,7 +300,7 @@ def fill_llava(filler: Filler, folder: str, base: str | None, kind: Kind) -> Non
         trained = clean_trainable_names(read_tensors(folder, NON_LORA))
     else:
         # The published loader rounds the projector through half precision, whatever the dtype.
-        path = projector_file(folder)
+        path = required(projector_file(folder), f"{folder} holds no projector")
         trained = {name: tensor.half() for name, tensor in read_file(path).items()}
     for name, tensor in trained.items():
         filler.add(name, tensor, folder)

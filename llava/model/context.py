@@ -60,9 +60,11 @@ def answer_room(model, prompt_positions: int | None, wanted: int | None) -> int 
     The last token of an answer takes no position: nothing is computed from it.
     """
     limit = position_limit(model.config)
-    if None in (limit, wanted, prompt_positions) or prompt_positions + wanted - 1 <= limit:
+    if limit is None or wanted is None or prompt_positions is None:
         return wanted
     room = limit - prompt_positions + 1
+    if wanted <= room:
+        return wanted
     _warn_once(
         model,
         "answer",

@@ -14,6 +14,7 @@ from ..devices import device_of, moved
 from ..image_settings import ImageSettings
 from ..mm_utils import get_anyres_image_grid_shape
 from ..pruning.cues import cues_for
+from ..pruning.required import required
 from ..pruning.tokens import ImageTokens, VisionTokens
 from .image_layout import flat_layout, image_layout, spatial_layout, with_newline
 from .model_part import ModelPart
@@ -87,7 +88,8 @@ class ImageEncoding(ModelPart):
         vision = self.encode_vision(crops, owner.to(crops.device), questions, plans)
         unpads = tiled and "unpad" in settings.mm_patch_merge_type
         newline = self.get_model().image_newline if unpads else None
-        laid_out = [self._layout(vision, layout, newline) for layout in vision.layouts]
+        layouts = required(vision.layouts, "how the crops of an image stand to one another is lost")
+        laid_out = [self._layout(vision, layout, newline) for layout in layouts]
         for number, image in enumerate(laid_out):
             image.image_extras = {k: own[number] for k, own in vision.image_extras.items()}
         whole = self.pruner.vision.after_layouts(laid_out)
@@ -135,7 +137,7 @@ class ImageEncoding(ModelPart):
         class_token = self.get_vision_tower().select_feature == "cls_patch"
         num_patches = math.prod(vision.grid) + class_token
         newline = None if newline is None else newline.to(vision.features.device)
-        if layout.tiles is not None:
+        if layout.mosaic is not None:
             return spatial_layout(vision, layout, num_patches, newline)
         flat = flat_layout(vision, layout.crops, num_patches)
         return flat if newline is None else with_newline(flat, newline)

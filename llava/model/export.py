@@ -43,6 +43,7 @@ from ..llava_hf import (
 from ..log_output import say
 from ..mm_utils import get_model_name_from_path
 from ..model_args import DTYPES, add_option
+from ..pruning.required import required
 from ..weight_files import float_type_in, local_folder, weight_files
 from . import export_files as files
 from .builder import load_pretrained_model
@@ -298,7 +299,7 @@ def write_ours(source: Source, folder: str, names: str) -> None:
     """Our layout, the tower in a folder of its own, without what `write_llava_hf` adds."""
     config, inner = source.config, f"{TOWER_PREFIX}vision_tower."
     raw = read_config(source.folder)
-    before = raw.get(SETTINGS) if isinstance(raw.get(SETTINGS), dict) else {}
+    before: dict = settings if isinstance(settings := raw.get(SETTINGS), dict) else {}
     rows = rows_before(raw, before, config.vocab_size)
     more = files.tokens_behind(source.tokenizer, rows)
     if more is None:  # nothing but what the layout adds
@@ -345,7 +346,7 @@ def write_qwen(source: Source, folder: str, names: str) -> None:
     config._name_or_path = ""
     config.save_pretrained(folder)
     write_generation_config(folder, source.model.generation_config)
-    source.processor.save_pretrained(folder)
+    required(source.processor, f"{source.name} has no image processor").save_pretrained(folder)
     files.copy_files(source.folder, folder)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..pruning.ops import on_device, true_first
 from ..pruning.per_token import each, with_zeros
+from ..pruning.required import required
 from ..pruning.tokens import MERGED, ImageLayout, ImageTokens, VisionTokens
 
 
@@ -86,15 +87,15 @@ def spatial_layout(
 
     newline: (D,) embedding that ends every grid row; None: rows end with nothing.
     """
-    crops, tiles = layout.crops, layout.tiles
+    crops, mosaic = layout.crops, required(layout.mosaic, "the image was not cut into tiles")
+    (across, _), (top, bottom, left, right) = mosaic
     base = flat_layout(vision, slice(crops.start, crops.start + 1), num_patches)
     grid = slice(crops.start + 1, crops.stop)
     rows, columns = vision.grid
     positions = vision.positions[grid]
     tile = torch.arange(positions.shape[0], device=positions.device)[:, None]
-    row = (tile // tiles[0] * rows + positions // columns).flatten()
-    column = (tile % tiles[0] * columns + positions % columns).flatten()
-    top, bottom, left, right = layout.window
+    row = (tile // across * rows + positions // columns).flatten()
+    column = (tile % across * columns + positions % columns).flatten()
     stride = right - left + (newline is not None)
     length = (bottom - top) * stride
     offsets = (row - top) * stride + column - left
@@ -135,11 +136,12 @@ def chosen_tokens(vision: VisionTokens, layout: ImageLayout, chosen: Tensor) -> 
     """How many of the tiles' tokens are `chosen` (n,): those in the window of the image and those
     that stand for no patch. Waits for the device only where a method left some of the patches and
     the window leaves out others."""
-    top, bottom, left, right = layout.window
+    (across, down), window = required(layout.mosaic, "the image was not cut into tiles")
+    top, bottom, left, right = window
     if vision.complete:
         return (bottom - top) * (right - left)
-    (across, down), (rows, columns) = layout.tiles, vision.grid
-    if layout.window == (0, down * rows, 0, across * columns):
+    rows, columns = vision.grid
+    if window == (0, down * rows, 0, across * columns):
         return sum(vision.crop_counts()[layout.crops.start + 1 : layout.crops.stop])
     return int(chosen.sum())
 

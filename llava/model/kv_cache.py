@@ -41,12 +41,12 @@ class RowState:
 
     def rope(self, rotary: Callable, start: int, count: int, dtype) -> tuple[Tensor, Tensor]:
         """`rope_of` the `count` tokens of the answer from `start` on, (B, 1, count, d) each."""
-        first, cos, sin = self._rope or (0, None, None)
-        if cos is None or not first <= start <= first + cos.shape[2] - count:
+        known = self._rope
+        if known is None or not known[0] <= start <= known[0] + known[1].shape[2] - count:
             stop = start + max(count, AHEAD)
             places = torch.arange(start, stop, device=self.next_position.device)
-            cos, sin = rotary(self.next_position[:, None] + places, dtype)
-            first, self._rope = start, (start, cos, sin)
+            self._rope = known = start, *rotary(self.next_position[:, None] + places, dtype)
+        first, cos, sin = known
         at = slice(start - first, start - first + count)
         return cos[:, :, at], sin[:, :, at]
 
@@ -78,12 +78,12 @@ class RowState:
         all those before `length`: (B, length) where it is the same for all of them, else
         (B, length - start, length); None: nothing. branches: of those tokens, if they are nodes"""
         of_keys, places = self.key_bias(length), self.directions_of(rotary, length)
-        if places is None:
+        own = self.directions
+        if own is None or places is None:
             return of_keys
         if branches is not None:  # places of tokens one behind the other at the same positions
             at = self.size + branches.root + branches.depths
             places = torch.cat([places[:, : length - len(at)], places.index_select(1, at)], dim=1)
-        own = self.directions
         return joined(of_keys, between(own.function, places[:, start:], places, own.asking))
 
     def select(self, rows: Tensor) -> None:
@@ -139,18 +139,19 @@ class KVCache:
         """Adds (B, H, q, d) keys and values; returns all of the layer's, (B, H, length, d)."""
         start = self.lengths[layer]
         stop = start + keys.shape[2]
-        if self._keys[layer] is None:
+        all_keys, all_values = self._keys[layer], self._values[layer]
+        if all_keys is None or all_values is None:
             self._keys[layer], self._values[layer] = keys, values
             self.lengths[layer] = stop
             return keys, values
         if not self._owned[layer]:
-            self._move(layer, max(stop, start + self.reserve))
-        elif stop > self._keys[layer].shape[2]:
-            self._move(layer, max(stop, self._keys[layer].shape[2] * 3 // 2))
-        self._keys[layer][:, :, start:stop] = keys
-        self._values[layer][:, :, start:stop] = values
+            all_keys, all_values = self._move(layer, max(stop, start + self.reserve))
+        elif stop > (capacity := all_keys.shape[2]):
+            all_keys, all_values = self._move(layer, max(stop, capacity * 3 // 2))
+        all_keys[:, :, start:stop] = keys
+        all_values[:, :, start:stop] = values
         self.lengths[layer] = stop
-        return self._keys[layer][:, :, :stop], self._values[layer][:, :, :stop]
+        return all_keys[:, :, :stop], all_values[:, :, :stop]
 
     def claim(
         self, layer: int, count: int, allocate: Callable | None = None
@@ -161,14 +162,14 @@ class KVCache:
         allocate: makes both buffers, zeros, where new ones are needed: (cache, layer, capacity) ->
         keys and values
         """
-        start = self.lengths[layer]
+        start, (keys, values) = self.lengths[layer], self._buffers(layer)
         wanted = self.window(layer, count)
-        if not self._claimed[layer] or wanted >= self._keys[layer].shape[2]:
+        if not self._claimed[layer] or wanted >= keys.shape[2]:
             wanted = max(wanted, in_buckets(start + self.reserve))
             # One bucket more than is ever seen: sizes that are never equal compile only once.
-            self._move(layer, wanted + BUCKET, allocate or _cleared)
+            keys, values = self._move(layer, wanted + BUCKET, allocate or _cleared)
         self.lengths[layer] = start + count
-        return self._keys[layer], self._values[layer]
+        return keys, values
 
     def window(self, layer: int, count: int = 0) -> int:
         """Places of a layer that a step of `count` tokens sees, a multiple of `BUCKET`."""
@@ -176,18 +177,28 @@ class KVCache:
 
     def appended(self, layer: int) -> int:
         """Tokens that a layer holds behind the prompt."""
-        return self.lengths[layer] - self.rows[layer].size
+        return self.lengths[layer] - self.state_of(layer).size
+
+    def state_of(self, layer: int) -> RowState:
+        """The prompts as a layer sees them; ValueError where it has not seen them yet."""
+        if (state := self.rows[layer]) is None:
+            raise ValueError(f"no prompt has run through layer {layer}")
+        return state
+
+    def states(self) -> list[RowState]:
+        """The states of all layers that have one, each of them once."""
+        return list({id(state): state for state in self.rows if state is not None}.values())
 
     def entries(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer that holds some, (B, H, length, d) each."""
-        length = self.lengths[layer]
-        return self._keys[layer][:, :, :length], self._values[layer][:, :, :length]
+        length, (keys, values) = self.lengths[layer], self._buffers(layer)
+        return keys[:, :, :length], values[:, :, :length]
 
     def keep(self, layer: int, order: Tensor, state: RowState) -> None:
         """Keeps the entries at `order` (B, n) of one layer; `state` describes the result."""
-        for buffers in (self._keys, self._values):
-            old = buffers[layer]
-            buffers[layer] = _taken(old, order, self.reserve)
+        keys, values = self._buffers(layer)
+        self._keys[layer] = _taken(keys, order, self.reserve)
+        self._values[layer] = _taken(values, order, self.reserve)
         self._owned[layer], self._claimed[layer] = True, False
         self.lengths[layer], self.rows[layer] = order.shape[1], state
 
@@ -200,7 +211,7 @@ class KVCache:
         the entries at `places` behind those, which ascend, and forgets the others."""
         by_device: dict[torch.device, list[tuple[Tensor, int]]] = {}
         for layer, start in enumerate(first):
-            for buffer in (self._keys[layer], self._values[layer]):
+            for buffer in self._buffers(layer):
                 by_device.setdefault(buffer.device, []).append((buffer, start))
         for there, here in enumerate(places):
             if here == there:
@@ -219,15 +230,15 @@ class KVCache:
         if self.beams > 1:
             for layer, state in enumerate(self.rows):
                 if state is not None and self.lengths[layer] > state.size:
-                    for buffer in (self._keys[layer], self._values[layer]):
+                    for buffer in self._buffers(layer):
                         answer = buffer[:, :, state.size : self.lengths[layer]]
                         answer.copy_(answer.index_select(0, beam_idx.to(buffer.device)))
             return
         for buffers in (self._keys, self._values):
-            for layer, buffer in enumerate(buffers):
-                if buffer is not None:
-                    buffers[layer] = buffer.index_select(0, beam_idx.to(buffer.device))
-        for state in {id(state): state for state in self.rows if state is not None}.values():
+            for layer, held in enumerate(buffers):
+                if held is not None:
+                    buffers[layer] = held.index_select(0, beam_idx.to(held.device))
+        for state in self.states():
             state.select(beam_idx.to(state.next_position.device))
 
     def row_lengths(self) -> list[Tensor]:
@@ -236,7 +247,8 @@ class KVCache:
         for layer, length in enumerate(self.lengths):
             state, shared = self.rows[layer], self.shared[layer]
             mask = None if state is None else state.mask(length)
-            batch = 0 if self._keys[layer] is None else self._keys[layer].shape[0]
+            keys = self._keys[layer]
+            batch = 0 if keys is None else keys.shape[0]
             full = torch.full((batch,), length)
             own = full if mask is None else mask.sum(dim=1).cpu()
             lengths.append(own if shared is None else own + shared[0].shape[1])
@@ -253,16 +265,27 @@ class KVCache:
                     total += int(tokens.sum()) * heads * width * buffer.element_size()
         return total
 
-    def _move(self, layer: int, capacity: int, allocate: Callable | None = None) -> None:
-        used, old = self.lengths[layer], (self._keys[layer], self._values[layer])
+    def _buffers(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, (B, H, capacity, d) each; ValueError where it holds none."""
+        keys, values = self._keys[layer], self._values[layer]
+        if keys is None or values is None:
+            raise ValueError(f"layer {layer} holds no tokens")
+        return keys, values
+
+    def _move(
+        self, layer: int, capacity: int, allocate: Callable | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values in new buffers, which come back."""
+        used, old = self.lengths[layer], self._buffers(layer)
         if allocate is None:
             new = [_allocate(buffer, capacity) for buffer in old]
         else:
             new = allocate(self, layer, capacity)
         for there, here in zip(new, old, strict=True):
             there[:, :, :used] = here[:, :, :used]
-        self._keys[layer], self._values[layer] = new
+        self._keys[layer], self._values[layer] = keys, values = new
         self._owned[layer], self._claimed[layer] = True, allocate is not None
+        return keys, values
 
 
 def holds_tokens(cache) -> bool:

@@ -114,8 +114,8 @@ def build_row(
         pieces["visual"].append(labels.new_full((tokens,), number))
         pieces["patch"].append(image.patches)
         for name, blank in blanks.items():
-            own = image.extras.get(name)
-            extras[name].append(zeros(blank, tokens) if own is None else own)
+            values = image.extras.get(name)
+            extras[name].append(zeros(blank, tokens) if values is None else values)
         place += image.extent
     row: dict[str, Any] = {key: torch.cat(parts)[:max_length] for key, parts in pieces.items()}
     if policy == "sequence":

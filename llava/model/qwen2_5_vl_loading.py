@@ -113,9 +113,10 @@ def sections_of(scaling) -> list[int] | None:
         return None
     kind = scaling.get("type", scaling.get("rope_type"))
     sections = scaling.get("mrope_section")
-    fits = isinstance(sections, list) and len(sections) == 3
-    fits = fits and all(type(count) is int and 0 <= count < 2**12 for count in sections)
-    return sections if fits and kind in ("mrope", "default") else None
+    if kind not in ("mrope", "default") or not isinstance(sections, list) or len(sections) != 3:
+        return None
+    fits = all(type(count) is int and 0 <= count < 2**12 for count in sections)
+    return sections if fits else None
 
 
 def checked_config(values: Mapping, source: str) -> dict:

@@ -8,6 +8,7 @@ and the decoder layers that work the same whatever text follows (`DecoderStage.r
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,7 +120,7 @@ class PrefixCache:
 
     def __init__(self, model):
         self.model = model
-        self.pruner = None
+        self.pruner: Any = None  # the method that what is kept was made with
         self._images: dict[tuple, ImageTokens] = {}
         self._beginnings: dict[tuple, Beginning | None] = {}  # None: seen once
 
@@ -217,13 +218,13 @@ class PrefixCache:
                     columns = slice(size - lengths[row], ends[row])
                     known[key] = beginning(self.model, prompt, row, columns)
         self._beginnings = known
-        depths = {known[key].depth for key in keys} if shared else {0}
-        if 0 in depths:
+        begun = [own for key in keys if (own := known[key]) is not None]
+        if not shared or any(own.depth == 0 for own in begun):
             return None
         # A bias by position is another one for each question, so that keys alone cannot hold it.
         share = prompt.position_bias is None
         share &= not self.pruner.decoder.drops_from_caches(self.model.config.num_hidden_layers)
-        return Prefix([known[key] for key in keys], lengths, share)
+        return Prefix(begun, lengths, share)
 
 
 def beginning(model, prompt: Prompt, row: int, columns: slice) -> Beginning:

@@ -20,10 +20,13 @@ from ..devices import device_of
 from ..pruning.branches import Branches
 from ..pruning.drafter import Drafter
 from ..pruning.prefill import Prefill
+from ..pruning.required import required
 from ..pruning.stages import DecoderStage
 from .kv_cache import KVCache
 from .token_choice import TokenChoice
 from .token_tree import TokenTree
+
+NO_TOKEN = "no token of the answer is known before the prompt has run"
 
 
 @dataclass
@@ -140,8 +143,9 @@ class Speculation:
             length - (count if layer < self.depth else self.drafted)
             for layer, length in enumerate(self.cache.lengths)
         ]
-        for state, size in zip(self.cache.rows, self.prompt_lengths, strict=True):
-            state.size = size  # guesses that ran with the prompt are no part of it
+        for layer, size in enumerate(self.prompt_lengths):
+            # Guesses that ran with the prompt are no part of it.
+            self.cache.state_of(layer).size = size
         if trace is not None:
             self._trace_prompt(trace, count)
         logits = self.model.logits_of(out.hidden_states[:, -(count + 1) :].contiguous())[0]
@@ -197,7 +201,7 @@ class Speculation:
         newest = self.newest
         while len(guess) < limit:
             if logits is None:
-                rows.append(self._feed(newest))
+                rows.append(self._feed(required(newest, NO_TOKEN)))
                 logits = self._drafter_logits()
             token, probability, distribution = self.choice.guess(logits, guess.tokens)
             guess.tokens.append(token)

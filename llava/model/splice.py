@@ -98,7 +98,7 @@ class Splice(ModelPart):
         slots = image_slots(marked.sum(dim=1).tolist(), num_images, training)
         tokens: Any = []  # a list of `ImageTokens`
         only_dummies = self.training and images is not None and not any(slots)
-        if any(slots) or only_dummies:
+        if images is not None and (any(slots) or only_dummies):
             encoded = isinstance(images[0], ImageTokens)
             tokens = images if encoded else self.image_tokens(images, image_sizes, questions)
         newline = getattr(self.get_model(), "image_newline", None)
@@ -130,7 +130,8 @@ class Splice(ModelPart):
             rows[0]["x"] = torch.cat([rows[0]["x"], tokens[0].embeds[:0].to(rows[0]["x"])])
         if not training:
             check_prompts(self, positions)
-        side = padding_side or getattr(self.config, "tokenizer_padding_side", "right")
+        said = padding_side or getattr(self.config, "tokenizer_padding_side", None)
+        side = str(said or "right")
         prompt = pad_rows(rows, side)
         prompt.counts = count_tokens(own_images, texts, limit, side == "left")
         prompt.image_extras = image_numbers(own_images)
@@ -168,7 +169,7 @@ class Splice(ModelPart):
         prompt = self.build_prompt(input_ids, attention_mask, labels, images, image_sizes)
         if attention_mask is not None:
             attention_mask = prompt.attention_mask.to(attention_mask.dtype)
-        elif not prompt.counts.even:
+        elif prompt.counts is None or not prompt.counts.even:
             attention_mask = prompt.attention_mask
         return (
             None,

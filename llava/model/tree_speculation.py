@@ -15,8 +15,9 @@ from torch import Tensor
 from ..devices import device_of
 from ..pruning.branches import Branches
 from ..pruning.prefill import Prefill
+from ..pruning.required import required
 from .lockstep import Layers, Tokens, Work, alone
-from .self_speculative import Speculation, SpeculationLog
+from .self_speculative import NO_TOKEN, Speculation, SpeculationLog
 from .token_choice import Walk
 from .token_tree import Growth, TokenTree, on_host
 
@@ -45,7 +46,8 @@ class TreeSpeculation(Speculation):
     def steps(self) -> Work[tuple[Tensor, Tensor, list[int]]]:
         """`step`, for several prompts at once (`together`), of which each has its own tree, accepts
         its own path, and has caches as long as its own text."""
-        root = yield self._through(self.shared, self._embedded(self.newest[0]))
+        newest = required(self.newest, NO_TOKEN)
+        root = yield self._through(self.shared, self._embedded(newest[0]))
         self.waiting.append(root)
         logits = yield from self._draft()
         tree, nodes, branches = yield from self._guess_nodes(logits)

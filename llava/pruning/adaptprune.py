@@ -90,7 +90,7 @@ class AdaptPrune(DecoderPruner):
         rounds = self.num_keep(real.shape[1])
         if rounds >= real.shape[1]:  # everything stays
             return torch.zeros_like(prefill.index)
-        attention = prefill.attention[:, :, -1].mean(dim=1)
+        attention = prefill.recorded_rows[:, :, -1].mean(dim=1)
         attention = attention[row, place].masked_fill(~real, -torch.inf)
         keys = prefill.decoder.layers[prefill.layer].self_attn.k_proj(
             prefill.hidden_states[row, place]

@@ -345,7 +345,7 @@ class DecoderPruner(DecoderStage, BudgetPruner):
 
     def score(self, prefill: Prefill) -> Tensor:
         """(B, S) importance of every token; values on text are ignored."""
-        return prefill.attention[:, :, -1].mean(dim=1)  # type: ignore[index] # see `probe`
+        return prefill.recorded_rows[:, :, -1].mean(dim=1)
 
     def check_depth(self, num_layers: int) -> None:
         layer = self.cut_layer(num_layers)
@@ -428,7 +428,7 @@ class StagedPruner(DecoderStage, Pruner):
 
     def before_prompt(self, image: ImageTokens) -> ImageTokens:
         """Leaves how many patches a crop of the image has."""
-        patches = math.prod(image.grid)  # type: ignore[arg-type] # models say it of every image
+        patches = math.prod(image.crop_grid)
         return replace(image, image_extras={**image.image_extras, PATCHES: patches})
 
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:

@@ -53,11 +53,12 @@ class CDPruner(AsksClip, SelectPruner):
         """Leaves the relevance of every patch to the question about its image."""
         if vision.questions is None:
             return vision
-        texts = self.module.directions([bare_question(text) for text in vision.questions])
-        patches = normalize(self.module.image_embeds(vision.features))
-        cosine = (patches @ texts[vision.image_index][..., None])[..., 0]
+        clip, owners = self.trained, vision.owners
+        texts = clip.directions([bare_question(text) for text in vision.questions])
+        patches = normalize(clip.image_embeds(vision.features))
+        cosine = (patches @ texts[owners][..., None])[..., 0]
         # Patches of CLIP resemble a text least where it is about them, hence the sign.
-        relevance = scale_per_image(-cosine, vision.image_index)
+        relevance = scale_per_image(-cosine, owners)
         if self.theta is not None:
             relevance = torch.exp(relevance * self.theta / (2 * (1 - self.theta)))
         return replace(vision, extras={**vision.extras, RELEVANCE: relevance})

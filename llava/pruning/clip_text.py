@@ -14,6 +14,7 @@ from ..weight_files import CACHE_DIR, local_folder, weight_files
 from .base import Pruner
 from .interfaces import LanguageModel
 from .ops import normalize
+from .required import assigned, tower_of
 from .stages import VisionStage
 
 QUESTIONS_REMEMBERED = 256
@@ -168,9 +169,14 @@ class AsksClip(VisionStage, Pruner):
     reads_question = True
     module: ClipText | None = None
 
+    @property
+    def trained(self) -> ClipText:
+        """`module`, see `assigned`."""
+        return assigned(self.module, self.name)
+
     def use_random_parts(self, model: LanguageModel) -> None:
         if self.reads_question:
-            self.module = ClipText.random(model.get_vision_tower().config)
+            self.module = ClipText.random(tower_of(model, self.name).config)
 
     def attach(self, model: LanguageModel) -> None:
         tower = model.get_vision_tower()

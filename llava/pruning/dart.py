@@ -12,6 +12,7 @@ budget is that of a full image, and images cut into fewer tiles keep the same sh
 (there, a setting by hand).
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -80,7 +81,7 @@ class DART(DecoderPruner):
         present = len(image.embeds)
         budget = self.tokens_of(present)
         if image.crops > 1 and not image.frame_pairs and self.visual_token_ratio is None:
-            full = FULL_IMAGE * image.grid[0] * image.grid[1]
+            full = FULL_IMAGE * math.prod(image.crop_grid)
             budget = max(1, round(budget * image.length / full))
         numbers = {**image.image_extras, BUDGET: self.kept_of(budget, present)}
         return replace(image, image_extras=numbers)
@@ -121,10 +122,11 @@ class DART(DecoderPruner):
         """Image by image as `Prefill.images` gives them (row, place, real): places in the image
         (G, p) of the visual tokens with the largest keys and in the prompt (G, q) of the words
         behind it, largest first, and how many such words there are (G, 1)."""
-        keys = prefill.keys
         if self.key_states == "output":
             x, positions = prefill.hidden_states, prefill.position_ids
             keys = prefill.decoder.layer_keys(prefill.layer - 1, x, positions)
+        else:
+            keys = prefill.recorded_keys
         size = keys.detach().abs().sum(dim=(1, 3), dtype=torch.float32)  # (B, S)
         visual = size[row, place].masked_fill(~real, -1.0)
         behind = prefill.text_behind().flatten(0, 1)  # (G, S)

@@ -27,6 +27,7 @@ from .clip_text import AsksClip
 from .coverage import cover_most
 from .ops import NEGLIGIBLE, cosines, normalize, on_device, range_in_image, shared_out
 from .questions import bare_question
+from .required import required
 from .tokens import VisionTokens
 
 #: the extra from one hook to the next: (B, N) how much of the question a patch is about
@@ -77,12 +78,16 @@ class EADP(AsksClip, SelectPruner):
         """Leaves the relevance of every patch to the question about its image."""
         if vision.questions is None:
             return vision
-        readings = self.module.read([bare_question(text) for text in vision.questions], words=True)
+        clip = self.trained
+        readings = clip.read([bare_question(text) for text in vision.questions], words=True)
         relevance = self.relevance(
-            self.module.image_embeds(vision.features),
-            [reading.words for reading in readings],
+            clip.image_embeds(vision.features),
+            [
+                required(reading.words, "a question was read without its words")
+                for reading in readings
+            ],
             torch.stack([reading.direction for reading in readings]),
-            vision.image_index,
+            vision.owners,
             vision.grid,
         )
         return replace(vision, extras={**vision.extras, RELEVANCE: relevance})

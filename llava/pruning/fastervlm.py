@@ -34,4 +34,4 @@ class FasterVLM(SinkFilter, SelectPruner):
     anyres_config = {"anyres_selection": "fill", "mm_patch_merge_type": "spatial"}
 
     def select(self, vision: VisionTokens) -> Tensor:
-        return top_stable(vision.salience, self.num_keep(vision))
+        return top_stable(vision.cue("salience"), self.num_keep(vision))

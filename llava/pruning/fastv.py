@@ -46,15 +46,16 @@ class FastV(DecoderPruner):
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if self.ratio is None or index != self.cut_layer(len(prefill.decoder.layers)):
             return super().before_layer(index, prefill)
-        kept = [[self.num_keep(count) for count in row] for row in prefill.counts.images]
+        kept = [[left(count, self.ratio) for count in row] for row in prefill.counts.images]
         return prefill.keep_visual(self.score(prefill), kept)
-
-    def num_keep(self, count: int) -> int:
-        """Tokens to keep of an image with `count`, by its share."""
-        return max(1, round(count * (1 - self.ratio)))
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         if self.ratio is None:
             return super().token_schedule(num_patches, num_layers, crops)
         dense, layer = num_patches * crops, self.cut_layer(num_layers)
-        return [dense] * layer + [self.num_keep(dense)] * (num_layers - layer)
+        return [dense] * layer + [left(dense, self.ratio)] * (num_layers - layer)
+
+
+def left(count: int, ratio: float) -> int:
+    """Tokens to keep of an image with `count`, of which the share `ratio` is removed."""
+    return max(1, round(count * (1 - ratio)))

@@ -35,6 +35,7 @@ from .interfaces import LanguageModel
 from .learned import WEIGHTS_FILE, build_part, part_folder, read_part, read_part_config
 from .ops import lookup, on_device, rank_within_groups, scale_layer, share_down
 from .prefill import Prefill
+from .required import assigned, tower_of
 from .stages import DecoderStage, Probe, VisionStage
 from .tokens import ImageTokens, VisionTokens
 
@@ -144,11 +145,10 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     # --- the trained part ---------------------------------------------------------------------
 
     def attach(self, model: LanguageModel) -> None:
-        if model.get_vision_tower() is None:
-            raise ValueError(f"{self.name} needs a model with a vision tower")
+        tower = tower_of(model, self.name)
         if self.module is None:
             self.module = self.load(model)
-        config, tower = self.module.config, model.get_vision_tower()
+        config = self.module.config
         fits = (config.hidden_size, config.num_attention_heads, config.mm_hidden_size)
         needed = (model.config.hidden_size, model.config.num_attention_heads, tower.hidden_size)
         if fits != needed:
@@ -158,6 +158,11 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
             )
         config.check_depth(model.config.num_hidden_layers, tower.depth[0])
         self.module.to(device_of(model.get_input_embeddings()))
+
+    @property
+    def trained(self) -> Glimpse:
+        """`module`, see `assigned`."""
+        return assigned(self.module, self.name)
 
     def part_folders(self, model_path: str) -> list[str]:
         return [part_folder(self.name, self.new_modules, model_path, "new_modules")]
@@ -190,12 +195,12 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
         return {layer: frozenset({"output"}) for layer in layers}
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
-        chosen, here = self.module.config.tower_layers, vision.features.device
-        states = [vision.layers[layer]["output"] for layer in chosen]
+        glimpse, here = self.trained, vision.features.device
+        states = [vision.layers[layer]["output"] for layer in glimpse.config.tower_layers]
         if vision.block > 1:
             states = [x.unflatten(-1, (vision.block, -1)).mean(dim=-2) for x in states]
-        states = moved(states, device_of(self.module))
-        conditions = self.module.attn_fuser.conditions(states).to(here)
+        states = moved(states, device_of(glimpse))
+        conditions = glimpse.attn_fuser.conditions(states).to(here)
         return replace(vision, extras={**vision.extras, CONDITIONS: conditions})
 
     def before_prompt(self, image: ImageTokens) -> ImageTokens:
@@ -210,7 +215,7 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     def probe(self, num_layers: int) -> Probe:
         if not self.asks_glimpse:
             return Probe()
-        config = self.module.config
+        config = self.trained.config
         form = "scores" if config.use_attention_logits else "log_weights"
         return Probe(config.selected_layers, form=form)
 
@@ -246,7 +251,7 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
             )
 
     def add_glimpse(self, prefill: Prefill) -> Prefill:
-        vectors = self.module.vectors()
+        vectors = self.trained.vectors()
         last = self.last_dense_layer(len(prefill.decoder.layers))
         used = {layer: vector for layer, vector in vectors.items() if layer <= last}
         prefill.state = GlimpseState(moved(used, prefill.index.device))
@@ -293,9 +298,10 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
 
     def importance(self, prefill: Prefill, views: Views) -> Tensor:
         """(B, S) logits of the visual tokens; values on other tokens mean nothing."""
-        rows = [prefill.state.rows[layer] for layer in self.module.config.selected_layers]
-        inputs = moved((rows, prefill.extras[CONDITIONS], views), device_of(self.module))
-        logits = self.module.judge(*inputs)[-1]
+        glimpse = self.trained
+        rows = [prefill.state.rows[layer] for layer in glimpse.config.selected_layers]
+        inputs = moved((rows, prefill.extras[CONDITIONS], views), device_of(glimpse))
+        logits = glimpse.judge(*inputs)[-1]
         return views.scatter(logits.to(prefill.index.device))
 
     def choose(self, chance: Tensor, judged: Tensor, prefill: Prefill) -> Tensor:

@@ -18,6 +18,7 @@ from .glimpseprune_predictor import ImportancePredictor
 from .glimpseprune_views import Views
 from .interfaces import LanguageModel
 from .ops import scale_layer
+from .required import tower_of
 
 #: layers of the paper: glimpse row and cut of 32 decoder layers, hidden states of a 24-layer tower
 #: of which LLaVA reads the one numbered `PAPER_FEATURES`
@@ -125,7 +126,7 @@ class GlimpseConfig:
     @classmethod
     def for_model(cls, model: LanguageModel, **changes) -> GlimpseConfig:
         """The paper's setting, its layers scaled to the depth of `model`; `changes` replace it."""
-        tower, depth = model.get_vision_tower(), model.config.num_hidden_layers
+        tower, depth = tower_of(model, "the trained part"), model.config.num_hidden_layers
         if tower.window_side is None:
             states = tower.depth[1] + 1
             layer = scale_layer(PAPER_LAYER, depth)
@@ -155,7 +156,7 @@ class GlimpseConfig:
             raise ValueError(f"attn_fuse_type {kind!r} is not supported, choose {PREDICTOR!r}")
         if (act := values.get("attn_fuse_hidden_act", "silu")) != "silu":
             raise ValueError(f"attn_fuse_hidden_act {act!r} is not supported, choose 'silu'")
-        config, tower = model.config, model.get_vision_tower()
+        config, tower = model.config, tower_of(model, "the trained part")
         known = {f.name for f in fields(cls)}
         given: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value

@@ -46,9 +46,9 @@ def reference_cells(
     boxes, masks: the options `ref_boxes` and `ref_masks`
     images: ((h, w) of a crop, crops) of every image of every row; rows may be repeated (beams)
     """
-    if masks is None and is_one_list(boxes):
+    if masks is None and boxes is not None and is_one_list(boxes):
         return _joined([(boxes_to_cells(boxes, grid), n) for row in images for grid, n in row])
-    given, name = (boxes, "ref_boxes") if masks is None else (masks, "ref_masks")
+    given, name = (boxes or (), "ref_boxes") if masks is None else (masks, "ref_masks")
     total = sum(map(len, images))
     repeats = max(1, total // max(1, len(given)))
     if repeats * len(given) != total or images[::repeats] != images[repeats - 1 :: repeats]:

@@ -68,9 +68,9 @@ class HoloV(SelectPruner):
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
         """Images of a single crop, all at once; of others the attention is kept for later."""
         if vision.crops_in_budget > 1:
-            return replace(vision, extras={**vision.extras, ATTENTION: vision.salience})
+            return replace(vision, extras={**vision.extras, ATTENTION: vision.cue("salience")})
         own_grids = vision.block > 1
-        return vision.keep(self.choose(vision.features, vision.salience, own_grids))
+        return vision.keep(self.choose(vision.features, vision.cue("salience"), own_grids))
 
     def after_layouts(self, images: list[ImageTokens]) -> list[ImageTokens]:
         """Images of several crops."""

@@ -81,10 +81,10 @@ class IDPruner(SinkFilter, EqualShares):
 
     def importance(self, vision: VisionTokens) -> Tensor:
         """(B, N) of every token; the scale does not matter, it is brought to 0 ... 1 in a crop."""
-        if self.module is None:
-            return vision.salience * vision.block  # the sum over the patches of a token
+        if (scorer := self.module) is None:
+            return vision.cue("salience") * vision.block  # the sum over the patches of a token
         features = vision.features.detach()
-        scores: Tensor = self.module(features.to(device_of(self.module)))
+        scores: Tensor = scorer(features.to(device_of(scorer)))
         return scores.to(features.device)
 
     def pick(self, vision: VisionTokens, rows: Tensor | slice, count: int) -> Tensor:

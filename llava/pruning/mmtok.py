@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..devices import device_of
 from .base import SelectPruner
@@ -27,6 +28,7 @@ from .interfaces import LanguageModel
 from .ops import cosines, normalize, on_device
 from .own_grids import OwnGrids
 from .questions import bare_question
+from .required import assigned
 from .tokens import VisionTokens
 
 #: the extra from one hook to the next: (B, N, C) what a patch is in front of the projector
@@ -64,7 +66,9 @@ class MMTok(OwnGrids, SelectPruner):
                 raise ValueError(f"{name} ({value}) must be above 0")
         if self.alpha < 0:
             raise ValueError(f"alpha ({self.alpha}) must be at least 0")
-        self._tokenizer = self._letters = self._embed = None
+        self._letters: Letters | None = None
+        self._tokenizer: Any = None
+        self._embed: nn.Module | None = None
 
     # --- words --------------------------------------------------------------------------------
 
@@ -85,12 +89,13 @@ class MMTok(OwnGrids, SelectPruner):
     @torch.no_grad()
     def words(self, texts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """(embeddings (n, M, D), weights (n, M) fp32, 0 on padding) of the words of questions."""
-        given = dict(add_special_tokens=False, verbose=False)
-        rows = [self._tokenizer(text, **given).input_ids for text in texts]
+        embed = assigned(self._embed, self.name)
+        options = dict(add_special_tokens=False, verbose=False)
+        rows = [self._tokenizer(text, **options).input_ids for text in texts]
         longest = -(-max(map(len, rows)) // ROUND_UP) * ROUND_UP
         ids = [row + [0] * (longest - len(row)) for row in rows]
         weights = [[1 / max(1, len(row))] * len(row) + [0.0] * (longest - len(row)) for row in rows]
-        found = self._embed(on_device(ids, device_of(self._embed)))
+        found = embed(on_device(ids, device_of(embed)))
         return found.to(device), on_device(weights, device, torch.float32)
 
     # --- choice -------------------------------------------------------------------------------
@@ -108,7 +113,7 @@ class MMTok(OwnGrids, SelectPruner):
             words, weights = (patches.new_empty(batch, 0, width), patches.new_empty(batch, 0))
         else:
             words, weights = self.words(list(map(bare_question, vision.questions)), device)
-            words, weights = words[vision.image_index], weights[vision.image_index]
+            words, weights = words[vision.owners], weights[vision.owners]
         tau_t = self.tau_t or (OWN_GRIDS_TAU_T if self.own_grids else TAU_T)
         texts, constants = (words, weights), (tau_t, self.tau_v, self.alpha)
         count = self.num_keep(vision)

@@ -118,10 +118,12 @@ class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
 
     @property
     def thresholds(self) -> tuple[float, float]:
-        given = (self.global_thr, self.individual_thr)
-        label = THRESHOLDS.get(self.visual_token_num, given)
-        first, second = (low if own is None else own for own, low in zip(given, label, strict=True))
-        return first, second
+        both, single = self.global_thr, self.individual_thr
+        if both is None or single is None:  # then the number has its own
+            label = THRESHOLDS[self.visual_token_num]
+            both = label[0] if both is None else both
+            single = label[1] if single is None else single
+        return both, single
 
     def stage_layers(self, num_layers: int) -> tuple[int, ...]:
         return tuple(self.pruning_layers or scale_layers(LAYERS, num_layers))
@@ -244,7 +246,7 @@ class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if index - 1 not in self.stage_layers(len(prefill.decoder.layers)):
             return prefill
-        seen = prefill.attention.mean(dim=1) * prefill.state.real[..., None]  # (B, R, S)
+        seen = prefill.recorded_rows.mean(dim=1) * prefill.state.real[..., None]  # (B, R, S)
         total, most = seen.sum(dim=1), seen.amax(dim=1)
         owner = prefill.visual_index + 1  # 0 for text
         images = total.new_zeros(len(total), 1 + prefill.most_images).scatter_add(1, owner, total)

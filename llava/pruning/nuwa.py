@@ -243,7 +243,7 @@ class Nuwa(OwnGrids, VisionStage, DecoderPruner):
         if self.own_grids:
             return vision
         similar = mean_output(vision).flatten(0, 1)  # (B * N, C)
-        salience = vision.salience.flatten()
+        salience = vision.cue("salience").flatten()
         features = vision.features.flatten(0, 1).clone()
         kept = torch.zeros_like(salience, dtype=torch.bool)
         for view, rows in self.views(vision).items():
@@ -266,8 +266,8 @@ class Nuwa(OwnGrids, VisionStage, DecoderPruner):
         view = self.block_view(*vision.grid)
         if view.untouched:
             return replace(vision, layers={})
-        features, salience = vision.features, vision.salience
-        similar = vision.project(mean_output(vision).to(features.dtype))
+        features, salience = vision.features, vision.cue("salience")
+        similar = vision.projected(mean_output(vision).to(features.dtype))
         chosen = choose(salience, view)
         blended, _ = self.collect(features, similar, salience, chosen, view)
         kept = replace(vision, layers={}).keep(chosen)
@@ -293,16 +293,16 @@ class Nuwa(OwnGrids, VisionStage, DecoderPruner):
         views: dict[View, list[Tensor]] = {}
         for layout in layouts:
             first, crops = layout.crops.start, layout.crops.stop - layout.crops.start
-            singles = crops if layout.tiles is None else 1
+            singles = crops if layout.mosaic is None else 1
             view = self.view(rows, columns, 1, num_patches, crops)
             for crop in range(first, first + singles):
                 places = torch.arange(num_patches, device=device) + crop * num_patches
                 views.setdefault(view, []).append(places)
-            if layout.tiles is not None:
-                top, bottom, left, right = layout.window
+            if layout.mosaic is not None:
+                (across, _), (top, bottom, left, right) = layout.mosaic
                 row = torch.arange(top, bottom, device=device)[:, None]
                 column = torch.arange(left, right, device=device)
-                tile = row // rows * layout.tiles[0] + column // columns
+                tile = row // rows * across + column // columns
                 places = row % rows * columns + column % columns
                 places = (first + 1 + tile) * num_patches + places
                 view = self.view(bottom - top, right - left, crops - 1, num_patches, crops)
@@ -380,7 +380,7 @@ class Nuwa(OwnGrids, VisionStage, DecoderPruner):
 
     def score(self, prefill: Prefill) -> Tensor:
         if self.stage2 == "attention":
-            rows = prefill.attention.mean(dim=2)  # (B, H, S)
+            rows = prefill.recorded_rows.mean(dim=2)  # (B, H, S)
             return rows.amax(dim=1) if self.own_grids else rows.mean(dim=1)
         places, seed = prefill.position_ids, self.seed
         first, *others = places.unbind(dim=2) if places.ndim == 3 else [places]

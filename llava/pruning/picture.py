@@ -35,7 +35,7 @@ def survivors(trace: PruningTrace, prompts: list[Tensor]) -> list[list[Tensor]]:
 
     prompts: ids (L,) of those of the trace, -200 for an image
     """
-    size, images = trace.position_ids.shape[1], iter(trace.visual_positions)
+    size, images = trace.prompt_size, iter(trace.visual_positions)
     last = trace.decoder_keep[max(trace.decoder_keep)] if trace.decoder_keep else None
     beams = 1 if last is None else len(last) // len(prompts)
     found: list[list[Tensor]] = []

@@ -15,6 +15,7 @@ from .interfaces import Decoder
 from .ops import on_device, rank_within_groups, true_first, true_last
 from .per_token import at, each, mapped, per_token, with_zeros
 from .position_bias import PositionBias
+from .required import required
 from .tokens import GRID, KEY_BIAS, PAIRS
 
 #: tokens of a batch up to which a layer mostly reads its weights, so that a few more cost next to
@@ -140,6 +141,24 @@ class Prefill:
     def is_visual(self) -> Tensor:
         """(B, S) True on image tokens."""
         return self.visual_index >= 0
+
+    @property
+    def recorded_rows(self) -> Tensor:
+        """`attention` behind a layer that the method's `Probe` names; ValueError elsewhere."""
+        return required(
+            self.attention,
+            f"no attention rows were recorded before layer {self.layer}: name the layer before it "
+            "in the `Probe` of the method",
+        )
+
+    @property
+    def recorded_keys(self) -> Tensor:
+        """`keys` behind such a layer, where the `Probe` asks for keys; ValueError elsewhere."""
+        return required(
+            self.keys,
+            f"no keys were recorded before layer {self.layer}: name the layer before it in the "
+            "`Probe` of the method, with form='keys'",
+        )
 
     @property
     def key_bias(self) -> Tensor | None:

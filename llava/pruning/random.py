@@ -29,7 +29,7 @@ class Random(SelectPruner):
 
     def select(self, vision: VisionTokens) -> Tensor:
         places = torch.arange(vision.features.shape[1], device=vision.features.device)
-        draw = scramble(scramble(vision.fingerprint[:, None] + self.seed) + places)  # (B, N)
+        draw = scramble(scramble(vision.cue("fingerprint")[:, None] + self.seed) + places)  # (B, N)
         return top_stable(draw, self.num_keep(vision))
 
 

@@ -65,7 +65,7 @@ class Calibration(PositionBias):
 class Undecided(VisionTokens):
     """All tokens of the crops, with what the method in the wrapper made of them in vision space.
 
-    chosen: None where it is asked for no tokens
+    chosen: None where no method is asked
     """
 
     chosen: VisionTokens | None = None
@@ -226,10 +226,11 @@ class Restore(VisionStage, BudgetPruner):
     def chosen_places(self, vision: Undecided, base: Pruner | None) -> tuple[Tensor, list[int]]:
         """(B, K) places that the base method chooses, those of a crop first, and how many they are
         of each crop."""
-        if base is None:
+        chosen = vision.chosen
+        if base is None or chosen is None:
             return vision.positions[:, :0], [0] * len(vision.positions)
-        features = gather_tokens(vision.features, vision.chosen.positions)
-        chosen = replace(vision.chosen, features=features, project=vision.project)
+        features = gather_tokens(vision.features, chosen.positions)
+        chosen = replace(chosen, features=features, project=vision.project)
         chosen = base.vision.after_projector(chosen)
         if MERGED in chosen.extras:
             raise ValueError(f"{base.name} {BLENDS.format(wrapper=type(self).name)}")

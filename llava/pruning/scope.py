@@ -62,7 +62,7 @@ class Scope(SinkFilter, EqualShares):
         return vision if vision.block == 1 else self.keep_shares(vision)
 
     def pick(self, vision: VisionTokens, rows: Tensor | slice, count: int) -> Tensor:
-        attention = vision.salience[rows] * vision.num_heads  # the sum over heads
+        attention = vision.cue("salience")[rows] * vision.num_heads  # the sum over heads
         weight = attention**self.alpha
         return cover_salient(vision.features[rows], weight, count, self.combine == "add")
 

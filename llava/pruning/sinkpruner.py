@@ -175,7 +175,7 @@ class SinkPruner(OwnGrids, VisionStage, ShareOption, StagedPruner):
             return replace(vision, image_extras=extras)
         pools = self.pools(budget, num_patches)
         high, salient, diverse = sanitize(
-            vision.features, vision.salience, *pools, self.picks_per_round
+            vision.features, vision.cue("salience"), *pools, self.picks_per_round
         )
         kept = torch.cat([high[:, :1], salient.sort(1).values, diverse.sort(1).values], dim=1)
         clean = replace(without_cues(vision), image_extras=extras).keep(kept)

@@ -50,8 +50,9 @@ class SparseState:
     totals: tokens of every image of every row as they entered the decoder
     counts: those that are left
     asked:  places (B, R) of all rating words in the layer before, and (B, I, R) who rates an image
-    ahead:  (B, R) how far the rating words stand before the last token of the prompt, which stays
-            where they all follow the one image of their row; None: they have to be looked for
+    ahead:  (B, R) how far the rating words stand before the last token of the prompt, and who rates
+            an image, which both stay where they all follow the one image of their row; None: they
+            have to be looked for
     """
 
     raters: Tensor
@@ -59,7 +60,7 @@ class SparseState:
     totals: list[list[int]]
     counts: list[list[int]]
     asked: tuple[Tensor, Tensor] | None = None
-    ahead: Tensor | None = None
+    ahead: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass
@@ -177,7 +178,8 @@ class SparseVLM(ShareOption, DecoderStage, Pruner):
         """Places (B, R) of all rating words now, and (B, I, R) whether one rates an image."""
         state: SparseState = prefill.state
         if state.ahead is not None:
-            return prefill.last[:, None] - state.ahead, state.asked[1]
+            ahead, weights = state.ahead
+            return prefill.last[:, None] - ahead, weights
         raters, most = state.raters, state.most
         index = prefill.index.clamp(min=0)[:, None].expand(-1, raters.shape[1], -1)
         flags = raters.gather(2, index) & ~prefill.is_visual[:, None]
@@ -188,10 +190,10 @@ class SparseVLM(ShareOption, DecoderStage, Pruner):
         )
         flags = torch.where(flags.any(dim=-1, keepdim=True), flags, last)
         rows, real = prefill.places(flags.any(dim=1), most)
-        weights = flags.gather(2, rows[:, None].expand(-1, raters.shape[1], -1))
+        weights = flags.gather(2, rows[:, None].expand(-1, raters.shape[1], -1)) & real[:, None]
         if prefill.most_images == 1 and min(prefill.counts.behind) > 0:
-            state.ahead = prefill.last[:, None] - rows
-        return rows, weights & real[:, None]
+            state.ahead = prefill.last[:, None] - rows, weights
+        return rows, weights
 
     def score(self, attention: Tensor, weights: Tensor, own: Tensor) -> Tensor:
         """(B, S) rating of every token by the words of its image.
@@ -220,7 +222,7 @@ class SparseVLM(ShareOption, DecoderStage, Pruner):
         layers = self.stage_layers(len(prefill.decoder.layers))
         if index - 1 not in layers:
             return prefill
-        stage, attention = layers.index(index - 1), prefill.attention
+        stage, attention = layers.index(index - 1), prefill.recorded_rows
         rows, weights = prefill.state.asked
         own = prefill.own_tokens()
         if self.version == "2.0":

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from .counts import Known, counted
 from .ops import true_first
 from .per_token import at, mapped, per_token
 from .position_bias import PositionBias
+from .required import required
 
 #: the extra that is True on tokens blended from several patches; it ends where prompts are made
 MERGED = "merged"
@@ -31,6 +33,8 @@ MERGED = "merged"
 KEY_BIAS = "key_bias"
 #: numbers of an image that the model itself leaves, see `Prefill.grids` and `Prefill.frame_pairs`
 GRID, PAIRS = ("grid_rows", "grid_columns"), "frame_pairs"
+#: the cues that are fields of `VisionTokens`
+Cue = Literal["salience", "cls_attention", "keys", "cls_token", "fingerprint"]
 
 
 @dataclass
@@ -73,6 +77,13 @@ class ImageLayout:
     tiles: tuple[int, int] | None = None
     window: tuple[int, int, int, int] | None = None
 
+    @property
+    def mosaic(self) -> tuple[tuple[int, int], tuple[int, int, int, int]] | None:
+        """`tiles` and `window` of an image that has them."""
+        if self.tiles is None or self.window is None:
+            return None
+        return self.tiles, self.window
+
 
 @dataclass
 class ImageTokens:
@@ -113,6 +124,13 @@ class ImageTokens:
     def extent(self) -> int:
         """By how many positions the text behind the unpruned image moves on."""
         return self.length if self.places is None else self.places
+
+    @property
+    def crop_grid(self) -> tuple[int, int]:
+        """`grid`, which models say of every image; ValueError where it is None."""
+        return required(
+            self.grid, "the image does not say how many patches a crop has: set its grid"
+        )
 
     def keep(self, index: Tensor | slice) -> ImageTokens:
         """The tokens at `index` (m,), in that order, or where a mask (n,) is True."""
@@ -162,7 +180,8 @@ class VisionTokens:
     project:       in `after_projector`, the projector: further features (..., N, C) of the tower to
                    (..., N, D), as it made `features` of those in front of it
     salience, cls_attention, keys, cls_token, fingerprint: the cues that the method asks for in
-                   `needs` and `wants`, see `llava.pruning.cues`; None: not asked for, or not there
+                   `needs` and `wants`, see `llava.pruning.cues`; None: not asked for, or not there.
+                   `cue` gives one that has to be there
     layers:        tower layer -> its cues, for what `tower_extras` asks
     questions:     one string per image, for methods with `reads_question`; None unless provided
     extras:        name -> (B, N, ...) values of the method, which travel with the tokens into the
@@ -196,6 +215,28 @@ class VisionTokens:
     image_extras: dict[str, list[int | float]] = field(default_factory=dict)
     all_patches: Tensor | None = None
     known: Known[list[int]] | None = None
+
+    def cue(self, name: Cue) -> Tensor:
+        """The cue of that name, which the method names in `needs`; ValueError where it is None."""
+        found: Tensor | None = getattr(self, name)
+        return required(
+            found,
+            f"the cue {name!r} is read but not there: a method gets the cues that it names in "
+            "`needs`, and tokens that were blended before it have none",
+        )
+
+    @property
+    def owners(self) -> Tensor:
+        """(B,) `image_index`, which models always give; ValueError where it is None."""
+        return required(
+            self.image_index, "which image a crop belongs to is not said: set image_index"
+        )
+
+    def projected(self, features: Tensor) -> Tensor:
+        """(..., N, D) what the projector makes of features (..., N, C) of the tower, see `project`;
+        ValueError outside `after_projector`."""
+        project = required(self.project, "the projector can be called in after_projector alone")
+        return project(features)
 
     @property
     def complete(self) -> bool:

@@ -180,11 +180,11 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, ShareOption, StagedPruner):
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
         """Images of a single crop, all at once."""
         if vision.crops_in_budget > 1:  # they are chosen from as a whole
-            return replace(vision, extras={**vision.extras, SALIENCE: vision.salience})
+            return replace(vision, extras={**vision.extras, SALIENCE: vision.cue("salience")})
         count = 2 * self.label(math.prod(vision.grid), self.depth)
         if count >= vision.features.shape[1]:
             return vision
-        picks = self.first_picks(vision.features, vision.salience, count)
+        picks = self.first_picks(vision.features, vision.cue("salience"), count)
         return vision.keep(picks.sort(dim=1).values)
 
     def after_layouts(self, images: list[ImageTokens]) -> list[ImageTokens]:
@@ -249,7 +249,7 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, ShareOption, StagedPruner):
 
     def score(self, prefill: Prefill, kept: list[list[int]]) -> Tensor:
         """(B, S) the earlier a visual token is picked, the higher; 0 on those never picked."""
-        words, rows = prefill.state.words, prefill.attention.mean(dim=1)  # (B, R, S)
+        words, rows = prefill.state.words, prefill.recorded_rows.mean(dim=1)  # (B, R, S)
         judges = words.own
         if self.raters == "threshold":
             looks = prefill.own_tokens().float() @ rows.transpose(1, 2)  # (B, I, R)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .cost import DecoderShape, kv_cache_bytes, prefill_flops
 from .interfaces import LanguageModel
+from .required import required
 from .tokens import ImageTokens
 
 
@@ -47,7 +48,7 @@ class PruningTrace:
     attention_layers: frozenset[int] = frozenset()
     visual_positions: list[Tensor] = field(default_factory=list)
     unpruned_lengths: list[int] = field(default_factory=list)
-    grids: list[tuple[int, int] | None] = field(default_factory=list)
+    grids: list[tuple[int, int]] = field(default_factory=list)
     visual_embeds: list[Tensor] = field(default_factory=list)
     position_ids: Tensor | None = None
     decoder_keep: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -61,6 +62,11 @@ class PruningTrace:
     visual_index: Tensor | None = None
     shape: DecoderShape | None = None
     cache_bytes: int = 0
+
+    @property
+    def prompt_size(self) -> int:
+        """S, tokens of the longest prompt of the latest prefill; ValueError before the first."""
+        return required(self.position_ids, "no prompt ran while this trace was on").shape[1]
 
     @property
     def flops(self) -> float:
@@ -83,7 +89,7 @@ class PruningTrace:
         """An image as it enters the decoder."""
         self.visual_positions.append(image.patches.detach().cpu())
         self.unpruned_lengths.append(image.length)
-        self.grids.append(image.grid)
+        self.grids.append(image.crop_grid)
         if self.keep_embeds:
             self.visual_embeds.append(image.embeds.detach().cpu())
 
@@ -119,7 +125,7 @@ class PruningTrace:
         found += [self._over_prompt(seen[:, :, n], index) for n in range(seen.shape[2])]
 
     def _over_prompt(self, row: Tensor, index: Tensor) -> Tensor:
-        size = self.position_ids.shape[1]  # type: ignore[union-attr] # see `start_prefill`
+        size = self.prompt_size
         places = torch.where(index < 0, size, index)[:, None].expand_as(row)
         whole = row.new_zeros(*row.shape[:2], size + 1)  # padding adds its zeros somewhere
         return whole.scatter_add_(2, places, row)[..., :size].detach().cpu()

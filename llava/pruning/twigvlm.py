@@ -32,6 +32,7 @@ from .interfaces import Decoder, LanguageModel
 from .learned import build_part, part_folder, read_part_config, save_part
 from .ops import on_device, rank_within_groups, scale_layer
 from .prefill import Prefill
+from .required import assigned
 from .stages import DecoderStage
 from .twig_files import check_owner, published_name, read_twig
 from .twigvlm_release import TwigRelease
@@ -106,13 +107,18 @@ class TwigVLM(DecoderStage, BudgetPruner):
         if isinstance(number, float) and number.is_integer():  # the release takes 64.0 as well
             self.visual_token_num = int(number)
         super().__post_init__()
-        Drafter(0, None, None, None, **self.drafting)  # checks them
+        Drafter(0, nn.ModuleList(), nn.Identity(), nn.Identity(), **self.drafting)  # checks them
         self.module: Twig | None = None
         self._config: dict = {}
         if self.twig is not None and os.path.isdir(self.twig):
             self._config = read_part_config(self.twig, self.name)
 
     # --- the twig -----------------------------------------------------------------------------
+
+    @property
+    def trained(self) -> Twig:
+        """`module`, see `assigned`."""
+        return assigned(self.module, self.name)
 
     def part_folders(self, model_path: str) -> list[str]:
         return [part_folder(self.name, self.twig, model_path, "twig")]
@@ -266,7 +272,7 @@ class TwigVLM(DecoderStage, BudgetPruner):
         """(B, S) what the last prompt token attends to in the twig's last layer, head mean."""
         row = prefill.drafter_row
         if row is None:
-            _, row = prefill.decoder.branch(prefill, self.module.layers)
+            _, row = prefill.decoder.branch(prefill, self.trained.layers)
         return row[:, :, 0].mean(dim=1)
 
     def with_options(self, **options) -> TwigVLM:

@@ -50,7 +50,8 @@ class VisionZip(SinkFilter, SelectPruner):
                 f"dominant ({self.dominant}) and contextual ({self.contextual}) go together: give "
                 "both, or visual_token_num alone"
             )
-        if self.dominant is not None and (self.dominant < 1 or self.contextual < 0):
+        dominant, contextual = self.dominant, self.contextual
+        if dominant is not None and contextual is not None and (dominant < 1 or contextual < 0):
             raise ValueError(
                 f"dominant ({self.dominant}) must be at least 1, the class token, and contextual "
                 f"({self.contextual}) at least 0"
@@ -63,7 +64,7 @@ class VisionZip(SinkFilter, SelectPruner):
         all patches.
         """
         dominant, contextual = self.dominant, self.contextual
-        if dominant is None:
+        if dominant is None or contextual is None:  # both, see `__post_init__`
             total = self.tokens_per_crop(crops)
             wanted = int(num_patches / 20) if classless else round(total * 5 / 32)
             contextual = min(max(1, wanted), total - 1)
@@ -103,7 +104,7 @@ class VisionZip(SinkFilter, SelectPruner):
         merged = size + torch.arange(num_merged, device=patches.device)
         first = patches.new_full((batch, 1), -1)
         positions = torch.cat([first, patches, merged.expand(batch, -1)], dim=1)
-        tokens = torch.cat([vision.cls_token, tokens], dim=1)
+        tokens = torch.cat([vision.cue("cls_token"), tokens], dim=1)
         return replace(
             without_cues(vision),
             features=tokens,
@@ -128,10 +129,10 @@ class VisionZip(SinkFilter, SelectPruner):
 
     def compress(self, vision: VisionTokens) -> tuple[Tensor, Tensor, Tensor]:
         """As `compress`, for the tokens as they are here."""
-        keys = vision.keys.float().unflatten(-1, (vision.num_heads, -1)).mean(dim=2)
+        keys = vision.cue("keys").float().unflatten(-1, (vision.num_heads, -1)).mean(dim=2)
         whole, classless = math.prod(vision.grid), vision.cls_token is None
         counts = self.counts(whole, vision.crops_in_budget, classless)
-        return compress(vision.features, vision.salience, keys, *counts)
+        return compress(vision.features, vision.cue("salience"), keys, *counts)
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         self = self.with_budget_of(num_patches * crops)
@@ -152,7 +153,7 @@ class Dominant(SinkFilter, SelectPruner):
     anyres_config = VisionZip.anyres_config
 
     def select(self, vision: VisionTokens) -> Tensor:
-        return top_stable(vision.salience, self.num_keep(vision))
+        return top_stable(vision.cue("salience"), self.num_keep(vision))
 
 
 @captured

@@ -52,7 +52,8 @@ class VisPruner(SinkFilter, SelectPruner):
     def select(self, vision: VisionTokens) -> Tensor:
         num_keep = self.num_keep(vision)
         num_important = int(num_keep * self.important_ratio)
-        order = top_stable(vision.salience, vision.salience.shape[1])  # (B, N)
+        salience = vision.cue("salience")
+        order = top_stable(salience, salience.shape[1])  # (B, N)
         important, rest = order[:, :num_important], order[:, num_important:]
         num_diverse = num_keep - num_important
         diverse = drop_duplicates(vision.features, rest, num_diverse, self.drop_per_round)

@@ -162,7 +162,7 @@ class VScan(OwnGrids, ShareOption, VisionStage, StagedPruner):
         """(B, K) patches to keep, ascending; K = `num_selected`, or `wanted` of blocks."""
         blocks = vision.block > 1
         local = self.block_picks(vision, wanted) if blocks else self.local_picks(vision, wanted)
-        rest = vision.salience.masked_fill(local, -1.0)  # below any attention
+        rest = vision.cue("salience").masked_fill(local, -1.0)  # below any attention
         best = top_stable(rest, wanted - wanted // 2)
         count = wanted if blocks else self.num_selected(wanted, vision.grid)
         chosen = true_first(local.scatter(1, best, True))

@@ -76,15 +76,16 @@ def gallery(comparisons: list[Comparison]) -> str:
         "# All results side by side",
         "",
         "Written by `python -m llava.eval.compare.gallery` from `docs/results/*.json`, the numbers "
-        "behind the pages of single models, which say how they were measured. A row is a method, "
-        "a group of columns a model of the playground; the tables differ in the share of visual "
-        "tokens that was asked for. **Kept** is what a method has left per decoder layer on "
-        "average, in percent of the unpruned model's tokens: where it is above the share, the "
-        "method costs more than its label says. **Change**: the score minus that of the unpruned "
-        "model, averaged over the benchmarks, with its 95 % interval; bold where that leaves out "
-        "0. **Hard questions**: the change on those that smaller images of the same cost get "
-        "wrong. **Same** (loyalty): answers that are letter for letter the unpruned model's. "
-        "Sorted by the mean of the changes.",
+        "behind the pages of single models, which say how they were measured. There is a table for "
+        "every share of the visual tokens that methods were asked to keep; in it a row is a method "
+        "and a group of columns a model of the playground. **Kept**: the visual tokens that are "
+        "left, on average over the decoder layers, in percent of the unpruned model's; where this "
+        "is above the share, the method costs more than its label says. **Change**: the score "
+        "minus that of the unpruned model, averaged over the benchmarks, with its 95 % interval; "
+        "bold where the interval does not contain 0. **Hard questions**: the change on the "
+        "questions that the unpruned model gets wrong when it is shown smaller images of the same "
+        "cost. **Same** (loyalty): the share of answers that are letter for letter those of the "
+        "unpruned model. Rows are sorted by the mean of the changes.",
     ]
     for own in comparisons:
         dense = own.dense.cells[AVERAGE]

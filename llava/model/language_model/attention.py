@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +141,7 @@ def attend_behind(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    shared: tuple[Tensor | None, ...],
+    shared: tuple[Tensor, Tensor, Tensor | None],
 ) -> Tensor:
     """As `attend`, where all rows begin with the same keys and values, (G, P, d) each, and maybe a
     bias of those keys (P,): all queries look at them in one product, and nothing is copied for the
@@ -155,7 +156,7 @@ def attend_behind(
     if q.shape[0] * q.shape[1] * q.shape[2] * keys <= WEIGHTS_HELD:
         return _attend_behind(q, k, v, mask, *shared)
     rows = max(1, WEIGHTS_HELD // (q.shape[1] * q.shape[2] * keys))
-    parts = zip(*(x.split(rows) for x in (q, k, v, mask)), strict=True)
+    parts = zip(q.split(rows), k.split(rows), v.split(rows), mask.split(rows), strict=True)
     out = [_attend_behind(*part, *shared) for part in parts]
     return torch.cat(out)
 
@@ -241,6 +242,18 @@ def padded_causal_mask(valid: Tensor, num_queries: int) -> Tensor:
     return mask | ~mask.any(dim=-1, keepdim=True)
 
 
+@overload
+def attention_mask(
+    visible: Tensor, bias: Tensor | None, num_queries: int, dtype: torch.dtype
+) -> Tensor: ...
+
+
+@overload
+def attention_mask(
+    visible: Tensor | None, bias: Tensor | None, num_queries: int, dtype: torch.dtype
+) -> Tensor | None: ...
+
+
 def attention_mask(
     visible: Tensor | None, bias: Tensor | None, num_queries: int, dtype: torch.dtype
 ) -> Tensor | None:
@@ -253,11 +266,11 @@ def attention_mask(
     It is one of numbers, (B or 1, 1, Q, K) in `dtype`, that of the queries, with rows that begin
     where kernels want them to: those would make such a one of any other, in every layer.
     """
-    if bias is None and visible is None:
-        return None
-    if visible is None and num_queries == 1:
-        return spread(bias).to(dtype)
     if visible is None:
+        if bias is None:
+            return None
+        if num_queries == 1:
+            return spread(bias).to(dtype)
         visible = causal_mask(num_queries, bias.shape[-1], bias.device)
     batch, keys = max(len(visible), 0 if bias is None else len(bias)), visible.shape[3]
     added = visible.new_empty(batch, 1, visible.shape[2], room_for(keys), dtype=dtype)[..., :keys]

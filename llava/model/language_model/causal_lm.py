@@ -12,6 +12,7 @@ from ...devices import device_of
 from ...linear import Linear
 from ...mm_utils import KeywordsStoppingCriteria
 from ...pruning.drafter import Drafter
+from ...pruning.required import required
 from ..context import answer_room
 from ..generation import GenerationStrategies
 from ..kv_cache import KVCache, holds_tokens
@@ -131,7 +132,10 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if self.engine is not None:
             raise ValueError(f"the decoder layers run in {self.engine!r}, which `generate` asks")
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        tokens = required(
+            input_ids if inputs_embeds is None else inputs_embeds,
+            "give input_ids or inputs_embeds: there is no prompt",
+        )
         if holds_tokens(past_key_values):
             self._check_continuation(tokens, attention_mask)
         else:
@@ -140,16 +144,16 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
                 seen = images is not None and self.get_vision_tower() is not None
                 if seen and tokens.shape[1] > 1:
                     prompt = self.splice(
-                        input_ids, attention_mask, labels, images, image_sizes, questions
+                        tokens, attention_mask, labels, images, image_sizes, questions
                     )
                     inputs_embeds, attention_mask = prompt.inputs_embeds, prompt.attention_mask
                     position_ids = prompt.position_ids
                     labels = None if labels is None else prompt.labels
                     visuals = prompt.visuals
-                elif (input_ids == IMAGE_TOKEN_INDEX).any():
+                elif (tokens == IMAGE_TOKEN_INDEX).any():
                     raise ValueError("the prompt holds <image> marks, but no images were given")
         if inputs_embeds is None:
-            inputs_embeds = self.model.embed_tokens(input_ids)
+            inputs_embeds = self.model.embed_tokens(tokens)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values
         if cache is None and use_cache and not self.training:
@@ -334,11 +338,13 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             }
         if input_ids.shape[1] > prompt_ids and inputs_embeds is not None:
             # Without a cache every step runs the prompt again, with the answer so far behind it.
+            mask = required(attention_mask, "a prompt of embeddings needs its attention_mask")
+            position_ids = required(position_ids, "a prompt of embeddings needs its position_ids")
             answer = input_ids[:, prompt_ids:]
             grow = torch.ones_like(answer)
             places = positions_behind(position_ids, answer.shape[1])
             inputs_embeds = torch.cat([inputs_embeds, self.model.embed_tokens(answer)], dim=1)
-            attention_mask = torch.cat([attention_mask, grow.bool()], dim=1)
+            attention_mask = torch.cat([mask, grow.bool()], dim=1)
             position_ids = torch.cat([position_ids, places], dim=1)
             visuals = None if visuals is None else visuals.with_text(grow.shape[1])
         return {

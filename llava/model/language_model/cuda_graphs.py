@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...pruning.required import required
 from ..kv_cache import KVCache, RowState
 from ..position_bias import Directions
 from .decode_step import CompiledStep, Plan
@@ -134,7 +135,7 @@ class Captured:
         for known, news in zip(self.known, plan.known(), strict=True):
             for name, tensor in known.items():
                 if tensor is not None:
-                    tensor.copy_(news[name])
+                    tensor.copy_(required(news[name], f"a step of this graph needs {name}"))
         self.states = plan.states
 
     def __call__(self, plan: Plan) -> Tensor:

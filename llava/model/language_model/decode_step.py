@@ -65,7 +65,7 @@ class DecodeStep:
         steps: dict[int, Step] = {}  # layers that hold the same tokens share one
         for layer in layers:
             number = layer.self_attn.layer_idx
-            state = cache.rows[number]
+            state = cache.state_of(number)
             if id(state) not in steps:
                 steps[id(state)] = self._step(state, cache, number, x, branches)
             x, step = bring(layer, x, steps[id(state)])
@@ -97,7 +97,7 @@ class DecodeStep:
     def _joint_step(self, asked: Sequence[Asked], number: int) -> Step:
         """For layers that hold what layer `number` does."""
         steps = [
-            self._step(own.cache.rows[number], own.cache, number, own.x, own.branches)
+            self._step(own.cache.state_of(number), own.cache, number, own.x, own.branches)
             for own in asked
         ]
         cos, sin = (torch.cat(parts, dim=2) for parts in zip(*(s.rope for s in steps), strict=True))
@@ -179,7 +179,7 @@ class CompiledStep(DecodeStep):
         plan = Plan(layers, self.rotary, x, done, most, moved(branches, x.device))
         groups: dict[int, int] = {}
         for number in numbers:
-            state = cache.rows[number]
+            state = cache.state_of(number)
             if id(state) not in groups:
                 groups[id(state)] = len(plan.states)
                 plan.states.append(state)
@@ -330,7 +330,7 @@ def describe(
     cos, sin = rotary(next_position[:, None] + first + ahead, dtype)
     if valid is not None:
         seen = seen & valid[:, None, None]
-    if directions is not None:
+    if directions is not None and function is not None:
         queries = directions.index_select(1, size + first + ahead)
         keys = directions if tree is None else directions.index_select(1, standing)
         bias = joined(bias, between(function, queries, keys, asking))

@@ -197,14 +197,15 @@ class LlamaModel(LlamaPreTrainedModel):
         if prefix is not None:
             valid = prefix.valid_in_cache(valid)
         hides = prefill.hides_padding if prefix is None else hides_tokens(valid)
-        mask = padded_causal_mask(valid, x.shape[1]) if hides else None
-        if mask is None and bias is None and known:  # else every layer would make it
+        mask = padded_causal_mask(valid, x.shape[1]) if hides and valid is not None else None
+        if mask is None and bias is None and prefix is not None and known:
+            # Else every layer would make it.
             keys = x.shape[1] + (0 if prefix.shared else known)
             mask = causal_mask(x.shape[1], keys, x.device)
         mask = attention_mask(mask, bias, x.shape[1], x.dtype)
         step = Step(self.rotary(prefill.position_ids[:, known:], x.dtype), mask)
         for number in range(depth):
-            if known:
+            if prefix is not None and known:
                 prefix.put(number, cache, x.shape[0])
             x, step = bring(self.layers[number], x, step)
             x, _ = self.run_layer(self.layers[number], x, step, cache)
@@ -222,7 +223,7 @@ class LlamaModel(LlamaPreTrainedModel):
             of_nodes = bias_among(bias, slice(own.stop, None), slice(None))
             visible = branches.visible.to(x.device)
             tail = branch_mask(visible, x.shape[1], valid, of_nodes, x.dtype)
-        if prefill.hides_padding:
+        if valid is not None and prefill.hides_padding:
             packs = packs_rows(self.config._attn_implementation)
             if packs and bias is None and branches is None:
                 packed = Packing.of(valid, prefill.counts.lengths)
@@ -241,11 +242,12 @@ class LlamaModel(LlamaPreTrainedModel):
     def row_state(self, prefill: Prefill, directions: Tensor | None) -> RowState:
         """What caches of layers that run on the tokens as they are now have to know of them."""
         of_keys, of_pairs, asking = prefill.key_bias, None, prefill.asking
-        if directions is not None and prefill.position_bias.answers:
+        bias = prefill.position_bias
+        if directions is not None and bias is not None and bias.answers:
             asking = None if asking is None else asking[:, :1]
             if prefill.branches is not None:  # where these stand holds for the first step alone
                 directions = directions[:, : -len(prefill.branches)]
-            of_pairs = Directions(prefill.position_bias, directions, asking)
+            of_pairs = Directions(bias, directions, asking)
         size = prefill.index.shape[1]
         return RowState(next_position(prefill), size, prefill.valid, of_keys, of_pairs)
 
@@ -268,7 +270,7 @@ class LlamaModel(LlamaPreTrainedModel):
         known: what `directions` gives, if somebody asked already
         """
         keys, asking = self.directions(prefill) if known is None else known, prefill.asking
-        if keys is None:
+        if keys is None or prefill.position_bias is None:
             return prefill.key_bias
         queries = keys[:, first:] if rows is None else gather_tokens(keys, rows)
         if asking is not None:

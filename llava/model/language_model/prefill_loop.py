@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...devices import moved
 from ...pruning.prefill import Prefill
+from ...pruning.required import required
 from ...pruning.stages import DecoderStage, Probe
 from ...pruning.trace import PruningTrace
 from ..kv_cache import KVCache, RowState
@@ -75,6 +76,11 @@ class PrefillLoop:
             self.trace.finish_prefill(self.cache, visual, prefill.importance)
         return prefill
 
+    @property
+    def _acting(self) -> DecoderStage:
+        """`stage`, where hooks are called."""
+        return required(self.stage, "the prompts hold no image, so that no hook is called")
+
     def _places(self, prefill: Prefill) -> Tensor | None:
         return held_places(prefill) if self._drops_from_caches else None
 
@@ -94,7 +100,7 @@ class PrefillLoop:
         """Makes caches and trace follow a change of the tokens before layer `number`."""
         self.dropped = True
         if self.cache is not None:
-            layers = self.stage.pruned_caches(number, len(self.decoder.layers))
+            layers = self._acting.pruned_caches(number, len(self.decoder.layers))
             drop_from_caches(self.cache, layers, self.held, prefill)
             if self.trace is not None:
                 self.trace.hold(layers, prefill.index, prefill.valid)
@@ -116,15 +122,16 @@ class PrefillLoop:
     def _resume(self, prefill: Prefill, prefix: Prefix) -> Prefill:
         """The layers that `prefix` went through, on what follows it; returns the prompt as it
         enters the next layer (what follows alone where there is none)."""
-        decoder, before, name = self.decoder, prefill.hidden_states, self.stage.name
-        hook = call(partial(self.stage.before_layer, 0), prefill, name)
+        decoder, before, stage = self.decoder, prefill.hidden_states, self._acting
+        cache = required(self.cache, "what prompts begin with alike is read into a cache: give one")
+        hook = call(partial(stage.before_layer, 0), prefill, stage.name)
         prefill = hook.prefill
         if hook.changed or prefill.hidden_states is not before:
             raise ValueError(
-                f"{name} changes tokens before layer 0, but its reusable_layers says that it "
+                f"{stage.name} changes tokens before layer 0, but its reusable_layers says that it "
                 f"leaves {prefix.depth} layers alone"
             )
-        tail = decoder.first_layers(prefill, prefix.depth, self.cache, prefix)
+        tail = decoder.first_layers(prefill, prefix.depth, cache, prefix)
         state = decoder.row_state(prefill, decoder.directions(prefill))
         if prefix.shared:
             state.size -= prefix.size
@@ -134,7 +141,7 @@ class PrefillLoop:
             device = decoder.layers[number].device
             if device != state.next_position.device:
                 state = moved(state, device)
-            self.cache.rows[number] = state
+            cache.rows[number] = state
             if self.trace is not None:
                 self.trace.add_layer(prefill.visual_index, prefill.valid, prefill.index)
         whole = prefix.depth < len(decoder.layers)
@@ -145,17 +152,18 @@ class PrefillLoop:
 
     def _finish(self, prefill: Prefill) -> Prefill:
         """The hook behind the last layer."""
-        hook = call(self.stage.after_layers, prefill, self.stage.name)
+        stage = self._acting
+        hook = call(stage.after_layers, prefill, stage.name)
         prefill = hook.prefill
         if "index" in hook.changed:
             self._drop(prefill, len(self.decoder.layers))
         elif late := hook.changed - {"next_position"}:
             raise ValueError(
-                f"{self.stage.name} changes {' and '.join(sorted(late))} in after_layers, when "
+                f"{stage.name} changes {' and '.join(sorted(late))} in after_layers, when "
                 "all layers have run: change them in before_layer"
             )
         if "next_position" in hook.changed and self.cache is not None:
-            for state in {id(state): state for state in self.cache.rows}.values():
+            for state in self.cache.states():
                 state.next_position = next_position(prefill).to(state.next_position.device)
         return prefill
 
@@ -170,7 +178,7 @@ def held_places(prefill: Prefill) -> Tensor:
 
 
 def drop_from_caches(
-    cache: KVCache, layers: Iterable[int], held: list[Tensor], after: Prefill
+    cache: KVCache, layers: Iterable[int], held: list[Tensor | None], after: Prefill
 ) -> None:
     """Takes from layers that already ran what a method dropped later; positions and the bias that
     those layers had stay.
@@ -180,8 +188,9 @@ def drop_from_caches(
     orders: dict[tuple, Tensor] = {}
     states: dict[int, RowState] = {}  # layers that shared a state still do
     for layer in layers:
-        before = cache.rows[layer]
-        own, there = held[layer], before.next_position.device
+        before = cache.state_of(layer)
+        own = required(held[layer], f"drops_from_caches says that layer {layer} keeps its tokens")
+        there = before.next_position.device
         key = id(own), there
         if key not in orders:
             # Both lists ascend in every row, so a search finds where the survivors were.

@@ -170,7 +170,7 @@ class CLIPVisionTower(nn.Module):
         count = x.shape[1] - 1
         places = torch.arange(count, device=x.device).expand(x.shape[0], -1)
         tokens = TowerTokens(x, places, image_index.to(x.device), all_patches=places)
-        chosen = tokens if self.num_run_layers == 0 else None
+        chosen = tokens  # of layer `num_run_layers` - 1, where there is one
         means = OutputMean(wanted)
         last = max([self.num_run_layers - 1, *(n for n, names in wanted.items() if names)])
         mask: Tensor | None = None
@@ -307,8 +307,9 @@ def key_mask(tokens: TowerTokens) -> Tensor | None:
     mask = None if tokens.valid is None else F.pad(tokens.valid, (1, 0), value=True)
     bias = tokens.key_bias
     if bias is None:
-        bias = None if mask is None else torch.zeros_like(mask, dtype=torch.float32)
-        return bias if mask is None else bias.masked_fill_(~mask, float("-inf"))
+        if mask is None:
+            return None
+        return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, float("-inf"))
     if bias.shape != tokens.hidden_states.shape[:2] or bias.dtype != torch.float32:
         raise ValueError(
             f"key_bias {tuple(bias.shape)} of {bias.dtype} must be torch.float32 with one value "

@@ -24,9 +24,8 @@ def read_vision_config(name: str) -> CLIPVisionConfig:
     """Sizes of the vision model in the folder or hub repository `name`."""
     path = os.path.join(name, "config.json")
     if not os.path.isfile(path):
-        path = None if os.path.isdir(name) else hub_file(name, "config.json")
-    if path is None:
-        path = os.path.join(local_folder(name), "config.json")
+        found = None if os.path.isdir(name) else hub_file(name, "config.json")
+        path = os.path.join(local_folder(name), "config.json") if found is None else found
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{name} holds no config.json, so it is no vision tower")
     values = read_json(path)

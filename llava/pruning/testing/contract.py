@@ -27,7 +27,7 @@ class MethodContract(Promises):
     """Derive a class whose name starts with Test, and name the method; see `Promises`."""
 
     def images_of(self, *prompts: Sample) -> Tensor:
-        return torch.cat([prompt.images for prompt in prompts])
+        return torch.cat([prompt.images for prompt in prompts if prompt.images is not None])
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -34,8 +34,7 @@ class Controls:
             elem_id="image",
         )
         self.samples = examples()
-        if self.samples:
-            self.examples = example_list(self.samples)
+        self.examples = example_list(self.samples)
 
     def parameters(self) -> None:
         """Adds the accordion of sampling parameters."""

@@ -7,16 +7,17 @@ import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import gradio as gr
 from PIL import Image
 
-from llava.playground import benchmark_dir
+from llava.clone_files import clone_file
 
 from .pictures import data_uri
 
-#: (question file in the playground's benchmark, line)
+#: the playground's benchmark
+FOLDER = "playground/benchmark"
+#: (question file there, line); what they name is part of the package, see MANIFEST.in
 CHOSEN = (
     ("gqa/llava_gqa_testdev_balanced.jsonl", 49),
     ("textvqa/llava_textvqa_val_v051_ocr.jsonl", 7),
@@ -52,13 +53,9 @@ class Example:
 
 
 def examples() -> list[Example]:
-    """None where the playground is not installed."""
-    try:
-        folder = Path(benchmark_dir())
-    except FileNotFoundError:
-        return []
-    about = {line["image"]: line["reference"] for line in _lines(folder / ABOUT)}
-    return [_example(folder, name, line, about) for name, line in CHOSEN]
+    """Those of `CHOSEN`, in that order."""
+    about = {line["image"]: line["reference"] for line in _lines(ABOUT)}
+    return [_example(name, line, about) for name, line in CHOSEN]
 
 
 def number_of(image: Image.Image, listed: list[Example]) -> int | None:
@@ -92,16 +89,17 @@ def _buttons(listed: list[Example]) -> str:
     )
 
 
-def _example(folder: Path, name: str, number: int, about: dict[str, str]) -> Example:
-    question = _lines(folder / name)[number]
+def _example(name: str, number: int, about: dict[str, str]) -> Example:
+    question = _lines(name)[number]
     lines = question["text"].splitlines()
     text = "\n".join(line for line in lines if not line.startswith("Reference OCR"))
-    path = folder / "images" / question["image"]
+    path = clone_file(f"{FOLDER}/images/{question['image']}")
     return Example(str(path), text, legend(about[question["image"]]))
 
 
-def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _lines(name: str) -> list[dict]:
+    text = clone_file(f"{FOLDER}/{name}").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def legend(sentences: str) -> str:

@@ -90,9 +90,8 @@ class Page:
         self.controls.model.input(self.offer, chosen, offers, **quick)
         for picker in self.pickers:
             picker.connect()
-        if self.controls.samples:
-            places = [self.controls.image, *self.questions]
-            self.controls.examples.select(self.pressed, None, places, **quick)
+        places = [self.controls.image, *self.questions]
+        self.controls.examples.select(self.pressed, None, places, **quick)
         self.chat.connect(self.options.concurrency)
         self.compare.connect(self.options.concurrency)
         self.sweep.connect(self.options.concurrency)

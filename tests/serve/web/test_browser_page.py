@@ -4,7 +4,6 @@ Runs where chromium and selenium are installed.
 """
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,22 @@ HELD_BACK = """
   window.held = [];
   window.fetch = (url, ...more) => String(url.url ?? url).includes('queue/join')
     ? new Promise(done => window.held.push(() => done(send(url, ...more)))) : send(url, ...more);
+"""
+#: (words): measures `window.sign`, from the next Enter until the words are drawn: ms, and frames
+TIMED = """
+  const words = arguments[0];
+  const shown = () => document.querySelector('#tabs').innerText.replace(/\\s+/g, ' ');
+  if (shown().includes(words)) throw Error(`${words} is there before Enter`);
+  window.sign = null;
+  document.addEventListener('keydown', pressed => {
+    let frames = 0;
+    const drawn = () => { window.sign = [performance.now() - pressed.timeStamp, frames]; };
+    const look = () => requestAnimationFrame(() => {
+      frames++;
+      shown().includes(words) ? setTimeout(drawn) : look();
+    });
+    look();
+  }, {capture: true, once: true});
 """
 pytestmark = IN_BROWSER
 
@@ -74,10 +89,13 @@ def test_the_question_is_taken_up_at_once_whatever_the_server_does(page, tab, wo
     box.clear()
     box.send_keys("tell me")
     page.driver.execute_script(HELD_BACK)
-    start = time.perf_counter()
+    page.driver.execute_script(TIMED, words)
     box.send_keys(Keys.ENTER)
-    page.until(lambda: words in " ".join(page.text("#tabs").split()), "a sign")
-    assert time.perf_counter() - start < 5
+    page.until(lambda: page.driver.execute_script("return sign !== null"), "a sign")
+    took, frames = page.driver.execute_script("return sign")
+    print(f"{tab}: {words!r} is drawn {took:.0f} ms, {frames} frames, after Enter")
+    # 12 frames are 200 ms; a busy machine draws fewer a second.
+    assert took < 5000 or frames <= 12
     assert page.driver.execute_script("return held.length"), "the server has heard of it"
     page.driver.execute_script("held.forEach(send => send())")
 
