@@ -216,6 +216,7 @@ def test_assigning_decoding_compiles_prompts_on_a_gpu_alone(model, monkeypatch):
     model.compile_decoding = False
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_for_another_length(compiler, model, sample):
     model.pruner = build_pruner("fastv", layer=2, visual_token_num=10)
     prompts = [sample(4, "image", 5), sample(9, "image", 3), sample(2, "image", 27)]
