@@ -40,6 +40,7 @@ EXTRAS["dev"] = [
     *(f"{name}; sys_platform == 'linux'" for name in EXTRAS["deepspeed"]),
     *EXTRAS["eval"],
     *EXTRAS["serve"],
+    *EXTRAS["docs"],
 ]
 
 MANIFEST = (ROOT / "MANIFEST.in").read_text()
