@@ -94,6 +94,13 @@ def test_a_token_behind_a_pruned_prompt_asks_for_no_more(make_model, sample, nam
     assert waits <= WAITS and uploads == 0
 
 
+def guessed(model, inputs, tokens: int, rule: dict) -> tuple:
+    """(what `generate` returns, what the devices did) for answers of so many tokens."""
+    options = GREEDY | {"eos_token_id": None, "max_new_tokens": tokens, **rule}
+    with torch.no_grad(), devices() as log:
+        return model.generate(**inputs, **options, **SPECULATE), log
+
+
 @pytest.mark.parametrize("rule", [{}, {"repetition_penalty": 1.3}, {"do_sample": True}], ids=str)
 def test_a_step_of_speculation_waits_once_for_every_guess_and_once_for_all(
     make_model, sample, rule
@@ -104,9 +111,7 @@ def test_a_step_of_speculation_waits_once_for_every_guess_and_once_for_all(
     place(model.pruner.module, SECOND)
     logs, waits, uploads = [], [], []
     for tokens in (SHORT, 3 * LONG):
-        options = GREEDY | {"eos_token_id": None, "max_new_tokens": tokens, **rule}
-        with torch.no_grad(), devices() as log:
-            out = model.generate(**inputs, **options, **SPECULATE)
+        out, log = guessed(model, inputs, tokens, rule)
         logs.append(out.logs[0])
         waits.append(len(log.waits))
         uploads.append(len(log.uploads))
@@ -125,9 +130,7 @@ def test_a_step_with_a_tree_of_guesses_waits_once(make_model, sample, rule):
     place(model.pruner.module, SECOND)
     logs, counts = [], []
     for tokens in (SHORT, 5 * LONG):
-        options = GREEDY | {"eos_token_id": None, "max_new_tokens": tokens, **rule}
-        with torch.no_grad(), devices() as log:
-            out = model.generate(**inputs, **options, **SPECULATE)
+        out, log = guessed(model, inputs, tokens, rule)
         logs.append(out.logs[0])
         counts.append((len(log.waits), len(log.uploads), log.kernels.total()))
     steps = len(logs[1].accepted) - len(logs[0].accepted)
@@ -147,9 +150,7 @@ def test_a_step_of_a_batch_with_trees_waits_once_for_all_rows(make_model, sample
     place(model.pruner.module, SECOND)
     steps, counts = [], []
     for tokens in (SHORT, 5 * LONG):
-        options = GREEDY | {"eos_token_id": None, "max_new_tokens": tokens, **rule}
-        with torch.no_grad(), devices() as log:
-            out = model.generate(**inputs, **options, **SPECULATE)
+        out, log = guessed(model, inputs, tokens, rule)
         steps.append(max(len(own.accepted) for own in out.logs))
         counts.append((len(log.waits), len(log.uploads)))
     waits, uploads = (b - a for a, b in zip(*counts, strict=True))

@@ -79,16 +79,17 @@ class IDPruner(SinkFilter, EqualShares):
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
         return self.keep_shares(vision)
 
-    def importance(self, vision: VisionTokens) -> Tensor:
-        """(B, N) of every token; the scale does not matter, it is brought to 0 ... 1 in a crop."""
+    def importance(self, vision: VisionTokens, rows: Tensor | slice) -> Tensor:
+        """(G, N) of every token of the crops `rows` (G,); the scale does not matter, it is brought
+        to 0 ... 1 in a crop."""
         if (scorer := self.module) is None:
-            return vision.cue("salience") * vision.block  # the sum over the patches of a token
-        features = vision.features.detach()
+            return vision.cue("salience")[rows] * vision.block  # the sum over patches of a token
+        features = vision.features[rows].detach()
         scores: Tensor = scorer(features.to(device_of(scorer)))
         return scores.to(features.device)
 
     def pick(self, vision: VisionTokens, rows: Tensor | slice, count: int) -> Tensor:
-        importance = self.importance(vision)[rows]
+        importance = self.importance(vision, rows)
         return marginally_best(vision.features[rows], importance, count, self.mmr_lambda)
 
 

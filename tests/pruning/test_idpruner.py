@@ -55,9 +55,9 @@ def test_a_scorer_of_ones_own_takes_the_place_of_attention(model, sample):
         name = "last_first"
         needs = frozenset()
 
-        def importance(self, vision):
+        def importance(self, vision, rows):
             assert vision.salience is None
-            return vision.positions.float()
+            return vision.positions[rows].float()
 
     model.pruner, prompt = LastFirst(visual_token_num=3, mmr_lambda=1.0), sample(4, "image", 5)
     with trace_pruning(model) as trace:
