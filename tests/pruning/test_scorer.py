@@ -192,7 +192,13 @@ def test_a_batch_of_crops_is_what_its_images_are_alone(anyres_model, scorer, sam
             )
         return [own.tolist() for own in trace.visual_positions]
 
-    assert positions([0, 1]) == positions([0]) + positions([1])
+    rated = []
+    scored = anyres_model.pruner.module.register_forward_hook
+    hook = scored(lambda module, given, scores: rated.append(len(scores)))
+    together = positions([0, 1])
+    hook.remove()
+    assert sorted(rated) == [3, 5], "each crop is rated once"
+    assert together == positions([0]) + positions([1])
 
 
 def test_a_wrapper_and_a_method_behind_it_work_with_a_scorer(model, scorer, sample):
