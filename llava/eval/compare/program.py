@@ -20,6 +20,8 @@ import shlex
 import sys
 from pathlib import Path
 
+import torch
+
 from llava.errors import errors_as_messages
 from llava.eval.compare import gallery, suite
 from llava.eval.compare.budget import Budget
@@ -102,6 +104,13 @@ def write(comparison: Comparison, args: argparse.Namespace, command: str) -> Non
             file.write(whole)
 
 
+def computed_in(model) -> dict[str, str]:
+    """The numbers that a model computes in and the device: scores and costs are true of these."""
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"dtype": str(model.dtype).removeprefix("torch."), "device": name}
+
+
 @errors_as_messages()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
@@ -114,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = sample_prompts(loop, benchmarks, args.data_dir, args.timed_prompts)
     costs = measure_costs(loop.model, runs, prompts)
     comparison = compare_runs(runs, scores, costs, benchmarks, args)
+    comparison.settings |= computed_in(loop.model)
     given = shlex.join(sys.argv[1:] if argv is None else argv)
     write(comparison, args, f"python -m llava.eval.compare {given}".strip())
     print(markdown(comparison))

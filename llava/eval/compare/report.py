@@ -63,7 +63,8 @@ def markdown(comparison: Comparison) -> str:
     settings = comparison.settings
     each = "visual tokens" if dense.budget.tokens else "visual tokens per question on average"
     lines = [
-        f"Model `{settings['model_name']}`, {cell.count} questions of {len(comparison.tasks)} "
+        f"Model `{settings['model_name']}`{_computed(settings)}, {cell.count} questions of "
+        f"{len(comparison.tasks)} "
         f"benchmarks ({', '.join(comparison.tasks)}). Scores are percent of the maximum; the "
         "average weighs benchmarks alike. Brackets: 95 % intervals, bootstrap over images with all "
         "their questions; the change is paired with the unpruned answers to the same questions. "
@@ -91,6 +92,11 @@ def markdown(comparison: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _computed(settings: dict) -> str:
+    """In which numbers and on what, where that was noted."""
+    return f" in {settings['dtype']} ({settings['device']})" if "dtype" in settings else ""
+
+
 def _budgets(comparison: Comparison) -> list[Budget]:
     found = {row.budget for row in comparison.rows if row.method != DENSE}
     return sorted(found, key=lambda budget: budget.order, reverse=True)
@@ -107,12 +113,18 @@ def _capital(title: str) -> str:
 
 def _average_table(rows: list[Row], dense: Row) -> str:
     head = ["method", "asked for", "average", "change", "same, %", "kept", "KV, MB", "GFLOP"]
-    head += ["/ unpruned", "first token, ms", "/ unpruned", "answers/s"]
-    return table(head, [_average_cells(row, dense) for row in rows], "lr")
+    head += ["/ unpruned", "first token, ms", "/ unpruned"]
+    lines = [_average_cells(row, dense) for row in rows]
+    rates = [row.answers_per_second for row in rows]
+    if any(rates):
+        head.append("answers/s")
+        for line, rate in zip(lines, rates, strict=True):
+            line.append("" if rate is None else f"{rate:.1f}")
+    return table(head, lines, "lr")
 
 
 def _average_cells(row: Row, dense: Row) -> list[str]:
-    cell, cost, rate = row.cells[AVERAGE], row.cost, row.answers_per_second
+    cell, cost = row.cells[AVERAGE], row.cost
     return [
         _name(row),
         row.budget.label,
@@ -125,7 +137,6 @@ def _average_cells(row: Row, dense: Row) -> list[str]:
         f"{cost.flops / dense.cost.flops:.2f}",
         f"{1e3 * cost.seconds:.0f}",
         f"{cost.seconds / dense.cost.seconds:.2f}",
-        "" if rate is None else f"{rate:.1f}",
     ]
 
 

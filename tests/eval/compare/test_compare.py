@@ -6,6 +6,7 @@ import csv
 import io
 import os
 from collections import Counter
+from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np
@@ -193,6 +194,16 @@ def test_table_file_and_plots_hold_every_run(finished, tmp_path):
     for axis in ("tokens", "flops", "time"):
         plot(comparison, axis, tmp_path / f"{axis}.png")
         assert (tmp_path / f"{axis}.png").stat().st_size > 5000
+
+
+def test_answers_per_second_have_a_column_where_a_run_has_some(finished):
+    comparison = deepcopy(finished[3])
+    for row in comparison.rows:
+        row.answers_per_second = None
+    assert "answers/s" not in compare_report.markdown(comparison)
+    comparison.rows[1].answers_per_second = 7.25
+    text = compare_report.markdown(comparison)
+    assert "| answers/s |" in text and text.count(" 7.2 |") == 1
 
 
 def test_what_was_written_by_hand_survives_the_next_page(tmp_path):

@@ -96,6 +96,8 @@ def test_tables_files_and_plots_name_the_budgets(finished):
         assert (folder / "images" / f"second_{axis}.png").stat().st_size > 5000
     (saved,) = gallery.read(folder / "docs" / "results")
     assert saved.settings["model_name"] == MODEL.name
+    assert saved.settings["dtype"] in ("float32", "bfloat16") and saved.settings["device"] == "cpu"
+    assert f"Model `{MODEL.name}` in {saved.settings['dtype']} (cpu), " in text
     assert len(saved.rows) == len(comparison["rows"])
 
 
