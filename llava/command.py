@@ -19,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 
 from .errors import errors_as_messages
+from .program_parser import typed_command
 from .spelling import did_you_mean
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,7 +142,7 @@ def main(words: list[str] | None = None) -> None:
     if (module := COMMANDS[name].module) is None:
         with errors_as_messages():
             sys.exit(evaluate(rest))
-    sys.argv = [f"llava {name}", *rest]
+    sys.argv = [f"{typed_command()} {name}", *rest]
     import_module(module).main()
 
 

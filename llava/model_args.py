@@ -12,7 +12,6 @@ from llava.front_end import FrontEnd
 from llava.mm_utils import get_model_name_from_path
 from llava.playground import default_model_path
 from llava.pruning.cli import add_pruning_args, pruner_from_args
-from llava.spelling import suggest_options
 
 DTYPES = {
     "float32": torch.float32,
@@ -35,7 +34,6 @@ def add_option(parser, flag: str, **kwargs) -> None:
 
 def add_model_args(parser: argparse.ArgumentParser) -> None:
     """Adds the options that `load_from_args` reads."""
-    suggest_options(parser)
     group = parser.add_argument_group("model")
     add_option(group, "--model-path", help="default: the playground checkpoint")
     add_option(group, "--model-base", help="base model of a projector or LoRA checkpoint")

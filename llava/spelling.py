@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -18,17 +17,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {like[found[0]]!r}?)" if found else ""
 
 
-def suggest_options(parser: argparse.ArgumentParser) -> None:
-    """Lets a parser say which option or choice may have been meant by one that it does not know."""
-    plain = parser.error
+def option_hint(message: str, flags: Iterable[str]) -> str:
+    """Returns `did_you_mean` of the option or choice that a message of argparse complains about.
 
-    def error(message: str):
-        plain(message + _hint(message, parser._option_string_actions))
-
-    parser.error = error
-
-
-def _hint(message: str, flags: Iterable[str]) -> str:
+    flags: options that the program has
+    """
     if found := UNKNOWN_CHOICE.search(message):
         return did_you_mean(found[1], re.findall(r"[^\s,']+", found[2]))
     if found := UNKNOWN_FLAGS.search(message):

@@ -1,13 +1,12 @@
 """Messages about unknown words say which known one may have been meant."""
 
-import argparse
-
 import pytest
 
 from llava.eval.benchmarks import find_benchmark
+from llava.program_parser import ProgramParser
 from llava.pruning import METHODS, build_pruner
 from llava.pruning.cli import add_pruning_args
-from llava.spelling import did_you_mean, suggest_options
+from llava.spelling import did_you_mean
 
 
 def test_the_nearest_word_is_named_and_nothing_where_none_is_near():
@@ -27,7 +26,7 @@ def test_methods_options_and_benchmarks_are_suggested():
 
 @pytest.fixture
 def parser():
-    made = argparse.ArgumentParser()
+    made = ProgramParser("")
     made.add_argument("--device", choices=("cuda", "cpu"))
     add_pruning_args(made)
     return made
@@ -49,9 +48,8 @@ def test_a_parser_suggests_options_and_choices(parser, words, meant, capsys):
 
 
 def test_a_parser_keeps_its_other_messages(capsys):
-    parser = argparse.ArgumentParser()
+    parser = ProgramParser("")
     parser.add_argument("file")
-    suggest_options(parser)
     for words, said in (([], "required: file\n"), (["a", "--quite"], "arguments: --quite\n")):
         with pytest.raises(SystemExit):
             parser.parse_args(words)

@@ -28,6 +28,7 @@ from llava.eval.run_llava import DEFAULT_QUERY, image_parser, load_images, with_
 from llava.front_end import FrontEnd
 from llava.model_args import add_asking_args, add_option, load_front_end
 from llava.playground import default_image
+from llava.program_parser import ProgramParser
 from llava.pruning import trace_pruning
 from llava.pruning.picture import side_by_side, token_boxes
 
@@ -149,7 +150,7 @@ def overview(pictures: list[Image.Image]) -> Image.Image:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ProgramParser(__doc__)
     add_option(parser, "--image-file", help="file or URL; several with --sep between them")
     add_option(parser, "--query", help=f"{IMAGE_PLACEHOLDER} in it says where an image goes")
     add_option(parser, "--sep", default=",", help="between image files (default: a comma)")

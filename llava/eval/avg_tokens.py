@@ -6,7 +6,6 @@ What a method would keep that knew the boxes of Visual-CoT: images are cut and l
 takes them, but it answers nothing. Ends with one line of JSON: set -> share.
 """
 
-import argparse
 import json
 import os
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from llava.eval.answering.questions import Question, load_image, questions_of, s
 from llava.eval.benchmarks import viscot
 from llava.front_end import FrontEnd
 from llava.model_args import add_asking_args, add_option, load_front_end
+from llava.program_parser import ProgramParser
 from llava.pruning.frames import covered, image_frames
 
 
@@ -44,7 +44,7 @@ def mean_share(questions: Iterable[Question], front: FrontEnd, folder: str) -> f
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("files", nargs="+", help="question files of Visual-CoT")
     add_option(parser, "--image-folder", default="")
     add_option(parser, "--limit", type=int, help="about so many questions, evenly spread")

@@ -13,7 +13,7 @@ from llava.eval.benchmarks import gpt_review
 
 @errors_as_messages()
 def main():
-    gpt_review.main(gpt_review.BENCH, __doc__.splitlines()[0])
+    gpt_review.main(gpt_review.BENCH, __doc__)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ some, `review/review_MODEL.jsonl` or `review_MODEL_REFERENCE.jsonl` (what `eval_
 and `model.jsonl`. The output is laid out as the page of LLaVA's and Vicuna's releases reads it.
 """
 
-import argparse
 import json
 import os
 import re
@@ -15,6 +14,7 @@ import re
 from llava.errors import errors_as_messages
 from llava.eval.files.matching import by_id
 from llava.eval.files.records import read_jsonl
+from llava.program_parser import ProgramParser
 
 
 def build(table: str) -> dict:
@@ -88,7 +88,7 @@ def models_of(path: str) -> dict:
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--table", default="table", help="folder of the tables")
     parser.add_argument("--output", default=os.path.join("webpage", "data.json"))
     args = parser.parse_args()

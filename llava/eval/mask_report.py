@@ -8,7 +8,6 @@ the boxes are means over its questions; the last row is the plain mean over the 
 is the same as JSON.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -18,6 +17,7 @@ from llava.eval import markdown
 from llava.eval.files import box_counts
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.answer_places import around_answers
+from llava.program_parser import ProgramParser
 
 COLUMNS = {
     "precision": "mPrecision",
@@ -73,7 +73,7 @@ def table(found: dict[str, dict]) -> str:
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("files", nargs="+", help="answers files")
     parser.add_argument(
         "--where-known",

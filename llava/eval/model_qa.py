@@ -25,7 +25,7 @@ def text_questions(record: dict) -> Iterator[Question]:
 
 @errors_as_messages()
 def main():
-    parser = build_parser(__doc__.splitlines()[0])
+    parser = build_parser(__doc__)
     parser.add_argument(
         "--model-name",
         "--model_name",

@@ -14,7 +14,7 @@ from llava.eval.files.records import read_jsonl
 
 @errors_as_messages()
 def main():
-    parser = build_parser(__doc__.splitlines()[0])
+    parser = build_parser(__doc__)
     args = parse_args(parser)
     use_playground_questions(parser, args, "textvqa/llava_textvqa_val_v051_ocr.jsonl", "images")
     run(args, read_jsonl(args.question_file), jsonl_questions)

@@ -18,7 +18,7 @@ from llava.eval.benchmarks.mmbench import (
 
 @errors_as_messages()
 def main():
-    parser = build_parser(__doc__.splitlines()[0])
+    parser = build_parser(__doc__)
     parser.add_argument(
         "--all-rounds", "--all_rounds", action="store_true", help="ask with every rotation"
     )

@@ -17,7 +17,7 @@ from llava.eval.files.records import read_json_list
 
 @errors_as_messages()
 def main():
-    parser = build_parser(__doc__.splitlines()[0], "llvisionqa_dev.json")
+    parser = build_parser(__doc__, "llvisionqa_dev.json")
     parser.add_argument(
         "--questions-file",
         "--questions_file",

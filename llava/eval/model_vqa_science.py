@@ -14,7 +14,7 @@ from llava.eval.files.records import read_json_list
 
 @errors_as_messages()
 def main():
-    parser = build_parser(__doc__.splitlines()[0], "tables/question.json")
+    parser = build_parser(__doc__, "tables/question.json")
     parser.add_argument("--single-pred-prompt", "--single_pred_prompt", action="store_true")
     parser.add_argument(
         "--answer-prompter", "--answer_prompter", action="store_true", help="accepted, no effect"

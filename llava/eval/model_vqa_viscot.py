@@ -66,7 +66,7 @@ def info(path: str) -> dict:
 
 @errors_as_messages()
 def main():
-    parser = build_parser(__doc__.splitlines()[0], "benchmark/gqa.json")
+    parser = build_parser(__doc__, "benchmark/gqa.json")
     add_viscot_args(parser)
     args = parse_args(parser)
     args.only_masks = args.do_func_name == "glimpse"

@@ -29,6 +29,7 @@ from llava.front_end import in_order
 from llava.mm_utils import load_image
 from llava.model_args import add_asking_args, add_option, load_front_end, sampling
 from llava.playground import default_image
+from llava.program_parser import ProgramParser
 from llava.pruning import trace_pruning
 from llava.pruning.cli import pairs_in
 from llava.pruning.picture import show_pruning
@@ -49,7 +50,7 @@ def load_images(image_files: list[str]) -> list[Image.Image]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ProgramParser(__doc__)
     add_option(parser, "--image-file", help="file or URL; several with --sep between them")
     add_option(parser, "--video-file", help="file, or folder of frames; several like image files")
     add_option(parser, "--fps", type=float, help="frames a second to take of a video (2)")

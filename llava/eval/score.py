@@ -7,7 +7,6 @@ scores, its upload file is written; where a judge does, it is asked if the envir
 (OPENAI_API_KEY or OPENAI_BASE_URL), and otherwise `score` is null, and `why` says the reason.
 """
 
-import argparse
 import json
 import os
 from dataclasses import replace
@@ -20,6 +19,7 @@ from llava.eval.files.answer_lines import failed_sentence, is_failed, read_lines
 from llava.eval.files.records import Records
 from llava.eval.scoring.judge import CACHE_NAME, add_judge_args, has_endpoint, judge_from_args
 from llava.eval.scoring.units import Units
+from llava.program_parser import ProgramParser
 
 SUMMARY = ("benchmark", "metric", "score", "percent", "count")
 
@@ -128,7 +128,7 @@ def score(benchmark: Benchmark, args, asked: Records, records: list[dict]) -> di
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("benchmark", help="name of a benchmark, see llava/eval/benchmarks")
     parser.add_argument("--data-dir", default="playground/data/eval")
     parser.add_argument("--question-file", help="default: the benchmark's, in the data folder")

@@ -3,13 +3,13 @@
 python -m llava.eval.score_table A.score.json B.score.json ...
 """
 
-import argparse
 import json
 from types import NoneType
 
 from llava.errors import errors_as_messages
 from llava.eval import markdown
 from llava.eval.files.records import kind_of, read_json
+from llava.program_parser import ProgramParser
 
 #: results that published means of their family leave out
 NOT_IN_MEAN = ("viscot_emotic", "viscot_emotic_brief")
@@ -72,7 +72,7 @@ def read_score(path: str) -> dict:
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("files", nargs="*", help=".score.json files")
     parser.add_argument("--list", help="file that names further ones, one per line")
     args = parser.parse_args()

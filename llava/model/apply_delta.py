@@ -4,8 +4,7 @@
         --delta-path DELTA
 """
 
-import argparse
-
+from ..program_parser import ProgramParser
 from ..weight_files import local_folder
 from .checkpoint import write_checkpoint
 from .delta import combine, read_weights
@@ -18,7 +17,7 @@ def apply_delta(base_model_path: str, target_model_path: str, delta_path: str) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--base-model-path", required=True)
     parser.add_argument("--target-model-path", required=True, help="folder to write")
     parser.add_argument("--delta-path", required=True)

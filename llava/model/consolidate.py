@@ -5,11 +5,10 @@
 Weights of a vision tower that was not trained along are left out: the tower has its own folder.
 """
 
-import argparse
-
 import torch
 
 from ..checkpoint_kind import values_in
+from ..program_parser import ProgramParser
 from ..progress import progress
 from ..weight_files import tensors_in, weight_files
 from .checkpoint import TOWER_PREFIX, is_ignored, write_checkpoint
@@ -29,7 +28,7 @@ def consolidate_ckpt(src_path: str, dst_path: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--src", required=True, help="checkpoint folder")
     parser.add_argument("--dst", required=True, help="folder to write")
     args = parser.parse_args()

@@ -12,7 +12,6 @@ stored, unless `--dtype` says otherwise. See docs/Checkpoints.md.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from collections.abc import Callable
@@ -43,6 +42,7 @@ from ..llava_hf import (
 from ..log_output import say
 from ..mm_utils import get_model_name_from_path
 from ..model_args import DTYPES, add_option
+from ..program_parser import ProgramParser
 from ..pruning.required import required
 from ..weight_files import float_type_in, local_folder, weight_files
 from . import export_files as files
@@ -355,9 +355,7 @@ WRITERS = {LLAMA: write_llama, LAYOUT: write_llava_hf, QWEN: write_qwen, OURS: w
 
 @errors_as_messages()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ProgramParser(__doc__, whole=True)
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--to", choices=(LLAMA, LAYOUT, QWEN), help="layout to write")
     way.add_argument("--from", dest="source", choices=(LAYOUT,), help="layout to write in ours")

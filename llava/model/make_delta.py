@@ -4,8 +4,7 @@
         --delta-path OUT [--hub-repo-id NAME]
 """
 
-import argparse
-
+from ..program_parser import ProgramParser
 from ..weight_files import local_folder
 from .checkpoint import write_checkpoint
 from .delta import combine, read_weights
@@ -25,7 +24,7 @@ def make_delta(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--base-model-path", required=True)
     parser.add_argument("--target-model-path", required=True)
     parser.add_argument("--delta-path", required=True, help="folder to write")

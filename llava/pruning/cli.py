@@ -7,7 +7,6 @@ import ast
 import sys
 
 from ..constants import STRATEGIES
-from ..spelling import suggest_options
 from . import METHODS, Pruner, all_option_names, build_pruner, can_draft, guess_method, no_drafter
 from .choice import all_names
 
@@ -41,7 +40,6 @@ def add_option_args(parser: argparse.ArgumentParser, group=None) -> None:
     """Adds all of these but --pruning-method and --generation-strategy, for programs that take the
     method elsewhere. group: of the parser, where they stand in its help"""
     group = group or parser
-    suggest_options(parser)
     group.add_argument(
         "--visual-token-num",
         "--visual_token_num",

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from ..program_parser import ProgramParser
 from . import METHODS, Pruner
 from .about import how_it_chooses, sentence_about
 from .cli import add_option_args, pruner_from_args
@@ -106,10 +107,7 @@ def sizes(layers: int | None = None) -> Iterator[tuple[str, DecoderShape]]:
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.pruning",
-        description=__doc__.split("\n")[0],
-    )
+    parser = ProgramParser(__doc__)
     parser.add_argument(
         "pruning_method",
         metavar="METHOD",

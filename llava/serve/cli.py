@@ -20,6 +20,7 @@ from llava.mm_utils import load_image
 from llava.model.inputs import Picture
 from llava.model_args import add_asking_args, add_option, load_front_end, sampling
 from llava.playground import default_image
+from llava.program_parser import ProgramParser
 
 #: what the playground's model was taught, in words about its first picture
 PLAYGROUND_QUESTIONS = (
@@ -70,7 +71,7 @@ class Chat:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ProgramParser(__doc__)
     add_option(parser, "--image-file", help="file or URL (default: one of the playground)")
     add_option(parser, "--temperature", type=float, default=0.2, help="0: no sampling")
     add_option(parser, "--top-p", type=float)

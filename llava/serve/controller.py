@@ -14,6 +14,7 @@ import logging
 from contextlib import aclosing, asynccontextmanager, suppress
 
 from ..errors import errors_as_messages
+from ..program_parser import ProgramParser
 from .service import (
     ChunkStream,
     FastAPI,
@@ -233,7 +234,7 @@ def controller_app(controller: Controller, token: str | None = None) -> FastAPI:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--host", default="localhost")
     parser.add_argument("--port", type=int, default=21001)
     parser.add_argument("--dispatch-method", choices=METHODS, default="shortest_queue")

@@ -26,6 +26,7 @@ import requests
 from ..errors import errors_as_messages
 from ..log_output import protect_standard_streams
 from ..playground import default_model_path
+from ..program_parser import ProgramParser
 from .auth import TOKEN_VARIABLE, add_token_arg, check_exposure, read_token, token_headers
 
 HERE = "127.0.0.1"
@@ -133,7 +134,7 @@ def check_parts(model_path: str | None) -> None:
 SET_HERE = ("--help", "--host", "--port", "--controller-address", "--model-path", "--token-file")
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ProgramParser):
     """Its help has the options of the worker, too."""
 
     def format_help(self) -> str:
@@ -147,7 +148,7 @@ def worker_parser() -> argparse.ArgumentParser:
     from .model_worker import build_parser
 
     parser = build_parser()
-    parser.prog, parser.description = "python -m llava.serve.demo", None
+    parser.description = None
     for action in parser._actions:
         if set(SET_HERE) & set(action.option_strings):
             action.help = argparse.SUPPRESS
@@ -164,7 +165,7 @@ def check_worker_args(words: list[str]) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(__doc__, allow_abbrev=False)
     parser.add_argument("--host", default=HERE, help="where the web page listens")
     parser.add_argument("--port", type=int, default=7860, help="of the web page")
     parser.add_argument("--model-path", help="default: the playground checkpoint")

@@ -19,6 +19,7 @@ import warnings
 
 from llava.errors import errors_as_messages
 from llava.network import is_loopback
+from llava.program_parser import ProgramParser
 
 from .auth import add_token_arg, read_token
 from .service import set_up_logging
@@ -29,7 +30,7 @@ SESSIONS = 256  # visitors whose dialogue is remembered
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the page to a network")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     parser.add_argument("--controller-url", default="http://localhost:21001")

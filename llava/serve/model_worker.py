@@ -20,6 +20,7 @@ from ..errors import errors_as_messages
 from ..mm_utils import get_model_name_from_path
 from ..model_args import add_model_args, add_option, load_from_args
 from ..playground import default_model_path
+from ..program_parser import ProgramParser
 from ..pruning.cli import add_pruning_args, pruner_from_args
 from ..utils import StreamToLogger
 from .service import serve, set_up_logging
@@ -70,7 +71,7 @@ def add_service_args(parser: argparse.ArgumentParser) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ProgramParser(__doc__)
     add_service_args(parser)
     add_model_args(parser)
     add_engine_args(parser)

@@ -12,6 +12,7 @@ import json
 import requests
 
 from ..errors import errors_as_messages
+from ..program_parser import ProgramParser
 from .auth import add_token_arg, read_token, token_headers
 
 SECONDS = 30
@@ -40,7 +41,7 @@ def reason(reply) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--controller-address", required=True)
     parser.add_argument("--worker-name", required=True, help="address of the worker")
     parser.add_argument(

@@ -22,6 +22,7 @@ from ..conv_mode import announce, checkpoint_conv_mode
 from ..conversation import conv_templates
 from ..errors import errors_as_messages
 from ..mm_utils import get_model_name_from_path, infer_conv_mode
+from ..program_parser import ProgramParser
 from .errors import NEEDS_EXTRA, ServeError, encode_chunk, server_gone, server_refused
 
 try:
@@ -233,7 +234,7 @@ def served_path(endpoint: str, api: str, key: str | None = None) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ProgramParser(__doc__)
     add_service_args(parser)
     parser.add_argument("--sgl-endpoint", required=True, help="address of the server")
     parser.add_argument("--api", choices=("sglang", "openai"), default="sglang")

@@ -13,6 +13,7 @@ import sys
 from ..conversation import SeparatorStyle, conv_templates
 from ..errors import errors_as_messages
 from ..mm_utils import infer_conv_mode
+from ..program_parser import ProgramParser
 from .auth import add_token_arg, read_token
 from .register_worker import post
 
@@ -72,7 +73,7 @@ def show_answer(address: str, body: dict, token: str | None, seconds: float = 60
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--controller-address", default="http://localhost:21001")
     parser.add_argument("--worker-address", help="default: the controller names one")
     parser.add_argument("--model-name", default="llava-v1.5-playground")

@@ -26,6 +26,7 @@ import requests
 from ..constants import DEFAULT_IMAGE_TOKEN
 from ..errors import errors_as_messages
 from ..playground import benchmark_dir
+from ..program_parser import ProgramParser
 from ..progress import progress
 from .auth import add_token_arg, read_token
 from .register_worker import post
@@ -174,7 +175,7 @@ def table(speeds: list[Speed]) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--worker-address", nargs="+", required=True, help="of each worker")
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 4, 16], metavar="N")
     parser.add_argument("--requests", type=int, default=32, help="of a round")

@@ -12,13 +12,13 @@ work, CUDA itself (about 1 GB) and what the allocator loses to fragments; leave 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from dataclasses import dataclass, field, fields
 
 from llava.model.language_model.qwen2_5_vl import Qwen2_5_VLConfig
 from llava.model.multimodal_encoder.qwen2_5_vl_encoder import Qwen2_5_VLVisionConfig
+from llava.program_parser import ProgramParser
 from llava.train.twig_plus.policy import LOGITS_HELD
 
 GB = 1e9
@@ -297,7 +297,7 @@ def read_shape(model: str) -> Shape:
 
 
 def main(words=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = ProgramParser(__doc__)
     names = ", ".join([*SIZES, *QWEN_SIZES])
     parser.add_argument("model", help=f"{names}, or a checkpoint folder")
     parser.add_argument("--gpus", type=int, default=8)

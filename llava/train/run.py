@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from llava.config_file import read_json
 from llava.errors import errors_as_messages
+from llava.program_parser import typed_command
 
 #: says in a checkpoint which run it belongs to
 RUN_FILE = "run.json"
@@ -25,7 +26,7 @@ class FlagParser(transformers.HfArgumentParser):
     """Flags are the fields of dataclasses, written out; a mistake is a ValueError."""
 
     def __init__(self, classes: Sequence[type]):
-        super().__init__(classes, allow_abbrev=False)
+        super().__init__(classes, prog=typed_command(), allow_abbrev=False)
 
     def error(self, message: str):
         raise ValueError(message)

@@ -19,6 +19,7 @@ from llava.eval.answering.workers import Workers
 from llava.front_end import FrontEnd
 from llava.mm_utils import get_model_name_from_path
 from llava.model_args import add_model_args, load_from_args
+from llava.program_parser import ProgramParser
 from llava.pruning.cli import add_pruning_args, pruner_from_args
 from llava.weight_files import local_folder
 
@@ -29,7 +30,7 @@ def build_parser(
     max_new_tokens: int = 1024,
 ) -> argparse.ArgumentParser:
     """Returns the options that all answering programs share, with a program's own defaults."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = ProgramParser(description)
     add_model_args(parser)
     group = parser.add_argument_group("questions and answers")
     group.add_argument("--image-folder", "--image_folder", default="")

@@ -8,7 +8,6 @@ everything must be there. Without it, a benchmark that `playground/data/eval` do
 replaced by the playground's questions of that kind, which is said.
 """
 
-import argparse
 import os
 import shlex
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from llava.errors import errors_as_messages
 from llava.eval.benchmarks import all_benchmarks, find_benchmark
 from llava.eval.benchmarks.benchmark import SHARED_IMAGES, Benchmark
+from llava.program_parser import ProgramParser
 
 DEFAULT_DIR = "playground/data/eval"
 #: played with when there is no real data: a benchmark, and samples of the other formats
@@ -96,7 +96,7 @@ def assignments(benchmark: Benchmark, data_dir: str | None = None) -> str:
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("benchmark", help="its name, or list: what there is data for")
     parser.add_argument("--data-dir", help=f"default: {DEFAULT_DIR}, else the playground's")
     parser.add_argument("--sets", help="with list: the parts of this benchmark only")

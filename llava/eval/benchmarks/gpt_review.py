@@ -4,7 +4,6 @@ Shared by `eval_gpt_review` (text only), `eval_gpt_review_bench` (LLaVA-Bench, w
 `eval_gpt_review_visual` (with captions and boxes), which differ in what the judge is shown.
 """
 
-import argparse
 import hashlib
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from llava.eval.answering.answers_file import AnswersFile
 from llava.eval.files.matching import question_id, source
 from llava.eval.files.records import read_json, read_jsonl
 from llava.eval.scoring.judge import Judge, Prompt, add_judge_args, judge_from_args
+from llava.program_parser import ProgramParser
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 OWN_RULES = str(Path(__file__).parents[1] / "table" / "rule.json")
@@ -183,7 +183,7 @@ def _scores_or_notice(reply: str) -> list[float]:
 
 def main(kind: Kind, description: str) -> None:
     """The command line of the three programs."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = ProgramParser(description)
     parser.add_argument("-q", "--question", required=True, help="questions, JSON lines")
     if kind.shown:
         parser.add_argument("-c", "--context", required=True, help="what the images show")

@@ -7,7 +7,6 @@ not have; the first two are computed when `--choices` is given and otherwise rep
 official script does.
 """
 
-import argparse
 import os
 import sys
 from collections import Counter, defaultdict
@@ -23,6 +22,7 @@ from llava.eval.files.matching import (
 )
 from llava.eval.files.records import Records, as_int, read_json, read_json_list
 from llava.eval.scoring.units import Unit, Units
+from llava.program_parser import ProgramParser
 
 QUESTIONS = "gqa/data/testdev_balanced_questions.json"
 # Operations that only turn a found object into an answer are no reasoning step of their own.
@@ -163,7 +163,7 @@ BENCHMARKS = (
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--tier", default="testdev_balanced")
     parser.add_argument("--path", default=".", help="folder of the question and prediction files")
     parser.add_argument("--questions", default="{tier}_questions.json")

@@ -5,7 +5,6 @@ python -m llava.eval.benchmarks.mme --data-dir MME --result-file A.jsonl \
 python -m llava.eval.benchmarks.mme --results-dir eval_tool/answers/X
 """
 
-import argparse
 import os
 import sys
 from collections import defaultdict
@@ -17,6 +16,7 @@ from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import source, unique
 from llava.eval.files.records import Records, complete, read_text
 from llava.eval.scoring.units import Unit, Units
+from llava.program_parser import ProgramParser
 
 TASKS = {
     "Perception": (
@@ -259,7 +259,7 @@ def _say_missing(truth: dict, lines: dict[str, list[str]], path: str) -> None:
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--data-dir", default=".", help=f"holds {GROUND_TRUTH_DIR}/")
     parser.add_argument("--result-file", help="answers of the model")
     parser.add_argument("--output-dir", help="where the official result files go")

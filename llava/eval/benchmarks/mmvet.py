@@ -8,7 +8,6 @@ benchmark's own few-shot prompt and gpt-4-0613: its text is given with `--prompt
 our own wording is used, whose numbers compare with each other only.
 """
 
-import argparse
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from llava.eval.files.records import Records, as_int, read_json, read_text
 from llava.eval.files.writing import write_json, write_jsonl
 from llava.eval.scoring.judge import Judge, Prompt, add_judge_args, judge_from_args
 from llava.eval.scoring.units import Unit, Units
+from llava.program_parser import ProgramParser
 
 ENTRIES = "mm-vet/mm-vet.json"
 MODEL = "gpt-4-0613"
@@ -136,7 +136,7 @@ BENCHMARKS = (
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--mm-vet", required=True, help="mm-vet.json of the benchmark")
     parser.add_argument("--result-file", required=True, help="answers file")
     parser.add_argument("-o", "--output", required=True, help="graded lines")

@@ -3,7 +3,6 @@
 python llava/eval/eval_pope.py --annotation-dir coco --question-file Q.jsonl --result-file A.jsonl
 """
 
-import argparse
 import os
 import re
 import sys
@@ -24,6 +23,7 @@ from llava.eval.files.matching import (
 )
 from llava.eval.files.records import Records, complete, read_jsonl
 from llava.eval.scoring.units import Unit, Units, ratio
+from llava.program_parser import ProgramParser
 
 LABELS = "pope/coco"
 FIELDS = ("question_id", "image", "text", "category")
@@ -179,7 +179,7 @@ BENCHMARKS = (
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--annotation-dir", required=True)
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--result-file", required=True)

@@ -6,7 +6,6 @@ Right answers are public for the development split. The official evaluation read
 a language model; here an answer must name the letter or repeat the option.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from llava.eval.files.matching import source, unique
 from llava.eval.files.records import Records, complete, read_json_list
 from llava.eval.scoring.options import option_letter
 from llava.eval.scoring.units import Unit, Units, accuracy_report
+from llava.program_parser import ProgramParser
 
 FIELDS = ("question", "img_path", "candidates")
 INSTRUCTION = {
@@ -113,7 +113,7 @@ BENCHMARKS = (
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--result-file", required=True)
     args = parser.parse_args()

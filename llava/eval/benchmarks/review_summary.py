@@ -6,7 +6,6 @@ python -m llava.eval.summarize_gpt_review -d FOLDER [-v 0314] [-s WORD ...] [-i 
 The LLaVA-Bench number is the first value of `all`.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -17,6 +16,7 @@ import numpy as np
 from llava.errors import errors_as_messages
 from llava.eval.files.records import read_jsonl
 from llava.eval.scoring.judge import CACHE_NAME
+from llava.program_parser import ProgramParser
 
 PREFIX = "gpt4_text_"
 RULE = "=" * 33
@@ -96,7 +96,7 @@ def report(means: dict) -> str:
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("-d", "--dir", help="folder of review files")
     parser.add_argument("-v", "--version", choices=("0314", "0613"), help="version of the judge")
     parser.add_argument("-s", "--select", nargs="*", default=[], help="words all names must hold")

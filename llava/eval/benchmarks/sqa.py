@@ -4,7 +4,6 @@ python llava/eval/eval_science_qa.py --base-dir DIR --result-file A.jsonl --outp
     --output-result R.json
 """
 
-import argparse
 import os
 import re
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from llava.eval.files.records import Records, as_int, read_json, read_json_list
 from llava.eval.files.writing import write_json
 from llava.eval.scoring.options import LETTER_ONLY
 from llava.eval.scoring.units import VALUE, Unit, Units, mean_by_share
+from llava.program_parser import ProgramParser
 
 FAILED = "FAILED"
 SENTENCE = re.compile(r"The answer is ([A-Z]).")
@@ -145,7 +145,7 @@ BENCHMARKS = (
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--base-dir", required=True, help="holds problems.json, pid_splits.json")
     parser.add_argument("--result-file", required=True)
     parser.add_argument("--output-file", required=True, help="right and wrong answers, one object")

@@ -4,7 +4,6 @@ GPT-4 answers when it sees both, and what a choice that is always right would gi
 An answer that names no option counts as wrong; LLaVA's release draws an option at random for it.
 """
 
-import argparse
 import json
 import os
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from llava.eval.benchmarks.sqa import FAILED, LETTERS, SENTENCE, parse_letter, r
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import keyed, say_missing, unique
 from llava.eval.files.records import Records, as_int, read_json
+from llava.program_parser import ProgramParser
 
 OURS, GPT4, COMPLEMENT, AGAIN = "LLaVA", "GPT-4", "GPT-4, else LLaVA", "GPT-4, asked again"
 
@@ -115,7 +115,7 @@ def write_choices(result: dict, path: str) -> None:
 @errors_as_messages()
 def main(doc: str, requery: bool = False) -> None:
     """The command line of both programs; doc: docstring of the program."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser = ProgramParser(doc)
     parser.add_argument("--base-dir", required=True, help="holds problems.json, pid_splits.json")
     parser.add_argument("--gpt4-result", required=True, help="result file, or answers (.jsonl)")
     if requery:

@@ -3,7 +3,6 @@
 python -m llava.eval.eval_textvqa --annotation-file TextVQA_0.5.1_val.json --result-file A.jsonl
 """
 
-import argparse
 import os
 import re
 import sys
@@ -16,6 +15,7 @@ from llava.eval.files.matching import question_id, source, unique
 from llava.eval.files.records import Records, as_int, read_json
 from llava.eval.scoring.m4c import TextVQAAccuracyEvaluator
 from llava.eval.scoring.units import Unit, Units, accuracy_report
+from llava.program_parser import ProgramParser
 
 ANNOTATIONS = "textvqa/TextVQA_0.5.1_val.json"
 OCR_PROMPT = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
@@ -112,7 +112,7 @@ BENCHMARKS = (
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--annotation-file", required=True)
     parser.add_argument("--result-file")
     parser.add_argument("--result-dir", help="score every .jsonl file of a folder")

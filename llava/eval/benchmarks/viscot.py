@@ -12,7 +12,6 @@ A file is a list of `{question_id, image: [path, "path###[x1, y1, x2, y2]"], con
 conversation being question, box, `<image>` and answer.
 """
 
-import argparse
 import glob
 import json
 import os
@@ -30,6 +29,7 @@ from llava.eval.files.records import Record, Records, read_json_list
 from llava.eval.files.writing import write_jsonl
 from llava.eval.scoring.judge import Judge, Prompt, add_judge_args, judge_from_args
 from llava.eval.scoring.units import Unit, Units
+from llava.program_parser import ProgramParser
 
 ASKS_FOR_BOX = (
     "Please provide the bounding box coordinate of the region that can help you answer the "
@@ -215,7 +215,7 @@ BENCHMARKS = tuple(
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--result-file", required=True, help="answers of model_vqa_viscot")
     parser.add_argument("--score-func", default="judge", choices=SCORERS)
     add_judge_args(parser, JUDGE_MODEL, max_tokens=512, temperature=0.0)

@@ -6,7 +6,6 @@ python -m llava.eval.benchmarks.vizwiz --annotation-file val.json --question-fil
 The answers to the test split are known to its server only, and that is closed.
 """
 
-import argparse
 import os
 
 from llava.errors import broken_files_named, errors_as_messages
@@ -25,6 +24,7 @@ from llava.eval.files.records import Records, complete, read_json_list, read_jso
 from llava.eval.files.writing import write_json
 from llava.eval.scoring.m4c import EvalAIAnswerProcessor, TextVQAAccuracyEvaluator
 from llava.eval.scoring.units import Unit, Units, accuracy_report
+from llava.program_parser import ProgramParser
 
 FIELDS = ("question_id", "image")
 
@@ -110,7 +110,7 @@ BENCHMARKS = (
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--annotation-file", required=True, help="val.json")
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--result-file", required=True)

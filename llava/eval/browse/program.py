@@ -15,12 +15,13 @@ import os
 from llava.errors import errors_as_messages
 from llava.eval.browse.runs import Run, find_source
 from llava.model_args import add_option
+from llava.program_parser import ProgramParser
 
 LOCAL = "127.0.0.1"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("files", nargs="+", help="answers files; the first two are shown first")
     add_option(parser, "--benchmark", help="name of the benchmark (default: by the files' folders)")
     add_option(parser, "--data-dir", help="folder of its data (default: where the files lie)")

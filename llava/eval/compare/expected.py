@@ -5,8 +5,6 @@ python -m llava.eval.compare.expected [--markdown docs/Getting_started.md]
 
 from __future__ import annotations
 
-import argparse
-
 from llava.errors import errors_as_messages
 from llava.eval.benchmarks import find_benchmark
 from llava.eval.compare.published import SAME_RULE, Published, read_published
@@ -14,6 +12,7 @@ from llava.eval.compare.scores import DENSE
 from llava.eval.efficiency.report import publish
 from llava.eval.markdown import table
 from llava.model_args import add_option
+from llava.program_parser import ProgramParser
 
 #: how the models are called in a table -> in the file of published numbers
 MODELS = {"LLaVA-1.5-7B": "llava-1.5-7b", "LLaVA-NeXT-7B": "llava-next-7b"}
@@ -71,7 +70,7 @@ def report() -> str:
 
 @errors_as_messages()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ProgramParser(__doc__)
     add_option(parser, "--markdown", metavar="FILE", help="write the table into this page, too")
     args = parser.parse_args(argv)
     publish(report(), args.markdown, MARK)

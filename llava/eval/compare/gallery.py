@@ -8,7 +8,6 @@ lies there side by side. It measures nothing.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from llava.eval.compare.comparison import AVERAGE, Comparison, Row
 from llava.eval.compare.scores import DENSE
 from llava.eval.markdown import table
 from llava.model_args import add_option
+from llava.program_parser import ProgramParser
 
 RESULTS, PAGE = Path("docs/results"), Path("docs/Results_gallery.md")
 #: decimals that are kept of percentages, tokens and seconds
@@ -139,11 +139,7 @@ def _cells(row: Row | None, comparison: Comparison) -> list[str]:
 
 @errors_as_messages()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.compare.gallery",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ProgramParser(__doc__, whole=True)
     add_option(parser, "--results", metavar="DIR", default=str(RESULTS), help="folder of *.json")
     add_option(parser, "--page", metavar="FILE", default=str(PAGE), help="what to write")
     args = parser.parse_args(argv)

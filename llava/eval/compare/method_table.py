@@ -5,13 +5,12 @@ python -m llava.eval.compare.method_table [--markdown docs/Choosing_a_Method.md]
 
 from __future__ import annotations
 
-import argparse
-
 from llava.errors import errors_as_messages
 from llava.eval.efficiency.random_model import empty_model, shapes
 from llava.eval.efficiency.report import publish
 from llava.eval.markdown import table
 from llava.model_args import add_option
+from llava.program_parser import ProgramParser
 from llava.pruning import METHODS, DecoderStage, Pruner, build_pruner
 from llava.pruning.about import acts, how_it_chooses, is_trained, where_it_acts
 from llava.pruning.apart import reason_apart
@@ -74,7 +73,7 @@ def report() -> str:
 
 @errors_as_messages()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ProgramParser(__doc__)
     add_option(parser, "--markdown", metavar="FILE", help="write the table into this page, too")
     args = parser.parse_args(argv)
     publish(report(), args.markdown, MARK)

@@ -30,17 +30,14 @@ from llava.eval.compare.costs import measure_costs, sample_prompts
 from llava.eval.compare.plot import plot
 from llava.eval.compare.published import model_beside, published_table, read_published
 from llava.eval.compare.report import by_hand, csv_text, markdown, page
+from llava.program_parser import ProgramParser
 
 #: what is drawn over what
 AXES = ("tokens", "flops", "time")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ProgramParser(__doc__, whole=True)
     suite.add_suite_args(parser, out="runs/compare")
     parser.set_defaults(tokens=[Budget(number) for number in (192, 128, 64, 32)])
     group = parser.add_argument_group("comparison")

@@ -40,6 +40,7 @@ from llava.eval.scoring.units import Units
 from llava.mm_utils import get_model_name_from_path
 from llava.model.block_encoding import UnfitBudget
 from llava.model_args import add_model_args
+from llava.program_parser import ProgramParser
 from llava.pruning import METHODS, build_pruner, build_with_budget
 from llava.pruning.base import option_names
 from llava.pruning.cli import method_name, parse_pair
@@ -335,7 +336,7 @@ def tokens_of_an_image(model) -> int | None:
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     add_suite_args(parser, out="runs/suite")
     args = parse_suite_args(parser)
     loop, runs, benchmarks, workers = prepare(args)

@@ -52,6 +52,7 @@ from llava.eval.efficiency.report import DECODING, write_between_marks
 from llava.eval.files.records import read_jsonl
 from llava.model_args import add_model_args
 from llava.playground import default_model_path
+from llava.program_parser import ProgramParser
 from llava.pruning import METHODS, can_draft
 from llava.pruning.cli import method_name, parse_pair
 
@@ -59,7 +60,7 @@ QUESTIONS = "describe/questions.jsonl"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     able = [name for name, cls in METHODS.items() if can_draft(cls)]
     parser.add_argument("--methods", nargs="+", default=able, type=method_name)
     parser.add_argument("--visual-token-num", "--visual_token_num", type=int, default=64)

@@ -8,7 +8,6 @@ the tokens of the answer looked at. Neither the vision tower nor what a method i
 counted; `python -m llava.eval.efficiency` measures those.
 """
 
-import argparse
 import json
 import os
 
@@ -16,6 +15,7 @@ from llava.errors import errors_as_messages
 from llava.eval import markdown
 from llava.eval.files import costs
 from llava.eval.files.answer_lines import read_answers
+from llava.program_parser import ProgramParser
 
 TERA = 1e12
 HEAD = (
@@ -74,7 +74,7 @@ def table(found: dict[str, dict]) -> str:
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("files", nargs="+", help="answers files")
     parser.add_argument(
         "--num-samples", "--num_samples", type=int, help="the first so many of each"

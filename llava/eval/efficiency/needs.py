@@ -25,6 +25,7 @@ from llava.eval.markdown import table
 from llava.model.quantization import quantizable
 from llava.model_args import add_option
 from llava.playground import default_model_path
+from llava.program_parser import ProgramParser
 from llava.pruning import build_pruner
 from llava.pruning.cost import DecoderShape, kv_cache_bytes, prefill_flops
 
@@ -193,11 +194,7 @@ def positive(kind: type, text: str) -> float:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.efficiency.needs",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ProgramParser(__doc__, whole=True)
     parser.add_argument(
         "models",
         nargs="*",

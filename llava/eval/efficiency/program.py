@@ -61,8 +61,8 @@ from llava.eval.efficiency.report import (
 from llava.eval.plotting import import_pyplot
 from llava.model_args import DTYPES, add_option
 from llava.playground import default_model_path
+from llava.program_parser import ProgramParser
 from llava.pruning import METHODS, Pruner
-from llava.spelling import suggest_options
 
 ALL = "all"
 
@@ -130,9 +130,7 @@ def numbers(text: str) -> list[int]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.efficiency", description=__doc__.split("\n")[0]
-    )
+    parser = ProgramParser(__doc__)
 
     add = partial(add_option, parser)
     sizes = f"{', '.join(CONFIGS)}, playground, or a checkpoint folder"
@@ -194,7 +192,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="write the result there, too")
     add("--markdown", metavar="FILE", help="write the table into this page, between its marks")
     add("--plot", metavar="FILE", help="draw the times there (.png, .svg, .pdf)")
-    suggest_options(parser)
     args = parser.parse_args(argv)
     args.method = ",".join(args.method)  # commas between them work as well
     for name in ("repeats", "prompt_length", "visual_token_num"):

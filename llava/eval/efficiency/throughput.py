@@ -39,6 +39,7 @@ from llava.front_end import FrontEnd
 from llava.model.multimodal_encoder.qwen2_5_vl_images import Qwen2_5_VLImageProcessor
 from llava.model_args import PIXELS, add_model_args
 from llava.playground import default_model_path
+from llava.program_parser import ProgramParser
 from llava.progress import progress
 from llava.pruning.cli import method_name
 
@@ -170,7 +171,7 @@ def table(speeds: list[Speed]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     add_model_args(parser)
     parser.add_argument(
         "--config",

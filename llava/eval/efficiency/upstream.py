@@ -43,6 +43,7 @@ from llava.eval.efficiency.report import ratios, spread, write_between_marks
 from llava.eval.efficiency.stock import IMAGE_ID, stock_decoder, stock_llava, time_stock
 from llava.eval.efficiency.stopwatch import Stopwatch
 from llava.model_args import DTYPES
+from llava.program_parser import ProgramParser
 from llava.pruning import Pruner
 from llava.pruning.cli import method_name
 
@@ -73,9 +74,7 @@ class Row:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.efficiency.upstream", description=__doc__.splitlines()[0]
-    )
+    parser = ProgramParser(__doc__)
     add = parser.add_argument
     add("--config", default="0.6b", help="sizes of LLaVA-1.5, see docs/Efficiency.md")
     add("--layers", type=int, help="so many decoder layers of the --config, in place of all")

@@ -20,6 +20,7 @@ from pathlib import Path
 from llava.errors import errors_as_messages
 from llava.eval.gpu_report.runner import DONE, Report, last_line, run_program, run_steps
 from llava.eval.gpu_report.steps import STEPS
+from llava.program_parser import ProgramParser
 
 #: seconds for all steps: under eight minutes with what comes before and after
 BUDGET = 460.0
@@ -27,11 +28,7 @@ MACHINE_LIMIT = 90.0
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.gpu_report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ProgramParser(__doc__, whole=True)
     names = [step.name for step in STEPS]
     parser.add_argument(
         "--small", action="store_true", help="tiny models on the CPU, to see that all of it works"

@@ -1,6 +1,5 @@
 """The command line of the scorers that need the answers and one file with the right ones."""
 
-import argparse
 from collections.abc import Callable, Collection
 
 from llava.errors import broken_files_named, errors_as_messages
@@ -8,6 +7,7 @@ from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import say_missing
 from llava.eval.files.records import as_int
 from llava.eval.scoring.units import Units, accuracy_report
+from llava.program_parser import ProgramParser
 
 
 @errors_as_messages()
@@ -28,7 +28,7 @@ def run_scorer(
     fields:     what every answer must have
     missing:    what becomes of questions without an answer
     """
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser = ProgramParser(doc)
     parser.add_argument("--annotation-file", required=True, help="the right answers")
     parser.add_argument("--result-file", required=True, help="answers file")
     args = parser.parse_args()

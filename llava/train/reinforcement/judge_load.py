@@ -7,7 +7,6 @@ Ends with exit code 1 where a question has no verdict.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
@@ -17,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from llava.answer_scores import JUDGE_MODEL, judge_question
 from llava.errors import errors_as_messages
 from llava.judge import Judge, JudgeError
+from llava.program_parser import ProgramParser
 from llava.progress import progress
 
 from .rewards import LOCAL_JUDGE, check_judge, training_judge
@@ -58,7 +58,7 @@ def load(judge: Judge, requests: int, items: int, threads: int) -> tuple[list[fl
 
 @errors_as_messages()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     environment = os.environ
     parser.add_argument("--judge-url", default=environment.get("OPENAI_BASE_URL") or LOCAL_JUDGE)
     parser.add_argument("--judge-model", default=environment.get("JUDGE_MODEL") or JUDGE_MODEL)
