@@ -1,9 +1,12 @@
 """Mistakes of the user end a program with one line, not with a traceback."""
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
+
+INTERRUPTED = 128 + signal.SIGINT  # exit code
 
 
 class UnavailableError(RuntimeError):
@@ -13,7 +16,7 @@ class UnavailableError(RuntimeError):
 @contextmanager
 def errors_as_messages():
     """Ends the program with exit code 1 and the message of a ValueError, OSError, ImportError or
-    UnavailableError.
+    UnavailableError; after Ctrl-C with the exit code of shells for it, 130.
 
     Decorates `main` functions: `@errors_as_messages()`.
     """
@@ -21,6 +24,9 @@ def errors_as_messages():
         yield
     except (ImportError, OSError, ValueError, UnavailableError) as error:
         sys.exit(f"error: {_sentence(error)}")
+    except KeyboardInterrupt:
+        print("\nstopped (Ctrl-C)", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def _sentence(error: Exception) -> str:

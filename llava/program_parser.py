@@ -8,6 +8,19 @@ import sys
 
 from .spelling import option_hint
 
+#: least and greatest value of numbers that mean the same in every program
+RANGES = {
+    "batch_size": (1, None),
+    "limit": (1, None),
+    "max_new_tokens": (1, None),
+    "num_beams": (1, None),
+    "num_chunks": (1, None),
+    "port": (0, 65535),
+    "temperature": (0, None),
+    "top_p": (0, 1),
+    "workers": (0, None),
+}
+
 
 def typed_command() -> str:
     """How this program was started: `llava compare`, `python -m llava.eval.compare`, or the name
@@ -20,7 +33,8 @@ def typed_command() -> str:
 
 
 class ProgramParser(argparse.ArgumentParser):
-    """Options of a program, with suggestions for words that it does not know.
+    """Options of a program, with suggestions for words that it does not know; numbers outside
+    `RANGES` are refused.
 
     about: text whose first line help begins with, such as the docstring of the program
     whole: help begins with all of the text, in the lines that it has
@@ -35,5 +49,19 @@ class ProgramParser(argparse.ArgumentParser):
             **kwargs,
         )
 
+    def parse_known_args(self, *args, **kwargs):
+        found, rest = super().parse_known_args(*args, **kwargs)
+        for name, (least, most) in RANGES.items():
+            value = getattr(found, name, None)
+            if isinstance(value, (int, float)) and not _within(value, least, most):
+                upper = "" if most is None else f" and at most {most}"
+                flag = f"--{name.replace('_', '-')}"
+                self.error(f"argument {flag}: {value} must be at least {least}{upper}")
+        return found, rest
+
     def error(self, message: str):
         super().error(message + option_hint(message, self._option_string_actions))
+
+
+def _within(value: float, least: float, most: float | None) -> bool:
+    return value >= least and (most is None or value <= most)

@@ -139,6 +139,7 @@ BAD = {
         "1 images, but the query has places for 2",
     ),
     "no question": (["--image-file", IMAGE], "--query is missing"),
+    "an empty question": (["--query", " "], "--query is empty"),
     "a video for a model of images": (
         ask(
             "--video-file", str(GOLDEN / "images"), query="<video-placeholder> <image-placeholder>"

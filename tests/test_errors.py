@@ -14,6 +14,13 @@ def test_a_file_that_the_system_refuses_is_named_without_a_number(tmp_path):
     assert ended.value.code == f"error: {tmp_path}: Is a directory"
 
 
+def test_an_interrupted_program_says_so_and_ends_as_shells_expect(capsys):
+    with pytest.raises(SystemExit) as ended, errors_as_messages():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "\nstopped (Ctrl-C)\n"
+
+
 def test_messages_of_other_errors_are_said_as_they_are():
     for error in (ValueError("too much"), OSError("no space"), ImportError("no package")):
         with pytest.raises(SystemExit, match=f"^error: {error}$"), errors_as_messages():

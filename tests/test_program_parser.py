@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from llava import command
-from llava.program_parser import ProgramParser, typed_command
+from llava.eval import run_llava
+from llava.program_parser import RANGES, ProgramParser, typed_command
 from llava.train.run import FlagParser
 from tests.paths import ROOT
 
@@ -75,3 +76,35 @@ def test_help_begins_with_the_first_line_or_with_all_of_the_text(capsys):
     text = "What it does.\n\n    an example\n"
     assert "an example" not in ProgramParser(text).format_help()
     assert "What it does.\n\n    an example\n" in ProgramParser(text, whole=True).format_help()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--temperature -1", "argument --temperature: -1.0 must be at least 0"),
+        ("--temperature nan", "argument --temperature: nan must be at least 0"),
+        ("--top_p 7", "argument --top-p: 7.0 must be at least 0 and at most 1"),
+        ("--max-new-tokens 0", "argument --max-new-tokens: 0 must be at least 1"),
+        ("--num-beams 0", "argument --num-beams: 0 must be at least 1"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_before_a_model_is_loaded(words, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_llava.build_parser().parse_args(words.split())
+    assert ended.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith(said)
+
+
+def test_every_range_belongs_to_options_and_holds_their_defaults():
+    """Of a name that several programs have, all mean the same number."""
+    options = {name: set() for name in RANGES}
+    for path in sorted((ROOT / "llava").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                flags = [a.value for a in node.args if isinstance(a, ast.Constant)]
+                words = {key.arg: key.value for key in node.keywords}
+                for name in RANGES.keys() & {str(flag)[2:].replace("-", "_") for flag in flags}:
+                    options[name].add(ast.unparse(words.get("default", ast.Constant(None))))
+    assert all(options.values())
+    for name, (least, most) in RANGES.items():
+        numbers = [float(value) for value in options[name] if value.replace(".", "").isdigit()]
+        assert all(least <= number <= (most or number) for number in numbers), name

@@ -109,6 +109,8 @@ def answer(args) -> str:
     given = args.image_file is not None or args.video_file is not None
     if args.query is None and given:
         raise ValueError("--query is missing: what should be asked about the image?")
+    if args.query is not None and not args.query.strip():
+        raise ValueError("--query is empty: what should be asked?")
     if args.video_file is None and (args.fps is not None or args.num_frames is not None):
         raise ValueError("--fps and --num-frames are about videos: there is no --video-file")
     check_picture_name(args.show_pruning)

@@ -1,4 +1,4 @@
-"""VisPruner: attention picks the important patches, de-duplication the diverse ones.
+"""VisPruner: the patches with the most attention, and of the others those least like each other.
 
 The attention is that of the class token or, in a tower without one, what patches receive from all.
 

@@ -88,7 +88,7 @@ class ChatTab:
                 "Stop", variant="stop", scale=1, min_width=70, elem_id="stop", visible=False
             )
         with gr.Row(elem_classes="pv-buttons"):
-            labels = ("👍 Upvote", "👎 Downvote", "⚠️ Flag", "🔄 Regenerate", "🗑️ Clear")
+            labels = ("Upvote", "Downvote", "Flag", "Regenerate", "Clear")
             names = ("upvote", "downvote", "flag", "regenerate", "clear")
             self.buttons = [
                 gr.Button(label, interactive=False, size="sm", min_width=90, elem_id=name)

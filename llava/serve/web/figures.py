@@ -6,10 +6,12 @@ from .report import Report
 
 SPANS = 3  # runs of layers that fit into a card
 MINUS = "\N{MINUS SIGN}"
+TERMS = "<p class='pv-dense'>Dense: the same with all visual tokens. Prefill: from image and "
+TERMS += "question to the first token of the answer. KV cache: memory that the prompt takes.</p>"
 
 
 def cards(report: Report, dense_seconds: float | None, measuring: bool = False) -> str:
-    """Three cards; for `dense_seconds` and `measuring` see `insight`."""
+    """Three cards and what their words mean; for `dense_seconds` and `measuring` see `insight`."""
     uneven = len(set(report.tokens_per_layer)) > 1
     shown = [
         _card(
@@ -32,7 +34,7 @@ def cards(report: Report, dense_seconds: float | None, measuring: bool = False) 
             change(report.kv_bytes, report.dense_kv_bytes),
         ),
     ]
-    return f"<div class='pv-cards'>{''.join(shown)}</div>"
+    return f"<div class='pv-cards'>{''.join(shown)}</div>{TERMS}"
 
 
 def layers(report: Report) -> str:

@@ -6,6 +6,7 @@ import base64
 import io
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -35,14 +36,16 @@ class View:
 
 
 def stages(images: list[Image.Image], report: Report) -> list[View]:
-    """One for every stage of the pruning, the importance map last.
+    """One for every stage of the pruning that dropped patches, the importance map last.
 
     images: what was sent with the question, in its order
     """
     views = [_stage("kept before the decoder", images, report, lambda image: image.kept)]
     layers = sorted({layer for image in report.images for layer, _ in image.layers})
-    for layer in layers:
+    for before, layer in pairwise([-1, *layers]):
         patches = partial(_patches_at, layer=layer)
+        if all(patches(image) == _patches_at(image, before) for image in report.images):
+            continue  # only other tokens left, such as those a method had put behind the prompt
         views.append(_stage(f"from layer {layer} on", images, report, patches))
     if any(image.importance for image in report.images):
         alt = "importance of the patches to the method, from blue to red"

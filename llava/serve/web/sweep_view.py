@@ -41,7 +41,8 @@ class Step:
 
 def sweep_html(steps: list[Step], example: int | None) -> str:
     """steps: that of all tokens first, then the budgets"""
-    cards = "".join(_card(step, steps[0]) for step in steps)
+    longest = max((s.run.report.prefill_seconds for s in steps if s.run.report), default=0) or 1
+    cards = "".join(_card(step, steps[0], longest) for step in steps)
     return f"{_finding(steps)}<div class='pv-sweep'>{cards}</div>{_download(steps, example)}"
 
 
@@ -70,13 +71,14 @@ def _finding(steps: list[Step]) -> str:
             "<p class='pv-finding'>Not even the largest budget gives the answer of all tokens.</p>"
         )
     return (
-        f"<p class='pv-finding'>The answer is that of all tokens down to <b>{found.title}</b> "
+        f"<p class='pv-finding'>The answer stays the same down to <b>{found.title}</b> "
         f"({number_text(found.run.report.mean_tokens)} of {found.run.report.dense_tokens} tokens "
         "on average over the layers).</p>"
     )
 
 
-def _card(step: Step, whole: Step) -> str:
+def _card(step: Step, whole: Step, longest: float) -> str:
+    """longest: prefill of the slowest step, in seconds, whose bar is full"""
     run, report = step.run, step.run.report
     if run.settings is None and not run.ended:
         inside = "<p class='pv-dense'>waiting …</p>"
@@ -86,7 +88,6 @@ def _card(step: Step, whole: Step) -> str:
     if report is not None:
         dense = whole.run.report and whole.run.report.prefill_seconds
         tokens = number_text(report.mean_tokens)
-        longest = max(dense or 0, report.prefill_seconds) or 1
         figures = (
             f"<div class='pv-dense'>{tokens} tokens on average, prefill "
             f"{seconds_text(report.prefill_seconds)} "

@@ -152,7 +152,8 @@ def test_an_example_is_asked_answered_and_shown(page):
 
 def test_text_arrives_piece_by_piece_and_stop_ends_it(page, fake):
     page.load_example()
-    page.ask("slow")
+    fake.released.clear()
+    page.ask("held")
     page.until(lambda: "word1" in page.text("#chatbot .bot"), "the first words")
     assert "word19" not in page.text("#chatbot .bot")
     ended = len(fake.ended)
@@ -160,6 +161,7 @@ def test_text_arrives_piece_by_piece_and_stop_ends_it(page, fake):
     page.until(lambda: "(stopped)" in page.text("#chatbot .bot"), "the mark of a stop")
     page.until(lambda: fake.ended[ended:] == ["left"], "the worker to be left")
     assert "word19" not in page.text("#chatbot .bot")
+    fake.released.set()
     page.click("#regenerate")
     page.until(lambda: "word19" in page.text("#chatbot .bot"), "the whole answer")
 
@@ -224,7 +226,8 @@ def test_a_comparison_can_be_stopped(page, fake):
     page.driver.find_element(By.XPATH, "//button[@role='tab'][contains(., 'Compare')]").click()
     box = page.find("#compare-question textarea")
     box.clear()
-    box.send_keys("slow")
+    fake.released.clear()
+    box.send_keys("held")
     page.click("#compare")
     page.until(lambda: "word1" in page.text("#left-panel"), "the first words")
     page.click("#compare-stop")

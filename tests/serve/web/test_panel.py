@@ -63,6 +63,17 @@ def test_a_card_says_how_an_average_over_layers_comes_about():
     assert "from 36 to 1" in many
 
 
+def test_the_words_of_the_cards_are_explained_below_them():
+    text = cards(report_of("vispruner", 9), None)
+    assert all(f"{word}: " in text for word in ("Dense", "Prefill", "KV cache"))
+
+
+def test_buttons_need_no_font_with_pictures(page):
+    """Where no such font is installed, boxes would stand in their place."""
+    labels = [button.value for button in page.chat.buttons]
+    assert labels == ["Upvote", "Downvote", "Flag", "Regenerate", "Clear"]
+
+
 def checked_views(panel: str) -> list[str]:
     return re.findall(r"checked><label[^>]*>(.*?) <small>", panel)
 

@@ -336,6 +336,12 @@ def test_every_layer_that_drops_tokens_has_a_picture():
     assert bright_cells(views["from layer 2 on"][0]) == set(range(12))
 
 
+def test_a_layer_that_drops_other_tokens_alone_has_no_picture():
+    image = {"kept": [1, 2, 3], "total": DENSE, "layers": [[0, [1, 2, 3]], [4, [2]], [6, [2]]]}
+    views = stages([GREY], report_of("fastv", 12, images=[image]))
+    assert [view.title for view in views] == ["kept before the decoder", "from layer 4 on"]
+
+
 def test_the_map_of_importance_goes_from_blue_to_red():
     view = stages([GREY], report_of("vispruner", 9))[-1]
     [panel] = view.panels

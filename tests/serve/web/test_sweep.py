@@ -14,8 +14,9 @@ from llava.serve.web.budgets import proposed, read_budgets  # noqa: E402
 from llava.serve.web.failures import Failure  # noqa: E402
 from llava.serve.web.page import Page  # noqa: E402
 from llava.serve.web.runs import Run  # noqa: E402
-from llava.serve.web.sweep_view import Step, smallest_agreeing  # noqa: E402
+from llava.serve.web.sweep_view import Step, smallest_agreeing, sweep_html  # noqa: E402
 from tests.serve.web.test_page import IMAGE, Visitor  # noqa: E402
+from tests.serve.web.test_parts import report_of  # noqa: E402
 
 
 def sweep(page: Page, budgets: str, method: str = "vispruner", text: str = "Hello") -> Visitor:
@@ -47,7 +48,7 @@ def test_every_budget_is_asked_and_shown_beside_all_tokens(page, fake):
         assert "word9" in card and "same answer" in card
         assert f"{budget} of 36 patches of the image are kept" in card
     panel = visitor.values[page.sweep.panel]
-    assert "The answer is that of all tokens down to <b>4</b>" in panel
+    assert "The answer stays the same down to <b>4</b>" in panel
 
 
 def test_all_reports_can_be_taken_along(page):
@@ -114,6 +115,13 @@ def test_a_stopped_sweep_keeps_what_is_there(page):
     visitor.receive(tab.stopped(visitor.values))
     first, second = cards(visitor)
     assert "word0" in first and "(stopped)" in first and "(stopped)" in second
+
+
+def test_bars_are_the_times_beside_the_slowest_one():
+    steps = [Step(Run()), Step(Run(), 4), Step(Run(), 2)]  # still being asked
+    for step, seconds in zip(steps, (0.1, 0.4, 0.2), strict=True):
+        step.run.report = report_of("vispruner", 9, prefill_seconds=seconds)
+    assert re.findall(r"<i style='width:(\d+)%'", sweep_html(steps, None)) == ["25", "100", "50"]
 
 
 def done(text: str, tokens: float) -> Run:

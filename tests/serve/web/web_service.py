@@ -1,7 +1,8 @@
 """A controller with one worker in a thread, for tests of the web page: no model, set answers.
 
-What the worker does depends on a word in the question: "slow" (20 pieces, 0.8 s each), "crash"
-(the connection breaks in the middle), "broken" (an error chunk), "full" (503), else ten words.
+What the worker does depends on a word in the question: "slow" (20 pieces, 0.8 s each), "held" (20
+pieces, the fourth one as soon as the test sets `released`), "crash" (the connection breaks in the
+middle), "broken" (an error chunk), "full" (503), else ten words.
 """
 
 from __future__ import annotations
@@ -78,7 +79,11 @@ METHODS = [
 
 
 class FakeService:
-    """bodies: what was asked; ended: how answers ended ("done" or "left")."""
+    """
+    bodies:   what was asked
+    ended:    how answers ended ("done" or "left")
+    released: set by a test: answers to "held" go on
+    """
 
     def __init__(self):
         self.url = ""
@@ -87,6 +92,7 @@ class FakeService:
         self.bodies: list[dict] = []
         self.headers: list[dict] = []
         self.ended: list[str] = []
+        self.released = threading.Event()
         self.app = self._app()
 
     def _app(self) -> FastAPI:
@@ -130,13 +136,17 @@ class FakeService:
     async def _answer(self, body: dict):
         prompt, text = body["prompt"], ""
         asked = prompt.rsplit("USER:", 1)[-1]
-        pause, words = (0.8, 20) if "slow" in asked else (0.01, 10)
+        held = "held" in asked
+        pause, words = (0.8, 20) if "slow" in asked else (0.01, 20 if held else 10)
         end = "left"
         try:
             for number in range(words):
                 text += f"word{number} "
                 yield _chunk({"text": prompt + text, "error_code": 0})
                 await asyncio.sleep(pause)
+                while held and number == 2 and not self.released.is_set():
+                    await asyncio.sleep(0.1)
+                    yield _chunk({"text": prompt + text, "error_code": 0})
                 if number == 3 and "crash" in asked:
                     raise RuntimeError("the worker dies")
                 if number == 3 and "broken" in asked:
