@@ -5,12 +5,21 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 INTERRUPTED = 128 + signal.SIGINT  # exit code
 
 
 class UnavailableError(RuntimeError):
     """What was asked for is not possible on this machine; the message says what it lacks."""
+
+
+def how_to_install(extra: str) -> str:
+    """The command that installs the packages of an extra of setup.py, here: in a clone, or beside
+    an installed wheel."""
+    package = "-e '." if (ROOT / "setup.py").is_file() else "'FILE.whl"
+    return f"pip install {package}[{extra}]'"
 
 
 @contextmanager

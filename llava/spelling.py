@@ -13,7 +13,7 @@ UNKNOWN_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)", r
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns " (did you mean '--limit'?)" where a known word is like this one, else nothing."""
     like = {name.lower(): name for name in known}
-    found = get_close_matches(word.lower(), like, n=1, cutoff=0.7)
+    found = get_close_matches(word.lower(), like, n=1, cutoff=0.65)
     return f" (did you mean {like[found[0]]!r}?)" if found else ""
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
+from llava.errors import how_to_install
 from llava.image_io import displayed, load_image
 
 #: frames a second that are taken, or that frames of unknown source are taken for
@@ -25,8 +26,8 @@ FRAME_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 #: milliseconds that a picture of an animation stands where the file says nothing, as in browsers
 USUAL_DURATION = 100
 NO_READER = (
-    "video files need PyAV, which is not installed: pip install -e '.[video]', or give a folder of "
-    "frames, or an animated GIF or WebP"
+    f"video files need PyAV, which is not installed: {how_to_install('video')}, or give a folder "
+    "of frames, or an animated GIF or WebP"
 )
 
 

@@ -1,8 +1,12 @@
 """Mistakes of the user end a program with one sentence."""
 
+import re
+
 import pytest
 
+from llava import errors
 from llava.errors import errors_as_messages
+from tests.paths import ROOT
 
 
 def test_a_file_that_the_system_refuses_is_named_without_a_number(tmp_path):
@@ -12,6 +16,18 @@ def test_a_file_that_the_system_refuses_is_named_without_a_number(tmp_path):
     with pytest.raises(SystemExit) as ended, errors_as_messages():
         open(tmp_path)
     assert ended.value.code == f"error: {tmp_path}: Is a directory"
+
+
+def test_extras_are_installed_as_the_package_was(monkeypatch, tmp_path):
+    assert errors.how_to_install("serve") == "pip install -e '.[serve]'"
+    monkeypatch.setattr(errors, "ROOT", tmp_path)  # where no setup.py is
+    assert errors.how_to_install("serve") == "pip install 'FILE.whl[serve]'"
+
+
+def test_no_other_message_names_a_way_of_its_own():
+    way = re.compile(r"pip install -e|\.\[\w+\]'")
+    files = (ROOT / "llava").rglob("*.py")
+    assert [path.name for path in files if way.search(path.read_text())] == []
 
 
 def test_an_interrupted_program_says_so_and_ends_as_shells_expect(capsys):

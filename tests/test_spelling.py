@@ -2,6 +2,7 @@
 
 import pytest
 
+from llava.command import COMMANDS
 from llava.eval.benchmarks import find_benchmark
 from llava.program_parser import ProgramParser
 from llava.pruning import METHODS, build_pruner
@@ -13,6 +14,7 @@ def test_the_nearest_word_is_named_and_nothing_where_none_is_near():
     assert did_you_mean("visprunr", METHODS) == " (did you mean 'vispruner'?)"
     assert did_you_mean("FastV", METHODS) == " (did you mean 'fastv'?)"
     assert did_you_mean("magic", METHODS) == ""
+    assert did_you_mean("rnu", COMMANDS) == " (did you mean 'run'?)"
 
 
 def test_methods_options_and_benchmarks_are_suggested():

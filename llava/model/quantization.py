@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from llava.errors import how_to_install
+
 #: modules that stay in half precision: small, or sensitive
 KEPT = ("lm_head", "mm_projector", "vision_tower", "visual")
 #: activations above this magnitude take the half-precision path in 8 bits
@@ -19,7 +21,7 @@ def import_bitsandbytes():
         import bitsandbytes
     except ImportError as error:
         raise ImportError(
-            "load_8bit and load_4bit need the package bitsandbytes: pip install -e .[quant]"
+            f"load_8bit and load_4bit need the package bitsandbytes: {how_to_install('quant')}"
         ) from error
     return bitsandbytes
 

@@ -23,7 +23,7 @@ from importlib.util import find_spec
 
 import requests
 
-from ..errors import errors_as_messages
+from ..errors import errors_as_messages, how_to_install
 from ..log_output import protect_standard_streams
 from ..playground import default_model_path
 from ..program_parser import ProgramParser
@@ -123,8 +123,7 @@ def check_parts(model_path: str | None) -> None:
     would find that out one after the other, some after minutes."""
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise ImportError(
-            f"the demo needs {', '.join(missing)} of the extra `serve`: pip install -e '.[serve]' "
-            "in a clone of the repository, pip install 'FILE.whl[serve]' with a wheel"
+            f"the demo needs {', '.join(missing)} of the extra `serve`: {how_to_install('serve')}"
         )
     if not model_path:
         default_model_path()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import secrets
 
+from llava.errors import how_to_install
+
 #: cause -> (HTTP status, error code of the streaming protocol)
 CAUSES = {
     "bad_request": (400, 1),
@@ -26,7 +28,7 @@ CAUSES = {
     "worker_died": (502, 3),
 }
 SEPARATOR = b"\0"
-NEEDS_EXTRA = "the service needs the packages of the extra `serve`: pip install -e '.[serve]'"
+NEEDS_EXTRA = f"the service needs the packages of the extra `serve`: {how_to_install('serve')}"
 
 
 class ServeError(Exception):

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import warnings
 
-from llava.errors import errors_as_messages
+from llava.errors import errors_as_messages, how_to_install
 from llava.network import is_loopback
 from llava.program_parser import ProgramParser
 
@@ -121,7 +121,7 @@ def launch(args, uploads: str):
         from starlette.middleware import Middleware
     except ImportError as error:
         raise ImportError(
-            "the web page needs the packages of the extra `serve`: pip install -e '.[serve]'"
+            f"the web page needs the packages of the extra `serve`: {how_to_install('serve')}"
         ) from error
     from .web.guard import UPLOAD_BYTES, Guard
     from .web.script import HEAD

@@ -14,6 +14,7 @@ from llava.checkpoint_kind import OTHER_FAMILIES, Kind, is_multimodal, kind_of
 from llava.checkpoint_kind import family_of as language_model_of
 from llava.config_file import check_config, read_config, shown
 from llava.conv_mode import announce, choose_conv_mode
+from llava.errors import how_to_install
 from llava.llava_hf import is_llava_hf
 from llava.mm_utils import get_model_name_from_path
 from llava.pruning import build_pruner
@@ -136,7 +137,7 @@ def add_lora(family: Family, model: nn.Module, training_args) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError("LoRA needs peft: pip install -e .[train]") from error
+        raise ImportError(f"LoRA needs peft: {how_to_install('train')}") from error
     config = LoraConfig(
         r=training_args.lora_r,
         lora_alpha=training_args.lora_alpha,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from llava.errors import errors_as_messages
+from llava.errors import errors_as_messages, how_to_install
 from llava.eval.browse.runs import Run, find_source
 from llava.model_args import add_option
 from llava.program_parser import ProgramParser
@@ -49,7 +49,7 @@ def launch(args):
         import gradio  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "the page needs the packages of the extra `serve`: pip install -e '.[serve]'"
+            f"the page needs the packages of the extra `serve`: {how_to_install('serve')}"
         ) from error
     from llava.eval.browse.page import CSS, THEME, Page
 

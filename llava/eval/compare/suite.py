@@ -244,7 +244,9 @@ def write_scores(scores: list[Score], args) -> None:
 
 def available(names: list[str] | None, data_dir: str) -> dict[Benchmark, Records]:
     """Returns the benchmarks asked for, or all that can be scored with the data folder, with the
-    records of their question files."""
+    records of their question files. Raises ValueError where something is missing."""
+    if not os.path.isdir(data_dir):
+        raise ValueError(f"--data-dir {data_dir}: there is no such folder")
     place = lambda benchmark: os.path.join(data_dir, benchmark.questions)  # noqa: E731
     found = [b for b in scored_here().values() if os.path.exists(place(b)) and b.scorable(data_dir)]
     if names:
@@ -254,7 +256,10 @@ def available(names: list[str] | None, data_dir: str) -> dict[Benchmark, Records
             raise ValueError(f"{data_dir} has no questions of {names} with their right answers")
         found = [scored_here()[name] for name in names]
     if not found:
-        raise ValueError(f"{data_dir} has the question file of no benchmark")
+        raise ValueError(
+            f"{data_dir} has no questions of any benchmark (for example "
+            f"{scored_here()['pope'].questions}): playground/data/eval/README.md says where they lie"
+        )
     return {benchmark: benchmark.read(place(benchmark)) for benchmark in found}
 
 

@@ -4,6 +4,8 @@ import json
 import os
 from collections.abc import Iterable
 
+from llava.errors import how_to_install
+
 
 def write_json(content, path: str, indent: int | None = None) -> None:
     _make_folder(path)
@@ -22,7 +24,7 @@ def write_xlsx(table: list[list], path: str) -> None:
     try:
         import openpyxl
     except ImportError as error:
-        raise ImportError('openpyxl is missing: pip install -e ".[eval]"') from error
+        raise ImportError(f"openpyxl is missing: {how_to_install('eval')}") from error
     _make_folder(path)
     book = openpyxl.Workbook()
     book.active.title = "Sheet1"

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...errors import how_to_install
 from ...pruning.ops import gather_tokens, on_device, true_first
 
 logger = logging.getLogger(__name__)
@@ -212,7 +213,7 @@ def check_backend(name: str) -> str:
         except ImportError as error:
             raise ImportError(
                 "attn_implementation 'flash_attention_2' needs the package flash-attn: "
-                "pip install -e .[flash], or use 'sdpa'"
+                f"{how_to_install('flash')}, or use 'sdpa'"
             ) from error
     return name
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from llava.errors import how_to_install
+
 
 def with_adapter(
     model: nn.Module,
@@ -23,7 +25,7 @@ def with_adapter(
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError("LoRA needs peft: pip install -e .[train]") from error
+        raise ImportError(f"LoRA needs peft: {how_to_install('train')}") from error
     layers = re.compile(r"model\.layers\.\d+\..*")
     there = {
         name.rsplit(".", 1)[-1]

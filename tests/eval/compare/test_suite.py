@@ -129,8 +129,10 @@ def test_an_unknown_option_or_benchmark_is_found_before_anything_runs(args, tmp_
     args.pruning_arg = ["random.speed=3"]
     with pytest.raises(ValueError, match="unknown option 'speed'"):
         suite.plan(args, 576)
-    with pytest.raises(ValueError, match="has the question file of no benchmark"):
+    with pytest.raises(ValueError, match="has no questions of any benchmark .for example pope/"):
         suite.available(None, str(tmp_path))
+    with pytest.raises(ValueError, match="nowhere: there is no such folder"):
+        suite.available(None, str(tmp_path / "nowhere"))
     os.remove(os.path.join(args.data_dir, find_benchmark("sqa").questions))
     with pytest.raises(ValueError, match="has no questions of sqa"):
         suite.available(["pope", "sqa"], args.data_dir)
