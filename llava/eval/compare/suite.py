@@ -258,7 +258,7 @@ def available(names: list[str] | None, data_dir: str) -> dict[Benchmark, Records
     if not found:
         raise ValueError(
             f"{data_dir} has no questions of any benchmark (for example "
-            f"{scored_here()['pope'].questions}): playground/data/eval/README.md says where they lie"
+            f"{scored_here()['pope'].questions}): see playground/data/eval/README.md"
         )
     return {benchmark: benchmark.read(place(benchmark)) for benchmark in found}
 
