@@ -218,7 +218,8 @@ def page(text: str, pictures: dict[str, str], command: str, model: str) -> str:
     )
     return (
         f"# Results on the playground: {model}\n\n"
-        "Written by\n\n"
+        "What every method does to the model of the playground: scores, costs and agreement at "
+        "equal budgets. Written by\n\n"
         f"```bash\n{command}\n```\n\n"
         "(a second call continues with the answers of the first). The playground's model is "
         "small: `playground/README.md` says what it can and cannot do. This is what methods do to "

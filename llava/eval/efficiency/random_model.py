@@ -21,6 +21,7 @@ from llava.model.language_model.qwen2_5_vl import (
 from llava.model.multimodal_encoder.builder import resolve_tower_path
 from llava.model.multimodal_encoder.clip_files import read_vision_config
 from llava.model.qwen2_5_vl_loading import checked_config
+from llava.spelling import did_you_mean
 
 #: decoder sizes: hidden_size, intermediate_size, num_hidden_layers, attention heads, key heads
 DECODERS = {
@@ -99,8 +100,8 @@ def _shapes(name: str):
         return config, CLIPVisionConfig(**CLIP_LARGE)
     if not os.path.isfile(os.path.join(name, "config.json")):
         raise ValueError(
-            f"unknown --config {name!r}, choose {', '.join(CONFIGS)}, playground or a folder with "
-            "a checkpoint"
+            f"unknown size {name!r}{did_you_mean(name, [*CONFIGS, 'playground'])}, choose from "
+            f"{', '.join(CONFIGS)}, playground or a folder with a checkpoint"
         )
     values = values_in(name)
     if family_in(values) in OTHER_FAMILIES:

@@ -315,7 +315,7 @@ def test_without_a_named_method_all_are_measured():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--config", "70b"], "unknown --config '70b'"),
+        (["--config", "70b"], "unknown size '70b'"),
         (["--config", str(GOLDEN / "tiny-llava-v1.5"), "--method", "magic"], "unknown pruning"),
         (["--repeats", "0"], "--repeats must be at least 1"),
     ],
