@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from llava.eval import score_table
+from llava.eval import model_vqa_loader, score_table
 from llava.eval.benchmarks import textvqa
 from llava.eval.efficiency import program as efficiency
 from tests.paths import GOLDEN, ROOT
@@ -30,6 +30,17 @@ def test_a_measurement_of_no_method_is_an_error(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="no method can be measured"):
         efficiency.main(["--config", str(GOLDEN / "tiny-llava-v1.5"), "--count-kernels"])
     assert "not measured: fastv: too deep" in capsys.readouterr().out
+
+
+def test_a_question_file_without_questions_is_an_error(tmp_path, monkeypatch):
+    questions = tmp_path / "questions.jsonl"
+    questions.touch()
+    words = ["--question-file", str(questions), "--model-path", str(GOLDEN / "tiny-llava-v1.5")]
+    answers = tmp_path / "answers.jsonl"
+    monkeypatch.setattr(sys, "argv", ["program", *words, "--answers-file", str(answers)])
+    with pytest.raises(SystemExit, match=f"{questions} holds no question"):
+        model_vqa_loader.main()
+    assert not answers.exists()
 
 
 def test_a_folder_without_data_runs_no_benchmark(tmp_path):

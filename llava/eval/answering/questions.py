@@ -138,8 +138,11 @@ def subset(
     """Returns about `limit` items spread evenly, two neighbours at a time.
 
     Neighbours stay together because MME scores its two questions on an image jointly; items with
-    the same `together` do wherever they stand, and count as one.
+    the same `together` do wherever they stand, and count as one. Raises ValueError where nothing
+    is left to ask.
     """
+    if not items:
+        raise ValueError(f"{getattr(items, 'path', 'the question file')} holds no question")
     if limit is None or limit >= len(items):
         return items
     if together and limit > 0:
