@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..linear import fast_linears
 from ..weight_files import CACHE_DIR, local_folder, weight_files
 from .base import Pruner
 from .interfaces import LanguageModel
@@ -37,6 +38,7 @@ class ClipText(nn.Module):
         self.tokenizer = tokenizer
         self.known: dict[str, Reading] = {}
         self.requires_grad_(False).eval()
+        fast_linears(self)
 
     @classmethod
     def load(cls, folder: str) -> "ClipText":

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from llava import linear
 from llava.pruning import build_pruner, trace_pruning
 from llava.pruning.cdpruner import CDPruner, largest_volume, scale_per_image
 from llava.pruning.clip_text import ClipText
@@ -99,6 +100,17 @@ def test_questions_of_different_length_do_not_influence_each_other(clip):
     alone = torch.cat([ClipText.directions(clip, [text]) for text in texts])
     clip.known.clear()
     torch.testing.assert_close(clip.directions(texts), alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not linear.HAS_KERNELS, reason="torch has no MKL here")
+def test_all_products_of_a_text_go_by_the_kernels_for_few_tokens(tower_dir, monkeypatch):
+    clip, calls = ClipText.load(tower_dir), []
+    product = linear.product
+    monkeypatch.setattr(linear, "product", lambda *a: calls.append(a[1]) or product(*a))
+    with torch.no_grad():
+        clip.read(["is there a red circle?"], words=True)
+    layers = clip.text.config.num_hidden_layers
+    assert len(calls) == 6 * layers + 2  # of the whole text, and of its words
 
 
 def test_the_question_decides_what_is_kept_and_batches_change_nothing(model, sample):
