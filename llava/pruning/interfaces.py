@@ -157,9 +157,9 @@ class Decoder(Protocol):
     def through(self, prefill: Any, layers: nn.ModuleList) -> Tensor:
         """(B, S, D) what further layers give on the tokens, on their device."""
 
-    def branch(self, prefill: Any, layers: nn.ModuleList) -> tuple[Tensor, Tensor]:
-        """Further layers on the tokens, beside the decoder's own: what the last of them gives at
-        the last prompt token (B, 1, D), and what that attends to there (B, H, 1, S) fp32."""
+    def branch_attention(self, prefill: Any, layers: nn.ModuleList) -> Tensor:
+        """(B, H, 1, S) fp32 what the last prompt token attends to in the last of further layers
+        that run on the tokens beside the decoder's own."""
 
 
 class LanguageModel(Protocol):

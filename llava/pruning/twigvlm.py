@@ -272,7 +272,7 @@ class TwigVLM(DecoderStage, BudgetPruner):
         """(B, S) what the last prompt token attends to in the twig's last layer, head mean."""
         row = prefill.drafter_row
         if row is None:
-            _, row = prefill.decoder.branch(prefill, self.trained.layers)
+            row = prefill.decoder.branch_attention(prefill, self.trained.layers)
         return row[:, :, 0].mean(dim=1)
 
     def with_options(self, **options) -> TwigVLM:

@@ -116,6 +116,8 @@ class NotesAttention:
         if index == 1:
             self.seen.append(prefill.next_attention())
             _, row = prefill.decoder.branch(prefill, prefill.decoder.layers[1:2])
+            alone = prefill.decoder.branch_attention(prefill, prefill.decoder.layers[1:2])
+            assert torch.equal(alone, row)
             self.seen.append(row[:, :, 0].mean(dim=1))
         if index == 2:
             self.seen.append(prefill.attention[:, :, -1].mean(dim=1))

@@ -112,6 +112,15 @@ def test_the_last_row_of_the_last_twig_layer_decides(model, sample):
     assert kept.tolist() == dense.decoder_keep[3][0].tolist()
 
 
+def test_nothing_of_the_last_twig_layer_runs_that_its_attention_does_not_need(model, sample):
+    pruner, ran = grown(model, shared=1, layers=2), []
+    last = pruner.module.layers[-1]
+    for name, part in last.named_modules():
+        part.register_forward_hook(lambda *_, name=name: ran.append(name))
+    traced(model, sample(4, "image", 5))
+    assert sorted(ran) == ["input_layernorm", "self_attn.k_proj", "self_attn.q_proj"]
+
+
 def test_several_images_share_one_pool(model, sample):
     pruner = grown(model, visual_token_num=10)
     prompt = sample(3, "image", 4, "image", 5)

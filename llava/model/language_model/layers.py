@@ -169,6 +169,13 @@ class Attention(nn.Module):
         batch, size, _ = x.shape
         return self.v_proj(x).view(batch, size, self.num_kv_heads, self.head_dim).transpose(1, 2)
 
+    def weights_at(self, x: Tensor, k: Tensor, step: Step, rows: Tensor) -> Tensor:
+        """(B, H, R, S) fp32 what the tokens at places `rows` (B, R) of normed inputs x (B, S, D)
+        attend to, from the keys k of all of them."""
+        cos, sin = (gather_tokens(part[:, 0], rows)[:, None] for part in step.rope)
+        q = self.queries(gather_tokens(x, rows), (cos, sin))
+        return rows_of(q, k, rows, step.valid, bias=bias_at(step.bias, rows))
+
     def forward(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
         batch, size, _ = x.shape
         q, k = self.queries_and_keys(x, step.rope)
@@ -238,14 +245,18 @@ class DecoderLayer(nn.Module):
         k, v = attention.keys(normed, step.rope), attention.values(normed)
         if cache is not None:
             cache.append(attention.layer_idx, k, v)
-        cos, sin = (gather_tokens(part[:, 0], rows)[:, None] for part in step.rope)
-        q = attention.queries(gather_tokens(normed, rows), (cos, sin))
-        weights = rows_of(q, k, rows, step.valid, bias=bias_at(step.bias, rows))
+        weights = attention.weights_at(normed, k, step, rows)
         # The heads of a group read the same values: they are rows of one product.
         grouped = weights.to(v.dtype).unflatten(1, (v.shape[1], -1)).flatten(2, 3)
         out = (grouped @ v).view(*weights.shape[:3], -1)
         out = attention.o_proj(out.transpose(1, 2).flatten(2))
         return self.feed_forward(gather_tokens(x, rows) + out), weights
+
+    def attention_at(self, x: Tensor, step: Step, rows: Tensor) -> Tensor:
+        """The attention of `at_rows` alone, for which no values are computed."""
+        normed = self.input_layernorm(x)
+        keys = self.self_attn.keys(normed, step.rope)
+        return self.self_attn.weights_at(normed, keys, step, rows)
 
 
 def bring(layer: DecoderLayer, x: Tensor, step: Step) -> tuple[Tensor, Step]:

@@ -307,6 +307,16 @@ class LlamaModel(LlamaPreTrainedModel):
         hidden, row = own[-1].at_rows(x, step, prefill.last[:, None].to(x.device), cache)
         return hidden, row.to(prefill.hidden_states.device)
 
+    def branch_attention(self, prefill: Prefill, layers: nn.ModuleList) -> Tensor:
+        """(B, H, 1, S) fp32 what the last prompt token attends to in the last of further layers, as
+        in `branch`, where nobody wants what comes out of them."""
+        own: Any = layers
+        step = self.prefill_step(prefill)
+        x = run_layers(own[:-1], prefill.hidden_states, step, None)
+        x, step = bring(own[-1], x, step)
+        row = own[-1].attention_at(x, step, prefill.last[:, None].to(x.device))
+        return row.to(prefill.hidden_states.device)
+
     def attention_rows(
         self,
         layer: int,
