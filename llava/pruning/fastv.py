@@ -43,6 +43,9 @@ class FastV(DecoderPruner):
         else:
             super().check(num_patches, num_layers, crops)
 
+    def blind_cuts(self, num_layers: int) -> tuple[int, ...]:
+        return (self.cut_layer(num_layers),)
+
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if self.ratio is None or index != self.cut_layer(len(prefill.decoder.layers)):
             return super().before_layer(index, prefill)

@@ -227,6 +227,9 @@ class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
     def probe(self, num_layers: int) -> Probe:
         return Probe(self.stage_layers(num_layers), self.text_rows)
 
+    def blind_cuts(self, num_layers: int) -> tuple[int, ...]:
+        return tuple(layer + 1 for layer in self.stage_layers(num_layers))
+
     def text_rows(self, prefill: Prefill) -> Tensor:
         """Places (B, R) of the text behind the first image; which of them are real is noted."""
         if prefill.state is None:  # text is never dropped: the count stays

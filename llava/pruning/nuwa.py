@@ -378,6 +378,9 @@ class Nuwa(OwnGrids, VisionStage, DecoderPruner):
             return Probe()
         return Probe((self.cut_layer(num_layers) - 1,), self.variant.queries)
 
+    def blind_cuts(self, num_layers: int) -> tuple[int, ...]:
+        return (self.cut_layer(num_layers),)
+
     def score(self, prefill: Prefill) -> Tensor:
         if self.stage2 == "attention":
             rows = prefill.recorded_rows.mean(dim=2)  # (B, H, S)

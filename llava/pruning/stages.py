@@ -141,6 +141,11 @@ class DecoderStage:
         """The attention rows, or keys, to record; a method that wants none gives `Probe()`."""
         return Probe()
 
+    def blind_cuts(self, num_layers: int) -> tuple[int, ...]:
+        """Layers before which `before_layer` drops tokens without a look at their hidden states:
+        what follows attention in the layer before may then be left to the tokens that stay."""
+        return ()
+
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         """Between decoder layers, during prefill and only when the prompt holds an image.
 

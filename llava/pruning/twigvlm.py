@@ -248,6 +248,9 @@ class TwigVLM(DecoderStage, BudgetPruner):
             return prefill.keep(~(prefill.is_visual & wiped), counts=counts)
         return prefill
 
+    def blind_cuts(self, num_layers: int) -> tuple[int, ...]:
+        return (self.wipe_layer(num_layers),)
+
     def reusable_layers(self, prefill: Prefill) -> int:
         num_layers = len(prefill.decoder.layers)
         return self.shared_layers(num_layers) if self.enable_pruning else num_layers

@@ -142,7 +142,9 @@ class Oracle(VisionStage, DecoderStage, Pruner):
 
     def _facts(self, tiled: bool) -> tuple:
         tiles = (self.anyres_tiles, self.anyres_config) if tiled else None
-        return self.schedule, self.position_policy, tiles, type(self.like.decoder).pruned_caches
+        kind = type(self.like.decoder)
+        cuts = kind.pruned_caches, kind.blind_cuts
+        return self.schedule, self.position_policy, tiles, cuts
 
     def before_tower(self, images: Tensor, patch_size: int, crops: int = 1) -> Tensor:
         if self.schedule.size is None:
@@ -169,6 +171,9 @@ class Oracle(VisionStage, DecoderStage, Pruner):
         kept = torch.tensor(counts, device=visual.device)[:, None]
         mask = ~visual | (visual.cumsum(dim=1) <= kept)
         return prefill.keep(mask, renumber=index in self.schedule.renumber)
+
+    def blind_cuts(self, num_layers: int) -> tuple[int, ...]:
+        return self.like.decoder.blind_cuts(num_layers)
 
     def pruned_caches(self, index: int, num_layers: int) -> range:
         return self.like.decoder.pruned_caches(index, num_layers)

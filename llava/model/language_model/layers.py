@@ -227,8 +227,16 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
         """x (B, S, D) -> the same shape, and the attention rows or keys that `step` asks for."""
+        x, row = self.attend(x, step, cache)
+        return self.finish(x), row
+
+    def attend(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
+        """The same before `finish`, which any of the tokens may go through without the others."""
         out, row = self.self_attn(self.input_layernorm(x), step, cache)
-        return in_pieces(self.feed_forward, x + out), row
+        return x + out, row
+
+    def finish(self, x: Tensor) -> Tensor:
+        return in_pieces(self.feed_forward, x)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """What follows attention, of tokens x (..., D)."""

@@ -18,6 +18,7 @@ from ...pruning.trace import PruningTrace
 from ..kv_cache import KVCache, RowState
 from ..reuse import Prefix
 from .hook_calls import Call, call
+from .layers import Step
 
 
 @dataclass
@@ -44,6 +45,7 @@ class PrefillLoop:
         layers, stage, first = self.decoder.layers, self.stage, 0
         probe = Probe() if stage is None else stage.probe(len(layers))
         visual, places, step = prefill.visual_index, self._places(prefill), None
+        begun = None  # a layer whose tokens have attended, and did not finish
         if prefix is not None:
             first, self.held = prefix.depth, [places] * prefix.depth
             prefill = self._resume(prefill, prefix)
@@ -57,15 +59,17 @@ class PrefillLoop:
                 if hook.changed:
                     step, places = None, self._places(prefill)
                     self._follow(hook)
+            if begun is not None:
+                prefill.hidden_states = begun.finish(prefill.hidden_states)
             step = self.decoder.prefill_step(prefill) if step is None else step
             self._record(prefill)
             own = step
             if number in probe.layers:
                 rows = None if probe.form == "keys" else probe.rows(prefill)
                 own = replace(step, rows=rows, form=probe.form)
-            prefill.hidden_states, recorded = self.decoder.run_layer(
-                layer, prefill.hidden_states, own, self.cache
-            )
+            begun = layer if self._may_wait(number, own) else None
+            run = partial(self.decoder.run_layer, layer) if begun is None else begun.attend
+            prefill.hidden_states, recorded = run(prefill.hidden_states, own, self.cache)
             keys = own.form == "keys"
             prefill.attention, prefill.keys = (None, recorded) if keys else (recorded, None)
             if self.cache is not None:
@@ -80,6 +84,21 @@ class PrefillLoop:
     def _acting(self) -> DecoderStage:
         """`stage`, where hooks are called."""
         return required(self.stage, "the prompts hold no image, so that no hook is called")
+
+    @cached_property
+    def _blind_cuts(self) -> tuple[int, ...]:
+        layers = self.decoder.layers
+        return () if self.stage is None else self.stage.blind_cuts(len(layers))
+
+    def _may_wait(self, number: int, step: Step) -> bool:
+        """Whether what follows attention in a layer may run behind the next hook, on what that
+        leaves: the hook does not look at it, and the layer need not run as a whole."""
+        if number + 1 not in self._blind_cuts or torch.is_grad_enabled():
+            return False
+        if self.decoder.compile_layers and step.rows is None:
+            return False
+        layer, *after = self.decoder.layers[number : number + 2]
+        return bool(after) and layer.device == after[0].device and not is_watched(layer)
 
     def _places(self, prefill: Prefill) -> Tensor | None:
         return held_places(prefill) if self._drops_from_caches else None
@@ -166,6 +185,12 @@ class PrefillLoop:
             for state in self.cache.states():
                 state.next_position = next_position(prefill).to(state.next_position.device)
         return prefill
+
+
+def is_watched(layer: Any) -> bool:
+    """Whether somebody wants to know when a layer runs, as accelerate does to bring its weights."""
+    replaced = {"forward", "_hf_hook"} & vars(layer).keys()
+    return bool(replaced or layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def held_places(prefill: Prefill) -> Tensor:

@@ -85,6 +85,24 @@ class Promises:
         counted = {n: int(tokens[0]) for n, tokens in enumerate(trace.prompt_tokens)}
         assert sizes == counted
 
+    def test_watching_layers_changes_nothing(self, model, pruner):
+        """What is watched runs as a whole; else tokens that a `blind_cuts` drops do not finish."""
+        model.pruner = pruner
+        prompt = sample(4, "image", 5)
+        _, logits, trace = generate(model, prompt.ids, self.images_of(prompt))
+        hooks = [layer.register_forward_hook(lambda *_: None) for layer in model.model.layers]
+        try:
+            _, whole, seen = generate(model, prompt.ids, self.images_of(prompt))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
+        kept, others = (
+            {layer: rows[0].tolist() for layer, rows in own.decoder_keep.items()}
+            for own in (trace, seen)
+        )
+        assert kept == others
+
     def test_text_only_prompts_are_untouched(self, model, pruner):
         prompt = sample(7)
         dense = generate(model, prompt.ids, None)
