@@ -22,10 +22,12 @@ def made(outputs, inputs, tokens=(), bias=True):
 
 
 @needs_kernels
+@pytest.mark.parametrize("on_intel", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tokens", [(1, 1), (1,), (2, 1), (1, 5), (3, 4), (2, 40), (0, 1)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_are_those_of_torch(shape, tokens, bias):
+def test_products_are_those_of_torch(shape, tokens, bias, on_intel, monkeypatch):
+    monkeypatch.setattr(linear, "ON_INTEL", on_intel)
     x, weight, own = made(*shape, tokens, bias)
     found, wanted = product(x, weight, own), F.linear(x, weight, own)
     assert found.is_contiguous() and found.shape == wanted.shape
@@ -34,19 +36,24 @@ def test_products_are_those_of_torch(shape, tokens, bias):
 
 @needs_kernels
 @pytest.mark.parametrize(
-    "shape, tokens, called",
+    "shape, tokens, called, on_intel",
     [
-        ((256, 96), 1, "bmm"),
-        ((100, 96), 1, "addmm"),
-        ((256, 2304), 1, "addmm"),
-        ((100, 96), 4, "mm"),
-        ((100, 96), 9, "addmm"),
-        ((768, 512), 1, "bmm"),
-        ((768, 512), 2, "_linear_pointwise"),
-        ((768, 512), 90, "_linear_pointwise"),
+        ((256, 96), 1, "bmm", "addmm"),
+        ((100, 96), 1, "addmm", "addmm"),
+        ((256, 2304), 1, "addmm", "addmm"),
+        ((100, 96), 4, "mm", "addmm"),
+        ((100, 96), 9, "addmm", "addmm"),
+        ((768, 512), 1, "bmm", "addmm"),
+        ((768, 512), 2, "_linear_pointwise", "addmm"),
+        ((768, 512), 4, "_linear_pointwise", "_linear_pointwise"),
+        ((768, 512), 90, "_linear_pointwise", "_linear_pointwise"),
     ],
 )
-def test_the_kernel_follows_from_the_sizes(shape, tokens, called):
+@pytest.mark.parametrize("intel", [True, False])
+def test_the_kernel_follows_from_sizes_and_processor(
+    shape, tokens, called, on_intel, intel, monkeypatch
+):
+    monkeypatch.setattr(linear, "ON_INTEL", intel)
     names = []
 
     class Names(torch.utils._python_dispatch.TorchDispatchMode):
@@ -58,12 +65,26 @@ def test_the_kernel_follows_from_the_sizes(shape, tokens, called):
     with Names():
         product(x, weight, bias)
     products = {"bmm", "mm", "addmm", "_linear_pointwise"}
-    assert [name for name in names if name in products] == [called]
+    assert [name for name in names if name in products] == [on_intel if intel else called]
+
+
+@pytest.mark.parametrize("vendor, found", [("GenuineIntel", True), ("AuthenticAMD", False)])
+@pytest.mark.parametrize("linux", [True, False])
+def test_the_maker_of_a_processor_is_read_from_the_system(vendor, found, linux, monkeypatch):
+    def read(path):
+        if not linux:
+            raise FileNotFoundError(path)
+        return f"processor : 0\nvendor_id : {vendor}\n"
+
+    monkeypatch.setattr(linear.Path, "read_text", read)
+    monkeypatch.setattr(linear.platform, "processor", lambda: f"Family 6 Model 1, {vendor}")
+    assert linear.is_of_intel() is found
 
 
 @needs_kernels
 def test_a_token_is_a_row_turned_round_for_the_product_of_blocks(monkeypatch):
     """The same numbers with other strides take four times as long."""
+    monkeypatch.setattr(linear, "ON_INTEL", False)
     seen, bmm = [], torch.bmm
     monkeypatch.setattr(
         torch, "bmm", lambda a, b: seen.append((a.stride(), b.stride())) or bmm(a, b)
