@@ -72,7 +72,7 @@ def test_a_stopped_run_is_continued_to_the_same_answers(tmp_path, monkeypatch):
         return generate(loop, batch)
 
     monkeypatch.setattr(AnswerLoop, "generate", stop_at_the_second_batch)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         eval_cases.run_program(case["module"], argv)
     path, journal = tmp_path / "a.jsonl", tmp_path / "a.parts" / "0.jsonl"
     journal.write_bytes(journal.read_bytes() + b'{"number": 1, "line": {"que')
