@@ -15,7 +15,12 @@ from llava.model_args import add_option
 from llava.program_parser import ProgramParser
 
 #: how the models are called in a table -> in the file of published numbers
-MODELS = {"LLaVA-1.5-7B": "llava-1.5-7b", "LLaVA-NeXT-7B": "llava-next-7b"}
+MODELS = {
+    "LLaVA-1.5-7B": "llava-1.5-7b",
+    "LLaVA-NeXT-7B": "llava-next-7b",
+    "LLaVA-1.5-13B": "llava-1.5-13b",
+    "LLaVA-NeXT-13B": "llava-next-13b",
+}
 #: benchmark -> (the script and its split, questions in the released files)
 SCRIPTS = {
     "pope": ("pope.sh", 8910),

@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         const="",
         metavar="MODEL",
         help="put the literature's numbers for this model beside ours (default: that of the "
-        "family: llava-1.5-7b, qwen2.5-vl-7b)",
+        "family and size, as llava-1.5-7b)",
     )
     group.add_argument(
         "--page",
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     loop, runs, benchmarks, workers = suite.prepare(args)
     if args.published is not None:
-        args.published = model_beside(args.published, loop.model.config.model_type)
+        args.published = model_beside(args.published, loop.model.config)
     scores = suite.run_all(loop, runs, benchmarks, args, workers)
     if not workers.main:
         return

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass
 
+from transformers import PretrainedConfig
+
 from llava.clone_files import clone_file
 from llava.eval.compare.budget import Budget
 from llava.eval.compare.comparison import Comparison, Row
@@ -19,9 +21,9 @@ CONVENTIONS = ("average", "input", "unpruned", "unstated")
 HEAD = ("method", "tokens", "benchmark", "here", "published", "source", "status", "metric")
 #: what the file says where a source leaves open which metric its number is
 AS_PRINTED = "as printed"
-#: model_type of a config -> the model whose numbers stand beside ours where none is named
-BESIDE = {"qwen2_5_vl": "qwen2.5-vl-7b"}
-BESIDE_OTHERS = "llava-1.5-7b"
+#: decoder layers from which a model counts as one of 13 billion weights, which have 40, and not of
+#: 7, which have 32
+LAYERS_OF_13B = 36
 #: our benchmark -> the one of the file that asks the same questions, and the metric of both. The
 #: literature's MMBench numbers are those of its server, which are circular.
 SAME_RULE = {
@@ -77,12 +79,21 @@ def _published(row: dict, where: str) -> Published:
     return found
 
 
-def model_beside(asked: str, model_type: str) -> str:
-    """The model of the file that is meant; asked: "" where nobody named one. Raises ValueError on
-    a name that the file does not have."""
-    found = asked or BESIDE.get(model_type, BESIDE_OTHERS)
+def model_beside(asked: str, config: PretrainedConfig) -> str:
+    """The model of the file that is meant; asked: "" where nobody named one, which leaves that of
+    the family and size of the model with this config. Raises ValueError on a name that the file
+    does not have."""
+    found = asked or _like(config)
     check_known(read_published(), found)
     return found
+
+
+def _like(config: PretrainedConfig) -> str:
+    if config.model_type == "qwen2_5_vl":
+        return "qwen2.5-vl-7b"
+    crops = getattr(config, "image_aspect_ratio", None) == "anyres"
+    size = "13b" if config.num_hidden_layers >= LAYERS_OF_13B else "7b"
+    return f"llava-{'next' if crops else '1.5'}-{size}"
 
 
 def check_known(rows: list[Published], model: str) -> None:

@@ -256,7 +256,7 @@ def test_published_numbers_stand_beside_ours_as_shares_of_their_own_unpruned_sco
     text = published_table(comparison, read_published(), "llava-1.5-7b")
     comparison.rows[1].method = "random"
     assert "| `divprune` | 64 | gqa |" in text and "92.9 (57.5) | EADP | copied |" in text
-    with pytest.raises(ValueError, match="choose from llava-1.5-7b"):
+    with pytest.raises(ValueError, match="choose from llava-1.5-13b, llava-1.5-7b"):
         published_table(comparison, read_published(), "gpt-2")
 
 
@@ -300,9 +300,33 @@ def test_published_shares_stand_beside_ours_with_what_their_source_says(finished
     assert "25 %" not in text and "| mmbench |" not in text
 
 
-def test_the_literature_beside_a_model_is_that_of_its_family():
-    assert model_beside("", "qwen2_5_vl") == "qwen2.5-vl-7b"
-    assert model_beside("", "llava_llama") == "llava-1.5-7b"
-    assert model_beside("llava-next-7b", "llava_llama") == "llava-next-7b"
-    with pytest.raises(ValueError, match="choose from llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b"):
-        model_beside("gpt-2", "llava_llama")
+@pytest.mark.parametrize(
+    "model_type, layers, shape, beside",
+    [
+        ("llava_llama", 6, "pad", "llava-1.5-7b"),  # the playground's
+        ("llava_llama", 32, "pad", "llava-1.5-7b"),
+        ("llava_llama", 32, "anyres", "llava-next-7b"),
+        ("llava_llama", 40, "pad", "llava-1.5-13b"),
+        ("llava_llama", 40, "anyres", "llava-next-13b"),
+        ("qwen2_5_vl", 28, None, "qwen2.5-vl-7b"),
+    ],
+)
+def test_the_literature_beside_a_model_is_that_of_its_family_and_size(
+    model_type, layers, shape, beside
+):
+    config = SimpleNamespace(
+        model_type=model_type, num_hidden_layers=layers, image_aspect_ratio=shape
+    )
+    assert model_beside("", config) == beside
+    assert model_beside("llava-next-7b", config) == "llava-next-7b"
+    with pytest.raises(ValueError, match="choose from llava-1.5-13b, llava-1.5-7b, llava-next-13b"):
+        model_beside("gpt-2", config)
+
+
+def test_published_numbers_of_13b_stand_beside_ours(finished):
+    comparison = finished[3]
+    row = comparison.rows[1]
+    before, row.method = row.method, "twigvlm_plus"
+    text = published_table(comparison, read_published(), "llava-1.5-13b")
+    row.method = before
+    assert "| `twigvlm_plus` | 64 | gqa |" in text and "96.5 (61) | 2503.14075 | own |" in text
