@@ -63,8 +63,8 @@ class TwigPlusArguments:
         "all visual tokens go before it; default: 24 of 32, in stage 2 what the twig says"
     )
     attention_layer: int | None = shown(
-        "the model's layer, from 0, whose attention the pruning head learns; default: 19 of 32, in "
-        "stage 2 what the twig says"
+        "the model's layer, from 0, whose attention the pruning head learns; default: 19 of 32, "
+        "below final_wipe_layer, in stage 2 what the twig says"
     )
     twig_path: str | None = shown(
         "stage 2: folder of the twig of stage 1; stage 1: a twig of TwigVLM to begin with, in "
@@ -152,7 +152,7 @@ def prepare_distillation(
         count = len(start.layers)
     method.check_depth(depth)
     layer = own.attention_layer
-    layer = attention_layer(depth) if layer is None else layer
+    layer = attention_layer(depth, method.wipe_layer(depth)) if layer is None else layer
     weights = own.settings(Distillation, layer)
     training = TwigDistillation(trunk.model, method.shared_layers(depth), count, weights)
     if start is not None:  # gates that it lacks stay fresh
@@ -178,9 +178,10 @@ def prepare_reinforcement(
     method.attach(trunk.model)
     method.check_depth(depth)
     known = read_part_config(folder, method.name).get("attention_layer")
-    layers = (own.attention_layer, known, attention_layer(depth))
+    wipe = method.wipe_layer(depth)
+    layers = (own.attention_layer, known, attention_layer(depth, wipe))
     layer = next(layer for layer in layers if layer is not None)
-    cuts = Cuts(method.shared_layers(depth), method.wipe_layer(depth))
+    cuts = Cuts(method.shared_layers(depth), wipe)
     settings = own.settings(Reinforcement, layer)
     training = HeadReinforcement(trunk.model, method.module, cuts, settings)
     if not training_args.deepspeed:

@@ -58,7 +58,7 @@ def test_stage_1_teaches_the_twig_alone_and_writes_it_as_published(workplace, st
         "hidden_size": 32,
         "vocab_size": 700,
         "final_wipe_layer": 1,
-        "attention_layer": 1,
+        "attention_layer": 0,
         "stage": 1,
         "conv_mode": "vicuna_v1",
     }

@@ -16,7 +16,7 @@ from llava.constants import IGNORE_INDEX
 from llava.model.language_model.layers import Step, run_layers
 from llava.pruning.ops import scale_layer
 from llava.pruning.prefill import Prefill
-from llava.pruning.twigvlm_plus import GatedTwig, probed, shares
+from llava.pruning.twigvlm_plus import GatedTwig, TwigVLMPlus, probed, shares
 
 from ..train_twigvlm import TwigTraining, next_token_loss, started
 from .asked import Asked
@@ -51,9 +51,15 @@ class Distillation:
                 raise ValueError(f"{name} ({getattr(self, name)}) must not be negative")
 
 
-def attention_layer(depth: int) -> int:
-    """The teacher's layer in a decoder of `depth` layers, where none is given."""
-    return scale_layer(ATTENTION_LAYER, depth)
+def attention_layer(depth: int, wipe: int | None = None) -> int:
+    """The teacher's layer in a decoder of `depth` layers, where none is given: one that still sees
+    visual tokens when they are pruned, as 19 of 32.
+
+    wipe: layer before which all of them go; None: where `TwigVLMPlus` does that by default
+    """
+    if wipe is None:
+        wipe = TwigVLMPlus().wipe_layer(depth)
+    return min(scale_layer(ATTENTION_LAYER, depth), wipe - 1)
 
 
 def check_attention_layer(layer: int, depth: int) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llava.constants import IGNORE_INDEX
+from llava.pruning.twigvlm_plus import TwigVLMPlus
 from llava.train.twig_plus.asked import Asked
 from llava.train.twig_plus.distillation import (
     Distillation,
@@ -156,7 +157,15 @@ def test_the_decoder_runs_once_as_far_as_it_is_needed(model, sample, shared, lay
 
 
 def test_the_teacher_s_layer_follows_the_depth():
-    assert [attention_layer(depth) for depth in (32, 40, 28, 6, 1)] == [19, 24, 17, 4, 0]
+    assert [attention_layer(depth) for depth in (32, 36, 28, 12)] == [19, 21, 17, 7]
+
+
+@pytest.mark.parametrize("depth", range(1, 65))
+def test_the_teacher_s_layer_sees_visual_tokens_in_the_pruned_model_too(depth):
+    wipe = TwigVLMPlus().wipe_layer(depth)
+    assert 0 <= attention_layer(depth) < wipe
+    for last in range(1, depth + 1):
+        assert attention_layer(depth, wipe=last) < last
 
 
 @pytest.mark.parametrize(
