@@ -115,6 +115,7 @@ def twig_plus(args: argparse.Namespace) -> None:
     options = conversations("twig_plus", LLAVA, first) | {
         "stage": 1,
         "twig_path": CHECKPOINTS / "twigvlm-playground",
+        "attention_layer": 4,  # what ships learned from it, though it is above the wipe's 3
         "learning_rate": 4e-4,
     }
     run("llava.train.train_twigvlm_plus", options | {"max_steps": args.steps or 400})
