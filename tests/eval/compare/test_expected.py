@@ -29,11 +29,14 @@ def test_numbers_are_those_of_our_metric():
     assert expected("pope", "llava-1.5-7b", ROWS) == "85.9"
     assert expected("mme", "llava-1.5-7b", ROWS) == "1506, 1513"  # not the total
     assert expected("gqa", "llava-next-7b", ROWS) == "62.5, 64.2"
+    assert expected("mme", "llava-1.5-13b", ROWS) == "1531"
+    assert expected("sqa", "llava-1.5-13b", ROWS) == "71.6, 72.8"
+    assert expected("textvqa", "llava-next-13b", ROWS) == ""  # as printed: of other prompts
     assert expected("pope", "qwen2.5-vl-7b", ROWS) == ""  # as printed: whose metric is not said
 
 
 def test_a_benchmark_has_a_row_with_its_scores():
     lines = report().splitlines()
     assert lines[0] == f"| script | questions | metric | {' | '.join(MODELS)} |"
-    assert "| `pope.sh` | 8,910 | F1 | 85.9 | 86.5, 86.8 |" in lines
+    assert "| `pope.sh` | 8,910 | F1 | 85.9 | 86.5, 86.8 | 85.9 | 86.2 |" in lines
     assert len(lines) == 2 + len(SCRIPTS)
