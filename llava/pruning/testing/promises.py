@@ -103,6 +103,27 @@ class Promises:
         )
         assert kept == others
 
+    def test_blind_cuts_do_not_look_at_states(self, model, pruner, monkeypatch):
+        """The same tokens stay where the states behind attention in the layer before are NaN."""
+        model.pruner = pruner
+        prompt, layers = sample(4, "image", 5), model.model.layers
+        _, _, trace = generate(model, prompt.ids, self.images_of(prompt))
+        for cut in pruner.decoder.blind_cuts(len(layers)):
+            if cut not in trace.decoder_keep:
+                continue
+            layer = layers[cut - 1]
+            attend = layer.attend
+
+            def spoilt(*given, attend=attend):
+                x, rows = attend(*given)
+                return x * torch.nan, rows
+
+            with monkeypatch.context() as patch:
+                patch.setattr(layer, "attend", spoilt)
+                _, _, blind = generate(model, prompt.ids, self.images_of(prompt), max_new_tokens=1)
+            for own, other in zip(trace.decoder_keep[cut], blind.decoder_keep[cut], strict=True):
+                assert own.tolist() == other.tolist()
+
     def test_text_only_prompts_are_untouched(self, model, pruner):
         prompt = sample(7)
         dense = generate(model, prompt.ids, None)
