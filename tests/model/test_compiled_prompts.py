@@ -1,15 +1,16 @@
-"""Layers of prompts and of the CLIP tower as graphs: the same answers, and few graphs."""
+"""Layers of prompts and of vision towers as graphs: the same answers, and few graphs."""
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
+from llava.blocks import rope_of
 from llava.model.kv_cache import KVCache
 from llava.model.language_model import causal_lm, compiling, prompt_layer
 from llava.model.language_model.cuda_graphs import GraphStep
 from llava.model.language_model.layers import Step
-from llava.model.multimodal_encoder import clip_encoder
+from llava.model.multimodal_encoder import clip_encoder, qwen2_5_vl_encoder
 from llava.model.reuse import Picture, PrefixCache
 from llava.pruning import METHODS, build_pruner
 from llava.pruning.testing import tiny
@@ -22,8 +23,12 @@ from tests.model.test_position_bias import METHODS as PLACED
 from tests.pruning.test_twigvlm import grown
 
 WAYS = ["as it is", pytest.param("compiled", marks=pytest.mark.slow)]
+#: where layers run through `compiled`
+MODULES = prompt_layer, clip_encoder, qwen2_5_vl_encoder
 #: kernels of a layer on a prompt, as it is and compiled
-DECODER, TOWER = (22, 13), (14, 11)
+DECODER, TOWER, ANY_GRID = (22, 13), (14, 11), (20, 11)
+#: grids of images in blocks: one window, several of one size, of many sizes, images of equal grids
+GRIDS = [[(3, 4)], [(8, 8)], [(9, 9), (2, 3)], [(5, 7), (5, 7), (9, 2)]]
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def way(request, monkeypatch):
     """What is compiled runs as it is, or compiled."""
     if request.param == "compiled":
         return request.getfixturevalue("compiler")
-    for module in (prompt_layer, clip_encoder):
+    for module in MODULES:
         monkeypatch.setattr(module, "compiled", lambda function: function)
 
 
@@ -55,7 +60,7 @@ def ran(monkeypatch):
 
         return call
 
-    for module in (prompt_layer, clip_encoder):
+    for module in MODULES:
         monkeypatch.setattr(module, "compiled", noted)
     return layers
 
@@ -161,6 +166,21 @@ def test_the_tower_gives_the_same_features_and_serves_batches_of_any_size(way, m
     assert graphs() == before
 
 
+@pytest.mark.parametrize("wanted", [{}, {0: {"salience", "output"}, 3: {"keys"}}], ids=str)
+def test_images_of_any_grid_give_the_same_features_and_cues(way, own_grids_model, wanted):
+    tower = own_grids_model.get_vision_tower()
+    wanted = {layer: frozenset(names) for layer, names in wanted.items()}
+    images = [[tiny.picture(*grid) for grid in grids] for grids in GRIDS]
+
+    @torch.no_grad()
+    def features():
+        groups = [group for own in images for group in tower.features(own, wanted)]
+        return [(group.features, group.cues) for group in groups]
+
+    plain, found = both(own_grids_model, features)
+    torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-4)
+
+
 # --- what is compiled, and what is not ------------------------------------------------------
 
 
@@ -188,6 +208,48 @@ def test_gradients_are_for_layers_as_they_are(model, sample, ran):
     assert model(prompt.ids, images=prompt.images).logits.requires_grad
     model.compile_prefill = False
     assert ran == []
+
+
+def test_layers_that_somebody_watches_run_as_they_are(model, sample, ran):
+    """A hook would be part of the graph, and make one of every layer."""
+    layers, prompt, seen = model.model.layers, sample(4, "image", 5), []
+    hooks = [
+        layers[1].register_forward_hook(lambda *_: seen.append("behind 1")),
+        layers[3].register_forward_pre_hook(lambda *_: seen.append("before 3")),
+    ]
+    try:
+        both(model, lambda: generate(model, dict(inputs=prompt.ids, images=prompt.images)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert {*layers} - {*ran} == {layers[1], layers[3]}
+    assert seen[:2] == seen[-2:] == ["behind 1", "before 3"]
+
+
+@pytest.mark.parametrize("asked", ["gradients", "a hook that brings weights"])
+def test_towers_with_gradients_or_under_hooks_run_as_they_are(own_grids_model, ran, asked):
+    tower, image = own_grids_model.get_vision_tower(), [tiny.picture(3, 4)]
+    tower.compile_layers = True
+    try:
+        if asked == "gradients":
+            assert tower(image)[0].requires_grad
+        else:
+            tower._hf_hook = None
+            with torch.no_grad():
+                tower(image)
+        assert ran == []
+    finally:
+        tower.compile_layers = False
+        vars(tower).pop("_hf_hook", None)
+
+
+def test_every_layer_of_a_tower_of_any_grid_is_two_calls(own_grids_model, ran):
+    """Cues come from between them."""
+    own_grids_model.pruner = make_pruner("visionzip")
+    inputs = dict(inputs=tiny.sample(3, "image", 4).ids, images=[tiny.picture(5, 7)])
+    both(own_grids_model, lambda: generate(own_grids_model, inputs, max_new_tokens=1))
+    blocks = own_grids_model.get_vision_tower().blocks
+    assert ran[: 2 * len(blocks)] == [block for block in blocks for _ in "ab"]
 
 
 def test_keys_that_a_method_looks_at_come_from_the_graph(model, sample, ran):
@@ -261,6 +323,76 @@ def test_nothing_is_compiled_after_a_prompt_and_a_batch(compiler, model, sample,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["llava", "next", "own grids"])
+def test_switching_methods_and_budgets_compiles_nothing(compiler, request, sample, family):
+    """One row or several, each with a mask and without, are four graphs of the decoder; a tower of
+    crops has one for a single crop, one for several, a tower of any grid two halves of a layer."""
+    name = {"llava": "model", "next": "anyres_model", "own grids": "own_grids_model"}[family]
+    model, share = request.getfixturevalue(name), 5 if family == "next" else 1
+
+    def ask(*prompts):
+        ids, mask = tiny.pad_batch([p.ids for p in prompts])
+        count = sum(0 if p.images is None else len(p.images) for p in prompts)
+        inputs: dict = dict(inputs=ids, attention_mask=mask)
+        if count:
+            inputs |= dict(images=torch.cat([p.images for p in prompts if p.images is not None]))
+            inputs |= dict(questions=["What is it?"] * count)
+        if count and family == "next":
+            sizes = [(2 * SIDE, SIDE)] * count
+            inputs |= dict(images=inputs["images"][:, None].expand(-1, 3, -1, -1, -1))
+            inputs |= dict(image_sizes=sizes)
+        if count and family == "own grids":
+            sides = [(5, 7), (6, 6), (9, 4)] if count < 3 else [(5, 7)]
+            inputs |= dict(images=[tiny.picture(*sides[n % len(sides)]) for n in range(count)])
+        generate(model, inputs, max_new_tokens=1)
+
+    compiling.compiled.cache_clear()
+    torch.compiler.reset()
+    start = graphs()
+    model.compile_prefill = True
+    try:
+        ask(sample(4, "image", 5))
+        ask(sample(3, "image", 9), sample(12, "image", 2))
+        ask(sample(5), sample(5, seed=1))
+        model.pruner = make_pruner("restore", 10 * share)  # its bias is a mask of a single row
+        ask(sample(4, "image", 5))
+        before = graphs()
+        assert before - start == 4 + (1 if family == "next" else 2)
+        for method in [*METHODS, *CHAINS, "restore+vispruner"]:
+            for budget in (10, 14):
+                try:
+                    model.pruner = make_pruner(method, budget * share)
+                except ValueError:
+                    continue  # needs what this family has not
+                if family == "next" and model.pruner.vision.anyres_tiles is not None:
+                    continue  # wants its images cut in another way
+                ask(sample(14, "image", 32))
+                ask(sample(40))
+                ask(sample(4, "image", 3, "image", 7, "image", 2))
+                ask(sample(3, "image", 9), sample(24, "image", 2), sample(5), sample(8, "image", 8))
+                assert graphs() == before, method
+    finally:
+        model.compile_prefill = False
+
+
+@pytest.mark.slow
+def test_images_of_any_grid_and_videos_are_two_graphs(compiler, own_grids_model):
+    tower = own_grids_model.get_vision_tower()
+    images = [[tiny.picture(*grid) for grid in grids] for grids in GRIDS]
+    compiling.compiled.cache_clear()
+    torch.compiler.reset()
+    before = graphs()
+    tower.compile_layers = True
+    try:
+        with torch.no_grad():
+            for own in [*images, list(tiny.video(3, 5, 6).pixels)]:
+                tower(own)
+        assert graphs() - before == 2
+    finally:
+        tower.compile_layers = False
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["decoder", "tower"])
 def test_a_layer_on_a_prompt_is_compiled_to_few_kernels(compiler, make_model, part):
     model = make_model()
@@ -281,3 +413,18 @@ def test_a_layer_on_a_prompt_is_compiled_to_few_kernels(compiler, make_model, pa
     count = len(KERNEL.findall(code[code.index("def call(") :]))
     assert len(plain) <= most[0], plain
     assert count <= most[1], code
+
+
+@pytest.mark.slow
+def test_a_layer_of_a_tower_of_any_grid_is_compiled_to_few_kernels(compiler, own_grids_model):
+    tower = own_grids_model.get_vision_tower()
+    plan = qwen2_5_vl_encoder.plan_images([(9, 9)], tower.config, "cpu")
+    rope, x = rope_of(plan.angles[:, None], torch.float32), torch.randn(4 * 81, 16)
+    plain = kernels(lambda: tower.blocks[1](x, rope, plan.wholes, None))
+    compiling.compiled.cache_clear()
+    torch.compiler.reset()
+    with torch.no_grad():
+        _, codes = run_and_get_code(tower.blocks[1], x, rope, plan.wholes, None, compiles=True)
+    counts = [len(KERNEL.findall(code[code.index("def call(") :])) for code in codes]
+    assert len(counts) == 2 and len(plain) <= ANY_GRID[0], plain
+    assert sum(counts) + 1 <= ANY_GRID[1], codes  # attention is between them

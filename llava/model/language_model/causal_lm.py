@@ -67,7 +67,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
 
     @property
     def compile_prefill(self) -> bool:
-        """Whether layers of the decoder on prompts, and those of a CLIP tower, are compiled.
+        """Whether layers of the decoder on prompts, and those of the vision tower, are compiled.
         Assigning `compile_decoding` assigns this as well: True on a GPU alone, as a CPU gains
         little. See `llava.model.language_model.prompt_layer`."""
         return self.model.compile_layers
@@ -79,7 +79,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             check_compiler(self.model.layers[0].device)
         self.model.compile_layers = value
         tower = self.get_vision_tower()
-        if hasattr(tower, "compile_layers"):  # where images have grids, each were a graph
+        if tower is not None:
             tower.compile_layers = value
 
     def get_model(self) -> LlamaModel:

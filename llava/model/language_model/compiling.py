@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from functools import cache, wraps
 
 import torch
+from torch import Tensor
 
 from ...errors import UnavailableError
 
@@ -32,7 +33,7 @@ def compiled(function: Callable) -> Callable:
     def call(*args, **keywords):
         prepare()
         try:
-            return made(*args, **keywords)
+            return made(*map(by_itself, args), **keywords)
         except TorchDynamoException as error:
             reason = str(error).strip().partition("\n")[0]
             name = function.__name__
@@ -41,6 +42,14 @@ def compiled(function: Callable) -> Callable:
             ) from error
 
     return call
+
+
+def by_itself(value):
+    """A tensor that is a view of another one as one that is not, without gradients; else `value`:
+    for views torch compiles a function once more, as it looks at the whole tensors behind them."""
+    if isinstance(value, Tensor) and not torch.is_grad_enabled() and value._base is not None:
+        return value.detach()
+    return value
 
 
 def check_compiler(device: torch.device) -> None:

@@ -197,8 +197,10 @@ class CompiledStep(DecodeStep):
 
 
 def runs_on(layer: DecoderLayer, x: Tensor) -> bool:
-    """Whether a layer computes where x is, without hooks that bring its weights there."""
-    return layer.device == x.device and "_hf_hook" not in vars(layer)
+    """Whether a layer computes where x is, without hooks: neither those that bring its weights
+    there nor somebody's who looks at what goes in and out, and makes a graph of every layer."""
+    watched = layer._forward_hooks or layer._forward_pre_hooks
+    return layer.device == x.device and not watched and "_hf_hook" not in vars(layer)
 
 
 @dataclass

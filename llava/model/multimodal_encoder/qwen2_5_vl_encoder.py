@@ -21,6 +21,7 @@ from ...blocks import GatedMLP, RMSNorm, in_pieces, rope_of, rotate
 from ...devices import device_of
 from ...pruning.cues import OutputMean
 from ...segments import Segments, attend_within, segments_of, window_order
+from ..language_model.compiling import compiled
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10000.0
@@ -115,6 +116,8 @@ class Qwen2_5_VLVisionTower(nn.Module):
     provides_in_layers = LAYER_CUES
     select_feature = "patch"
     grid = None  # every image has its own
+    #: whether layers are compiled, see `compile_prefill` of the model
+    compile_layers = False
     _gradient_checkpointing_func: Callable  # transformers sets it with `gradient_checkpointing`
 
     def __init__(self, config: Qwen2_5_VLVisionConfig):
@@ -219,7 +222,12 @@ class Qwen2_5_VLVisionTower(nn.Module):
         """A layer, with a checkpoint for the gradients where training asks."""
         if self.gradient_checkpointing and self.training and x.requires_grad:
             return self._gradient_checkpointing_func(block.__call__, x, *args)
-        return block(x, *args)
+        return block(x, *args, compiles=self.compile_layers and self._can_compile)
+
+    @property
+    def _can_compile(self) -> bool:
+        """Gradients, and hooks of accelerate that bring the weights, are for layers as they are."""
+        return not torch.is_grad_enabled() and "_hf_hook" not in vars(self)
 
     def _sources(self, wanted: Mapping[int, frozenset[str]]) -> dict[int, dict[int, frozenset]]:
         """Layer that gives cues -> the layers it gives them for, each with their names."""
@@ -275,13 +283,46 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
 
-    def forward(self, x: Tensor, rope: tuple, segments: Segments, cues: dict | None) -> Tensor:
-        x = x + self.attn(self.norm1(x), rope, segments, cues)
-        return in_pieces(lambda x: x + self.mlp(self.norm2(x)), x)
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        segments: Segments,
+        cues: dict | None,
+        compiles: bool = False,
+    ) -> Tensor:
+        """x (n, C) -> the same shape; a dict takes what `KINDS` names of the patches (n, ...).
+
+        compiles: what comes before attention and what follows it are a graph each, for any n. Among
+        segments of different sizes attention is several calls, of which every image needs another
+        number: they stay outside.
+        """
+        before, behind = before_attention, behind_attention
+        if compiles:
+            before, behind = compiled(before), compiled(behind)
+        q, k, v = before(self, x, rope)
+        if cues is not None:
+            cues["received"] = attention_received(q.detach(), k.detach(), segments)
+            cues["keys"] = k.flatten(1)
+        return behind(self, x, attend_within(q, k, v, segments))
+
+
+def before_attention(
+    block: Block, x: Tensor, rope: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (n, H, d) of a layer, the first two turned, from x (n, C)."""
+    q, k, v = block.attn.heads(block.norm1(x))
+    return rotate(q, rope), rotate(k, rope), v
+
+
+def behind_attention(block: Block, x: Tensor, found: Tensor) -> Tensor:
+    """What a layer gives on x (n, C), from what its attention found, (n, H, d)."""
+    x = x + block.attn.proj(found.flatten(1))
+    return in_pieces(lambda x: x + block.mlp(block.norm2(x)), x)
 
 
 class Attention(nn.Module):
-    """Attention without a direction among the patches of a segment."""
+    """Projections of attention without a direction."""
 
     def __init__(self, config: Qwen2_5_VLVisionConfig):
         super().__init__()
@@ -289,15 +330,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, rope: tuple, segments: Segments, cues: dict | None) -> Tensor:
-        """x (n, C) -> the same shape; a dict takes what `KINDS` names of the patches (n, ...)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (n, 3, H, d)
-        q, k = rotate(qkv[:, 0], rope), rotate(qkv[:, 1], rope)
-        if cues is not None:
-            cues["received"] = attention_received(q.detach(), k.detach(), segments)
-            cues["keys"] = k.flatten(1)
-        out = attend_within(q, k, qkv[:, 2], segments)
-        return self.proj(out.flatten(1))
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values (n, H, d) of x (n, C)."""
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
 
 
 class Merger(nn.Module):
