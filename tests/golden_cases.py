@@ -3,7 +3,8 @@
 A folder holds an `index.json` (list of cases) and the files it names. Checkpoints and images are
 looked for beside the folder, then in `tests/golden`, then in `../shared/golden`. For every folder
 the differences and matched/total are printed; the exit status is 0 only when all cases match. With
-`--compile` decoding is compiled.
+`--compile` steps of decoding are compiled, with `--compile-prompts` layers on prompts and of vision
+towers.
 
 A new method needs a file in `tests/golden_checks/` when its recorded `args` are not the options of
 our class (see `methods.py` there); a new kind needs an entry in `CHECKS`.
@@ -16,7 +17,6 @@ import importlib
 import json
 import sys
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -159,17 +159,19 @@ def run_folder(folder: str | Path) -> tuple[int, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from tests.golden_checks.models import compiled_decoding
+    from tests.golden_checks.models import compiling
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folder with an index.json")
     parser.add_argument("--compile", action="store_true", help="with compiled steps of decoding")
+    what = "with compiled layers on prompts and of towers"
+    parser.add_argument("--compile-prompts", action="store_true", help=what)
     args = parser.parse_args(arguments)
     folders = args.folders
     if missing := [name for name in folders if not (Path(name) / "index.json").is_file()]:
         parser.error(f"no index.json in {', '.join(missing)}")
     torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
-    with compiled_decoding() if args.compile else nullcontext():
+    with compiling(decoding=args.compile, prefill=args.compile_prompts):
         counts = [run_folder(name) for name in folders]
     matched, total = (sum(column) for column in zip(*counts, strict=True))
     print(f"total: {matched}/{total}")

@@ -7,14 +7,23 @@ import numpy as np
 import pytest
 import torch
 
+from llava.model.language_model import modeling_llama, prompt_layer
 from llava.model.language_model.decode_step import CompiledStep
 from llava.pruning import METHODS
 from tests.golden_cases import SHARED, SHIPPED, check_of, load_cases, locate, main, run_case
 from tests.golden_checks import e2e, methods
-from tests.golden_checks.models import compiled_decoding
+from tests.golden_checks.models import compiling
 
 #: what a check says about a recorded program that does not exist yet
 NOT_YET = "is not part of the project"
+#: kinds of cases in which a whole model runs on a prompt -> what is then recorded of it
+WHOLE = {
+    "e2e": "output_ids",
+    "e2e-batch": "logits_last_valid",
+    "qwen": "output_ids",
+    "qwen-plain": "output_ids",
+    "qwen-parts": "decoder_out_last_0",
+}
 
 
 def recorded_cases():
@@ -90,7 +99,32 @@ def one_of_each(cases):
 def test_it_is_reproduced_with_compiled_steps_of_decoding(fresh_graphs, folder, case, monkeypatch):
     run, taken = CompiledStep.run, []
     monkeypatch.setattr(CompiledStep, "run", lambda *args: taken.append(1) or run(*args))
-    with compiled_decoding():
+    with compiling(decoding=True):
+        assert [problem for problem in run_case(case, folder) if NOT_YET not in problem] == []
+    assert taken
+
+
+def prompting_cases():
+    """Those of whole models, the first of every kind in every folder. All of them:
+    python -m tests.golden_cases --compile-prompts FOLDER"""
+    taken = set()
+    for param in recorded_cases():
+        folder, case = param.values
+        if case["kind"] not in WHOLE or (folder, case["kind"]) in taken:
+            continue
+        with np.load(folder / case["file"]) as arrays:
+            answers = WHOLE[case["kind"]] in arrays.files
+        if answers:
+            taken.add((folder, case["kind"]))
+            yield param
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("folder", "case"), list(prompting_cases()))
+def test_it_is_reproduced_with_compiled_prompts_and_towers(folder, case, monkeypatch):
+    run, taken = prompt_layer.run_compiled, []
+    monkeypatch.setattr(modeling_llama, "run_compiled", lambda *args: taken.append(1) or run(*args))
+    with compiling(prefill=True):
         assert [problem for problem in run_case(case, folder) if NOT_YET not in problem] == []
     assert taken
 

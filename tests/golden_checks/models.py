@@ -15,18 +15,20 @@ from llava.model.builder import load_pretrained_model
 from llava.pruning import build_pruner
 from tests.golden_cases import locate
 
-_compile = False
+#: what checkpoints have compiled: attribute of a model -> whether, that which assigns others first
+_compiled = {"compile_decoding": False, "compile_prefill": False}
 
 
 @contextmanager
-def compiled_decoding():
-    """Inside, checkpoints come with compiled steps of decoding."""
-    global _compile
-    _compile = True
+def compiling(decoding: bool = False, prefill: bool = False):
+    """Inside, checkpoints come with compiled steps of decoding, or layers on prompts and of towers,
+    or both."""
+    before = dict(_compiled)
+    _compiled.update(compile_decoding=decoding, compile_prefill=prefill)
     try:
         yield
     finally:
-        _compile = False
+        _compiled.update(before)
 
 
 @lru_cache(maxsize=3)
@@ -58,8 +60,9 @@ def load_checkpoint(name: str, folder: Path, changes: dict | None = None):
     parts = _load(locate(name, folder), json.dumps(changes or {}, sort_keys=True))
     parts[1].pruner = build_pruner("none")
     parts[1].as_in_training = None
-    if parts[1].compile_decoding != _compile:
-        parts[1].compile_decoding = _compile
+    for name, wanted in _compiled.items():
+        if getattr(parts[1], name) != wanted:
+            setattr(parts[1], name, wanted)
     return parts
 
 

@@ -31,7 +31,8 @@ def check_plain(case, folder, report):
     tokenizer, model, processor = load_checkpoint(case["checkpoint"], folder)
     pixels = prepared(case, folder, processor, recorded, report)
     ids, mask = marked_ids(case, tokenizer, model)
-    blocks, layers = Watch(model.visual.blocks), Watch(model.model.layers)
+    blocks = Watch(model.visual.blocks, numbers_of("vit_block_", recorded))
+    layers = Watch(model.model.layers, numbers_of("decoder_out_last_", recorded))
     with torch.no_grad(), trace_pruning(model, embeds=True) as trace, blocks, layers:
         images = model.image_tokens(pixels) if pixels else None
         check_prompt(model, ids, mask, images, recorded, report)
@@ -42,12 +43,11 @@ def check_plain(case, folder, report):
             images=images,
             **as_recorded(recorded),
         )
-    for name in recorded:
-        if name.startswith("vit_block_"):
-            check_block(blocks.first[int(name[10:])], model, pixels, name, recorded, report)
-        elif name.startswith("decoder_out_last_"):
-            last = layers.first[int(name[17:])][0, -1]
-            report.close(name, last, recorded[name], LOGITS_ATOL)
+    for number, out in blocks.first.items():
+        check_block(out, model, pixels, f"vit_block_{number}", recorded, report)
+    for number, out in layers.first.items():
+        name = f"decoder_out_last_{number}"
+        report.close(name, out[0, -1], recorded[name], LOGITS_ATOL)
     if pixels:
         embeds = torch.cat(trace.visual_embeds)
         report.close("visual_embeds", embeds, recorded["visual_embeds"], EMBEDS_ATOL)
@@ -66,7 +66,7 @@ def check_parts(case, folder, report):
     tokenizer, model, processor = load_checkpoint(case["checkpoint"], folder)
     pixels = prepared(case, folder, processor, recorded, report)
     ids, mask = marked_ids(case, tokenizer, model)
-    blocks, layers = Watch(model.visual.blocks), Watch(model.model.layers)
+    blocks, layers = Watch(model.visual.blocks, [7]), Watch(model.model.layers, [0])
     with torch.no_grad(), blocks, layers:
         images = model.image_tokens(pixels)
         features = torch.tensor(recorded["vit_block_31"]).unflatten(0, (-1, 4))
@@ -82,16 +82,24 @@ def check_parts(case, folder, report):
     report.close("decoder_out_last_0", last, recorded["decoder_out_last_0"], LOGITS_ATOL)
 
 
-class Watch:
-    """Remembers what each of some modules gave in its first call inside the block."""
+def numbers_of(prefix: str, recorded) -> list[int]:
+    """Of the layers that are recorded under a name that begins like this."""
+    return [int(name.removeprefix(prefix)) for name in recorded if name.startswith(prefix)]
 
-    def __init__(self, modules):
-        self.modules, self.first = modules, {}
+
+class Watch:
+    """Remembers what modules of these numbers gave in their first call inside the block; the others
+    run as without it."""
+
+    def __init__(self, modules, numbers):
+        self.modules, self.numbers, self.first = modules, numbers, {}
 
     def __enter__(self):
         self.handles = [
-            module.register_forward_hook(lambda _, __, out, number=number: self._keep(number, out))
-            for number, module in enumerate(self.modules)
+            self.modules[number].register_forward_hook(
+                lambda _, __, out, number=number: self._keep(number, out)
+            )
+            for number in self.numbers
         ]
         return self
 
