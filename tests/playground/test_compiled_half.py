@@ -1,0 +1,78 @@
+"""The playground's models in half precision: compiled prompts and towers say what plain do."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llava.front_end import FrontEnd
+from llava.model.builder import load_pretrained_model
+from llava.model.language_model.compiling import check_compiler
+from llava.pruning import build_pruner
+from playground import questions, scenes
+from playground.train import LLAVA
+from playground.train_qwen import OUTPUT
+
+pytestmark = pytest.mark.slow
+MODELS = {"vicuna_v1": LLAVA, "qwen2_5_vl": OUTPUT}
+#: unpruned, cut inside the decoder, chosen in the tower
+METHODS = {"none": {}, "fastv": {"visual_token_num": 64}, "visionzip": {"visual_token_num": 64}}
+#: roundings that compiled layers may differ from plain ones by
+STEPS = 4
+#: pictures of every row: one prompt, one with several pictures, a padded batch, no picture
+ROWS = [(1,), (2,), (1, 2, 0), (0,)]
+
+
+@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16], ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def front(request, dtype):
+    try:
+        check_compiler(torch.device("cpu"))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    tokenizer, model, processor, _ = load_pretrained_model(
+        str(MODELS[request.param]), None, "", device="cpu", torch_dtype=dtype
+    )
+    return FrontEnd(tokenizer, model, processor, request.param)
+
+
+def asked(front, rows) -> dict:
+    """Inputs of prompts with so many pictures each."""
+    prompts, pictures, texts = [], [], []
+    for number, count in enumerate(rows):
+        shown = [scenes.make_scene(scenes.HELD_OUT_SEEDS + 10 * number + n) for n in range(count)]
+        text = "What is this about?"
+        if shown:
+            text = questions.existence(shown[0], np.random.default_rng(number)).text
+        prompts.append(front.encode(front.prompt(text, num_images=count)))
+        pictures.append([front.picture(Image.fromarray(scenes.render(scene))) for scene in shown])
+        texts.append(text)
+    return front.inputs(prompts, pictures, texts)
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_prompts_say_what_plain_ones_say(front, dtype, method, rows):
+    model, found = front.model, []
+    model.pruner, inputs = build_pruner(method, **METHODS[method]), asked(front, rows)
+    options = dict(do_sample=False, max_new_tokens=8, output_scores=True)
+    try:
+        for model.compile_prefill in (False, True):
+            found.append(model.generate(**inputs, **options, return_dict_in_generate=True))
+    finally:
+        model.compile_prefill = False
+        model.pruner = build_pruner("none")
+    plain, compiled = found
+    wanted, first = (out.scores[0].float() for out in found)
+    within = STEPS * torch.finfo(dtype).eps * wanted.abs().max().item()
+    assert (first - wanted).abs().max() <= within
+    # From the first step on whose two best tokens are closer than that, either may be said.
+    best = torch.stack(plain.scores, dim=1).float().topk(2).values
+    clear = (best[..., 0] - best[..., 1] > within).cumprod(dim=1).bool()
+    steps = min(plain.sequences.shape[1], compiled.sequences.shape[1])
+    said = (out.sequences[:, :steps][clear[:, :steps]] for out in found)
+    assert torch.equal(*said)
