@@ -22,7 +22,6 @@ WHOLE = {
     "e2e-batch": "logits_last_valid",
     "qwen": "output_ids",
     "qwen-plain": "output_ids",
-    "qwen-parts": "decoder_out_last_0",
 }
 
 

@@ -88,26 +88,27 @@ def numbers_of(prefix: str, recorded) -> list[int]:
 
 
 class Watch:
-    """Remembers what modules of these numbers gave in their first call inside the block; the others
-    run as without it."""
+    """Remembers what modules of these numbers gave in their first call inside the block; further
+    calls and other modules run as without it."""
 
     def __init__(self, modules, numbers):
         self.modules, self.numbers, self.first = modules, numbers, {}
 
     def __enter__(self):
-        self.handles = [
-            self.modules[number].register_forward_hook(
+        self.handles = {
+            number: self.modules[number].register_forward_hook(
                 lambda _, __, out, number=number: self._keep(number, out)
             )
             for number in self.numbers
-        ]
+        }
         return self
 
     def _keep(self, number, out) -> None:
-        self.first.setdefault(number, out[0] if isinstance(out, tuple) else out)
+        self.first[number] = out[0] if isinstance(out, tuple) else out
+        self.handles[number].remove()
 
     def __exit__(self, *_) -> None:
-        for handle in self.handles:
+        for handle in self.handles.values():
             handle.remove()
 
 

@@ -166,7 +166,9 @@ def test_the_tower_gives_the_same_features_and_serves_batches_of_any_size(way, m
     assert graphs() == before
 
 
-@pytest.mark.parametrize("wanted", [{}, {0: {"salience", "output"}, 3: {"keys"}}], ids=str)
+@pytest.mark.parametrize(
+    "wanted", [{}, {0: {"salience", "output"}, 3: {"keys"}}], ids=["none", "cues"]
+)
 def test_images_of_any_grid_give_the_same_features_and_cues(way, own_grids_model, wanted):
     tower = own_grids_model.get_vision_tower()
     wanted = {layer: frozenset(names) for layer, names in wanted.items()}
