@@ -103,11 +103,12 @@ def logged(trainer, name):
 
 @pytest.mark.parametrize("family, token_pass", [("llava", "released"), ("qwen", "exact")])
 def test_a_run_learns_what_it_is_rewarded_for(workplace, tmp_path, judge, family, token_pass):
-    flags = ["--num_train_epochs", 4, "--num_generations", 8, "--per_device_train_batch_size", 16]
+    flags = ["--num_train_epochs", 12, "--num_generations", 8, "--per_device_train_batch_size", 16]
     flags += ["--token_pass", token_pass, "--learning_rate", 1e-2]
     trainer = train(command_line(workplace, tmp_path, *flags, family=family, data="judged"))
     reward = logged(trainer, "reward")
-    assert sum(reward[-4:]) > sum(reward[:4]) + 0.2, reward
+    # Rounding, so the processor, decides what is drawn: four seeds of each gained 1.58 to 3.07.
+    assert sum(reward[-4:]) > sum(reward[:4]) + 1, reward
     last = [entry for entry in trainer.state.log_history if "reward" in entry][-1]
     assert {"reward_std", "completion_length", "ended", "kept", "reward_loss"} <= set(last)
     assert last["judge_requests"] == 16 and last["judge_failures"] == 0
