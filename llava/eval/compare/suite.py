@@ -204,7 +204,7 @@ def run_all(
         except ValueError as error:
             if workers.size > 1 or not isinstance(error.__cause__, UnfitBudget):
                 raise
-            run.refused = str(error)
+            run.refused = str(error.__cause__)  # without the question, a line of a file
             write_scores(scores, args)
             print(f"{run.method} {run.budget}: stopped: {run.refused}", flush=True)
             continue

@@ -106,7 +106,7 @@ def test_a_budget_that_does_not_fit_an_image_stops_that_setting_alone(tmp_path):
     assert settings == [("none", 576), ("pool", 64), ("random", 64), ("random", 16)]
     assert not [score for score in scores if (score.method, score.budget) == ("pool", Budget(16))]
     assert comparison.missing == [
-        "- `pool` was not run at 16: question 7: image 0, of 9 x 9 tokens: out of reach"
+        "- `pool` was not run at 16: image 0, of 9 x 9 tokens: out of reach"
     ]
 
 
