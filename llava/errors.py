@@ -5,9 +5,9 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from .clone_files import CLONE
+
 INTERRUPTED = 128 + signal.SIGINT  # exit code
 
 
@@ -18,7 +18,7 @@ class UnavailableError(RuntimeError):
 def how_to_install(extra: str) -> str:
     """The command that installs the packages of an extra of setup.py, here: in a clone, or beside
     an installed wheel."""
-    package = "-e '." if (ROOT / "setup.py").is_file() else "'FILE.whl"
+    package = "-e '." if (CLONE / "setup.py").is_file() else "'FILE.whl"
     return f"pip install {package}[{extra}]'"
 
 

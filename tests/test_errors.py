@@ -20,7 +20,7 @@ def test_a_file_that_the_system_refuses_is_named_without_a_number(tmp_path):
 
 def test_extras_are_installed_as_the_package_was(monkeypatch, tmp_path):
     assert errors.how_to_install("serve") == "pip install -e '.[serve]'"
-    monkeypatch.setattr(errors, "ROOT", tmp_path)  # where no setup.py is
+    monkeypatch.setattr(errors, "CLONE", tmp_path)  # where no setup.py is
     assert errors.how_to_install("serve") == "pip install 'FILE.whl[serve]'"
 
 

@@ -20,6 +20,7 @@ from llava.eval.answering.questions import Question
 from llava.eval.answering.workers import Workers
 from llava.eval.files.answer_lines import Answer, Failure
 from llava.eval.files.mask_files import REFERENCE, mask_path, write_mask
+from llava.model.block_encoding import UnfitBudget
 
 FILE_SYSTEM_SECONDS = 90.0
 #: between two states of a progress bar in a file
@@ -121,11 +122,14 @@ def answer_questions(
         open_shares = ([b for b in share if not known.issuperset(b)] for share in shares)
         todo = [share for share in open_shares if share]
         workers.tell(key, [len(known), todo])
-        outcome = _answer(task, todo, make_loop, workers, key, answers.put, len(known))
+        outcome = _part(task, todo, make_loop, workers, key, answers.put, len(known))
         workers.wait(f"{key}/answered")
-        answers.finish(FILE_SYSTEM_SECONDS if workers.size > 1 else 0.0)
+        given_up = workers.given_up(key)
+        if not given_up:
+            answers.finish(FILE_SYSTEM_SECONDS if workers.size > 1 else 0.0)
         outcome.num_failed = answers.num_failed
     workers.wait(f"{key}/merged")
+    _raise_unfit(given_up)
     return outcome
 
 
@@ -136,12 +140,32 @@ def _answer_beside(task: Task, make_loop, workers: Workers, key: str) -> Answere
     if workers.replaces(key):
         answered = journal.go_on()
         todo = [[b for b in share if not answered.issuperset(b)] for share in todo]
-    outcome = _answer(task, todo, make_loop, workers, key, journal.put, num_before)
+    outcome = _part(task, todo, make_loop, workers, key, journal.put, num_before)
     journal.close()
     workers.done(key)
     workers.wait(f"{key}/answered")
+    given_up = workers.given_up(key)
     workers.wait(f"{key}/merged")
+    _raise_unfit(given_up)
     return outcome
+
+
+def _part(task, todo, make_loop, workers: Workers, key: str, put, num_before) -> Answered:
+    """As `_answer`. Where a budget does not fit an image, which is so whoever asks, all processes
+    stop, and raise the same error when they have met."""
+    try:
+        return _answer(task, todo, make_loop, workers, key, put, num_before)
+    except ValueError as error:
+        if workers.size == 1 or not isinstance(error.__cause__, UnfitBudget):
+            raise
+        workers.give_up(key, [str(error), str(error.__cause__)])
+        return Answered(num_before, None, None)
+
+
+def _raise_unfit(given_up: list[str] | None) -> None:
+    if given_up:
+        message, reason = given_up
+        raise ValueError(message) from UnfitBudget(reason)
 
 
 def _answer(task, todo: list[Share], make_loop, workers, key: str, put, num_before) -> Answered:

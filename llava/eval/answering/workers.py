@@ -85,7 +85,8 @@ class Workers:
         one was done.
 
         A claim is one step of the store, so that no number is lost with a process, whenever it
-        dies. What is claimed is always all numbers below some number.
+        dies. What is claimed is always all numbers below some number. Ends early where a process
+        gave the task up.
         """
         if self.store is None:
             yield from range(count)
@@ -95,7 +96,7 @@ class Workers:
         stands_in = self.replaces(key)
         self.store.set(self._own(key, "begun"), "")
         number = 0
-        while True:
+        while not self.store.check([f"{key}/given_up"]):
             if not stands_in:  # what is counted is claimed; there may be more
                 number = max(number, self.store.add(f"{key}/claimed", 0))
             if number >= count:
@@ -121,6 +122,16 @@ class Workers:
         """Says that what this process had claimed is written: nobody has to stand in for it."""
         if self.store is not None:
             self.store.set(self._own(key, "done"), "")
+
+    def give_up(self, key: str, reason) -> None:
+        """Ends a task on all processes: nothing more is claimed. reason: a JSON value"""
+        self.store.set(f"{key}/given_up", json.dumps(reason))
+
+    def given_up(self, key: str):
+        """Why some process gave the task up, to be asked when all have arrived; else None."""
+        if self.store is None or not self.store.check([f"{key}/given_up"]):
+            return None
+        return json.loads(self.store.get(f"{key}/given_up"))
 
     def _own(self, key: str, state: str) -> str:
         return f"{key}/{state}/{self.rank}"

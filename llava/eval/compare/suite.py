@@ -202,11 +202,12 @@ def run_all(
                     own.append(score)
                     write_scores([*scores, *own], args)
         except ValueError as error:
-            if workers.size > 1 or not isinstance(error.__cause__, UnfitBudget):
+            if not isinstance(error.__cause__, UnfitBudget):
                 raise
             run.refused = str(error.__cause__)  # without the question, a line of a file
-            write_scores(scores, args)
-            print(f"{run.method} {run.budget}: stopped: {run.refused}", flush=True)
+            if workers.main:
+                write_scores(scores, args)
+                print(f"{run.method} {run.budget}: stopped: {run.refused}", flush=True)
             continue
         if workers.main:
             scores += own

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from functools import cache, wraps
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import UnavailableError
 
@@ -50,6 +50,12 @@ def by_itself(value):
     if isinstance(value, Tensor) and not torch.is_grad_enabled() and value._base is not None:
         return value.detach()
     return value
+
+
+def may_compile(tower: nn.Module) -> bool:
+    """Whether the layers of a vision tower may be compiled now: gradients, and hooks of accelerate
+    that bring the weights, are for layers as they are."""
+    return not torch.is_grad_enabled() and "_hf_hook" not in vars(tower)
 
 
 def check_compiler(device: torch.device) -> None:

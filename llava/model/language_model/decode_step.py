@@ -21,7 +21,7 @@ from ..kv_cache import KVCache, RowState
 from ..position_bias import between, joined
 from .attention import added_mask, attention_mask, branch_mask, causal_mask, padded_causal_mask
 from .compiling import compiled
-from .layers import DecoderLayer, OwnCache, Rotary, Step, bring
+from .layers import DecoderLayer, OwnCache, Rotary, Step, bring, is_watched
 
 #: decoders up to so many layers are compiled as a whole on a CPU, as calling six small graphs costs
 #: more there than what they save; deeper ones layer by layer, as all layers share one graph
@@ -197,10 +197,9 @@ class CompiledStep(DecodeStep):
 
 
 def runs_on(layer: DecoderLayer, x: Tensor) -> bool:
-    """Whether a layer computes where x is, without hooks: neither those that bring its weights
-    there nor somebody's who looks at what goes in and out, and makes a graph of every layer."""
-    watched = layer._forward_hooks or layer._forward_pre_hooks
-    return layer.device == x.device and not watched and "_hf_hook" not in vars(layer)
+    """Whether a layer computes where x is, and nobody watches it: hooks that bring its weights
+    there are no part of a graph, and any other makes one of every layer."""
+    return layer.device == x.device and not is_watched(layer)
 
 
 @dataclass

@@ -267,6 +267,13 @@ class DecoderLayer(nn.Module):
         return self.self_attn.weights_at(normed, keys, step, rows)
 
 
+def is_watched(layer: nn.Module) -> bool:
+    """Whether somebody wants to know when a layer runs, as accelerate does to bring its weights."""
+    own = vars(layer)
+    replaced = "forward" in own or "_hf_hook" in own
+    return bool(replaced or layer._forward_hooks or layer._forward_pre_hooks)
+
+
 def bring(layer: DecoderLayer, x: Tensor, step: Step) -> tuple[Tensor, Step]:
     """Hidden states and `Step` on the device of the layer that is to run on them."""
     device = layer.device

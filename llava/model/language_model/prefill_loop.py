@@ -18,7 +18,7 @@ from ...pruning.trace import PruningTrace
 from ..kv_cache import KVCache, RowState
 from ..reuse import Prefix
 from .hook_calls import Call, call
-from .layers import Step
+from .layers import Step, is_watched
 
 
 @dataclass
@@ -185,12 +185,6 @@ class PrefillLoop:
             for state in self.cache.states():
                 state.next_position = next_position(prefill).to(state.next_position.device)
         return prefill
-
-
-def is_watched(layer: Any) -> bool:
-    """Whether somebody wants to know when a layer runs, as accelerate does to bring its weights."""
-    replaced = {"forward", "_hf_hook"} & vars(layer).keys()
-    return bool(replaced or layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def held_places(prefill: Prefill) -> Tensor:

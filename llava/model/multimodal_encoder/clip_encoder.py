@@ -22,7 +22,7 @@ from ...pruning.cues import OutputMean, fingerprint
 from ...pruning.ops import middle_places
 from ...pruning.stages import VisionStage
 from ...pruning.tokens import TowerTokens, VisionTokens
-from ..language_model.compiling import compiled
+from ..language_model.compiling import compiled, may_compile
 from .clip_files import read_image_processor, read_vision_config, read_vision_model
 
 LAYER_CUES = frozenset(
@@ -187,7 +187,7 @@ class CLIPVisionTower(nn.Module):
             if hidden[0] is not tokens.valid or hidden[1] is not tokens.key_bias:
                 mask, hidden = key_mask(tokens), (tokens.valid, tokens.key_bias)
             inside = names - OUTPUTS
-            compiles = self.compile_layers and needs_output and not inside and self._can_compile
+            compiles = self.compile_layers and needs_output and not inside and may_compile(self)
             run = compiled(run_layer) if compiles else run_layer
             x, found[number] = run(layer, x, mask, inside, needs_output)
             if not needs_output:
@@ -200,11 +200,6 @@ class CLIPVisionTower(nn.Module):
             if number == self.num_run_layers - 1:
                 chosen = tokens
         return chosen
-
-    @property
-    def _can_compile(self) -> bool:
-        """Gradients, and hooks of accelerate that bring the weights, are for layers as they are."""
-        return not torch.is_grad_enabled() and "_hf_hook" not in vars(self)
 
     def _embed(self, images: Tensor) -> Tensor:
         """Embeddings (B, 1 + N, C); positions are interpolated for crops of another size."""

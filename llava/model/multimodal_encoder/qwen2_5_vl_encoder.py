@@ -21,7 +21,7 @@ from ...blocks import GatedMLP, RMSNorm, in_pieces, rope_of, rotate
 from ...devices import device_of
 from ...pruning.cues import OutputMean
 from ...segments import Segments, attend_within, segments_of, window_order
-from ..language_model.compiling import compiled
+from ..language_model.compiling import compiled, may_compile
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10000.0
@@ -222,12 +222,7 @@ class Qwen2_5_VLVisionTower(nn.Module):
         """A layer, with a checkpoint for the gradients where training asks."""
         if self.gradient_checkpointing and self.training and x.requires_grad:
             return self._gradient_checkpointing_func(block.__call__, x, *args)
-        return block(x, *args, compiles=self.compile_layers and self._can_compile)
-
-    @property
-    def _can_compile(self) -> bool:
-        """Gradients, and hooks of accelerate that bring the weights, are for layers as they are."""
-        return not torch.is_grad_enabled() and "_hf_hook" not in vars(self)
+        return block(x, *args, compiles=self.compile_layers and may_compile(self))
 
     def _sources(self, wanted: Mapping[int, frozenset[str]]) -> dict[int, dict[int, frozenset]]:
         """Layer that gives cues -> the layers it gives them for, each with their names."""

@@ -1,11 +1,14 @@
 """Hard questions: those that smaller images get wrong at the same budget."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+from torch.distributed import HashStore
 
 from llava.eval.answering.loop import AnswerLoop
+from llava.eval.answering.workers import Workers
 from llava.eval.compare import report, suite, suite_report
 from llava.eval.compare.budget import Budget
 from llava.eval.compare.comparison import AVERAGE, compare_runs
@@ -108,6 +111,22 @@ def test_a_budget_that_does_not_fit_an_image_stops_that_setting_alone(tmp_path):
     assert comparison.missing == [
         "- `pool` was not run at 16: image 0, of 9 x 9 tokens: out of reach"
     ]
+
+
+def test_all_processes_go_on_when_a_budget_does_not_fit_the_image_of_one(tmp_path):
+    args = mini_benchmark.suite_args(tmp_path, [16, 8], methods=["pool"], pruning_arg=[])
+    benchmarks, store = suite.available(["gqa", "vqav2"], args.data_dir), HashStore()
+
+    def of_one(rank):
+        runs = suite.plan(args, 576)
+        scores = suite.run_all(Refusing(set()), runs, benchmarks, args, Workers(rank, 2, store))
+        return scores, [run.refused for run in runs]
+
+    with ThreadPoolExecutor(2) as pool:
+        (scores, told), (_, beside) = pool.map(of_one, (0, 1), timeout=60)
+    reason = "image 0, of 9 x 9 tokens: out of reach"
+    assert told == beside == [None, reason, None]
+    assert {(score.method, score.budget.tokens) for score in scores} == {("none", 576), ("pool", 8)}
 
 
 def test_the_answer_loop_says_whether_a_budget_did_not_fit():
