@@ -60,7 +60,7 @@ def slow_cues(tower, image: torch.Tensor, layer: int) -> tuple[torch.Tensor, tor
 @pytest.mark.parametrize("entries", [2**24, 100])
 @torch.no_grad()
 def test_cues_are_those_of_a_whole_map_of_attention(model, entries, monkeypatch):
-    monkeypatch.setattr(qwen2_5_vl_encoder, "MAP_ENTRIES", entries)
+    monkeypatch.setattr(qwen2_5_vl_encoder, "MAP_ENTRIES_ON_CPU", entries)
     images = [picture(h, w, seed) for seed, (h, w) in enumerate(GRIDS)]
     for group in model.visual.features(images, {3: CUES, 1: CUES}):
         for place_, number in enumerate(group.images):

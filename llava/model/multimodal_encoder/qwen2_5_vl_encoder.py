@@ -28,8 +28,8 @@ ROPE_THETA = 10000.0
 #: cue of a layer -> what its attention says of the patches
 KINDS = {"salience": "received", "attention_mean": "received", "keys": "keys"}
 LAYER_CUES = frozenset(KINDS) | {"output", "output_mean"}
-#: products of queries and keys that are in memory at a time, in fp32
-MAP_ENTRIES = 2**24
+#: products of queries and keys that are there at a time, in fp32; those of a CPU stay in its caches
+MAP_ENTRIES, MAP_ENTRIES_ON_CPU = 2**24, 2**20
 
 
 class Qwen2_5_VLVisionConfig(PretrainedConfig):
@@ -348,7 +348,9 @@ class Merger(nn.Module):
 
 def attention_received(q: Tensor, k: Tensor, segments: Segments) -> Tensor:
     """(n,) fp32 attention that every patch receives inside its segment, mean over heads and
-    queries, from q and k (n, H, d). No more than `MAP_ENTRIES` products are there at a time."""
+    queries, from q and k (n, H, d). No more than `MAP_ENTRIES` products are there at a time, on a
+    CPU `MAP_ENTRIES_ON_CPU`."""
+    entries = MAP_ENTRIES_ON_CPU if q.device.type == "cpu" else MAP_ENTRIES
     if segments.order is not None:
         q, k = q[segments.order], k[segments.order]
     scale, heads = q.shape[-1] ** -0.5, q.shape[1]
@@ -357,8 +359,8 @@ def attention_received(q: Tensor, k: Tensor, segments: Segments) -> Tensor:
         run = slice(start, start := start + count * size)
         rows, keys = (x[run].unflatten(0, (count, size)).transpose(1, 2).float() for x in (q, k))
         keys = keys.transpose(2, 3) * scale
-        queries = min(size, max(1, MAP_ENTRIES // (heads * size)))
-        together = max(1, MAP_ENTRIES // (heads * size * queries))
+        queries = min(size, max(1, entries // (heads * size)))
+        together = max(1, entries // (heads * size * queries))
         for few, theirs in zip(rows.split(together), keys.split(together), strict=True):
             parts = few.split(queries, dim=2)
             total = sum((part @ theirs).softmax(dim=-1).sum(dim=(1, 2)) for part in parts)
