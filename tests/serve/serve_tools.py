@@ -6,9 +6,11 @@ import asyncio
 import base64
 import io
 import json
+import socket
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import httpx
 import uvicorn
@@ -25,6 +27,13 @@ from tests.ports import free_port
 PROMPT = "USER: <image>\nWhat is it? ASSISTANT:"
 TEXT_PROMPT = "USER: What is it? ASSISTANT:"
 STREAM = "/worker_generate_stream"
+#: seconds until what comes at once counts as missing: a busy machine stands still at times
+PATIENCE = 60.0
+#: seconds until a program has loaded all it needs
+START_SECONDS = 600.0
+patient_post = partial(httpx.post, timeout=PATIENCE)  # httpx gives up after 5 s
+patient_get = partial(httpx.get, timeout=PATIENCE)
+patient_stream = partial(httpx.stream, timeout=PATIENCE)
 
 
 def png(width: int = 40, height: int = 30, color="red", format: str = "PNG") -> str:
@@ -52,10 +61,11 @@ class Words:
     """A worker's backend that answers with the words it was given, one a chunk.
 
     pause: seconds before every word; `running` and `closed` count streams
+    gate:  words after the first one wait until it is set
     """
 
-    def __init__(self, words=("one", "two", "three"), pause: float = 0.0, name: str = "echo"):
-        self.words, self.pause, self.model_name = words, pause, name
+    def __init__(self, words=("one", "two", "three"), pause=0.0, name="echo", gate=None):
+        self.words, self.pause, self.model_name, self.gate = words, pause, name, gate
         self.running = self.closed = self.answered = 0
 
     def status(self) -> dict:
@@ -72,6 +82,8 @@ class Words:
                 await asyncio.sleep(self.pause)
                 text += f" {word}"
                 yield encode_chunk({"text": text, "error_code": 0})
+                while self.gate is not None and not self.gate.is_set():
+                    await asyncio.sleep(0.005)
             self.answered += 1
         finally:
             self.running -= 1
@@ -146,7 +158,17 @@ def live_controller(**options):
         yield address, controller
 
 
-def wait_for(condition, seconds: float = 20.0):
+def ask_and_leave(address: str, begun, **changes) -> None:
+    """Sends a request, and hangs up without having read anything as soon as `begun()` is true."""
+    content = json.dumps(body(**changes)).encode()
+    head = f"POST {STREAM} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as one:
+        one.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        wait_for(begun)
+
+
+def wait_for(condition, seconds: float = PATIENCE):
     """Waits until `condition()` is true, and returns what it returned."""
     end = time.monotonic() + seconds
     while not (result := condition()):

@@ -15,7 +15,15 @@ from llava.serve.methods import defaults, file_options, place
 from llava.serve.worker_app import Places, worker_app
 from tests.golden_cases import SHIPPED
 from tests.golden_checks.models import load_checkpoint
-from tests.serve.serve_tools import body, chunks_of, live, live_controller, png, wait_for
+from tests.serve.serve_tools import (
+    body,
+    chunks_of,
+    live,
+    live_controller,
+    patient_post,
+    png,
+    wait_for,
+)
 from tests.serve.test_security import bomb
 
 NAME = "tiny-llava-v1.5"
@@ -190,7 +198,7 @@ def test_broken_http_is_refused(worker, data):
         one.sendall(data)
         one.shutdown(socket.SHUT_WR)
         assert b" 4" in one.recv(1000).split(b"\r\n")[0]
-    assert httpx.post(f"{worker}/worker_get_status").status_code == 200
+    assert patient_post(f"{worker}/worker_get_status").status_code == 200
 
 
 BODIES = [

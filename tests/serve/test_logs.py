@@ -22,7 +22,7 @@ from llava.serve.service import log_failure
 from llava.serve.web.log import ConversationLog
 from tests.paths import ROOT
 from tests.ports import free_port
-from tests.serve.serve_tools import wait_for
+from tests.serve.serve_tools import START_SECONDS, wait_for
 
 FULL = Path("/dev/full")
 needs_full_device = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
@@ -285,7 +285,7 @@ def program(*arguments, **options):
 
 def stops(running) -> bool:
     running.send_signal(signal.SIGTERM)
-    return running.wait(60) in (0, -signal.SIGTERM)
+    return running.wait(120) in (0, -signal.SIGTERM)
 
 
 def ask_often(address: str, times: int = 50) -> None:
@@ -302,7 +302,7 @@ def controller(*arguments, **options):
     port = free_port()
     where = ("--host", "127.0.0.1", "--port", port)
     with program("llava.serve.controller", *where, *arguments, **options) as running:
-        wait_for(lambda: demo.is_listening("127.0.0.1", port), seconds=120)
+        wait_for(lambda: demo.is_listening("127.0.0.1", port), seconds=START_SECONDS)
         yield running, f"http://127.0.0.1:{port}"
 
 
@@ -369,7 +369,7 @@ def test_a_page_whose_output_has_no_room_answers_and_stops():
     with FULL.open("w") as full:
         arguments = ("llava.serve.gradio_web_server", "--port", port)
         with program(*arguments, stdout=full, stderr=full) as running:
-            wait_for(lambda: demo.is_listening("127.0.0.1", port), seconds=180)
+            wait_for(lambda: demo.is_listening("127.0.0.1", port), seconds=START_SECONDS)
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
                 for _ in range(50):
                     assert client.get("/nothing").status_code == 404
@@ -395,7 +395,7 @@ def test_a_worker_whose_logs_have_no_room_answers(tmp_path):
             [sys.executable, "-c", code, *line], cwd=ROOT, stdout=full, stderr=full
         )
         try:
-            wait_for(lambda: demo.is_listening("127.0.0.1", port), seconds=180)
+            wait_for(lambda: demo.is_listening("127.0.0.1", port), seconds=START_SECONDS)
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
                 for _ in range(50):
                     assert client.post("/nothing").status_code == 404

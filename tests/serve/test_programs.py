@@ -29,12 +29,14 @@ from tests.paths import ROOT
 from tests.repeated import others_slow
 from tests.serve.serve_tools import (
     PROMPT,
+    START_SECONDS,
     body,
     call,
     chunks_of,
     free_port,
     live,
     live_controller,
+    patient_post,
     png,
     wait_for,
     words_app,
@@ -150,16 +152,16 @@ def test_a_log_file_is_written_where_it_is_asked_for(tmp_path):
     command += ["--port", str(port), "--log-dir", str(tmp_path)]
     running = subprocess.Popen(command, cwd=ROOT)
     try:
-        wait_for(lambda: demo.is_listening("127.0.0.1", port), seconds=60)
+        wait_for(lambda: demo.is_listening("127.0.0.1", port), START_SECONDS)
         content = {
             "worker_name": "http://127.0.0.1:1",
             "check_heart_beat": False,
             "worker_status": {"model_names": ["echo"], "speed": 1, "queue_length": 0},
         }
-        httpx.post(f"http://127.0.0.1:{port}/register_worker", json=content)
+        patient_post(f"http://127.0.0.1:{port}/register_worker", json=content)
     finally:
         running.send_signal(signal.SIGTERM)
-        assert running.wait(20) in (0, -signal.SIGTERM)
+        assert running.wait(120) in (0, -signal.SIGTERM)
     assert "registered http://127.0.0.1:1" in (tmp_path / "controller.log").read_text()
 
 
@@ -394,7 +396,9 @@ def test_a_demo_without_room_for_its_output_runs_and_stops_with_visitors_on_the_
     with open("/dev/full", "w") as full:
         running = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=full, stderr=full)
     try:
-        wait_for(lambda: running.poll() is None and demo.is_listening("127.0.0.1", port), 300)
+        wait_for(
+            lambda: running.poll() is None and demo.is_listening("127.0.0.1", port), START_SECONDS
+        )
         page = f"http://127.0.0.1:{port}"
         with httpx.Client(base_url=page, timeout=60) as visitor:
             assert visitor.get("/").status_code == 200
@@ -405,7 +409,7 @@ def test_a_demo_without_room_for_its_output_runs_and_stops_with_visitors_on_the_
                 began = time.monotonic()
                 running.send_signal(signal.SIGTERM)
                 assert running.wait(120) == 0
-        assert time.monotonic() - began < demo.STOP_SECONDS + 5
+        assert time.monotonic() - began < demo.STOP_SECONDS + 60  # visitors would stay for ever
         assert not any(map(is_running, parts)) and list(tmp_path.iterdir()) == []
     finally:
         running.kill()

@@ -10,6 +10,7 @@ import json
 import logging
 import socket
 import struct
+import threading
 import zlib
 
 import httpx
@@ -25,6 +26,7 @@ from llava.serve.images import decode_images
 from llava.serve.limits import Limits
 from llava.serve.worker_app import Places, worker_app
 from tests.serve.serve_tools import (
+    PATIENCE,
     Words,
     body,
     call,
@@ -32,6 +34,8 @@ from tests.serve.serve_tools import (
     live,
     live_controller,
     make_controller,
+    patient_get,
+    patient_post,
     png,
     wait_for,
     words_app,
@@ -122,8 +126,8 @@ def test_controller_worker_and_client_work_together_with_a_token():
     with live(words_app(token=TOKEN)) as worker, live_controller(token=TOKEN) as (address, _):
         headers = auth.token_headers(TOKEN)
         path, content = register(worker, None)
-        httpx.post(address + path, json=content, headers=headers)
-        reply = httpx.post(address + STREAM, json=body(model="echo"), headers=headers)
+        patient_post(address + path, json=content, headers=headers)
+        reply = patient_post(address + STREAM, json=body(model="echo"), headers=headers)
         assert chunks_of(reply.content)[-1]["text"].endswith("three")
 
 
@@ -137,10 +141,10 @@ def test_requests_of_web_pages_are_refused(origin):
 def test_nothing_but_post_and_no_documentation_is_served():
     with live(words_app()) as worker:
         for path in ("/docs", "/redoc", "/openapi.json", "/", "/../../etc/passwd", "/%2e%2e/x"):
-            reply = httpx.get(worker + path)
+            reply = patient_get(worker + path)
             assert reply.status_code == 404 and reply.json()["cause"] == "unknown_endpoint"
             assert reply.json()["request_id"]
-        (chunk,) = chunks_of(httpx.get(worker + STREAM).content)
+        (chunk,) = chunks_of(patient_get(worker + STREAM).content)
         assert chunk["cause"] == "wrong_method"
 
 
@@ -246,7 +250,7 @@ def test_requests_go_to_the_number_that_was_checked_under_the_name_that_was_give
     with live(app) as worker, live_controller(allowed=["worker.invalid"]) as (address, checked):
         port = worker.rsplit(":", 1)[1]
         path, content = register(f"http://worker.invalid:{port}", None)
-        httpx.post(address + path, json=content)
+        patient_post(address + path, json=content)
         assert lookups == ["worker.invalid"] and len(checked.table.workers) == 1
         assert seen[b"host"] == f"worker.invalid:{port}".encode()
 
@@ -267,10 +271,10 @@ def test_redirects_of_a_worker_are_not_followed():
                 await send({"type": "http.response.body", "body": b""})
 
         with live(redirecting) as worker, live_controller() as (address, checked):
-            httpx.post(address + "/register_worker", json=register(worker, None)[1])
+            patient_post(address + "/register_worker", json=register(worker, None)[1])
             assert not checked.table.workers
-            httpx.post(address + "/register_worker", json=register(worker)[1])
-            reply = httpx.post(address + STREAM, json=body(model="echo"))
+            patient_post(address + "/register_worker", json=register(worker)[1])
+            reply = patient_post(address + STREAM, json=body(model="echo"))
             assert reply.status_code == 502 and reply.headers.get("location") is None
     assert visited == []
 
@@ -283,7 +287,7 @@ def test_a_worker_cannot_flood_the_controller_with_its_status():
                 await send({"type": "http.response.body", "body": b" " * 2**16, "more_body": True})
 
     with live(app) as worker, live_controller() as (address, checked):
-        httpx.post(address + "/register_worker", json=register(worker, None)[1])
+        patient_post(address + "/register_worker", json=register(worker, None)[1])
         assert not checked.table.workers
 
 
@@ -427,7 +431,7 @@ def test_numbers_that_are_none_are_refused(text):
     content = json.dumps(body()).replace('"temperature": 0', f'"temperature": {text}')
     with live(words_app()) as worker:
         headers = {"Content-Type": "application/json"}
-        assert httpx.post(worker + STREAM, content=content, headers=headers).status_code == 400
+        assert patient_post(worker + STREAM, content=content, headers=headers).status_code == 400
 
 
 # --- What is said and stored
@@ -473,15 +477,20 @@ def test_errors_name_a_cause_and_a_request_and_nothing_of_the_server(caplog):
 
 
 def test_one_client_cannot_take_more_than_the_queue():
-    backend = Words(words="ab", pause=0.4)
+    backend, codes = Words(gate=threading.Event()), []
     with live(words_app(backend, places=2)) as worker:
 
-        async def run():
-            async with httpx.AsyncClient(timeout=20) as client:
-                posts = [client.post(worker + STREAM, json=body()) for _ in range(10)]
-                return await asyncio.gather(*posts)
+        async def post(client):
+            codes.append((await client.post(worker + STREAM, json=body())).status_code)
+            if codes.count(503) == 8:
+                backend.gate.set()
 
-        codes = sorted(reply.status_code for reply in asyncio.run(run()))
+        async def run():
+            async with httpx.AsyncClient(timeout=PATIENCE) as client:
+                await asyncio.gather(*(post(client) for _ in range(10)))
+
+        asyncio.run(run())
+        codes.sort()
         assert codes == [200] * 2 + [503] * 8
         wait_for(lambda: backend.running == 0)
-        assert httpx.post(worker + STREAM, json=body()).status_code == 200
+        assert patient_post(worker + STREAM, json=body()).status_code == 200
