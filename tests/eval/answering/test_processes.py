@@ -44,23 +44,26 @@ def questions(count=60, per_image=7):
 
 
 class FakeLoop:
-    """Answers with the number of the question, after a while."""
+    """Answers with the number of the question, after a while; not while `held()` is true, so that
+    a run is not over before it is killed, however late that is."""
 
-    def __init__(self, seconds=0.0, log=None):
-        self.seconds, self.log = seconds, log
+    def __init__(self, seconds=0.0, log=None, held=lambda: False):
+        self.seconds, self.log, self.held = seconds, log, held
         self.visual_tokens = None
 
     def run(self, batches, images):
         for numbers, batch in batches:
             time.sleep(self.seconds)
+            while self.held():
+                time.sleep(0.002)
             if self.log is not None:
                 self.log.append(numbers)
             yield numbers, [Answer(f"answer {q.head['question_id']}") for q in batch]
 
 
-def run(path, asked, seconds=0.0, log=None, **options):
+def run(path, asked, seconds=0.0, log=None, held=lambda: False, **options):
     task = Task(asked, "", str(path), "m", SETTINGS)
-    return answer_questions(task, lambda: FakeLoop(seconds, log), 4, **options)
+    return answer_questions(task, lambda: FakeLoop(seconds, log, held), 4, **options)
 
 
 @pytest.fixture
@@ -135,7 +138,7 @@ def killed(path, victim, name, log, dies):
     method = getattr(victim, name)
     process = FORK.Process(target=child)
     process.start()
-    process.join(60)
+    process.join(600)
     assert process.exitcode == -signal.SIGKILL
     return [json.loads(line) for line in log.read_text().splitlines()]
 
@@ -181,10 +184,14 @@ def test_a_kill_at_the_end_loses_nothing(written, tmp_path, undisturbed):
 
 def test_a_run_killed_from_outside_again_and_again_ends_with_the_same_file(tmp_path, undisturbed):
     path, target = tmp_path / "a.jsonl", 0
+
+    def enough():
+        return num_answered(path) >= target
+
     while (target := target + 9) < 50:
-        process = FORK.Process(target=run, args=(path, questions(), 0.01))
+        process = FORK.Process(target=run, args=(path, questions(), 0.01, None, enough))
         process.start()
-        wait_for(lambda: num_answered(path) >= target)  # noqa: B023 used in this turn only
+        wait_for(enough)
         process.kill()
         process.join()
         assert target <= num_answered(path) < 60 and not path.exists()
@@ -200,7 +207,7 @@ def num_answered(path):
         return 0
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=600):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -273,18 +280,18 @@ def test_half_a_line_of_a_journal_is_cut_off(tmp_path):
 # --- several processes --------------------------------------------------------------------------
 
 
-def worker(path, rank, size, port, seconds, log):
+def worker(path, rank, size, port, seconds, log, held=lambda: False):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     found = []
-    run(path, questions(), seconds, found, workers=Workers.from_environment())
+    run(path, questions(), seconds, found, held, workers=Workers.from_environment())
     log.put((rank, found))
 
 
-def start(path, size, seconds=0.0, ranks=None, port=None):
+def start(path, size, seconds=0.0, ranks=None, port=None, held=lambda: False):
     """Starts processes of a run of `size`: those of one group of nodes, or all of them."""
     port, log = port or free_port(), FORK.Queue()
-    args = [(path, rank, size, port, seconds, log) for rank in ranks or range(size)]
+    args = [(path, rank, size, port, seconds, log, held) for rank in ranks or range(size)]
     processes = [FORK.Process(target=worker, args=own, daemon=True) for own in args]
     for process in processes:
         process.start()
@@ -292,9 +299,15 @@ def start(path, size, seconds=0.0, ranks=None, port=None):
 
 
 def test_processes_share_the_questions_as_they_ask_for_them(tmp_path, undisturbed):
-    path = tmp_path / "a.jsonl"
-    processes, log = start(path, 3, seconds=0.02)
-    done = dict(log.get(timeout=60) for _ in processes)
+    path, begun = tmp_path / "a.jsonl", tmp_path / "begun"
+    begun.mkdir()
+
+    def others_are_missing():
+        (begun / str(os.getpid())).touch()
+        return len(os.listdir(begun)) < 3
+
+    processes, log = start(path, 3, seconds=0.02, held=others_are_missing)
+    done = dict(log.get(timeout=600) for _ in processes)
     for process in processes:
         process.join()
         assert process.exitcode == 0
@@ -306,15 +319,22 @@ def test_processes_share_the_questions_as_they_ask_for_them(tmp_path, undisturbe
 
 
 def test_what_a_killed_process_had_is_answered_when_the_run_is_continued(tmp_path, undisturbed):
-    path = tmp_path / "a.jsonl"
-    for target, size, victim in ((8, 2, 1), (20, 3, 0), (32, 2, 1)):
-        processes, _ = start(path, size, seconds=0.03)
-        wait_for(lambda: num_answered(path) >= target)  # noqa: B023 used in this turn only
+    path, killed = tmp_path / "a.jsonl", tmp_path / "killed"
+    target = 0
+
+    def enough():
+        return num_answered(path) >= target
+
+    for target, size, victim in ((8, 2, 1), (20, 3, 0), (32, 2, 1)):  # noqa: B007 by `enough`
+        processes, _ = start(path, size, 0.03, held=lambda: enough() and not killed.exists())
+        wait_for(enough)
         os.kill(processes[victim].pid, signal.SIGKILL)
+        killed.touch()
         time.sleep(0.05)
         for process in processes:  # as a launcher does
             process.kill()
             process.join()
+        killed.unlink()
         assert not path.exists()
     assert run(path, questions()).num_before >= 32
     assert path.read_bytes() == undisturbed
@@ -322,21 +342,27 @@ def test_what_a_killed_process_had_is_answered_when_the_run_is_continued(tmp_pat
 
 @pytest.mark.parametrize("target", [1, 8, 16])
 def test_a_group_that_is_killed_and_started_again_joins_the_others(target, tmp_path, undisturbed):
-    path, port = tmp_path / "a.jsonl", free_port()
-    first, log = start(path, 4, 0.05, ranks=[0, 1], port=port)
-    second, _ = start(path, 4, 0.05, ranks=[2, 3], port=port)
-    wait_for(lambda: sum(len(lines_of(path, rank)) for rank in (2, 3)) >= target)
+    path, port, killed = tmp_path / "a.jsonl", free_port(), tmp_path / "killed"
+
+    def enough():
+        return sum(len(lines_of(path, rank)) for rank in (2, 3)) >= target
+
+    # The first group leaves the second one enough to answer, which does not answer all of it.
+    first, log = start(path, 4, 0.05, [0, 1], port, held=lambda: not killed.exists())
+    second, _ = start(path, 4, 0.05, [2, 3], port, held=enough)
+    wait_for(enough)
     for process in second:
         process.kill()
         process.join()
+    killed.touch()
     taken = [lines_of(path, rank) for rank in (2, 3)]
     assert not path.exists()
     with open(journal_of(path, 3), "a") as file:
         file.write('{"number": 7, "li')  # what it was writing
     again, log_again = start(path, 4, 0.05, ranks=[2, 3], port=port)
-    done = [own for queue in (log, log_again) for own in (queue.get(timeout=60)[1] for _ in "ab")]
+    done = [own for queue in (log, log_again) for own in (queue.get(timeout=600)[1] for _ in "ab")]
     for process in first + again:
-        process.join(60)
+        process.join(600)
         assert process.exitcode == 0
     assert path.read_bytes() == undisturbed
     assert not os.path.exists(folder(str(path)))
@@ -347,24 +373,29 @@ def test_a_group_that_is_killed_and_started_again_joins_the_others(target, tmp_p
 
 
 def test_without_the_store_the_others_end_with_what_to_do(tmp_path):
-    path, port = tmp_path / "a.jsonl", free_port()
-    (main,), _ = start(path, 2, 0.05, ranks=[0], port=port)
+    path, port, killed = tmp_path / "a.jsonl", free_port(), tmp_path / "killed"
+    (main,), _ = start(path, 2, 0.05, ranks=[0], port=port, held=lambda: True)
     reason = FORK.Queue()
+
+    def has_answered():
+        return bool(lines_of(path, 1))
 
     def other():
         try:
-            worker(path, 1, 2, port, 0.05, None)
+            worker(path, 1, 2, port, 0.05, None, lambda: has_answered() and not killed.exists())
         except ConnectionError as error:
             reason.put(str(error))
 
     beside = FORK.Process(target=other, daemon=True)
     beside.start()
-    wait_for(lambda: os.path.exists(journal_of(path, 1)))
+    wait_for(has_answered)
     main.kill()
-    assert reason.get(timeout=60).endswith(
+    main.join()
+    killed.touch()
+    assert reason.get(timeout=600).endswith(
         "is gone: start all of them again to answer what is left"
     )
-    beside.join(60)
+    beside.join(600)
     assert run(path, questions()).num_before > 0
 
 
@@ -423,11 +454,11 @@ def test_two_launches_share_the_questions_and_the_second_may_be_started_again(tm
     path = tmp_path / answers
     try:
         launch(0), launch(1)
-        wait_for(lambda: lines_of(path, 2) and lines_of(path, 3), 300)
+        wait_for(lambda: lines_of(path, 2) or lines_of(path, 3))
         os.killpg(groups[1].pid, signal.SIGKILL)
         assert groups[1].wait() == -signal.SIGKILL and not path.exists()
         launch(1)
-        codes = [groups[rank].wait(300) for rank in (0, 1)]
+        codes = [groups[rank].wait(600) for rank in (0, 1)]
         assert codes == [0, 0], (tmp_path / "log0").read_text() + (tmp_path / "log1").read_text()
     finally:
         for group in groups.values():

@@ -73,7 +73,7 @@ def test_wherever_a_process_dies_while_it_waits_the_others_see_it_when_it_is_bac
     with contextlib.suppress(KeyboardInterrupt):
         Workers(1, 2, Dying(store, last, before)).wait("end")
     Workers(1, 2, store).wait("end")
-    beside.join(20)
+    beside.join(600)
     assert ends == ["main"]
 
 

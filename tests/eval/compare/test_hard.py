@@ -123,7 +123,7 @@ def test_all_processes_go_on_when_a_budget_does_not_fit_the_image_of_one(tmp_pat
         return scores, [run.refused for run in runs]
 
     with ThreadPoolExecutor(2) as pool:
-        (scores, told), (_, beside) = pool.map(of_one, (0, 1), timeout=60)
+        (scores, told), (_, beside) = pool.map(of_one, (0, 1), timeout=600)
     reason = "image 0, of 9 x 9 tokens: out of reach"
     assert told == beside == [None, reason, None]
     assert {(score.method, score.budget.tokens) for score in scores} == {("none", 576), ("pool", 8)}

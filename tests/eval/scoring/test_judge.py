@@ -43,12 +43,13 @@ def test_an_endpoint_that_does_not_answer_in_time_is_asked_again():
     late = threading.Event()
 
     def reply(number, body):
-        return "8 9" if number or late.wait(10) else "too late"
+        return "8 9" if number or late.wait(600) else "too late"
 
     with stub_judge(reply) as server:
-        assert Judge("m", server.url, timeout=0.2, attempts=2).ask(("s", "u")) == "8 9"
+        # Once would do; a busy machine may be late several times.
+        assert Judge("m", server.url, timeout=0.2, attempts=50).ask(("s", "u")) == "8 9"
         late.set()
-    assert len(server.requests) == 2
+    assert len(server.requests) >= 2
 
 
 def test_an_address_that_is_none_is_told():
