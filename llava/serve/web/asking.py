@@ -98,13 +98,14 @@ async def ask(
     if not settings.model:
         raise Failure("no_model")
     body = await asyncio.to_thread(request_body, conversation, settings)
-    clock, shown, text, report = asyncio.get_running_loop().time, 0.0, "", None
+    clock, shown, told, text, report = asyncio.get_running_loop().time, 0.0, "", "", None
     async for chunk in service.answer(body, request):
         text = chunk.text[len(body["prompt"]) :].strip()
         report = chunk.report or report
         conversation.messages[-1][1] = text
-        if clock() - shown >= UPDATE_SECONDS:
-            shown = clock()
+        # A worker that repeats itself says that it lives: there is nothing to draw.
+        if text != told and clock() - shown >= UPDATE_SECONDS:
+            shown, told = clock(), text
             yield Answer(text)
     yield Answer(text, read_report(report))
 

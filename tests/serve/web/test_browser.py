@@ -17,6 +17,7 @@ from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SECONDS = 180  # patience costs nothing where all goes well
+PAUSE = 0.2  # between two looks, each of which keeps the page from its own work
 FLAGS = (
     "--headless=new",
     "--no-sandbox",
@@ -63,7 +64,7 @@ class Browser:
             found = driver.find_elements(By.CSS_SELECTOR, selector)
             return next((element for element in found if element.is_displayed()), None)
 
-        return WebDriverWait(self.driver, SECONDS, 0.05).until(visible, f"no {selector}")
+        return WebDriverWait(self.driver, SECONDS, PAUSE).until(visible, f"no {selector}")
 
     def click(self, selector: str) -> None:
         element = self.find(selector)
@@ -72,7 +73,7 @@ class Browser:
         element.click()
 
     def until(self, condition, what: str):
-        return WebDriverWait(self.driver, SECONDS, 0.05).until(lambda _: condition(), what)
+        return WebDriverWait(self.driver, SECONDS, PAUSE).until(lambda _: condition(), what)
 
     def tab(self, name: str) -> None:
         self.driver.find_element(By.XPATH, f"//button[@role='tab'][contains(., '{name}')]").click()

@@ -1,0 +1,20 @@
+"""What the page has to draw while an answer comes."""
+
+import json
+
+import httpx
+import pytest
+
+pytest.importorskip("gradio")
+
+from llava.serve.web import asking  # noqa: E402
+from tests.serve.web.test_parts import at, collect, conversation_about, replying  # noqa: E402
+
+
+def test_signs_of_life_of_a_worker_are_no_updates_of_the_page(monkeypatch):
+    monkeypatch.setattr(asking, "UPDATE_SECONDS", 0)
+    prompt = conversation_about("Hi").get_prompt()
+    said = ["", "", " a", " a", " a cat", " a cat", " a cat"]
+    chunks = [json.dumps({"text": prompt + text, "error_code": 0}) + "\0" for text in said]
+    service = replying(at("http://w1:1"), httpx.Response(200, content="".join(chunks)))
+    assert [answer.text for answer in collect(service, "Hi")] == ["a", "a cat", "a cat"]
