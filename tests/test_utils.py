@@ -16,7 +16,7 @@ EXTRAS = {"gradio", "fastapi", "peft", "deepspeed", "matplotlib", "bitsandbytes"
 
 def run(code, cwd):
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=600
     )
 
 

@@ -66,7 +66,7 @@ class Farm:
 
     def run(self, program, words, ranks=2):
         request = {"program": program, "words": [str(word) for word in words], "ranks": ranks}
-        request |= {"port": free_port(), "timeout": 300}
+        request |= {"port": free_port(), "timeout": 1800}
         print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = json.loads(self.process.stdout.readline())
         assert answer["ok"], answer["why"]

@@ -246,7 +246,7 @@ def test_two_processes_do_the_work_of_one(workplace, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost"}
     subprocess.run(
         [*launcher, "--master_port", str(free_port()), "-m", "llava.train.train", *words],
-        check=True, timeout=300, cwd=ROOT, env=environment,
+        check=True, timeout=1800, cwd=ROOT, env=environment,
     )  # fmt: skip
     one = run(workplace, tmp_path / "one", *flags, "--gradient_accumulation_steps", 2)
     two = load_file(tmp_path / "two/model.safetensors")

@@ -239,7 +239,7 @@ def test_two_processes_do_the_work_of_one(place, tmp_path, flags):  # noqa: F811
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost"}
     subprocess.run(
         [*launcher, "--master_port", str(free_port()), "-m", "llava.train.train", *words],
-        check=True, timeout=300, cwd=ROOT, env=environment,
+        check=True, timeout=1800, cwd=ROOT, env=environment,
     )  # fmt: skip
     one = run(place, tmp_path / "one", *flags, "--gradient_accumulation_steps", 2)
     base = CHECKPOINT if "--lora_enable" in flags else None

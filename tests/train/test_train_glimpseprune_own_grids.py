@@ -248,7 +248,7 @@ def test_two_processes_learn_what_one_learns(workplace, tmp_path, one_batch):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launcher += ["--master_port", str(free_port()), "-m", "llava.train.train_glimpseprune"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost"}
-    subprocess.run([*launcher, *words], check=True, timeout=300, cwd=ROOT, env=environment)
+    subprocess.run([*launcher, *words], check=True, timeout=1800, cwd=ROOT, env=environment)
     _, model, _, _ = load(
         workplace, pruner=build_pruner("glimpseprune", new_modules=str(tmp_path / "two"))
     )

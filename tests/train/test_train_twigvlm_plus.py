@@ -181,7 +181,7 @@ def test_two_processes_do_the_work_of_one(workplace, stage1, tmp_path, stage):  
     program = ["-m", "llava.train.train_twigvlm_plus", *words]
     subprocess.run(
         [*launcher, "--master_port", str(free_port()), *program],
-        check=True, timeout=400, cwd=ROOT, env=environment,
+        check=True, timeout=1800, cwd=ROOT, env=environment,
     )  # fmt: skip
     run(workplace, tmp_path / "one", *flags, "--gradient_accumulation_steps", 2)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))

@@ -199,7 +199,7 @@ def test_two_processes_learn_what_one_learns(workplace, tmp_path, judge, per_pro
     launcher += ["--master_port", str(free_port())]
     launcher += ["-m", "llava.train.train_glimpseprune_plus"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost"}
-    subprocess.run([*launcher, *words], check=True, timeout=300, cwd=ROOT, env=environment)
+    subprocess.run([*launcher, *words], check=True, timeout=1800, cwd=ROOT, env=environment)
     state = json.loads((tmp_path / "two/trainer_state.json").read_text())
     rewards = [entry["reward"] for entry in state["log_history"] if "reward" in entry]
     assert rewards == pytest.approx(logged(one, "reward"), abs=1e-4)
