@@ -26,6 +26,7 @@ class StubVLLM(ThreadingHTTPServer):
     root:      where it says its model was loaded from
     positions: as with --max-model-len
     pause:     seconds before every token
+    together:  answers begin once so many have been under way at the same time
     die_after: tokens after which an answer breaks off, with its connection
     die_after_requests: requests after which all answers do so at once
     broken:    all answers have status 500
@@ -42,7 +43,7 @@ class StubVLLM(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.root, self.positions = model, None, 2048
         self.takes_embeddings = self.sends_ids = True
-        self.pause, self.die_after, self.meddle = 0.0, None, None
+        self.pause, self.together, self.die_after, self.meddle = 0.0, 0, None, None
         self.die_after_requests, self.broken = None, False
         self.requests, self.headers, self.paths = [], [], []
         self.most = self.under_way = self.ended = self.made = 0
@@ -64,6 +65,7 @@ class StubVLLM(ThreadingHTTPServer):
         else:
             embeds = table(torch.tensor([body["prompt"]]))
         cache = None
+        wait_until(lambda: self.most >= self.together, 300)
         for _ in range(min(body["max_tokens"], self.positions - embeds.shape[1])):
             time.sleep(self.pause)
             with self.lock:
@@ -164,7 +166,7 @@ def stub_vllm(model, **settings):
     return running(StubVLLM(model, **settings))
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 5.0) -> bool:
+def wait_until(true: Callable[[], bool], seconds: float = 60.0) -> bool:
     """Whether something becomes true in time."""
     end = time.monotonic() + seconds
     while not true() and time.monotonic() < end:

@@ -265,7 +265,7 @@ def test_many_threads_ask_at_once_without_the_model(whole, remote, server):
         remote.model.engine.encode(remote.model, **inputs_of(remote, text)) for text in texts
     ]
     found = [None] * len(prompts)
-    server.pause, server.most = 0.02, 0
+    server.together, server.most = len(prompts), 0
 
     def one(number):
         found[number] = remote.model.engine.generate(remote.model, prompts[number], **NEW)
@@ -277,15 +277,15 @@ def test_many_threads_ask_at_once_without_the_model(whole, remote, server):
         for thread in threads:
             thread.join()
     finally:
-        server.pause = 0.0
+        server.together = 0
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-    assert server.most > 2
+    assert server.most == len(prompts)
 
 
 def test_several_servers_share_the_answers(whole, server):
     with stub_vllm(server.model) as second:
-        for one in (server, second):
-            one.pause = 0.02
+        for one in (server, second):  # no answer is over before all have begun
+            one.together, one.most = 2, 0
         urls = f"{server.url},{second.url}/v1"
         front = front_of(load(CHECKPOINT, engine=VLLMEngine(urls)))
         before = len(server.requests), len(second.requests)
@@ -293,7 +293,7 @@ def test_several_servers_share_the_answers(whole, server):
         found = ask(front, *texts)
         assert torch.equal(found, ask(whole, *texts))
         assert len(server.requests) - before[0] == len(second.requests) - before[1] == 2
-        server.pause = 0.0
+        server.together = 0
 
 
 def test_prompts_and_answers_end_where_the_server_has_no_positions(server, whole):

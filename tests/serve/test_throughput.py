@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from itertools import count, cycle
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from llava.serve import throughput
 from llava.serve.errors import ServeError
-from llava.serve.throughput import measure, read_questions
+from llava.serve.throughput import Answered, ask, measure, read_questions
 from tests.serve.serve_tools import Words, live, words_app
 
 
 class Recorded(Words):
-    """Notes what it was asked, and how many requests it had at the same time."""
+    """Notes what it was asked, and how many requests it had at the same time.
 
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.asked, self.most = [], 0
+    together: takes the number of a request; whether it waits until there are four
+    """
+
+    def __init__(self, together=lambda number: False):
+        super().__init__()
+        self.together, self.asked, self.most = together, [], 0
 
     async def prepare(self, request, request_id):
         self.asked.append(request)
         return request
 
     async def stream(self, job):
+        number = next(n for n, request in enumerate(self.asked) if request is job)
         async for chunk in super().stream(job):
             self.most = max(self.most, self.running)
+            for _ in range(6000):
+                if not self.together(number) or self.most >= 4:
+                    break
+                await asyncio.sleep(0.01)
             yield chunk
 
 
@@ -46,18 +57,19 @@ def run(monkeypatch, *arguments):
 
 
 def test_workers_get_the_same_requests_and_are_compared(monkeypatch, capsys, tmp_path):
-    slow, quick = Recorded(pause=0.05), Recorded(words=("one", "two", "three"), pause=0.001)
+    # Behind the first request come, twice, four one after the other and four at once.
+    one, other = Recorded(lambda number: (number + 3) // 4 % 2 == 0 < number), Recorded()
     file, images = questions(tmp_path)
-    with live(words_app(slow)) as first, live(words_app(quick)) as second:
+    with live(words_app(one)) as first, live(words_app(other)) as second:
         flags = ["--question-file", file, "--image-folder", images, "--requests", 4]
         flags += ["--rounds", 2, "--concurrency", 1, 4, "--worker-address", first, second]
         run(monkeypatch, *flags, "--pruning-method", "vispruner", "--visual-token-num", 7)
-    assert len(slow.asked) == len(quick.asked) == 1 + 2 * 2 * 4
-    assert (slow.most, quick.most > 0) == (4, True)
-    prompts = [request.prompt for request in slow.asked]
-    assert sorted(prompts) == sorted(request.prompt for request in quick.asked)
+    assert len(one.asked) == len(other.asked) == 1 + 2 * 2 * 4
+    assert one.most == 4
+    prompts = [request.prompt for request in one.asked]
+    assert sorted(prompts) == sorted(request.prompt for request in other.asked)
     assert "question 2" in "".join(prompts) and "<image>\nquestion 0" in prompts[0]
-    request = slow.asked[0]
+    request = one.asked[0]
     assert (request.temperature, len(request.images)) == (0.0, 1)
     assert (request.pruning.method, request.pruning.visual_token_num) == ("vispruner", 7)
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
@@ -68,9 +80,35 @@ def test_workers_get_the_same_requests_and_are_compared(monkeypatch, capsys, tmp
         ("4", first),
         ("4", second),
     ]
-    assert [row[3] for row in rows[::2]] == ["1.0", "1.0"] and float(rows[1][3]) > 1.5
-    assert all(float(row[4]) < float(row[5]) for row in rows[::2])  # the first text, the end
+    assert [row[3] for row in rows[::2]] == ["1.0", "1.0"]
     assert {row[6] for row in rows} == {"100"}
+
+
+def test_speeds_are_medians_of_rounds_beside_those_of_the_first_worker(monkeypatch):
+    seconds = {"slow": cycle([0.5]), "quick": cycle([0.05, 0.1, 1.0])}
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+
+    def answer(worker, body, token):
+        clock.now += (took := next(seconds[worker]))
+        return Answered("text", took / 5, took)
+
+    monkeypatch.setattr(throughput, "time", clock)
+    monkeypatch.setattr(throughput, "ask", answer)
+    found = measure(["slow", "quick"], dict.fromkeys(seconds, [{}]), [1], rounds=3)
+    assert [speed.per_second for speed in found] == pytest.approx([2, 10])
+    assert [speed.first_seconds for speed in found] == pytest.approx([0.1, 0.02])
+    assert [speed.seconds for speed in found] == pytest.approx([0.5, 0.1])
+    rows = throughput.table(found).splitlines()[2:]
+    assert rows == ["| 1 | slow | 2.00 | 1.0 | 0.10 | 0.50 | 100 |"] + [
+        "| 1 | quick | 10.00 | 5.0 | 0.02 | 0.10 | 100 |"
+    ]
+
+
+def test_an_answer_is_timed_at_its_first_text_and_at_its_end(monkeypatch):
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=count().__next__))
+    with live(words_app()) as worker:
+        found = ask(worker, {"prompt": "Hi", "temperature": 0, "max_new_tokens": 4})
+    assert found == Answered("Hi one two three", 1, 2)
 
 
 def test_other_answers_are_counted():
