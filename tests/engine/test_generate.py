@@ -284,10 +284,10 @@ def test_many_threads_ask_at_once_without_the_model(whole, remote, server):
 
 def test_several_servers_share_the_answers(whole, server):
     with stub_vllm(server.model) as second:
-        for one in (server, second):  # no answer is over before all have begun
-            one.together, one.most = 2, 0
         urls = f"{server.url},{second.url}/v1"
         front = front_of(load(CHECKPOINT, engine=VLLMEngine(urls)))
+        for one in (server, second):  # no answer is over before all have begun
+            one.together, one.most = 2, 0
         before = len(server.requests), len(second.requests)
         texts = [f"What is number {n}?" for n in range(4)]
         found = ask(front, *texts)
