@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from llava.eval.compare import gallery
+from llava.eval.compare.comparison import AVERAGE
 from llava.pruning import METHODS
 from tests.paths import ROOT
 
@@ -98,6 +100,30 @@ def test_every_module_the_pages_run_exists():
             path = ROOT / module.replace(".", "/")
             main = path / "__main__.py"
             assert path.with_suffix(".py").exists() or main.exists(), f"{page.name}: {module}"
+
+
+def test_the_readme_names_every_extra():
+    (named,) = re.findall(r"# extras: (.+)$", README, re.M)
+    text = (ROOT / "setup.py").read_text(encoding="utf-8")
+    table = re.search(r"^EXTRAS = \{\n(.*?)^\}", text, re.S | re.M)[1]
+    keys = re.findall(r'^    "(\w+)": ', table, re.M) + re.findall(
+        r'^EXTRAS\["(\w+)"\]', text, re.M
+    )
+    assert sorted(named.split(", ")) == sorted(keys)
+
+
+def test_the_readme_starts_the_demo():
+    assert "python -m llava.serve.demo" in commands(README)
+
+
+def test_the_readme_s_scores_on_all_questions_are_those_of_the_results():
+    (own,) = [
+        c for c in gallery.read(ROOT / gallery.RESULTS) if "llava" in c.settings["model_name"]
+    ]
+    scores = {(row.method, row.budget.tokens): row.cells[AVERAGE] for row in own.rows}
+    few, random = (f"{scores[name, 64].percent:.1f}" for name in ("vispruner", "random"))
+    assert f"{few} and {random} of {own.dense.cells[AVERAGE].percent:.1f}" in README
+    assert f"all {own.dense.cells[AVERAGE].count:,} questions" in README
 
 
 @pytest.mark.slow
