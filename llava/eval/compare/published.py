@@ -17,7 +17,7 @@ FILE = "docs/published_numbers.csv"
 #: measured by the authors of the method, taken over from another paper, run anew by others; not
 #: said
 STATUSES = ("own", "copied", "rerun", "unstated")
-CONVENTIONS = ("average", "input", "unpruned", "unstated")
+CONVENTIONS = ("average", "input", "later", "label", "unpruned", "unstated")
 HEAD = ("method", "tokens", "benchmark", "here", "published", "source", "status", "metric")
 #: what the file says where a source leaves open which metric its number is
 AS_PRINTED = "as printed"
