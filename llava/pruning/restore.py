@@ -96,6 +96,7 @@ class Restore(VisionStage, BudgetPruner):
     name = "restore"
     wraps = True
     position_policy = "grid"
+    biases_attention = True
 
     SIZES: ClassVar[tuple[str, ...]] = ("one", "uniform")
 

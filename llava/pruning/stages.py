@@ -42,6 +42,9 @@ class VisionStage:
     #: image would have put them, and the text after the image stays where it was. Where positions
     #: have several axes, which are places in a picture, all methods are "grid"
     position_policy: ClassVar[str] = "sequence"
+    #: tokens carry a bias that attention adds (`llava.pruning.tokens.KEY_BIAS`), which SDPA can do
+    #: and FlashAttention cannot
+    biases_attention: ClassVar[bool] = False
     #: whether the patches that stay of a crop enter the prompt in raster order
     in_raster_order: bool = True
     #: False where the method is defined for one crop per image only

@@ -5,9 +5,10 @@ python -m llava.eval.compare.method_table [--markdown docs/Choosing_a_Method.md]
 
 from __future__ import annotations
 
+from llava.clone_files import clone_file
 from llava.errors import errors_as_messages
 from llava.eval.efficiency.random_model import empty_model, shapes
-from llava.eval.efficiency.report import publish
+from llava.eval.efficiency.report import MARKS, publish
 from llava.eval.markdown import table
 from llava.model_args import add_option
 from llava.program_parser import ProgramParser
@@ -18,16 +19,13 @@ from llava.pruning.cues import names_for
 from llava.pruning.program import SIZES, Plan
 
 HEAD = ("method", "how it chooses", "training", "acts", "reads the question", "families")
-HEAD += (
-    "one image, many questions",
-    "engine",
-    "tokens per layer",
-    "operations",
-    "cache",
-)
-#: the setting of the last three columns
+HEAD += ("batch", "FlashAttention", "one image, many questions", "engine")
+HEAD += ("tokens per layer", "operations", "cache", "choosing, kernels")
+#: the setting of the last four columns
 BUDGET, SIZE = 64, "7B"
 MARK = "methods"
+#: the page with the table that the last column is taken from, its name there and its column
+COUNTED, LAUNCHES, MORE = "docs/Efficiency.md", "launches", "more than dense"
 
 
 def reads(method: type[Pruner]) -> bool:
@@ -41,8 +39,26 @@ def shared(method: type[Pruner]) -> str:
     return "up to its first layer" if acts(method, DecoderStage) else "all of the image"
 
 
-def row(name: str, everywhere: list[str]) -> list[str]:
-    """everywhere: names of the methods that work on Qwen2.5-VL, too"""
+def kernels() -> dict[str, str]:
+    """What every method asks a device for beyond the unpruned model, as it was counted. Raises
+    ValueError where the page has no such table."""
+    page = clone_file(COUNTED).read_text(encoding="utf-8")
+    begin, end = (MARKS.format(LAUNCHES, word) for word in ("begin", "end"))
+    text = page.partition(begin)[2].partition(end)[0]
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines()]
+    heads = [number for number, cells in enumerate(lines) if MORE in cells]
+    if not heads:
+        raise ValueError(f"{COUNTED} has no table with a column {MORE!r}")
+    column = lines[heads[0]].index(MORE)
+    rows = (cells for cells in lines[heads[0] + 2 :] if len(cells) > column)
+    return {cells[0].strip("`"): cells[column] for cells in rows}
+
+
+def row(name: str, everywhere: list[str], counted: dict[str, str]) -> list[str]:
+    """
+    everywhere: names of the methods that work on Qwen2.5-VL, too
+    counted:    what `kernels` gave
+    """
     method = METHODS[name]
     pruner = build_pruner(name) if method is Pruner else build_pruner(name, visual_token_num=BUDGET)
     plan, dense = (Plan.of(one, SIZES[SIZE], 1) for one in (pruner, Pruner()))
@@ -56,11 +72,14 @@ def row(name: str, everywhere: list[str]) -> list[str]:
         where_it_acts(method),
         "yes" if reads(method) else "no",
         "all" if name in everywhere else "LLaVA",
+        "yes",  # of every method: `test_batching_changes_nothing` of the contract
+        "SDPA in its place" if pruner.vision.biases_attention else "yes",
         shared(method),
         "no" if reason_apart(pruner) else "yes",
         f"{most}{plan.average:.0f}",
         f"{most}{operations[0] / operations[1]:.0%}",
         f"{most}{cache[0] / cache[1]:.0%}",
+        "0" if method is Pruner else counted.get(name, "not counted"),
     ]
 
 
@@ -68,7 +87,9 @@ def report() -> str:
     """The table as Markdown."""
     qwen = empty_model(*shapes("qwen2.5-vl-3b", layers=1)).get_vision_tower()
     everywhere = names_for(qwen, METHODS.own.values())
-    return table(HEAD, (row(name, everywhere) for name in METHODS.own), "llllllllr") + "\n"
+    counted = kernels()
+    rows = (row(name, everywhere, counted) for name in METHODS.own)
+    return table(HEAD, rows, "llllllllllr") + "\n"
 
 
 @errors_as_messages()

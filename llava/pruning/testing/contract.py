@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import METHODS, build_pruner
+from ..tokens import KEY_BIAS
 from .promises import Promises, generate
 from .tiny import (
     ANYRES,
@@ -92,6 +93,12 @@ class MethodContract(Promises):
         if pruner.vision.in_raster_order:
             assert plain.tolist() == sorted(plain.tolist())
         assert trace.visual_embeds[0].shape == (len(kept), WIDTH)
+
+    def test_attention_has_a_bias_where_the_class_says_so(self, model, pruner):
+        model.pruner = pruner
+        prompt = sample(4, "image", 5)
+        extras = model.build_prompt(prompt.ids, images=prompt.images).extras
+        assert (KEY_BIAS in extras) == pruner.vision.biases_attention
 
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_batching_changes_nothing(self, model, pruner, side):
