@@ -1,19 +1,23 @@
 """All published comparisons on one page: every method on every family at every budget.
 
 python -m llava.eval.compare.gallery [--results docs/results] [--page docs/Results_gallery.md]
+    [--pages]
 
 `llava.eval.compare --page` leaves its numbers in `results/` beside the page; this program puts what
-lies there side by side. It measures nothing.
+lies there side by side. With --pages it also writes the pages of single models and their pictures
+again, from the same numbers. It measures nothing.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from llava.errors import errors_as_messages
+from llava.eval.compare import pages
 from llava.eval.compare.cells import bold, in_brackets
 from llava.eval.compare.comparison import AVERAGE, Comparison, Row
 from llava.eval.compare.scores import DENSE
@@ -26,6 +30,7 @@ RESULTS, PAGE = Path("docs/results"), Path("docs/Results_gallery.md")
 DECIMALS = 4
 ABSENT = "–"
 COLUMNS = ("kept", "change", "hard questions", "same, %")
+HEAD = ("model", "not run", "share or tokens", "why")
 
 
 def save(comparison: Comparison, folder: Path) -> Path:
@@ -51,17 +56,20 @@ def _rounded(values):
 def read(folder: Path) -> list[Comparison]:
     """The comparisons of a folder, by the names of their models. Raises ValueError where there are
     none, or a file holds something else."""
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            found.append(Comparison.from_dict(json.loads(path.read_text(encoding="utf-8"))))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+    found = [load(path) for path in sorted(folder.glob("*.json"))]
     if not found:
         raise ValueError(
             f"{folder} holds no results (*.json); llava.eval.compare --page writes them"
         )
     return found
+
+
+def load(path: Path) -> Comparison:
+    """The comparison that `save` wrote. Raises ValueError where a file holds something else."""
+    try:
+        return Comparison.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def share(row: Row, comparison: Comparison) -> float:
@@ -96,7 +104,41 @@ def gallery(comparisons: list[Comparison]) -> str:
         ]
     for part in sorted({share(row, own) for own in comparisons for row in _pruned(own)})[::-1]:
         lines += ["", f"## {part:g} % of the tokens", "", _table(comparisons, part)]
+    lines += ["", *_absent(comparisons)]
     return "\n".join(lines) + "\n"
+
+
+def _absent(comparisons: list[Comparison]) -> list[str]:
+    """Why cells are empty: what smaller images have no hard questions for, what was refused, and
+    what was not asked for."""
+    missing = [[_reason(line) for line in own.missing] for own in comparisons]
+    asked = [
+        _methods(own) | {name for name, _, _ in lines}
+        for own, lines in zip(comparisons, missing, strict=True)
+    ]
+    rows = []
+    for own, lines, names in zip(comparisons, missing, asked, strict=True):
+        rows += [(own.settings["model_name"], *line) for line in lines]
+        never = sorted(set().union(*asked) - names)
+        if never:
+            rows.append((own.settings["model_name"], ", ".join(never), "all", "not asked for"))
+    text = (
+        f"Under *hard questions*, {ABSENT} stands for the methods that show the model smaller "
+        "images: what they get wrong is what makes a question hard. In all columns of a model it "
+        "says that there is no such run"
+    )
+    found = [f"{text}:", "", table(HEAD, rows, "l")] if rows else [f"{text}."]
+    return [f"## What {ABSENT} means", "", *found]
+
+
+def _reason(line: str) -> tuple[str, str, str]:
+    """Method, budgets and reason of a line that `suite_report.not_run` wrote."""
+    found = re.fullmatch(r"- (`[^`]+`) was not run at (.+?): (.*)", line)
+    return (found[1], found[2], found[3]) if found else ("", "", line.removeprefix("- "))
+
+
+def _methods(comparison: Comparison) -> set[str]:
+    return {f"`{row.method}`" for row in _pruned(comparison)}
 
 
 def _pruned(comparison: Comparison) -> Iterable[Row]:
@@ -137,13 +179,31 @@ def _cells(row: Row | None, comparison: Comparison) -> list[str]:
     ]
 
 
+def write_page(comparison: Comparison, docs: Path) -> None:
+    """Writes the page of a model again; numbers of older versions do not say which one it is."""
+    if "page" in comparison.settings:
+        print(f"written: {pages.write(comparison, docs)}, and its pictures")
+    else:
+        name = comparison.settings["model_name"]
+        print(f"{name}: its numbers do not name a page; llava.eval.compare --page does that")
+
+
 @errors_as_messages()
 def main(argv: list[str] | None = None) -> None:
     parser = ProgramParser(__doc__, whole=True)
     add_option(parser, "--results", metavar="DIR", default=str(RESULTS), help="folder of *.json")
     add_option(parser, "--page", metavar="FILE", default=str(PAGE), help="what to write")
+    parser.add_argument(
+        "--pages",
+        action="store_true",
+        help="also write the pages of single models and their pictures again, beside the page",
+    )
     args = parser.parse_args(argv)
-    text = gallery(read(Path(args.results)))
+    comparisons = read(Path(args.results))
+    if args.pages:
+        for own in comparisons:
+            write_page(own, Path(args.page).parent)
+    text = gallery(comparisons)
     os.makedirs(os.path.dirname(args.page) or ".", exist_ok=True)
     Path(args.page).write_text(text, encoding="utf-8")
     print(f"written: {args.page}")

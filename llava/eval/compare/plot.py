@@ -1,7 +1,8 @@
 """Score against what it costs: one line per method, one picture per kind of cost.
 
-The methods that matter most are drawn in colour with their names beside them, the others in grey.
-A filled point differs significantly from the unpruned score, an open one does not.
+The methods that matter most are drawn in colour with their names beside them, the others in grey;
+they and their colours are the same in all pictures of a comparison. A filled point differs
+significantly from the unpruned score, an open one does not.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from collections.abc import Sequence
 from statistics import mean
 
 from llava.eval.compare.comparison import AVERAGE, Comparison, Row
+from llava.eval.compare.labels import Line, name_lines
 from llava.eval.compare.scores import DENSE
+from llava.eval.compare.suite import makes_images_smaller
 from llava.eval.compare.suite_report import mark_points
 from llava.eval.plotting import import_pyplot
 from llava.eval.scoring.bootstrap import is_significant
@@ -24,6 +27,7 @@ LABELS = {
     "flops": "operations of the prefill, of the unpruned model's",
     "time": "time to the first token, of the unpruned model's",
 }
+DPI = 150
 #: letters of a line of the names below the plot
 NAMES_WIDTH = 150
 
@@ -37,20 +41,25 @@ def place(row: Row, dense: Row, axis: str) -> float:
     return row.cost.seconds / dense.cost.seconds
 
 
-def leaders(comparison: Comparison, axis: str) -> list[str]:
+def leaders(comparison: Comparison) -> list[str]:
     """The methods to be drawn in colour, as many as there are colours: those of which most runs
-    are better than all that cost less, then those that are best on average."""
-    rows = [row for row in comparison.rows if row.method != DENSE]
+    are better than all that have fewer tokens per decoder layer, then those that are best on
+    average. What makes images smaller is the reference, and never one of them."""
+    rows = [row for row in comparison.rows if row.method != DENSE and not _is_reference(row.method)]
     scores: dict[str, list[float]] = {}
     for row in rows:
         scores.setdefault(row.method, []).append(row.cells[AVERAGE].percent)
     wins, best = dict.fromkeys(scores, 0), float("-inf")
-    key = lambda row: (place(row, comparison.dense, axis), -row.cells[AVERAGE].percent)  # noqa: E731
-    for row in sorted(rows, key=key):
+    for row in sorted(rows, key=lambda row: (row.visual_tokens, -row.cells[AVERAGE].percent)):
         if row.cells[AVERAGE].percent > best:
             best = row.cells[AVERAGE].percent
             wins[row.method] += 1
     return sorted(wins, key=lambda name: (-wins[name], -mean(scores[name])))[: len(COLORS)]
+
+
+def _is_reference(method: str) -> bool:
+    """Whether images are made smaller, which pruning has to beat."""
+    return any(part in makes_images_smaller() for part in method.split("+"))
 
 
 def plot(
@@ -63,22 +72,40 @@ def plot(
     """
     pyplot = import_pyplot()
     tasks = comparison.tasks
-    shown = leaders(comparison, axis) if highlight is None else list(highlight)[: len(COLORS)]
+    shown = leaders(comparison) if highlight is None else list(highlight)[: len(COLORS)]
     columns = max(1, -(-len(tasks) // 3))
-    figure = pyplot.figure(figsize=(8 + 2.6 * columns, 8), layout="constrained")
+    figure = pyplot.figure(figsize=(8 + 2.6 * columns, 8), layout="constrained", dpi=DPI)
     grid = figure.add_gridspec(3, columns + 3)
     large = figure.add_subplot(grid[:, :3])
-    _panel(large, comparison, AVERAGE, axis, shown, large=True)
+    named = _panel(large, comparison, AVERAGE, axis, shown, large=True)
     large.set(xlabel=LABELS[axis], ylabel="score (% of maximum)")
+    below = _zoom(large, comparison)
     for number, task in enumerate(tasks):
         axes = figure.add_subplot(grid[number % 3, 3 + number // 3])
         _panel(axes, comparison, task, axis, shown)
         axes.tick_params(labelsize=9)
     others = [name for name in _methods(comparison) if name not in shown]
     text = f"{NOTE}; dashed: unpruned" + (f"; grey: {', '.join(others)}" if others else "")
+    text += f"; below the large panel: {below}" if below else ""
     figure.supxlabel(_wrapped(text), fontsize=8, color="0.35")
-    figure.savefig(path, dpi=150)
+    name_lines(large, named)
+    figure.savefig(path, dpi=DPI)
     pyplot.close(figure)
+
+
+def _zoom(axes, comparison: Comparison) -> str:
+    """Lets the axes begin below the lowest run that is no reference; returns the references that
+    are lower still, with their scores."""
+    runs = [(row.method, row.cells[AVERAGE].percent) for row in comparison.rows]
+    low, high = axes.get_ylim()
+    least = min(score for name, score in runs if not _is_reference(name))
+    start = max(low, least - 0.06 * (high - least))
+    axes.set_ylim(start, high)
+    lost: dict[str, list[str]] = {}
+    for name, score in runs:
+        if score < start:
+            lost.setdefault(name, []).append(f"{score:.1f}")
+    return ", ".join(f"{name} ({' and '.join(scores)})" for name, scores in lost.items())
 
 
 def _wrapped(text: str) -> str:
@@ -96,14 +123,15 @@ def _methods(comparison: Comparison) -> list[str]:
 
 def _panel(
     axes, comparison: Comparison, task: str, axis: str, shown: Sequence[str], large: bool = False
-) -> None:
+) -> list[Line]:
+    """One set of lines; returns those in colour."""
     dense = comparison.dense
     full = dense.cells[task]
     axes.axhline(full.percent, color="0.4", linestyle="--", linewidth=1)
     if full.range is not None:
         axes.axhspan(*full.range, color="0.5", alpha=0.12, linewidth=0)
     size, width = (6, 1.8) if large else (4, 1.3)
-    labels = []
+    named = []
     for method in sorted(_methods(comparison), key=lambda name: name in shown):
         rows = [row for row in comparison.rows if row.method == method]
         cells = [(place(row, dense, axis), row.cells[task]) for row in rows]
@@ -116,38 +144,13 @@ def _panel(
         color, marker = COLORS[number], MARKERS[number]
         axes.plot(xs, ys, color=color, linewidth=width, label=method)
         mark_points(axes, points, color, marker, size)
-        labels.append((ys[0], xs[0], method, color))
+        named.append(Line(method, color, list(zip(xs, ys, strict=True))))
     if axis == "tokens":
         axes.set_xscale("log", base=2)
         ticks = {row.budget.of(dense.visual_tokens): row.budget.label for row in comparison.rows}
         axes.set_xticks(list(ticks), labels=ticks.values())
         axes.minorticks_off()
-    if large:
-        _name_lines(axes, labels)
     axes.set_title(task, fontsize=12 if large else 11)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _name_lines(axes, labels: list[tuple[float, float, str, str]]) -> None:
-    """Writes the names of lines left of where they begin, none over another."""
-    low, high = axes.get_ylim()
-    left, right = axes.get_xlim()
-    if axes.get_xscale() == "log":
-        left /= (right / left) ** 0.25
-    else:
-        left -= (right - left) * 0.25
-    axes.set_xlim(left, right)
-    step, free = (high - low) / 28, float("inf")
-    for y, x, name, color in sorted(labels, reverse=True):
-        free = min(y, free - step)
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(left, free),
-            textcoords="data",
-            color=color,
-            fontweight="bold",
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.35, "linewidth": 0.8},
-        )
+    return named

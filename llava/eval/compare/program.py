@@ -23,17 +23,15 @@ from pathlib import Path
 import torch
 
 from llava.errors import errors_as_messages
-from llava.eval.compare import gallery, suite
+from llava.eval.compare import gallery, pages, suite
 from llava.eval.compare.budget import Budget
 from llava.eval.compare.comparison import Comparison, compare_runs
 from llava.eval.compare.costs import measure_costs, sample_prompts
+from llava.eval.compare.pages import AXES
 from llava.eval.compare.plot import plot
 from llava.eval.compare.published import model_beside, published_table, read_published
-from llava.eval.compare.report import by_hand, csv_text, markdown, page
+from llava.eval.compare.report import csv_text, markdown
 from llava.program_parser import ProgramParser
-
-#: what is drawn over what
-AXES = ("tokens", "flops", "time")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -88,17 +86,10 @@ def write(comparison: Comparison, args: argparse.Namespace, command: str) -> Non
     for axis in AXES:
         plot(comparison, axis, os.path.join(args.out, f"{axis}.png"), args.highlight)
     if args.page:
-        docs = os.path.dirname(args.page) or "."
-        gallery.save(comparison, Path(docs) / "results")
-        pictures = os.path.join(docs, os.pardir, "images")
-        os.makedirs(pictures, exist_ok=True)
-        stem = os.path.splitext(os.path.basename(args.page))[0].lower()
-        names = {axis: f"{stem}_{axis}.png" for axis in AXES}
-        for axis, name in names.items():
-            plot(comparison, axis, os.path.join(pictures, name), args.highlight)
-        whole = page(text, names, command, args.model_name) + by_hand(args.page)
-        with open(args.page, "w", encoding="utf-8") as file:
-            file.write(whole)
+        docs = Path(args.page).parent
+        comparison.settings |= pages.origin(args.page, command, args.published, args.highlight)
+        saved = gallery.save(comparison, docs / "results")
+        pages.write(gallery.load(saved), docs)
 
 
 def computed_in(model) -> dict[str, str]:

@@ -6,6 +6,7 @@ Bold, and filled in the plot, is a score whose change against the unpruned model
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from statistics import mean
 
@@ -19,6 +20,8 @@ from llava.eval.scoring.bootstrap import Interval, is_significant
 from llava.eval.scoring.paired import range_of_mean
 
 AVERAGE = "average"
+#: names that a list in brackets has at least, besides its last one, to be left out of a page
+LONG_LIST = 5
 
 
 def table(scores: list[Score]) -> str:
@@ -70,12 +73,18 @@ def not_run(runs: list[Run]) -> list[str]:
     for run in runs:
         if run.refused is not None:
             # The same reason may name the budget: it is one reason all the same.
-            reason = run.refused.replace(f"({run.budget})", "(N)")
+            reason = brief(run.refused.replace(f"({run.budget})", "(N)"))
             reasons.setdefault((run.method, reason), []).append(run.budget.label)
     return [
         f"- `{method}` was not run at {', '.join(labels)}: {reason}"
         for (method, reason), labels in reasons.items()
     ]
+
+
+def brief(reason: str) -> str:
+    """A reason without long lists of names in brackets, which help who types a command and nobody
+    who reads a page."""
+    return re.sub(rf" \((?:[\w+.-]+, ){{{LONG_LIST},}}[\w+.-]+\)", "", reason)
 
 
 def average(column: list[Score]) -> float:

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.compare import gallery
+from llava.eval.compare import gallery, pages
 from llava.eval.compare.budget import Budget
 from llava.eval.compare.comparison import AVERAGE, Cell, Comparison, Row
 from llava.eval.compare.costs import Cost
 from llava.eval.compare.groups import by_cost
 from llava.eval.compare.hard import HardCell
-from llava.eval.compare.plot import COLORS, leaders
+from llava.eval.compare.plot import COLORS, leaders, plot
+from llava.eval.compare.report import BY_HAND
 from llava.eval.compare.scores import DENSE
+from llava.eval.compare.suite_report import brief
 from tests.paths import ROOT
 
 
@@ -61,9 +63,34 @@ def test_the_methods_in_colour_are_those_that_nothing_cheaper_beats():
     best = [row("best", 64, 64, 85), row("best", 192, 192, 89)]
     dear = [row("dear", 64, 400, 88.5)]
     others = [row(f"other{n}", 64, 64, 60 + n) for n in range(6)]
-    found = leaders(comparison("small", *others, *dear, *best), "tokens")
+    smaller = [row("downsample", 64, 30, 40), row("downsample", 192, 60, 89.5)]
+    found = leaders(comparison("small", *others, *dear, *best, *smaller))
     assert len(found) == len(COLORS)
     assert found[:2] == ["best", "dear"] and "other0" not in found and "other5" in found
+    assert "downsample" not in found, "the reference is no method to look at"
+
+
+def test_all_pictures_of_a_page_show_the_same_methods_in_the_same_colours(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    names = [f"m{n}" for n in range(7)]
+    runs = [row(n, 64, 64 + 20 * i, 70 + i) for i, n in enumerate(names)]
+    for number, own in enumerate(runs):
+        own.cost.seconds = 1.0 - 0.1 * number  # dear by tokens is cheap by time
+    shown, below = [], []
+    for axis in ("tokens", "flops", "time"):
+        plot(comparison("small", *runs, row("downsample", 64, 40, 20)), axis, tmp_path / "one.png")
+        figure = pyplot.gcf()
+        large = figure.axes[0]
+        shown.append({text.get_text(): text.get_color() for text in large.texts})
+        below.append((large.get_ylim()[0] > 20, "downsample (20.0)" in figure.get_supxlabel()))
+        frame = large.get_window_extent()
+        boxes = [text.get_window_extent() for text in large.texts]
+        assert all(frame.contains(*box.min) and frame.contains(*box.max) for box in boxes)
+        pairs = [(a, b) for a in boxes for b in boxes if a is not b]
+        assert not any(a.overlaps(b) for a, b in pairs), "a name over another one"
+    assert shown[0] == shown[1] == shown[2] and set(shown[0]) == set(names[2:])
+    assert below == [(True, True)] * 3
 
 
 def test_results_are_read_as_they_were_saved(tmp_path):
@@ -107,6 +134,48 @@ def test_a_file_of_something_else_is_named(tmp_path, text):
 def test_a_folder_without_results_says_what_writes_them(tmp_path):
     with pytest.raises(SystemExit, match=r"holds no results.*llava\.eval\.compare --page"):
         gallery.main(["--results", str(tmp_path)])
+
+
+def test_empty_cells_are_explained_with_the_reasons_that_the_numbers_give():
+    first = comparison("one", row("good", 64, 64, 89))
+    second = comparison("two", row("odd", 64, 64, 75))
+    first.missing = ["- `odd` was not run at 64: it has no part that fits: name one"]
+    second.missing = []
+    text = gallery.gallery([first, second]).split("## What – means")[1]
+    assert "| one | `odd` | 64 | it has no part that fits: name one |" in text
+    assert "| two | `good` | all | not asked for |" in text and text.count("\n| one ") == 1
+
+
+def test_reasons_on_a_page_leave_out_long_lists_of_names():
+    long = "it needs keys (it gives a, b), choose another method (a, b_c, d, e, f, g), or a model"
+    assert brief(long) == "it needs keys (it gives a, b), choose another method, or a model"
+    assert brief("choose one (a, b, c)") == "choose one (a, b, c)"
+
+
+def test_pages_of_single_models_are_what_the_numbers_say():
+    found = [own for own in gallery.read(ROOT / gallery.RESULTS) if "page" in own.settings]
+    assert found
+    for own in found:
+        page = ROOT / "docs" / own.settings["page"]["file"]
+        assert page.read_text(encoding="utf-8") == pages.text(own, page.parent)
+        for name in pages.pictures(own).values():
+            assert (ROOT / "images" / name).exists()
+
+
+def test_a_page_and_its_pictures_are_written_again_without_answering(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    docs = tmp_path / "docs"
+    own = comparison("one", row("good", 64, 64, 89))
+    own.settings |= {"limit": 1} | pages.origin("x/Page.md", "llava compare", None, ["good"])
+    gallery.save(own, docs / "results")
+    gallery.save(comparison("old", row("good", 64, 64, 89)), docs / "results")
+    (docs / "Page.md").write_text(f"lost\n\n{BY_HAND}\nkept\n")
+    gallery.main(["--results", str(docs / "results"), "--page", str(docs / "All.md"), "--pages"])
+    page = (docs / "Page.md").read_text(encoding="utf-8")
+    assert "```bash\nllava compare\n```" in page and page.endswith(f"{BY_HAND}\nkept\n")
+    assert "lost" not in page and "](../images/page_tokens.png)" in page
+    assert len(list((tmp_path / "images").glob("page_*.png"))) == 3
+    assert "old: its numbers do not name a page" in capsys.readouterr().out
 
 
 def test_the_page_of_all_results_is_what_the_numbers_say():
