@@ -49,6 +49,13 @@ def test_the_table_of_methods_is_what_their_classes_say():
     assert not {name for name in named if "_" not in name} - set(METHODS.own)
 
 
+def test_the_table_of_launches_has_every_method():
+    launches = between_marks((ROOT / "docs/Efficiency.md").read_text(encoding="utf-8"), "launches")
+    assert re.findall(r"^\| `(\w+)` \|", launches, re.M) == list(METHODS.own)[1:]
+    page = (ROOT / "docs/Choosing_a_Method.md").read_text(encoding="utf-8")
+    assert "not counted" not in between_marks(page, method_table.MARK)
+
+
 def test_the_page_on_data_names_the_sources_that_messages_name():
     for benchmark in all_benchmarks().values():
         for source in benchmark.sources.values():
