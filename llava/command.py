@@ -19,8 +19,8 @@ from importlib import import_module
 from pathlib import Path
 
 from .errors import errors_as_messages
-from .program_parser import typed_command
-from .spelling import did_you_mean
+from .program_parser import TYPED, typed_command
+from .spelling import unknown
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path("scripts") / "v1_5" / "eval" / "benchmark.sh"
@@ -72,6 +72,7 @@ Without a model or data those of the playground are used. The same as bash {SCRI
   TOKENS               visual tokens of an image to keep, or a share of them (0.222)
   --pruning-method M   see llava methods; default: none, with TOKENS the package's own default
   --model-path MODEL   folder, or name on the hub
+  --dtype TYPE         of numbers: fp32, fp16 or bf16 (default: what suits the device)
   --data-dir DIR       evaluation data (default: playground/data/eval)
   --limit N            about so many questions, evenly spread
   --batch-size N       prompts at a time (default: 8)
@@ -102,7 +103,9 @@ def evaluate(words: list[str]) -> int:
     find_benchmark(benchmark)
     settings, rest = from_options(words)
     command = ["bash", str(ROOT / SCRIPT), benchmark, *rest]
-    environment = {**os.environ, "PYTHON": os.environ.get("PYTHON") or sys.executable, **settings}
+    python = os.environ.get("PYTHON") or sys.executable
+    typed = f"{typed_command()} eval {benchmark}"
+    environment = {**os.environ, "PYTHON": python, TYPED: typed, **settings}
     return subprocess.run(command, env=environment).returncode
 
 
@@ -137,8 +140,7 @@ def main(words: list[str] | None = None) -> None:
         print(overview())
         sys.exit(0 if name else 2)
     if name not in COMMANDS:
-        meant = did_you_mean(name, COMMANDS)
-        sys.exit(f"error: unknown command {name!r}{meant}, choose from {', '.join(COMMANDS)}")
+        sys.exit(f"error: {unknown('command', name, COMMANDS)}")
     if (module := COMMANDS[name].module) is None:
         with errors_as_messages():
             sys.exit(evaluate(rest))

@@ -3,11 +3,13 @@
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 
 from .clone_files import CLONE
 
+PACKAGE = os.path.dirname(os.path.abspath(__file__))
 INTERRUPTED = 128 + signal.SIGINT  # exit code
 
 
@@ -36,6 +38,22 @@ def errors_as_messages():
     except KeyboardInterrupt:
         print("\nstopped (Ctrl-C)", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def one_line_warnings() -> None:
+    """Makes Python print a warning of this package as "warning: MESSAGE", without the file and the
+    line of code that it comes from."""
+    python = warnings.formatwarning
+    if getattr(python, "of_llava", False):
+        return
+
+    def formatted(message, category, filename, lineno, line=None):
+        if os.path.abspath(filename).startswith(PACKAGE + os.sep):
+            return f"warning: {message}\n"
+        return python(message, category, filename, lineno, line)
+
+    formatted.of_llava = True  # type: ignore[attr-defined] # it is put in place once
+    warnings.formatwarning = formatted
 
 
 def _sentence(error: Exception) -> str:

@@ -27,32 +27,34 @@ DTYPES = {
 PIXELS = ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels")
 
 
-def add_option(parser, flag: str, **kwargs) -> None:
-    """Adds `--some-flag`, which may also be written `--some_flag`, to a parser or a group."""
-    parser.add_argument(*dict.fromkeys((flag, "--" + flag[2:].replace("-", "_"))), **kwargs)
-
-
 def add_model_args(parser: argparse.ArgumentParser) -> None:
     """Adds the options that `load_from_args` reads."""
     group = parser.add_argument_group("model")
-    add_option(group, "--model-path", help="default: the playground checkpoint")
-    add_option(group, "--model-base", help="base model of a projector or LoRA checkpoint")
-    add_option(group, "--vision-tower", metavar="DIR", help="replaces the checkpoint's own")
-    add_option(group, "--device", help="cuda, mps or cpu (default: the best there is)")
-    add_option(group, "--dtype", choices=DTYPES, help="default: what suits the device")
-    add_option(group, "--load-8bit", action="store_true")
-    add_option(group, "--load-4bit", action="store_true")
-    add_option(group, "--attn-implementation", help="sdpa, flash_attention_2 or eager")
-    add_option(
-        group,
+    group.add_argument(
+        "--model-path", help="folder, or name on the hub (default: the playground's)"
+    )
+    group.add_argument("--model-base", help="base model of a projector or LoRA checkpoint")
+    group.add_argument(
+        "--vision-tower", metavar="DIR", help="vision tower in place of the checkpoint's own"
+    )
+    group.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    group.add_argument(
+        "--dtype", choices=DTYPES, help="type of numbers (default: what suits the device)"
+    )
+    group.add_argument("--load-8bit", action="store_true", help="weights of 8 bits (bitsandbytes)")
+    group.add_argument("--load-4bit", action="store_true", help="weights of 4 bits (bitsandbytes)")
+    group.add_argument(
+        "--attn-implementation", help="sdpa, flash_attention_2 or eager (default: sdpa)"
+    )
+    group.add_argument(
         "--compile",
         action="store_true",
-        help="compiles decoding, on a GPU also prompts: see docs/Efficiency.md",
+        help="compile decoding, on a GPU also prompts: see docs/Efficiency.md",
     )
     for name in PIXELS:
         what = "a frame of a video" if name.startswith("video") else "an image"
         help = f"bound of the area {what} is resized to (Qwen2.5-VL: 784 pixels are a token)"
-        add_option(group, "--" + name.replace("_", "-"), type=int, help=help)
+        group.add_argument("--" + name.replace("_", "-"), type=int, help=help)
 
 
 def load_from_args(args, path: str, name: str, pruner=None) -> tuple:
@@ -91,12 +93,38 @@ def load_from_args(args, path: str, name: str, pruner=None) -> tuple:
     return tokenizer, model, image_processor
 
 
+def add_conv_mode_arg(parser, default: str | None = None) -> None:
+    """Adds the option that names a prompt template."""
+    text = "prompt template (default: auto, what the checkpoint says of itself)"
+    parser.add_argument("--conv-mode", default=default, metavar="NAME", help=text)
+
+
+def add_length_arg(parser, default: int) -> None:
+    """Adds the option that says how long an answer may be."""
+    text = "the most tokens that an answer has"
+    parser.add_argument("--max-new-tokens", type=int, default=default, metavar="N", help=text)
+
+
+def add_sampling_args(parser, temperature: float = 0.2, beams: bool = True) -> None:
+    """Adds the options beside --max-new-tokens that `sampling` reads. beams: with --num-beams"""
+    add = parser.add_argument
+    add(
+        "--temperature",
+        type=float,
+        default=temperature,
+        help="how freely tokens are drawn; 0: always the likeliest",
+    )
+    top = "sample from the likeliest tokens alone, which have this much probability together"
+    add("--top-p", type=float, metavar="P", help=f"{top}, 0 to 1 (default: all tokens)")
+    if beams:
+        text = "answers that beam search follows at a time; 1: no beam search"
+        add("--num-beams", type=int, default=1, metavar="N", help=text)
+
+
 def add_asking_args(parser: argparse.ArgumentParser) -> None:
     """Adds what says which model is asked, and how; `load_front_end` reads it."""
     add_model_args(parser)
-    add_option(
-        parser, "--conv-mode", help="prompt template (default: what the checkpoint says of itself)"
-    )
+    add_conv_mode_arg(parser)
     add_pruning_args(parser)
 
 

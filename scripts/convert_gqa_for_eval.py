@@ -1,16 +1,15 @@
 """Turns an answers file into the prediction list of the official GQA scorer."""
 
-import argparse
-
 from llava.errors import errors_as_messages
 from llava.eval.benchmarks import gqa
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.writing import write_json
+from llava.program_parser import ProgramParser
 
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ProgramParser(__doc__)
     parser.add_argument("--src", required=True, help="answers file")
     parser.add_argument("--dst", required=True, help="prediction file to write")
     args = parser.parse_args()

@@ -1,6 +1,5 @@
 """Turns MMBench answers into the spreadsheet that the evaluation server takes."""
 
-import argparse
 import os
 
 from llava.errors import errors_as_messages
@@ -8,11 +7,12 @@ from llava.eval.benchmarks import mmbench
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.records import read_table
 from llava.eval.files.writing import write_xlsx
+from llava.program_parser import ProgramParser
 
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ProgramParser(__doc__)
     parser.add_argument("--annotation-file", required=True, help="the benchmark's table (.tsv)")
     parser.add_argument("--result-dir", required=True, help="folder of the answers file")
     parser.add_argument("--upload-dir", required=True, help="folder of the spreadsheet")

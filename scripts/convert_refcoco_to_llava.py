@@ -8,13 +8,13 @@ RefCOCOg has `refs(umd).p`. Every description is a question of its own, as in th
 numbers. Images are those of COCO train2014.
 """
 
-import argparse
 import os
 import pickle
 
 from llava.errors import errors_as_messages
 from llava.eval.files.records import read_json
 from llava.eval.files.writing import write_jsonl
+from llava.program_parser import ProgramParser
 
 TEXT = (
     "Please provide the bounding box coordinate of the region this sentence describes: {sentence}."
@@ -59,10 +59,10 @@ def convert(refs: list[dict], instances: dict, split: str) -> tuple[list[dict], 
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--refer-dir", required=True, help="holds the folders of the data sets")
-    parser.add_argument("--dataset", required=True, choices=sorted(SPLIT_BY))
-    parser.add_argument("--split-by", help="default: unc, for RefCOCOg umd")
+    parser.add_argument("--dataset", required=True, choices=sorted(SPLIT_BY), help="which one")
+    parser.add_argument("--split-by", help="who split it (default: unc, for RefCOCOg umd)")
     parser.add_argument("--split", required=True, help="val, testA, testB or test")
     parser.add_argument("--dst", required=True, help="folder of the files to write")
     args = parser.parse_args()

@@ -1,18 +1,17 @@
 """Scores SEED-Bench answers per question type and writes the upload file."""
 
-import argparse
-
 from llava.errors import errors_as_messages
 from llava.eval.benchmarks import seed
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import by_id, say_missing, texts_by_id
 from llava.eval.files.records import read_json
 from llava.eval.files.writing import write_jsonl
+from llava.program_parser import ProgramParser
 
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ProgramParser(__doc__)
     parser.add_argument("--annotation-file", required=True, help="SEED-Bench.json")
     parser.add_argument("--result-file", required=True, help="answers file")
     parser.add_argument("--result-upload-file", required=True, help="file to write")

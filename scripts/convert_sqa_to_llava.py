@@ -7,12 +7,12 @@ A prompt format names what the model reads and what it writes, `QCM-LEA`: questi
 multiple options; lecture, explanation and answer.
 """
 
-import argparse
 import json
 import os
 
 from llava.errors import errors_as_messages
 from llava.eval.files.records import read_json
+from llava.program_parser import ProgramParser
 
 LETTERS = "ABCDE"
 # Parts of the input by format; "because" stands for the explanation given as a hint.
@@ -123,13 +123,15 @@ def _optional_image(image: str | None) -> dict:
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = ProgramParser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, help="what to write")
     for command, default in ((convert_to_llava, "QCM-LEA"), (convert_to_jsonl, "QCM-LEPA")):
         sub = commands.add_parser(command.__name__, help=command.__doc__)
-        sub.add_argument("--base-dir", "--base_dir", required=True)
-        sub.add_argument("--split", required=True)
-        sub.add_argument("--prompt-format", "--prompt_format", default=default)
+        sub.add_argument("--base-dir", required=True, help="holds problems.json, pid_splits.json")
+        sub.add_argument("--split", required=True, help="part of ScienceQA to convert")
+        sub.add_argument(
+            "--prompt-format", default=default, help="what question and answer are made of"
+        )
         sub.set_defaults(run=command)
     args = parser.parse_args()
     args.run(args.base_dir, args.split, args.prompt_format)

@@ -1,17 +1,16 @@
 """Turns VizWiz answers into the upload of the evaluation server."""
 
-import argparse
-
 from llava.errors import errors_as_messages
 from llava.eval.benchmarks import vizwiz
 from llava.eval.files.answer_lines import read_answers_tolerantly
 from llava.eval.files.records import read_jsonl
 from llava.eval.files.writing import write_json
+from llava.program_parser import ProgramParser
 
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ProgramParser(__doc__)
     parser.add_argument("--annotation-file", required=True, help="question file")
     parser.add_argument("--result-file", required=True, help="answers file")
     parser.add_argument("--result-upload-file", required=True, help="file to write")

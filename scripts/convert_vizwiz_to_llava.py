@@ -7,11 +7,10 @@ With it `SPLIT=val bash scripts/v1_5/eval/vizwiz.sh` scores the validation split
 the test split is reported closed.
 """
 
-import argparse
-
 from llava.errors import errors_as_messages
 from llava.eval.files.records import read_json_list
 from llava.eval.files.writing import write_jsonl
+from llava.program_parser import ProgramParser
 
 SUFFIX = (
     "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
@@ -34,7 +33,7 @@ def convert(records: list[dict]) -> list[dict]:
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--annotation-file", required=True, help="val.json or test.json")
     parser.add_argument("--dst", required=True, help="question file to write")
     args = parser.parse_args()

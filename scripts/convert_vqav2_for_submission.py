@@ -5,7 +5,6 @@ an empty one. Reads `DIR/answers/SPLIT/CKPT/merge.jsonl` and writes
 `DIR/answers_upload/SPLIT/CKPT.json`, unless `--src` and `--dst` name other places inside DIR.
 """
 
-import argparse
 import os
 
 from llava.errors import errors_as_messages
@@ -13,14 +12,17 @@ from llava.eval.benchmarks import vqav2
 from llava.eval.files.answer_lines import read_answers_tolerantly
 from llava.eval.files.records import read_jsonl
 from llava.eval.files.writing import write_json
+from llava.program_parser import ProgramParser
 
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dir", default="./playground/data/eval/vqav2")
-    parser.add_argument("--ckpt")
-    parser.add_argument("--split")
+    parser = ProgramParser(__doc__)
+    parser.add_argument(
+        "--dir", default="./playground/data/eval/vqav2", help="data of the benchmark"
+    )
+    parser.add_argument("--ckpt", help="folder of the answers, below answers/SPLIT")
+    parser.add_argument("--split", help="split that was asked")
     parser.add_argument("--src", help="answers file below DIR, instead of --split and --ckpt")
     parser.add_argument("--dst", help="upload file below DIR, instead of --split and --ckpt")
     args = parser.parse_args()

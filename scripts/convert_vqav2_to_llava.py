@@ -7,11 +7,10 @@ With it `SPLIT=val bash scripts/v1_5/eval/vqav2.sh` scores the validation split 
 the test split are known to its server only.
 """
 
-import argparse
-
 from llava.errors import errors_as_messages
 from llava.eval.files.records import read_json
 from llava.eval.files.writing import write_jsonl
+from llava.program_parser import ProgramParser
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 
@@ -32,7 +31,7 @@ def convert(content: dict) -> list[dict]:
 
 @errors_as_messages()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--src", required=True, help="v2_OpenEnded_mscoco_val2014_questions.json")
     parser.add_argument("--dst", required=True, help="question file to write")
     args = parser.parse_args()

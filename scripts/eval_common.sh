@@ -50,6 +50,7 @@ set -euo pipefail
 [ -z "${CKPT_DIR:-}" ] || CKPT_DIR=$(realpath -m "$CKPT_DIR")
 source "$(dirname "${BASH_SOURCE[0]}")/released_names.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export LLAVA_TYPED_COMMAND=${LLAVA_TYPED_COMMAND:-bash $0} # how the programs call themselves
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 
 PLAYGROUND_MODEL=playground/checkpoints/llava-v1.5-playground

@@ -6,7 +6,6 @@ The output is what `--pretrain_mm_mlp_adapter` and a projector-only folder expec
 ends in .safetensors it is written in that format.
 """
 
-import argparse
 import os
 
 import torch
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 
 from llava.errors import errors_as_messages
 from llava.llava_hf import name_here
+from llava.program_parser import ProgramParser
 from llava.weight_files import tensors_in, weight_files
 
 PARTS = ("mm_projector", "image_newline")
@@ -37,7 +37,7 @@ def extract(model_path: str, output: str) -> None:
 
 @errors_as_messages()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--model-path", required=True, help="checkpoint folder")
     parser.add_argument("--output", required=True, help="file to write")
     args = parser.parse_args()

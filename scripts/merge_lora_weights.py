@@ -6,12 +6,11 @@
 The result loads like any other checkpoint, without a base.
 """
 
-import argparse
-
 from llava.errors import errors_as_messages
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import write_checkpoint, write_generation_config
+from llava.program_parser import ProgramParser
 from llava.train.family import FULL
 from llava.train.model_setup import family_of
 from llava.train.saving import is_written, portable_config
@@ -37,7 +36,7 @@ def merge_lora(model_path: str, model_base: str, save_model_path: str) -> None:
 
 @errors_as_messages()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ProgramParser(__doc__)
     parser.add_argument("--model-path", required=True, help="folder of the adapter")
     parser.add_argument("--model-base", required=True, help="folder of the model it was trained on")
     parser.add_argument("--save-model-path", required=True, help="folder to write")

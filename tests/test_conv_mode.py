@@ -1,6 +1,5 @@
 """The prompt template of a checkpoint: its config decides, its name comes last, and it is said."""
 
-import argparse
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from llava.eval.compare import suite
 from llava.eval.efficiency.arguments import fill_in_questions
 from llava.mm_utils import get_model_name_from_path, infer_conv_mode
 from llava.model import LlavaConfig, LlavaMistralConfig
+from llava.program_parser import ProgramParser
 from llava.serve.engine import Engine
 from llava.train.llava_family import LlavaFamily
 from tests.model.checkpoint_tools import CHECKPOINT, NEXT, copy_of
@@ -143,7 +143,7 @@ def test_answering_programs_ask_the_checkpoint(tmp_path, monkeypatch, program):
 def test_other_programs_ask_the_checkpoint(tmp_path, monkeypatch):
     folder = copy_of(CHECKPOINT, tmp_path / "my-v0", conv_mode="mpt")
     monkeypatch.setattr(sys, "argv", ["suite", "--model-path", str(folder), "--data-dir", "d"])
-    parser = argparse.ArgumentParser()
+    parser = ProgramParser()
     suite.add_suite_args(parser, out="runs")
     assert suite.parse_suite_args(parser).conv_mode == "mpt"
     args = SimpleNamespace(model_path=str(folder), model_base=None, conv_mode="auto")

@@ -3,13 +3,15 @@
 import ast
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
 
 from llava import command
+from llava.errors import one_line_warnings
 from llava.eval import run_llava
-from llava.program_parser import RANGES, ProgramParser, typed_command
+from llava.program_parser import RANGES, TYPED, ProgramParser, Several, typed_command
 from llava.train.run import FlagParser
 from tests.paths import ROOT
 
@@ -63,13 +65,82 @@ def test_a_wrong_option_is_answered_by_the_command_that_was_typed(words):
 
 
 def test_no_program_of_the_package_has_another_parser():
-    """The only other one never prints anything: it picks options out of a script's words."""
     others = []
-    for path in sorted((ROOT / "llava").rglob("*.py")):
+    for path in sorted([*ROOT.glob("llava/**/*.py"), *ROOT.glob("scripts/*.py")]):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ArgumentParser"):
-                others.append((path.name, [key.arg for key in node.keywords]))
-    assert others == [("script_args.py", ["add_help", "allow_abbrev"])]
+                others.append(path.name)
+    assert others == []
+
+
+def test_an_option_may_be_written_with_dashes_or_underscores_however_it_was_added():
+    parser = ProgramParser("")
+    parser.add_argument_group("a group").add_argument("--top_p", type=float)
+    parser.add_argument("--data-dir")
+    for flag in ("--top_p", "--top-p", "--top"):
+        assert parser.parse_args([flag, "0.5"]).top_p == 0.5
+    for words in (["--data_dir=a_b"], ["--data-dir=a_b"], ["--data_d", "a_b"]):
+        assert parser.parse_args(words).data_dir == "a_b"
+    parser.add_argument("words", nargs="*")
+    assert parser.parse_args(["--", "--data_dir"]).words == ["--data_dir"]
+    assert parser.parse_known_args(["--other_option"])[1] == ["--other_option"]
+
+
+@pytest.mark.parametrize("words", (["3", "4"], ["3,4"], ["3,", "4"], ["3", ",", "4"]))
+def test_a_list_has_spaces_or_commas_between_its_words(words):
+    parser = ProgramParser("")
+    parser.add_argument("--sizes", action=Several, type=int, default=[1])
+    assert parser.parse_args(["--sizes", *words]).sizes == [3, 4]
+    assert parser.parse_args([]).sizes == [1]
+
+
+def test_a_wrong_word_of_a_list_is_named(capsys):
+    parser = ProgramParser("")
+    parser.add_argument("--sizes", action=Several, type=int)
+    parser.add_argument("--tasks", action=Several, choices=("pope", "gqa"))
+    for words, said in (
+        (["--sizes", "3,x"], "argument --sizes: invalid int value: '3,x'"),
+        (["--tasks", "gqa,pop"], "argument --tasks: unknown choice 'pop' (did you mean 'pope'?)"),
+        (["--tasks", "mmstar"], "unknown choice 'mmstar', choose from pope, gqa"),
+    ):
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+        assert capsys.readouterr().err.endswith(f"{said}\n")
+
+
+def test_help_says_a_default_that_its_text_leaves_out():
+    parser = ProgramParser("")
+    parser.add_argument("--rate", default=0, help="the 50 %% rate")
+    parser.add_argument("--sizes", default=[1, 2], help="some sizes")
+    parser.add_argument("--all", action="store_true", help="all of them")
+    parser.add_argument("--name", default="x", help="a name (default: the usual one)")
+    text = parser.format_help()
+    assert "the 50 % rate (default: 0)" in text and "some sizes (default: 1 2)" in text
+    assert text.count("default") == 3
+
+
+def test_errors_behind_a_script_have_the_name_that_was_typed_and_no_usage(monkeypatch, capsys):
+    monkeypatch.setenv(TYPED, "llava eval pope")
+    with pytest.raises(SystemExit) as ended:
+        run_llava.build_parser().parse_args(["--max-new-tokens", "0"])
+    said = "llava eval pope: error: argument --max-new-tokens: 0 must be at least 1\n"
+    assert ended.value.code == 2 and capsys.readouterr().err == said
+    assert TYPED in (ROOT / "scripts/eval_common.sh").read_text()
+
+
+def test_a_warning_of_the_package_is_one_line_without_its_place():
+    one_line_warnings()
+    own = warnings.formatwarning("it is so", UserWarning, run_llava.__file__, 7)
+    assert own == "warning: it is so\n"
+    assert __file__ in warnings.formatwarning("it is so", UserWarning, __file__, 7)
+
+
+def test_a_program_for_one_method_says_which_takes_several(capsys):
+    for words in (["--methods", "a", "b"], ["--methods", "a,b"], ["--method", "a", "b"]):
+        with pytest.raises(SystemExit):
+            run_llava.build_parser().parse_args(words)
+        said = "one method runs here, --pruning-method a; llava compare --methods a b compares"
+        assert said in capsys.readouterr().err
 
 
 def test_help_begins_with_the_first_line_or_with_all_of_the_text(capsys):

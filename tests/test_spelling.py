@@ -7,7 +7,7 @@ from llava.eval.benchmarks import find_benchmark
 from llava.program_parser import ProgramParser
 from llava.pruning import METHODS, build_pruner
 from llava.pruning.cli import add_pruning_args
-from llava.spelling import did_you_mean
+from llava.spelling import did_you_mean, unknown
 
 
 def test_the_nearest_word_is_named_and_nothing_where_none_is_near():
@@ -17,8 +17,27 @@ def test_the_nearest_word_is_named_and_nothing_where_none_is_near():
     assert did_you_mean("rnu", COMMANDS) == " (did you mean 'run'?)"
 
 
+def test_a_word_that_merely_has_some_of_the_letters_is_not_suggested():
+    assert did_you_mean("nope", METHODS) == ""  # which is not none
+    assert did_you_mean("--limit", ["--time-limit", "--layers"]) == ""
+
+
+def test_a_list_of_all_words_comes_only_where_none_is_suggested():
+    assert unknown("word", "botlte", ["bottle", "cup"]) == (
+        "unknown word 'botlte' (did you mean 'bottle'?)"
+    )
+    assert unknown("word", "x", ["bottle", "cup"]) == "unknown word 'x', choose from bottle, cup"
+
+
+@pytest.mark.parametrize("name", ["vispruner,fastv", "vispruner, fastv", "vispruner fastv"])
+def test_several_methods_where_one_is_taken_are_answered_with_what_takes_them(name):
+    said = r"vispruner\+fastv is two in a row, and llava compare --methods vispruner fastv compares"
+    with pytest.raises(ValueError, match=said):
+        build_pruner(name)
+
+
 def test_methods_options_and_benchmarks_are_suggested():
-    with pytest.raises(ValueError, match=r"'divprun' \(did you mean 'divprune'\?\), choose from"):
+    with pytest.raises(ValueError, match=r"'divprun' \(did you mean 'divprune'\?\)$"):
         build_pruner("divprun")
     with pytest.raises(ValueError, match=r"\(did you mean 'important_ratio'\?\)"):
         build_pruner("vispruner", importent_ratio=0.5)
@@ -38,15 +57,15 @@ def parser():
     "words, meant",
     [
         (["--visual-token-nun", "3"], "--visual-token-num"),
-        (["--importent-ratio=0.5"], "--important-ratio"),
-        (["--device", "cude"], "cuda"),
+        (["--importent_ratio=0.5"], "--important-ratio"),
+        (["--device", "cdua"], "cuda"),
         (["--generation-strategy", "selfspeculative"], "self_speculative"),
     ],
 )
 def test_a_parser_suggests_options_and_choices(parser, words, meant, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(words)
-    assert f"(did you mean '{meant}'?)" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(f" (did you mean '{meant}'?)\n")
 
 
 def test_a_parser_keeps_its_other_messages(capsys):

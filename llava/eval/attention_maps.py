@@ -26,7 +26,7 @@ from llava.errors import errors_as_messages
 from llava.eval.files.writing import write_json
 from llava.eval.run_llava import DEFAULT_QUERY, image_parser, load_images, with_marks
 from llava.front_end import FrontEnd
-from llava.model_args import add_asking_args, add_option, load_front_end
+from llava.model_args import add_asking_args, add_length_arg, load_front_end
 from llava.playground import default_image
 from llava.program_parser import ProgramParser
 from llava.pruning import trace_pruning
@@ -151,13 +151,21 @@ def overview(pictures: list[Image.Image]) -> Image.Image:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = ProgramParser(__doc__)
-    add_option(parser, "--image-file", help="file or URL; several with --sep between them")
-    add_option(parser, "--query", help=f"{IMAGE_PLACEHOLDER} in it says where an image goes")
-    add_option(parser, "--sep", default=",", help="between image files (default: a comma)")
-    add_option(parser, "--layer", type=int, default=-1, help="decoder layer from 0 (default: last)")
-    add_option(parser, "--head", type=int, help="attention head from 0 (default: mean of all)")
-    add_option(parser, "--max-new-tokens", type=int, default=64)
-    add_option(parser, "--output-dir", required=True)
+    parser.add_argument("--image-file", help="file or URL; several with --sep between them")
+    parser.add_argument(
+        "--query", help=f"the question; {IMAGE_PLACEHOLDER} in it says where an image goes"
+    )
+    parser.add_argument(
+        "--sep", default=",", help="what stands between image files (default: a comma)"
+    )
+    parser.add_argument(
+        "--layer", type=int, default=-1, help="decoder layer, counted from 0 (default: the last)"
+    )
+    parser.add_argument(
+        "--head", type=int, help="attention head, counted from 0 (default: the mean of all)"
+    )
+    add_length_arg(parser, 64)
+    parser.add_argument("--output-dir", required=True, help="folder of the pictures")
     add_asking_args(parser)
     return parser
 

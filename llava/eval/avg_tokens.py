@@ -15,7 +15,7 @@ from llava.eval import markdown
 from llava.eval.answering.questions import Question, load_image, questions_of, subset
 from llava.eval.benchmarks import viscot
 from llava.front_end import FrontEnd
-from llava.model_args import add_asking_args, add_option, load_front_end
+from llava.model_args import add_asking_args, load_front_end
 from llava.program_parser import ProgramParser
 from llava.pruning.frames import covered, image_frames
 
@@ -46,8 +46,8 @@ def mean_share(questions: Iterable[Question], front: FrontEnd, folder: str) -> f
 def main():
     parser = ProgramParser(__doc__)
     parser.add_argument("files", nargs="+", help="question files of Visual-CoT")
-    add_option(parser, "--image-folder", default="")
-    add_option(parser, "--limit", type=int, help="about so many questions, evenly spread")
+    parser.add_argument("--image-folder", default="", help="folder of the images")
+    parser.add_argument("--limit", type=int, help="about so many questions, evenly spread")
     add_asking_args(parser)
     args = parser.parse_args()
     folder, front = os.path.expanduser(args.image_folder), load_front_end(args)

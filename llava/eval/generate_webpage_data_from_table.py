@@ -90,7 +90,9 @@ def models_of(path: str) -> dict:
 def main():
     parser = ProgramParser(__doc__)
     parser.add_argument("--table", default="table", help="folder of the tables")
-    parser.add_argument("--output", default=os.path.join("webpage", "data.json"))
+    parser.add_argument(
+        "--output", default=os.path.join("webpage", "data.json"), help="file to write"
+    )
     args = parser.parse_args()
     content = build(args.table)
     os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)

@@ -28,7 +28,6 @@ def main():
     parser = build_parser(__doc__)
     parser.add_argument(
         "--model-name",
-        "--model_name",
         dest="model_path",
         default=argparse.SUPPRESS,
         help="LLaVA's word for --model-path in this program",

@@ -20,10 +20,14 @@ from llava.eval.benchmarks.mmbench import (
 def main():
     parser = build_parser(__doc__)
     parser.add_argument(
-        "--all-rounds", "--all_rounds", action="store_true", help="ask with every rotation"
+        "--all-rounds", action="store_true", help="ask with every rotation of the options"
     )
-    parser.add_argument("--single-pred-prompt", "--single_pred_prompt", action="store_true")
-    parser.add_argument("--lang", default="en", choices=sorted(LETTER_PROMPT))
+    parser.add_argument(
+        "--single-pred-prompt", action="store_true", help="ask for the letter of the option alone"
+    )
+    parser.add_argument(
+        "--lang", default="en", choices=sorted(LETTER_PROMPT), help="language of the prompt"
+    )
     args = parse_args(parser)
     use_playground_questions(parser, args, "mmbench/mmbench_dev_20230712.tsv", "images")
     to_questions = partial(

@@ -20,12 +20,13 @@ def main():
     parser = build_parser(__doc__, "llvisionqa_dev.json")
     parser.add_argument(
         "--questions-file",
-        "--questions_file",
         dest="question_file",
         default=argparse.SUPPRESS,
         help="LLaVA's word for --question-file in this program",
     )
-    parser.add_argument("--lang", default="en", choices=sorted(INSTRUCTION))
+    parser.add_argument(
+        "--lang", default="en", choices=sorted(INSTRUCTION), help="language of the prompt"
+    )
     args = parse_args(parser)
     records = read_json_list(args.question_file)
     run(args, records, partial(qbench_questions, lang=args.lang))

@@ -15,10 +15,10 @@ from llava.eval.files.records import read_json_list
 @errors_as_messages()
 def main():
     parser = build_parser(__doc__, "tables/question.json")
-    parser.add_argument("--single-pred-prompt", "--single_pred_prompt", action="store_true")
     parser.add_argument(
-        "--answer-prompter", "--answer_prompter", action="store_true", help="accepted, no effect"
+        "--single-pred-prompt", action="store_true", help="ask for the letter of the option alone"
     )
+    parser.add_argument("--answer-prompter", action="store_true", help="accepted, no effect")
     args = parse_args(parser)
     records = read_json_list(args.question_file)
     run(args, records, partial(science_questions, single_pred_prompt=args.single_pred_prompt))

@@ -29,29 +29,28 @@ def add_viscot_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--brief", action="store_true", help="ask for a single word or phrase")
     group.add_argument(
         "--do-func-name",
-        "--do_func_name",
         choices=FUNCTIONS,
         default=FUNCTIONS[0],
         help="glimpse: choose tokens and compare them with the boxes, without answering",
     )
     group.add_argument(
         "--use-ref-masks",
-        "--use_ref_masks",
         action="store_true",
         help="keep what the boxes cover, in place of what the method would choose (it needs the "
         "option ref_boxes)",
     )
     group.add_argument(
         "--use-zero-masks",
-        "--use_zero_masks",
         dest="pruning_arg",
         action="append_const",
         const="reduce_threshold=1",
-        help="no token is worth keeping, so that the method's minimum stays: reduce_threshold=1",
+        help="keep no more than the method's minimum: reduce_threshold=1",
     )
-    group.add_argument("--num-samples", "--num_samples", dest="limit", type=int, help="as --limit")
     group.add_argument(
-        "--measure-memory", "--measure_memory", action="store_true", help="of a GPU, per answer"
+        "--num-samples", dest="limit", type=int, help="the release's word for --limit"
+    )
+    group.add_argument(
+        "--measure-memory", action="store_true", help="note the memory of a GPU with every answer"
     )
     parser.set_defaults(measure=True)
 

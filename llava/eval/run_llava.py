@@ -27,7 +27,13 @@ from llava.engine.options import add_engine_args
 from llava.errors import errors_as_messages
 from llava.front_end import in_order
 from llava.mm_utils import load_image
-from llava.model_args import add_asking_args, add_option, load_front_end, sampling
+from llava.model_args import (
+    add_asking_args,
+    add_length_arg,
+    add_sampling_args,
+    load_front_end,
+    sampling,
+)
 from llava.playground import default_image
 from llava.program_parser import ProgramParser
 from llava.pruning import trace_pruning
@@ -51,18 +57,20 @@ def load_images(image_files: list[str]) -> list[Image.Image]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = ProgramParser(__doc__)
-    add_option(parser, "--image-file", help="file or URL; several with --sep between them")
-    add_option(parser, "--video-file", help="file, or folder of frames; several like image files")
-    add_option(parser, "--fps", type=float, help="frames a second to take of a video (2)")
-    add_option(parser, "--num-frames", type=int, help="the most frames to take of a video (768)")
-    places = f"{IMAGE_PLACEHOLDER} and {VIDEO_PLACEHOLDER} in it say where images and videos go"
-    add_option(parser, "--query", help=places)
-    add_option(parser, "--sep", default=",", help="between files (default: a comma)")
-    add_option(parser, "--temperature", type=float, default=0.2, help="0: no sampling")
-    add_option(parser, "--top-p", type=float)
-    add_option(parser, "--num-beams", type=int, default=1)
-    add_option(parser, "--max-new-tokens", type=int, default=512)
-    add_option(parser, "--show-pruning", metavar="FILE.png", help="draw the patches that were kept")
+    parser.add_argument("--image-file", help="file or URL; several with --sep between them")
+    parser.add_argument("--video-file", help="file, or folder of frames; several like image files")
+    parser.add_argument("--fps", type=float, help="frames a second to take of a video (default: 2)")
+    parser.add_argument(
+        "--num-frames", type=int, help="the most frames to take of a video (default: 768)"
+    )
+    places = f"the question; {IMAGE_PLACEHOLDER} and {VIDEO_PLACEHOLDER} in it say where these go"
+    parser.add_argument("--query", help=places)
+    parser.add_argument("--sep", default=",", help="what stands between files (default: a comma)")
+    add_sampling_args(parser)
+    add_length_arg(parser, 512)
+    parser.add_argument(
+        "--show-pruning", metavar="FILE.png", help="write a picture of the patches that were kept"
+    )
     add_asking_args(parser)
     add_engine_args(parser)
     return parser

@@ -130,10 +130,14 @@ def score(benchmark: Benchmark, args, asked: Records, records: list[dict]) -> di
 def main():
     parser = ProgramParser(__doc__)
     parser.add_argument("benchmark", help="name of a benchmark, see llava/eval/benchmarks")
-    parser.add_argument("--data-dir", default="playground/data/eval")
-    parser.add_argument("--question-file", help="default: the benchmark's, in the data folder")
-    parser.add_argument("--answers-file", required=True)
-    parser.add_argument("--limit", type=int, help="as it was when the questions were answered")
+    parser.add_argument(
+        "--data-dir", default="playground/data/eval", help="folder of the evaluation data"
+    )
+    parser.add_argument("--question-file", help="file of the questions (default: the benchmark's)")
+    parser.add_argument("--answers-file", required=True, help="the answers to score")
+    parser.add_argument(
+        "--limit", type=int, help="the --limit with which the questions were answered"
+    )
     parser.add_argument(
         "--judge-wording",
         help="the benchmark's own rule.json or few-shot prompt (default: that in the data folder, "

@@ -18,9 +18,9 @@ def apply_delta(base_model_path: str, target_model_path: str, delta_path: str) -
 
 def main() -> None:
     parser = ProgramParser(__doc__)
-    parser.add_argument("--base-model-path", required=True)
+    parser.add_argument("--base-model-path", required=True, help="folder of the language model")
     parser.add_argument("--target-model-path", required=True, help="folder to write")
-    parser.add_argument("--delta-path", required=True)
+    parser.add_argument("--delta-path", required=True, help="folder of the difference to it")
     args = parser.parse_args()
     apply_delta(args.base_model_path, args.target_model_path, args.delta_path)
 

@@ -41,7 +41,7 @@ from ..llava_hf import (
 )
 from ..log_output import say
 from ..mm_utils import get_model_name_from_path
-from ..model_args import DTYPES, add_option
+from ..model_args import DTYPES
 from ..program_parser import ProgramParser
 from ..pruning.required import required
 from ..weight_files import float_type_in, local_folder, weight_files
@@ -359,17 +359,17 @@ def main() -> None:
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--to", choices=(LLAMA, LAYOUT, QWEN), help="layout to write")
     way.add_argument("--from", dest="source", choices=(LAYOUT,), help="layout to write in ours")
-    add_option(parser, "--model-path", required=True, help="folder or hub repository to read")
-    add_option(parser, "--model-base", help="base model of a projector or LoRA checkpoint")
-    add_option(parser, "--save-model-path", required=True, help="new folder to write")
-    add_option(
-        parser,
+    parser.add_argument("--model-path", required=True, help="folder or hub repository to read")
+    parser.add_argument("--model-base", help="base model of a projector or LoRA checkpoint")
+    parser.add_argument("--save-model-path", required=True, help="new folder to write")
+    parser.add_argument(
         "--names",
         choices=GENERATIONS,
         default=RELEASED,
-        help="of weights: as in released files (default), or of modules since transformers 4.52",
+        help="names of the weights: as in released files, or as modules are called since "
+        "transformers 4.52",
     )
-    add_option(parser, "--dtype", choices=DTYPES, help="of all weights (default: as stored)")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of all weights (default: as stored)")
     args = parser.parse_args()
     export(
         args.model_path,

@@ -25,8 +25,8 @@ def make_delta(
 
 def main() -> None:
     parser = ProgramParser(__doc__)
-    parser.add_argument("--base-model-path", required=True)
-    parser.add_argument("--target-model-path", required=True)
+    parser.add_argument("--base-model-path", required=True, help="folder of the language model")
+    parser.add_argument("--target-model-path", required=True, help="folder of the trained model")
     parser.add_argument("--delta-path", required=True, help="folder to write")
     parser.add_argument("--hub-repo-id", help="upload the result to this repository")
     args = parser.parse_args()

@@ -113,8 +113,8 @@ def build_pruner(name: str = "none", **options) -> Pruner:
     if unknown := [key for key in options if key not in known]:
         meant = did_you_mean(unknown[0], known)
         raise ValueError(
-            f"unknown option {', '.join(map(repr, unknown))} for pruning method {name!r}{meant}, "
-            f"choose from {', '.join(known) or 'none (it has no options)'}"
+            f"unknown option {', '.join(map(repr, unknown))} for pruning method {name!r}"
+            + (meant or f", choose from {', '.join(known) or 'none (it has no options)'}")
         )
     if len(given := [options[key] for key in BUDGETS if options.get(key) is not None]) > 1:
         raise ValueError(two_budgets(*given))

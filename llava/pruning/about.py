@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import Field, fields, is_dataclass
 
 from .base import Pruner
+from .choice import BUDGETS
 from .stages import HOOKS, DecoderStage, Stage, VisionStage, fills
 
 #: what a budget may count, see `what_budget_counts`
 EVERY_LAYER, AVERAGE, LATER_LAYERS, AT_MOST = "every layer", "average", "later layers", "at most"
+#: where a method acts -> the name of its group in a list of methods
+PLACES = {
+    "nowhere": "no pruning",
+    "before": "before the decoder",
+    "inside": "inside the decoder",
+    "both": "before and inside the decoder",
+}
+#: (where it acts, whether it was trained) of the groups, in their order
+GROUPS = [(place, trained) for trained in (False, True) for place in PLACES]
 SLACK = 0.05  # share by which an average may miss the budget, as layers are whole
 
 
@@ -45,6 +56,32 @@ def where_it_acts(method: type[Pruner]) -> str:
 def is_trained(method: type[Pruner]) -> bool:
     """Whether a method needs a part of its own that was trained."""
     return method.part_folders is not Pruner.part_folders and not method.part_is_optional
+
+
+def group_name(place: str, trained: bool) -> str:
+    """What the group of methods that act there is called in a list."""
+    return PLACES[place] + (", trained" if trained else "")
+
+
+def settings_in_words(pruner: Pruner) -> list[str]:
+    """A line on every method that a setting consists of and that has options: "FastV: layer 2". Of
+    the method in a wrapper the budget is left out, as the wrapper sets it."""
+    lines, inner = [], False
+    for one in pruner.named.values():
+        known: tuple[Field, ...] = fields(one) if is_dataclass(one) else ()
+        options = {option.name: getattr(one, option.name) for option in known}
+        around = [value for value in options.values() if isinstance(value, Pruner)]
+        hidden = BUDGETS if inner else ()
+        said = [
+            f"{key} {value}"
+            for key, value in options.items()
+            if value is not None and value not in around and key not in hidden
+        ]
+        title = " around ".join(type(method).__name__ for method in (one, *around))
+        if options:
+            lines.append(f"{title}: {', '.join(said) or 'all options at their defaults'}")
+        inner = bool(around)
+    return lines
 
 
 def what_budget_counts(

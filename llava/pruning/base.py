@@ -110,6 +110,11 @@ class Pruner:
         """The method for one of the `parts` equal parts that share the budget of an image."""
         return self
 
+    def for_crops(self, crops: int) -> Self:
+        """The method with the same share of an image of `crops` crops: its number of tokens so many
+        times."""
+        return self
+
     def choosing(self, num_tokens: int) -> Pruner:
         """The method set to keep `num_tokens` tokens of an image as they are, and to blend none:
         what a wrapper asks of the method in it. Raises ValueError where it cannot."""
@@ -200,6 +205,10 @@ class ShareOption(Pruner):
         if parts == 1 or number is None:
             return self
         return self._with_number(max(1, number // parts))
+
+    def for_crops(self, crops: int) -> Self:
+        number = self.visual_token_num
+        return self if crops == 1 or number is None else self._with_number(crops * number)
 
     def choosing(self, num_tokens: int) -> Pruner:
         return self._with_number(num_tokens)

@@ -121,6 +121,10 @@ class Chain(Pruner):
         first, second = (method.for_part(parts) for method in self.methods)
         return replace(self, first=first, second=second)
 
+    def for_crops(self, crops: int) -> Self:
+        first, second = (method.for_crops(crops) for method in self.methods)
+        return replace(self, first=first, second=second)
+
     def left_by_first(self, num_patches: int, num_layers: int, crops: int) -> tuple[int, int]:
         """(tokens per crop, crops) that the second method starts from."""
         total = self.first.token_schedule(num_patches, num_layers, crops)[0]

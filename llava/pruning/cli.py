@@ -7,13 +7,14 @@ import ast
 import sys
 
 from ..constants import STRATEGIES
+from ..program_parser import dashed
 from . import METHODS, Pruner, all_option_names, build_pruner, can_draft, guess_method, no_drafter
 from .choice import all_names
 
 
 def add_pruning_args(parser: argparse.ArgumentParser) -> None:
     """Adds --pruning-method, --visual-token-num, --pruning-arg and a flag for every option of every
-    method (underscores work as well)."""
+    method. `--methods`, which programs have that run several, is answered with what to write."""
     group = parser.add_argument_group(
         "pruning",
         "Every option of a method (docs/Methods.md) is a flag as well: --important-ratio 0.5. One "
@@ -21,19 +22,37 @@ def add_pruning_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--pruning-method",
-        "--pruning_method",
         metavar="NAME",
-        help=f"how visual tokens are pruned: {', '.join(sorted(METHODS))}, or two in a row as "
-        "METHOD+METHOD (default: what the other options belong to, without any: none)",
+        help=f"how visual tokens are pruned: {names_in_words()} (default: none, or the method that "
+        "the options below belong to where there are any)",
     )
+    group.add_argument("--methods", action=OneMethod, nargs="*", help=argparse.SUPPRESS)
     add_option_args(parser, group)
     group.add_argument(
         "--generation-strategy",
-        "--generation_strategy",
         choices=STRATEGIES,
         default=STRATEGIES[0],
-        help="self_speculative lets a method that can guess tokens do so: the same answers, sooner",
+        help="how answers are generated; self_speculative: a method that can guess tokens does so, "
+        "for the same answers in less time",
     )
+
+
+class OneMethod(argparse.Action):
+    """Says how to name one method, or where several are run."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        names = ",".join(values).replace(",", " ").split() or ["NAME"]
+        parser.error(
+            f"argument {option_string}: one method runs here, --pruning-method {names[0]}; "
+            f"llava compare --methods {' '.join(names)} compares several"
+        )
+
+
+def names_in_words() -> str:
+    """What a method may be called on a command line."""
+    wrappers = [name for name, method in METHODS.own.items() if method.wraps]
+    around = "".join(f", {name}+METHOD for one that works around another" for name in wrappers)
+    return f"{', '.join(sorted(METHODS))}, METHOD+METHOD for two in a row{around}"
 
 
 def add_option_args(parser: argparse.ArgumentParser, group=None) -> None:
@@ -42,19 +61,26 @@ def add_option_args(parser: argparse.ArgumentParser, group=None) -> None:
     group = group or parser
     group.add_argument(
         "--visual-token-num",
-        "--visual_token_num",
         type=int,
         metavar="N",
         help="token budget per image (default: the method's own)",
     )
     group.add_argument(
+        "--visual-token-ratio",
+        action="append",
+        dest="pruning_arg",
+        type=lambda text: f"visual_token_ratio={text}",
+        default=argparse.SUPPRESS,
+        metavar="SHARE",
+        help="in place of a number, a share of the tokens that an image has: above 0, at most 1",
+    )
+    group.add_argument(
         "--pruning-arg",
-        "--pruning_arg",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="any other option of the method, repeatable; of METHOD+METHOD with the method's name "
-        "as a prefix: fastv_layer=3",
+        help="any other option of the method, repeatable; in METHOD+METHOD the name of the method "
+        "stands before it, as in fastv_layer=3",
     )
     for name in all_names(METHODS.own):
         add_flag(group, name)
@@ -81,9 +107,7 @@ def method_name(text: str) -> str:
 def add_flag(parser, option: str) -> None:
     """Adds `--option VALUE` as another way to say `--pruning-arg option=VALUE`, unless the program
     has such a flag of its own."""
-    flags = dict.fromkeys((f"--{option.replace('_', '-')}", f"--{option}"))
-    if len(option) == 1:
-        flags[f"-{option}"] = None
+    flags = [dashed(f"--{option}"), *([f"-{option}"] if len(option) == 1 else [])]
     if not any(flag in parser._option_string_actions for flag in flags):
         parser.add_argument(
             *flags,

@@ -1,22 +1,35 @@
-"""What a setting means: tokens per decoder layer, operations and cache, on published model sizes.
+"""The methods there are; or, of methods that are named: what a setting of them means in tokens per
+decoder layer, operations and cache, on published model sizes.
 
-python -m llava.pruning                                      the methods there are
-python -m llava.pruning vispruner --visual-token-num 192
-python -m llava.pruning vispruner+fastv --pruning-arg fastv_layer=3 --text-tokens 60
+    llava methods                                            all of them, by where they act
+    llava methods vispruner --visual-token-num 192
+    llava methods vispruner fastv                            one after the other
+    llava methods vispruner+fastv --pruning-arg fastv_layer=3 --text-tokens 60
+
+A budget is that of LLaVA-1.5, whose images have 576 tokens. LLaVA-NeXT is shown with five times as
+many where those fit, as its images have up to five crops of 576.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from ..program_parser import ProgramParser
+from ..program_parser import ProgramParser, Several
 from . import METHODS, Pruner
-from .about import how_it_chooses, sentence_about
-from .cli import add_option_args, pruner_from_args
+from .about import (
+    GROUPS,
+    group_name,
+    how_it_chooses,
+    is_trained,
+    sentence_about,
+    settings_in_words,
+    where_it_acts,
+)
+from .cli import add_option_args, names_in_words, pruner_from_args
 from .cost import FORMULAS, DecoderShape, kv_cache_bytes, prefill_flops
 from .registry import Unusable
 
@@ -106,14 +119,16 @@ def sizes(layers: int | None = None) -> Iterator[tuple[str, DecoderShape]]:
             yield wide, replace(shape, num_layers=layers)
 
 
-def parse_args(arguments: list[str] | None) -> argparse.Namespace:
-    parser = ProgramParser(__doc__)
+def parse_args(arguments: list[str] | None) -> Namespace:
+    parser = ProgramParser(__doc__, whole=True)
+    text = f"{names_in_words()} (default: the method that the options belong to, or the list)"
+    parser.add_argument("names", metavar="METHOD", nargs="*", action=Several, default=[], help=text)
     parser.add_argument(
-        "pruning_method",
+        *("--methods", "--pruning-method"),
         metavar="METHOD",
-        nargs="?",
-        help=f"{', '.join(sorted(METHODS))}, or METHOD+METHOD (default: the one that the options "
-        "belong to, without any a list of all methods)",
+        action=Several,
+        default=[],
+        help="the same, as other programs name methods",
     )
     add_option_args(parser)
     parser.add_argument(
@@ -131,6 +146,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         help="text tokens counted beside those of the image (default: 0)",
     )
     args = parser.parse_args(arguments)
+    args.names += args.methods
     if args.layers is not None and args.layers < 1:
         parser.error(f"--layers ({args.layers}) must be at least 1")
     if args.text_tokens < 0:
@@ -139,30 +155,65 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def listing() -> Iterator[str]:
-    """A line about every method: what it does, or why it cannot be used."""
-    for name, method in METHODS.items():
-        said = method.reason if issubclass(method, Unusable) else f"{how_it_chooses(method)}."
-        yield f"{name:<14} {said}"
+    """A line about every method, group by group: what it does, or why it cannot be used."""
+    methods = METHODS.items()
+    lines = {name: f"  {name:<14} {how_it_chooses(method)}." for name, method in methods}
+    broken = {name: method for name, method in methods if issubclass(method, Unusable)}
+    groups = {
+        name: (where_it_acts(method), is_trained(method))
+        for name, method in methods
+        if name not in broken
+    }
+    for group in GROUPS:
+        if members := [lines[name] for name, own in groups.items() if own == group]:
+            yield from (f"{group_name(*group).capitalize()}", *members, "")
+    if broken:
+        yield from ("Not usable here", *(f"  {n:<14} {m.reason}" for n, m in broken.items()), "")
+    yield "llava methods METHOD explains one; two in a row are METHOD+METHOD."
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    if not (args.pruning_method or args.pruning_arg or args.visual_token_num):
+    if not (args.names or args.pruning_arg or args.visual_token_num):
         print("\n".join(listing()))
         return
     try:
-        pruner = pruner_from_args(args)
+        named = dict.fromkeys(args.names or [None])
+        pruners = [pruner_from_args(Namespace(**vars(args), pruning_method=name)) for name in named]
     except ValueError as error:
         sys.exit(f"error: {error}")
+    runs = []
+    for number, pruner in enumerate(pruners):
+        print(end="\n\n" if number else "")
+        runs.append(explain(pruner, args))
+    if not all(runs):
+        sys.exit(1)
+
+
+def explain(pruner: Pruner, args: Namespace) -> bool:
+    """Prints what a setting means; returns whether it runs on any of the models."""
     for part in pruner.name.split("+"):
         print(sentence_about(METHODS[part]))
-    print(pruner)
+    print(*settings_in_words(pruner), sep="\n")
     runs = False
     for version, crops in CROPS.items():
         for title, shape in sizes(args.layers):
-            print(f"\n{version} {title}")
-            for line in describe(pruner, shape, crops, args.text_tokens):
+            own, note = at_the_same_share(pruner, shape, crops)
+            print(f"\n{version} {title}{note}")
+            for line in describe(own, shape, crops, args.text_tokens):
                 print(f"  {line}")
                 runs |= not line.startswith(DOES_NOT_RUN)
-    if not runs:
-        sys.exit(1)
+    return runs
+
+
+def at_the_same_share(pruner: Pruner, shape: DecoderShape, crops: int) -> tuple[Pruner, str]:
+    """The setting for an image of several crops, and what to say of it: its number of tokens times
+    as many, unless the method has none, or so many do not fit."""
+    scaled = pruner.for_crops(crops)
+    if settings_in_words(scaled) == settings_in_words(pruner):
+        return pruner, ""
+    try:
+        Plan.of(scaled, shape, crops)
+    except ValueError:
+        return pruner, ""
+    return scaled, f" ({crops} crops of an image, so {crops} times the budget)"

@@ -20,7 +20,7 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import ClassVar
 
-from ..spelling import did_you_mean
+from ..spelling import unknown
 from .base import Pruner
 from .published import Published
 
@@ -100,14 +100,21 @@ class Methods(MutableMapping[str, type[Pruner]]):
         """The class of the method. Raises ValueError, with the choices, on an unknown name, and
         with the cause where the package that brings it cannot be used."""
         if name not in self:
-            meant = did_you_mean(name, self)
-            raise ValueError(
-                f"unknown pruning method {name!r}{meant}, choose from {', '.join(self)}"
-            )
+            raise ValueError(self.unknown(name))
         method = self[name]
         if issubclass(method, Unusable):
             raise ValueError(method.reason) from method.cause
         return method
+
+    def unknown(self, name: str) -> str:
+        """What to say to someone who names a method that there is not."""
+        names = re.split(r"[\s,]+", name.strip())
+        if len(names) > 1 and all(part in self for part in names):
+            return (
+                f"one method is taken here, not {name!r}: {'+'.join(names[:2])} is two in a row, "
+                f"and llava compare --methods {' '.join(names)} compares them"
+            )
+        return unknown("pruning method", name, self)
 
 
 def load(points: list[EntryPoint]) -> type[Pruner]:

@@ -18,7 +18,13 @@ from llava.errors import errors_as_messages
 from llava.front_end import FrontEnd
 from llava.mm_utils import load_image
 from llava.model.inputs import Picture
-from llava.model_args import add_asking_args, add_option, load_front_end, sampling
+from llava.model_args import (
+    add_asking_args,
+    add_length_arg,
+    add_sampling_args,
+    load_front_end,
+    sampling,
+)
 from llava.playground import default_image
 from llava.program_parser import ProgramParser
 
@@ -72,11 +78,10 @@ class Chat:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = ProgramParser(__doc__)
-    add_option(parser, "--image-file", help="file or URL (default: one of the playground)")
-    add_option(parser, "--temperature", type=float, default=0.2, help="0: no sampling")
-    add_option(parser, "--top-p", type=float)
-    add_option(parser, "--max-new-tokens", type=int, default=512)
-    add_option(parser, "--debug", action="store_true", help="print prompts and raw answers")
+    parser.add_argument("--image-file", help="file or URL (default: one of the playground)")
+    add_sampling_args(parser, beams=False)
+    add_length_arg(parser, 512)
+    parser.add_argument("--debug", action="store_true", help="print prompts and raw answers")
     add_asking_args(parser)
     parser.set_defaults(num_beams=1)  # a beam cannot be streamed
     return parser

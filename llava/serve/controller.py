@@ -235,9 +235,14 @@ def controller_app(controller: Controller, token: str | None = None) -> FastAPI:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = ProgramParser(__doc__)
-    parser.add_argument("--host", default="localhost")
-    parser.add_argument("--port", type=int, default=21001)
-    parser.add_argument("--dispatch-method", choices=METHODS, default="shortest_queue")
+    parser.add_argument("--host", default="localhost", help="address to listen on")
+    parser.add_argument("--port", type=int, default=21001, help="port to listen on")
+    parser.add_argument(
+        "--dispatch-method",
+        choices=METHODS,
+        default="shortest_queue",
+        help="which of the workers of a model gets a request",
+    )
     parser.add_argument(
         "--allow-worker",
         action="append",

@@ -165,9 +165,11 @@ def check_worker_args(words: list[str]) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__, allow_abbrev=False)
-    parser.add_argument("--host", default=HERE, help="where the web page listens")
-    parser.add_argument("--port", type=int, default=7860, help="of the web page")
-    parser.add_argument("--model-path", help="default: the playground checkpoint")
+    parser.add_argument("--host", default=HERE, help="address of the web page")
+    parser.add_argument("--port", type=int, default=7860, help="port of the web page")
+    parser.add_argument(
+        "--model-path", help="folder, or name on the hub (default: the playground's)"
+    )
     add_token_arg(parser)
     return parser
 

@@ -31,23 +31,36 @@ SESSIONS = 256  # visitors whose dialogue is remembered
 
 def build_parser() -> argparse.ArgumentParser:
     parser = ProgramParser(__doc__)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the page to a network")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    parser.add_argument("--controller-url", default="http://localhost:21001")
     parser.add_argument(
-        "--concurrency-count", type=int, default=16, help="answers that are written at a time"
+        "--host", default="127.0.0.1", help="address of the page; 0.0.0.0 opens it to a network"
+    )
+    parser.add_argument(
+        "--port", type=int, help="port of the page (default: the first free one from 7860 on)"
+    )
+    parser.add_argument(
+        "--controller-url", default="http://localhost:21001", help="where the controller is"
+    )
+    parser.add_argument(
+        "--concurrency-count",
+        type=int,
+        default=16,
+        help="answers that are written at the same time",
     )
     parser.add_argument(
         "--model-list-mode",
         choices=("once", "reload"),
         default="once",
-        help="ask for the models at the start, or at every visit",
+        help="whether models are asked for at the start, or at every visit",
     )
-    parser.add_argument("--share", action="store_true", help="public address through gradio's site")
+    parser.add_argument(
+        "--share", action="store_true", help="give the page a public address through gradio's site"
+    )
     parser.add_argument(
         "--moderate", action="store_true", help="ask OpenAI's moderation service about every text"
     )
-    parser.add_argument("--embed", action="store_true", help="for a frame in another page")
+    parser.add_argument(
+        "--embed", action="store_true", help="make the page fit into a frame of another one"
+    )
     parser.add_argument(
         "--allow-host",
         action="append",
@@ -56,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="name under which visitors reach the page, for example behind a proxy; repeatable "
         "(default: those of loopback, or any where --host is not loopback)",
     )
-    parser.add_argument("--log-dir", default=".", help="where the two options below write")
+    parser.add_argument("--log-dir", default=".", help="folder of what the two options below write")
     parser.add_argument(
         "--log-conversations", action="store_true", help="write dialogues and votes to a file"
     )

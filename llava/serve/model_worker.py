@@ -18,7 +18,7 @@ from contextlib import redirect_stderr
 from ..engine.options import add_engine_args
 from ..errors import errors_as_messages
 from ..mm_utils import get_model_name_from_path
-from ..model_args import add_model_args, add_option, load_from_args
+from ..model_args import add_model_args, load_from_args
 from ..playground import default_model_path
 from ..program_parser import ProgramParser
 from ..pruning.cli import add_pruning_args, pruner_from_args
@@ -39,34 +39,33 @@ logger = logging.getLogger(__name__)
 
 def add_service_args(parser: argparse.ArgumentParser) -> None:
     """Adds the options that all kinds of workers share."""
-    add_option(parser, "--host", default="localhost")
-    add_option(parser, "--port", type=int, default=21002)
-    # Without a second spelling, so that --worker and --controller are clear abbreviations.
+    parser.add_argument("--host", default="localhost", help="address to listen on")
+    parser.add_argument("--port", type=int, default=21002, help="port to listen on")
     parser.add_argument(
         "--worker-address",
         help="how controller and clients call this worker (default: http://HOST:PORT)",
     )
-    parser.add_argument("--controller-address", default="http://localhost:21001")
-    add_option(parser, "--model-name", help="what clients call the model")
-    add_option(
-        parser,
+    parser.add_argument(
+        "--controller-address", default="http://localhost:21001", help="where the controller is"
+    )
+    parser.add_argument("--model-name", help="what clients call the model")
+    parser.add_argument(
         "--limit-model-concurrency",
         type=int,
         metavar="N",
         help=f"requests that are answered at the same time (default: {CONCURRENCY}; with --engine "
         f"{CONCURRENCY_OF_ENGINE})",
     )
-    add_option(
-        parser,
+    parser.add_argument(
         "--max-queue",
         type=int,
         default=32,
         metavar="N",
         help="requests that may wait beside them; more are refused with 503",
     )
-    add_option(parser, "--stream-interval", type=int, default=1, help="accepted, has no effect")
-    add_option(parser, "--no-register", action="store_true", help="run without a controller")
-    add_option(parser, "--log-dir", metavar="DIR", help="also log to a file in DIR")
+    parser.add_argument("--stream-interval", type=int, default=1, help="accepted, has no effect")
+    parser.add_argument("--no-register", action="store_true", help="run without a controller")
+    parser.add_argument("--log-dir", metavar="DIR", help="also log to a file in DIR")
     add_token_arg(parser)
 
 
@@ -75,13 +74,16 @@ def build_parser() -> argparse.ArgumentParser:
     add_service_args(parser)
     add_model_args(parser)
     add_engine_args(parser)
-    add_option(parser, "--use-flash-attn", action="store_true")
-    add_option(
-        parser, "--multi-modal", action="store_true", help="accepted: the checkpoint says it"
+    parser.add_argument(
+        "--use-flash-attn",
+        action="store_true",
+        help="the same as --attn-implementation flash_attention_2",
+    )
+    parser.add_argument(
+        "--multi-modal", action="store_true", help="accepted, has no effect: the checkpoint says it"
     )
     add_pruning_args(parser)
-    add_option(
-        parser,
+    parser.add_argument(
         "--trained-part",
         action="append",
         default=[],

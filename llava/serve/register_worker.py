@@ -42,10 +42,12 @@ def reason(reply) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = ProgramParser(__doc__)
-    parser.add_argument("--controller-address", required=True)
+    parser.add_argument("--controller-address", required=True, help="where the controller is")
     parser.add_argument("--worker-name", required=True, help="address of the worker")
     parser.add_argument(
-        "--check-heart-beat", action="store_true", help="drop it when it sends no heart beat"
+        "--check-heart-beat",
+        action="store_true",
+        help="forget the worker when it sends no heart beat",
     )
     add_token_arg(parser)
     return parser

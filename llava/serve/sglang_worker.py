@@ -237,7 +237,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ProgramParser(__doc__)
     add_service_args(parser)
     parser.add_argument("--sgl-endpoint", required=True, help="address of the server")
-    parser.add_argument("--api", choices=("sglang", "openai"), default="sglang")
+    parser.add_argument(
+        "--api", choices=("sglang", "openai"), default="sglang", help="what the server speaks"
+    )
     parser.add_argument("--api-key-file", metavar="FILE", help="file with the server's secret")
     return parser
 

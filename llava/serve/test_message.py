@@ -74,11 +74,20 @@ def show_answer(address: str, body: dict, token: str | None, seconds: float = 60
 
 def build_parser() -> argparse.ArgumentParser:
     parser = ProgramParser(__doc__)
-    parser.add_argument("--controller-address", default="http://localhost:21001")
-    parser.add_argument("--worker-address", help="default: the controller names one")
-    parser.add_argument("--model-name", default="llava-v1.5-playground")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--message", default="Tell me a story with more than 1000 words.")
+    parser.add_argument(
+        "--controller-address", default="http://localhost:21001", help="where the controller is"
+    )
+    parser.add_argument(
+        "--worker-address",
+        help="address of the worker (default: the one that the controller names)",
+    )
+    parser.add_argument("--model-name", default="llava-v1.5-playground", help="model that is asked")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=32, help="the most tokens of its answer"
+    )
+    parser.add_argument(
+        "--message", default="Tell me a story with more than 1000 words.", help="what it is asked"
+    )
     add_token_arg(parser)
     return parser
 

@@ -26,7 +26,7 @@ import requests
 from ..constants import DEFAULT_IMAGE_TOKEN
 from ..errors import errors_as_messages
 from ..playground import benchmark_dir
-from ..program_parser import ProgramParser
+from ..program_parser import ProgramParser, Several
 from ..progress import progress
 from .auth import add_token_arg, read_token
 from .register_worker import post
@@ -176,15 +176,37 @@ def table(speeds: list[Speed]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = ProgramParser(__doc__)
-    parser.add_argument("--worker-address", nargs="+", required=True, help="of each worker")
-    parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 4, 16], metavar="N")
-    parser.add_argument("--requests", type=int, default=32, help="of a round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--pruning-method", help="default: what each worker was started with")
-    parser.add_argument("--visual-token-num", type=int, help="default: the method's own")
-    parser.add_argument("--question-file", help="default: the playground's GQA")
-    parser.add_argument("--image-folder", help="default: the playground's")
+    parser.add_argument(
+        "--worker-address",
+        action=Several,
+        required=True,
+        metavar="URL",
+        help="addresses of the workers to measure",
+    )
+    parser.add_argument(
+        "--concurrency",
+        action=Several,
+        type=int,
+        default=[1, 4, 16],
+        metavar="N",
+        help="requests that are under way at a time",
+    )
+    parser.add_argument("--requests", type=int, default=32, help="requests of a round")
+    parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, help="the most tokens of an answer"
+    )
+    parser.add_argument(
+        "--pruning-method",
+        help="method of the requests (default: what each worker was started with)",
+    )
+    parser.add_argument(
+        "--visual-token-num", type=int, help="token budget of the method (default: its own)"
+    )
+    parser.add_argument(
+        "--question-file", help="file of the questions (default: the playground's GQA)"
+    )
+    parser.add_argument("--image-folder", help="folder of their images (default: the playground's)")
     add_token_arg(parser)
     return parser
 

@@ -300,7 +300,7 @@ def main(words=None) -> None:
     parser = ProgramParser(__doc__)
     names = ", ".join([*SIZES, *QWEN_SIZES])
     parser.add_argument("model", help=f"{names}, or a checkpoint folder")
-    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs that train together")
     parser.add_argument("--batch", type=int, help="samples per GPU (default: the recipe's)")
     parser.add_argument("--length", type=int, help="tokens of a sample (default: the recipe's)")
     args = parser.parse_args(words)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import sys
@@ -17,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from llava.config_file import read_json
 from llava.errors import errors_as_messages
 from llava.program_parser import typed_command
+from llava.spelling import did_you_mean
 
 #: says in a checkpoint which run it belongs to
 RUN_FILE = "run.json"
@@ -36,8 +36,7 @@ class FlagParser(transformers.HfArgumentParser):
         *parsed, left = self.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
         if left:
             flag = next((word for word in left if word.startswith("--")), left[0])
-            close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            hint = f", the closest is {close[0]}" if close else ""
+            hint = did_you_mean(flag, self._option_string_actions)
             raise ValueError(f"there is no flag {flag}{hint}")
         return tuple(parsed)
 

@@ -1,6 +1,5 @@
 """Command lines of the answering programs: mistakes are told in one line, before a model loads."""
 
-import argparse
 import json
 import sys
 
@@ -9,6 +8,7 @@ import pytest
 from llava.conv_mode import resolve_conv_mode
 from llava.eval import model_vqa_loader, run_llava
 from llava.eval.compare import suite
+from llava.program_parser import ProgramParser
 
 
 def run(monkeypatch, *argv):
@@ -63,7 +63,7 @@ def test_flags_are_accepted_with_underscores_too():
 
 def test_every_program_knows_the_same_options_of_a_model():
     words = "--model_path m --dtype bf16 --attn-implementation eager --load_4bit".split()
-    suites = argparse.ArgumentParser()
+    suites = ProgramParser()
     suite.add_suite_args(suites, out="runs")
     for parser in (model_vqa_loader.build_parser(""), run_llava.build_parser(), suites):
         args = parser.parse_args(words)

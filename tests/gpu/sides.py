@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,6 +14,7 @@ from llava.eval.efficiency.measure import check_image
 from llava.front_end import FrontEnd
 from llava.model_args import add_asking_args, load_front_end
 from llava.playground import default_image, default_model_path
+from llava.program_parser import ProgramParser
 from llava.pruning import METHODS, Pruner, PruningTrace, trace_pruning
 from tests.conftest import make_pruner
 from tests.paths import GOLDEN
@@ -51,7 +51,7 @@ def usable(place: str) -> torch.device:
 def loaded(checkpoint: str, device: torch.device, *words: str) -> FrontEnd:
     """A model of `CHECKPOINTS` in float32 on a device; words: further options, which win."""
     folder = CHECKPOINTS[checkpoint][0] or default_model_path()
-    parser = argparse.ArgumentParser()
+    parser = ProgramParser()
     add_asking_args(parser)
     given = ["--model-path", str(folder), "--device", str(device), "--dtype", "fp32", *words]
     return load_front_end(parser.parse_args(given))

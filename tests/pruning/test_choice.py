@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
 import pytest
 
 from llava.eval import model_vqa_loader, run_llava
+from llava.program_parser import ProgramParser
 from llava.pruning import METHODS, Published, build_pruner, guess_method, pruner_from_keywords
 from llava.pruning.base import BudgetPruner, option_names
 from llava.pruning.cli import add_option_args, pairs_in, pruner_from_args
@@ -72,7 +72,7 @@ def test_what_could_mean_several_methods_or_none_is_an_error(line):
 
 
 def test_every_option_of_every_method_is_a_flag():
-    parser = argparse.ArgumentParser()
+    parser = ProgramParser()
     add_option_args(parser)
     for name, method in METHODS.items():
         for option in set(option_names(method)) - {"visual_token_num"}:
@@ -81,7 +81,7 @@ def test_every_option_of_every_method_is_a_flag():
 
 
 def test_a_flag_of_the_program_itself_stays_its_own():
-    parser = argparse.ArgumentParser()
+    parser = ProgramParser()
     parser.add_argument("--seed", type=int)
     add_option_args(parser)
     args = parser.parse_args(["--seed", "3"])

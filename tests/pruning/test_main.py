@@ -5,7 +5,10 @@ from dataclasses import replace
 import pytest
 
 from llava.pruning import METHODS, DecoderStage, Pruner, build_pruner
+from llava.pruning.about import GROUPS, group_name, is_trained, where_it_acts
 from llava.pruning.program import SIZES, Plan, main, sentence_about
+from llava.serve.web import menu
+from llava.serve.web.methods import Method
 
 
 def lines(capsys, *arguments) -> list[str]:
@@ -46,14 +49,55 @@ def test_what_a_method_does_comes_first_in_one_sentence(capsys, name):
     (first, *others), (listed,) = lines(capsys, name), lines_about(capsys, name)
     sentences = [sentence_about(METHODS[part]) for part in parts]
     assert [first, *others[: len(parts) - 1]] == sentences
-    assert others[len(parts) - 1].startswith(METHODS[name].__name__)
+    if METHODS[name] is not Pruner:
+        assert others[len(parts) - 1].startswith(METHODS[name].__name__)
+        assert "(" not in others[len(parts) - 1].partition(": ")[0]
     assert first.endswith(".") and ". " not in first and ": " in first
     assert listed.endswith(first.partition(": ")[2])
 
 
 def lines_about(capsys, name) -> list[str]:
     """What the list of all methods says of one."""
-    return [line for line in lines(capsys) if line.split()[0] == name]
+    return [line for line in lines(capsys) if line.split()[:1] == [name]]
+
+
+def test_the_list_has_the_groups_of_the_web_page(capsys):
+    out, groups, here = lines(capsys), {}, None
+    for line in out:
+        if line.lower() in (names := [group_name(*group) for group in GROUPS]):
+            here = line.lower()
+        elif here and line.split()[:1] and line.split()[0] in METHODS:
+            groups[line.split()[0]] = here
+    assert list(groups) != sorted(groups) and set(groups) == set(METHODS)
+    for name, group in groups.items():
+        about = Method(name, acts=where_it_acts(METHODS[name]), trained=is_trained(METHODS[name]))
+        assert menu.group_of(about) == group
+    assert [g for g in names if g in groups.values()] == list(dict.fromkeys(groups.values()))
+
+
+def test_several_methods_are_explained_one_after_the_other(capsys):
+    for words in (["vispruner", "fastv"], ["vispruner,fastv"], ["--methods", "vispruner", "fastv"]):
+        out = lines(capsys, *words, "--layers", "32")
+        titles = [
+            line.partition(":")[0] for line in out if line.startswith(("VisPruner:", "FastV:"))
+        ]
+        assert titles == ["VisPruner"] * 2 + ["FastV"] * 2
+
+
+def test_a_wrapper_is_told_in_words(capsys):
+    out = lines(capsys, "restore")
+    assert any(
+        line.startswith("Restore around FasterVLM: visual_token_num 64, gamma") for line in out
+    )
+    assert not any("FasterVLM(" in line or "visual_token_num 144" in line for line in out)
+
+
+def test_an_image_of_several_crops_gets_the_same_share(capsys):
+    for budget, shown in (("64", 320), ("640", 640)):  # five times 640 are more than there are
+        out = lines(capsys, "vispruner", "--visual-token-num", budget, "--layers", "32")
+        title = next(line for line in out if line.startswith("LLaVA-NeXT"))
+        assert f"tokens entering layer 0-31: {shown}" in out
+        assert ("5 times the budget" in title) == (shown == 320)
 
 
 def test_both_methods_of_a_pair_are_told(capsys):

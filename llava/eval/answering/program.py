@@ -18,7 +18,13 @@ from llava.eval.answering.settings import settings_of
 from llava.eval.answering.workers import Workers
 from llava.front_end import FrontEnd
 from llava.mm_utils import get_model_name_from_path
-from llava.model_args import add_model_args, load_from_args
+from llava.model_args import (
+    add_conv_mode_arg,
+    add_length_arg,
+    add_model_args,
+    add_sampling_args,
+    load_from_args,
+)
 from llava.program_parser import ProgramParser
 from llava.pruning.cli import add_pruning_args, pruner_from_args
 from llava.weight_files import local_folder
@@ -33,17 +39,32 @@ def build_parser(
     parser = ProgramParser(description)
     add_model_args(parser)
     group = parser.add_argument_group("questions and answers")
-    group.add_argument("--image-folder", "--image_folder", default="")
-    group.add_argument("--question-file", "--question_file", default=question_file)
-    group.add_argument("--answers-file", "--answers_file", default="answer.jsonl")
-    group.add_argument("--overwrite", action="store_true", help="discard answers already there")
-    group.add_argument("--num-chunks", "--num_chunks", type=int, default=1)
-    group.add_argument("--chunk-idx", "--chunk_idx", type=int, default=0)
+    group.add_argument("--image-folder", default="", metavar="DIR", help="folder of the images")
+    group.add_argument("--question-file", default=question_file, help="file of the questions")
+    group.add_argument(
+        "--answers-file",
+        default="answer.jsonl",
+        help="file of the answers; one that was interrupted is continued",
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="discard the answers that are there and begin anew"
+    )
+    group.add_argument(
+        "--num-chunks",
+        type=int,
+        default=1,
+        help="number of parts the questions are split into; this process answers one of them",
+    )
+    group.add_argument(
+        "--chunk-idx",
+        type=int,
+        default=0,
+        help="number of the part that this process answers, from 0 on",
+    )
     group.add_argument("--follow", action="store_true", help="print answers as they come")
-    group.add_argument("--limit", type=int, help="about so many questions, evenly spread")
+    group.add_argument("--limit", type=int, help="about so many of the questions, evenly spread")
     group.add_argument(
         "--save-masks",
-        "--save_masks",
         action="store_true",
         help="write what was kept of each image as a picture, one pixel per token",
     )
@@ -51,16 +72,9 @@ def build_parser(
     add_image_args(group)
 
     group = parser.add_argument_group("generation")
-    group.add_argument(
-        "--conv-mode",
-        "--conv_mode",
-        default="auto",
-        help="prompt template (default: auto, what the checkpoint says of itself)",
-    )
-    group.add_argument("--temperature", type=float, default=0.2)
-    group.add_argument("--top_p", "--top-p", type=float)
-    group.add_argument("--num_beams", "--num-beams", type=int, default=1)
-    group.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=max_new_tokens)
+    add_conv_mode_arg(group, "auto")
+    add_sampling_args(group)
+    add_length_arg(group, max_new_tokens)
     add_pruning_args(parser)
     add_engine_args(parser)
     add_engine_requests(parser)
@@ -71,7 +85,6 @@ def add_engine_requests(parser) -> None:
     """Adds the option of programs with an answer loop beside those of `add_engine_args`."""
     parser.add_argument(
         "--engine-requests",
-        "--engine_requests",
         type=int,
         default=EngineLoop.engine_requests,
         help="questions that are under way in the server at the same time",
@@ -80,19 +93,20 @@ def add_engine_requests(parser) -> None:
 
 def add_speed_args(parser, batch_size: int = 1) -> None:
     """Adds the options that change how fast answers come, and not what they are."""
-    parser.add_argument("--batch-size", "--batch_size", type=int, default=batch_size)
+    parser.add_argument(
+        "--batch-size", type=int, default=batch_size, help="prompts that are answered at a time"
+    )
     parser.add_argument("--workers", type=int, default=4, help="threads that prepare images")
     parser.add_argument(
         "--reuse",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compute what the questions about one image share once",
+        help="compute only once what several questions about an image have in common",
     )
     parser.add_argument(
         "--skip-bad",
-        "--skip_bad",
         action="store_true",
-        help="record a question that cannot be answered as failed, and go on",
+        help="record a question that cannot be answered as failed and go on with the next",
     )
 
 
@@ -100,7 +114,6 @@ def add_image_args(parser) -> None:
     """Adds the option that says how images are read."""
     parser.add_argument(
         "--upright-images",
-        "--upright_images",
         action="store_true",
         help="turn images upright as their EXIF data say and put transparent ones on white; "
         "published results did neither",

@@ -11,7 +11,6 @@ place, and its published environment variables count where the words say nothing
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shlex
@@ -19,6 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from llava.errors import errors_as_messages
+from llava.program_parser import ProgramParser
 from llava.pruning import METHODS, Pruner, guess_method
 from llava.pruning.choice import BUDGETS, translate
 from llava.pruning.cli import add_pruning_args, parse_pair
@@ -38,7 +38,7 @@ def read(words: list[str], method: str, environment: Mapping[str, str]) -> tuple
     words, numbers = list(words), []
     while words and NUMBER.fullmatch(words[0]):
         numbers.append(words.pop(0))
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = ProgramParser(add_help=False, allow_abbrev=False)
     add_pruning_args(parser)
     parser.set_defaults(generation_strategy=None)
     args, rest = parser.parse_known_args(words)

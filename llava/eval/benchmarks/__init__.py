@@ -10,7 +10,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from llava.spelling import did_you_mean
+from llava.spelling import unknown
 
 if TYPE_CHECKING:
     from llava.eval.benchmarks.benchmark import Benchmark
@@ -54,5 +54,4 @@ def find_benchmark(name: str) -> Benchmark:
     short = name.removesuffix("_val").removesuffix("_dev")
     if found := known.get(name) or known.get(short):
         return found
-    meant = did_you_mean(name, known)
-    raise ValueError(f"unknown benchmark {name!r}{meant}, choose from {', '.join(known)}")
+    raise ValueError(unknown("benchmark", name, known))

@@ -98,7 +98,9 @@ def assignments(benchmark: Benchmark, data_dir: str | None = None) -> str:
 def main():
     parser = ProgramParser(__doc__)
     parser.add_argument("benchmark", help="its name, or list: what there is data for")
-    parser.add_argument("--data-dir", help=f"default: {DEFAULT_DIR}, else the playground's")
+    parser.add_argument(
+        "--data-dir", help=f"folder of the data (default: {DEFAULT_DIR}, else the playground's)"
+    )
     parser.add_argument("--sets", help="with list: the parts of this benchmark only")
     args = parser.parse_args()
     if args.benchmark == "list":

@@ -184,9 +184,13 @@ def _scores_or_notice(reply: str) -> list[float]:
 def main(kind: Kind, description: str) -> None:
     """The command line of the three programs."""
     parser = ProgramParser(description)
-    parser.add_argument("-q", "--question", required=True, help="questions, JSON lines")
+    parser.add_argument(
+        "-q", "--question", required=True, help="file of the questions (JSON lines)"
+    )
     if kind.shown:
-        parser.add_argument("-c", "--context", required=True, help="what the images show")
+        parser.add_argument(
+            "-c", "--context", required=True, help="file of what the images show (JSON lines)"
+        )
     parser.add_argument(
         *("-a", "--answer-list", "--answer"),
         nargs=2,
@@ -194,8 +198,13 @@ def main(kind: Kind, description: str) -> None:
         metavar=("REFERENCE", "CANDIDATE"),
         help="two files of answers",
     )
-    parser.add_argument("-r", "--rule", default=OWN_RULES, help="what the judge is told, by kind")
-    parser.add_argument("-o", "--output", required=True, help="review file")
+    parser.add_argument(
+        "-r",
+        "--rule",
+        default=OWN_RULES,
+        help="file of what the judge is told, by kind of question",
+    )
+    parser.add_argument("-o", "--output", required=True, help="file of the reviews")
     parser.add_argument("--overwrite", action="store_true", help="discard reviews already there")
     add_judge_args(parser, kind.model, max_tokens=1024, temperature=0.2)
     args = parser.parse_args()

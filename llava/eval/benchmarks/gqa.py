@@ -164,10 +164,14 @@ BENCHMARKS = (
 @errors_as_messages()
 def main():
     parser = ProgramParser(__doc__)
-    parser.add_argument("--tier", default="testdev_balanced")
+    parser.add_argument("--tier", default="testdev_balanced", help="part of GQA that was asked")
     parser.add_argument("--path", default=".", help="folder of the question and prediction files")
-    parser.add_argument("--questions", default="{tier}_questions.json")
-    parser.add_argument("--predictions", default="{tier}_predictions.json")
+    parser.add_argument(
+        "--questions", default="{tier}_questions.json", help="file of the questions"
+    )
+    parser.add_argument(
+        "--predictions", default="{tier}_predictions.json", help="file of the answers"
+    )
     parser.add_argument("--choices", help="valid and plausible answers per question (optional)")
     args = parser.parse_args()
 

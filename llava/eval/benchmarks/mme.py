@@ -260,7 +260,7 @@ def _say_missing(truth: dict, lines: dict[str, list[str]], path: str) -> None:
 @errors_as_messages()
 def main():
     parser = ProgramParser(__doc__)
-    parser.add_argument("--data-dir", default=".", help=f"holds {GROUND_TRUTH_DIR}/")
+    parser.add_argument("--data-dir", default=".", help=f"folder that holds {GROUND_TRUTH_DIR}/")
     parser.add_argument("--result-file", help="answers of the model")
     parser.add_argument("--output-dir", help="where the official result files go")
     parser.add_argument("--results-dir", help="score official result files instead of answers")

@@ -139,7 +139,7 @@ def main():
     parser = ProgramParser(__doc__)
     parser.add_argument("--mm-vet", required=True, help="mm-vet.json of the benchmark")
     parser.add_argument("--result-file", required=True, help="answers file")
-    parser.add_argument("-o", "--output", required=True, help="graded lines")
+    parser.add_argument("-o", "--output", required=True, help="file of the graded answers")
     parser.add_argument(
         "--prompt-file", help=f"the benchmark's few-shot prompt, which ends in rows `{ROW}`"
     )

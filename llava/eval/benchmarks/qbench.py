@@ -114,8 +114,8 @@ BENCHMARKS = (
 @errors_as_messages()
 def main():
     parser = ProgramParser(__doc__)
-    parser.add_argument("--question-file", required=True)
-    parser.add_argument("--result-file", required=True)
+    parser.add_argument("--question-file", required=True, help="questions with right answers")
+    parser.add_argument("--result-file", required=True, help="answers file")
     args = parser.parse_args()
     records = complete(read_json_list(args.question_file), FIELDS)
     answers = read_answers(args.result_file, (*FIELDS, "text"))

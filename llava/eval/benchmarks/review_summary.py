@@ -98,9 +98,18 @@ def report(means: dict) -> str:
 def main():
     parser = ProgramParser(__doc__)
     parser.add_argument("-d", "--dir", help="folder of review files")
-    parser.add_argument("-v", "--version", choices=("0314", "0613"), help="version of the judge")
-    parser.add_argument("-s", "--select", nargs="*", default=[], help="words all names must hold")
-    parser.add_argument("-f", "--files", nargs="*", default=[])
+    parser.add_argument(
+        "-v",
+        "--version",
+        choices=("0314", "0613"),
+        help="reviews by this version of the judge alone",
+    )
+    parser.add_argument(
+        "-s", "--select", nargs="*", default=[], help="words that the names of all files must have"
+    )
+    parser.add_argument(
+        "-f", "--files", nargs="*", default=[], help="review files, in place of a folder"
+    )
     parser.add_argument("-i", "--ignore", nargs="*", default=[], help="question ids to leave out")
     args = parser.parse_args()
     if not args.files and not args.dir:

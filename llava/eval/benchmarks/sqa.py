@@ -146,11 +146,17 @@ BENCHMARKS = (
 @errors_as_messages()
 def main():
     parser = ProgramParser(__doc__)
-    parser.add_argument("--base-dir", required=True, help="holds problems.json, pid_splits.json")
-    parser.add_argument("--result-file", required=True)
-    parser.add_argument("--output-file", required=True, help="right and wrong answers, one object")
-    parser.add_argument("--output-result", required=True, help="accuracy and chosen options")
-    parser.add_argument("--split", default="test")
+    parser.add_argument(
+        "--base-dir", required=True, help="folder of problems.json and pid_splits.json"
+    )
+    parser.add_argument("--result-file", required=True, help="answers file")
+    parser.add_argument(
+        "--output-file", required=True, help="file to write: right and wrong answers, one object"
+    )
+    parser.add_argument(
+        "--output-result", required=True, help="file to write: accuracy and chosen options"
+    )
+    parser.add_argument("--split", default="test", help="part of ScienceQA that was asked")
     parser.add_argument("--options", default=LETTERS, help="letters of the options, in order")
     args = parser.parse_args()
     answers = read_answers(args.result_file, ("question_id", "prompt", "text"))

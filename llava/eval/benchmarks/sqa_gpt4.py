@@ -116,14 +116,18 @@ def write_choices(result: dict, path: str) -> None:
 def main(doc: str, requery: bool = False) -> None:
     """The command line of both programs; doc: docstring of the program."""
     parser = ProgramParser(doc)
-    parser.add_argument("--base-dir", required=True, help="holds problems.json, pid_splits.json")
+    parser.add_argument(
+        "--base-dir", required=True, help="folder of problems.json and pid_splits.json"
+    )
     parser.add_argument("--gpt4-result", required=True, help="result file, or answers (.jsonl)")
     if requery:
         parser.add_argument("--requery-result", required=True, help="answers of GPT-4 to both")
     parser.add_argument("--our-result", required=True, help="answers (.jsonl), or result file")
     if requery:
-        parser.add_argument("--output-result", required=True, help="what was chosen in the end")
-    parser.add_argument("--split", default="test")
+        parser.add_argument(
+            "--output-result", required=True, help="file to write: what was chosen in the end"
+        )
+    parser.add_argument("--split", default="test", help="part of ScienceQA that was asked")
     parser.add_argument("--options", default=LETTERS, help="letters of the options, in order")
     args = parser.parse_args()
     truth = [os.path.join(args.base_dir, name) for name in ("problems.json", "pid_splits.json")]

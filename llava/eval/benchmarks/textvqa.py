@@ -113,8 +113,10 @@ BENCHMARKS = (
 @errors_as_messages()
 def main():
     parser = ProgramParser(__doc__)
-    parser.add_argument("--annotation-file", required=True)
-    parser.add_argument("--result-file")
+    parser.add_argument(
+        "--annotation-file", required=True, help="TextVQA_0.5.1_val.json, with the right answers"
+    )
+    parser.add_argument("--result-file", help="answers file")
     parser.add_argument("--result-dir", help="score every .jsonl file of a folder")
     args = parser.parse_args()
     files = [args.result_file] if args.result_file else []

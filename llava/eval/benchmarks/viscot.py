@@ -217,7 +217,9 @@ BENCHMARKS = tuple(
 def main():
     parser = ProgramParser(__doc__)
     parser.add_argument("--result-file", required=True, help="answers of model_vqa_viscot")
-    parser.add_argument("--score-func", default="judge", choices=SCORERS)
+    parser.add_argument(
+        "--score-func", default="judge", choices=SCORERS, help="who scores the answers"
+    )
     add_judge_args(parser, JUDGE_MODEL, max_tokens=512, temperature=0.0)
     args = parser.parse_args()
     judge = judge_from_args(args, args.result_file) if args.score_func == "judge" else None

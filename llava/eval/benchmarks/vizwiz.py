@@ -111,9 +111,9 @@ BENCHMARKS = (
 @errors_as_messages()
 def main():
     parser = ProgramParser(__doc__)
-    parser.add_argument("--annotation-file", required=True, help="val.json")
-    parser.add_argument("--question-file", required=True)
-    parser.add_argument("--result-file", required=True)
+    parser.add_argument("--annotation-file", required=True, help="val.json, with the right answers")
+    parser.add_argument("--question-file", required=True, help="file of the questions")
+    parser.add_argument("--result-file", required=True, help="answers file")
     args = parser.parse_args()
     questions = complete(read_jsonl(args.question_file), FIELDS)
     answers = read_answers(args.result_file)

@@ -14,7 +14,6 @@ import os
 
 from llava.errors import errors_as_messages, how_to_install
 from llava.eval.browse.runs import Run, find_source
-from llava.model_args import add_option
 from llava.program_parser import ProgramParser
 
 LOCAL = "127.0.0.1"
@@ -23,12 +22,24 @@ LOCAL = "127.0.0.1"
 def build_parser() -> argparse.ArgumentParser:
     parser = ProgramParser(__doc__)
     parser.add_argument("files", nargs="+", help="answers files; the first two are shown first")
-    add_option(parser, "--benchmark", help="name of the benchmark (default: by the files' folders)")
-    add_option(parser, "--data-dir", help="folder of its data (default: where the files lie)")
-    add_option(parser, "--question-file", help="default: the benchmark's, in the data folder")
-    add_option(parser, "--image-folder", help="default: the benchmark's; nothing else is shown")
-    add_option(parser, "--host", default=LOCAL, help="default: this machine alone can see the page")
-    add_option(parser, "--port", type=int, default=7861)
+    parser.add_argument(
+        "--benchmark", help="name of the benchmark (default: by the files' folders)"
+    )
+    parser.add_argument("--data-dir", help="folder of its data (default: where the files lie)")
+    parser.add_argument(
+        "--question-file",
+        help="file of the questions (default: the benchmark's, in the data folder)",
+    )
+    parser.add_argument(
+        "--image-folder",
+        help="folder of the images (default: the benchmark's); no other files are shown",
+    )
+    parser.add_argument(
+        "--host",
+        default=LOCAL,
+        help="address of the page (default: one that this machine alone can see)",
+    )
+    parser.add_argument("--port", type=int, default=7861, help="port of the page")
     return parser
 
 

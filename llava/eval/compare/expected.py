@@ -11,7 +11,6 @@ from llava.eval.compare.published import SAME_RULE, Published, read_published
 from llava.eval.compare.scores import DENSE
 from llava.eval.efficiency.report import publish
 from llava.eval.markdown import table
-from llava.model_args import add_option
 from llava.program_parser import ProgramParser
 
 #: how the models are called in a table -> in the file of published numbers
@@ -76,7 +75,7 @@ def report() -> str:
 @errors_as_messages()
 def main(argv: list[str] | None = None) -> None:
     parser = ProgramParser(__doc__)
-    add_option(parser, "--markdown", metavar="FILE", help="write the table into this page, too")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table into this page, too")
     args = parser.parse_args(argv)
     publish(report(), args.markdown, MARK)
 

@@ -22,7 +22,6 @@ from llava.eval.compare.cells import bold, in_brackets
 from llava.eval.compare.comparison import AVERAGE, Comparison, Row
 from llava.eval.compare.scores import DENSE
 from llava.eval.markdown import table
-from llava.model_args import add_option
 from llava.program_parser import ProgramParser
 
 RESULTS, PAGE = Path("docs/results"), Path("docs/Results_gallery.md")
@@ -191,8 +190,10 @@ def write_page(comparison: Comparison, docs: Path) -> None:
 @errors_as_messages()
 def main(argv: list[str] | None = None) -> None:
     parser = ProgramParser(__doc__, whole=True)
-    add_option(parser, "--results", metavar="DIR", default=str(RESULTS), help="folder of *.json")
-    add_option(parser, "--page", metavar="FILE", default=str(PAGE), help="what to write")
+    parser.add_argument(
+        "--results", metavar="DIR", default=str(RESULTS), help="folder of the numbers, *.json"
+    )
+    parser.add_argument("--page", metavar="FILE", default=str(PAGE), help="page to write")
     parser.add_argument(
         "--pages",
         action="store_true",

@@ -10,7 +10,6 @@ from llava.errors import errors_as_messages
 from llava.eval.efficiency.random_model import empty_model, shapes
 from llava.eval.efficiency.report import MARKS, publish
 from llava.eval.markdown import table
-from llava.model_args import add_option
 from llava.program_parser import ProgramParser
 from llava.pruning import METHODS, DecoderStage, Pruner, build_pruner
 from llava.pruning.about import acts, how_it_chooses, is_trained, where_it_acts
@@ -95,7 +94,7 @@ def report() -> str:
 @errors_as_messages()
 def main(argv: list[str] | None = None) -> None:
     parser = ProgramParser(__doc__)
-    add_option(parser, "--markdown", metavar="FILE", help="write the table into this page, too")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table into this page, too")
     args = parser.parse_args(argv)
     publish(report(), args.markdown, MARK)
 

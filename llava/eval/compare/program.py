@@ -31,7 +31,7 @@ from llava.eval.compare.pages import AXES
 from llava.eval.compare.plot import plot
 from llava.eval.compare.published import model_beside, published_table, read_published
 from llava.eval.compare.report import csv_text, markdown
-from llava.program_parser import ProgramParser
+from llava.program_parser import ProgramParser, Several
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -40,15 +40,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.set_defaults(tokens=[Budget(number) for number in (192, 128, 64, 32)])
     group = parser.add_argument_group("comparison")
     group.add_argument(
-        "--timed-prompts", type=int, default=8, help="prompts that costs are measured on"
+        "--timed-prompts",
+        type=int,
+        default=8,
+        help="prompts on which times and memory are measured",
     )
     group.add_argument(
         "--published",
         nargs="?",
         const="",
         metavar="MODEL",
-        help="put the literature's numbers for this model beside ours (default: that of the "
-        "family and size, as llava-1.5-7b)",
+        help="put published numbers of this model beside ours (default: those of the "
+        "family and size that is compared)",
     )
     group.add_argument(
         "--page",
@@ -58,7 +61,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     group.add_argument(
         "--highlight",
-        nargs="+",
+        action=Several,
         metavar="METHOD",
         help="methods drawn in colour, five at most (default: those that are best at their cost)",
     )

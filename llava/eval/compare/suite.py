@@ -39,8 +39,8 @@ from llava.eval.scoring import paired
 from llava.eval.scoring.units import Units
 from llava.mm_utils import get_model_name_from_path
 from llava.model.block_encoding import UnfitBudget
-from llava.model_args import add_model_args
-from llava.program_parser import ProgramParser
+from llava.model_args import add_conv_mode_arg, add_length_arg, add_model_args
+from llava.program_parser import ProgramParser, Several
 from llava.pruning import METHODS, build_pruner, build_with_budget
 from llava.pruning.base import option_names
 from llava.pruning.cli import method_name, parse_pair
@@ -268,34 +268,53 @@ def add_suite_args(parser: argparse.ArgumentParser, out: str) -> None:
     """Adds the options that say what is run; out: folder of the results by default."""
     parser.add_argument(
         "--tokens",
+        "--visual-token-num",
         type=budget_of,
-        nargs="+",
+        action=Several,
+        metavar="N",
         default=[Budget(192), Budget(128), Budget(64)],
-        help="budgets: tokens of an image (64), or a share of those it has (0.222); default: 192 "
-        "128 64",
+        help="budgets: tokens of an image (64), or a share of those it has (0.222)",
     )
     methods = sorted(METHODS.keys() - {DENSE})
     parser.add_argument(
         "--methods",
-        nargs="+",
+        action=Several,
         default=methods,
         type=method_name,
         metavar="METHOD",
         help="methods, or two in a row as METHOD+METHOD (the budget is what the second one leaves, "
         "and the first leaves twice as many unless --pruning-arg says otherwise); the unpruned "
-        f"model is always run. Default: all, {', '.join(methods)}",
+        f"model is always run (default: all, {', '.join(methods)})",
     )
-    parser.add_argument("--pruning-arg", action="append", default=[], metavar="METHOD.KEY=VALUE")
-    parser.add_argument("--tasks", nargs="+", choices=sorted(scored_here()), help="default: all")
-    parser.add_argument("--limit", type=int, help="about so many questions per task")
+    parser.add_argument(
+        "--pruning-arg",
+        action="append",
+        default=[],
+        metavar="METHOD.KEY=VALUE",
+        help="an option of one of the methods, repeatable",
+    )
+    parser.add_argument(
+        "--tasks",
+        action=Several,
+        choices=(tasks := sorted(scored_here())),
+        metavar="TASK",
+        help=f"benchmarks, of {', '.join(tasks)} (default: those there is data for)",
+    )
+    parser.add_argument(
+        "--limit", type=int, help="about so many questions of each task, evenly spread"
+    )
     parser.add_argument("--out", default=out, help=f"folder of all results (default: {out})")
-    parser.add_argument("--overwrite", action="store_true", help="discard answers already there")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="discard the answers that are there and begin anew"
+    )
     add_model_args(parser)
-    parser.add_argument("--data-dir", help="default: the playground benchmark")
-    parser.add_argument("--conv-mode", default="auto")
+    parser.add_argument(
+        "--data-dir", help="folder of the evaluation data (default: the playground's)"
+    )
+    add_conv_mode_arg(parser, "auto")
     add_speed_args(parser, batch_size=8)
     add_image_args(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    add_length_arg(parser, 128)
 
 
 def parse_suite_args(parser: argparse.ArgumentParser, argv: list[str] | None = None):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from llava.conv_mode import resolve_conv_mode
 from llava.mm_utils import get_model_name_from_path
 from llava.model.placement import choose_device, fast_dtype
-from llava.model_args import DTYPES
+from llava.model_args import DTYPES, add_conv_mode_arg
 from llava.playground import benchmark_dir, default_model_path
 
 IMAGES = "images"
@@ -19,9 +19,11 @@ IMAGES = "images"
 
 def add_question_args(parser, questions: str) -> None:
     """Which questions are asked; questions: the file of the playground that is read by default."""
-    parser.add_argument("--question-file", help=f"default: the playground's {questions}")
-    parser.add_argument("--image-folder", help="default: the playground's pictures")
-    parser.add_argument("--conv-mode", default="auto")
+    parser.add_argument(
+        "--question-file", help=f"questions (default: the playground's {questions})"
+    )
+    parser.add_argument("--image-folder", help="folder of their images (default: the playground's)")
+    add_conv_mode_arg(parser, "auto")
 
 
 def fill_in_questions(args: argparse.Namespace, questions: str) -> None:
@@ -39,11 +41,10 @@ def fill_in_questions(args: argparse.Namespace, questions: str) -> None:
 def add_shape_args(parser) -> None:
     """What is cut, or varies, of a model with random weights and its images."""
     parser.add_argument(
-        "--layers", type=int, help="so many decoder layers of the --config, in place of all"
+        "--layers", type=int, help="only so many decoder layers of the model that --config names"
     )
     parser.add_argument(
         "--image-size",
-        "--image_size",
         type=image_size,
         metavar="WIDTHxHEIGHT",
         help="pixels of an image, for models whose images have grids of their own "

@@ -50,9 +50,9 @@ from llava.eval.efficiency.measure import make_pruner, with_budget
 from llava.eval.efficiency.random_model import CONFIGS, build_random_model, shapes
 from llava.eval.efficiency.report import DECODING, write_between_marks
 from llava.eval.files.records import read_jsonl
-from llava.model_args import add_model_args
+from llava.model_args import add_length_arg, add_model_args
 from llava.playground import default_model_path
-from llava.program_parser import ProgramParser
+from llava.program_parser import ProgramParser, Several
 from llava.pruning import METHODS, can_draft
 from llava.pruning.cli import method_name, parse_pair
 
@@ -62,19 +62,34 @@ QUESTIONS = "describe/questions.jsonl"
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ProgramParser(__doc__)
     able = [name for name, cls in METHODS.items() if can_draft(cls)]
-    parser.add_argument("--methods", nargs="+", default=able, type=method_name)
-    parser.add_argument("--visual-token-num", "--visual_token_num", type=int, default=64)
-    parser.add_argument("--num-speculations", type=int, help="most guesses in a row")
     parser.add_argument(
-        "--tree-nodes", type=int, metavar="N", help="measures trees of so many guesses as well"
+        "--methods",
+        action=Several,
+        default=able,
+        type=method_name,
+        metavar="METHOD",
+        help="methods to measure",
     )
-    parser.add_argument("--tree-depth", type=int, metavar="N", help="levels of a tree")
-    parser.add_argument("--tree-width", type=int, metavar="N", help="followers of a guess")
-    parser.add_argument("--pruning-arg", action="append", default=[], metavar="METHOD.KEY=VALUE")
-    parser.add_argument("--limit", type=int, default=20, help="so many questions (default: 20)")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--visual-token-num", type=int, default=64, help="token budget per image")
+    parser.add_argument("--num-speculations", type=int, help="the most tokens guessed in a row")
     parser.add_argument(
-        "--warmup", type=int, default=3, help="answers of every way before the first question"
+        "--tree-nodes", type=int, metavar="N", help="measure trees of so many guesses as well"
+    )
+    parser.add_argument("--tree-depth", type=int, metavar="N", help="levels of such a tree")
+    parser.add_argument(
+        "--tree-width", type=int, metavar="N", help="guesses that may follow one guess in a tree"
+    )
+    parser.add_argument(
+        "--pruning-arg",
+        action="append",
+        default=[],
+        metavar="METHOD.KEY=VALUE",
+        help="an option of one of the methods, repeatable",
+    )
+    parser.add_argument("--limit", type=int, default=20, help="questions that are asked")
+    add_length_arg(parser, 128)
+    parser.add_argument(
+        "--warmup", type=int, default=3, help="answers that each way gives before measuring begins"
     )
     add_clock_arg(parser.add_argument)
     parser.add_argument("--json", metavar="FILE", help="write the result there, too")
@@ -84,11 +99,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     trained = parser.add_argument_group("a trained model")
     add_question_args(trained, QUESTIONS)
     random = parser.add_argument_group("or random weights")
-    random.add_argument("--config", choices=CONFIGS, help="sizes of the model")
+    random.add_argument("--config", choices=CONFIGS, help="sizes of a model of random weights")
     random.add_argument(
-        "--acceptance", type=float, default=0.8, help="share of right guesses (default: 0.8)"
+        "--acceptance", type=float, default=0.8, help="share of the guesses that are made right"
     )
-    random.add_argument("--prompt-length", type=int, default=64, help="text tokens (default: 64)")
+    random.add_argument("--prompt-length", type=int, default=64, help="text tokens of the prompt")
     add_shape_args(random)
     add_model_args(parser)
     args = parser.parse_args(argv)

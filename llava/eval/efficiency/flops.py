@@ -77,7 +77,7 @@ def main():
     parser = ProgramParser(__doc__)
     parser.add_argument("files", nargs="+", help="answers files")
     parser.add_argument(
-        "--num-samples", "--num_samples", type=int, help="the first so many of each"
+        "--num-samples", type=int, help="count only the first so many answers of each file"
     )
     args = parser.parse_args()
     found = {path: operations(os.path.expanduser(path), args.num_samples) for path in args.files}

@@ -23,9 +23,8 @@ from llava.eval.efficiency.random_model import CONFIGS, empty_model, shapes
 from llava.eval.efficiency.report import publish
 from llava.eval.markdown import table
 from llava.model.quantization import quantizable
-from llava.model_args import add_option
 from llava.playground import default_model_path
-from llava.program_parser import ProgramParser
+from llava.program_parser import ProgramParser, Several
 from llava.pruning import build_pruner
 from llava.pruning.cost import DecoderShape, kv_cache_bytes, prefill_flops
 
@@ -198,21 +197,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "models",
         nargs="*",
+        action=Several,
+        default=[],
         metavar="MODEL",
         help=f"{', '.join(CONFIGS)}, playground, or a folder with a checkpoint (default: the "
         "published ones)",
     )
     count, number = partial(positive, int), partial(positive, float)
     text = "text tokens per prompt, those of the answer included (default: 64)"
-    add_option(parser, "--prompt-length", type=count, default=64, help=text)
-    add_option(parser, "--batch-size", type=count, default=1, help="prompts at a time (default: 1)")
-    tokens = "of every answer, for the times (default: 3)"
-    add_option(parser, "--output-tokens", type=count, default=3, help=tokens)
-    tflops = "of the device in half precision (default: 312, an A100)"
-    add_option(parser, "--tflops", type=number, default=312, help=tflops)
-    gigabytes = "GB/s of the device's memory (default: 2039, an A100 with 80 GB)"
-    add_option(parser, "--bandwidth", type=number, default=2039, help=gigabytes)
-    add_option(parser, "--markdown", metavar="FILE", help="write the table into this page, too")
+    parser.add_argument("--prompt-length", type=count, default=64, help=text)
+    parser.add_argument(
+        "--batch-size", type=count, default=1, help="prompts at a time (default: 1)"
+    )
+    tokens = "tokens of every answer, for the times"
+    parser.add_argument("--output-tokens", type=count, default=3, help=tokens)
+    tflops = "TFLOPS of the device in half precision (default: 312, an A100)"
+    parser.add_argument("--tflops", type=number, default=312, help=tflops)
+    gigabytes = "bandwidth in GB/s of the device's memory (default: 2039, an A100 with 80 GB)"
+    parser.add_argument("--bandwidth", type=number, default=2039, help=gigabytes)
+    parser.add_argument("--markdown", metavar="FILE", help="write the table into this page, too")
     return parser.parse_args(argv)
 
 

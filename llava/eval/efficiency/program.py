@@ -19,7 +19,6 @@ import platform
 import shlex
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,10 +58,11 @@ from llava.eval.efficiency.report import (
     write_between_marks,
 )
 from llava.eval.plotting import import_pyplot
-from llava.model_args import DTYPES, add_option
+from llava.model_args import DTYPES
 from llava.playground import default_model_path
-from llava.program_parser import ProgramParser
+from llava.program_parser import ProgramParser, Several
 from llava.pruning import METHODS, Pruner
+from llava.pruning.cli import method_name
 
 ALL = "all"
 
@@ -118,21 +118,22 @@ def describe(args: argparse.Namespace, model, command: list[str]) -> dict:
     }
 
 
-def numbers(text: str) -> list[int]:
-    """Whole numbers of at least 1 with commas between them."""
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers") from error
-    if min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: every number must be at least 1")
-    return found
+def number(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def method_or_all(text: str) -> str:
+    """The type of --methods: a method, two in a row, or the word for all of them."""
+    return text if text == ALL else method_name(text)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ProgramParser(__doc__)
 
-    add = partial(add_option, parser)
+    add = parser.add_argument
     sizes = f"{', '.join(CONFIGS)}, playground, or a checkpoint folder"
     add("--config", default="playground", help=f"sizes to measure: {sizes} (default: playground)")
     add_shape_args(parser)
@@ -140,16 +141,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--methods",
         "--method",
         dest="method",
-        nargs="+",
+        action=Several,
+        type=method_or_all,
         default=[ALL],
         metavar="METHOD",
         help="methods to measure, two in a row as METHOD+METHOD, or all (the default)",
     )
     add("--visual-token-num", type=int, default=64, help="token budget per image (default: 64)")
-    add("--dtype", choices=DTYPES, help="default: bf16, fp32 on a CPU without bf16 products")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="type of numbers (default: bf16, fp32 on a CPU without bf16 products)",
+    )
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--repeats", type=int, default=20, help="timed rounds (default: 20)")
-    add("--warmup", type=int, default=3, help="rounds before them (default: 3)")
+    add("--warmup", type=int, default=3, help="rounds before those that count (default: 3)")
     add_clock_arg(add)
     add(
         "--time-limit",
@@ -160,21 +166,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--batch-size",
-        type=numbers,
+        action=Several,
+        type=number,
         default=[1],
-        help="prompts at a time, one image each; several sizes with commas (default: 1)",
+        metavar="N",
+        help="prompts at a time, one image each; of several sizes each is measured",
     )
     add("--prompt-length", type=int, default=64, help="text tokens per prompt (default: 64)")
     add(
         "--output-tokens",
-        type=numbers,
+        action=Several,
+        type=number,
         default=[17],
-        help="tokens of every answer; several lengths with commas (default: 17)",
+        metavar="N",
+        help="tokens of every answer; of several lengths each is measured",
     )
     add(
         "--decode",
         action="store_true",
-        help="instead: long answers token by token, with and without guessed tokens, of the "
+        help="measure long answers instead, token by token, with and without guesses, of the "
         "playground, a checkpoint, or random weights; more options: "
         "python -m llava.eval.efficiency.decode_speed --help",
     )
@@ -186,14 +196,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--count-kernels",
         action="store_true",
-        help="instead: count what a device is asked to run, by stage and per further token",
+        help="measure no times, but count what a device is asked to run, by stage and per token",
     )
     add("--stock", action="store_true", help="also time transformers' own decoder, dense")
     add("--json", metavar="FILE", help="write the result there, too")
     add("--markdown", metavar="FILE", help="write the table into this page, between its marks")
-    add("--plot", metavar="FILE", help="draw the times there (.png, .svg, .pdf)")
+    add("--plot", metavar="FILE", help="write a picture of the times (.png, .svg, .pdf)")
     args = parser.parse_args(argv)
-    args.method = ",".join(args.method)  # commas between them work as well
+    args.method = ",".join(args.method)
     for name in ("repeats", "prompt_length", "visual_token_num"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")

@@ -21,7 +21,7 @@ from llava.model.language_model.qwen2_5_vl import (
 from llava.model.multimodal_encoder.builder import resolve_tower_path
 from llava.model.multimodal_encoder.clip_files import read_vision_config
 from llava.model.qwen2_5_vl_loading import checked_config
-from llava.spelling import did_you_mean
+from llava.spelling import unknown
 
 #: decoder sizes: hidden_size, intermediate_size, num_hidden_layers, attention heads, key heads
 DECODERS = {
@@ -99,10 +99,8 @@ def _shapes(name: str):
             config.image_grid_pinpoints = [[side * w, side * h] for w, h in shapes]
         return config, CLIPVisionConfig(**CLIP_LARGE)
     if not os.path.isfile(os.path.join(name, "config.json")):
-        raise ValueError(
-            f"unknown size {name!r}{did_you_mean(name, [*CONFIGS, 'playground'])}, choose from "
-            f"{', '.join(CONFIGS)}, playground or a folder with a checkpoint"
-        )
+        known = [*CONFIGS, "playground", "a folder with a checkpoint"]
+        raise ValueError(unknown("size", name, known))
     values = values_in(name)
     if family_in(values) in OTHER_FAMILIES:
         return Qwen2_5_VLConfig(**checked_config(values, f"{name}/config.json")), None

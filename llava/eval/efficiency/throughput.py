@@ -39,7 +39,7 @@ from llava.front_end import FrontEnd
 from llava.model.multimodal_encoder.qwen2_5_vl_images import Qwen2_5_VLImageProcessor
 from llava.model_args import PIXELS, add_model_args
 from llava.playground import default_model_path
-from llava.program_parser import ProgramParser
+from llava.program_parser import ProgramParser, Several
 from llava.progress import progress
 from llava.pruning.cli import method_name
 
@@ -180,17 +180,29 @@ def parse_args() -> argparse.Namespace:
         f"{', '.join(CONFIGS)}, or the folder of a checkpoint",
     )
     parser.add_argument(
-        "--layers", type=int, help="so many decoder layers of the --config, in place of all"
+        "--layers", type=int, help="only so many decoder layers of the model that --config names"
     )
-    parser.add_argument("--methods", nargs="+", default=["none"], type=method_name)
-    parser.add_argument("--visual-token-num", type=int, help="default: each method's own")
-    add_question_args(parser, QUESTIONS)
-    parser.add_argument("--images", type=int, default=5, help="number of images")
-    parser.add_argument("--per-image", type=int, default=30, help="questions about each")
-    parser.add_argument("--batch-size", type=int, default=15)
-    parser.add_argument("--workers", type=int, default=4)
     parser.add_argument(
-        "--max-new-tokens", type=int, default=3, help="random weights always write as many"
+        "--methods",
+        action=Several,
+        default=["none"],
+        type=method_name,
+        metavar="METHOD",
+        help="methods to measure",
+    )
+    parser.add_argument(
+        "--visual-token-num", type=int, help="token budget per image (default: each method's own)"
+    )
+    add_question_args(parser, QUESTIONS)
+    parser.add_argument("--images", type=int, default=5, help="images that are asked about")
+    parser.add_argument("--per-image", type=int, default=30, help="questions about each image")
+    parser.add_argument("--batch-size", type=int, default=15, help="prompts at a time")
+    parser.add_argument("--workers", type=int, default=4, help="threads that prepare images")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=3,
+        help="tokens of an answer; random weights write exactly so many",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()

@@ -43,7 +43,8 @@ from llava.eval.efficiency.report import ratios, spread, write_between_marks
 from llava.eval.efficiency.stock import IMAGE_ID, stock_decoder, stock_llava, time_stock
 from llava.eval.efficiency.stopwatch import Stopwatch
 from llava.model_args import DTYPES
-from llava.program_parser import ProgramParser
+from llava.program_parser import ProgramParser, Several
+from llava.progress import progress
 from llava.pruning import Pruner
 from llava.pruning.cli import method_name
 
@@ -77,17 +78,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ProgramParser(__doc__)
     add = parser.add_argument
     add("--config", default="0.6b", help="sizes of LLaVA-1.5, see docs/Efficiency.md")
-    add("--layers", type=int, help="so many decoder layers of the --config, in place of all")
-    add("--methods", nargs="+", default=[], type=method_name, help="measured as well")
-    add("--visual-token-num", type=int, default=64, help="their budget (default: 64)")
+    add("--layers", type=int, help="only so many decoder layers of the model that --config names")
+    add(
+        "--methods",
+        action=Several,
+        default=[],
+        type=method_name,
+        metavar="METHOD",
+        help="methods that are measured as well",
+    )
+    add("--visual-token-num", type=int, default=64, help="token budget of the methods")
     add("--compile", action="store_true", help="measures ours with compiled steps as well")
-    add("--dtype", choices=DTYPES, default="fp32")
+    add("--dtype", choices=DTYPES, default="fp32", help="type of numbers")
     add("--device", help="cuda or cpu (default: the best there is)")
     add("--prompt-length", type=int, default=64, help="text tokens per prompt (default: 64)")
     add("--output-tokens", type=int, default=17, help="tokens of every answer (default: 17)")
     add("--repeats", type=int, default=20, help="timed rounds (default: 20)")
-    add("--warmup", type=int, default=3, help="rounds before them (default: 3)")
-    add("--time-limit", type=float, metavar="SECONDS", help="begin no round after so long")
+    add("--warmup", type=int, default=3, help="rounds before those that count")
+    add(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="begin no further round after so long (default: none)",
+    )
     add_clock_arg(add)
     add("--json", metavar="FILE", help="also write the numbers here")
     add("--markdown", metavar="FILE", help="write the table into this page, between its marks")
@@ -169,7 +182,9 @@ def compare(model, pruners: dict[str, Pruner], args) -> tuple[list[Row], bool]:
     ways = ways_of_theirs(model, now)
     ways |= ways_of_ours(model, {DENSE: Pruner()} | pruners, args.compile, now)
     run = {name: partial(way, workload, args.output_tokens) for name, way in ways.items()}
-    same = torch.equal(run[UPSTREAM]()[0], run[DENSE]()[0])
+    both = [run[name] for name in (UPSTREAM, DENSE)]
+    theirs, ours = [way()[0] for way in progress(both, "first answers", "models")]
+    same = torch.equal(theirs, ours)
     variants = [Variant(name, lambda way=way: way()[1]) for name, way in run.items()]
     args.rounds = measure(variants, args.repeats, args.warmup, args.time_limit, "rounds")
     return rows_of(variants, weight_bytes(model)), same

@@ -20,7 +20,7 @@ from pathlib import Path
 from llava.errors import errors_as_messages
 from llava.eval.gpu_report.runner import DONE, Report, last_line, run_program, run_steps
 from llava.eval.gpu_report.steps import STEPS
-from llava.program_parser import ProgramParser
+from llava.program_parser import ProgramParser, Several
 
 #: seconds for all steps: under eight minutes with what comes before and after
 BUDGET = 460.0
@@ -34,16 +34,29 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--small", action="store_true", help="tiny models on the CPU, to see that all of it works"
     )
     parser.add_argument(
-        "--budget", type=float, default=BUDGET, metavar="SECONDS", help="for all steps together"
+        "--budget",
+        type=float,
+        default=BUDGET,
+        metavar="SECONDS",
+        help="time for all steps together",
     )
-    parser.add_argument("--steps", nargs="+", choices=names, default=names, help="default: all")
+    parser.add_argument(
+        "--steps",
+        action=Several,
+        choices=names,
+        default=names,
+        metavar="STEP",
+        help=f"what is done, of {', '.join(names)} (default: all)",
+    )
     parser.add_argument("--out", default="runs/gpu_report", help="folder of results and logs")
     parser.add_argument(
         "--page",
         metavar="FILE",
         help="the page (default: docs/gpu/CARD.md, named after the card; with --small in --out)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="begin anew")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="discard the results that are there and begin anew"
+    )
     args = parser.parse_args(argv)
     if args.budget <= 0:
         parser.error(f"--budget ({args.budget:g}) must be more than 0 seconds")

@@ -67,11 +67,12 @@ def add_judge_args(
     The key comes from OPENAI_API_KEY only: a command line can be read by everybody on a machine.
     """
     environment = os.environ
+    own = " (default: the benchmark's own)" if max_tokens is None else ""
     group = parser.add_argument_group("judge (OPENAI_API_KEY holds the key, if one is needed)")
     group.add_argument(
         "--judge-model",
         default=environment.get("JUDGE_MODEL") or model,
-        help=f"default: JUDGE_MODEL from the environment, else {model or 'as published'}",
+        help=f"model that judges (default: JUDGE_MODEL, else {model or 'the published one'})",
     )
     group.add_argument(
         "--judge-url",
@@ -92,8 +93,15 @@ def add_judge_args(
         metavar="JSON",
         help="fields to add to a request; null takes one out (default: JUDGE_EXTRA)",
     )
-    group.add_argument("--max-tokens", type=int, default=max_tokens)
-    group.add_argument("--judge-temperature", type=float, default=temperature)
+    group.add_argument(
+        "--max-tokens", type=int, default=max_tokens, help="the most tokens of a verdict" + own
+    )
+    group.add_argument(
+        "--judge-temperature",
+        type=float,
+        default=temperature,
+        help="its temperature; 0: no sampling" + own,
+    )
 
 
 def _object(text: str) -> dict:

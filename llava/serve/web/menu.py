@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
+from ...pruning.about import GROUPS, PLACES, group_name
 from .methods import BUDGET, SHARE, Method
 
-#: where a method acts, as a worker says it -> heading
-PLACES = {
-    "nowhere": "no pruning",
-    "before": "before the decoder",
-    "inside": "inside the decoder",
-    "both": "before and inside the decoder",
-}
-#: (place, trained) of the groups, in their order
-GROUPS = [(place, trained) for trained in (False, True) for place in PLACES]
 MARK = " · "  # before the name of the group at the end of a line
 
 
@@ -20,7 +12,7 @@ def group_of(method: Method) -> str:
     """Name of the group; "" where the worker says nothing of it."""
     if method.acts not in PLACES:
         return ""
-    return PLACES[method.acts] + (", trained" if method.trained else "")
+    return group_name(method.acts, method.trained)
 
 
 def line_of(method: Method) -> str:

@@ -60,8 +60,16 @@ def load(judge: Judge, requests: int, items: int, threads: int) -> tuple[list[fl
 def main(argv: list[str] | None = None) -> None:
     parser = ProgramParser(__doc__)
     environment = os.environ
-    parser.add_argument("--judge-url", default=environment.get("OPENAI_BASE_URL") or LOCAL_JUDGE)
-    parser.add_argument("--judge-model", default=environment.get("JUDGE_MODEL") or JUDGE_MODEL)
+    parser.add_argument(
+        "--judge-url",
+        default=environment.get("OPENAI_BASE_URL") or LOCAL_JUDGE,
+        help="endpoint of the judge",
+    )
+    parser.add_argument(
+        "--judge-model",
+        default=environment.get("JUDGE_MODEL") or JUDGE_MODEL,
+        help="model that judges",
+    )
     parser.add_argument("--requests", type=int, default=50, help="groups of questions")
     parser.add_argument("--items", type=int, default=4, help="questions of a group")
     parser.add_argument("--threads", type=int, default=10, help="groups under way at once")

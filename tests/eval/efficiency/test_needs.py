@@ -82,7 +82,7 @@ def test_the_smallest_gpu_has_room_for_cuda_and_a_tenth_more():
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["qwen2.5-3b"], "unknown size 'qwen2.5-3b' (did you mean 'qwen2.5-vl-3b'?), choose from"),
+        (["qwen2.5-3b"], "unknown size 'qwen2.5-3b' (did you mean 'qwen2.5-vl-3b'?)"),
         (["7b", "--batch-size", "0"], "'0' is no number above 0"),
         (["7b", "--tflops", "fast"], "'fast' is no number above 0"),
     ],

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig
 
+from llava.eval.efficiency import measure as measuring
 from llava.eval.efficiency import upstream
 from llava.eval.efficiency.measure import Variant, Workload
 from llava.eval.efficiency.random_model import build_random_model
@@ -67,13 +68,22 @@ def test_every_way_is_compared_within_its_rounds():
     assert rows[ALONE].first_ms is rows[ALONE].first is None and rows[ALONE].later == 0.5
 
 
-def test_the_program_measures_all_ways_and_compares_answers(capsys, tmp_path):
+def test_the_program_measures_all_ways_and_compares_answers(capsys, tmp_path, monkeypatch):
+    bars = []
+    for module in (upstream, measuring):
+        shown = module.progress
+        monkeypatch.setattr(
+            module,
+            "progress",
+            lambda steps, *words, bar=shown: bars.append(words) or bar(steps, *words),
+        )
     argv = ["--config", str(GOLDEN / "tiny-llava-v1.5"), "--layers", "4", "--output-tokens", "4"]
     argv += ["--methods", "vispruner", "--repeats", "1", "--warmup", "0", "--processor-time"]
     argv += ["--markdown", str(tmp_path / "page.md")]
     result = upstream.main(argv)
     assert [row["name"] for row in result["rows"]] == [UPSTREAM, ALONE, "dense", "vispruner"]
     assert result["about"]["same_answers"] and result["about"]["rounds"] == 1
+    assert bars == [("first answers", "models"), ("rounds", "runs")]  # what takes long has one
     assert "| dense |" in capsys.readouterr().out
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert page.startswith("<!-- upstream: begin -->") and "answers are the same" in page
