@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import METHODS, build_pruner
 from ..tokens import KEY_BIAS
-from .promises import Promises, generate
+from .promises import Promises, generate, questions_about
 from .tiny import (
     ANYRES,
     NUM_PATCHES,
@@ -97,7 +97,8 @@ class MethodContract(Promises):
     def test_attention_has_a_bias_where_the_class_says_so(self, model, pruner):
         model.pruner = pruner
         prompt = sample(4, "image", 5)
-        extras = model.build_prompt(prompt.ids, images=prompt.images).extras
+        questions = questions_about(prompt.images)
+        extras = model.build_prompt(prompt.ids, images=prompt.images, questions=questions).extras
         assert (KEY_BIAS in extras) == pruner.vision.biases_attention
 
     @pytest.mark.parametrize("side", ["left", "right"])
