@@ -111,6 +111,8 @@ def build_pruner(name: str = "none", **options) -> Pruner:
         options = {**options, "base": build_pruner(options["base"])}
     options, known = translate(method, options), option_names(method)
     if unknown := [key for key in options if key not in known]:
+        if (why := method.declines.get(unknown[0])) is not None:
+            raise ValueError(f"{name} does not take {unknown[0]}: {why}")
         meant = did_you_mean(unknown[0], known)
         raise ValueError(
             f"unknown option {', '.join(map(repr, unknown))} for pruning method {name!r}"
@@ -129,7 +131,9 @@ def build_pruner(name: str = "none", **options) -> Pruner:
 
 def build_combination(name: str, options: dict) -> Pruner:
     """`build_pruner` of "a+b"."""
-    rows, (first, *_) = in_a_row(name), name.split("+")
+    rows, (first, *others) = in_a_row(name), name.split("+")
+    if wrapper := next((own for own in others if own in METHODS and METHODS[own].wraps), None):
+        raise ValueError(wrapper_behind(name, wrapper))
     if len(rows) > 2 or not all(name.split("+")):
         raise ValueError(f"a combination has the form METHOD+METHOD, got {name!r}")
     own = split_options(name, options, default=first if len(rows) == 1 else None)
@@ -143,6 +147,15 @@ def build_combination(name: str, options: dict) -> Pruner:
             given = {**given, "base": build_pruner(inner[0], **own[inner[0]])}
         made.append(build_pruner(method, **given))
     return Chain(*made) if len(made) == 2 else made[0]
+
+
+def wrapper_behind(name: str, wrapper: str) -> str:
+    """What to say to someone who writes a wrapper, `wrapper`, behind another method."""
+    ordered = "+".join([wrapper, *(own for own in name.split("+") if own != wrapper)])
+    return (
+        f"{name!r}: {wrapper} works around the method that is named behind it, so it comes first: "
+        f"{ordered}"
+    )
 
 
 def build_with_budget(name: str, budget: dict, **options) -> Pruner:

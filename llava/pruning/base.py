@@ -42,6 +42,10 @@ class Pruner:
     wraps: ClassVar[bool] = False
     #: the method runs without its trained part, which an option names
     part_is_optional: ClassVar[bool] = False
+    #: what to set so that it does nothing inside the decoder; None: it acts there in any case
+    before_decoder_by: ClassVar[str | None] = None
+    #: option that methods of its kind take and this one does not -> why
+    declines: ClassVar[dict[str, str]] = {}
     #: how the published programs of the method use it
     published: ClassVar[Published] = Published()
     #: whether `generate` returns what that of the release does
@@ -66,7 +70,8 @@ class Pruner:
 
     @property
     def decoder(self) -> DecoderStage:
-        """What acts inside the decoder, likewise."""
+        """What acts inside the decoder, likewise; a method whose setting decides whether anything
+        does overrides this."""
         return self if isinstance(self, DecoderStage) else NO_DECODER_STAGE
 
     def attach(self, model: LanguageModel) -> None:

@@ -34,7 +34,7 @@ class OfTheSecond(Published):
 @dataclass
 class Chain(Pruner):
     """
-    first:  leaves fewer tokens to the decoder and does nothing inside it
+    first:  leaves fewer tokens to the decoder and, as it is set, does nothing inside it
     second: drops tokens inside the decoder and nothing before it
     """
 
@@ -44,10 +44,12 @@ class Chain(Pruner):
     published = OfTheSecond()
 
     def __post_init__(self):
-        if isinstance(self.first, DecoderStage):
+        if type(self.first.decoder) is not DecoderStage:
+            setting = self.first.before_decoder_by
+            way_out = "" if setting is None else f": set {self.first.name}_{setting}"
             raise ValueError(
                 f"{self.first.name} acts inside the decoder, so it cannot be the first method of "
-                f"{self.name!r}"
+                f"{self.name!r}{way_out}"
             )
         if isinstance(self.second, VisionStage) or not isinstance(self.second, DecoderStage):
             raise ValueError(

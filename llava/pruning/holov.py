@@ -21,6 +21,7 @@ from .base import SelectPruner
 from .captured import captured
 from .ops import true_first
 from .published import Published
+from .sinks import SinkFilter
 from .tokens import ImageTokens, VisionTokens, keep_chosen
 
 #: the extra from one hook to the next: (B, N) the attention of a patch
@@ -32,7 +33,7 @@ LEAST = 1e-6
 
 
 @dataclass
-class HoloV(SelectPruner):
+class HoloV(SinkFilter, SelectPruner):
     """
     visual_token_num: tokens per image; on LLaVA-NeXT of the whole sequence of an image, newlines
                       left out
@@ -43,6 +44,8 @@ class HoloV(SelectPruner):
     raster_order:     True puts kept tokens in the order of the image. False: as measured in the
                       paper, run by run, in a run by falling attention; where positions are places
                       in a picture they are in raster order anyway
+    sink_ratio:       share of the patches left out, those of the largest norm; 0: none. Runs are
+                      cut from the others
     """
 
     num_runs: int | None = None
@@ -63,7 +66,10 @@ class HoloV(SelectPruner):
         self.in_raster_order = self.raster_order
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
-        return vision  # tokens are compared in the space of the language model
+        """Tokens are compared in the space of the language model, sinks are known before it."""
+        if vision.crops_in_budget > 1:
+            return self.candidates_of_images(vision, self.visual_token_num)
+        return self.candidates(vision)
 
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
         """Images of a single crop, all at once; of others the attention is kept for later."""

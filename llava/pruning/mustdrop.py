@@ -96,6 +96,10 @@ class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
     adaptive = True
     reads_text = True
     merges_blocks = True
+    declines = {
+        "sink_ratio": "what the words look at too little is dropped, whatever its number, and what "
+        "class tokens look at is only kept from that, so no other patch would take a sink's place"
+    }
 
     def __post_init__(self):
         given = (self.global_thr, self.individual_thr)

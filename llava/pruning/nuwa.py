@@ -26,13 +26,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import DecoderPruner
+from .base import NO_DECODER_STAGE, DecoderPruner, Pruner
 from .ops import gather_tokens, normalize, rank_within_groups, scale_layer, top_stable
 from .own_grids import OwnGrids
 from .prefill import Prefill
 from .published import Published
 from .random import scramble
-from .stages import Probe, VisionStage, last_token
+from .sinks import SinkFilter, without_marks
+from .stages import DecoderStage, Probe, VisionStage, last_token
 from .tokens import ImageLayout, ImageTokens, VisionTokens
 
 CELL = 2  # patches along the side of a cell
@@ -102,7 +103,7 @@ class View(NamedTuple):
 
 
 @dataclass
-class Nuwa(OwnGrids, VisionStage, DecoderPruner):
+class Nuwa(SinkFilter, OwnGrids, VisionStage, DecoderPruner):
     """
     visual_token_num:  tokens per image, averaged over the decoder layers: 7/4 of them enter it, 1/4
                        stay from `layer` on (64 = 112 and 16). On LLaVA-NeXT the sum over the crops,
@@ -125,6 +126,8 @@ class Nuwa(OwnGrids, VisionStage, DecoderPruner):
                        at least 3
     stage2:            "attention" of the end of the prompt, "random" or "off"
     seed:              of stage2="random"
+    sink_ratio:        share of the patches left out of stage 1, of what collectors collect as well,
+                       those of the largest norm of a crop, or of the tiles together; 0: none
     """
 
     distance: float | None = None
@@ -164,6 +167,16 @@ class Nuwa(OwnGrids, VisionStage, DecoderPruner):
             raise ValueError(f"pillar_quantile ({quantile}) must lie between 0 and 1")
         if self.top_per_region not in (None, 1, 2, 3, 4):
             raise ValueError(f"top_per_region ({self.top_per_region}) must be 1 to {CELL**2}")
+
+    @property
+    def decoder(self) -> DecoderStage:
+        return NO_DECODER_STAGE if self.stage2 == "off" else self
+
+    def choosing(self, num_tokens: int) -> Pruner:
+        raise ValueError(
+            f"{self.name} cannot be asked for a number of tokens before the decoder: its budget is "
+            "an average over the layers"
+        )
 
     @property
     def variant(self) -> Variant:
@@ -241,7 +254,7 @@ class Nuwa(OwnGrids, VisionStage, DecoderPruner):
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
         self.check_model(vision)
         if self.own_grids:
-            return vision
+            return self.with_sinks_marked(vision, self.block_view(*vision.grid).keep)
         similar = mean_output(vision).flatten(0, 1)  # (B * N, C)
         salience = vision.cue("salience").flatten()
         features = vision.features.flatten(0, 1).clone()
@@ -251,9 +264,13 @@ class Nuwa(OwnGrids, VisionStage, DecoderPruner):
             if view.untouched:
                 kept[places] = True
                 continue
-            chosen = choose(salience[places], view)
             own = features[places], similar[places], salience[places]
-            blended, _ = self.collect(*own, chosen, view)
+            found = self.sink_places(own[0], view.keep)
+            sinks = None
+            if found is not None:
+                sinks = torch.zeros_like(own[2], dtype=torch.bool).scatter(1, found, True)
+            chosen = choose(own[2], view, sinks)
+            blended, _ = self.collect(*own, chosen, view, sinks)
             chosen = places.gather(1, chosen)
             features[chosen], kept[chosen] = blended.to(features.dtype), True
         vision = replace(vision, features=features.view_as(vision.features), layers={})
@@ -263,13 +280,14 @@ class Nuwa(OwnGrids, VisionStage, DecoderPruner):
         """Where blocks of patches become tokens here, it is those that are kept and blended."""
         if not self.own_grids:
             return vision
+        vision, sinks = without_marks(vision)
         view = self.block_view(*vision.grid)
         if view.untouched:
             return replace(vision, layers={})
         features, salience = vision.features, vision.cue("salience")
         similar = vision.projected(mean_output(vision).to(features.dtype))
-        chosen = choose(salience, view)
-        blended, _ = self.collect(features, similar, salience, chosen, view)
+        chosen = choose(salience, view, sinks)
+        blended, _ = self.collect(features, similar, salience, chosen, view, sinks)
         kept = replace(vision, layers={}).keep(chosen)
         kept.features = blended.to(features.dtype)
         return kept
@@ -329,10 +347,17 @@ class Nuwa(OwnGrids, VisionStage, DecoderPruner):
         return View(rows, columns, keep, top, quantile, untouched)
 
     def collect(
-        self, features: Tensor, similar: Tensor, salience: Tensor, chosen: Tensor, view: View
+        self,
+        features: Tensor,
+        similar: Tensor,
+        salience: Tensor,
+        chosen: Tensor,
+        view: View,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Features (G, K, C) in fp32 of the patches at `chosen` (G, K), and (G, K) which of them
-        are pillars. features, similar (G, V, C) and salience (G, V) are those of whole grids."""
+        are pillars. features, similar (G, V, C) and salience (G, V) are those of whole grids;
+        sinks: (G, V) True on patches that are not collected."""
         features, count = features.float(), chosen.shape[1]
         plain = gather_tokens(features, chosen)
         lead = salience.gather(1, chosen) if self.pillar_mode == "salience" else plain.norm(dim=-1)
@@ -347,6 +372,8 @@ class Nuwa(OwnGrids, VisionStage, DecoderPruner):
         unit = normalize(similar)
         weight = (gather_tokens(unit, own) @ unit.transpose(1, 2)).relu()  # (G, L, V)
         weight = weight * proximity(own, view, self.squared_radius(view))
+        if sinks is not None:
+            weight = weight.masked_fill(sinks.scatter(1, chosen, False)[:, None], 0.0)
         weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-8)
         if not view.blocks:  # a collector counts in full beside what it collects
             weight = weight.scatter(2, own[..., None], 1.0)
@@ -403,8 +430,11 @@ def mean_output(vision: VisionTokens) -> Tensor:
     return next(cues["output_mean"] for cues in vision.layers.values() if "output_mean" in cues)
 
 
-def choose(salience: Tensor, view: View) -> Tensor:
-    """Places (G, K) in ascending order of the patches of grids (G, V) that stay."""
+def choose(salience: Tensor, view: View, sinks: Tensor | None = None) -> Tensor:
+    """Places (G, K) in ascending order of the patches of grids (G, V) that stay; sinks: (G, V) True
+    on those that do so where cells have no others alone."""
+    if sinks is not None:
+        salience = salience.masked_fill(sinks, -1.0)  # below any attention
     place = torch.arange(salience.shape[1], device=salience.device)
     count = view.keep
     if view.top:

@@ -22,12 +22,13 @@ from torch import Tensor
 from .base import Pruner, check_budget
 from .counts import Known
 from .ops import gather_tokens, lookup, normalize
+from .sinks import SinkFilter, check_sink_ratio
 from .stages import VisionStage
 from .tokens import MERGED, VisionTokens
 
 
 @dataclass
-class PruMerge(VisionStage, Pruner):
+class PruMerge(SinkFilter, VisionStage, Pruner):
     """
     visual_token_num: tokens per image, the one for the rest included; None: as many as there are
                       outliers, or as `reduction_ratio` says
@@ -37,6 +38,8 @@ class PruMerge(VisionStage, Pruner):
     outlier_factor:   an outlier lies this many interquartile ranges above the third quartile;
                       larger keeps fewer
     neighbors:        patches merged into each kept one
+    sink_ratio:       share of the patches left out, those of the largest norm; 0: none. They are no
+                      outliers, are merged into nothing, and are missing in the one for the rest
     """
 
     visual_token_num: int | None = None
@@ -55,6 +58,7 @@ class PruMerge(VisionStage, Pruner):
 
     def __post_init__(self):
         budget, ratio = self.visual_token_num, self.reduction_ratio
+        check_sink_ratio(self.sink_ratio)
         if budget is not None and (isinstance(budget, bool) or budget != int(budget) or budget < 1):
             raise ValueError(
                 f"visual_token_num ({budget!r}) must be a whole number of at least 1 token"
@@ -86,10 +90,16 @@ class PruMerge(VisionStage, Pruner):
         if self.visual_token_num is not None and self.visual_token_num >= num_patches:
             return vision
         last = vision.layers[max(vision.layers)]
-        attention = class_attention(last["cls_query"], last["cls_key"], last["keys"])
-        centers, valid, counts = self.centers(attention)
-        tokens = self.merge(vision.features.float(), last["keys"], attention, centers, valid)
+        keys = last["keys"]
+        attention = class_attention(last["cls_query"], last["cls_key"], keys)
+        left = self.candidates(vision, self.least(num_patches))
+        if left is not vision:
+            keys = gather_tokens(keys, left.positions)
+            attention = attention.gather(1, left.positions)
+        centers, valid, counts = self.centers(attention, num_patches)
+        tokens = self.merge(left.features.float(), keys, attention, centers, valid)
         rest = centers.new_full((len(centers), 1), num_patches)
+        centers = centers if left is vision else left.positions.gather(1, centers)
         positions = torch.cat([centers, rest], dim=1)
         valid = torch.cat([valid, torch.ones_like(rest, dtype=torch.bool)], dim=1)
         return replace(
@@ -102,11 +112,22 @@ class PruMerge(VisionStage, Pruner):
             layers={},
         )
 
-    def centers(self, attention: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    def least(self, num_patches: int) -> int:
+        """Patches of a crop that must not be left out, so that the number asked for is there."""
+        if self.visual_token_num is not None:
+            return max(1, self.visual_token_num - 1)
+        return max(1, int(num_patches * (self.reduction_ratio or 0)))
+
+    def centers(
+        self, attention: Tensor, num_patches: int | None = None
+    ) -> tuple[Tensor, Tensor, list[int]]:
         """Patches to keep (B, M) by falling attention (B, N), then those at regular intervals;
-        (B, M) False on padding; and how many they are of each crop."""
+        (B, M) False on padding; and how many they are of each crop.
+
+        num_patches: of a crop, those that are left out included; None: none are
+        """
         size = attention.shape[1]
-        number, start, step = self.counts(attention)
+        number, start, step = self.counts(attention, num_patches or size)
         patch = torch.arange(size, device=attention.device)
         rank = attention.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         top = rank < number
@@ -118,7 +139,7 @@ class PruMerge(VisionStage, Pruner):
         order = key.argsort(dim=1, stable=True)[:, : max(counts)]
         return order, key.gather(1, order) < 3 * size, counts
 
-    def counts(self, attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def counts(self, attention: Tensor, num_patches: int) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 1) each: patches kept for their attention, first of those at regular intervals, and
         the interval."""
         size = attention.shape[1]
@@ -126,7 +147,7 @@ class PruMerge(VisionStage, Pruner):
             number = torch.full_like(attention[:, :1], self.visual_token_num - 1).long()
             return number, number, number
         if (share := self.reduction_ratio) is not None:
-            number = torch.full_like(attention[:, :1], max(1, int(size * share))).long()
+            number = torch.full_like(attention[:, :1], max(1, int(num_patches * share))).long()
             interval = torch.full_like(number, int(1 / max(share, 1 / size)))
             return number, interval // 2, interval
         low, high = attention.quantile(torch.tensor([0.25, 0.75]).to(attention), dim=1)

@@ -16,8 +16,11 @@ Written from the paper; the code was not looked at. Where the text leaves a choi
   image (divprune there) leaves the rest of that sequence to be merged;
 - a prompt none of whose images lost a token is left as it is, without a bias;
 - a method that merges as well is asked for the patches that it keeps as they are (of visionzip the
-  dominant ones), as merging is done here. One that keeps none (pool, prumerge) is refused, and so
-  are methods that act inside the decoder: their groups would have to be formed between its layers.
+  dominant ones), as merging is done here. One that keeps none (pool, prumerge) is refused;
+- methods that act inside the decoder are refused. The paper wraps some "stage by stage" and has
+  numbers for that, but does not say which states are compared and averaged there, whether sizes of
+  groups add up from cut to cut, or what bias the layers before a cut have: whatever was built would
+  not be what was measured. They may follow a wrapped method instead (restore+vispruner+fastv).
 """
 
 from __future__ import annotations
@@ -287,9 +290,11 @@ def check_base(wrapper: str, base: Pruner) -> None:
     if base.wraps:
         reason = "is a wrapper itself"
     elif type(base.decoder) is not DecoderStage:
-        reason = f"acts inside the decoder, but {wrapper} merges what is not chosen before it"
-        if not isinstance(base, VisionStage):
-            reason += f" (it may follow: {wrapper}+METHOD+{name})"
+        reason = f"chooses inside the decoder, where {wrapper} cannot merge what is not chosen"
+        if base.before_decoder_by is not None:
+            reason += f": set {name}_{base.before_decoder_by}"
+        elif not isinstance(base, VisionStage):
+            reason += f": let it follow another method, {wrapper}+METHOD+{name}"
     elif not isinstance(base, VisionStage):
         reason = "chooses no tokens"
     elif fills(type(stage), VisionStage, *before):

@@ -11,19 +11,29 @@ behind the image), and survivors keep their positions. Sinks are found crop by c
 without a class token the attention that patches receive from all takes its place.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import BUDGET, ShareOption, StagedPruner, check_budget
+from .base import (
+    BUDGET,
+    NO_DECODER_STAGE,
+    Pruner,
+    SelectPruner,
+    ShareOption,
+    StagedPruner,
+    check_budget,
+)
 from .captured import captured
 from .ops import gather_tokens, interpolate, normalize, scale_layers, top_stable
 from .own_grids import OwnGrids
 from .prefill import Prefill
-from .sinks import check_sink_ratio, num_sinks, sinks
-from .stages import VisionStage
+from .sinks import SinkFilter, check_sink_ratio, num_sinks, sinks
+from .stages import DecoderStage, VisionStage
 from .tokens import MERGED, VisionTokens, without_cues
 from .words import mean_attention, words_behind
 
@@ -80,6 +90,7 @@ class SinkPruner(OwnGrids, VisionStage, ShareOption, StagedPruner):
     anyres_tiles = (2, 2)
     in_raster_order = False
     renumbers = False
+    before_decoder_by = "text_pruner=False"
 
     def __post_init__(self):
         self.check_budgets()
@@ -111,6 +122,24 @@ class SinkPruner(OwnGrids, VisionStage, ShareOption, StagedPruner):
 
     def cut_layers(self, num_layers: int) -> tuple[int, ...]:
         return tuple(self.layer_list or scale_layers(LAYERS, num_layers))
+
+    @property
+    def decoder(self) -> DecoderStage:
+        return self if self.text_pruner else NO_DECODER_STAGE
+
+    def choosing(self, num_tokens: int) -> Pruner:
+        """Salient and diverse patches alone, in the proportion that they have in this budget."""
+        if (self.salient_token_num, self.diverse_token_num) != (None, None):
+            raise ValueError(
+                f"{self.name} cannot be asked for a number of tokens beside salient_token_num and "
+                "diverse_token_num"
+            )
+        return Unmerged(
+            num_tokens,
+            sink_ratio=self.sink_ratio,
+            picks_per_round=self.picks_per_round,
+            table=BLOCK_TOKENS if self.own_grids else TOKENS,
+        )
 
     # --- how many -----------------------------------------------------------------------------
 
@@ -197,6 +226,31 @@ class SinkPruner(OwnGrids, VisionStage, ShareOption, StagedPruner):
         words = words_behind(prefill)
         rows = prefill.attention_rows(prefill.layer, words.rows).mean(dim=1)
         return mean_attention(prefill, rows, words.own)
+
+
+@dataclass
+class Unmerged(SinkFilter, SelectPruner):
+    """The patches that the sanitiser keeps as they are, for a wrapper that merges the others.
+
+    visual_token_num: salient and diverse ones together, as in `SelectPruner`
+    picks_per_round:  as in `SinkPruner`
+    table:            `TOKENS` or `BLOCK_TOKENS`
+    """
+
+    picks_per_round: int = 16
+    table: Mapping[Any, Sequence[float]] = field(default_factory=lambda: TOKENS)
+
+    name = SinkPruner.name
+    needs = frozenset({"salience"})
+    anyres_tiles = SinkPruner.anyres_tiles
+
+    def select(self, vision: VisionTokens) -> Tensor:
+        count, size = self.num_keep(vision), math.prod(vision.grid)
+        salient, diverse = interpolate(self.table, count / size * max(self.table))[:2]
+        num_diverse = int(count * diverse / (salient + diverse))
+        pools = 0, count - num_diverse, num_diverse  # sinks are no candidates
+        found = sanitize(vision.features, vision.cue("salience"), *pools, self.picks_per_round)
+        return torch.cat(found[1:], dim=1)
 
 
 def sink_token(features: Tensor, high: Tensor) -> Tensor:

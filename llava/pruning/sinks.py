@@ -9,13 +9,16 @@ Paper: SinkPruner, https://arxiv.org/abs/2609.01004
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from .ops import top_stable
+from .ops import on_device, top_stable
 from .tokens import VisionTokens
+
+#: the extra, on the way to the projector, that is True on the patches that are left out
+LEFT_OUT = "left_out"
 
 
 def check_sink_ratio(sink_ratio: float) -> None:
@@ -70,3 +73,41 @@ class SinkFilter:
             return vision
         left = torch.ones_like(vision.positions, dtype=torch.bool).scatter(1, found, False)
         return vision.keep_mask(left, [left.shape[1] - found.shape[1]] * len(left))
+
+    def candidates_of_images(self, vision: VisionTokens, budget: int) -> VisionTokens:
+        """Likewise where the crops of an image are chosen from as a whole: of each of them so many
+        are left out that the tokens left of the image, unpadded, are `budget` or more."""
+        size, counts = vision.features.shape[1], []
+        most = num_sinks(size, self.sink_ratio)
+        for number, crops in enumerate(vision.crops_of_images()):
+            total = size * (own := crops.stop - crops.start)
+            mosaic = None if vision.layouts is None else vision.layouts[number].mosaic
+            if mosaic is not None:
+                top, bottom, left, right = mosaic[1]
+                total = size + (bottom - top) * (right - left)
+            counts += [min(most, max(0, total - budget) // own)] * own
+        if not any(counts):
+            return vision
+        found = sinks(vision.features, max(counts))
+        rank = torch.arange(found.shape[1], device=found.device)
+        stays = rank >= on_device(counts, found.device)[:, None]
+        left = torch.ones_like(vision.positions, dtype=torch.bool).scatter(1, found, stays)
+        return vision.keep_mask(left, [size - count for count in counts])
+
+    def with_sinks_marked(self, vision: VisionTokens, least: int) -> VisionTokens:
+        """`vision` with the extra `LEFT_OUT`, where there are sinks, for methods that choose behind
+        the projector from whole grids; `without_marks` takes it away again."""
+        found = self.sink_places(vision.features, least)
+        if found is None:
+            return vision
+        marks = torch.zeros_like(vision.positions, dtype=torch.bool).scatter(1, found, True)
+        return replace(vision, extras={**vision.extras, LEFT_OUT: marks})
+
+
+def without_marks(vision: VisionTokens) -> tuple[VisionTokens, Tensor | None]:
+    """(the tokens as they were before `with_sinks_marked`, (B, N) True on sinks or None)."""
+    marks = vision.extras.get(LEFT_OUT)
+    if marks is None:
+        return vision, None
+    extras = {name: own for name, own in vision.extras.items() if name != LEFT_OUT}
+    return replace(vision, extras=extras), marks

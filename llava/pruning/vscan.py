@@ -30,6 +30,7 @@ from .ops import (
 )
 from .own_grids import OwnGrids
 from .published import Published
+from .sinks import SinkFilter, check_sink_ratio, without_marks
 from .stages import VisionStage
 from .tokens import VisionTokens
 
@@ -37,10 +38,13 @@ from .tokens import VisionTokens
 LOCAL_LAYER, TOWER_DEPTH, CUT_LAYERS = 5, 24, (16,)
 #: side of the windows where a token is a block of patches
 BLOCK_WINDOW = 4
+#: the attention of a sink, which counts behind all others: attention is 0 or above, and a patch
+#: beyond the share of its window counts -1
+SINK = -2.0
 
 
 @dataclass
-class VScan(OwnGrids, ShareOption, VisionStage, StagedPruner):
+class VScan(SinkFilter, OwnGrids, ShareOption, VisionStage, StagedPruner):
     """
     visual_token_num:  tokens per image, averaged over the decoder layers; on LLaVA-NeXT the sum
                        over its crops. The two counts below follow from it unless they are given
@@ -57,6 +61,8 @@ class VScan(OwnGrids, ShareOption, VisionStage, StagedPruner):
     local_layer:       tower layer (0-based) of the local picks. None: 5 of 24, scaled
     window:            side of the windows that share the local picks, in patches; where tokens are
                        blocks of patches, windows are 4 x 4 blocks
+    sink_ratio:        share of the patches left out, of the merging as well, those of the largest
+                       norm; 0: none
     """
 
     visual_token_num: int = 64
@@ -77,6 +83,7 @@ class VScan(OwnGrids, ShareOption, VisionStage, StagedPruner):
 
     def __post_init__(self):
         self.check_budgets()
+        check_sink_ratio(self.sink_ratio)
         first, later = self.encoder_token_num, self.image_token_list
         if min([1 if first is None else first, *(later or ())]) < 1:
             raise ValueError(
@@ -143,7 +150,14 @@ class VScan(OwnGrids, ShareOption, VisionStage, StagedPruner):
 
     # --- vision stage -------------------------------------------------------------------------
 
+    def after_encoder(self, vision: VisionTokens) -> VisionTokens:
+        """Tokens are merged in the space of the language model, sinks are known before it."""
+        budget = self.visual_token_num // vision.crops_in_budget
+        wanted = self.encoder_tokens(budget, vision.features.shape[1])
+        return self.with_sinks_marked(vision, wanted)
+
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
+        vision, sinks = without_marks(vision)
         num_patches = vision.features.shape[1]
         budget = self.visual_token_num // vision.crops_in_budget
         wanted = self.encoder_tokens(budget, num_patches)
@@ -151,32 +165,38 @@ class VScan(OwnGrids, ShareOption, VisionStage, StagedPruner):
         if wanted == num_patches:
             kept = vision
         else:
-            index = self.select(vision, wanted)
+            index = self.select(vision, wanted, sinks)
             kept = vision.keep(index)
-            kept.features = absorb(vision.features, index)
+            kept.features = absorb(vision.features, index, sinks)
         images = len(vision.layouts or vision.features)
         kept.image_extras = {**kept.image_extras, BUDGET: [budget] * images}
         return kept
 
-    def select(self, vision: VisionTokens, wanted: int) -> Tensor:
-        """(B, K) patches to keep, ascending; K = `num_selected`, or `wanted` of blocks."""
-        blocks = vision.block > 1
-        local = self.block_picks(vision, wanted) if blocks else self.local_picks(vision, wanted)
-        rest = vision.cue("salience").masked_fill(local, -1.0)  # below any attention
+    def select(self, vision: VisionTokens, wanted: int, sinks: Tensor | None = None) -> Tensor:
+        """(B, K) patches to keep, ascending; K = `num_selected`, or `wanted` of blocks.
+
+        sinks: (B, N) True on patches that are taken where a window has no others alone
+        """
+        blocks, rest = vision.block > 1, vision.cue("salience")
+        pick = self.block_picks if blocks else self.local_picks
+        local = pick(vision, wanted, sinks)
+        if sinks is not None:
+            rest = rest.masked_fill(sinks, SINK)
+        rest = rest.masked_fill(local, SINK - 1)
         best = top_stable(rest, wanted - wanted // 2)
         count = wanted if blocks else self.num_selected(wanted, vision.grid)
         chosen = true_first(local.scatter(1, best, True))
         return chosen[:, :count].sort(dim=1).values
 
-    def local_picks(self, vision: VisionTokens, wanted: int) -> Tensor:
+    def local_picks(self, vision: VisionTokens, wanted: int, sinks: Tensor | None = None) -> Tensor:
         """(B, N) True on the patches of every window that the shallow layer looks at most."""
         row, column = vision.positions // vision.grid[1], vision.positions % vision.grid[1]
         across = math.ceil(vision.grid[1] / self.window)
         group = row // self.window * across + column // self.window
         quota = wanted // 2 // self.num_windows(vision.grid)
-        return rank_within_groups(local_score(vision), group) < quota
+        return rank_within_groups(local_score(vision, sinks), group) < quota
 
-    def block_picks(self, vision: VisionTokens, wanted: int) -> Tensor:
+    def block_picks(self, vision: VisionTokens, wanted: int, sinks: Tensor | None = None) -> Tensor:
         """(B, N) True on the half of the tokens that the shallow layer looks at most, no more than
         its share in any window. As released for towers whose tokens are blocks of patches: windows
         of 4 x 4 blocks, of which incomplete ones join the last full one."""
@@ -184,9 +204,9 @@ class VScan(OwnGrids, ShareOption, VisionStage, StagedPruner):
         down, across = max(1, rows // side), max(1, columns // side)
         row = (vision.positions // columns // side).clamp(max=down - 1)
         column = (vision.positions % columns // side).clamp(max=across - 1)
-        score, half = local_score(vision), wanted // 2
+        score, half = local_score(vision, sinks), wanted // 2
         fits = rank_within_groups(score, row * across + column) < math.ceil(half / (down * across))
-        picks = top_stable(score.masked_fill(~fits, -1.0), half)
+        picks = top_stable(torch.where(fits, score, score.clamp(max=-1.0)), half)
         return torch.zeros_like(fits).scatter(1, picks, True)
 
     def num_windows(self, grid: tuple[int, int]) -> int:
@@ -232,20 +252,24 @@ class VScan(OwnGrids, ShareOption, VisionStage, StagedPruner):
         return self.image_schedule(kept * crops, num_layers, num_patches, budget)
 
 
-def local_score(vision: VisionTokens) -> Tensor:
-    """(B, N) attention that patches receive in the shallow layer."""
+def local_score(vision: VisionTokens, sinks: Tensor | None = None) -> Tensor:
+    """(B, N) attention that patches receive in the shallow layer, `SINK` where `sinks` is True."""
     found = (vision.layers[layer] for layer in sorted(vision.layers))
-    return next(cues["salience"] for cues in found if "salience" in cues)
+    score = next(cues["salience"] for cues in found if "salience" in cues)
+    return score if sinks is None else score.masked_fill(sinks, SINK)
 
 
 @captured
-def absorb(features: Tensor, index: Tensor) -> Tensor:
+def absorb(features: Tensor, index: Tensor, left_out: Tensor | None = None) -> Tensor:
     """Tokens at `index` (B, K) of `features` (B, N, D), each averaged with those of the others that
-    point its way most (cosine; equal: the earlier one)."""
+    point its way most (cosine; equal: the earlier one), but for those where `left_out` (B, N) is
+    True."""
     unit = normalize(features)
     nearest = (unit @ gather_tokens(unit, index).transpose(1, 2)).argmax(dim=-1)  # (B, N)
     own = torch.arange(index.shape[1], device=index.device)
     nearest = nearest.scatter(1, index, own.expand_as(index))
     share = (nearest[..., None] == own).float()  # (B, N, K)
+    if left_out is not None:
+        share = share.masked_fill(left_out.scatter(1, index, False)[..., None], 0.0)
     total = share.transpose(1, 2) @ features.float()
     return (total / share.sum(dim=1)[..., None]).to(features.dtype)

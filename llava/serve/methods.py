@@ -249,5 +249,5 @@ def place(pruner: Pruner) -> str | None:
     """Where a method may stand in a combination of two: "first", "second" or None."""
     if pruner.wraps:  # what follows it is the method in it
         return None
-    acts = isinstance(pruner, VisionStage), isinstance(pruner, DecoderStage)
+    acts = isinstance(pruner, VisionStage), type(pruner.decoder) is not DecoderStage
     return {(True, False): "first", (False, True): "second"}.get(acts)

@@ -44,6 +44,18 @@ def test_the_first_alone_decides_what_enters_the_decoder(model, sample):
     assert [int(count) for count in both.visual_tokens] == [12, 12, 5, 5, 5, 5]
 
 
+def test_the_first_may_act_inside_the_decoder_by_a_setting_that_is_off(model, sample):
+    options = dict(sinkpruner_visual_token_num=10, fastv_visual_token_num=4, fastv_layer=2)
+    with pytest.raises(ValueError, match="first method .*: set sinkpruner_text_pruner=False$"):
+        build_pruner("sinkpruner+fastv", **options)
+    model.pruner = build_pruner("sinkpruner+fastv", sinkpruner_text_pruner=False, **options)
+    prompt = sample(4, "image", 5)
+    with trace_pruning(model) as trace:
+        model.generate(prompt.ids, images=prompt.images, max_new_tokens=1)
+    counts = [int(count) for count in trace.visual_tokens]
+    assert counts == model.pruner.token_schedule(36, 6) and counts[2:] == [4, 4, 4, 4]
+
+
 def test_what_each_needs_is_asked_for():
     chain = build_pruner("visionzip+adaptprune")
     assert chain.vision.needs == build_pruner("visionzip").needs

@@ -8,6 +8,7 @@ from llava.pruning import build_pruner
 from llava.pruning.cdpruner import largest_volume
 from llava.pruning.dart import least_alike
 from llava.pruning.density_merge import merge
+from llava.pruning.density_peaks import cluster
 from llava.pruning.divprune import farthest_first
 from llava.pruning.eadp import cover_relevant
 from llava.pruning.idpruner import marginally_best
@@ -98,12 +99,21 @@ def test_merging_asks_for_as_many_kernels_whatever_the_budget():
     assert few == many <= 50
 
 
+def test_so_do_clusters_around_density_peaks():
+    def clusters(count: int) -> int:
+        real, numbers = torch.ones(2, 64, dtype=torch.bool), torch.full((2,), count)
+        return launches(cluster, TOKENS, real, numbers, count)
+
+    assert clusters(PICKS) == clusters(PICKS + MORE) <= 6 * PICKS
+
+
 @pytest.mark.parametrize("by_mean", [False, True])
 def test_a_pick_by_three_scaled_criteria_costs_ten(by_mean):
     """Two of them are scaled anew over what is left at every pick, each operation waiting for the
     one before: the last pick's distances are looked up, held against those of the others, summed,
     the worst is looked for, subtracted, the best looked for, divided by, all added, the most looked
-    for. The tenth marks what is taken."""
+    for. The tenth marks what is taken. No operation of torch does two of these and leaves what is
+    kept as recorded, see docs/Methods.md."""
     real, weights = torch.ones(2, 64, dtype=torch.bool), torch.full((2, 2), 0.5)
     given = TOKENS, TOKENS[..., 0].abs(), real, weights
     few, many = (launches(preserve, *given, count, by_mean) for count in (PICKS, PICKS + MORE))

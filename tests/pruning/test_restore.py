@@ -6,13 +6,20 @@ import torch
 from llava.pruning import Chain, build_pruner, trace_pruning
 from llava.pruning.density_merge import groups_of, merge
 from llava.pruning.restore import Restore
-from llava.pruning.testing import MethodContract, OwnGridsContract
+from llava.pruning.testing import MethodContract, OwnGridsContract, tiny
 from llava.pruning.tokens import KEY_BIAS
-from tests.conftest import SIDE, make_pruner
+from tests.conftest import SIDE
 
 BASES = ["visionzip", "vispruner", "divprune", "holov", "hiprune", "cdpruner", "random"]
+BASES += ["sinkpruner"]
+#: what makes a method one that chooses before the decoder alone
+OPTIONS = {"restore+sinkpruner": {"sinkpruner_text_pruner": False}}
 COMBINED = [*(f"restore+{base}" for base in BASES), "restore+vispruner+fastv"]
 GREEDY = dict(do_sample=False, max_new_tokens=3, eos_token_id=-1)
+
+
+def make_pruner(name: str, visual_token_num: int = 10):
+    return tiny.make_pruner(name, visual_token_num, **OPTIONS.get(name, {}))
 
 
 class TestEveryBase(MethodContract):
@@ -57,10 +64,17 @@ def test_a_third_method_acts_inside_the_decoder():
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("restore+fastv", {}, "fastv, which acts inside the decoder.*restore\\+METHOD\\+fastv"),
-        ("restore+pyramiddrop", {}, "pyramiddrop, which acts inside the decoder"),
-        ("restore+sparsevlm", {}, "sparsevlm, which acts inside the decoder"),
-        ("restore+nuwa", {}, "nuwa, which acts inside .* not chosen before it$"),
+        ("restore+fastv", {}, "fastv, which chooses inside .* follow .* restore\\+METHOD\\+fastv$"),
+        ("restore+pyramiddrop", {}, "pyramiddrop, which chooses inside the decoder"),
+        ("restore+sparsevlm", {}, "sparsevlm, which chooses inside the decoder"),
+        ("restore+nuwa", {}, "nuwa, which chooses inside .* what is not chosen$"),
+        ("restore+nuwa", {"nuwa_stage2": "off"}, "its budget is an average over the layers"),
+        ("restore+sinkpruner", {}, "chooses inside .*: set sinkpruner_text_pruner=False$"),
+        (
+            "restore+sinkpruner",
+            {"sinkpruner_text_pruner": False, "sinkpruner_diverse_token_num": 3},
+            "beside salient_token_num and diverse_token_num",
+        ),
         ("restore+pool", {}, "pool, which blends the tokens it leaves"),
         ("restore+prumerge", {}, "prumerge, which blends the tokens it leaves"),
         ("restore+downsample", {}, "downsample, which changes what the vision tower sees"),
@@ -85,7 +99,12 @@ def test_a_third_method_acts_inside_the_decoder():
         ("restore+random+fastv+fastv", {}, "form METHOD\\+METHOD"),
         ("restore+random+fastv+vscan", {}, "form METHOD\\+METHOD"),
         ("restore+random+fastv", {"gamma": 1.0}, "must start with restore_ or random_ or fastv_"),
-        ("vispruner+restore", {}, "restore\\+fastervlm does not act inside the decoder alone"),
+        ("vispruner+restore", {}, "'vispruner\\+restore': .* comes first: restore\\+vispruner$"),
+        (
+            "vispruner+restore+fastv",
+            {"visual_token_num": 10},
+            "comes first: restore\\+vispruner\\+fastv$",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_reason(model, name, options, message):
@@ -129,6 +148,19 @@ def test_of_visionzip_the_dominant_patches_are_chosen(model, sample):
     kept, dominant = merged.visual_positions[0], plain.visual_positions[0]
     assert torch.equal(kept[kept >= 0], dominant[dominant >= 0])
     assert len(kept) == 12 and int((kept >= 0).sum()) == 6
+
+
+@pytest.mark.parametrize("budget, gamma", [(12, 0.5), (9, 1.0)])
+def test_of_sinkpruner_salient_and_diverse_patches_are_chosen(model, sample, budget, gamma):
+    options = {"visual_token_num": budget, "gamma": gamma, **OPTIONS["restore+sinkpruner"]}
+    _, merged = run(model, build_pruner("restore+sinkpruner", **options), sample)
+    chosen = int(gamma * budget + 0.5)
+    numbers = {"salient_token_num": chosen - chosen // 2, "diverse_token_num": chosen // 2}
+    plain = build_pruner("sinkpruner", visual_token_num=5, text_pruner=False, **numbers)
+    _, alone = run(model, plain, sample)
+    kept, own = merged.visual_positions[0], alone.visual_positions[0]
+    assert torch.equal(kept[kept >= 0], own[own >= 0].sort().values)  # the sinks are merged
+    assert len(kept) == budget and int((kept >= 0).sum()) == chosen
 
 
 def test_sizes_sum_to_all_tokens_and_text_stays_where_it_was(model, sample):
