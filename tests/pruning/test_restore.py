@@ -13,7 +13,8 @@ from tests.conftest import SIDE
 BASES = ["visionzip", "vispruner", "divprune", "holov", "hiprune", "cdpruner", "random"]
 BASES += ["sinkpruner"]
 #: what makes a method one that chooses before the decoder alone
-OPTIONS = {"restore+sinkpruner": {"sinkpruner_text_pruner": False}}
+SANITISER = {"sinkpruner_text_pruner": False}
+OPTIONS = {"restore+sinkpruner": SANITISER}
 COMBINED = [*(f"restore+{base}" for base in BASES), "restore+vispruner+fastv"]
 GREEDY = dict(do_sample=False, max_new_tokens=3, eos_token_id=-1)
 
@@ -68,11 +69,15 @@ def test_a_third_method_acts_inside_the_decoder():
         ("restore+pyramiddrop", {}, "pyramiddrop, which chooses inside the decoder"),
         ("restore+sparsevlm", {}, "sparsevlm, which chooses inside the decoder"),
         ("restore+nuwa", {}, "nuwa, which chooses inside .* what is not chosen$"),
-        ("restore+nuwa", {"nuwa_stage2": "off"}, "its budget is an average over the layers"),
+        (
+            "restore+nuwa",
+            {"visual_token_num": 9, "nuwa_stage2": "off"},
+            "its budget is an average over the layers",
+        ),
         ("restore+sinkpruner", {}, "chooses inside .*: set sinkpruner_text_pruner=False$"),
         (
             "restore+sinkpruner",
-            {"sinkpruner_text_pruner": False, "sinkpruner_diverse_token_num": 3},
+            {"visual_token_num": 9, **SANITISER, "sinkpruner_diverse_token_num": 3},
             "beside salient_token_num and diverse_token_num",
         ),
         ("restore+pool", {}, "pool, which blends the tokens it leaves"),
@@ -152,7 +157,7 @@ def test_of_visionzip_the_dominant_patches_are_chosen(model, sample):
 
 @pytest.mark.parametrize("budget, gamma", [(12, 0.5), (9, 1.0)])
 def test_of_sinkpruner_salient_and_diverse_patches_are_chosen(model, sample, budget, gamma):
-    options = {"visual_token_num": budget, "gamma": gamma, **OPTIONS["restore+sinkpruner"]}
+    options = {"visual_token_num": budget, "gamma": gamma, **SANITISER}
     _, merged = run(model, build_pruner("restore+sinkpruner", **options), sample)
     chosen = int(gamma * budget + 0.5)
     numbers = {"salient_token_num": chosen - chosen // 2, "diverse_token_num": chosen // 2}
