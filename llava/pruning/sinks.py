@@ -91,8 +91,8 @@ class SinkFilter:
         found = sinks(vision.features, max(counts))
         rank = torch.arange(found.shape[1], device=found.device)
         stays = rank >= on_device(counts, found.device)[:, None]
-        left = torch.ones_like(vision.positions, dtype=torch.bool).scatter(1, found, stays)
-        return vision.keep_mask(left, [size - count for count in counts])
+        mask = torch.ones_like(vision.positions, dtype=torch.bool).scatter(1, found, stays)
+        return vision.keep_mask(mask, [size - count for count in counts])
 
     def with_sinks_marked(self, vision: VisionTokens, least: int) -> VisionTokens:
         """`vision` with the extra `LEFT_OUT`, where there are sinks, for methods that choose behind

@@ -97,7 +97,7 @@ def check_qwen(case, folder, report):
             images=images,
             **e2e.as_recorded(recorded),
         )
-    ((features, similar, salience, chosen, view), (_, pillar)) = stage1[0]
+    ((features, similar, salience, chosen, view, _), (_, pillar)) = stage1[0]
     patches = 4 * view.rows * view.columns
     report.close("score", salience[0] * patches, recorded["score"], 1e-4, 1e-4)
     report.close("merged_features", features[0], recorded["merged_features"], 2e-4)
