@@ -81,8 +81,8 @@ def words(place, program, output, **changes):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--learnin_rate", "1"], "no flag --learnin_rate (did you mean '--learning_rate'?)"),
-        (["--learning_rat", "1"], "no flag --learning_rat (did you mean '--learning_rate'?)"),
+        (["--learnin_rate", "1"], "no flag --learnin_rate .did you mean '--learning_rate'"),
+        (["--learning_rat", "1"], "no flag --learning_rat .did you mean '--learning_rate'"),
         (["--learning_rate", "fast"], "--learning_rate: invalid float value: 'fast'"),
         (["stray"], "no flag stray"),
     ],
