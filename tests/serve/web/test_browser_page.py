@@ -94,8 +94,7 @@ def test_the_question_is_taken_up_at_once_whatever_the_server_does(page, tab, wo
     page.until(lambda: page.driver.execute_script("return sign !== null"), "a sign")
     took, frames = page.driver.execute_script("return sign")
     print(f"{tab}: {words!r} is drawn {took:.0f} ms, {frames} frames, after Enter")
-    # 12 frames are 200 ms; a busy machine draws fewer a second.
-    assert took < 5000 or frames <= 12
+    assert frames <= 12  # 200 ms; a busy machine draws fewer a second
     assert page.driver.execute_script("return held.length"), "the server has heard of it"
     page.driver.execute_script("held.forEach(send => send())")
 
