@@ -62,7 +62,8 @@ PICTURES = {"compare": compare, "chat": chat, "sweep": sweep}
 
 def whole_page(browser: Browser) -> Image.Image:
     size = browser.driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
-    clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+    scale = 1 / browser.driver.execute_script("return devicePixelRatio")  # 2 on a phone
+    clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": scale}
     options = {"captureBeyondViewport": True, "clip": clip}
     shot = browser.driver.execute_cdp_cmd("Page.captureScreenshot", options)
     return Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
