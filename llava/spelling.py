@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from difflib import get_close_matches
 
+#: share of its letters that a word has in common with one that was meant: of "nope" and "none" it
+#: is 0.75, and they are two words
+ALIKE = 0.8
 UNKNOWN_FLAGS = re.compile(r"unrecognized arguments: (.*)", re.S)
 UNKNOWN_CHOICE = re.compile(r"(invalid choice: '([^']*)') \(choose from (.*)\)", re.S)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns " (did you mean '--limit'?)" where a known word is like this one, else nothing.
-
-    Alike are words of which at most a third of the letters, and at least one, would have to be
-    added, left out or swapped with a neighbour. A letter in place of another is two of these, so
-    that a word of four letters with a wrong one is another word.
-    """
-    typed = _letters(word)
-    found = [(_slips(typed, own := _letters(name)), len(own), name) for name in known]
-    near = [one for one in found if one[0] <= max(1, (max(len(typed), one[1]) + 1) // 3)]
-    return f" (did you mean {min(near, key=lambda one: one[0])[2]!r}?)" if near else ""
+    """Returns " (did you mean '--limit'?)" where a known word is like this one, else nothing."""
+    like = {_letters(name): name for name in known}
+    found = get_close_matches(_letters(word), like, n=1, cutoff=ALIKE)
+    return f" (did you mean {like[found[0]]!r}?)" if found else ""
 
 
 def unknown(kind: str, word: str, known: Iterable[str]) -> str:
@@ -49,17 +47,3 @@ def with_hint(message: str, flags: Iterable[str]) -> str:
 def _letters(word: str) -> str:
     """A word without what does not tell it from others: dashes in front, capitals, underscores."""
     return word.lower().replace("_", "-").lstrip("-")
-
-
-def _slips(one: str, other: str) -> int:
-    """How many letters of `one` to add, leave out or swap with the next one, to get `other`."""
-    rows = [list(range(len(other) + 1))]
-    for i, a in enumerate(one):
-        row = [i + 1]
-        for j, b in enumerate(other):
-            best = rows[i][j] if a == b else 1 + min(rows[i][j + 1], row[j])
-            if i and j and a == other[j - 1] and b == one[i - 1]:
-                best = min(best, 1 + rows[i - 1][j - 1])
-            row.append(best)
-        rows.append(row)
-    return rows[-1][-1]

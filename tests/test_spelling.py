@@ -14,7 +14,7 @@ def test_the_nearest_word_is_named_and_nothing_where_none_is_near():
     assert did_you_mean("visprunr", METHODS) == " (did you mean 'vispruner'?)"
     assert did_you_mean("FastV", METHODS) == " (did you mean 'fastv'?)"
     assert did_you_mean("magic", METHODS) == ""
-    assert did_you_mean("rnu", COMMANDS) == " (did you mean 'run'?)"
+    assert did_you_mean("compre", COMMANDS) == " (did you mean 'compare'?)"
 
 
 def test_a_word_that_merely_has_some_of_the_letters_is_not_suggested():
@@ -58,7 +58,7 @@ def parser():
     [
         (["--visual-token-nun", "3"], "--visual-token-num"),
         (["--importent_ratio=0.5"], "--important-ratio"),
-        (["--device", "cdua"], "cuda"),
+        (["--device", "cudda"], "cuda"),
         (["--generation-strategy", "selfspeculative"], "self_speculative"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import sys
+from collections.abc import Iterable
 
 from ..constants import STRATEGIES
 from ..program_parser import dashed
@@ -138,6 +139,33 @@ def pruner_from_args(args: argparse.Namespace) -> Pruner:
     if strategy != STRATEGIES[0] and not can_draft(type(pruner.decoder)):
         raise ValueError(no_drafter(strategy, pruner))
     return pruner
+
+
+def add_args_of_methods(parser) -> None:
+    """Adds --pruning-arg METHOD.KEY=VALUE, for programs that run several methods."""
+    parser.add_argument(
+        "--pruning-arg",
+        action="append",
+        default=[],
+        metavar="METHOD.KEY=VALUE",
+        help="an option of one of the methods, repeatable",
+    )
+
+
+def options_by_method(pairs: list[str], methods: Iterable[str]) -> dict[str, dict]:
+    """The options of every method that --pruning-arg METHOD.KEY=VALUE names. Raises ValueError for
+    another form, and for a method that is none of `methods`, which are run."""
+    options: dict[str, dict] = {name: {} for name in methods}
+    for pair in pairs:
+        method, dot, rest = pair.partition(".")
+        if not dot or method not in options:
+            raise ValueError(
+                f"--pruning-arg {pair} must have the form METHOD.KEY=VALUE with one of the methods "
+                f"that are run ({', '.join(options)})"
+            )
+        key, value = parse_pair(rest)
+        options[method][key] = value
+    return options
 
 
 def parse_pair(pair: str) -> tuple[str, object]:

@@ -265,10 +265,7 @@ class Nuwa(SinkFilter, OwnGrids, VisionStage, DecoderPruner):
                 kept[places] = True
                 continue
             own = features[places], similar[places], salience[places]
-            found = self.sink_places(own[0], view.keep)
-            sinks = None
-            if found is not None:
-                sinks = torch.zeros_like(own[2], dtype=torch.bool).scatter(1, found, True)
+            sinks = self.sink_mask(own[0], view.keep)
             chosen = choose(own[2], view, sinks)
             blended, _ = self.collect(*own, chosen, view, sinks)
             chosen = places.gather(1, chosen)

@@ -64,6 +64,14 @@ class SinkFilter:
         count = min(num_sinks(size, self.sink_ratio), size - least)
         return sinks(features, count) if count > 0 else None
 
+    def sink_mask(self, features: Tensor, least: int) -> Tensor | None:
+        """(B, N) True at these places; None: there are none."""
+        found = self.sink_places(features, least)
+        if found is None:
+            return None
+        none = torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
+        return none.scatter(1, found, True)
+
     def candidates(self, vision: VisionTokens, least: int | None = None) -> VisionTokens:
         """The tokens to choose from; least: of each crop that must be left, None: the budget."""
         if least is None:
@@ -97,10 +105,9 @@ class SinkFilter:
     def with_sinks_marked(self, vision: VisionTokens, least: int) -> VisionTokens:
         """`vision` with the extra `LEFT_OUT`, where there are sinks, for methods that choose behind
         the projector from whole grids; `without_marks` takes it away again."""
-        found = self.sink_places(vision.features, least)
-        if found is None:
+        marks = self.sink_mask(vision.features, least)
+        if marks is None:
             return vision
-        marks = torch.zeros_like(vision.positions, dtype=torch.bool).scatter(1, found, True)
         return replace(vision, extras={**vision.extras, LEFT_OUT: marks})
 
 

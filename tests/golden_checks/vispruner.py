@@ -16,6 +16,7 @@ def build(case, folder) -> Pruner:
     return build_pruner("vispruner", visual_token_num=budget(case, crops), **options)
 
 
+@torch.no_grad()  # layers compute otherwise for gradients, and near ties would not be the same
 def check(case, recorded, model, pruner, pixels, trace, report) -> bool:
     """Scores, important tokens and counts always; the whole set where the record is exact.
 

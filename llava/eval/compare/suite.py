@@ -43,7 +43,7 @@ from llava.model_args import add_conv_mode_arg, add_length_arg, add_model_args
 from llava.program_parser import ProgramParser, Several
 from llava.pruning import METHODS, build_pruner, build_with_budget
 from llava.pruning.base import option_names
-from llava.pruning.cli import method_name, parse_pair
+from llava.pruning.cli import add_args_of_methods, method_name, options_by_method
 from llava.weight_files import local_folder
 
 
@@ -59,10 +59,9 @@ def plan(args, num_tokens: int | None) -> list[Run]:
     runs = [Run(DENSE, Budget(num_tokens), build_pruner())]
     budgets = {b for b in args.tokens if b != Budget() and (b.tokens or 0) < (num_tokens or inf)}
     methods = [name for name in dict.fromkeys(args.methods) if name != DENSE]  # which runs anyway
+    given = options_by_method(args.pruning_arg, methods)
     for method in sorted(methods, key=lambda name: name not in makes_images_smaller()):
-        prefix = f"{method}."
-        own = [arg.removeprefix(prefix) for arg in args.pruning_arg if arg.startswith(prefix)]
-        options = dict(map(parse_pair, own))
+        options = given[method]
         build_pruner(method, **options)  # without a budget: what is wrong now is an option
         for budget in sorted(budgets, key=lambda budget: budget.order, reverse=True):
             try:
@@ -286,13 +285,7 @@ def add_suite_args(parser: argparse.ArgumentParser, out: str) -> None:
         "and the first leaves twice as many unless --pruning-arg says otherwise); the unpruned "
         f"model is always run (default: all, {', '.join(methods)})",
     )
-    parser.add_argument(
-        "--pruning-arg",
-        action="append",
-        default=[],
-        metavar="METHOD.KEY=VALUE",
-        help="an option of one of the methods, repeatable",
-    )
+    add_args_of_methods(parser)
     parser.add_argument(
         "--tasks",
         action=Several,
@@ -325,8 +318,10 @@ def parse_suite_args(parser: argparse.ArgumentParser, argv: list[str] | None = N
 
         args.model_path = args.model_path or default_model_path()
         args.data_dir = args.data_dir or benchmark_dir()
-    if stray := [a for a in args.pruning_arg if a.partition(".")[0] not in args.methods]:
-        parser.error(f"--pruning-arg {stray[0]} must start with one of the methods and a dot")
+    try:
+        options_by_method(args.pruning_arg, args.methods)
+    except ValueError as error:
+        parser.error(str(error))
     args.model_name = get_model_name_from_path(args.model_path)
     args.conv_mode = resolve_conv_mode(
         args.conv_mode, args.model_name, args.model_path, args.model_base

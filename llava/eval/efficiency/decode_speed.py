@@ -54,7 +54,7 @@ from llava.model_args import add_length_arg, add_model_args
 from llava.playground import default_model_path
 from llava.program_parser import ProgramParser, Several
 from llava.pruning import METHODS, can_draft
-from llava.pruning.cli import method_name, parse_pair
+from llava.pruning.cli import add_args_of_methods, method_name, options_by_method
 
 QUESTIONS = "describe/questions.jsonl"
 
@@ -79,13 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tree-width", type=int, metavar="N", help="guesses that may follow one guess in a tree"
     )
-    parser.add_argument(
-        "--pruning-arg",
-        action="append",
-        default=[],
-        metavar="METHOD.KEY=VALUE",
-        help="an option of one of the methods, repeatable",
-    )
+    add_args_of_methods(parser)
     parser.add_argument("--limit", type=int, default=20, help="questions that are asked")
     add_length_arg(parser, 128)
     parser.add_argument(
@@ -126,21 +120,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def options_by_method(pairs: list[str]) -> dict[str, dict]:
-    """METHOD.KEY=VALUE pairs, sorted by method. Raises ValueError for another form."""
-    options: dict[str, dict] = {}
-    for pair in pairs:
-        method, dot, rest = pair.partition(".")
-        if not dot or not all(part in METHODS for part in method.split("+")):
-            raise ValueError(f"--pruning-arg {pair!r} must have the form METHOD.KEY=VALUE")
-        key, value = parse_pair(rest)
-        options.setdefault(method, {})[key] = value
-    return options
-
-
 def trained_model(args) -> tuple:
     """(model, pruners by name, prompts) of a checkpoint and a question file."""
-    options, budget = options_by_method(args.pruning_arg), args.visual_token_num
+    options, budget = options_by_method(args.pruning_arg, args.methods), args.visual_token_num
     pruners = {name: with_budget(name, budget, **options.get(name, {})) for name in args.methods}
     loop = load_loop(args)
     prompts = [
@@ -152,7 +134,7 @@ def trained_model(args) -> tuple:
 
 def random_model(args) -> tuple:
     """The same with random weights of the sizes `args.config`."""
-    options = options_by_method(args.pruning_arg)
+    options = options_by_method(args.pruning_arg, args.methods)
     model = build_random_model(*shapes(args.config, args.layers), **placed(args))
     model.token_choice = partial(ChanceChoice, acceptance=args.acceptance)
     pruners = {

@@ -9,7 +9,6 @@ from llava.eval.efficiency import decode_speed, random_model
 from llava.eval.efficiency.chance import ChanceChoice
 from llava.eval.efficiency.decode_report import cost_model, rows_of, table
 from llava.eval.efficiency.decode_run import Clock, Variant, measure, variants_of
-from llava.eval.efficiency.decode_speed import options_by_method
 from llava.model.language_model import decode_step
 from llava.model.self_speculative import SpeculationLog
 from llava.model.token_tree import TokenTree
@@ -158,13 +157,14 @@ def test_made_up_and_trained_models_are_not_mixed(capsys):
         assert message in capsys.readouterr().err
 
 
-def test_options_belong_to_a_method():
-    assert options_by_method(["twigvlm.twig=a/b", "fastv.layer=3"]) == {
+def test_options_belong_to_a_method_that_is_run():
+    assert options_by_method(["twigvlm.twig=a/b", "fastv.layer=3"], ["fastv", "twigvlm"]) == {
         "twigvlm": {"twig": "a/b"},
         "fastv": {"layer": 3},
     }
-    with pytest.raises(ValueError, match="must have the form METHOD.KEY=VALUE"):
-        options_by_method(["layer=3"])
+    for pair in ("layer=3", "pool.layer=3"):
+        with pytest.raises(ValueError, match=r"one of the methods that are run \(fastv\)"):
+            options_by_method([pair], ["fastv"])
 
 
 def test_a_whole_run_reports_every_way(monkeypatch, tmp_path, model, capsys):
