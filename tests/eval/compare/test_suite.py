@@ -154,7 +154,7 @@ def test_a_pair_of_methods_leaves_the_budget_and_its_first_method_twice_as_many(
 
 
 def test_a_suite_of_which_nothing_runs_is_an_error(args):
-    args.methods, args.tokens = ["mustdrop"], [Budget(33)]
+    args.methods, args.tokens, args.pruning_arg = ["mustdrop"], [Budget(33)], []
     with pytest.raises(ValueError, match="none of the methods runs here: mustdrop 33: "):
         suite.check_some_run(suite.plan(args, 576))
     args.tokens = []

@@ -13,6 +13,7 @@ from llava.model.language_model import decode_step
 from llava.model.self_speculative import SpeculationLog
 from llava.model.token_tree import TokenTree
 from llava.pruning import build_pruner
+from llava.pruning.cli import options_by_method
 from llava.pruning.drafter import Drafter
 from tests.pruning.test_twigvlm import grown
 
