@@ -118,13 +118,14 @@ def test_a_token_that_counts_for_k_in_the_decoder_is_k_tokens(make_model, backen
         prefill = model.model.start(inputs["inputs_embeds"], position_ids=inputs["position_ids"])
         prefill.extras = inputs["visuals"].extras
         rows.append(prefill.next_attention())
-    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-4)
+    # Two tokens more in a product are another order of summation: 3e-5 with AVX2.
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(rows[0][:, 1:], rows[1][:, 3:])
     torch.testing.assert_close(rows[0][:, 0], rows[1][:, :3].sum(dim=1))
     inputs = prompt_with_copies(model, 3, False)
     inputs["visuals"].extras = {}
     plain = model.model(**inputs)
-    assert not torch.allclose(plain.hidden_states[:, -6:], outputs[1][:, :6], atol=1e-4)
+    assert not torch.allclose(plain.hidden_states[:, -6:], outputs[1][:, :6], atol=1e-3)
 
 
 def test_backends_agree_on_a_bias(make_model, sample, method):
