@@ -3,7 +3,13 @@
 In fp32 torch hands all of them to MKL in the same way. Products of few tokens wait for the weights
 alone. On a processor of AMD (docs/Efficiency.md) MKL reads those at two thirds of the memory's
 speed for one token, and at a third for a few: there torch has kernels that are faster. On Intel's
-own MKL is the fastest of all for so few. Results differ in the order of summation alone.
+own MKL is the fastest of all for so few.
+
+In bfloat16 oneDNN does all of them. With AMX it turns the right operand into tiles before it
+multiplies, so it is faster where the weight stands on the left; and it spends a fixed time on each
+product, which is most of what a small weight takes and a compiled loop does not need.
+
+Results differ in the order of summation alone.
 """
 
 from __future__ import annotations
@@ -25,19 +31,24 @@ BLOCK, WIDEST = 128, 2048
 FEW = 4
 #: most tokens for which MKL is the fastest on a processor of Intel, whatever the weight
 FEW_ON_INTEL = 3
+#: numbers of a weight in bfloat16 up to which one compiled token is a loop over it, and most tokens
+#: that are one over a `SMALL` one
+LOOPED, FEW_LOOPED = 2**21, 3
+#: numbers of a weight in bfloat16 from which it is the left operand, for so many tokens at most
+LARGE, FEW_BESIDE = 2**20, 16
 
 
 class Linear(nn.Linear):
     """`nn.Linear`; without gradients and on a CPU computed by `product` in fp32, and by
-    `compiled_row` where one token in bfloat16 is compiled."""
+    `half_product` in bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not OWN_WAYS or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return F.linear(x, self.weight, self.bias)
         if is_ours(x) and is_ours(self.weight):
             return product(x, self.weight, self.bias)
-        if torch.compiler.is_compiling() and is_a_row(x) and is_a_row(self.weight[:1]):
-            return compiled_row(x, self.weight, self.bias)
+        if is_half(x) and is_half(self.weight):
+            return half_product(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -53,9 +64,9 @@ def is_ours(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() and HAS_KERNELS
 
 
-def is_a_row(x: Tensor) -> bool:
-    """Whether x (..., K) is one token in bfloat16 on a CPU."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[:-1].numel() == 1
+def is_half(x: Tensor) -> bool:
+    """Whether x is in bfloat16 on a CPU."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.is_contiguous()
 
 
 @contextmanager
@@ -87,7 +98,16 @@ def is_of_intel() -> bool:
     return "GenuineIntel" in known
 
 
+def cpu_knows(*names: str) -> bool:
+    """Whether this CPU has one of these sets of instructions, by torch's names for them; False
+    before torch 2.11, which does not say."""
+    read = getattr(torch.cpu, "get_capabilities", None)
+    found = read() if read else {}
+    return any(found.get(name) for name in names)
+
+
 ON_INTEL = is_of_intel()
+HAS_TILES = cpu_knows("amx_bf16")
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -110,12 +130,34 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if bias is None else out + bias
 
 
-def compiled_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `product` for a single token in half precision, summed in fp32: compiled it becomes one
-    loop over the weight, which reads it faster than oneDNN does."""
-    out = (x.flatten().float() * weight.float()).sum(dim=-1)
+def half_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `product`, in bfloat16."""
+    tokens, size = x.shape[:-1].numel(), weight.numel()
+    if torch.compiler.is_compiling():
+        if tokens == 1 and size <= LOOPED or size <= SMALL and 1 < tokens <= FEW_LOOPED:
+            return looped(x, weight, bias)
+    if HAS_TILES and size >= LARGE and 0 < tokens <= FEW_BESIDE:
+        return beside(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def looped(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `product` in half precision, summed in fp32: compiled it becomes one loop over the weight
+    for each token."""
+    rows = x.reshape(-1, 1, x.shape[-1]).float()
+    out = (rows * weight.float()).sum(dim=-1)
     out = out if bias is None else out + bias
     return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def beside(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `product`, with the weight as left operand. A single token counts twice: products of a
+    matrix and a vector take another way, which is slower."""
+    rows = x.view(-1, x.shape[-1])
+    tokens = len(rows)
+    turned = (rows.expand(2, -1) if tokens == 1 else rows).t()
+    out = weight @ turned if bias is None else torch.addmm(bias[:, None], weight, turned)
+    return out.t()[:tokens].contiguous().view(*x.shape[:-1], -1)
 
 
 def _in_blocks(row: Tensor, weight: Tensor) -> Tensor:

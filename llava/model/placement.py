@@ -11,6 +11,7 @@ from accelerate.utils import get_balanced_memory
 from torch import nn
 
 from ..checkpoint_kind import OTHER_FAMILIES, family_in
+from ..linear import cpu_knows
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -102,9 +103,7 @@ def cpu_multiplies_bfloat16() -> bool:
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
     # oneDNN also counts CPUs with plain AVX-512, where it imitates the instructions.
-    read = getattr(torch.cpu, "get_capabilities", None)  # torch 2.11 and newer
-    found = read() if read else {}
-    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return cpu_knows("avx512_bf16", "amx_bf16", "bf16")
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:

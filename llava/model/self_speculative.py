@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..devices import device_of
 from ..pruning.branches import Branches
 from ..pruning.drafter import Drafter
 from ..pruning.prefill import Prefill
 from ..pruning.required import required
 from ..pruning.stages import DecoderStage
 from .kv_cache import KVCache
+from .language_model.decode_step import Ending
 from .token_choice import TokenChoice
 from .token_tree import TokenTree
 
@@ -186,9 +186,11 @@ class Speculation:
     def step(self) -> tuple[Tensor, Tensor, list[int]]:
         """Guesses and verifies once more; returns as `start` does."""
         guess, rows = self._guess(None)
-        x = self.decoder.step(self.deep, torch.cat(rows, dim=1), self.cache)
-        x = self.decoder.norm(x.to(device_of(self.decoder.norm)))
-        return self._verify(guess, self.model.logits_of(x)[0])
+        ending = Ending(self.decoder.norm, self.model.lm_head)
+        most = self.drafter.num_speculations + 1
+        x = torch.cat(rows, dim=1)
+        logits = self.decoder.step(self.deep, x, self.cache, ending=ending, most=most)
+        return self._verify(guess, logits[0])
 
     def _guess(self, logits: Tensor | None) -> tuple[Guess, list[Tensor]]:
         """Guesses until the drafter is unsure, and the rows (1, 1, D) of all tokens fed meanwhile.
@@ -227,10 +229,11 @@ class Speculation:
         accepted: a row more costs next to nothing, a pass of its own as much as any.
         """
         x = self.waiting[0] if len(self.waiting) == 1 else torch.cat(self.waiting, dim=1)
-        x = self.decoder.step(self.drafter.layers, x, self.cache)
+        ending = Ending(self.drafter.norm, self.drafter.head, last=True)
+        logits = self.decoder.step(self.drafter.layers, x, self.cache, ending=ending)
         self.drafted += len(self.waiting)
         self.waiting = []
-        return self._at_home(self.drafter.logits(x[:, -1:].contiguous())[:, -1])
+        return self._at_home(logits[:, -1])
 
     def _at_home(self, logits: Tensor) -> Tensor:
         """Logits on the device of the answer, where tokens are chosen."""

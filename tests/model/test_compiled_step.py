@@ -77,8 +77,12 @@ def test_a_layer_is_compiled_to_few_kernels(make_model, together, monkeypatch):
     with torch.no_grad():
         _, codes = run_and_get_code(step, decoder.layers, x, cache)
     counts = [len(KERNEL.findall(code[code.index("def call(") :])) for code in codes]
-    assert len(counts) == 2, "one graph for all layers, and one for what they share"
-    assert counts[0] <= GROUP and counts[1] <= LAYER * max(1, together), codes[1]
+    if together:
+        assert len(counts) == 1, "one graph for all layers and what they share"
+        assert counts[0] <= LAYER * together + GROUP, codes[0]
+    else:
+        assert len(counts) == 2, "one graph for a layer, and one for what layers share"
+        assert counts[0] <= GROUP and counts[1] <= LAYER, codes[1]
 
 
 @pytest.mark.slow

@@ -136,7 +136,8 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             input_ids if inputs_embeds is None else inputs_embeds,
             "give input_ids or inputs_embeds: there is no prompt",
         )
-        if holds_tokens(past_key_values):
+        continues = holds_tokens(past_key_values)
+        if continues:
             self._check_continuation(tokens, attention_mask)
         else:
             check_decoder()
@@ -158,6 +159,13 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         cache = past_key_values
         if cache is None and use_cache and not self.training:
             cache = KVCache(self.config.num_hidden_layers)
+        if cache is not None and continues and labels is None and not output_hidden_states:
+            logits = self.model.logits_behind(
+                inputs_embeds, cache, self.lm_head, last_logits_only, self.pruning_trace
+            )
+            if logits is not None:
+                output = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+                return output if return_dict is not False else output.to_tuple()
         out = self.model(
             inputs_embeds,
             attention_mask=attention_mask,

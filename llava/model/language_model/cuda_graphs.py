@@ -93,7 +93,8 @@ def key_of(plan: Plan) -> tuple:
     buffers = [(keys.data_ptr(), keys.shape) for keys, _ in plan.buffers]
     shared = [tuple(None if x is None else x.data_ptr() for x in own or ()) for own in plan.shared]
     tree = [x.shape for x in plan.tree() or ()]
-    parts: tuple[list, ...] = (weights, groups, plan.members, buffers, shared, tree)
+    ending = [] if plan.ending is None else [*plan.ending.addresses(), plan.ending.last]
+    parts: tuple[list, ...] = (weights, groups, plan.members, buffers, shared, tree, ending)
     return (plan.x.shape, plan.x.dtype, plan.x.device, *map(tuple, parts))
 
 
@@ -118,7 +119,8 @@ class Captured:
                 for group in plan.known()
             ]
         self.addresses = {keys.data_ptr() for keys, _ in plan.buffers}
-        self.held = plan.layers, plan.buffers, plan.shared  # what has to stay where it is
+        # What has to stay where it is.
+        self.held = plan.layers, plan.buffers, plan.shared, plan.ending
         self.states: list[RowState] = []
         self.load(plan)
         self.replay = capture(lambda: plan.run(self.x, self.counts, self.known, self.tree))

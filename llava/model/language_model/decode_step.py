@@ -2,7 +2,8 @@
 
 Both kinds give the same numbers. `DecodeStep` runs layer by layer on exactly the keys that are
 there. `CompiledStep` looks at a whole bucket of places of each cache and masks those that are free,
-so that nothing in it but the contents of tensors changes from token to token.
+so that nothing in it but the contents of tensors changes from token to token. What follows the last
+layer, a norm and a head (`Ending`), belongs to the step.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...devices import moved
+from ...devices import device_of, moved
 from ...pruning.branches import Branches
 from ...pruning.position_bias import PositionBias
 from ..kv_cache import KVCache, RowState
 from ..position_bias import between, joined
 from .attention import added_mask, attention_mask, branch_mask, causal_mask, padded_causal_mask
-from .compiling import compiled
+from .compiling import by_itself, compiled
 from .layers import DecoderLayer, OwnCache, Rotary, Step, bring, is_watched
 
 #: decoders up to so many layers are compiled as a whole on a CPU, as calling six small graphs costs
@@ -34,6 +35,41 @@ class Asked(Protocol):
     x: Tensor
     cache: KVCache
     branches: Branches | None
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What makes logits of what leaves the last layer.
+
+    norm, head: the modules; each may be on a device of its own
+    last:       of the newest token alone
+    """
+
+    norm: nn.Module
+    head: nn.Module
+    last: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """fp32 logits (B, q, V), with `last` (B, 1, V), of x (B, q, D), on the device of the head."""
+        x = self.norm(self.asked(x).to(device_of(self.norm)))
+        return self.head(x.to(device_of(self.head))).float()
+
+    def here(self, x: Tensor) -> Tensor:
+        """The same where both modules are on the device of x."""
+        return self.head(self.norm(self.asked(x))).float()
+
+    def asked(self, x: Tensor) -> Tensor:
+        # A slice with gaps would make the product copy the whole head first.
+        return x[:, -1:].contiguous() if self.last else x
+
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether it may be part of a graph on `device`, see `runs_on`."""
+        parts = self.norm, self.head
+        return all(device_of(part) == device and not is_watched(part) for part in parts)
+
+    def addresses(self) -> list[int]:
+        """Where the weights are."""
+        return [own.data_ptr() for part in (self.norm, self.head) for own in part.parameters()]
 
 
 class DecodeStep:
@@ -54,12 +90,16 @@ class DecodeStep:
         collect: list[Tensor] | None = None,
         trace=None,
         branches: Branches | None = None,
+        ending: Ending | None = None,
+        most: int = 0,
     ) -> Tensor:
-        """What `layers` give on the (B, q, D) tokens that follow those in the cache, on the device
-        of the last of them; the cache holds them afterwards.
+        """What `layers`, and `ending` behind them, give on the (B, q, D) tokens that follow those
+        in the cache, on the device of the last of these; the cache holds them afterwards.
 
         collect: takes the input of every layer. trace: takes the attention rows that it records.
         branches: of the tokens, where they are nodes of a tree
+        most:     tokens of the longest of the steps that differ in length alone: what is compiled
+                  always runs on so many, so that all of them are one graph
         """
         recorded = frozenset() if trace is None else trace.attention_layers
         steps: dict[int, Step] = {}  # layers that hold the same tokens share one
@@ -77,7 +117,7 @@ class DecodeStep:
             x, rows = layer(x, step, cache)
             if number in recorded:
                 trace.add_answer_attention(number, rows)
-        return x
+        return x if ending is None else ending(x)
 
     def several(self, layers: Iterable[DecoderLayer], asked: Sequence[Asked]) -> list[Tensor]:
         """What `layers` give on the tokens of several answers, each as by itself, (1, q, D); every
@@ -157,13 +197,25 @@ class CompiledStep(DecodeStep):
         collect: list[Tensor] | None = None,
         trace=None,
         branches: Branches | None = None,
+        ending: Ending | None = None,
+        most: int = 0,
     ) -> Tensor:
         layers = list(layers)
         watched = collect is not None or (trace is not None and trace.attention_layers)
         able = layers and all(runs_on(layer, x) for layer in layers)
         if watched or not able or torch.is_grad_enabled():
-            return super().__call__(layers, x, cache, collect, trace, branches)
-        return self.run(self.plan(layers, x, cache, branches))
+            return super().__call__(layers, x, cache, collect, trace, branches, ending)
+        within = ending if ending is None or ending.runs_on(x.device) else None
+        count, lengths = x.shape[1], list(cache.lengths)
+        if 0 < count < most:  # what runs beyond the tokens comes behind them, and is forgotten
+            x = torch.cat([x, x[:, -1:].expand(-1, most - count, -1)], dim=1)
+        out = self.run(self.plan(layers, x, cache, branches, within, most > 0))
+        if count < most:
+            for layer in layers:
+                number = layer.self_attn.layer_idx
+                cache.crop(number, lengths[number] + count)
+            out = out[:, :count]
+        return out if ending is within else ending(out)
 
     def plan(
         self,
@@ -171,12 +223,15 @@ class CompiledStep(DecodeStep):
         x: Tensor,
         cache: KVCache,
         branches: Branches | None = None,
+        ending: Ending | None = None,
+        fixed: bool = False,
     ) -> Plan:
         """The step of `layers` on x; the cache counts its tokens as held from here on."""
         numbers, count = [layer.self_attn.layer_idx for layer in layers], x.shape[1]
         few = x.device.type == "cpu" and len(cache.lengths) <= FEW_LAYERS
         done, most = cache.appended(numbers[0]), FEW_LAYERS if few else 1
-        plan = Plan(layers, self.rotary, x, done, most, moved(branches, x.device))
+        tree = moved(branches, x.device)
+        plan = Plan(layers, self.rotary, x, done, most, tree, ending, fixed)
         groups: dict[int, int] = {}
         for number in numbers:
             state = cache.state_of(number)
@@ -210,6 +265,8 @@ class Plan:
     done:    tokens of the answers before those
     most:    layers with the same tokens that are one graph
     branches: of the tokens, where they are nodes of a tree
+    ending:  what comes behind the last of `layers`
+    fixed:   a graph is for this number of tokens alone
     states:  the rows as groups of layers see them, and how many places each looks at (`windows`)
     members: the group of every layer
     buffers: keys and values (B, G, capacity, d) of every layer
@@ -222,6 +279,8 @@ class Plan:
     done: int
     most: int = 1
     branches: Branches | None = None
+    ending: Ending | None = None
+    fixed: bool = False
     states: list[RowState] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
     members: list[int] = field(default_factory=list)
@@ -262,22 +321,28 @@ class Plan:
         known: list[dict[str, Tensor | None]],
         tree: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """(B, q, D) what leaves the last layer; the tokens' keys and values are in the buffers.
+        """What leaves the last layer (B, q, D), or the logits that `ending` makes of that; the
+        tokens' keys and values are in the buffers.
 
         x, counts, known, tree: what the plan says, as tensors
         """
+        if self.fixed:
+            x = by_itself(x)
+            torch._dynamo.mark_static(x, 1)
         biases = [state.directions and state.directions.function for state in self.states]
         groups = [
-            compiled(describe)(
-                self.rotary, counts, window, x.shape[1], x.dtype, bias, tree, **group
-            )
+            (self.rotary, counts, window, x.shape[1], x.dtype, bias, tree, *group.values())
             for window, bias, group in zip(self.windows, biases, known, strict=True)
         ]
-        for own in self.spans():
-            group = groups[self.members[own.start]]
-            x = compiled(run_layers)(
-                self.layers[own], x, *group, self.buffers[own], self.shared[own]
-            )
+        spans = list(self.spans())
+        if len(spans) == 1:
+            (own,) = groups
+            return compiled(run_all)(own, self.layers, x, self.buffers, self.shared, self.ending)
+        described = [compiled(describe)(*group) for group in groups]
+        for own in spans:
+            ending = self.ending if own.stop == len(self.layers) else None
+            work = self.layers[own], x, self.buffers[own], self.shared[own], ending
+            x = compiled(run_layers)(described[self.members[own.start]], *work)
         return x
 
     def spans(self) -> Iterator[slice]:
@@ -357,17 +422,23 @@ class Slots:
 
 
 def run_layers(
+    described: tuple[Tensor, Tensor, Tensor, Tensor],
     layers: list[DecoderLayer],
     x: Tensor,
-    places: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    mask: Tensor,
     buffers: list[tuple[Tensor, Tensor]],
     shared: list[tuple | None],
+    ending: Ending | None,
 ) -> Tensor:
-    """Layers on x (B, q, D), whose keys and values go to `places` of their buffers."""
+    """Layers on x (B, q, D), and what comes behind the last of them. described: what `describe`
+    gives; there the keys and values go to `places` of the buffers."""
+    places, cos, sin, mask = described
     for layer, (keys, values), beginning in zip(layers, buffers, shared, strict=True):
         slots = Slots(keys, values, places, mask.shape[-1], beginning)
         x, _ = layer(x, Step((cos, sin), mask), slots)
-    return x
+    return x if ending is None else ending.here(x)
+
+
+def run_all(group: tuple, *work) -> Tensor:
+    """`run_layers` where all layers hold the same tokens, and `describe` before it, as one graph.
+    group: the arguments of `describe`; work: those of `run_layers` behind what that gives"""
+    return run_layers(describe(*group), *work)
