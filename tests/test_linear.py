@@ -106,7 +106,42 @@ def test_gradients_half_precision_and_autocast_go_through_torch(monkeypatch):
         assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_a_compiled_token_in_half_precision_is_one_loop_over_the_weight():
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokens", [(1, 1), (1,), (2, 1), (1, 5), (0, 1), (2, 40)])
+@pytest.mark.parametrize("large", [1, 2**30])
+def test_products_in_half_precision_are_those_of_torch(tokens, bias, large, monkeypatch):
+    """With the weight on the left, and not."""
+    monkeypatch.setattr(linear, "HAS_TILES", True)
+    monkeypatch.setattr(linear, "LARGE", large)
+    x, weight, own = (None if x is None else x.bfloat16() for x in made(100, 96, tokens, bias))
+    found = linear.half_product(x, weight, own)
+    assert found.is_contiguous() and found.dtype == torch.bfloat16
+    wanted = F.linear(x.float(), weight.float(), None if own is None else own.float())
+    torch.testing.assert_close(found.float(), wanted, atol=0.05, rtol=0.01)
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17])
+def test_a_large_weight_in_half_precision_is_on_the_left_for_few_tokens_with_amx(
+    tokens, size, tiles, monkeypatch
+):
+    monkeypatch.setattr(linear, "HAS_TILES", tiles)
+    monkeypatch.setattr(linear, "LARGE", 100 * 96 if size == "large" else 100 * 96 + 1)
+    calls = []
+    monkeypatch.setattr(linear, "beside", lambda *words: calls.append(words))
+    x, weight, _ = (own.bfloat16() for own in made(100, 96, (tokens,)))
+    linear.half_product(x, weight)
+    assert bool(calls) == (tiles and size == "large" and tokens < 17)
+
+
+@pytest.mark.parametrize(
+    "tokens, small, loops", [(1, 1, True), (3, 2**18, True), (4, 2**18, False), (3, 1, False)]
+)
+def test_few_compiled_tokens_in_half_precision_are_loops_over_the_weight(
+    tokens, small, loops, monkeypatch
+):
+    """One token over any weight but large ones, up to three over a small one."""
     from torch._inductor.utils import run_and_get_code
 
     from llava.model.language_model.compiling import check_compiler, prepare
@@ -116,11 +151,13 @@ def test_a_compiled_token_in_half_precision_is_one_loop_over_the_weight():
     except RuntimeError as error:
         pytest.skip(str(error))
     prepare()  # or torch takes code that another kind of CPU left in its cache
-    layer, x = Linear(96, 256).bfloat16(), torch.randn(1, 1, 96, dtype=torch.bfloat16)
+    monkeypatch.setattr(linear, "SMALL", small)
+    layer, x = Linear(96, 256).bfloat16(), torch.randn(1, tokens, 96, dtype=torch.bfloat16)
     with torch.no_grad():
         found, (code, *_) = run_and_get_code(torch.compile(layer, fullgraph=True), x)
         torch.testing.assert_close(found, layer(x), atol=0.02, rtol=0.02)
-    assert "extern_kernels." not in code and "torch.ops.mkldnn" not in code
+    called = "extern_kernels." in code or "torch.ops.mkldnn" in code
+    assert called == (not loops)
 
 
 @needs_kernels

@@ -122,6 +122,11 @@ def test_guesses_are_made_and_verified_in_compiled_steps(make_model, sample):
     model.compile_decoding = True
     out = model.generate(prompt.ids, images=prompt.images, **options, **SPECULATE)
     assert torch.equal(out.sequences, plain)
+    before = graphs()
+    for most in (3, 12):  # guesses of other numbers, as the answer ends elsewhere
+        options["max_new_tokens"] = most
+        out = model.generate(prompt.ids, images=prompt.images, **options, **SPECULATE)
+        assert torch.equal(out.sequences, plain[:, :most]) and graphs() == before
 
 
 @pytest.mark.slow

@@ -176,6 +176,44 @@ def test_what_is_wanted_of_single_layers_comes_from_exact_steps(model, sample, m
         assert len(out.hidden_states[1]) == 7
 
 
+def test_logits_are_part_of_a_compiled_step_unless_somebody_watches(model, sample, monkeypatch):
+    """Norm and head in the graph, or as they are where hooks are on them or on the decoder."""
+    inputs, endings = batch(sample), []
+    wanted, run = generate(model, inputs), CompiledStep.run
+    monkeypatch.setattr(
+        CompiledStep, "run", lambda self, plan: endings.append(plan.ending) or run(self, plan)
+    )
+    for _ in steps(model, CompiledStep):
+        assert_same(generate(model, inputs), wanted)
+        assert len(endings) == 11 and all(own.head is model.lm_head for own in endings)
+        for part in (model.model.norm, model.lm_head, model.model):
+            seen: list = []
+            hook = part.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+            endings.clear()
+            assert_same(generate(model, inputs), wanted)
+            hook.remove()
+            assert endings == [None] * 11 and len(seen) == 12
+
+
+@pytest.mark.parametrize("kind", [DecodeStep, CompiledStep])
+def test_a_step_that_is_longer_than_its_tokens_leaves_them_alone_in_the_cache(model, kind):
+    decoder, generator = model.model, torch.Generator().manual_seed(0)
+    x = torch.randn(1, 9, decoder.config.hidden_size, generator=generator)
+    found = []
+    for step in steps(model, kind):
+        for most in (0, 4):
+            with torch.no_grad():
+                decoder(x, cache=(cache := kv_cache.KVCache(6)))
+                ending = decode_step.Ending(decoder.norm, model.lm_head)
+                for first, last in ((0, 2), (2, 3), (3, 7)):
+                    own = x[:, first:last].contiguous()
+                    out = step(decoder.layers, own, cache, ending=ending, most=most)
+                    assert out.shape[1] == last - first
+                    assert cache.lengths == [9 + last] * 6
+            found.append(out)
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
 # --- steps that are captured ----------------------------------------------------------------
 
 
@@ -239,10 +277,13 @@ def test_guesses_are_captured_too(make_model, sample):
     model.lm_head.weight.data *= 8
     grown(model, 2, 2, visual_token_num=30, draft_stop_prob=0.0)
     plain = model.generate(prompt.ids, images=prompt.images, **GREEDY)
-    for _ in steps(model, lambda *words: GraphStep(*words, capture=Recorder())):
+    for step in steps(model, lambda *words: GraphStep(*words, capture=Recorder())):
         for _ in "ab":
             out = model.generate(prompt.ids, images=prompt.images, **GREEDY, **SPECULATE)
             assert torch.equal(out.sequences, plain)
+        lengths = {len(own) for own in out.logs[0].drafts}
+        verified = {key[0][1] for key in step.graphs if key[0][1] > 2}
+        assert len(lengths) > 1 and verified == {6}, "one length for all verifications"
 
 
 # --- the switch -----------------------------------------------------------------------------
