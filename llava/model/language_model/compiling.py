@@ -45,8 +45,11 @@ def compiled(function: Callable) -> Callable:
 
 
 def by_itself(value):
-    """A tensor that is a view of another one as one that is not, without gradients; else `value`:
-    for views torch compiles a function once more, as it looks at the whole tensors behind them."""
+    """A tensor that is a view of another one as one that is not, without gradients, and a tuple of
+    such; else `value`: for views torch compiles a function once more, as it looks at the whole
+    tensors behind them."""
+    if type(value) is tuple:
+        return tuple(map(by_itself, value))
     if isinstance(value, Tensor) and not torch.is_grad_enabled() and value._base is not None:
         return value.detach()
     return value

@@ -50,7 +50,7 @@ class Ending:
     last: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        """fp32 logits (B, q, V), with `last` (B, 1, V), of x (B, q, D), on the device of the head."""
+        """fp32 logits (B, q, V), with `last` (B, 1, V), of x (B, q, D); on the head's device."""
         x = self.norm(self.asked(x).to(device_of(self.norm)))
         return self.head(x.to(device_of(self.head))).float()
 
@@ -215,7 +215,7 @@ class CompiledStep(DecodeStep):
                 number = layer.self_attn.layer_idx
                 cache.crop(number, lengths[number] + count)
             out = out[:, :count]
-        return out if ending is within else ending(out)
+        return out if ending is None or ending is within else ending(out)
 
     def plan(
         self,
@@ -336,8 +336,8 @@ class Plan:
         ]
         spans = list(self.spans())
         if len(spans) == 1:
-            (own,) = groups
-            return compiled(run_all)(own, self.layers, x, self.buffers, self.shared, self.ending)
+            whole = self.layers, x, self.buffers, self.shared, self.ending
+            return compiled(run_all)(groups[0], *whole)
         described = [compiled(describe)(*group) for group in groups]
         for own in spans:
             ending = self.ending if own.stop == len(self.layers) else None
