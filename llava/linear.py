@@ -5,11 +5,11 @@ alone. On a processor of AMD (docs/Efficiency.md) MKL reads those at two thirds 
 speed for one token, and at a third for a few: there torch has kernels that are faster. On Intel's
 own MKL is the fastest of all for so few.
 
-In bfloat16 oneDNN does all of them. With AMX it turns the right operand into tiles before it
-multiplies, so it is faster where the weight stands on the left; and it spends a fixed time on each
-product, which is most of what a small weight takes and a compiled loop does not need.
+In bfloat16 torch hands them to oneDNN. With AMX it turns the right operand into tiles before it
+multiplies, so it is faster where the weight stands on the left. And it spends a fixed time on each
+product, which is most of what a small weight takes: compiled code has a loop there.
 
-Results differ in the order of summation alone.
+Results differ in the order of summation; those of compiled loops may also be rounded less often.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ BLOCK, WIDEST = 128, 2048
 FEW = 4
 #: most tokens for which MKL is the fastest on a processor of Intel, whatever the weight
 FEW_ON_INTEL = 3
-#: numbers of a weight in bfloat16 up to which one compiled token is a loop over it, and most tokens
-#: that are one over a `SMALL` one
-LOOPED, FEW_LOOPED = 2**21, 3
-#: numbers of a weight in bfloat16 from which it is the left operand, for so many tokens at most
+#: in bfloat16 one compiled token is a loop over a weight of so many numbers, with AMX at most
+LOOPED = 2**21
+#: most compiled tokens in bfloat16 for which there is a loop over a `SMALL` weight
+FEW_LOOPED = 3
+#: with AMX a weight in bfloat16 of so many numbers or more is the left operand, for so many tokens
 LARGE, FEW_BESIDE = 2**20, 16
 
 
@@ -134,7 +135,8 @@ def half_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """As `product`, in bfloat16."""
     tokens, size = x.shape[:-1].numel(), weight.numel()
     if torch.compiler.is_compiling():
-        if tokens == 1 and size <= LOOPED or size <= SMALL and 1 < tokens <= FEW_LOOPED:
+        small = size <= LOOPED or not HAS_TILES
+        if tokens == 1 and small or size <= SMALL and 1 < tokens <= FEW_LOOPED:
             return looped(x, weight, bias)
     if HAS_TILES and size >= LARGE and 0 < tokens <= FEW_BESIDE:
         return beside(x, weight, bias)

@@ -94,7 +94,7 @@ def test_a_token_is_a_row_turned_round_for_the_product_of_blocks(monkeypatch):
     assert seen == [((128 * 96, 96, 1), (0, 1, 96))]
 
 
-def test_gradients_half_precision_and_autocast_go_through_torch(monkeypatch):
+def test_gradients_autocast_and_small_weights_in_half_precision_go_through_torch(monkeypatch):
     monkeypatch.setattr(linear, "product", None)  # a call would fail
     layer, x = Linear(8, 128), torch.randn(1, 8)
     layer(x).sum().backward()
@@ -136,12 +136,20 @@ def test_a_large_weight_in_half_precision_is_on_the_left_for_few_tokens_with_amx
 
 
 @pytest.mark.parametrize(
-    "tokens, small, loops", [(1, 1, True), (3, 2**18, True), (4, 2**18, False), (3, 1, False)]
+    "tokens, small, looped, tiles, loops",
+    [
+        (1, 1, 2**21, True, True),
+        (1, 1, 1, True, False),
+        (1, 1, 1, False, True),
+        (3, 2**18, 1, True, True),
+        (4, 2**18, 2**21, True, False),
+        (3, 1, 2**21, False, False),
+    ],
 )
 def test_few_compiled_tokens_in_half_precision_are_loops_over_the_weight(
-    tokens, small, loops, monkeypatch
+    tokens, small, looped, tiles, loops, monkeypatch
 ):
-    """One token over any weight but large ones, up to three over a small one."""
+    """One token over any weight, with AMX not over large ones; up to three over a small one."""
     from torch._inductor.utils import run_and_get_code
 
     from llava.model.language_model.compiling import check_compiler, prepare
@@ -151,7 +159,8 @@ def test_few_compiled_tokens_in_half_precision_are_loops_over_the_weight(
     except RuntimeError as error:
         pytest.skip(str(error))
     prepare()  # or torch takes code that another kind of CPU left in its cache
-    monkeypatch.setattr(linear, "SMALL", small)
+    for name, value in {"SMALL": small, "LOOPED": looped, "HAS_TILES": tiles}.items():
+        monkeypatch.setattr(linear, name, value)
     layer, x = Linear(96, 256).bfloat16(), torch.randn(1, tokens, 96, dtype=torch.bfloat16)
     with torch.no_grad():
         found, (code, *_) = run_and_get_code(torch.compile(layer, fullgraph=True), x)

@@ -186,10 +186,8 @@ class Speculation:
     def step(self) -> tuple[Tensor, Tensor, list[int]]:
         """Guesses and verifies once more; returns as `start` does."""
         guess, rows = self._guess(None)
-        ending = Ending(self.decoder.norm, self.model.lm_head)
-        most = self.drafter.num_speculations + 1
-        x = torch.cat(rows, dim=1)
-        logits = self.decoder.step(self.deep, x, self.cache, ending=ending, most=most)
+        x, most = torch.cat(rows, dim=1), self.drafter.num_speculations + 1
+        logits = self.model.step_logits(self.deep, x, self.cache, most=most)
         return self._verify(guess, logits[0])
 
     def _guess(self, logits: Tensor | None) -> tuple[Guess, list[Tensor]]:

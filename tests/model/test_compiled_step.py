@@ -85,6 +85,19 @@ def test_a_layer_is_compiled_to_few_kernels(make_model, together, monkeypatch):
         assert counts[0] <= GROUP and counts[1] <= LAYER, codes[1]
 
 
+def test_batches_of_any_size_are_one_graph(model):
+    """Also when the first is as long as other inputs of a step are."""
+    decoder, step = model.model, CompiledStep(model.model.rotary, "sdpa")
+    found = []
+    for rows in (2, 3, 4):
+        x = torch.randn(rows, 5, decoder.config.hidden_size)
+        with torch.no_grad():
+            decoder(x, cache=(cache := KVCache(6)))
+            step(decoder.layers, x[:, :1].contiguous(), cache)
+        found.append(graphs())
+    assert len(set(found)) == 1
+
+
 @pytest.mark.slow
 def test_kinds_of_cpu_that_share_a_disk_take_no_code_of_one_another(tmp_path):
     """As on a cluster: torch keeps what it compiled, and code for wider vectors writes too much."""

@@ -176,13 +176,24 @@ def test_what_is_wanted_of_single_layers_comes_from_exact_steps(model, sample, m
         assert len(out.hidden_states[1]) == 7
 
 
-def test_logits_are_part_of_a_compiled_step_unless_somebody_watches(model, sample, monkeypatch):
-    """Norm and head in the graph, or as they are where hooks are on them or on the decoder."""
-    inputs, endings = batch(sample), []
-    wanted, run = generate(model, inputs), CompiledStep.run
+@pytest.fixture
+def endings(monkeypatch):
+    """The ends of all compiled steps."""
+    found, run = [], CompiledStep.run
     monkeypatch.setattr(
-        CompiledStep, "run", lambda self, plan: endings.append(plan.ending) or run(self, plan)
+        CompiledStep, "run", lambda self, plan: found.append(plan.ending) or run(self, plan)
     )
+    return found
+
+
+@pytest.mark.parametrize("together", [0, 12])
+def test_logits_are_part_of_a_compiled_step_unless_somebody_watches(
+    model, sample, endings, together, monkeypatch
+):
+    """Norm and head in the graph, or as they are where hooks are on them or on the decoder."""
+    monkeypatch.setattr(decode_step, "FEW_LAYERS", together)
+    inputs = batch(sample)
+    wanted = generate(model, inputs)
     for _ in steps(model, CompiledStep):
         assert_same(generate(model, inputs), wanted)
         assert len(endings) == 11 and all(own.head is model.lm_head for own in endings)
@@ -195,23 +206,64 @@ def test_logits_are_part_of_a_compiled_step_unless_somebody_watches(model, sampl
             assert endings == [None] * 11 and len(seen) == 12
 
 
+def test_a_head_that_is_made_of_others_runs_behind_a_compiled_step(model, sample, endings):
+    """They may be watched, or switched off, by themselves, as parts of an adapter are."""
+    inputs, head, seen = batch(sample), model.lm_head, []
+    wanted = generate(model, inputs)
+    model.lm_head = torch.nn.Sequential(head)
+    hook = head.register_forward_hook(lambda *_: seen.append(1))
+    try:
+        for _ in steps(model, CompiledStep):
+            assert_same(generate(model, inputs), wanted)
+    finally:
+        hook.remove()
+        model.lm_head = head
+    assert endings == [None] * 11 and len(seen) == 12
+
+
+@pytest.mark.parametrize("guessing", [True, False])
+def test_logits_of_ones_own_are_those_of_every_token(make_model, sample, guessing):
+    """Of guesses that are verified, too, in steps compiled or not."""
+    model, prompt = make_model(), sample(4, "image", 5)
+    grown(model, 0, 2, visual_token_num=30, draft_stop_prob=0.0)
+    kept, options = model.logits_of, SPECULATE if guessing else {}
+    model.logits_of = lambda hidden: kept(hidden).index_fill(-1, torch.arange(0, 50), -1e9)
+    for answer in both(
+        model, lambda: model.generate(prompt.ids, images=prompt.images, **GREEDY, **options)
+    ):
+        assert (getattr(answer, "sequences", answer) >= 50).all()
+
+
 @pytest.mark.parametrize("kind", [DecodeStep, CompiledStep])
-def test_a_step_that_is_longer_than_its_tokens_leaves_them_alone_in_the_cache(model, kind):
+@pytest.mark.parametrize("last", [True, False])
+def test_a_step_that_is_longer_than_its_tokens_leaves_them_alone_in_the_cache(model, kind, last):
     decoder, generator = model.model, torch.Generator().manual_seed(0)
     x = torch.randn(1, 9, decoder.config.hidden_size, generator=generator)
-    found = []
+    ending, found = decode_step.Ending(decoder.norm, model.lm_head, last), []
     for step in steps(model, kind):
         for most in (0, 4):
             with torch.no_grad():
                 decoder(x, cache=(cache := kv_cache.KVCache(6)))
+                for first, stop in ((0, 2), (2, 3), (3, 7)):
+                    own = x[:, first:stop].contiguous()
+                    found.append(step(decoder.layers, own, cache, ending=ending, most=most))
+                    assert cache.lengths == [9 + stop] * 6
+    for short, long, tokens in zip(found[:3], found[3:], (2, 1, 4), strict=True):
+        assert short.shape[1] == (1 if last else tokens)
+        torch.testing.assert_close(long, short, atol=1e-4, rtol=1e-4)
+
+
+def test_the_logits_of_many_tokens_are_made_behind_their_step(model, endings):
+    """A captured graph would keep them all, for every length."""
+    decoder = model.model
+    for step in steps(model, CompiledStep):
+        for count in (16, 17):
+            x = torch.randn(1, count, decoder.config.hidden_size)
+            with torch.no_grad():
+                decoder(x, cache=(cache := kv_cache.KVCache(6)))
                 ending = decode_step.Ending(decoder.norm, model.lm_head)
-                for first, last in ((0, 2), (2, 3), (3, 7)):
-                    own = x[:, first:last].contiguous()
-                    out = step(decoder.layers, own, cache, ending=ending, most=most)
-                    assert out.shape[1] == last - first
-                    assert cache.lengths == [9 + last] * 6
-            found.append(out)
-    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+                assert step(decoder.layers, x, cache, ending=ending).shape[1] == count
+    assert [own is None for own in endings] == [False, True]
 
 
 # --- steps that are captured ----------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,13 +18,14 @@ from ...pruning.required import required
 from ..context import answer_room
 from ..generation import GenerationStrategies
 from ..kv_cache import KVCache, holds_tokens
-from ..patches import check_decoder
+from ..patches import check_decoder, replacement
 from ..prompt import Prompt, positions_behind
 from ..reuse import Prefix
 from ..visuals import Visuals
 from .compiling import check_compiler
 from .cuda_graphs import GraphStep
-from .decode_step import CompiledStep, DecodeStep
+from .decode_step import CompiledStep, DecodeStep, Ending
+from .layers import DecoderLayer, is_watched
 from .modeling_llama import LlamaModel, LlamaPreTrainedModel
 
 NO_ATTENTIONS = (
@@ -159,13 +162,15 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         cache = past_key_values
         if cache is None and use_cache and not self.training:
             cache = KVCache(self.config.num_hidden_layers)
-        if cache is not None and continues and labels is None and not output_hidden_states:
-            logits = self.model.logits_behind(
-                inputs_embeds, cache, self.lm_head, last_logits_only, self.pruning_trace
+        short = continues and labels is None and not output_hidden_states
+        if cache is not None and short and self._steps_in_one():
+            logits = self.step_logits(
+                self.model.layers, inputs_embeds, cache, last_logits_only, trace=self.pruning_trace
             )
-            if logits is not None:
-                output = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
-                return output if return_dict is not False else output.to_tuple()
+            if last_logits_only:
+                logits = logits.to(inputs_embeds.device)
+            output = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+            return output if return_dict is not False else output.to_tuple()
         out = self.model(
             inputs_embeds,
             attention_mask=attention_mask,
@@ -215,6 +220,31 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             )
         if attention_mask is not None and not attention_mask[:, -count:].all():
             raise ValueError("tokens that continue a filled past_key_values cannot be padded")
+
+    def step_logits(
+        self,
+        layers: Iterable[DecoderLayer],
+        x: Tensor,
+        cache: KVCache,
+        last: bool = False,
+        most: int = 0,
+        trace=None,
+    ) -> Tensor:
+        """fp32 logits (B, q, V), with `last` (B, 1, V) of the last token alone, that `layers`, norm
+        and head give on tokens x (B, q, D) behind those in the cache, on the device of the head.
+        most, trace: as in `DecodeStep`"""
+        step = self.model.step
+        if replacement(self, "logits_of", LOGITS_OF) is None:
+            ending = Ending(self.model.norm, self.lm_head, last)
+            return step(layers, x, cache, trace=trace, ending=ending, most=most)
+        x = step(layers, x, cache, trace=trace, most=most)
+        return self.logits_of(self.model.final_norm(x[:, -1:].contiguous() if last else x))
+
+    def _steps_in_one(self) -> bool:
+        """Whether a step of decoding may go past `LlamaModel.forward`: it is compiled, and nobody
+        watches that method or put another one in its place."""
+        replaced = replacement(self.model, "forward", DECODER_FORWARD) is not None
+        return self.compile_decoding and not replaced and not is_watched(self.model)
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         """fp32 logits (..., V) from hidden states (..., D) behind the final norm, on the device of
@@ -370,6 +400,10 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         """Only the cache changes from step to step; it knows masks and positions itself."""
         model_kwargs["past_key_values"] = outputs.past_key_values
         return model_kwargs
+
+
+#: these methods as they came: a step goes past them only where nothing took their place
+LOGITS_OF, DECODER_FORWARD = VisionLanguageForCausalLM.logits_of, LlamaModel.forward
 
 
 def drop_first_tokens(output, count: int):

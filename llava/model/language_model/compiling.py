@@ -25,8 +25,10 @@ _prepared: ContextVar[bool] = ContextVar("prepared", default=False)
 def compiled(function: Callable) -> Callable:
     """`function` as one graph, whatever the sizes of its tensors; raises UnavailableError where
     torch fails to compile it."""
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo import exc
 
+    # Past the limit of `prepare` torch raises one that is no `TorchDynamoException`.
+    failures = exc.TorchDynamoException, getattr(exc, "FailOnRecompileLimitHit", ())
     made = torch.compile(function, fullgraph=True, dynamic=True)
 
     @wraps(function)
@@ -34,7 +36,7 @@ def compiled(function: Callable) -> Callable:
         prepare()
         try:
             return made(*map(by_itself, args), **keywords)
-        except TorchDynamoException as error:
+        except failures as error:
             reason = str(error).strip().partition("\n")[0]
             name = function.__name__
             raise UnavailableError(

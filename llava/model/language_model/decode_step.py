@@ -2,8 +2,8 @@
 
 Both kinds give the same numbers. `DecodeStep` runs layer by layer on exactly the keys that are
 there. `CompiledStep` looks at a whole bucket of places of each cache and masks those that are free,
-so that nothing in it but the contents of tensors changes from token to token. What follows the last
-layer, a norm and a head (`Ending`), belongs to the step.
+so that nothing in it but the contents of tensors changes from token to token. The norm and the head
+behind the last layer may belong to a step (`Ending`); those of trees run after it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from .compiling import by_itself, compiled
 from .layers import DecoderLayer, OwnCache, Rotary, Step, bring, is_watched
 
 #: decoders up to so many layers are compiled as a whole on a CPU, as calling six small graphs costs
-#: more there than what they save; deeper ones layer by layer, as all layers share one graph
+#: more there than what they save; deeper ones layer by layer, as all layers share one graph (but
+#: for the last, which has the norm and the head in its graph)
 FEW_LAYERS = 12
+#: most tokens of a step whose norm and head are part of its graph, which may keep all the logits
+FEW_TOKENS = 16
 
 
 class Asked(Protocol):
@@ -63,9 +66,11 @@ class Ending:
         return x[:, -1:].contiguous() if self.last else x
 
     def runs_on(self, device: torch.device) -> bool:
-        """Whether it may be part of a graph on `device`, see `runs_on`."""
+        """Whether it may be part of a graph on `device`: nobody watches its parts, and they are
+        made of no others, as an adapter is, which may be watched or switched off by themselves."""
         parts = self.norm, self.head
-        return all(device_of(part) == device and not is_watched(part) for part in parts)
+        whole = all(next(part.children(), None) is None for part in parts)
+        return whole and all(device_of(part) == device and not is_watched(part) for part in parts)
 
     def addresses(self) -> list[int]:
         """Where the weights are."""
@@ -93,13 +98,13 @@ class DecodeStep:
         ending: Ending | None = None,
         most: int = 0,
     ) -> Tensor:
-        """What `layers`, and `ending` behind them, give on the (B, q, D) tokens that follow those
-        in the cache, on the device of the last of these; the cache holds them afterwards.
+        """What `layers`, and `ending` behind them, give on the (B, q, D) tokens x that follow those
+        in the cache, on the device of the last module; the cache holds x afterwards.
 
         collect: takes the input of every layer. trace: takes the attention rows that it records.
         branches: of the tokens, where they are nodes of a tree
-        most:     tokens of the longest of the steps that differ in length alone: what is compiled
-                  always runs on so many, so that all of them are one graph
+        most:     tokens that x may have in other steps like this one. Compiled steps are made as
+                  long as that, so that one graph serves them all. 0: x is taken as it is
         """
         recorded = frozenset() if trace is None else trace.attention_layers
         steps: dict[int, Step] = {}  # layers that hold the same tokens share one
@@ -205,12 +210,16 @@ class CompiledStep(DecodeStep):
         able = layers and all(runs_on(layer, x) for layer in layers)
         if watched or not able or torch.is_grad_enabled():
             return super().__call__(layers, x, cache, collect, trace, branches, ending)
-        within = ending if ending is None or ending.runs_on(x.device) else None
         count, lengths = x.shape[1], list(cache.lengths)
-        if 0 < count < most:  # what runs beyond the tokens comes behind them, and is forgotten
-            x = torch.cat([x, x[:, -1:].expand(-1, most - count, -1)], dim=1)
-        out = self.run(self.plan(layers, x, cache, branches, within, most > 0))
-        if count < most:
+        fixed, more = most > 0 and branches is None, most - count
+        if fixed and more > 0:  # behind the tokens, so that these do not see it
+            x = torch.cat([x, x[:, -1:].expand(-1, more, -1)], dim=1)
+        within = ending
+        if ending is not None:
+            short = x.shape[1] <= FEW_TOKENS and not (fixed and ending.last)
+            within = ending if short and ending.runs_on(x.device) else None
+        out = self.run(self.plan(layers, x, cache, branches, within, fixed))
+        if fixed and more > 0:
             for layer in layers:
                 number = layer.self_attn.layer_idx
                 cache.crop(number, lengths[number] + count)
@@ -229,9 +238,9 @@ class CompiledStep(DecodeStep):
         """The step of `layers` on x; the cache counts its tokens as held from here on."""
         numbers, count = [layer.self_attn.layer_idx for layer in layers], x.shape[1]
         few = x.device.type == "cpu" and len(cache.lengths) <= FEW_LAYERS
-        done, most = cache.appended(numbers[0]), FEW_LAYERS if few else 1
+        done, span = cache.appended(numbers[0]), FEW_LAYERS if few else 1
         tree = moved(branches, x.device)
-        plan = Plan(layers, self.rotary, x, done, most, tree, ending, fixed)
+        plan = Plan(layers, self.rotary, x, done, span, tree, ending, fixed)
         groups: dict[int, int] = {}
         for number in numbers:
             state = cache.state_of(number)
@@ -263,10 +272,10 @@ class Plan:
 
     x:       (B, q, D) tokens as they enter the first of `layers`
     done:    tokens of the answers before those
-    most:    layers with the same tokens that are one graph
+    span:    most layers with the same tokens that are one graph
     branches: of the tokens, where they are nodes of a tree
     ending:  what comes behind the last of `layers`
-    fixed:   a graph is for this number of tokens alone
+    fixed:   whether x always has this number of tokens: the graph need not allow for others
     states:  the rows as groups of layers see them, and how many places each looks at (`windows`)
     members: the group of every layer
     buffers: keys and values (B, G, capacity, d) of every layer
@@ -277,7 +286,7 @@ class Plan:
     rotary: Rotary
     x: Tensor
     done: int
-    most: int = 1
+    span: int = 1
     branches: Branches | None = None
     ending: Ending | None = None
     fixed: bool = False
@@ -329,6 +338,7 @@ class Plan:
         if self.fixed:
             x = by_itself(x)
             torch._dynamo.mark_static(x, 1)
+        torch._dynamo.mark_static(counts, 0)  # or a batch of two is as long as these by name
         biases = [state.directions and state.directions.function for state in self.states]
         groups = [
             (self.rotary, counts, window, x.shape[1], x.dtype, bias, tree, *group.values())
@@ -350,7 +360,7 @@ class Plan:
         start = 0
         for stop in range(1, len(self.layers) + 1):
             ends = stop == len(self.layers) or self.members[stop] != self.members[start]
-            if ends or stop - start == self.most:
+            if ends or stop - start == self.span:
                 yield slice(start, stop)
                 start = stop
 

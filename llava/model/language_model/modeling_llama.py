@@ -37,8 +37,8 @@ from .attention import (
     rows_of,
     say_no_bias,
 )
-from .decode_step import CompiledStep, DecodeStep, Ending
-from .layers import DecoderLayer, Rotary, Step, bring, is_watched, run_layers
+from .decode_step import DecodeStep
+from .layers import DecoderLayer, Rotary, Step, bring, run_layers
 from .prefill_loop import PrefillLoop, next_position
 from .prompt_layer import is_able, run_compiled
 
@@ -144,17 +144,6 @@ class LlamaModel(LlamaPreTrainedModel):
         if collect is not None:
             collect.append(x)
         return DecoderOutput(x, index, valid, tuple(collect) if collect is not None else None)
-
-    def logits_behind(
-        self, x: Tensor, cache: KVCache, head: nn.Module, last: bool, trace=None
-    ) -> Tensor | None:
-        """fp32 logits (B, q, V), with `last` (B, 1, V) of the last token alone, of tokens x (B, q,
-        D) that continue the rows of a filled cache, by `head`, as part of the compiled step. None
-        where steps are not compiled, or somebody watches what `forward` gives."""
-        if not isinstance(self.step, CompiledStep) or is_watched(self):
-            return None
-        ending = Ending(self.norm, head, last)
-        return self.step(self.layers, x, cache, trace=trace, ending=ending).to(x.device)
 
     def start(
         self,
