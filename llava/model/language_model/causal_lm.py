@@ -164,12 +164,12 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             cache = KVCache(self.config.num_hidden_layers)
         short = continues and labels is None and not output_hidden_states
         if cache is not None and short and self._steps_in_one():
-            logits = self.step_logits(
+            found = self.step_logits(
                 self.model.layers, inputs_embeds, cache, last_logits_only, trace=self.pruning_trace
             )
             if last_logits_only:
-                logits = logits.to(inputs_embeds.device)
-            output = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+                found = found.to(inputs_embeds.device)
+            output = CausalLMOutputWithPast(logits=found, past_key_values=cache)
             return output if return_dict is not False else output.to_tuple()
         out = self.model(
             inputs_embeds,

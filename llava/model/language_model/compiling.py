@@ -27,8 +27,9 @@ def compiled(function: Callable) -> Callable:
     torch fails to compile it."""
     from torch._dynamo import exc
 
-    # Past the limit of `prepare` torch raises one that is no `TorchDynamoException`.
-    failures = exc.TorchDynamoException, getattr(exc, "FailOnRecompileLimitHit", ())
+    failures: tuple[type[Exception], ...] = (exc.TorchDynamoException,)
+    if hasattr(exc, "FailOnRecompileLimitHit"):  # past the limit of `prepare`; it is none of those
+        failures += (exc.FailOnRecompileLimitHit,)
     made = torch.compile(function, fullgraph=True, dynamic=True)
 
     @wraps(function)
