@@ -29,8 +29,9 @@ SMALL = 2**18
 BLOCK, WIDEST = 128, 2048
 #: most tokens for which small weights are the left operand
 FEW = 4
-#: most tokens for which MKL is the fastest on a processor of Intel, whatever the weight
-FEW_ON_INTEL = 3
+#: up to so many tokens, and from so many on, MKL is the fastest on a processor of Intel, whatever
+#: the weight; oneDNN takes 1.5 times as long where the number is odd, as the 577 of a CLIP tower
+FEW_ON_INTEL, MANY_ON_INTEL = 3, 512
 #: in bfloat16 one compiled token is a loop over a weight of so many numbers, with AMX at most
 LOOPED = 2**21
 #: most compiled tokens in bfloat16 for which there is a loop over a `SMALL` weight
@@ -117,7 +118,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     All are contiguous, in fp32 and on a CPU; nothing is differentiated.
     """
     tokens, outputs, inputs = x.shape[:-1].numel(), *weight.shape
-    if ON_INTEL and (weight.numel() <= SMALL or tokens <= FEW_ON_INTEL):
+    if ON_INTEL and (weight.numel() <= SMALL or not FEW_ON_INTEL < tokens < MANY_ON_INTEL):
         return F.linear(x, weight, bias)
     if tokens == 1 and inputs <= WIDEST and outputs % BLOCK == 0:
         out = _in_blocks(x.view(1, inputs), weight)
