@@ -30,8 +30,8 @@ BLOCK, WIDEST = 128, 2048
 #: most tokens for which small weights are the left operand
 FEW = 4
 #: up to so many tokens, and from so many on, MKL is the fastest on a processor of Intel, whatever
-#: the weight; oneDNN takes 1.5 times as long where the number is odd, as the 577 of a CLIP tower
-FEW_ON_INTEL, MANY_ON_INTEL = 3, 512
+#: the weight; most of all for the 577 of a CLIP tower
+FEW_ON_INTEL, MANY_ON_INTEL = 3, 256
 #: in bfloat16 one compiled token is a loop over a weight of so many numbers, with AMX at most
 LOOPED = 2**21
 #: most compiled tokens in bfloat16 for which there is a loop over a `SMALL` weight

@@ -74,6 +74,24 @@ def test_what_torch_fails_at_is_said_with_its_reason():
         compiling.compiled(step)(torch.ones(3))
 
 
+def test_more_graphs_than_torch_keeps_are_an_error_with_its_reason():
+    try:
+        compiling.check_compiler(torch.device("cpu"))
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+    def shifted(x):
+        return x + 1
+
+    compiling.prepare()
+    limits = torch._dynamo.config
+    name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"
+    with limits.patch({name: 1}):
+        compiling.compiled(shifted)(torch.ones(3))
+        with pytest.raises(UnavailableError, match=r"could not compile shifted \(.+\): leave"):
+            compiling.compiled(shifted)(torch.ones(3).double())
+
+
 @pytest.mark.parametrize(
     ("module", "found", "message"),
     [(None, None, "pip install triton"), (object(), None, "install gcc or clang")],

@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..devices import device_of
 from ..pruning.branches import Branches
 from ..pruning.prefill import Prefill
 from ..pruning.required import required
@@ -98,7 +97,7 @@ class TreeSpeculation(Speculation):
 
     def _decoder_logits(self, x: Tensor) -> Tensor:
         """(1, n, V) from what the last layer gives."""
-        return self.model.logits_of(self.decoder.norm(x.to(device_of(self.decoder.norm))))
+        return self.model.logits_of(self.decoder.final_norm(x))
 
     # --- verification -------------------------------------------------------------------------
 

@@ -65,12 +65,14 @@ class Ending:
         # A slice with gaps would make the product copy the whole head first.
         return x[:, -1:].contiguous() if self.last else x
 
-    def runs_on(self, device: torch.device) -> bool:
-        """Whether it may be part of a graph on `device`: nobody watches its parts, and they are
-        made of no others, as an adapter is, which may be watched or switched off by themselves."""
+    def fits(self, x: Tensor) -> bool:
+        """Whether it may be part of a graph on x (B, q, D): these are few tokens, nobody watches
+        its parts, and they are made of no others, as an adapter is, which may be watched or
+        switched off by themselves."""
         parts = self.norm, self.head
         whole = all(next(part.children(), None) is None for part in parts)
-        return whole and all(device_of(part) == device and not is_watched(part) for part in parts)
+        here = all(device_of(part) == x.device and not is_watched(part) for part in parts)
+        return x.shape[1] <= FEW_TOKENS and whole and here
 
     def addresses(self) -> list[int]:
         """Where the weights are."""
@@ -210,20 +212,19 @@ class CompiledStep(DecodeStep):
         able = layers and all(runs_on(layer, x) for layer in layers)
         if watched or not able or torch.is_grad_enabled():
             return super().__call__(layers, x, cache, collect, trace, branches, ending)
-        count, lengths = x.shape[1], list(cache.lengths)
-        fixed, more = most > 0 and branches is None, most - count
-        if fixed and more > 0:  # behind the tokens, so that these do not see it
+        fixed = most > 0 and branches is None
+        more = max(0, most - x.shape[1]) if fixed else 0
+        if more:  # behind the tokens, so that these do not see it
             x = torch.cat([x, x[:, -1:].expand(-1, more, -1)], dim=1)
-        within = ending
-        if ending is not None:
-            short = x.shape[1] <= FEW_TOKENS and not (fixed and ending.last)
-            within = ending if short and ending.runs_on(x.device) else None
+        within = None
+        if ending is not None and ending.fits(x) and not (more and ending.last):
+            within = ending
         out = self.run(self.plan(layers, x, cache, branches, within, fixed))
-        if fixed and more > 0:
+        if more:
             for layer in layers:
                 number = layer.self_attn.layer_idx
-                cache.crop(number, lengths[number] + count)
-            out = out[:, :count]
+                cache.crop(number, cache.lengths[number] - more)
+            out = out[:, :-more]
         return out if ending is None or ending is within else ending(out)
 
     def plan(
