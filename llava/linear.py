@@ -47,7 +47,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not OWN_WAYS or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return F.linear(x, self.weight, self.bias)
-        if is_ours(x) and is_ours(self.weight):
+        if is_single(x) and is_single(self.weight):
             return product(x, self.weight, self.bias)
         if is_half(x) and is_half(self.weight):
             return half_product(x, self.weight, self.bias)
@@ -61,13 +61,13 @@ def fast_linears(module: nn.Module) -> None:
             part.__class__ = Linear
 
 
-def is_ours(x: Tensor) -> bool:
-    """Whether products of x are fp32 on a CPU that torch uses MKL on."""
+def is_single(x: Tensor) -> bool:
+    """Whether x is in fp32 and on a CPU, contiguous, and torch has both MKL and oneDNN there."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() and HAS_KERNELS
 
 
 def is_half(x: Tensor) -> bool:
-    """Whether x is in bfloat16 on a CPU."""
+    """Whether x is in bfloat16 and on a CPU, and contiguous."""
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.is_contiguous()
 
 
@@ -76,13 +76,14 @@ def as_on_a_gpu() -> Iterator[None]:
     """A block in which a CPU does nothing in its own way, so that operations can be counted as a
     GPU is asked for them: not here, and not in `llava.blocks.in_pieces`."""
     global OWN_WAYS
-    OWN_WAYS = False
+    before, OWN_WAYS = OWN_WAYS, False
     try:
         yield
     finally:
-        OWN_WAYS = True
+        OWN_WAYS = before
 
 
+#: whether a CPU multiplies in its own ways, see `as_on_a_gpu`
 OWN_WAYS = True
 HAS_KERNELS = (
     torch.backends.mkl.is_available()

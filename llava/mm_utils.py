@@ -268,12 +268,13 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         self.tokenizer = tokenizer
         self.prompt = input_ids
         self.start_len = input_ids.shape[1]
-        self.keyword_ids = [torch.tensor(self._without_bos(text)) for text in self.keywords]
-        self.max_keyword_len = max(len(ids) for ids in self.keyword_ids)
+        self._endings = [self._without_bos(text) for text in self.keywords]
+        self.keyword_ids = [torch.tensor(ids) for ids in self._endings]
+        self.max_keyword_len = max(map(len, self._endings))
 
     def __call__(self, output_ids: torch.LongTensor, scores=None, **kwargs) -> bool:
-        new_ids = self._new_ids(output_ids).tolist()
-        return all(self._ends_with_keyword(row) for row in new_ids)
+        last_ids = self._new_ids(output_ids)[:, -self.max_keyword_len :].tolist()
+        return all(self._ends_with_keyword(row) for row in last_ids)
 
     def _without_bos(self, text: str) -> list[int]:
         ids = self.tokenizer(text).input_ids
@@ -296,7 +297,7 @@ class KeywordsStoppingCriteria(StoppingCriteria):
     def _ends_with_keyword(self, row: list[int]) -> bool:
         if not row:
             return False
-        if any(row[-len(ids) :] == ids.tolist() for ids in self.keyword_ids):
+        if any(row[-len(ids) :] == ids for ids in self._endings):
             return True
-        tail = self.tokenizer.decode(row[-self.max_keyword_len :], skip_special_tokens=True)
+        tail = self.tokenizer.decode(row, skip_special_tokens=True)
         return any(keyword in tail for keyword in self.keywords)

@@ -105,13 +105,13 @@ def add_length_arg(parser, default: int) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=default, metavar="N", help=text)
 
 
-def add_sampling_args(parser, temperature: float = 0.2, beams: bool = True) -> None:
+def add_sampling_args(parser, beams: bool = True) -> None:
     """Adds the options beside --max-new-tokens that `sampling` reads. beams: with --num-beams"""
     add = parser.add_argument
     add(
         "--temperature",
         type=float,
-        default=temperature,
+        default=0.2,
         help="how freely tokens are drawn; 0: always the likeliest",
     )
     top = "sample from the likeliest tokens alone, which have this much probability together"

@@ -56,7 +56,8 @@ def segments_of(size: Tensor, owner: Tensor, block: int = 1) -> Segments:
     blocks that one has."""
     by_owner = owner.argsort(stable=True)
     order = by_owner[size[by_owner].argsort(stable=True)]
-    runs = [(int((size == own).sum()) // own, own * block) for own in size.unique().tolist()]
+    sizes, blocks = (found.tolist() for found in size.unique(return_counts=True))
+    runs = [(count // own, own * block) for own, count in zip(sizes, blocks, strict=True)]
     if torch.equal(order, torch.arange(len(order))):
         return Segments(None, None, runs)
     tokens = (order[:, None] * block + torch.arange(block)).flatten()

@@ -12,6 +12,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import reduce, wraps
 
@@ -158,8 +159,15 @@ def tensors_in(path: str, skip: Iterable[str] = ()) -> Iterator[tuple[str, Tenso
     """(name, tensor) of one file; a tensor is only good until the next one is asked for."""
     skip = set(skip)
     read = _safetensors_in if path.endswith(".safetensors") else _bin_in
-    try:
+    with damage_in_words(path):
         yield from read(path, skip)
+
+
+@contextmanager
+def damage_in_words(path: str) -> Iterator[None]:
+    """A block that reads a weight file: what it raises but OSError becomes a ValueError."""
+    try:
+        yield
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is refused: it holds something other than tensors, which could run code "
@@ -175,24 +183,14 @@ def names_in(path: str) -> list[str]:
     """The names of the tensors of one file; of safetensors, without a look at these."""
     if not path.endswith(".safetensors"):
         return [name for name, _ in tensors_in(path)]
-    try:
-        with safe_open(path, "pt") as file:
-            return list(file.keys())
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is damaged or not a weight file: {first_line(error)}") from error
+    with damage_in_words(path), safe_open(path, "pt") as file:
+        return list(file.keys())
 
 
 def metadata_in(path: str) -> dict[str, str]:
     """The texts that a safetensors file holds beside its tensors."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is damaged or not a weight file: {first_line(error)}") from error
+    with damage_in_words(path), safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def float_type_in(

@@ -206,9 +206,16 @@ def load_pretrained_model(
         config = model_config(config_class, model_class, folder, values, backend)
         set_vision_tower(config, vision_tower, base)
         tokenizer = load_tokenizer(base or folder, config, fast=is_fast(base or folder, kind))
-        model, filler = build_empty(model_class, config, dtype, fill_device, engine is None)
-        filler.use_safetensors, filler.rename = use_safetensors, name_here
-        filler.tower_dtype = vision_tower_dtype
+        model, filler = build_empty(
+            model_class,
+            config,
+            dtype,
+            fill_device,
+            decoder=engine is None,
+            use_safetensors=use_safetensors,
+            rename=name_here,
+            tower_dtype=vision_tower_dtype,
+        )
         check_tower_width(model)
         fill_llava(filler, folder, base, kind)
         load_tower(model, filler, vision_tower_dtype or dtype, fill_device)
@@ -345,8 +352,7 @@ def load_plain(
                 config, attn_implementation=backend, trust_remote_code=False
             )
     model.config.torch_dtype = dtype
-    filler = Filler(model, dtype, device)
-    filler.use_safetensors = use_safetensors
+    filler = Filler(model, dtype, device, use_safetensors)
     filler.add_folder(source)
     filler.finish(source)
     if base:

@@ -47,6 +47,8 @@ MODULE_PATTERN = re.compile(r"([\w.|^$()-]|\\[.d]|\.\*(?!.*\*))*")
 TOWER_PREFIX = "model.vision_tower."
 #: beginnings of the names of weights that only the decoder layers and the head have
 DECODER_WEIGHTS = ("model.layers.", "model.norm.", "lm_head.")
+#: names of weights that an error gives
+SHOWN = 5
 #: bytes per file of the checkpoints we write
 SHARD_BYTES = 5 * 10**9
 
@@ -86,22 +88,21 @@ def model_config(config_class, model_class, folder: str, values: dict, backend: 
 
 
 def build_empty(
-    model_class, config, dtype: torch.dtype, device, decoder: bool = True
+    model_class, config, dtype: torch.dtype, device, decoder: bool = True, **how
 ) -> tuple[Any, Filler]:
     """A model without memory for its weights, and what fills it.
 
     decoder: False leaves out its decoder layers and head, which are in a server
+    how:     further arguments of `Filler`
     """
     with one_sentence(config._name_or_path):
         with init_empty_weights(), no_init_weights():
             model = model_class(config)
     model.config.torch_dtype = dtype
-    if decoder:
-        return model, Filler(model, dtype, device)
-    model.model.layers, model.model.norm, model.lm_head = nn.ModuleList(), None, None
-    filler = Filler(model, dtype, device)
-    filler.elsewhere = DECODER_WEIGHTS
-    return model, filler
+    if not decoder:
+        model.model.layers, model.model.norm, model.lm_head = nn.ModuleList(), None, None
+        how["elsewhere"] = DECODER_WEIGHTS
+    return model, Filler(model, dtype, device, **how)
 
 
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -118,20 +119,26 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
 class Filler:
     """Fills a model that was built on the meta device, and says what was missing or left over.
 
-    dtype, device: of the floating-point weights in the finished model
+    dtype, device:   of the floating-point weights in the finished model
+    use_safetensors: kind of files that `add_folder` reads, as in `weight_files`
+    rename:          a weight's name in the model, from its name in a file
+    tower_dtype:     of the weights of a LLaVA's vision tower; None: as of all others
+    elsewhere:       beginnings of the names of weights that are somewhere else
     """
 
-    #: kind of files that `add_folder` reads, as in `weight_files`
-    use_safetensors: bool | None = None
-    #: a weight's name in the model, from its name in a file
-    rename: Callable[[str], str] = staticmethod(str)
-    #: of the weights of a LLaVA's vision tower; None: as of all others
-    tower_dtype: torch.dtype | None = None
-    #: beginnings of the names of weights that are somewhere else
-    elsewhere: tuple[str, ...] = ()
-
-    def __init__(self, model: Any, dtype: torch.dtype, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        model: Any,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        use_safetensors: bool | None = None,
+        rename: Callable[[str], str] = str,
+        tower_dtype: torch.dtype | None = None,
+        elsewhere: tuple[str, ...] = (),
+    ):
         self.model, self.dtype, self.device = model, dtype, device
+        self.use_safetensors, self.rename = use_safetensors, rename
+        self.tower_dtype, self.elsewhere = tower_dtype, elsewhere
         self.wanted = dict(model.state_dict(keep_vars=True))
         self.filled: set[str] = set()
         self.unexpected: list[str] = []
@@ -230,9 +237,9 @@ def fit_rows(tensor: Tensor, count: int) -> Tensor:
     return torch.cat([tensor[:count], mean.expand(max(count - tensor.shape[0], 0), -1)])
 
 
-def _some(names: list[str], count: int = 5) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def clean_adapter_name(name: str) -> str:

@@ -48,6 +48,7 @@ from ..weight_files import float_type_in, local_folder, weight_files
 from . import export_files as files
 from .builder import load_pretrained_model
 from .checkpoint import (
+    DECODER_WEIGHTS,
     TOWER_PREFIX,
     fit_rows,
     is_ignored,
@@ -66,7 +67,7 @@ DECODERS = {
     "qwen2_5_vl": ("Qwen2ForCausalLM", "qwen2"),
 }
 #: beginnings of names of the language model's weights
-DECODER_PARTS = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
+DECODER_PARTS = ("model.embed_tokens.", *DECODER_WEIGHTS)
 TEXT_KEYS = (
     "vocab_size",
     "hidden_size",

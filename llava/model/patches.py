@@ -16,6 +16,7 @@ from transformers.models.clip import modeling_clip
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 
+from ..pruning.ops import true_last
 from .prompt import Prompt
 
 SPLICE = "prepare_inputs_labels_for_multimodal"
@@ -107,7 +108,7 @@ def spliced_outside(
     if positions is None:
         positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     # A stable sort of the mask moves padding to the left and leaves the tokens in order.
-    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+    order = true_last(mask)
     nowhere = torch.full_like(order, -1)
     return Prompt(
         inputs_embeds=embeds.gather(1, order[..., None].expand_as(embeds)),

@@ -70,10 +70,6 @@ class SpeculationLog:
     def tokens_per_step(self) -> float:
         return 1 + sum(self.accepted) / max(1, len(self.accepted))
 
-    @property
-    def mean_draft_length(self) -> float:
-        return sum(map(len, self.drafts)) / max(1, len(self.drafts))
-
 
 @dataclass
 class Guess:

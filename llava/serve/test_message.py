@@ -56,9 +56,9 @@ def request_body(
     }
 
 
-def show_answer(address: str, body: dict, token: str | None, seconds: float = 60) -> str:
+def show_answer(address: str, body: dict, token: str | None) -> str:
     """Prints the stream over one line and returns the whole text."""
-    reply = post(address, "/worker_generate_stream", body, token, timeout=seconds, stream=True)
+    reply = post(address, "/worker_generate_stream", body, token, timeout=60, stream=True)
     text = ""
     for piece in reply.iter_lines(chunk_size=8192, decode_unicode=False, delimiter=b"\0"):
         if piece:

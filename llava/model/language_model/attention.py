@@ -323,14 +323,6 @@ def bias_among(bias: Tensor | None, queries: slice, keys: slice) -> Tensor | Non
     return bias[:, keys] if bias.ndim == 2 else bias[:, queries, keys]
 
 
-def added_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask of numbers in `dtype` from one of any kind: kernels want it so, and would make it anew
-    in every layer."""
-    if mask.is_floating_point():
-        return mask.to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
-
-
 @lru_cache
 def say_no_bias() -> None:
     """Says, once, what becomes of attention with a bias where FlashAttention was asked for."""

@@ -20,7 +20,7 @@ from ...pruning.branches import Branches
 from ...pruning.position_bias import PositionBias
 from ..kv_cache import KVCache, RowState
 from ..position_bias import between, joined
-from .attention import added_mask, attention_mask, branch_mask, causal_mask, padded_causal_mask
+from .attention import attention_mask, branch_mask, causal_mask, padded_causal_mask
 from .compiling import by_itself, compiled
 from .layers import DecoderLayer, OwnCache, Rotary, Step, bring, is_watched
 
@@ -412,7 +412,8 @@ def describe(
         keys = directions if tree is None else directions.index_select(1, standing)
         bias = joined(bias, between(function, queries, keys, asking))
     if bias is None:
-        return places, cos, sin, added_mask(seen, dtype)
+        added = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, float("-inf"))
+        return places, cos, sin, added
     return places, cos, sin, attention_mask(seen, bias, count, dtype)
 
 

@@ -184,7 +184,7 @@ class LlamaModel(LlamaPreTrainedModel):
         return prefill
 
     def first_layers(
-        self, prefill: Prefill, depth: int, cache: KVCache, prefix: Prefix | None = None
+        self, prefill: Prefill, depth: int, cache: KVCache | None, prefix: Prefix | None = None
     ) -> Tensor:
         """(B, S, D) tokens of a prompt as they enter layer `depth` when no method acts before it;
         with `prefix` those that follow it."""
@@ -205,7 +205,7 @@ class LlamaModel(LlamaPreTrainedModel):
         mask = attention_mask(mask, bias, x.shape[1], x.dtype)
         step = Step(self.rotary(prefill.position_ids[:, known:], x.dtype), mask)
         for number in range(depth):
-            if prefix is not None and known:
+            if prefix is not None and cache is not None and known:
                 prefix.put(number, cache, x.shape[0])
             x, step = bring(self.layers[number], x, step)
             x, _ = self.run_layer(self.layers[number], x, step, cache)

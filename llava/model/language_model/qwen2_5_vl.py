@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from ...constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from ...pruning.base import Pruner
+from ...pruning.ops import true_first
 from ...pruning.tokens import PAIRS, ImageTokens
 from ..block_encoding import BlockEncoding, image_length
 from ..kv_cache import holds_tokens
@@ -255,7 +256,7 @@ def expanded_ids(prompt: Prompt, ids: Tensor, mask: Tensor, image_id: int, video
     ids, mask: (B, L) with marks, on the host
     """
     text = (ids != IMAGE_TOKEN_INDEX) & mask
-    order = (~text).to(torch.uint8).argsort(dim=1, stable=True)
+    order = true_first(text)
     owner = prompt.visual_index
     packed = ids.gather(1, order).clamp(min=0).to(owner.device)
     is_text = prompt.attention_mask & (owner < 0)

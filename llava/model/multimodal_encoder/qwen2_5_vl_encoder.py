@@ -377,9 +377,12 @@ def plan_images(grids: list[tuple[int, int]], config: Qwen2_5_VLVisionConfig, de
     is made on the host.
     """
     per_block = config.spatial_merge_size**2
+    # Those of a video have one grid.
+    ordered = {grid: window_order(*grid, config.window_side) for grid in dict.fromkeys(grids)}
+    angles_of = {grid: patch_angles(*grid, config) for grid in ordered}
     orders, sizes, image_of, start = [], [], [], 0
     for number, (h, w) in enumerate(grids):
-        order, own = window_order(h, w, config.window_side)
+        order, own = ordered[h, w]
         orders.append(order + start)
         sizes.append(own)
         image_of.append(torch.full((h * w,), number))
@@ -390,12 +393,13 @@ def plan_images(grids: list[tuple[int, int]], config: Qwen2_5_VLVisionConfig, de
 
     areas = torch.tensor([h * w for h, w in grids])
     wholes = segments_of(areas[image[blocks]], image[blocks], per_block)
-    angles = torch.cat([patch_angles(h, w, config) for h, w in grids])[blocks].flatten(0, 1)
-    counts = [(int((size == own).sum()), own * per_block) for own in size.unique().tolist()]
+    angles = torch.cat([angles_of[grid] for grid in grids])[blocks].flatten(0, 1)
+    own_sizes, counts = (found.tolist() for found in size.unique(return_counts=True))
+    runs = [(count, own * per_block) for own, count in zip(own_sizes, counts, strict=True)]
     return Plan(
         blocks=blocks.to(device),
         angles=angles.to(device),
-        windows=Segments(None, None, counts),
+        windows=Segments(None, None, runs),
         wholes=wholes.to(device),
     )
 

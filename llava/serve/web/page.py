@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import gradio as gr
@@ -18,7 +17,6 @@ from .log import ConversationLog
 from .methods import followers, offered
 from .sweep_tab import SweepTab
 
-logger = logging.getLogger("llava.serve.web")
 KEEP_UPLOADS = (300, 4 * 3600)  # seconds between two looks for old uploads, and their largest age
 
 TITLE = """# LLaVA with visual-token pruning

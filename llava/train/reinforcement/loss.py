@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llava.pruning.ops import true_last
+
 #: added to the spread of a group, so that equal scores are worth nothing and not infinitely much
 SMALLEST_SPREAD = 1e-4
 
@@ -53,7 +55,7 @@ def cut_to(limit: int | None, lengths: Tensor, mask: Tensor) -> Tensor:
 def packed(valid: Tensor) -> tuple[Tensor, Tensor]:
     """Places (B, L) of the tokens where `valid` (B, S) is True, padded on the left to the longest
     row, and where they are tokens (B, L)."""
-    order = valid.to(torch.uint8).argsort(dim=1, stable=True)
+    order = true_last(valid)
     order = order[:, valid.shape[1] - int(valid.sum(dim=1).max()) :]
     return order, valid.gather(1, order)
 
