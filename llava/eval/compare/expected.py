@@ -5,13 +5,10 @@ python -m llava.eval.compare.expected [--markdown docs/Getting_started.md]
 
 from __future__ import annotations
 
-from llava.errors import errors_as_messages
 from llava.eval.benchmarks import find_benchmark
 from llava.eval.compare.published import SAME_RULE, Published, read_published
 from llava.eval.compare.scores import DENSE
-from llava.eval.efficiency.report import publish
-from llava.eval.markdown import table
-from llava.program_parser import ProgramParser
+from llava.eval.markdown import run_table_program, table
 
 #: how the models are called in a table -> in the file of published numbers
 MODELS = {
@@ -56,12 +53,6 @@ def expected(benchmark: str, model: str, rows: list[Published]) -> str:
     return ", ".join(str(int(v) if v >= 100 else v) for v in sorted(found))
 
 
-def script_line(benchmark: str, rows: list[Published]) -> str:
-    """What a script says of its benchmark in its head: "LLaVA-1.5-7B 85.9; LLaVA-NeXT-7B 86.8"."""
-    said = ((name, expected(benchmark, model, rows)) for name, model in MODELS.items())
-    return "; ".join(f"{name} {scores}" for name, scores in said if scores)
-
-
 def report() -> str:
     """The table as Markdown."""
     rows, lines = read_published(), []
@@ -72,12 +63,8 @@ def report() -> str:
     return table(["script", "questions", "metric", *MODELS], lines, "lrlr") + "\n"
 
 
-@errors_as_messages()
-def main(argv: list[str] | None = None) -> None:
-    parser = ProgramParser(__doc__)
-    parser.add_argument("--markdown", metavar="FILE", help="write the table into this page, too")
-    args = parser.parse_args(argv)
-    publish(report(), args.markdown, MARK)
+def main() -> None:
+    run_table_program(__doc__, report, MARK)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,8 @@ python -m llava.eval.compare.method_table [--markdown docs/Choosing_a_Method.md]
 from __future__ import annotations
 
 from llava.clone_files import clone_file
-from llava.errors import errors_as_messages
 from llava.eval.efficiency.random_model import empty_model, shapes
-from llava.eval.efficiency.report import MARKS, publish
-from llava.eval.markdown import table
-from llava.program_parser import ProgramParser
+from llava.eval.markdown import marks, run_table_program, table
 from llava.pruning import METHODS, DecoderStage, Pruner, build_pruner
 from llava.pruning.about import acts, how_it_chooses, is_trained, where_it_acts
 from llava.pruning.apart import reason_apart
@@ -42,7 +39,7 @@ def kernels() -> dict[str, str]:
     """What every method asks a device for beyond the unpruned model, as it was counted. Raises
     ValueError where the page has no such table."""
     page = clone_file(COUNTED).read_text(encoding="utf-8")
-    begin, end = (MARKS.format(LAUNCHES, word) for word in ("begin", "end"))
+    begin, end = marks(LAUNCHES)
     text = page.partition(begin)[2].partition(end)[0]
     lines = [line.strip("| ").split(" | ") for line in text.splitlines()]
     heads = [number for number, cells in enumerate(lines) if MORE in cells]
@@ -91,12 +88,8 @@ def report() -> str:
     return table(HEAD, rows, "llllllllllr") + "\n"
 
 
-@errors_as_messages()
-def main(argv: list[str] | None = None) -> None:
-    parser = ProgramParser(__doc__)
-    parser.add_argument("--markdown", metavar="FILE", help="write the table into this page, too")
-    args = parser.parse_args(argv)
-    publish(report(), args.markdown, MARK)
+def main() -> None:
+    run_table_program(__doc__, report, MARK)
 
 
 if __name__ == "__main__":

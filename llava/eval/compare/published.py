@@ -21,9 +21,8 @@ CONVENTIONS = ("average", "input", "later", "label", "unpruned", "unstated")
 HEAD = ("method", "tokens", "benchmark", "here", "published", "source", "status", "metric")
 #: what the file says where a source leaves open which metric its number is
 AS_PRINTED = "as printed"
-#: decoder layers from which a model counts as one of 13 billion weights, which have 40, and not of
-#: 7, which have 32
-LAYERS_OF_13B = 36
+#: size of a LLaVA -> decoder layers up to which a model counts as one of it: 7B has 32, 13B 40
+SIZES = {"7b": 36, "13b": 50}
 #: our benchmark -> the one of the file that asks the same questions, and the metric of both. The
 #: literature's MMBench numbers are those of its server, which are circular.
 SAME_RULE = {
@@ -82,7 +81,7 @@ def _published(row: dict, where: str) -> Published:
 def model_beside(asked: str, config: PretrainedConfig) -> str:
     """The model of the file that is meant; asked: "" where nobody named one, which leaves that of
     the family and size of the model with this config. Raises ValueError on a name that the file
-    does not have."""
+    does not have, and where it has no model of that size."""
     found = asked or _like(config)
     check_known(read_published(), found)
     return found
@@ -91,8 +90,14 @@ def model_beside(asked: str, config: PretrainedConfig) -> str:
 def _like(config: PretrainedConfig) -> str:
     if config.model_type == "qwen2_5_vl":
         return "qwen2.5-vl-7b"
+    layers = config.num_hidden_layers
+    size = next((size for size, most in SIZES.items() if layers <= most), None)
+    if size is None:
+        raise ValueError(
+            f"there are no published numbers of a LLaVA with {layers} decoder layers: leave "
+            "--published out, or name the model that is meant (--published MODEL)"
+        )
     crops = getattr(config, "image_aspect_ratio", None) == "anyres"
-    size = "13b" if config.num_hidden_layers >= LAYERS_OF_13B else "7b"
     return f"llava-{'next' if crops else '1.5'}-{size}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
@@ -38,11 +37,15 @@ def fill_in_questions(args: argparse.Namespace, questions: str) -> None:
     args.conv_mode = resolve_conv_mode(args.conv_mode, args.model_name, path, args.model_base)
 
 
-def add_shape_args(parser) -> None:
-    """What is cut, or varies, of a model with random weights and its images."""
+def add_layers_arg(parser) -> None:
     parser.add_argument(
         "--layers", type=int, help="only so many decoder layers of the model that --config names"
     )
+
+
+def add_shape_args(parser) -> None:
+    """What is cut, or varies, of a model with random weights and its images."""
+    add_layers_arg(parser)
     parser.add_argument(
         "--image-size",
         type=image_size,
@@ -72,9 +75,33 @@ def placed(args: argparse.Namespace) -> dict:
     return {"dtype": DTYPES[args.dtype] if args.dtype else fast_dtype(device), "device": device}
 
 
-def add_clock_arg(add) -> None:
-    """add: `add_argument` of a parser, or what stands for it."""
+def add_rounds_args(parser) -> None:
+    """How often the variants run, and by which clock."""
+    add = parser.add_argument
+    add("--repeats", type=int, default=20, help="timed rounds (default: 20)")
+    add("--warmup", type=int, default=3, help="rounds before those that count (default: 3)")
     add(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="begin no further round of a table after so long (default: none); the table says how "
+        "many rounds there were",
+    )
+    add_clock_arg(parser)
+
+
+def check_rounds(args: argparse.Namespace) -> None:
+    """Raises ValueError for rounds that measure nothing."""
+    if args.repeats < 1:
+        raise ValueError("--repeats must be at least 1")
+    if args.warmup < 0:
+        raise ValueError("--warmup must not be negative")
+    if args.time_limit is not None and args.time_limit <= 0:
+        raise ValueError(f"--time-limit ({args.time_limit:g}) must be more than 0 seconds")
+
+
+def add_clock_arg(parser) -> None:
+    parser.add_argument(
         "--processor-time",
         action="store_true",
         help="seconds of the processors in place of those on the wall, for a CPU that is busy with "
@@ -89,14 +116,3 @@ def clock_of(args: argparse.Namespace, device) -> Callable[[], float]:
     if device.type != "cpu":
         raise ValueError(f"--processor-time says nothing of work on {device}: leave it out")
     return time.process_time
-
-
-def clock_name(args: argparse.Namespace) -> str:
-    return "processor" if args.processor_time else "wall"
-
-
-def write_json(result: dict, path: str | None) -> None:
-    """Writes the result where a program was told to."""
-    if path:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from statistics import median
 
 import torch
+
+from llava.eval.efficiency.stopwatch import Stopwatch
 
 #: bytes that are copied, on a CPU far above its caches; of a GPU's free memory at most this share
 COPIED = {"cuda": 2**31, "cpu": 2**27}
@@ -33,22 +34,11 @@ def copy_bandwidth(device: torch.device) -> float | None:
         size = int(min(size, FREE_SHARE * torch.cuda.mem_get_info(device)[0] / 2))
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    seconds = [_copy(source, target) for _ in range(TIMES + 2)][2:]
-    return 2 * size / median(seconds)
-
-
-def _copy(source: torch.Tensor, target: torch.Tensor) -> float:
-    """Seconds of one copy."""
-    if source.device.type != "cuda":
-        start = time.perf_counter()
-        target.copy_(source)
-        return time.perf_counter() - start
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    target.copy_(source)
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1000
+    watch = Stopwatch(device)
+    for _ in range(TIMES + 2):
+        with watch.span("copy"):
+            target.copy_(source)
+    return 2 * size / median(watch.read()["copy"][2:])
 
 
 def decode_gigabytes_per_second(row: dict) -> float | None:

@@ -6,7 +6,8 @@ import statistics
 from dataclasses import asdict, dataclass
 
 from llava.eval import markdown
-from llava.eval.efficiency.decode_run import COMPILED, DENSE, Variant
+from llava.eval.efficiency.decode_run import COMPILED, Variant
+from llava.eval.efficiency.measure import DENSE
 from llava.pruning.drafter import Drafter
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from llava.constants import STRATEGIES
 from llava.eval.efficiency.measure import DENSE, Workload
@@ -132,20 +133,31 @@ def measure(
     prompts: make the arguments of `generate`, but for the length of the answer
     now: says what time it is, in seconds
     """
-    ways = {}  # each of both is made once: it keeps what it captured
-    for compiled in sorted({variant.compiled for variant in variants}):
-        model.compile_decoding = compiled
-        ways[compiled] = model.model.step, model.compile_prefill
+    use = ways_of_steps(model, sorted({variant.compiled for variant in variants}))
     asked = [prompts[0]] * warmup + prompts
     for number, prompt in enumerate(progress(asked, "answers", "questions")):
         for variant in variants:
             model.pruner = variant.pruner  # first: how images are prepared may depend on it
-            model.model.step, model.compile_prefill = ways[variant.compiled]
+            use[variant.compiled]()
             variant.run(model, prompt() | {"max_new_tokens": limit}, now)
             if number == 0 and warmup:
                 variant.first_call = variant.clocks[0].arrivals[-1][0]
             if number < warmup:
                 variant.clocks, variant.answers, variant.logs = [], [], []
+
+
+def ways_of_steps(model, kinds: Iterable[bool]) -> dict[bool, Callable[[], None]]:
+    """Functions that make the model decode compiled (True) or as it is (False), by that. The steps
+    of each kind are made once: they keep what they captured."""
+
+    def use(step, compile_prefill: bool) -> None:
+        model.model.step, model.compile_prefill = step, compile_prefill
+
+    found = {}
+    for compiled in kinds:
+        model.compile_decoding = compiled
+        found[compiled] = partial(use, model.model.step, model.compile_prefill)
+    return found
 
 
 def made_up(model, prompt_length: int, image_size: tuple[int, int] | None = None) -> dict:

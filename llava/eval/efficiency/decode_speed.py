@@ -37,26 +37,33 @@ from llava.eval.efficiency.arguments import (
     add_question_args,
     add_shape_args,
     check_layers,
-    clock_name,
     clock_of,
     fill_in_questions,
     placed,
-    write_json,
 )
 from llava.eval.efficiency.chance import ChanceChoice
 from llava.eval.efficiency.decode_report import page, rows_of, table
 from llava.eval.efficiency.decode_run import made_up, measure, variants_of
+from llava.eval.efficiency.facts import facts_of
 from llava.eval.efficiency.measure import make_pruner, with_budget
 from llava.eval.efficiency.random_model import CONFIGS, build_random_model, shapes
-from llava.eval.efficiency.report import DECODING, write_between_marks
 from llava.eval.files.records import read_jsonl
-from llava.model_args import add_length_arg, add_model_args
+from llava.eval.files.writing import write_json
+from llava.eval.markdown import write_between_marks
+from llava.model_args import PIXELS, add_length_arg, add_model_args
 from llava.playground import default_model_path
-from llava.program_parser import ProgramParser, Several
+from llava.program_parser import ProgramParser, Several, dashed
 from llava.pruning import METHODS, can_draft
 from llava.pruning.cli import add_args_of_methods, method_name, options_by_method
 
 QUESTIONS = "describe/questions.jsonl"
+#: the place of a page that the table is written into
+MARK = "decoding"
+#: options that only random weights have -> what holds of those where one is not given
+OF_RANDOM = {"acceptance": 0.8, "prompt_length": 64, "layers": None, "image_size": None}
+#: options that only a trained model has
+OF_TRAINED = ("model_path", "model_base", "vision_tower", "load_8bit", "load_4bit", *PIXELS)
+OF_TRAINED += ("attn_implementation", "question_file", "image_folder")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -85,7 +92,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--warmup", type=int, default=3, help="answers that each way gives before measuring begins"
     )
-    add_clock_arg(parser.add_argument)
+    add_clock_arg(parser)
     parser.add_argument("--json", metavar="FILE", help="write the result there, too")
     parser.add_argument(
         "--markdown", metavar="FILE", help="write the table into this page, between its marks"
@@ -94,13 +101,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_question_args(trained, QUESTIONS)
     random = parser.add_argument_group("or random weights")
     random.add_argument("--config", choices=CONFIGS, help="sizes of a model of random weights")
-    random.add_argument(
-        "--acceptance", type=float, default=0.8, help="share of the guesses that are made right"
-    )
-    random.add_argument("--prompt-length", type=int, default=64, help="text tokens of the prompt")
+    text = f"share of the guesses that are made right (default: {OF_RANDOM['acceptance']})"
+    random.add_argument("--acceptance", type=float, help=text)
+    text = f"text tokens of the prompt (default: {OF_RANDOM['prompt_length']})"
+    random.add_argument("--prompt-length", type=int, help=text)
     add_shape_args(random)
     add_model_args(parser)
     args = parser.parse_args(argv)
+    refuse_strangers(parser, args)
+    for name, value in OF_RANDOM.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.warmup < 0:
         parser.error(f"--warmup ({args.warmup}) must not be negative")
     if args.limit < 1 or args.max_new_tokens < 2 or args.prompt_length < 1:
@@ -108,16 +119,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not 0 <= args.acceptance <= 1:
         parser.error(f"--acceptance ({args.acceptance}) must lie between 0 and 1")
     check_layers(args.layers)
-    if args.config is None and (args.layers or args.image_size):
-        parser.error("--layers and --image-size are for random weights: name their --config")
     if args.config is None:
         args.model_path = args.model_path or default_model_path()
         fill_in_questions(args, QUESTIONS)
-    elif given := [name for name in ("model_path", "question_file") if getattr(args, name)]:
-        parser.error(
-            f"--config makes a model up: --{given[0].replace('_', '-')} has no place there"
-        )
     return args
+
+
+def refuse_strangers(parser: ProgramParser, args: argparse.Namespace) -> None:
+    """Ends the program at an option of the other kind of model."""
+    others, why = OF_RANDOM, "is for random weights: name their --config"
+    if args.config is not None:
+        others, why = OF_TRAINED, "has no place there: --config makes a model up"
+    for name in others:
+        value = getattr(args, name)
+        if value is not None and value is not False:
+            parser.error(f"{dashed(f'--{name}')} {why}")
 
 
 def trained_model(args) -> tuple:
@@ -148,12 +164,10 @@ def random_model(args) -> tuple:
 def about(args, model, tokens: float) -> dict:
     """What the numbers depend on besides the code."""
     chance = {} if args.config is None else {"acceptance": args.acceptance}
+    facts = facts_of(model, args)
     return {
         "model": args.config or args.model_name,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "clock": clock_name(args),
+        **{name: facts[name] for name in ("device", "dtype", "threads", "clock")},
         "questions": args.limit,
         "tokens_per_answer": tokens,
         "visual_token_num": args.visual_token_num,
@@ -177,11 +191,12 @@ def main(argv: list[str] | None = None) -> dict:
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     print(table(rows))
     result = {"about": facts, "rows": [asdict(row) for row in rows]}
-    write_json(result, args.json)
+    if args.json:
+        write_json(result, args.json, indent=1)
     if args.markdown:
         words = ["python", "-m", "llava.eval.efficiency.decode_speed"]
         command = shlex.join(words + (sys.argv[1:] if argv is None else argv))
-        write_between_marks(args.markdown, page(command, facts, rows), DECODING)
+        write_between_marks(args.markdown, page(command, facts, rows), MARK)
     print(json.dumps(result))
     return result
 

@@ -33,6 +33,8 @@ FREE = frozenset(
 )
 #: tokens of an answer whose steps are counted
 TOKENS = 5
+#: the place of a page that the table is written into
+MARK = "launches"
 
 
 class Launches(TorchDispatchMode):
@@ -114,9 +116,7 @@ def count_launches(model, name: str, pruner: Pruner, workload: Workload) -> Laun
 def count_all(model, pruners: dict[str, Pruner], workload: Workload) -> list[LaunchCounts]:
     """The counts of the unpruned model and of every method."""
     every = {DENSE: Pruner(), **pruners}
-    counts = []
-    for name, pruner in every.items():
-        counts.append(count_launches(model, name, pruner, workload))
+    counts = [count_launches(model, name, pruner, workload) for name, pruner in every.items()]
     model.pruner = Pruner()
     return counts
 

@@ -156,7 +156,7 @@ def stages_of(model, pruner: Pruner, workload: Workload, watch: Stopwatch) -> di
     methods = [(stage, hook, "select") for stage, hook in hooks]
     tower = model.get_vision_tower()
     methods.append((tower, "features" if tower.grid is None else "tokens", "vision"))
-    methods.append((model, "forward", lambda: "decode" if watch.count("prefill") else "prefill"))
+    methods.append((model, "forward", lambda: "decode" if watch.seen("prefill") else "prefill"))
     with watch.watch(methods), watch.span("rest") as whole:
         workload.run(model)
     stages = watch.read()
@@ -293,7 +293,7 @@ def measure(
     repeats: int,
     warmup: int = 2,
     seconds: float | None = None,
-    label: str = "",
+    label: str = "rounds",
 ) -> int:
     """Runs the variants in turns, each round starting with another one, and stores the rounds.
 
@@ -302,7 +302,7 @@ def measure(
     Returns how many rounds were measured.
     """
     start = time.perf_counter()
-    with progress((warmup + repeats) * len(variants), label or "rounds", "runs") as bar:
+    with progress((warmup + repeats) * len(variants), label, "runs") as bar:
         for number in range(-warmup, repeats):
             over = seconds is not None and time.perf_counter() - start > seconds
             if over and number > 0:

@@ -20,8 +20,7 @@ from functools import partial
 from llava.errors import errors_as_messages
 from llava.eval.efficiency.bandwidth import weight_bytes
 from llava.eval.efficiency.random_model import CONFIGS, empty_model, shapes
-from llava.eval.efficiency.report import publish
-from llava.eval.markdown import table
+from llava.eval.markdown import publish, table
 from llava.model.quantization import quantizable
 from llava.playground import default_model_path
 from llava.program_parser import ProgramParser, Several

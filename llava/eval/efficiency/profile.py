@@ -18,6 +18,8 @@ STARTS = ("LaunchKernel", "GraphLaunch", "cudaMemcpy", "cudaMemset")
 HOST = ("cuda_runtime", "cuda_driver")
 #: answers of these lengths are compared, so that the prompt drops out
 SHORT, LONG = 4, 20
+#: kernels that are named, those that take the longest
+MOST = 12
 
 
 def events_of(trace: dict) -> tuple[Counter, Counter]:
@@ -46,12 +48,12 @@ def traced(work) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
 
 
-def profile_tokens(model, workload, most: int = 12) -> dict:
+def profile_tokens(model, workload) -> dict:
     """What the device runs for one further token of `workload` with the method in use.
 
     `per_token` (kernels, copies, fills, launches: calls of the host that start something), and
-    `busy_ms`, the time of its kernels; `top`: the kernels that take the longest, with microseconds
-    per token.
+    `busy_ms`, the time of its kernels; `top`: the `MOST` kernels that take the longest, with
+    microseconds per token.
     """
     found = []
     for length in (SHORT, LONG):
@@ -65,5 +67,5 @@ def profile_tokens(model, workload, most: int = 12) -> dict:
     return {
         "per_token": {name: (many[name] - few[name]) / tokens for name in names},
         "busy_ms": sum(spent.values()) / tokens / 1000,
-        "top": [(name, total / tokens) for name, total in spent.most_common(most)],
+        "top": [(name, total / tokens) for name, total in spent.most_common(MOST)],
     }

@@ -15,27 +15,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from transformers import __version__ as transformers_version
-
 from llava.errors import errors_as_messages
 from llava.eval.efficiency import decode_speed, launches
 from llava.eval.efficiency.arguments import (
-    add_clock_arg,
+    add_rounds_args,
     add_shape_args,
     check_layers,
-    clock_name,
+    check_rounds,
     clock_of,
     placed,
-    write_json,
 )
 from llava.eval.efficiency.bandwidth import copy_bandwidth
+from llava.eval.efficiency.facts import facts_of
 from llava.eval.efficiency.measure import (
     STAGES,
     Workload,
@@ -48,39 +44,35 @@ from llava.eval.efficiency.measure import (
 )
 from llava.eval.efficiency.profile import profile_tokens
 from llava.eval.efficiency.random_model import CONFIGS, build_random_model, shapes
-from llava.eval.efficiency.report import (
-    EFFICIENCY,
-    LAUNCHES,
-    format_table,
-    markdown,
-    plot,
-    summarize,
-    write_between_marks,
-)
+from llava.eval.efficiency.report import MARK, format_table, markdown, plot, summarize
+from llava.eval.files.writing import write_json
+from llava.eval.markdown import write_between_marks
 from llava.eval.plotting import import_pyplot
 from llava.model_args import DTYPES
 from llava.playground import default_model_path
-from llava.program_parser import ProgramParser, Several
+from llava.program_parser import ProgramParser, Several, dashed
 from llava.pruning import METHODS, Pruner
 from llava.pruning.cli import method_name
 
 ALL = "all"
+#: what is done in place of timing rounds -> options that say nothing of it
+NO_PLACE = {
+    "decode": "repeats time_limit batch_size output_tokens stock plot count_kernels".split(),
+    "count_kernels": "repeats warmup time_limit processor_time stock plot".split(),
+}
 
 
 def methods_to_measure(
-    names: str, visual_token_num: int, model, image_size: tuple[int, int] | None = None
+    names: list[str], visual_token_num: int, model, image_size: tuple[int, int] | None = None
 ) -> tuple[dict[str, Pruner], dict[str, str]]:
     """(pruners by name, reasons by name why a method is not measured).
 
     A method that is named must run; among "all" one that does not know the budget is left out, and
     the report says so.
     """
-    every = names.strip() == ALL
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    if every:
-        wanted = [name for name in METHODS if name != Pruner.name]
+    every = names == [ALL]
     pruners, refused = {}, {}
-    for name in wanted:
+    for name in [name for name in METHODS if name != Pruner.name] if every else names:
         try:
             pruner = make_pruner(name, visual_token_num, model)
             check_image(pruner, model, image_size)
@@ -94,28 +86,18 @@ def methods_to_measure(
 
 def describe(args: argparse.Namespace, model, command: list[str]) -> dict:
     """Everything the numbers depend on besides the code."""
-    device = model.device
-    cuda = device.type == "cuda"
     return {
         "command": shlex.join(["python", "-m", "llava.eval.efficiency", *command]),
-        "config": args.config,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "attention": model.config._attn_implementation,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device)
-        if cuda
-        else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "clock": clock_name(args),
-        "copy_bandwidth": None if args.count_kernels else copy_bandwidth(device),
-        "layers": model.config.num_hidden_layers,
-        "image_size": "x".join(map(str, image_shape(model, args.image_size)[1])),
-        "visual_token_num": args.visual_token_num,
-        "prompt_length": args.prompt_length,
+        **facts_of(model, args),
+        "copy_bandwidth": None if args.count_kernels else copy_bandwidth(model.device),
+        "image_size": by_x(image_shape(model, args.image_size)[1]),
         "repeats": args.repeats,
-        "torch": torch.__version__,
-        "transformers": transformers_version,
     }
+
+
+def by_x(size: tuple[int, int]) -> str:
+    """(width, height) as `--image-size` takes them."""
+    return "x".join(map(str, size))
 
 
 def number(text: str) -> int:
@@ -130,9 +112,8 @@ def method_or_all(text: str) -> str:
     return text if text == ALL else method_name(text)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def build_parser() -> ProgramParser:
     parser = ProgramParser(__doc__)
-
     add = parser.add_argument
     sizes = f"{', '.join(CONFIGS)}, playground, or a checkpoint folder"
     add("--config", default="playground", help=f"sizes to measure: {sizes} (default: playground)")
@@ -140,7 +121,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         "--method",
-        dest="method",
         action=Several,
         type=method_or_all,
         default=[ALL],
@@ -154,16 +134,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="type of numbers (default: bf16, fp32 on a CPU without bf16 products)",
     )
     add("--device", help="cuda, mps or cpu (default: the best there is)")
-    add("--repeats", type=int, default=20, help="timed rounds (default: 20)")
-    add("--warmup", type=int, default=3, help="rounds before those that count (default: 3)")
-    add_clock_arg(add)
-    add(
-        "--time-limit",
-        type=float,
-        metavar="SECONDS",
-        help="begin no further round of a table after so long (default: none); the table says how "
-        "many rounds there were",
-    )
+    add_rounds_args(parser)
     add(
         "--batch-size",
         action=Several,
@@ -202,16 +173,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="write the result there, too")
     add("--markdown", metavar="FILE", help="write the table into this page, between its marks")
     add("--plot", metavar="FILE", help="write a picture of the times (.png, .svg, .pdf)")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options; `given` holds the values of those that stand in the command line."""
+    parser = build_parser()
     args = parser.parse_args(argv)
-    args.method = ",".join(args.method)
-    for name in ("repeats", "prompt_length", "visual_token_num"):
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
+    found = vars(parser.parse_args(argv, unset))
+    args.given = {name: value for name, value in found.items() if value is not None}
+    for what, others in NO_PLACE.items():
+        if what in args.given and (strange := [name for name in others if name in args.given]):
+            what, other = (dashed(f"--{name}") for name in (what, strange[0]))
+            parser.error(f"{what} has no use for {other}: leave it out")
+    if args.count_kernels and len(args.batch_size) > 1:
+        parser.error("--count-kernels counts for one --batch-size: name one")
+    for name in ("prompt_length", "visual_token_num"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+            raise ValueError(f"{dashed(f'--{name}')} must be at least 1")
     check_layers(args.layers)
-    if args.time_limit is not None and args.time_limit <= 0:
-        raise ValueError(f"--time-limit ({args.time_limit:g}) must be more than 0 seconds")
-    if args.warmup < 0:
-        raise ValueError("--warmup must not be negative")
+    check_rounds(args)
     for file in filter(None, (args.json, args.markdown, args.plot)):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
     if args.plot:
@@ -234,7 +216,7 @@ def run_workload(
         pruners,
         args.visual_token_num,
         args.stock,
-        failed if args.method.strip() == ALL else None,
+        failed if args.methods == [ALL] else None,
         clock_of(args, model.device),
     )
     refused.update(failed)
@@ -267,27 +249,22 @@ def run_counts(args, model, pruners: dict[str, Pruner], result: dict) -> None:
             found = result["profile"][way] = profile_tokens(model, workload)
             print(f"\nprofile of the unpruned model, {way}, per token: {found}", flush=True)
     if args.markdown:
-        write_between_marks(args.markdown, launches.page(result["about"], counts), LAUNCHES)
+        write_between_marks(args.markdown, launches.page(result["about"], counts), launches.MARK)
 
 
-def decode_words(args) -> list[str]:
-    """The command line of `llava.eval.efficiency.decode_speed` for the same request."""
-    words = {
-        "--visual-token-num": args.visual_token_num,
-        "--dtype": args.dtype,
-        "--device": args.device,
-        "--json": args.json,
-        "--markdown": args.markdown,
-        "--layers": args.layers,
-        "--image-size": args.image_size and "x".join(map(str, args.image_size)),
-    }
-    if args.config != "playground":
-        words["--config" if args.config in CONFIGS else "--model-path"] = args.config
-    given = [str(word) for pair in words.items() if pair[1] is not None for word in pair]
-    if args.method.strip() != ALL:
-        given += ["--methods", *(name.strip() for name in args.method.split(","))]
-    given += ["--compile"] if args.compile else []
-    return given + (["--processor-time"] if args.processor_time else [])
+def decode_words(given: dict[str, object]) -> list[str]:
+    """The command line of `llava.eval.efficiency.decode_speed` for the same request; given: the
+    values of the options that were given, by name."""
+    own = {name: value for name, value in given.items() if name != "decode"}
+    config, methods = own.pop("config", "playground"), own.pop("methods", [ALL])
+    if config != "playground":
+        own["config" if config in CONFIGS else "model_path"] = config
+    if "image_size" in own:
+        own["image_size"] = by_x(own["image_size"])
+    words = [] if methods == [ALL] else ["--methods", *methods]
+    for name, value in own.items():
+        words += [dashed(f"--{name}")] if value is True else [dashed(f"--{name}"), str(value)]
+    return words
 
 
 @errors_as_messages()
@@ -295,12 +272,12 @@ def main(argv: list[str] | None = None) -> dict:
     """Measures, prints tables and, as the last line, the whole result as JSON."""
     args = parse_args(argv)
     if args.decode:
-        return decode_speed.main(decode_words(args))
+        return decode_speed.main(decode_words(args.given))
     name = default_model_path() if args.config == "playground" else args.config
     model = build_random_model(*shapes(name, args.layers), **placed(args))
     model.compile_decoding = args.compile
     pruners, refused = methods_to_measure(
-        args.method, args.visual_token_num, model, args.image_size
+        args.methods, args.visual_token_num, model, args.image_size
     )
     about = describe(args, model, sys.argv[1:] if argv is None else argv)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
@@ -316,17 +293,23 @@ def main(argv: list[str] | None = None) -> dict:
         for length in args.output_tokens:
             run = run_workload(args, model, pruners, refused, batch_size, length)
             result["runs"].append(run)
-            write_json(result, args.json)  # what comes later may fail
+            save(args, result)  # what comes later may fail
     print("Milliseconds, medians. " + "; ".join(f"{k}: {v}" for k, v in STAGES.items()) + ".")
     if args.markdown:
-        write_between_marks(args.markdown, markdown(result), EFFICIENCY)
+        write_between_marks(args.markdown, markdown(result), MARK)
     if args.plot:
         plot(result, args.plot)
     return finish(args, result)
 
 
+def save(args, result: dict) -> None:
+    """Writes the result where it was asked for."""
+    if args.json:
+        write_json(result, args.json, indent=1)
+
+
 def finish(args, result: dict) -> dict:
     """Writes the result where it was asked for, and prints it as one line."""
-    write_json(result, args.json)
+    save(args, result)
     print(json.dumps(result))
     return result

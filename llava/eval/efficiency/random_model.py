@@ -114,13 +114,12 @@ def build_random_model(
     tower: CLIPVisionConfig | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    seed: int = 0,
 ) -> LlavaLlamaForCausalLM | Qwen2_5_VLForConditionalGeneration:
     """A model of these shapes with small random weights; no token ends its answers."""
     model = empty_model(config, tower).to(dtype).to_empty(device=device).eval()
     if config.tie_word_embeddings:
         model.tie_weights()
-    fill_randomly(model, seed)
+    fill_randomly(model)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
@@ -146,11 +145,11 @@ def empty_model(
 
 
 @torch.no_grad()
-def fill_randomly(model: nn.Module, seed: int = 0) -> None:
+def fill_randomly(model: nn.Module) -> None:
     """Norm weights 1, biases 0, everything else uniform with a deviation of 0.02."""
     weight = next(model.parameters())
     bound = 0.02 * 3**0.5
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     pool = torch.rand(POOL_NUMBERS, generator=generator).mul_(2 * bound).sub_(bound)
     pool = pool.to(weight.device, weight.dtype)
     start = 0

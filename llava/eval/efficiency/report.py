@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from statistics import median, quantiles
 
 from llava.eval.efficiency.bandwidth import bandwidth_share, decode_gigabytes_per_second
+from llava.eval.efficiency.facts import sentence, size
 from llava.eval.efficiency.measure import DENSE, ORACLE, STAGES, Variant
 from llava.eval.markdown import table
 from llava.eval.plotting import import_pyplot
@@ -13,8 +13,8 @@ from llava.pruning.cost import FORMULAS
 
 #: stages that follow one another in a bar of the plot
 PARTS = ("vision", "select", "prefill")
-MARKS = "<!-- {}: {} -->"
-EFFICIENCY, LAUNCHES, UPSTREAM, DECODING = "efficiency", "launches", "upstream", "decoding"
+#: the place of a page that the tables are written into
+MARK = "efficiency"
 
 
 def summarize(variants: list[Variant]) -> list[dict]:
@@ -40,9 +40,9 @@ def summarize(variants: list[Variant]) -> list[dict]:
 
 
 def ratios(variant: Variant, base: Variant) -> dict[str, float]:
-    """Median quotient of every stage; `select` is next to nothing in a base: it has none."""
+    """Median quotient of every stage that both have; `select` is next to nothing in a base."""
     pairs = list(zip(variant.rounds, base.rounds, strict=True))
-    stages = [stage for stage in variant.rounds[0] if stage != "select"]
+    stages = [stage for stage in variant.rounds[0] if stage in base.rounds[0] and stage != "select"]
     return {stage: median(own[stage] / other[stage] for own, other in pairs) for stage in stages}
 
 
@@ -86,17 +86,9 @@ def _number(value: float | None, form: str, scale: float = 1) -> str:
 def markdown(result: dict) -> str:
     """The result as Markdown: what was measured, one table per workload, what did not run."""
     about = result["about"]
-    bandwidth = about["copy_bandwidth"]
-    lines = [
-        f"`{about['command']}`",
-        "",
-        f"{about['device']}, {about['threads']} threads, {about['dtype']}, {about['attention']} "
-        f"attention, {about['parameters'] / 1e9:.2f} billion weights (`{about['config']}`), "
-        f"{about['layers']} layers, {about['prompt_length']} text tokens and one image "
-        f"({about['image_size']}) per prompt, {about.get('clock', 'wall')} time, torch "
-        f"{about['torch']}, transformers {about['transformers']}"
-        + (f", copies at {bandwidth / 1e9:.0f} GB/s." if bandwidth else "."),
-    ]
+    prompts = f"{about['prompt_length']} text tokens and one image ({about['image_size']})"
+    what = f"{about['attention']} attention", size(about), f"{about['layers']} layers"
+    lines = [f"`{about['command']}`", "", sentence(about, *what, f"{prompts} per prompt")]
     for run in result["runs"]:
         what = f"Batch {run['batch_size']}, {run['output_tokens']} tokens out, "
         lines += ["", f"**{what}{run['rounds']} rounds.**", ""]
@@ -130,32 +122,6 @@ def _markdown_table(rows: list[dict], about: dict) -> str:
         cells += [f"{row['flops_exact'] / 1e12:.3f}"]
         lines.append(cells)
     return table(head, lines, "lr")
-
-
-def write_between_marks(path: str, text: str, name: str = EFFICIENCY) -> None:
-    """Replaces what stands between the two marks `name` of a page, or writes a page that is new.
-
-    Raises ValueError where a page has no such place.
-    """
-    begin, end = (MARKS.format(name, word) for word in ("begin", "end"))
-    block = f"{begin}\n\n{text}\n{end}\n"
-    try:
-        with open(path, encoding="utf-8") as file:
-            page = file.read()
-    except FileNotFoundError:
-        page = block
-    page, places = re.subn(f"^{begin}\n.*?^{end}\n", lambda _: block, page, flags=re.S | re.M)
-    if places != 1:
-        raise ValueError(f"{path} must have one line {begin} and one line {end} around the table")
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(page)
-
-
-def publish(text: str, path: str | None, name: str) -> None:
-    """Prints a table and, where a page is given, writes it between the marks `name` there."""
-    print(text, end="")
-    if path:
-        write_between_marks(path, text, name)
 
 
 def plot(result: dict, path: str) -> None:

@@ -83,14 +83,11 @@ def stock_llava(model) -> LlavaForConditionalGeneration:
 
 
 @torch.no_grad()
-def time_stock(
-    stock, embeds: Tensor, num_tokens: int, watch: Stopwatch | None = None
-) -> dict[str, float]:
+def time_stock(stock, embeds: Tensor, num_tokens: int, watch: Stopwatch) -> dict[str, float]:
     """Seconds of the prefill of `embeds` (B, S, D) and of every greedy token after the first.
 
     Like ours, and unlike its `forward`, it computes only the last logits.
     """
-    watch = watch or Stopwatch(embeds.device)
     cache, inputs = None, {"inputs_embeds": embeds}
     for number in range(num_tokens):
         with watch.span("decode" if number else "prefill"):

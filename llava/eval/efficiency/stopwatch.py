@@ -66,9 +66,9 @@ class Stopwatch:
 
         return call
 
-    def count(self, stage: str) -> int:
-        """Passages through `stage` so far, an open one included."""
-        return sum(span.stage == stage for span in self.spans)
+    def seen(self, stage: str) -> bool:
+        """Whether there was a passage through `stage`, an open one included."""
+        return any(span.stage == stage for span in self.spans)  # found early, among the first
 
     def read(self) -> dict[str, list[float]]:
         """Seconds of every passage, by stage; time inside a nested stage counts there only."""

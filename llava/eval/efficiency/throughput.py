@@ -26,15 +26,16 @@ from llava.eval.answering.program import load_loop
 from llava.eval.answering.questions import Question, jsonl_questions
 from llava.eval.answering.run import plan_shares
 from llava.eval.efficiency.arguments import (
+    add_layers_arg,
     add_question_args,
     check_layers,
     fill_in_questions,
     placed,
-    write_json,
 )
 from llava.eval.efficiency.measure import with_budget
 from llava.eval.efficiency.random_model import CONFIGS, build_random_model, shapes
 from llava.eval.files.records import read_jsonl
+from llava.eval.files.writing import write_json
 from llava.front_end import FrontEnd
 from llava.model.multimodal_encoder.qwen2_5_vl_images import Qwen2_5_VLImageProcessor
 from llava.model_args import PIXELS, add_model_args
@@ -179,9 +180,7 @@ def parse_args() -> argparse.Namespace:
         help="sizes of random weights when there is no --model-path: moderate, "
         f"{', '.join(CONFIGS)}, or the folder of a checkpoint",
     )
-    parser.add_argument(
-        "--layers", type=int, help="only so many decoder layers of the model that --config names"
-    )
+    add_layers_arg(parser)
     parser.add_argument(
         "--methods",
         action=Several,
@@ -230,7 +229,9 @@ def main():
         f"{loop.model.device}, {loop.model.dtype}, torch {torch.__version__}\n"
     )
     print(table(speeds))
-    write_json({"settings": vars(args), "speeds": [asdict(s) for s in speeds]}, args.json)
+    if args.json:
+        result = {"settings": vars(args), "speeds": [asdict(s) for s in speeds]}
+        write_json(result, args.json, indent=1)
 
 
 if __name__ == "__main__":

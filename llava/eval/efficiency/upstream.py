@@ -21,27 +21,27 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import __version__ as transformers_version
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import errors_as_messages
 from llava.eval import markdown
-from llava.eval.efficiency import report
 from llava.eval.efficiency.arguments import (
-    add_clock_arg,
+    add_layers_arg,
+    add_rounds_args,
     check_layers,
-    clock_name,
+    check_rounds,
     clock_of,
     placed,
-    write_json,
 )
 from llava.eval.efficiency.bandwidth import copy_bandwidth, weight_bytes
-from llava.eval.efficiency.decode_run import COMPILED, Clock
+from llava.eval.efficiency.decode_run import COMPILED, Clock, ways_of_steps
+from llava.eval.efficiency.facts import facts_of, sentence, size
 from llava.eval.efficiency.measure import DENSE, Variant, Workload, make_pruner, measure
 from llava.eval.efficiency.random_model import build_random_model, shapes
-from llava.eval.efficiency.report import ratios, spread, write_between_marks
+from llava.eval.efficiency.report import ratios, spread
 from llava.eval.efficiency.stock import IMAGE_ID, stock_decoder, stock_llava, time_stock
 from llava.eval.efficiency.stopwatch import Stopwatch
+from llava.eval.files.writing import write_json
 from llava.model_args import DTYPES
 from llava.program_parser import ProgramParser, Several
 from llava.progress import progress
@@ -50,6 +50,8 @@ from llava.pruning.cli import method_name
 
 UPSTREAM, ALONE = "transformers", "transformers, decoder alone"
 FIRST, LATER = "first_token", "decode"
+#: the place of a page that the table is written into
+MARK = "upstream"
 
 
 @dataclass
@@ -78,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ProgramParser(__doc__)
     add = parser.add_argument
     add("--config", default="0.6b", help="sizes of LLaVA-1.5, see docs/Efficiency.md")
-    add("--layers", type=int, help="only so many decoder layers of the model that --config names")
+    add_layers_arg(parser)
     add(
         "--methods",
         action=Several,
@@ -93,23 +95,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", help="cuda or cpu (default: the best there is)")
     add("--prompt-length", type=int, default=64, help="text tokens per prompt (default: 64)")
     add("--output-tokens", type=int, default=17, help="tokens of every answer (default: 17)")
-    add("--repeats", type=int, default=20, help="timed rounds (default: 20)")
-    add("--warmup", type=int, default=3, help="rounds before those that count")
-    add(
-        "--time-limit",
-        type=float,
-        metavar="SECONDS",
-        help="begin no further round after so long (default: none)",
-    )
-    add_clock_arg(add)
+    add_rounds_args(parser)
     add("--json", metavar="FILE", help="also write the numbers here")
     add("--markdown", metavar="FILE", help="write the table into this page, between its marks")
     args = parser.parse_args(argv)
     check_layers(args.layers)
-    if min(args.prompt_length, args.repeats) < 1 or args.output_tokens < 2 or args.warmup < 0:
-        parser.error(
-            "--prompt-length and --repeats must be at least 1, --output-tokens 2, --warmup 0"
-        )
+    check_rounds(args)
+    if args.prompt_length < 1 or args.output_tokens < 2:
+        parser.error("--prompt-length must be at least 1, --output-tokens 2")
     return args
 
 
@@ -128,14 +121,11 @@ def ways_of_ours(
 ) -> dict[str, Callable]:
     """Functions that make the model answer in some way, by name: (workload, tokens) -> as
     `answer`."""
-    ways = {}  # each is made once: it keeps what it captured
-    for compiled in [True, False] if compile else [False]:
-        model.compile_decoding = compiled
-        ways[compiled] = model.model.step, model.compile_prefill
+    use = ways_of_steps(model, [True, False] if compile else [False])
 
     def run(pruner: Pruner, compiled: bool, workload: Workload, num_tokens: int):
         model.pruner = pruner
-        model.model.step, model.compile_prefill = ways[compiled]
+        use[compiled]()
         inputs = {"images": workload.images, "image_sizes": workload.image_sizes}
         inputs |= {"input_ids": workload.input_ids, "questions": workload.questions()}
         return answer(partial(model.generate, **inputs), num_tokens, now)
@@ -143,7 +133,7 @@ def ways_of_ours(
     return {
         name + (COMPILED if compiled else ""): partial(run, pruner, compiled)
         for name, pruner in pruners.items()
-        for compiled in sorted(ways)
+        for compiled in sorted(use)
     }
 
 
@@ -175,8 +165,9 @@ def embedded(model, workload: Workload) -> Tensor:
 
 
 @torch.no_grad()
-def compare(model, pruners: dict[str, Pruner], args) -> tuple[list[Row], bool]:
-    """(rows, whether the unpruned model says what transformers' says), after measuring."""
+def compare(model, pruners: dict[str, Pruner], args) -> tuple[list[Row], int, bool]:
+    """(rows, how many rounds were measured, whether the unpruned model says what transformers'
+    says)."""
     workload = Workload.random(model, 1, args.prompt_length, args.output_tokens)
     now = clock_of(args, model.device)
     ways = ways_of_theirs(model, now)
@@ -186,8 +177,8 @@ def compare(model, pruners: dict[str, Pruner], args) -> tuple[list[Row], bool]:
     theirs, ours = [way()[0] for way in progress(both, "first answers", "models")]
     same = torch.equal(theirs, ours)
     variants = [Variant(name, lambda way=way: way()[1]) for name, way in run.items()]
-    args.rounds = measure(variants, args.repeats, args.warmup, args.time_limit, "rounds")
-    return rows_of(variants, weight_bytes(model)), same
+    rounds = measure(variants, args.repeats, args.warmup, args.time_limit)
+    return rows_of(variants, weight_bytes(model)), rounds, same
 
 
 def rows_of(variants: list[Variant], num_bytes: int) -> list[Row]:
@@ -206,16 +197,11 @@ def rows_of(variants: list[Variant], num_bytes: int) -> list[Row]:
             _range(later, 1),
             over.get(FIRST),
             over[LATER],
-            _later_ratio(variant, by_name[ALONE]),
+            ratios(variant, by_name[ALONE])[LATER],
             num_bytes / spread(later)["median"] / 1e6,
         )
         rows.append(row)
     return rows
-
-
-def _later_ratio(variant: Variant, base: Variant) -> float:
-    pairs = zip(variant.rounds, base.rounds, strict=True)
-    return spread([own[LATER] / other[LATER] for own, other in pairs])["median"]
 
 
 def _range(values: list[float], digits: int) -> str:
@@ -245,22 +231,12 @@ def table(rows: list[Row]) -> str:
 
 def page(command: list[str], about: dict, rows: list[Row]) -> str:
     """What stands between the marks of a page."""
-    bandwidth = about["copy_bandwidth"]
-    return "\n".join(
-        [
-            f"`{shlex.join(['python', '-m', 'llava.eval.efficiency.upstream', *command])}`",
-            "",
-            f"{about['device']}, {about['threads']} threads, {about['dtype']}, "
-            f"{about['parameters'] / 1e9:.2f} billion weights (`{about['config']}`), "
-            f"{about['rounds']} rounds, {about['prompt_length']} text tokens and one image per "
-            f"prompt, {about['output_tokens']} tokens out, {about['clock']} time, torch "
-            f"{about['torch']}, transformers {about['transformers']}"
-            + (f", copies at {bandwidth / 1e9:.0f} GB/s. " if bandwidth else ". ")
-            + f"Unpruned answers are {'the same' if about['same_answers'] else 'NOT the same'}.",
-            "",
-            f"{table(rows)}\n",
-        ]
-    )
+    words = shlex.join(["python", "-m", "llava.eval.efficiency.upstream", *command])
+    prompts = f"{about['prompt_length']} text tokens and one image per prompt"
+    what = size(about), f"{about['rounds']} rounds", prompts, f"{about['output_tokens']} tokens out"
+    same = "the same" if about["same_answers"] else "NOT the same"
+    said = f"{sentence(about, *what)} Unpruned answers are {same}."
+    return f"`{words}`\n\n{said}\n\n{table(rows)}\n"
 
 
 def _cell(value: float | None, digits: int) -> str:
@@ -274,30 +250,21 @@ def main(argv: list[str] | None = None) -> dict:
     model = build_random_model(*shapes(args.config, args.layers), **placed(args))
     clock_of(args, model.device)  # refuses before anything is measured
     pruners = {name: make_pruner(name, args.visual_token_num, model) for name in args.methods}
-    rows, same = compare(model, pruners, args)
-    about = {
-        "config": args.config,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "clock": clock_name(args),
-        "rounds": args.rounds,
-        "prompt_length": args.prompt_length,
+    rows, rounds, same = compare(model, pruners, args)
+    about = facts_of(model, args) | {
+        "rounds": rounds,
         "output_tokens": args.output_tokens,
-        "visual_token_num": args.visual_token_num,
         "copy_bandwidth": copy_bandwidth(model.device),
         "same_answers": same,
-        "torch": torch.__version__,
-        "transformers": transformers_version,
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(table(rows))
     result = {"about": about, "rows": [vars(row) for row in rows]}
-    write_json(result, args.json)
+    if args.json:
+        write_json(result, args.json, indent=1)
     if args.markdown:
         command = sys.argv[1:] if argv is None else argv
-        write_between_marks(args.markdown, page(command, about, rows), report.UPSTREAM)
+        markdown.write_between_marks(args.markdown, page(command, about, rows), MARK)
     print(json.dumps(result))
     return result
 

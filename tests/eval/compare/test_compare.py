@@ -323,6 +323,14 @@ def test_the_literature_beside_a_model_is_that_of_its_family_and_size(
         model_beside("gpt-2", config)
 
 
+def test_a_larger_model_is_not_compared_with_the_literature_on_13b():
+    shape = {"model_type": "llava_llama", "image_aspect_ratio": "anyres"}
+    config = SimpleNamespace(**shape, num_hidden_layers=60)  # of LLaVA-NeXT-34B
+    with pytest.raises(ValueError, match="no published numbers of a LLaVA with 60 decoder layers"):
+        model_beside("", config)
+    assert model_beside("llava-next-13b", config) == "llava-next-13b"
+
+
 def test_published_numbers_of_13b_stand_beside_ours(finished):
     comparison = finished[3]
     row = comparison.rows[1]

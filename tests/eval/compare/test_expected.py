@@ -4,25 +4,31 @@ import re
 
 import pytest
 
-from llava.eval.compare.expected import MODELS, SCRIPTS, expected, report, script_line
+from llava.eval.compare.expected import MODELS, SCRIPTS, expected, report
 from llava.eval.compare.published import read_published
 from tests.paths import ROOT
 
 ROWS = read_published()
 
 
+def script_line(benchmark):
+    """What a script says of its benchmark in its head: "LLaVA-1.5-7B 85.9; LLaVA-NeXT-7B 86.8"."""
+    said = ((name, expected(benchmark, model, ROWS)) for name, model in MODELS.items())
+    return "; ".join(f"{name} {scores}" for name, scores in said if scores)
+
+
 @pytest.mark.parametrize("benchmark", SCRIPTS)
 def test_the_head_of_a_script_says_what_to_expect(benchmark):
     script = SCRIPTS[benchmark][0].split()[-1]
     head = (ROOT / "scripts/v1_5/eval" / script).read_text().split("\nsource ")[0]
-    assert f"as published: {script_line(benchmark, ROWS)}.\n" in head
+    assert f"as published: {script_line(benchmark)}.\n" in head
 
 
 def test_no_script_promises_anything_else():
     promised = []
     for script in sorted((ROOT / "scripts").glob("*/eval/*.sh")):
         promised += re.findall(r"as published: (.*)\.$", script.read_text(), re.M)
-    assert sorted(promised) == sorted(script_line(name, ROWS) for name in SCRIPTS)
+    assert sorted(promised) == sorted(map(script_line, SCRIPTS))
 
 
 def test_numbers_are_those_of_our_metric():

@@ -151,7 +151,10 @@ def test_random_weights_guess_as_many_as_asked_and_are_right_as_often_as_asked(m
 def test_made_up_and_trained_models_are_not_mixed(capsys):
     for words, message in (
         (["--config", "7b", "--model-path", "a"], "--model-path has no place there"),
+        (["--config", "7b", "--load-4bit"], "--load-4bit has no place there"),
         (["--config", "7b", "--acceptance", "1.5"], "must lie between 0 and 1"),
+        (["--prompt-length", "9"], "--prompt-length is for random weights: name their --config"),
+        (["--acceptance", "0"], "--acceptance is for random weights"),
     ):
         with pytest.raises(SystemExit):
             decode_speed.parse_args(words)
@@ -218,3 +221,30 @@ def test_the_efficiency_program_hands_over(monkeypatch):
     assert decode_speed.parse_args(seen[1]).config == "7b"
     efficiency.main([*words, "--config", "some/folder"])
     assert "--model-path some/folder" in " ".join(seen[2])
+    more = ["--config", "qwen2.5-vl-3b", "--image-size", "84x56", "--prompt-length", "9"]
+    more += ["--warmup", "0", "--processor-time", "--compile", "--layers", "2", "--json", "a.json"]
+    efficiency.main(["--decode", *more, "--methods", "all"])
+    args = decode_speed.parse_args(seen[3])
+    assert (args.image_size, args.prompt_length, args.warmup, args.layers) == ((84, 56), 9, 0, 2)
+    assert args.processor_time and args.compile and args.json == "a.json"
+    assert args.methods == decode_speed.parse_args([]).methods  # all that guess
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--repeats", "20"],  # the default, but it was asked for
+        ["--output-tokens", "5"],
+        ["--batch-size", "1"],
+        ["--time-limit", "9"],
+        ["--plot", "a.png"],
+        ["--stock"],
+        ["--count-kernels"],
+    ],
+)
+def test_the_efficiency_program_hands_over_all_or_says_what_it_cannot(words, capsys):
+    from llava.eval.efficiency import program as efficiency
+
+    with pytest.raises(SystemExit):
+        efficiency.main(["--decode", *words])
+    assert f"--decode has no use for {words[0]}: leave it out" in capsys.readouterr().err

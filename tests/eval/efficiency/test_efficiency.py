@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from llava.eval.efficiency.measure import (
 from llava.eval.efficiency.memory import peak_bytes
 from llava.eval.efficiency.oracle import Oracle, imitation
 from llava.eval.efficiency.random_model import CONFIGS, DECODERS, build_random_model, shapes
-from llava.eval.efficiency.report import spread, summarize, write_between_marks
+from llava.eval.efficiency.report import spread, summarize
 from llava.eval.efficiency.stock import stock_decoder
 from llava.eval.efficiency.stopwatch import Stopwatch
 from llava.model import LlavaConfig
@@ -216,19 +217,6 @@ def test_peak_memory_counts_what_is_held_at_once():
     assert 60e6 < found < 150e6
 
 
-def test_a_table_replaces_what_stands_between_the_marks_of_a_page(tmp_path):
-    page = tmp_path / "page.md"
-    write_between_marks(page, "first")
-    page.write_text("before\n" + page.read_text() + "after\n")
-    write_between_marks(page, "second")
-    text = page.read_text()
-    assert "second" in text and "first" not in text
-    assert text.startswith("before\n") and text.endswith("after\n")
-    page.write_text("no marks")
-    with pytest.raises(ValueError, match="must have one line"):
-        write_between_marks(page, "third")
-
-
 def test_a_random_model_answers_with_as_many_tokens_as_asked_for(model, workload):
     model.pruner = build_pruner("none")
     output = model.generate(
@@ -252,6 +240,14 @@ def test_nested_stages_are_not_counted_twice():
         pass
     outer.start, inner.start, inner.stop, outer.stop = 0.0, 1.0, 4.0, 10.0
     assert watch.read() == {"outer": [7.0], "inner": [3.0]}
+
+
+def test_a_stage_is_seen_from_its_beginning_on():
+    watch = Stopwatch(torch.device("cpu"))
+    assert not watch.seen("prefill")
+    with watch.span("prefill"):
+        assert watch.seen("prefill")
+    assert watch.seen("prefill") and not watch.seen("decode")
 
 
 def test_watched_methods_are_restored(model):
@@ -295,21 +291,26 @@ def test_the_last_line_is_the_result_as_json(capsys, tmp_path):
     assert [row["variant"] for row in result["runs"][0]["variants"]] == names
     assert json.loads((tmp_path / "r.json").read_text()) == result
     assert sum(line.split()[:2] == ["random", "64"] for line in lines) == 2
-    assert (tmp_path / "r.md").read_text().count("| `fastv` | 576 / ") == 2
+    page = (tmp_path / "r.md").read_text()
+    assert page.count("| `fastv` | 576 / ") == 2 and page.startswith("<!-- efficiency: begin -->")
+    said = page.splitlines()[4]
+    assert ", float32, sdpa attention, " in said and f"(`{GOLDEN / 'tiny-llava-v1.5'}`), " in said
+    assert " layers, 64 text tokens and one image (336x336) per prompt, wall time, torch " in said
+    assert re.search(r", transformers 4\.\S+, copies at \d+ GB/s\.$", said)
     assert (tmp_path / "r.png").stat().st_size > 5000
 
 
 def test_all_methods_are_measured_or_named_with_the_reason(model):
-    pruners, refused = efficiency.methods_to_measure("all", 9, model)
+    pruners, refused = efficiency.methods_to_measure(["all"], 9, model)
     assert pruners.keys() | refused.keys() | {"none"} == METHODS.keys()
     assert not pruners.keys() & refused.keys()
     assert "published settings" in refused["mustdrop"]
     with pytest.raises(ValueError, match="published settings"):
-        efficiency.methods_to_measure("random,mustdrop", 9, model)
+        efficiency.methods_to_measure(["random", "mustdrop"], 9, model)
 
 
 def test_without_a_named_method_all_are_measured():
-    assert efficiency.parse_args([]).method == efficiency.ALL
+    assert efficiency.parse_args([]).methods == [efficiency.ALL]
 
 
 @pytest.mark.parametrize(

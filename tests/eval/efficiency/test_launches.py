@@ -82,6 +82,17 @@ def test_the_program_counts_in_place_of_measuring(capsys, tmp_path):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
 
 
+def test_options_of_times_are_not_dropped_where_nothing_is_timed(capsys):
+    for words, said in (
+        (["--stock"], "--count-kernels has no use for --stock"),
+        (["--time-limit", "9"], "--count-kernels has no use for --time-limit"),
+        (["--batch-size", "1,4"], "--count-kernels counts for one --batch-size"),
+    ):
+        with pytest.raises(SystemExit):
+            efficiency.parse_args(["--count-kernels", *words])
+        assert said in capsys.readouterr().err
+
+
 def test_a_token_reads_the_decoder_and_the_head_and_not_the_rest(make_model):
     model = make_model()
     d, inner, vocabulary = (TINY[n] for n in ("hidden_size", "intermediate_size", "vocab_size"))

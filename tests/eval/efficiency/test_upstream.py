@@ -86,7 +86,12 @@ def test_the_program_measures_all_ways_and_compares_answers(capsys, tmp_path, mo
     assert bars == [("first answers", "models"), ("rounds", "runs")]  # what takes long has one
     assert "| dense |" in capsys.readouterr().out
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
-    assert page.startswith("<!-- upstream: begin -->") and "answers are the same" in page
+    assert page.startswith("<!-- upstream: begin -->")
+    said = page.splitlines()[4]
+    assert " weights (`" in said and ", 1 rounds, 64 text tokens and one image per prompt" in said
+    assert ", 4 tokens out, processor time, torch " in said
+    assert said.endswith(" GB/s. Unpruned answers are the same.")
+    assert said.split(",")[0] == result["about"]["device"] != "cpu"  # as the other programs say it
 
 
 @pytest.mark.slow
