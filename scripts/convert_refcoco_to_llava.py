@@ -5,7 +5,8 @@ python scripts/convert_refcoco_to_llava.py --refer-dir DIR --dataset refcoco --s
 
 DIR/refcoco holds `refs(unc).p` and `instances.json` (https://github.com/lichengunc/refer);
 RefCOCOg has `refs(umd).p`. Every description is a question of its own, as in the published
-numbers. Images are those of COCO train2014.
+numbers. Images are those of COCO train2014. `--wording qwen2_5_vl` asks as Qwen2.5-VL was trained
+to be asked: give it a data folder of its own.
 """
 
 import os
@@ -16,9 +17,13 @@ from llava.eval.files.records import read_json
 from llava.eval.files.writing import write_jsonl
 from llava.program_parser import ProgramParser
 
-TEXT = (
-    "Please provide the bounding box coordinate of the region this sentence describes: {sentence}."
-)
+WORDINGS = {
+    "llava": "Please provide the bounding box coordinate of the region this sentence describes: "
+    "{sentence}.",
+    "qwen2_5_vl": "Locate {sentence} in this image and output the bbox coordinates in JSON format.",
+}
+#: what begins a sentence and is left out by the wording of Qwen2.5-VL
+ARTICLES = ("a ", "an ", "the ")
 SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 
 
@@ -37,7 +42,18 @@ def read_refs(path: str) -> list[dict]:
             raise ValueError(f"{path} is not a REFER annotation: {error}") from error
 
 
-def convert(refs: list[dict], instances: dict, split: str) -> tuple[list[dict], list[dict]]:
+def asked(sentence: str, wording: str) -> str:
+    """The question about the object that a sentence describes."""
+    sentence = sentence.strip().rstrip(".")
+    if wording == "qwen2_5_vl":
+        article = next((own for own in ARTICLES if sentence.lower().startswith(own)), "")
+        sentence = sentence[len(article) :]
+    return WORDINGS[wording].format(sentence=sentence)
+
+
+def convert(
+    refs: list[dict], instances: dict, split: str, wording: str = "llava"
+) -> tuple[list[dict], list[dict]]:
     """Returns the question lines and the lines with the right boxes of a split."""
     boxes = {entry["id"]: entry["bbox"] for entry in instances["annotations"]}
     images = {entry["id"]: entry for entry in instances["images"]}
@@ -49,7 +65,7 @@ def convert(refs: list[dict], instances: dict, split: str) -> tuple[list[dict], 
         image, (x, y, width, height) = images[ref["image_id"]], boxes[ref["ann_id"]]
         for sentence in ref["sentences"]:
             key = sentence["sent_id"]
-            text = TEXT.format(sentence=sentence["sent"].strip().rstrip("."))
+            text = asked(sentence["sent"], wording)
             line = {"question_id": key, "image": image["file_name"], "text": text}
             questions.append(line | {"category": "default"})
             size = {"width": image["width"], "height": image["height"]}
@@ -65,11 +81,15 @@ def main():
     parser.add_argument("--split-by", help="who split it (default: unc, for RefCOCOg umd)")
     parser.add_argument("--split", required=True, help="val, testA, testB or test")
     parser.add_argument("--dst", required=True, help="folder of the files to write")
+    parser.add_argument(
+        "--wording", choices=sorted(WORDINGS), default="llava", help="whose words to ask with"
+    )
     args = parser.parse_args()
     folder = os.path.join(args.refer_dir, args.dataset)
     split_by = args.split_by or SPLIT_BY[args.dataset]
     refs = read_refs(os.path.join(folder, f"refs({split_by}).p"))
-    questions, truth = convert(refs, read_json(os.path.join(folder, "instances.json")), args.split)
+    instances = read_json(os.path.join(folder, "instances.json"))
+    questions, truth = convert(refs, instances, args.split, args.wording)
     name = f"{args.dataset}_{args.split}.jsonl"
     write_jsonl(questions, os.path.join(args.dst, f"llava_{name}"))
     write_jsonl(truth, os.path.join(args.dst, name))

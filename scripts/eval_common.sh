@@ -48,6 +48,7 @@ set -euo pipefail
 # Given as seen from where the script was called; the scripts run in the root of the repository.
 [ -z "${DATA_DIR:-}" ] || DATA_DIR=$(realpath -m "$DATA_DIR")
 [ -z "${CKPT_DIR:-}" ] || CKPT_DIR=$(realpath -m "$CKPT_DIR")
+[ ! -d "${CKPT:-}" ] || CKPT=$(realpath "$CKPT")
 source "$(dirname "${BASH_SOURCE[0]}")/released_names.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export LLAVA_TYPED_COMMAND=${LLAVA_TYPED_COMMAND:-bash $0} # how the programs call themselves
@@ -85,6 +86,8 @@ if [ -n "${LIMIT:-}" ]; then
     LABEL+=_limit$LIMIT
 fi
 LABEL+=$RELEASED_LABEL
+# A file system takes names of up to 255 bytes, and what lies beside the answers has longer ones.
+[ ${#LABEL} -le 180 ] || LABEL=${LABEL:0:160}_$(cksum <<<"$LABEL" | cut -d' ' -f1)
 
 # --- the checkpoint: sets MODEL and MODEL_NAME ---
 # OWNER of published models on the hub.
@@ -93,7 +96,9 @@ if [ "${MODEL_FAMILY:-}" = qwen2_5_vl ]; then
     OWNER=Qwen DEFAULT_CKPT=Qwen2.5-VL-7B-Instruct
     PLAYGROUND_MODEL=playground/checkpoints/qwen2.5-vl-playground
 fi
-if [ -n "${CKPT_DIR:-}" ]; then
+if [ -d "${CKPT:-}" ]; then
+    MODEL=$CKPT
+elif [ -n "${CKPT_DIR:-}" ]; then
     MODEL=$CKPT_DIR/${CKPT:-$DEFAULT_CKPT}
     if [ ! -d "$MODEL" ]; then
         echo "error: there is no checkpoint $MODEL; the published ones are at" \
@@ -102,7 +107,7 @@ if [ -n "${CKPT_DIR:-}" ]; then
     fi
 elif [ -z "${CKPT:-}" ]; then
     MODEL=$PLAYGROUND_MODEL
-elif [ -d "$CKPT" ] || [[ $CKPT == */* ]]; then
+elif [[ $CKPT == */* ]]; then
     MODEL=$CKPT
 else
     MODEL=$OWNER/$CKPT
@@ -162,6 +167,10 @@ run_in_processes() {
 
 # score BENCHMARK: prints the benchmark's report and, as the last line, the score as JSON.
 score() {
+    if [[ "${LAUNCH:-} " =~ --machine_rank[=\ ]+([0-9]+)\  ]] && [ "${BASH_REMATCH[1]}" != 0 ]; then
+        echo "$1: scored on the machine of rank 0"
+        return
+    fi
     "$PYTHON" -m llava.eval.score "$1" --data-dir "$SOURCE" --question-file "$QUESTIONS" \
         --answers-file "$ANSWERS" ${LIMIT:+--limit "$LIMIT"}
     SCORES+=("${ANSWERS%.jsonl}.score.json")
@@ -190,7 +199,7 @@ run_all() {
         rm "$SCORE_LIST"
         return 1
     fi
-    "$PYTHON" -m llava.eval.score_table --list "$SCORE_LIST"
+    [ ! -s "$SCORE_LIST" ] || "$PYTHON" -m llava.eval.score_table --list "$SCORE_LIST"
     rm "$SCORE_LIST"
     [ ${#failed[@]} = 0 ] || { printf 'error: %s failed\n' "${failed[@]}" >&2 && return 1; }
 }

@@ -4,8 +4,8 @@ python -m llava.eval.mask_report A.jsonl B.jsonl ...
 
 The files are answers of `model_vqa_viscot` (with or without `--do-func-name glimpse`), one for each
 set. Precision, recall, F1 and IoU are from tokens summed over a file, the shares kept and inside
-the boxes are means over its questions; the last row is the plain mean over the files. The last line
-is the same as JSON.
+the boxes are means over its questions; the last row is the plain mean over the files, of every run
+where a set comes twice. The last line is the same as JSON.
 """
 
 import json
@@ -16,7 +16,7 @@ from llava.errors import errors_as_messages
 from llava.eval import markdown
 from llava.eval.files import box_counts
 from llava.eval.files.answer_lines import read_answers
-from llava.eval.files.answer_places import around_answers
+from llava.eval.files.answer_places import around_answers, run_of
 from llava.program_parser import ProgramParser
 
 COLUMNS = {
@@ -30,12 +30,13 @@ COLUMNS = {
 
 
 def summaries(paths: list[str], where_known: bool = False) -> dict[str, dict]:
-    """Name of each file's set -> `box_counts.summarize`, and of several their "mean".
+    """Name of each file's set -> `box_counts.summarize`, and of several their "mean". Where a set
+    comes twice, its run (`run_of`) stands in front, and every run has its own mean.
 
     where_known: a file that says nothing of boxes is named on stderr and left out
     Raises ValueError when a file says nothing of boxes.
     """
-    found: dict[str, dict] = {}
+    known: dict[str, dict] = {}
     for path in paths:
         own = box_counts.summarize(read_answers(path))
         if own is None:
@@ -48,13 +49,23 @@ def summaries(paths: list[str], where_known: bool = False) -> dict[str, dict]:
                 raise ValueError(reason)
             print(f"note: {reason}", file=sys.stderr)
             continue
-        name = set_name(path)
-        found[name if name not in found else path] = own
-    if len(found) > 1:
-        values = list(found.values())
-        mean = {key: sum(own[key] for own in values) / len(values) for key in COLUMNS.values()}
-        found["mean"] = {**mean, "count": sum(own["count"] for own in values)}
+        known[path] = own
+    several = len(set(map(set_name, known))) < len(known)
+    by_run: dict[str, dict[str, dict]] = {}
+    for path, own in known.items():
+        run = f"{run_of(path)}, " if several else ""
+        by_run.setdefault(run, {})[set_name(path)] = own
+    found = {}
+    for run, sets in by_run.items():
+        if len(sets) > 1:
+            sets["mean"] = mean_of(list(sets.values()))
+        found |= {run + name: own for name, own in sets.items()}
     return found
+
+
+def mean_of(sets: list[dict]) -> dict:
+    mean = {key: sum(own[key] for own in sets) / len(sets) for key in COLUMNS.values()}
+    return {**mean, "count": sum(own["count"] for own in sets)}
 
 
 def set_name(path: str) -> str:

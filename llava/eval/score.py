@@ -27,9 +27,10 @@ SUMMARY = ("benchmark", "metric", "score", "percent", "count")
 def _split(answers_file: str) -> tuple[str, str] | None:
     """What is before and behind the folder `answers` in a path without its ending, or None."""
     parts = os.path.splitext(answers_file)[0].split(os.sep)
-    if "answers" not in parts:
+    folders = parts[:-1]
+    if "answers" not in folders:
         return None
-    last = len(parts) - 1 - parts[::-1].index("answers")
+    last = len(folders) - 1 - folders[::-1].index("answers")
     return os.sep.join(parts[:last]), os.sep.join(parts[last + 1 :])
 
 

@@ -1,6 +1,9 @@
 """One Markdown table of several `.score.json` files, which `llava.eval.score` writes.
 
 python -m llava.eval.score_table A.score.json B.score.json ...
+
+Where a benchmark comes twice, a column says which run a score is of: checkpoint, method and name of
+the file, or its whole path. The last line is the scores as JSON, then by run.
 """
 
 import json
@@ -8,6 +11,7 @@ from types import NoneType
 
 from llava.errors import errors_as_messages
 from llava.eval import markdown
+from llava.eval.files.answer_places import run_of
 from llava.eval.files.records import kind_of, read_json
 from llava.program_parser import ProgramParser
 
@@ -18,11 +22,29 @@ FIELDS = {"benchmark": str, "metric": str, "score": (int, float, NoneType), "cou
 HEAD = ("benchmark", "metric", "score", "questions", "visual tokens")
 
 
-def table(results: list[dict]) -> str:
-    """Returns the table; benchmarks of a family that is published as one number get their mean."""
-    results = [*results, *_family_mean(results, "viscot_", "viscot, mean")]
-    rows = [(r["benchmark"], r["metric"], _score(r), _count(r), _tokens(r)) for r in results]
-    return markdown.table(HEAD, rows, "llr")
+def table(results: list[dict], runs: list[str] | None = None) -> str:
+    """Returns the table; benchmarks of a family that is published as one number get their mean.
+
+    runs: what each result is of; they get a column when a benchmark has several
+    """
+    if runs is None or not several(results):
+        runs = [""] * len(results)
+    pairs = list(zip(runs, results, strict=True))
+    for run in dict.fromkeys(runs):
+        own = [result for its, result in pairs if its == run]
+        pairs += [(run, mean) for mean in _family_mean(own, "viscot_", "viscot, mean")]
+    rows = [
+        (run, r["benchmark"], r["metric"], _score(r), _count(r), _tokens(r)) for run, r in pairs
+    ]
+    if several(results):
+        return markdown.table(("run", *HEAD), rows, "lllr")
+    return markdown.table(HEAD, [row[1:] for row in rows], "llr")
+
+
+def several(results: list[dict]) -> bool:
+    """Whether a benchmark has more than one result."""
+    names = [result["benchmark"] for result in results]
+    return len(set(names)) < len(names)
 
 
 def _tokens(result: dict) -> str:
@@ -82,9 +104,15 @@ def main():
             files = [*files, *file.read().splitlines()]
     if not files:
         raise ValueError("no score to show: name .score.json files, or --list a file that does")
-    results = [read_score(path) for path in files]
-    print(table(results))
-    print(json.dumps({result["benchmark"]: result["score"] for result in results}))
+    results, runs = [read_score(path) for path in files], list(map(run_of, files))
+    print(table(results, runs))
+    if not several(results):
+        print(json.dumps({result["benchmark"]: result["score"] for result in results}))
+        return
+    by_run: dict[str, dict] = {run: {} for run in runs}
+    for run, result in zip(runs, results, strict=True):
+        by_run[run][result["benchmark"]] = result["score"]
+    print(json.dumps(by_run))
 
 
 if __name__ == "__main__":

@@ -169,7 +169,8 @@ def options_by_method(pairs: list[str], methods: Iterable[str]) -> dict[str, dic
 
 
 def parse_pair(pair: str) -> tuple[str, object]:
-    """KEY and value of KEY=VALUE; a value that is no Python literal is a string."""
+    """KEY and value of KEY=VALUE; a value that is no Python literal is a string, and so is a number
+    with underscores, which may be the name of a folder."""
     key, equals, text = pair.partition("=")
     if not equals or not key:
         raise ValueError(f"--pruning-arg {pair!r} must have the form KEY=VALUE")
@@ -177,6 +178,8 @@ def parse_pair(pair: str) -> tuple[str, object]:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError):
         value = text  # a bare word is a string
+    if "_" in text and isinstance(value, (int, float)):
+        value = text
     return key.replace("-", "_"), value
 
 

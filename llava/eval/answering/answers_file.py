@@ -19,6 +19,7 @@ from llava.eval.answering.settings import differences
 from llava.eval.files.answer_lines import check_line, is_failed, parse_line
 from llava.eval.files.records import kind_of, parse_json, read_json
 from llava.eval.files.safe_writing import Lock, errors_with_name, replace_file, sync
+from llava.eval.files.side_files import remove_side_files
 
 SECONDS_BETWEEN_SYNCS = 1.0
 JOURNAL = re.compile(r"\d+\.jsonl")
@@ -32,7 +33,7 @@ class AnswersFile:
     path:      the file, made with its folder when needed
     heads:     per question, in order, the fields that identify its line
     settings:  what must be equal for two runs to belong together (JSON values)
-    overwrite: start again even if there are answers
+    overwrite: start again even if there are answers; they go, and what says something of them
     fields:    what a line must have besides its head
     foreign:   continue a file that has no settings beside it, as other programs write
 
@@ -58,6 +59,7 @@ class AnswersFile:
             if overwrite:
                 for name in [*journals(path), *filter(os.path.exists, [path])]:
                     os.remove(name)
+                remove_side_files(path)
             self.known = self._continue(settings)
             if not self.known:
                 self._replace(self.settings_path, json.dumps(settings, indent=2))

@@ -165,6 +165,18 @@ def use_playground_questions(parser, args, questions: str, images: str) -> None:
     print(f"no question file given: using {args.question_file}", file=sys.stderr)
 
 
+def say_without_images(records: list[dict], questions: list[Question]) -> None:
+    """Says on stderr when no question has an image, as that is rarely what was meant."""
+    if questions and not any(question.images or question.error for question in questions):
+        place = getattr(records, "path", "the question file")
+        fields = ", ".join(map(repr, records[0]))
+        print(
+            f"note: none of the {len(questions)} questions of {place} has an image, so all are "
+            f"asked as text; the records have the fields {fields}",
+            file=sys.stderr,
+        )
+
+
 def run(
     args,
     records: list[dict],
@@ -180,6 +192,7 @@ def run(
     """
     records = get_chunk(subset(records, args.limit, together), args.num_chunks, args.chunk_idx)
     questions = questions_of(records, to_questions, args.skip_bad)
+    say_without_images(records, questions)
     args.model_path = local_folder(args.model_path)
     path = os.path.expanduser(args.answers_file)
     task = Task(

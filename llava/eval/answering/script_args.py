@@ -3,10 +3,11 @@
 python -m llava.eval.answering.script_args METHOD [TOKENS [NUMBER ...]] [KEY=VALUE ...] [options]
 
 Prints assignments for the shell: METHOD, TOKENS ("" for the method's own budget), PAIRS (options of
-the method as KEY=VALUE) and REST (what belongs to the answering program). TOKENS with a decimal
-point are a share of an image's tokens, and become a pair. An empty METHOD is the one that the
-options belong to. Numbers in front are the options that the method's published scripts take by
-place, and its published environment variables count where the words say nothing.
+the method as KEY=VALUE), REST (what belongs to the answering program) and, where it was given as
+--limit N, LIMIT. TOKENS with a decimal point are a share of an image's tokens, and become a pair. An
+empty METHOD is the one that the options belong to. Numbers in front are the options that the
+method's published scripts take by place, and its published environment variables count where the
+words say nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +27,15 @@ from llava.pruning.cli import add_pruning_args, parse_pair
 NUMBER = re.compile(r"\d+(\.\d+)?|\.\d+")
 PAIR = re.compile(r"[a-zA-Z_]\w*=.+", re.DOTALL)
 BUDGET, SHARE = BUDGETS
+#: options of the answering program that are not for a script -> what is
+OWN_WORDS = {
+    "--num-chunks": "NPROC=2 in front of the command shares the questions among two processes",
+    "--chunk-idx": "NPROC=2 in front of the command shares the questions among two processes",
+    "--answers-file": "the file is named after checkpoint, method and options",
+    "--question-file": "DATA_DIR in front of the command is the folder of the data",
+    "--image-folder": "DATA_DIR in front of the command is the folder of the data",
+    "--model-path": "CKPT in front of the command is the checkpoint",
+}
 
 
 def read(words: list[str], method: str, environment: Mapping[str, str]) -> tuple:
@@ -67,6 +77,22 @@ def read(words: list[str], method: str, environment: Mapping[str, str]) -> tuple
     return name, budget, [f"{key}={value}" for key, value in options.items()], rest
 
 
+def limit_among(words: list[str]) -> tuple[int | None, list[str]]:
+    """The number behind `--limit`, which scoring must know as well, and the other words."""
+    parser = ProgramParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--limit", type=int)
+    args, rest = parser.parse_known_args(words)
+    return args.limit, rest
+
+
+def refuse_own_words(words: list[str]) -> None:
+    """Raises ValueError for options of the answering program that the scripts set themselves."""
+    for word in words:
+        name = word.partition("=")[0].replace("_", "-")
+        if name in OWN_WORDS:
+            raise ValueError(f"{word} is set by the script itself: {OWN_WORDS[name]}")
+
+
 def by_place(options: dict, names: Sequence[str], numbers: Sequence[str]) -> None:
     """Puts numbers that were given without a name into `options`."""
     for name, number in zip(names, numbers, strict=False):
@@ -86,8 +112,12 @@ def from_environment(method: type[Pruner], environment: Mapping[str, str]) -> di
 def main(arguments: list[str] | None = None) -> None:
     method, *words = sys.argv[1:] if arguments is None else arguments
     method, budget, pairs, rest = read(words, method, os.environ)
+    limit, rest = limit_among(rest)
+    refuse_own_words(rest)
     tokens = "" if budget is None else str(budget)
     print(f"METHOD={shlex.quote(method)} TOKENS={shlex.quote(tokens)}")
+    if limit is not None:
+        print(f"LIMIT={limit}")
     print(f"PAIRS=({shlex.join(pairs)}) REST=({shlex.join(rest)})")
 
 

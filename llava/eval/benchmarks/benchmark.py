@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from llava.errors import broken_files_named
 from llava.eval.answering.questions import Question, jsonl_questions, questions_of, subset
 from llava.eval.files.answer_lines import answers_among, is_failed
-from llava.eval.files.matching import check_asked, source
+from llava.eval.files.matching import check_asked, question_id, source
 from llava.eval.files.records import Records, read_jsonl
 from llava.eval.scoring.units import Units, accuracy_report
 
@@ -99,6 +99,10 @@ class Benchmark:
     together:  record -> what it shares with those it must not be parted from by a limit
     joint:     line of an answers file -> what it shares with those it is scored together with;
                None: every question is scored alone
+    unit_of:   line of an answers file -> key of the unit that it is scored in
+    hidden_images: what names of images begin with if the questions are those of the hidden split
+    located:   (records of the question file, image folder) -> the records, their images named as
+               they lie there
     """
 
     name: str
@@ -118,6 +122,9 @@ class Benchmark:
     server_if: str | None = None
     together: Callable[[dict], object] | None = None
     joint: Callable[[dict], object] | None = None
+    unit_of: Callable[[dict], object] = question_id
+    hidden_images: str | None = None
+    located: Callable[[Records, str], Records] = lambda records, folder: records
 
     def select(
         self, asked: Records, limit: int | None = None, skip_bad: bool = False
@@ -153,6 +160,11 @@ class Benchmark:
         """True when only a server knows the right answers to the questions in the data folder."""
         hidden = self.units is None or self.server_if is not None
         return hidden and self.judge is None and self.has_upload(data_dir)
+
+    def asks_hidden(self, question: Question) -> bool:
+        """True when a question is one of the hidden split, which only a server can score."""
+        begins = self.hidden_images
+        return begins is not None and any(i.startswith(begins) for i in question.images)
 
     def check_complete(
         self, asked: Records, records: list[dict], limit: int | None

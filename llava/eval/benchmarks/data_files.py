@@ -14,11 +14,15 @@ import sys
 from pathlib import Path
 
 from llava.errors import errors_as_messages
+from llava.eval.answering.questions import Question, questions_of
 from llava.eval.benchmarks import all_benchmarks, find_benchmark
 from llava.eval.benchmarks.benchmark import SHARED_IMAGES, Benchmark
+from llava.eval.files.records import Records
 from llava.program_parser import ProgramParser
 
 DEFAULT_DIR = "playground/data/eval"
+#: questions of which at least one must have its images
+SEEN = 20
 #: played with when there is no real data: a benchmark, and samples of the other formats
 PLAYGROUND_DIRS = ("playground/benchmark", "playground/samples")
 
@@ -32,9 +36,17 @@ def needed(benchmark: Benchmark, data_dir: str) -> list[str]:
 
 
 def check(benchmark: Benchmark, data_dir: str) -> None:
-    """Raises FileNotFoundError that names everything that is missing, and where to get it."""
+    """Raises FileNotFoundError that names everything that is missing, and where to get it; of the
+    images, some that the first questions are about."""
     names = needed(benchmark, data_dir)
     missing = [name for name in names if not os.path.exists(os.path.join(data_dir, name))]
+    if benchmark.questions not in missing:
+        first = first_questions(benchmark, data_dir)
+        if any(map(benchmark.asks_hidden, first)) and not benchmark.server_scored(data_dir):
+            missing = [name for name in missing if name not in benchmark.truth]
+            missing.append(str(benchmark.server_if))
+        if benchmark.images not in missing:
+            missing += images_missing(benchmark, data_dir, first)
     if missing:
         line = "  {}\n    from {}\n".format
         places = (line(os.path.join(data_dir, n), benchmark.source_of(n)) for n in missing)
@@ -42,6 +54,25 @@ def check(benchmark: Benchmark, data_dir: str) -> None:
             f"{benchmark.name} lacks:\n{''.join(places)}All folders: {DEFAULT_DIR}/README.md. "
             "Without DATA_DIR, the playground's questions are asked."
         )
+
+
+def first_questions(benchmark: Benchmark, data_dir: str) -> list[Question]:
+    """The first questions of a benchmark; those that cannot be read are found when it is asked."""
+    try:
+        asked = benchmark.read(os.path.join(data_dir, benchmark.questions))
+    except ValueError:
+        return []
+    asked = benchmark.located(Records(asked.path, asked[:SEEN]), benchmark.image_folder(data_dir))
+    return questions_of(asked, benchmark.to_questions, skip_bad=True)
+
+
+def images_missing(benchmark: Benchmark, data_dir: str, first: list[Question]) -> list[str]:
+    """The image of the first question, below the data folder, if none of them all is there."""
+    folder = benchmark.image_folder(data_dir)
+    paths = [os.path.join(folder, i) for q in first if not q.base64 for i in q.images]
+    if not paths or any(map(os.path.exists, paths)):
+        return []
+    return [os.path.relpath(paths[0], data_dir)]
 
 
 def find(benchmark: Benchmark, data_dir: str | None = None) -> tuple[str, str]:

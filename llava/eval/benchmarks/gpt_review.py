@@ -8,6 +8,7 @@ import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from llava.eval.answering.answers_file import AnswersFile
@@ -78,7 +79,10 @@ def parse_scores(reply: str) -> list[float]:
     fields = reply.split("\n")[0].replace(",", " ").split()
     if len(fields) != 2:
         raise ValueError(f"{len(fields)} fields instead of two scores")
-    return [float(word) for word in fields]
+    scores = [float(word) for word in fields]
+    if not all(map(isfinite, scores)):
+        raise ValueError(f"{reply[:20]!r} holds a score that is no number")
+    return scores
 
 
 def heads_and_prompts(

@@ -85,6 +85,10 @@ def mmbench_question(row: dict) -> int | str:
     return index % ROTATION if isinstance(index, int) else index
 
 
+def _question_of_line(line: dict) -> int | str:
+    return mmbench_question({"index": line["question_id"]})
+
+
 @dataclass
 class Circle:
     """One question with the answers to its rotations.
@@ -264,7 +268,8 @@ def _benchmark(name: str, table: str, lang: str) -> Benchmark:
         to_questions=partial(mmbench_questions, single_pred_prompt=True, lang=lang),
         program=("model_vqa_mmbench", "--single-pred-prompt", "--lang", lang),
         together=mmbench_question,
-        joint=lambda line: mmbench_question({"index": line["question_id"]}),
+        joint=_question_of_line,
+        unit_of=_question_of_line,
         upload=Upload(
             ".xlsx", write_upload, "https://mmbench.opencompass.org.cn/mmbench-submission"
         ),

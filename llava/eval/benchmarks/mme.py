@@ -210,6 +210,7 @@ BENCHMARKS = (
         report,
         truth=(TRUTH,),
         joint=lambda line: line["question_id"],
+        unit_of=lambda line: _question_key(line)[:2],
     ),
 )
 

@@ -97,6 +97,7 @@ def _benchmark(name: str, questions: str, lang: str, public: bool) -> Benchmark:
         "accuracy",
         {"qbench/": "https://github.com/Q-Future/Q-Bench (LLVisionQA)"},
         read_units if public else None,
+        unit_of=question_key,
         read=read_json_list,
         to_questions=partial(qbench_questions, lang=lang),
         program=("model_vqa_qbench", "--lang", lang),

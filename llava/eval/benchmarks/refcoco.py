@@ -4,7 +4,10 @@ python -m llava.eval.benchmarks.refcoco --annotation-file refcoco_val.jsonl --re
 
 Annotations are lines `{question_id, bbox: [x1, y1, x2, y2] in pixels, width, height}`. LLaVA-1.5
 answers `[x1, y1, x2, y2]` in shares of the image padded to a square, so the true box moves by the
-padding and is divided by the longer side before the two are compared.
+padding and is divided by the longer side before the two are compared. Qwen2.5-VL answers in pixels
+of the image as it sees it, whose sides are multiples of 28. A box with a number above 2 is taken as
+such, and compared there; with a `--max-pixels` below the size of the images it is another size, and
+no score of these boxes is right.
 """
 
 import os
@@ -17,6 +20,8 @@ from llava.eval.scoring.cli import run_scorer
 from llava.eval.scoring.units import Unit, Units
 
 THRESHOLD = 0.5
+#: shares of an image are below, by some margin
+MOST_SHARE = 2
 
 
 def to_padded_square(box: Box, width: float, height: float) -> Box:
@@ -25,6 +30,15 @@ def to_padded_square(box: Box, width: float, height: float) -> Box:
     left, top = (side - width) // 2, (side - height) // 2
     x1, y1, x2, y2 = box
     return (x1 + left) / side, (y1 + top) / side, (x2 + left) / side, (y2 + top) / side
+
+
+def to_seen_pixels(box: Box, width: int, height: int) -> Box:
+    """Returns a pixel box in those of the image that Qwen2.5-VL makes of it."""
+    from llava.model.multimodal_encoder.qwen2_5_vl_images import smart_resize
+
+    seen_height, seen_width = smart_resize(int(height), int(width))
+    x, y = seen_width / width, seen_height / height
+    return box[0] * x, box[1] * y, box[2] * x, box[3] * y
 
 
 def iou(first: Box, second: Box) -> float:
@@ -41,27 +55,33 @@ def area(box: Box) -> float:
 
 
 def units(annotations: list[dict], answers: list[dict]) -> Units:
-    """Returns whether every answered box hits; the details hold the mean IoU and how many answers
-    have no box.
+    """Returns whether every answered box hits; the details hold the mean IoU, how many answers
+    have no box, and how many have one in pixels.
 
     Raises ValueError when a question is not annotated, or has two different answers.
     """
-    truth, found, overlaps, unreadable = by_id(annotations), [], [], 0
+    truth, found, overlaps, unreadable, pixels = by_id(annotations), [], [], 0, 0
     check_known(answers, truth, source(annotations))
     for key, text in texts_by_id(answers).items():
         record, box = truth[key], parse_box(text)
-        target = to_padded_square(record["bbox"], record["width"], record["height"])
+        in_pixels = box is not None and max(box) > MOST_SHARE
+        as_answered = to_seen_pixels if in_pixels else to_padded_square
+        target = as_answered(record["bbox"], record["width"], record["height"])
         overlaps.append(iou(box, target) if box else 0.0)
         unreadable += box is None
+        pixels += in_pixels
         found.append(Unit(key, overlaps[-1] >= THRESHOLD, text))
     mean_iou = sum(overlaps) / max(len(overlaps), 1)
-    return Units(found, details={"mean_iou": mean_iou, "unreadable": unreadable})
+    details = {"mean_iou": mean_iou, "unreadable": unreadable, "in_pixels": pixels}
+    return Units(found, details=details)
 
 
 def report(units: Units) -> str:
     mean_iou, unreadable = units.details["mean_iou"], units.details["unreadable"]
+    pixels = units.details.get("in_pixels", 0)
+    said = f", with one in pixels: {pixels}" if pixels else ""
     return (
-        f"Samples: {units.count}, without a box: {unreadable}\n"
+        f"Samples: {units.count}, without a box: {unreadable}{said}\n"
         f"Mean IoU: {mean_iou:.4f}\nAcc@{THRESHOLD}: {units.percent:.2f}%\n"
     )
 

@@ -31,7 +31,7 @@ def question_of(prompt: str) -> str:
     elif len(lines) == 2:
         question = lines[0]
     else:
-        raise ValueError(f"cannot find the question in the recorded prompt {prompt!r}")
+        raise ValueError(f"its recorded prompt {prompt!r} holds no question")
     return question.lower()
 
 
@@ -106,6 +106,7 @@ BENCHMARKS = (
         read_units,
         report,
         truth=(ANNOTATIONS,),
+        unit_of=question_key,
     ),
 )
 

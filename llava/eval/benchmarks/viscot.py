@@ -102,9 +102,12 @@ def read(path: str, folder: str | None = None) -> list[dict]:
             folder (`cot/SET/val/...`, as in some downloads) is taken from there
     """
     records = read_json_list(path)
-    if folder is None:
-        return records
-    return Records(path, (_located(record, folder) for record in records))
+    return records if folder is None else located(records, folder)
+
+
+def located(records: Records, folder: str) -> Records:
+    """The records with their pictures where those are in an image folder, see `read`."""
+    return Records(records.path, (_located(record, folder) for record in records))
 
 
 def _located(record: Record, folder: str) -> Record:
@@ -203,6 +206,7 @@ BENCHMARKS = tuple(
         "judge's score",
         SOURCES,
         read=read,
+        located=located,
         to_questions=partial(viscot_questions, brief=bool(label)),
         program=("model_vqa_viscot", *(["--brief"] if label else [])),
         label=label,

@@ -85,6 +85,7 @@ BENCHMARKS = (
             "EvalAI, VQA challenge, phase test-dev (https://eval.ai/web/challenges)",
         ),
         server_if=FULL_TEST_SET,
+        hidden_images="COCO_test2015_",
         **_SHARED,
     ),
     Benchmark("vqav2_val", "vqav2/llava_vqav2_mscoco_val2014.jsonl", "vqav2/val2014", **_SHARED),

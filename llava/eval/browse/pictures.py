@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from llava.eval.answering.questions import Question, load_image
 from llava.eval.browse.runs import Run
-from llava.eval.files.mask_files import mask_path, read_framed_mask
+from llava.eval.files.mask_files import mask_path, read_mask
 
 GREEN, RED = (0, 255, 0), (255, 40, 40)
 ALPHA = 0.4  # of the colour on kept tokens
@@ -41,7 +41,7 @@ def draw(question: Question, run: Run, place: int, boxes: bool, mask: bool) -> l
     pictures = []
     for number in range(len(question.images)):
         picture = open_image(question, number, run.source.images)
-        if mask and (found := read_framed_mask(mask_path(run.path, place, number))):
+        if mask and (found := read_mask(mask_path(run.path, place, number))):
             picture = colored(picture, *found)
         if boxes and question.boxes:
             line = max(2, max(picture.size) // 200)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,7 +16,7 @@ from llava.eval.browse.conditions import Condition
 from llava.eval.files import box_counts
 from llava.eval.files.answer_lines import is_failed, read_lines
 from llava.eval.files.answer_places import around_answers
-from llava.eval.files.matching import question_id
+from llava.eval.files.matching import names_of, question_id
 from llava.eval.files.records import Records, is_id
 
 
@@ -36,12 +37,17 @@ class Source:
     def questions(self) -> dict[str, Question]:
         """The questions by what identifies them in an answers file, see `key_of`."""
         found = questions_of(self.asked, self.benchmark.to_questions, skip_bad=True)
-        return {key_of(question.head, question.head): question for question in found}
+        names = names_of([question.head for question in found])
+        return {key_of(question.head, names): question for question in found}
 
     def question(self, line: dict) -> Question | None:
         """The question that a line answers."""
-        some = next(iter(self.questions.values()), None)
-        return None if some is None else self.questions.get(key_of(line, some.head))
+        return self.questions.get(key_of(line, self.names))
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Fields of a line that say which question it answers."""
+        return names_of([question.head for question in self.questions.values()])
 
 
 def key_of(record: dict, names) -> str:
@@ -82,8 +88,9 @@ def find_source(
     else:
         folder = folder or "."
         images = own.image_folder(folder)
-    asked = own.read(question_file or os.path.join(folder, own.questions))
-    return Source(own, folder, os.path.expanduser(image_folder or images), asked)
+    images = os.path.expanduser(image_folder or images)
+    asked = own.located(own.read(question_file or os.path.join(folder, own.questions)), images)
+    return Source(own, folder, images, asked)
 
 
 def _benchmark_of(path: str, folder: str, top: str, split: str) -> Benchmark:
@@ -111,6 +118,7 @@ class Run:
     source: Source
     lines: dict[int, dict] = field(default_factory=dict)
     scores: dict = field(default_factory=dict)
+    unit_of: Callable[[dict], object] = question_id
 
     @classmethod
     def read(cls, path: str, source: Source) -> Run:
@@ -130,14 +138,14 @@ class Run:
         return os.sep.join(parts[-3:] if around else parts[-1:])
 
     def _scores(self, records: Records) -> dict:
-        """Score from 0 to 1 by id of the question: those in the lines, of a judge's file beside
+        """Score from 0 to 1 by `unit_of` a line: those in the lines, of a judge's file beside
         them, or of the benchmark's own scorer; nothing where there are none."""
         own = _scores_in(self.lines.values())
         if own:
             return own
         scored = [file for name in viscot.SCORERS for file in viscot.scored_files(self.path, name)]
         if scored:
-            return _scores_in(read_lines(scored[0]))
+            return self._scores_beside(scored[0])
         benchmark = self.source.benchmark
         if benchmark.units is None or not benchmark.scorable(self.source.data_dir):
             return {}
@@ -147,7 +155,21 @@ class Run:
         except ValueError as error:  # such as a question that is not there
             print(f"note: {self.path} is shown without scores: {error}", file=sys.stderr)
             return {}
+        self.unit_of = benchmark.unit_of
         return {unit.key: unit.value for unit in units.found}
+
+    def _scores_beside(self, path: str) -> dict:
+        """Those of a file with scored lines, of answers that still are what was scored."""
+        given = {question_id(line): line.get("text") for line in self.lines.values()}
+        scored = read_lines(path)
+        fitting = [line for line in scored if given.get(question_id(line)) == line.get("text")]
+        if len(fitting) < len(scored):
+            print(
+                f"note: {path} scores {len(scored) - len(fitting)} answers that are others in "
+                f"{self.path}: those are shown without scores",
+                file=sys.stderr,
+            )
+        return _scores_in(fitting)
 
     def _asked(self, records: Records) -> Records:
         """The records of the question file, those alone that were answered."""
@@ -158,7 +180,9 @@ class Run:
 
     def score(self, number: int) -> float | None:
         line = self.lines[number]
-        return self.scores.get(question_id(line)) if "question_id" in line else None
+        if "question_id" not in line:
+            return None
+        return self.scores.get(self.unit_of(line))
 
     def iou(self, number: int) -> float | None:
         """With the boxes of the question."""
@@ -186,8 +210,7 @@ class Pair:
         if self.other is None:
             self.places = {number: None for number in self.run.lines}
             return
-        some = next(iter(self.run.source.questions.values()), None)
-        names = ["question_id"] if some is None else list(some.head)
+        names = self.run.source.names
         theirs = {key_of(line, names): n for n, line in self.other.lines.items()}
         keys = {number: key_of(line, names) for number, line in self.run.lines.items()}
         self.places = {n: theirs[key] for n, key in keys.items() if key in theirs}

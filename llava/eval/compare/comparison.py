@@ -134,7 +134,7 @@ def _row(run: Run, scores: list[Score], costs: dict[tuple, Cost]) -> Row:
         )
         for score in scores
     }
-    cost, counted = costs[run.method, run.budget], sum(score.count for score in scores)
+    cost, answers = costs[run.method, run.budget], sum(score.answers for score in scores)
     seen = [(s.visual_tokens, s.count) for s in scores if s.visual_tokens is not None]
     kept = sum(tokens * count for tokens, count in seen) / max(sum(n for _, n in seen), 1)
     whole = all(score.seconds for score in scores)
@@ -144,7 +144,7 @@ def _row(run: Run, scores: list[Score], costs: dict[tuple, Cost]) -> Row:
         {AVERAGE: _average(scores), **cells},
         cost,
         kept if seen else cost.tokens_mean,
-        counted / sum(score.seconds for score in scores) if whole else None,
+        answers / sum(score.seconds for score in scores) if whole else None,
     )
 
 

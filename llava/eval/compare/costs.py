@@ -9,6 +9,7 @@ from statistics import mean, median
 import torch
 
 from llava.eval.answering.loop import AnswerLoop
+from llava.eval.answering.questions import subset
 from llava.eval.benchmarks.benchmark import Benchmark
 from llava.eval.compare.scores import Run
 from llava.eval.efficiency.measure import Workload, llava_facts, time_llava
@@ -35,9 +36,15 @@ class Cost:
 
 
 def sample_prompts(
-    loop: AnswerLoop, benchmarks: dict[Benchmark, Records], data_dir: str, count: int
+    loop: AnswerLoop,
+    benchmarks: dict[Benchmark, Records],
+    data_dir: str,
+    count: int,
+    limit: int | None = None,
 ) -> list[Workload]:
     """`count` prompts, taken from the benchmarks in turns; each is asked for its first token.
+
+    limit: of the questions that were asked; prompts are among those
 
     Where the loop passes over questions that fail (`skip_bad`), so does this. Raises ValueError
     when no question has an image.
@@ -45,7 +52,8 @@ def sample_prompts(
     per_task, skip_bad = -(-count // len(benchmarks)), getattr(loop, "skip_bad", False)
     chosen = []
     for benchmark, asked in benchmarks.items():
-        questions = benchmark.select(asked, 4 * per_task, skip_bad)
+        answered = Records(asked.path, subset(asked, limit, benchmark.together))
+        questions = benchmark.select(answered, 4 * per_task, skip_bad)
         folder = benchmark.image_folder(data_dir)
         able = (
             q for q in questions if q.images and (not skip_bad or _can_be_asked(loop, q, folder))

@@ -47,7 +47,7 @@ def pictures(comparison: Comparison) -> dict[str, str]:
 def write(comparison: Comparison, docs: Path) -> Path:
     """Writes the page into the folder `docs`, and its pictures into `images` beside that."""
     about = comparison.settings["page"]
-    images = docs.parent / "images"
+    images = docs.resolve().parent / "images"
     images.mkdir(parents=True, exist_ok=True)
     for axis, name in pictures(comparison).items():
         plot(comparison, axis, str(images / name), about["highlight"])

@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     scores = suite.run_all(loop, runs, benchmarks, args, workers)
     if not workers.main:
         return
-    prompts = sample_prompts(loop, benchmarks, args.data_dir, args.timed_prompts)
+    prompts = sample_prompts(loop, benchmarks, args.data_dir, args.timed_prompts, args.limit)
     costs = measure_costs(loop.model, runs, prompts)
     comparison = compare_runs(runs, scores, costs, benchmarks, args)
     comparison.settings |= computed_in(loop.model)

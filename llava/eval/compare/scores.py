@@ -32,6 +32,7 @@ class Score:
 
     percent:       the score, as a share of its maximum, in percent
     count:         questions that it is of; `failed`: those that failed, which it is not of
+    answers:       lines of the answers file that are answers, those that count 0 among them
     same_as_dense: share of answers that equal those of the unpruned model, in percent
     visual_tokens: image tokens of a prompt on average over the decoder's layers
     change:        percent minus that of the unpruned model, on the questions that both answered
@@ -50,6 +51,7 @@ class Score:
     visual_tokens: float | None = None
     seconds: float | None = None
     failed: int = 0
+    answers: int = 0
     change: float = 0.0
     hard: Hard | None = None
     draws: Draws | None = field(default=None, repr=False, compare=False)

@@ -32,7 +32,7 @@ from llava.eval.compare.hard import HardQuestions
 from llava.eval.compare.scores import DENSE, Run, Score
 from llava.eval.compare.suite_report import not_run, plot, table
 from llava.eval.files import budgets
-from llava.eval.files.answer_lines import answers_among, read_lines
+from llava.eval.files.answer_lines import NothingAnswered, answers_among, read_lines
 from llava.eval.files.records import Records
 from llava.eval.plotting import import_pyplot
 from llava.eval.scoring import paired
@@ -147,7 +147,8 @@ def run_task(
     smaller = type(run.pruner).makes_images_smaller
     if smaller:
         hard.add(run.budget, units)
-    kept = budgets.summarize(answers_among(records))
+    answers = answers_among(records)
+    kept = budgets.summarize(answers)
     seen = kept["mean"] if kept else done.visual_tokens and done.visual_tokens[1]
     return Score(
         run.method,
@@ -161,6 +162,7 @@ def run_task(
         seen,
         done.seconds,
         result["failed"],
+        len(answers),
         change.percent,
         None if smaller else hard.score(run.budget, units, full),
         units.draws,
@@ -201,9 +203,12 @@ def run_all(
                     own.append(score)
                     write_scores([*scores, *own], args)
         except ValueError as error:
-            if not isinstance(error.__cause__, UnfitBudget):
+            if isinstance(error.__cause__, UnfitBudget):
+                run.refused = str(error.__cause__)  # without the question, a line of a file
+            elif isinstance(error, NothingAnswered) and run.method != DENSE:
+                run.refused = str(error)
+            else:
                 raise
-            run.refused = str(error.__cause__)  # without the question, a line of a file
             if workers.main:
                 write_scores(scores, args)
                 print(f"{run.method} {run.budget}: stopped: {run.refused}", flush=True)

@@ -122,7 +122,7 @@ def _rate(column: list[Score]) -> str:
     """Answers per second, where the whole column was answered without interruption."""
     if any(score.seconds is None for score in column):
         return ""
-    return f"{sum(s.count for s in column) / sum(s.seconds for s in column):.1f}"
+    return f"{sum(s.answers for s in column) / sum(s.seconds for s in column):.1f}"
 
 
 def plot(scores: list[Score], path: str) -> None:

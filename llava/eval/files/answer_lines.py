@@ -34,6 +34,13 @@ class Failure:
     reason: str
 
 
+class NothingAnswered(ValueError):
+    """All questions failed."""
+
+    def __init__(self, count: int, first: str):
+        super().__init__(f"all {count} questions failed, the first: {first}")
+
+
 def is_failed(record: dict) -> bool:
     """Whether a line says that its question failed."""
     return "error" in record and "text" not in record
@@ -118,10 +125,10 @@ def read_answers(path: str, fields: tuple[str, ...] = ("question_id", "text")) -
 
 
 def answers_among(records: list[dict]) -> Records:
-    """The records that are answers. Raises ValueError when all questions failed."""
+    """The records that are answers. Raises NothingAnswered when all questions failed."""
     answers = [record for record in records if not is_failed(record)]
     if records and not answers:
-        raise ValueError(f"all {len(records)} questions failed, the first: {records[0]['error']}")
+        raise NothingAnswered(len(records), records[0]["error"])
     return Records(getattr(records, "path", "the answers"), answers)
 
 

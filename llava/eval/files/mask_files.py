@@ -36,14 +36,10 @@ def write_mask(mask: np.ndarray, path: str, frames: Sequence[Sequence[float]] = 
     os.replace(partial, path)
 
 
-def read_mask(path: str) -> np.ndarray | None:
-    """(rows, columns) bool; None where there is none. ValueError when it is no picture."""
-    found = read_framed_mask(path)
-    return None if found is None else found[0]
-
-
-def read_framed_mask(path: str) -> tuple[np.ndarray, list[list[float]]] | None:
-    """The mask and the frames of its crops; without those it is of the whole image."""
+def read_mask(path: str) -> tuple[np.ndarray, list[list[float]]] | None:
+    """The mask, (rows, columns) bool, and the frames of its crops, as `write_mask` takes them;
+    without frames it is of the whole image. None where there is no file; ValueError where it is no
+    picture."""
     if not os.path.isfile(path):
         return None
     try:

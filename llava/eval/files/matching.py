@@ -36,7 +36,7 @@ def unique(
     """Returns the answers by key; one that stands there twice counts once.
 
     key: what identifies a question in its answer
-    Raises ValueError when two answers to one question differ, or one lacks a field of the key.
+    Raises ValueError when two answers to one question differ, or one has no key.
     """
     found = {}
     for answer in answers:
@@ -45,6 +45,9 @@ def unique(
         except KeyError as error:
             where = f"the answer to question {answer.get('question_id')!r}"
             raise ValueError(f"{source(answers)}: {where} has no field {error}") from error
+        except ValueError as error:
+            where = f"the answer to question {answer.get('question_id')!r}"
+            raise ValueError(f"{source(answers)}: {where}: {error}") from error
         first = found.setdefault(name, answer)
         if first["text"] != answer["text"]:
             raise ValueError(
@@ -100,7 +103,7 @@ def check_asked(heads: list[dict], answers: list[dict], where: str) -> None:
     heads: fields that identify the line of an answer, per question, `question_id` first
     where: the file of the questions
     """
-    names = list(heads[0]) if heads else ["question_id"]
+    names = names_of(heads)
     asked, given = {_head(h, names) for h in heads}, {_head(a, names) for a in answers}
     missing = sorted(asked - given, key=str)
     ids = {key[0] for key in asked}
@@ -114,6 +117,12 @@ def check_asked(heads: list[dict], answers: list[dict], where: str) -> None:
         f"{source(answers)}: the answers do not belong to all {len(heads)} questions of {where}: "
         f"there are {len(answers)}, {in_place} of them in place; {', and '.join(reasons)}"
     )
+
+
+def names_of(heads: list[dict]) -> list[str]:
+    """Names of the fields that identify the line of an answer, from those of every question; of one
+    that could not be read the id alone is known."""
+    return list(max(heads, key=len, default={"question_id": None}))
 
 
 def _head(record: dict, names: list[str]) -> tuple:

@@ -20,16 +20,24 @@ def write_jsonl(records: Iterable[dict], path: str) -> None:
 
 
 def write_xlsx(table: list[list], path: str) -> None:
-    """Writes one sheet. Raises ImportError without the package openpyxl (extra `eval`)."""
+    """Writes one sheet; texts stay texts, also those that begin like a formula, without the control
+    characters that no sheet can hold. Raises ImportError without the package openpyxl (extra
+    `eval`)."""
     try:
         import openpyxl
+        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
     except ImportError as error:
         raise ImportError(f"openpyxl is missing: {how_to_install('eval')}") from error
     _make_folder(path)
     book = openpyxl.Workbook()
     book.active.title = "Sheet1"
-    for row in table:
-        book.active.append(row)
+    for number, row in enumerate(table, start=1):
+        for place, value in enumerate(row, start=1):
+            cell = book.active.cell(number, place)
+            if isinstance(value, str):
+                cell.value, cell.data_type = ILLEGAL_CHARACTERS_RE.sub("", value), "s"
+            else:
+                cell.value = value
     book.save(path)
 
 

@@ -83,7 +83,7 @@ def add_judge_args(
     group.add_argument(
         "--judge-workers",
         type=int,
-        default=int(environment.get("JUDGE_WORKERS") or 4),
+        default=environment.get("JUDGE_WORKERS") or 4,  # a text is read as from the command line
         help="questions under way at once (default: JUDGE_WORKERS, else 4)",
     )
     group.add_argument(

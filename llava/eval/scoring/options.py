@@ -21,7 +21,7 @@ LEADING = re.compile(rf"^[{re.escape(OPENING)}\s]*([A-Za-z]) ?{STOP}")
 #: `the answer is B`, `Answer: b`, `option (B)`; A may be an article here, the others may not
 ANNOUNCED = re.compile(
     r"\b(?:answer|option|choice)\b(?: is\b| would be\b)?\s*:?\s*(?:(?:option|choice) )?"
-    rf"[{re.escape(OPENING)}]*(?:([a-z]) ?{STOP}|((?-i:[B-Z]))\b)",
+    rf"[{re.escape(OPENING)}]*(?:([a-z]) ?{STOP}|((?-i:[B-Z]))\b(?![+#]))",
     re.IGNORECASE,
 )
 #: `B is correct`, `C is the right answer`

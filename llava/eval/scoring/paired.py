@@ -40,12 +40,12 @@ def compare(own: Units, dense: Units) -> Change:
 
 
 def agreement(own: Units, other: Units) -> float:
-    """Share of answers that are the same in both, word for word, in percent."""
+    """Share of the answers that count which are the same in both, word for word, in percent."""
     theirs = {unit.key: _texts(unit) for unit in other.found}
     pairs = [
         pair
         for unit in own.found
-        if unit.key in theirs
+        if unit.weight and unit.key in theirs
         for pair in zip(_texts(unit), theirs[unit.key], strict=True)
     ]
     return 100 * sum(one == two for one, two in pairs) / max(len(pairs), 1)

@@ -28,7 +28,7 @@ from llava.pruning import build_pruner
 from tests.eval import eval_cases, mini_benchmark
 from tests.eval.compare.test_suite import FakeLoop
 from tests.eval.eval_files import run_scorer, write_lines
-from tests.paths import GOLDEN
+from tests.paths import GOLDEN, ROOT
 
 IMAGES = GOLDEN / "images"
 
@@ -329,6 +329,20 @@ def test_costs_are_measured_on_questions_that_can_be_asked(args):
     Loop.skip_bad = False
     with pytest.raises(ValueError, match=r"question 1 \(.*line 1\): bad picture"):
         sample_prompts(Loop(), benchmarks, args.data_dir, 2)
+
+
+def test_costs_are_measured_on_questions_that_were_asked(args):
+    asked = []
+
+    class Loop:
+        def inputs(self, question, folder):
+            asked.append(question.head["question_id"])
+            return {"input_ids": None, "images": None, "image_sizes": None}
+
+    benchmarks = suite.available(["gqa"], str(ROOT / "playground/benchmark"))
+    sample_prompts(Loop(), benchmarks, str(ROOT / "playground/benchmark"), 4, limit=4)
+    ((benchmark, records),) = benchmarks.items()
+    assert asked == [question.head["question_id"] for question in benchmark.select(records, 4)]
 
 
 def test_nothing_to_compare_is_said(args):

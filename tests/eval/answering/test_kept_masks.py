@@ -55,12 +55,12 @@ def test_masks_hold_what_was_kept_on_the_grid_of_each_image(checkpoint, budget, 
     options = ["--pruning-method", "random", "--visual-token-num", budget, "--batch-size", 3]
     path, answers = ask(tmp_path, checkpoint, *map(str, options))
     for number, answer in enumerate(answers):
-        kept = read_mask(mask_path(str(path), number))
-        inside = read_mask(mask_path(str(path), number, kind=REFERENCE))
+        kept, _ = read_mask(mask_path(str(path), number))
+        inside, _ = read_mask(mask_path(str(path), number, kind=REFERENCE))
         assert kept.shape == inside.shape and kept.sum() == budget
         assert kept.size == answer["metadata"]["visual_tokens_unpruned"]
         assert answer["metadata"]["boxes"] == box_counts.counts(kept, inside)
-    shapes = {read_mask(mask_path(str(path), number)).shape for number in range(3)}
+    shapes = {read_mask(mask_path(str(path), number))[0].shape for number in range(3)}
     assert len(shapes) == (3 if checkpoint == QWEN else 1)
     found = json.loads((tmp_path / "a_info.json").read_text())
     assert found["call_count"] == 3 and found["avgNumGenTokens"] <= 3 and found["avg_time"] > 0
@@ -72,12 +72,12 @@ def test_masks_hold_what_was_kept_on_the_grid_of_each_image(checkpoint, budget, 
 
 def test_boxes_are_placed_on_the_square_that_an_image_is_padded_to(tmp_path):
     path, _ = ask(tmp_path, TINY, sizes=[(120, 80)])
-    inside = read_mask(mask_path(str(path), 0, kind=REFERENCE))
+    inside, _ = read_mask(mask_path(str(path), 0, kind=REFERENCE))
     side = len(inside)
     rows, columns = inside.any(axis=1).nonzero()[0], inside.any(axis=0).nonzero()[0]
     assert (columns[0], columns[-1]) == (int(10 / 120 * side), int(90 / 120 * side))
     assert (rows[0], rows[-1]) == (int(40 / 120 * side), int(80 / 120 * side))
-    assert read_mask(mask_path(str(path), 0)).all()  # nothing was pruned
+    assert read_mask(mask_path(str(path), 0))[0].all()  # nothing was pruned
 
 
 def test_a_glimpse_answers_nothing_and_counts_the_same(tmp_path):
@@ -206,8 +206,10 @@ def test_a_mask_comes_back_as_it_was_written(tmp_path):
     mask = np.random.default_rng(0).random((5, 9)) > 0.5
     path = mask_path(str(tmp_path / "a.jsonl"), 7, image=1)
     assert path.endswith("a_masks/7_1.png") and read_mask(path) is None
-    write_mask(mask, path)
-    assert (read_mask(path) == mask).all() and len(list(Path(path).parent.iterdir())) == 1
+    write_mask(mask, path, frames=[(0, 0, 9, 5)])
+    found, frames = read_mask(path)
+    assert (found == mask).all() and frames == [[0, 0, 9, 5]]
+    assert len(list(Path(path).parent.iterdir())) == 1
     Path(path).write_text("no picture")
     with pytest.raises(ValueError, match="7_1.png is no mask"):
         read_mask(path)

@@ -53,6 +53,8 @@ def data(tmp_path_factory):
     write_lines(folder / NAME / "llava_countbench.jsonl", questions)
     write_lines(folder / NAME / "counts.jsonl", truth)
     (folder / NAME / "images").mkdir()
+    for question in questions:  # looked for before the first answer
+        (folder / NAME / "images" / question["image"]).touch()
     return folder
 
 

@@ -107,6 +107,14 @@ def test_refcoco_compares_in_the_padded_square():
     assert none.result()["unreadable"] == 1 and none.result()["mean_iou"] == 0
 
 
+def test_refcoco_compares_boxes_in_pixels_in_the_image_that_qwen_sees():
+    record = {"question_id": 1, "bbox": [64, 48, 320, 240], "width": 640, "height": 480}
+    seen = [{"question_id": 1, "text": '[{"bbox_2d": [64, 48, 322, 238], "label": "dog"}]'}]
+    units = eval_refcoco.units([record], seen)  # of 644 x 476 pixels
+    assert units.percent == 100 and units.result()["mean_iou"] > 0.98
+    assert "with one in pixels: 1\n" in eval_refcoco.report(units)
+
+
 PROGRAMS = {
     eval_mmbench: ("mmbench/mmbench_dev_20230712.tsv", "A", "  c: 100.00%"),
     eval_refcoco: ("refcoco/refcoco_val.jsonl", "[0, 0, 0.03, 0.03]", "Acc@0.5: 100.00%"),

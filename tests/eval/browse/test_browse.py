@@ -124,6 +124,38 @@ def pair_of(folder: Path) -> tuple[Pair, list[Path]]:
     return Pair(*runs), [ours, theirs]
 
 
+@pytest.mark.parametrize("name", ["textvqa", "mme", "qbench", "mmbench", "gqa"])
+def test_every_line_of_a_benchmark_that_is_scored_here_has_its_score(name, tmp_path):
+    path = answers(tmp_path, name, "random", ["Yes", "Yes"] if name == "mme" else ["A", "A"])
+    source = find_source(str(path))
+    run = Run.read(str(path), source)
+    if name == "mmbench":  # no circle is whole
+        assert run.scores == {} or all(run.score(n) is not None for n in run.lines)
+    else:
+        assert run.lines and all(run.score(number) is not None for number in run.lines)
+
+
+def test_a_score_of_an_answer_that_is_another_now_is_not_shown(tmp_path, capsys):
+    path = answers(tmp_path, "viscot_gqa", "random", ["old", "same"])
+    lines = [json.loads(line) | {"score": 1.0} for line in path.read_text().splitlines()]
+    scored = path.with_name(f"{path.stem}_judge-1.0000.jsonl")
+    scored.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = find_source(str(path))
+    assert {Run.read(str(path), source).score(n) for n in range(len(lines))} == {1.0}
+    answers(tmp_path, "viscot_gqa", "random", ["new", "same"])
+    again = Run.read(str(path), source)
+    assert [again.score(n) for n in range(2)] == [None, 1.0]
+    assert "answers that are others in" in capsys.readouterr().err
+
+
+def test_a_question_that_cannot_be_read_hides_no_other(tmp_path):
+    path = answers(tmp_path, "gqa", "random", ["yes", "no"])
+    source = find_source(str(path))
+    broken = [type(source.asked[0])({"question_id": "x"}, "here"), *source.asked]
+    source.asked = type(source.asked)(source.asked.path, broken)
+    assert all(source.question(line) for line in Run.read(str(path), source).lines.values())
+
+
 def test_lines_meet_by_their_question_and_conditions_choose_among_them(tmp_path):
     pair, _ = pair_of(tmp_path)
     ids = [line["question_id"] for line in pair.run.lines.values()]

@@ -190,6 +190,12 @@ def test_two_scores_may_have_a_comma_and_a_space_between_them(reply):
     assert gpt_review.parse_scores(reply) == [10, 9]
 
 
+@pytest.mark.parametrize("reply", ["nan 8", "8 inf", "8", "8 good"])
+def test_what_holds_no_two_numbers_is_no_review(reply):
+    with pytest.raises(ValueError):
+        gpt_review.parse_scores(reply)
+
+
 def test_a_review_that_stands_there_twice_counts_once():
     reviews = [{"question_id": n, "category": "c", "tuple": [8, 4 * n]} for n in (1, 2)]
     once = summarize_gpt_review.summarize(reviews)

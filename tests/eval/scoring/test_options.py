@@ -36,6 +36,11 @@ def test_a_letter_before_punctuation_counts_more_than_the_words_behind_it(text):
     assert option_letter(text, DOG_OR_CAT) == "B"
 
 
+@pytest.mark.parametrize("text", ["The answer is C++", "the answer is C#."])
+def test_the_name_of_a_language_is_no_letter(text):
+    assert option_letter(text, ["C++", "C#", "Java"]) == ("A" if "+" in text else "B")
+
+
 def test_a_letter_before_other_words_does_not_count():
     assert option_letter("B dog", DOG_OR_CAT) == "A"  # by its text
     assert option_letter("B something", DOG_OR_CAT) is None

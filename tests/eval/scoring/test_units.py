@@ -140,6 +140,13 @@ def test_groups_agreement_and_change_come_from_the_units_of_two_runs():
         compare(own.only({0}), dense.only({1}))
 
 
+def test_answers_that_do_not_count_are_no_agreement():
+    own, dense = run_of([1, 1], "ab", "gg"), run_of([1, 1], "ax", "gg")
+    for units in (own, dense):  # text alone, which no method touches
+        units.found[0] = units.found[0]._replace(weight=0)
+    assert agreement(own, dense) == 0
+
+
 def test_the_hard_subset_is_what_down_sampling_gets_wrong():
     downsampled, own = run_of([1, 0.5, 0, 1], "abcd"), run_of([1, 1, 0, 0], "abcd")
     hard = own.hard(downsampled)
