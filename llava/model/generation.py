@@ -57,6 +57,13 @@ def check_strategy(name: str) -> str:
     return name
 
 
+def setting(model, keywords: dict, name: str) -> Any:
+    """What a `generate` call with these keywords goes by: the keyword, else what the generation
+    config says that was given, or the model's own."""
+    config = keywords.get("generation_config") or model.generation_config
+    return keywords[name] if name in keywords else getattr(config, name)
+
+
 def no_search(name: str) -> str:
     return (
         f"{name} is not supported: choose greedy search, sampling or beam search, or guess tokens "
@@ -136,7 +143,7 @@ class GenerationStrategies(ModelPart):
         drafter = self.pruner.decoder.drafter(self.config.num_hidden_layers)
         if drafter is None:
             raise ValueError(no_drafter(strategy, self.pruner))
-        if keywords.get("use_cache", True) is False:
+        if setting(self, keywords, "use_cache") is False:
             raise ValueError(f"generation_strategy {strategy!r} needs a cache (use_cache=True)")
         drafter = replace(drafter, **options)
         check_shape(drafter, options)

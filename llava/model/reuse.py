@@ -16,6 +16,7 @@ from torch import Tensor
 from ..constants import IMAGE_TOKEN_INDEX
 from ..devices import device_of
 from ..pruning.tokens import ImageTokens
+from .generation import setting
 from .inputs import Picture, generate_inputs, pad_left, stack_pixels
 from .kv_cache import KVCache
 from .prompt import Prompt
@@ -152,7 +153,8 @@ class PrefixCache:
         drafter = self.model.drafter_for(dict(kwargs))  # it fills caches of its own
         trace = self.model.pruning_trace
         whole = trace is not None and trace.attention_layers  # rows are over all of the prompt
-        if images and drafter is None and kwargs.get("use_cache", True) and not whole:
+        cached = setting(self.model, kwargs, "use_cache") is not False
+        if images and drafter is None and cached and not whole:
             prefix = self._prefix(prompt, prompts, image_keys)
         return self.model.generate_from(prompt, prefix=prefix, **kwargs)
 

@@ -97,7 +97,7 @@ class Splice(ModelPart):
         num_images = 0 if images is None else len(images)
         slots = image_slots(marked.sum(dim=1).tolist(), num_images, training)
         tokens: Any = []  # a list of `ImageTokens`
-        only_dummies = self.training and images is not None and not any(slots)
+        only_dummies = self.training and num_images > 0 and not any(slots)
         if images is not None and (any(slots) or only_dummies):
             encoded = isinstance(images[0], ImageTokens)
             tokens = images if encoded else self.image_tokens(images, image_sizes, questions)

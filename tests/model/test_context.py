@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from llava.mm_utils import tokenizer_image_token
 from llava.model.context import PromptTooLong, answer_room, position_limit
@@ -93,6 +93,17 @@ def test_an_answer_ends_with_the_positions_and_says_so_once(make_model):
     assert sizes == [11, 1, 30]  # nothing is computed from the last token of an answer
     assert len(said) == 1
     assert "up to 30 tokens" in said[0] and "40 positions it ends after 11" in said[0]
+
+
+@pytest.mark.parametrize("given", ["keyword", "config"])
+def test_a_length_of_prompt_and_answer_ends_with_the_positions_too(make_model, given):
+    model = make_model(max_position_embeddings=50)
+    options = {"max_length": 41, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    if given == "config":
+        options = {"generation_config": GenerationConfig(**options)}
+    sizes = []
+    said = caught(lambda: sizes.append(model.generate(text_of(46), **options).shape[1]))
+    assert sizes == [5] and "46 positions it ends after 5" in said[0]
 
 
 def test_the_tokenizer_does_not_warn_of_its_own_count(caplog):

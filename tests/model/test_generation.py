@@ -48,6 +48,27 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(model, prompt, name):
         model.generate(prompt.ids, images=prompt.images, **{**GREEDY, **options})
 
 
+@pytest.mark.parametrize("options", [{}, SPECULATE])
+def test_a_cache_is_left_out_wherever_that_is_said(model, prompt, options):
+    model.pruner = make_pruner("fastv" if not options else "none")
+    given = dict(inputs=prompt.ids, images=prompt.images, **options)
+    config = GenerationConfig(**GREEDY, use_cache=False)
+    if options:
+        model.pruner = grown(model)
+        with pytest.raises(ValueError, match="needs a cache"):
+            model.generate(**given, generation_config=config)
+        return
+    by_keyword = model.generate(**given, **GREEDY, use_cache=False)
+    assert torch.equal(model.generate(**given, generation_config=config), by_keyword)
+
+
+def test_no_images_are_no_images_in_training_too(make_model, sample):
+    ids, model = sample(6).ids, make_model().train()
+    with torch.no_grad():
+        plain = model(ids, images=None).logits
+        assert torch.equal(model(ids, images=[]).logits, plain)
+
+
 def test_another_model_cannot_assist(model, make_model, prompt):
     with pytest.raises(ValueError, match="`assistant_model` .*self_speculative"):
         model.generate(prompt.ids, images=prompt.images, assistant_model=make_model(), **GREEDY)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper
+from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper
 
 from llava.constants import STRATEGIES
 from llava.model.self_speculative import Guess
@@ -281,6 +281,8 @@ def test_the_published_way_of_calling_gives_the_published_result(sharp, sample):
         before = plain[0].tolist()[: plain[0].tolist().index(end)]
         assert cut.predicted_tokens == [before] and cut[0].tolist() == [*before, end]
         assert cut.num_tokens_generated == len(before)
+        by_config = sharp.generate(prompt.ids, **asked, generation_config=GenerationConfig(**ended))
+        assert by_config.predicted_tokens == [before]
         assert hasattr(output, "acceptance_rate") == (strategy == "self_speculative")
     made, accepted = output.total_generations, output.total_draft_matches
     assert 0 < accepted <= made and output.acceptance_rate == accepted / made

@@ -4,7 +4,7 @@ python -m llava.eval.answering.script_args METHOD [TOKENS [NUMBER ...]] [KEY=VAL
 
 Prints assignments for the shell: METHOD, TOKENS ("" for the method's own budget), PAIRS (options of
 the method as KEY=VALUE), REST (what belongs to the answering program) and, where it was given as
---limit N, LIMIT. TOKENS with a decimal point are a share of an image's tokens, and become a pair. An
+--limit N, LIMIT. TOKENS with a decimal point are a share of an image's tokens and become a pair. An
 empty METHOD is the one that the options belong to. Numbers in front are the options that the
 method's published scripts take by place, and its published environment variables count where the
 words say nothing.

@@ -16,7 +16,7 @@ from ...mm_utils import KeywordsStoppingCriteria
 from ...pruning.drafter import Drafter
 from ...pruning.required import required
 from ..context import answer_room
-from ..generation import GenerationStrategies
+from ..generation import GenerationStrategies, setting
 from ..kv_cache import KVCache, holds_tokens
 from ..patches import check_decoder, replacement
 from ..prompt import Prompt, positions_behind
@@ -28,6 +28,8 @@ from .decode_step import CompiledStep, DecodeStep, Ending
 from .layers import DecoderLayer, is_watched
 from .modeling_llama import LlamaModel, LlamaPreTrainedModel
 
+#: tokens of an answer that a cache has room for where nobody says how long that may be; it grows
+RESERVED = 64
 NO_ATTENTIONS = (
     "output_attentions is not supported, no attention map is ever built; rows of it are recorded "
     "with `trace_pruning(model, attention=[layers])` and found in `trace.attention`"
@@ -308,25 +310,29 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
 
         prefix: what is known of their first tokens, see `llava.model.reuse`
         """
-        ends = kwargs.get("eos_token_id", self.generation_config.eos_token_id)
+        ends = setting(self, kwargs, "eos_token_id")
         ends = {ends} if isinstance(ends, int) else set(ends or ())
         if self.engine is not None:
             self.engine.record(self, prompt)
             output = self.engine.generate(self, prompt, **kwargs)
             return self.pruner.published.present(self.pruner, output, ends)
-        config = kwargs.get("generation_config") or self.generation_config
-        wanted = kwargs.get("max_new_tokens") or config.max_new_tokens
-        if (room := answer_room(self, prompt.num_positions, wanted)) != wanted:
-            kwargs["max_new_tokens"] = room
-        drafter = self.drafter_for(kwargs)
-        if drafter is None and kwargs.get("use_cache", True) is not False:
-            reserve = kwargs.get("max_new_tokens") or config.max_new_tokens or 64
-            if prefix is not None:  # the rest of the prompt is appended, too
-                reserve += prompt.inputs_embeds.shape[1] - prefix.size
-            beams = kwargs.get("num_beams") or config.num_beams or 1
-            kwargs["past_key_values"] = KVCache(self.config.num_hidden_layers, reserve, beams)
         # Without ids of the prompt transformers puts a BOS there.
         known = 1 if prompt.token_ids is None else prompt.token_ids.shape[1]
+        reserve = wanted = setting(self, kwargs, "max_new_tokens")
+        if wanted is None:
+            reserve, longest = RESERVED, setting(self, kwargs, "max_length")
+            if longest is not None:  # it counts the ids in front as well
+                wanted = max(1, longest - known)
+        if (room := answer_room(self, prompt.num_positions, wanted)) != wanted:
+            kwargs["max_new_tokens"] = room
+            kwargs.pop("max_length", None)
+        drafter = self.drafter_for(kwargs)
+        if drafter is None and setting(self, kwargs, "use_cache") is not False:
+            reserve = reserve if room is None else min(room, reserve)
+            if prefix is not None:  # the rest of the prompt is appended, too
+                reserve += prompt.inputs_embeds.shape[1] - prefix.size
+            beams = setting(self, kwargs, "num_beams") or 1
+            kwargs["past_key_values"] = KVCache(self.config.num_hidden_layers, reserve, beams)
         for rule in kwargs.get("stopping_criteria") or ():
             if prompt.token_ids is not None and isinstance(rule, KeywordsStoppingCriteria):
                 rule.know_prompt(prompt.token_ids)
