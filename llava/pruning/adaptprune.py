@@ -12,14 +12,16 @@ LLaVA-NeXT, where nothing was released, the overview and the unpadded tiles with
 one grid each: prior and damping stay inside a grid, the picks compete across both.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .base import DecoderPruner
 from .captured import captured
+from .extras import with_extra
 from .ops import normalize
+from .option_types import check_share
 from .prefill import Prefill
 from .tokens import ImageTokens
 
@@ -54,8 +56,7 @@ class AdaptPrune(DecoderPruner):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.keep_ratio is not None and not 0 <= self.keep_ratio <= 1:
-            raise ValueError(f"keep_ratio ({self.keep_ratio}) must lie between 0 and 1")
+        check_share("keep_ratio", self.keep_ratio)
         if self.distance_limit < 0:
             raise ValueError(f"distance_limit ({self.distance_limit}) must be at least 0 patches")
         for name in ("distance_sigma", "similarity_sigma", "prior_sigma"):
@@ -63,26 +64,22 @@ class AdaptPrune(DecoderPruner):
                 raise ValueError(f"{name} ({value}) must be above 0")
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
-        if self.keep_ratio is not None:  # the budget is not used
-            self = replace(self, keep_ratio=None, visual_token_num=crops, visual_token_ratio=None)
-        super().check(num_patches, num_layers, crops)
+        if self.keep_ratio is None:
+            super().check(num_patches, num_layers, crops)
+        else:  # the budget is not used
+            self.check_depth(num_layers)
 
-    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
-        dense, layer = num_patches * crops, self.cut_layer(num_layers)
-        return [dense] * layer + [min(self.num_keep(dense), dense)] * (num_layers - layer)
+    @property
+    def by_share(self) -> bool:
+        return self.keep_ratio is not None or super().by_share
 
     def num_keep(self, count: int) -> int:
-        """Tokens to keep of an image with `count`."""
-        return self.tokens_of(count) if self.keep_ratio is None else int(count * self.keep_ratio)
+        if self.keep_ratio is None:
+            return super().num_keep(count)
+        return int(count * self.keep_ratio)
 
     def before_prompt(self, image: ImageTokens) -> ImageTokens:
-        return replace(image, extras={**image.extras, CELL: cells_of(image)})
-
-    def before_layer(self, index: int, prefill: Prefill) -> Prefill:
-        if self.keep_ratio is None or index != self.cut_layer(len(prefill.decoder.layers)):
-            return super().before_layer(index, prefill)
-        kept = [[self.num_keep(count) for count in row] for row in prefill.counts.images]
-        return prefill.keep_visual(self.score(prefill), kept)
+        return with_extra(image, CELL, cells_of(image))
 
     def score(self, prefill: Prefill) -> Tensor:
         """(B, S) the earlier a token is picked, the higher; 0 on those never picked."""

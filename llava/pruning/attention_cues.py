@@ -7,10 +7,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, T, C) -> (B, H, T, C / H)."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+from .ops import split_heads
 
 
 def attention_extras(

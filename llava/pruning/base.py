@@ -5,9 +5,8 @@ Where a method acts, see `llava.pruning.stages`. Shapes use the letters of `llav
 
 from __future__ import annotations
 
-import math
 from copy import copy
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -18,7 +17,7 @@ from .ops import on_device, scale_layer
 from .prefill import Prefill
 from .published import Published
 from .stages import DecoderStage, Probe, VisionStage
-from .tokens import ImageTokens, VisionTokens
+from .tokens import VisionTokens
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -295,6 +294,21 @@ class SelectPruner(VisionStage, BudgetPruner):
 
 
 @dataclass
+class WholeImages(SelectPruner):
+    """Chooses from all crops of an image together, so that its number of tokens is exact.
+
+    visual_token_num: tokens per image
+    """
+
+    def num_tokens(self, available: int) -> int:
+        """Tokens to keep of an image that has `available`."""
+        return min(self.tokens_of(available), available)
+
+    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
+        return [self.num_tokens(num_patches * crops)] * num_layers
+
+
+@dataclass
 class EqualShares(SelectPruner):
     """Chooses patches of crops that share the budget of their image equally, however many they are;
     a method calls `keep_shares` where it acts and overrides `pick`.
@@ -376,11 +390,20 @@ class DecoderPruner(DecoderStage, BudgetPruner):
             return prefill
         return prefill.keep_visual(self.score(prefill), self.budgets(prefill))
 
+    @property
+    def by_share(self) -> bool:
+        """Whether what an image keeps depends on how many tokens it has."""
+        return self.visual_token_ratio is not None
+
+    def num_keep(self, count: int) -> int:
+        """Tokens to keep of an image with `count`; it may be more than those."""
+        return self.tokens_of(count)
+
     def budgets(self, prefill: Prefill) -> int | list[list[int]]:
         """Tokens to keep of every image, one number where it is the same for all."""
-        if self.visual_token_ratio is None:
+        if not self.by_share:
             return self.visual_token_num
-        return [[self.tokens_of(count) for count in row] for row in prefill.counts.images]
+        return [[self.num_keep(count) for count in row] for row in prefill.counts.images]
 
     def reusable_layers(self, prefill: Prefill) -> int:
         num_layers = len(prefill.decoder.layers)
@@ -388,97 +411,8 @@ class DecoderPruner(DecoderStage, BudgetPruner):
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         dense, layer = num_patches * crops, self.cut_layer(num_layers)
-        kept = min(self.tokens_of(dense), dense)
+        kept = min(self.num_keep(dense), dense)
         return [dense] * layer + [kept] * (num_layers - layer)
-
-
-#: the number of an image that says how many of its tokens a `StagedPruner` may keep
-BUDGET = "budget"
-#: the number of an image that says how many patches its crops have
-PATCHES = "patches"
-
-
-@dataclass
-class StagedPlan:
-    """
-    cuts: layers with fewer tokens than the one before
-    kept: per row and image, the tokens that enter each layer
-    """
-
-    cuts: set[int]
-    kept: list[list[list[int]]]
-
-
-@dataclass
-class StagedPruner(DecoderStage, Pruner):
-    """Drops visual tokens before several decoder layers, those first that the last prompt token
-    attends to least in the layer about to run; positions are counted anew after every cut.
-
-    A method overrides `image_schedule` and, if it has a score of its own, `score`.
-    """
-
-    reads_text = True
-    #: whether positions are counted anew after every cut
-    renumbers: ClassVar[bool] = True
-    #: layers before a cut of which the score uses something
-    looks_back: ClassVar[int] = 0
-    #: what is noted for a batch; a method that notes more has a dataclass of its own
-    plan_class: ClassVar[type[StagedPlan]] = StagedPlan
-
-    def image_schedule(
-        self, count: int, num_layers: int, num_patches: int, budget: int = 0
-    ) -> list[int]:
-        """Tokens of an image of `count` tokens that enter each layer; never more than before.
-
-        num_patches: patches of one crop; budget: what the method left for the image in
-        `image_extras[BUDGET]`, 0 where it left nothing.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define image_schedule()")
-
-    def score(self, prefill: Prefill, kept: list[list[int]]) -> Tensor:
-        """(B, S) importance of every token before a cut that leaves `kept` tokens of every image of
-        every row; values on text are ignored."""
-        return prefill.next_attention()
-
-    def before_prompt(self, image: ImageTokens) -> ImageTokens:
-        """Leaves how many patches a crop of the image has."""
-        patches = math.prod(image.crop_grid)
-        return replace(image, image_extras={**image.image_extras, PATCHES: patches})
-
-    def before_layer(self, index: int, prefill: Prefill) -> Prefill:
-        if index == 0:
-            prefill.state = self._plan(prefill)
-        plan: StagedPlan = prefill.state
-        if index not in plan.cuts:
-            return prefill
-        kept = [[image[index] for image in row] for row in plan.kept]
-        return prefill.keep_visual(self.score(prefill, kept), kept, renumber=self.renumbers)
-
-    def reusable_layers(self, prefill: Prefill) -> int:
-        first = min(self._plan(prefill).cuts, default=None)
-        return len(prefill.decoder.layers) if first is None else first - self.looks_back
-
-    def _plan(self, prefill: Prefill) -> StagedPlan:
-        num_layers, counts = len(prefill.decoder.layers), prefill.counts.images
-        nothing = [[0] * len(row) for row in counts]
-        budgets, patches = (
-            prefill.image_numbers(name) if name in prefill.image_extras else nothing
-            for name in (BUDGET, PATCHES)
-        )
-        plan: list[list[list[int]]] = []
-        cuts: set[int] = set()
-        for images in map(zip, counts, patches, budgets):
-            plan.append(schedules := [])
-            for count, num_patches, budget in images:
-                own = self.with_budget_of(count)
-                schedules.append(own.image_schedule(count, num_layers, num_patches, budget))
-                before = [count, *schedules[-1][:-1]]
-                cuts |= {n for n in range(num_layers) if schedules[-1][n] < before[n]}
-        return self.plan_class(cuts, plan)
-
-    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
-        own = self.with_budget_of(num_patches * crops)
-        return own.image_schedule(num_patches * crops, num_layers, num_patches)
 
 
 def option_names(method: type[Pruner]) -> list[str]:

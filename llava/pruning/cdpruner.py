@@ -10,20 +10,18 @@ twice (there, fewer tokens than asked for remain); a batch may mix questions of 
 a question, diversity alone decides (there, an error); no streams, no device-wide synchronisation.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .base import SelectPruner
 from .captured import captured
-from .clip_text import AsksClip
+from .clip_text import RELEVANCE, AsksClip
+from .extras import with_extra, without_extra
 from .ops import NEGLIGIBLE, normalize, picks_then_rest, range_in_image
 from .questions import bare_question
 from .tokens import VisionTokens
-
-#: the extra from one hook to the next: (B, N) how much of the question a patch is about
-RELEVANCE = "relevance"
 
 
 @dataclass
@@ -47,7 +45,7 @@ class CDPruner(AsksClip, SelectPruner):
         if self.theta is not None and not 0 <= self.theta < 1:
             raise ValueError(f"theta ({self.theta}) must lie from 0 to below 1")
         if self.theta == 0:
-            self.needs, self.reads_question = frozenset(), False
+            self.ask_nothing()
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
         """Leaves the relevance of every patch to the question about its image."""
@@ -61,18 +59,13 @@ class CDPruner(AsksClip, SelectPruner):
         relevance = scale_per_image(-cosine, owners)
         if self.theta is not None:
             relevance = torch.exp(relevance * self.theta / (2 * (1 - self.theta)))
-        return replace(vision, extras={**vision.extras, RELEVANCE: relevance})
+        return with_extra(vision, RELEVANCE, relevance)
 
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
-        kept = super().after_encoder(vision)
-        kept.extras.pop(RELEVANCE, None)  # of no use to the decoder
-        return kept
+        return without_extra(super().after_encoder(vision), RELEVANCE)  # of no use to the decoder
 
     def select(self, vision: VisionTokens) -> Tensor:
-        relevance = vision.extras.get(RELEVANCE)
-        if relevance is None:
-            relevance = torch.ones_like(vision.positions, dtype=torch.float32)
-        return largest_volume(vision.features, relevance, self.num_keep(vision))
+        return largest_volume(vision.features, self.relevance_left(vision), self.num_keep(vision))
 
 
 def scale_per_image(score: Tensor, image_index: Tensor) -> Tensor:

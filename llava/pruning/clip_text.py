@@ -14,10 +14,14 @@ from ..linear import fast_linears
 from ..weight_files import CACHE_DIR, local_folder, weight_files
 from .base import Pruner
 from .interfaces import LanguageModel
+from .letters import Letters
 from .ops import normalize
 from .required import assigned, tower_of
 from .stages import VisionStage
+from .tokens import VisionTokens
 
+#: the extra from one hook to the next: (B, N) how much of the question a patch is about
+RELEVANCE = "relevance"
 QUESTIONS_REMEMBERED = 256
 VOCABULARY = 1024  # of the random text tower
 
@@ -94,7 +98,7 @@ class ClipText(nn.Module):
         )
         norm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
         projection = nn.Linear(vision.hidden_size, width, bias=False)
-        return cls(CLIPTextModelWithProjection(config), norm, projection, letters)
+        return cls(CLIPTextModelWithProjection(config), norm, projection, Letters(VOCABULARY))
 
     def image_embeds(self, features: Tensor) -> Tensor:
         """(B, N, P) fp32 embeddings of patch features (B, N, C)."""
@@ -176,6 +180,17 @@ class AsksClip(VisionStage, Pruner):
         """`module`, see `assigned`."""
         return assigned(self.module, self.name)
 
+    def ask_nothing(self) -> None:
+        """For settings that do without the question."""
+        self.needs, self.reads_question = frozenset(), False
+
+    def relevance_left(self, vision: VisionTokens) -> Tensor:
+        """(B, N) fp32 the extra `RELEVANCE`; 1 where no hook left it, as nothing was asked."""
+        relevance = vision.extras.get(RELEVANCE)
+        if relevance is None:
+            return torch.ones_like(vision.positions, dtype=torch.float32)
+        return relevance
+
     def use_random_parts(self, model: LanguageModel) -> None:
         if self.reads_question:
             self.module = ClipText.random(tower_of(model, self.name).config)
@@ -194,14 +209,3 @@ class AsksClip(VisionStage, Pruner):
                     f"{self.name} compares features of width {width} with the question, this "
                     f"vision tower gives {tower.hidden_size}"
                 )
-
-
-class Letters(NamedTuple):
-    """What a tokenizer returns."""
-
-    input_ids: list[int]
-
-
-def letters(text: str, **_) -> Letters:
-    """A tokenizer without a vocabulary: one id per letter."""
-    return Letters([1, *(2 + ord(letter) % 1000 for letter in text), VOCABULARY - 1])

@@ -13,15 +13,18 @@ budget is that of a full image, and images cut into fewer tiles keep the same sh
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .base import BUDGET, DecoderPruner
+from .base import DecoderPruner
 from .captured import captured
+from .extras import with_number
 from .ops import normalize, on_device, top_stable
+from .option_types import check_choice
 from .prefill import Prefill
+from .staged import BUDGET
 from .stages import Probe
 from .tokens import ImageTokens
 
@@ -54,9 +57,8 @@ class DART(DecoderPruner):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, choices in (("rule", RULES), ("key_states", KEY_STATES)):
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"unknown {name} {value!r}, choose from {', '.join(choices)}")
+        check_choice("rule", self.rule, RULES)
+        check_choice("key_states", self.key_states, KEY_STATES)
         if self.pivot_image_token < 1 or self.pivot_text_token < 0:
             raise ValueError(
                 f"pivot_image_token ({self.pivot_image_token}) must be at least 1 and "
@@ -72,9 +74,8 @@ class DART(DecoderPruner):
         pivots = self.pivot_image_token + self.pivot_text_token
         return min(self.pivot_image_token + budget // pivots * pivots, count)
 
-    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
-        dense, layer = num_patches * crops, self.cut_layer(num_layers)
-        return [dense] * layer + [self.kept_of(self.tokens_of(dense), dense)] * (num_layers - layer)
+    def num_keep(self, count: int) -> int:
+        return self.kept_of(self.tokens_of(count), count)
 
     def before_prompt(self, image: ImageTokens) -> ImageTokens:
         """Leaves the budget of the image."""
@@ -83,8 +84,7 @@ class DART(DecoderPruner):
         if image.crops > 1 and not image.frame_pairs and self.visual_token_ratio is None:
             full = FULL_IMAGE * math.prod(image.crop_grid)
             budget = max(1, round(budget * image.length / full))
-        numbers = {**image.image_extras, BUDGET: self.kept_of(budget, present)}
-        return replace(image, image_extras=numbers)
+        return with_number(image, BUDGET, self.kept_of(budget, present))
 
     def budgets(self, prefill: Prefill) -> list[list[int]]:
         pairs = zip(prefill.image_numbers(BUDGET), prefill.counts.images, strict=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .captured import captured
-from .ops import gather_tokens, normalize, top_stable
+from .ops import denser, gather_tokens, normalize, top_stable
 
 
 class Merged(NamedTuple):
@@ -61,10 +61,7 @@ def groups_of(features: Tensor, kept: Tensor, count: int) -> tuple[Tensor, Tenso
     unit = normalize(features)
     alike = unit @ unit.transpose(1, 2)  # (B, N, N)
     density = alike.sum(dim=2)
-    mine, other = density[:, :, None], density[:, None, :]
-    earlier = torch.ones_like(alike[0], dtype=torch.bool).tril(-1)
-    denser = (other > mine) | ((other == mine) & earlier)
-    nearest = alike.masked_fill(~denser, -torch.inf).amax(dim=2)
+    nearest = alike.masked_fill(~denser(density), -torch.inf).amax(dim=2)
     score = density * (1 - nearest)
     score = score.masked_fill(nearest == -torch.inf, torch.inf)  # the densest of all
     score = score.scatter(1, kept, -torch.inf)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .captured import captured
-from .ops import top_stable
+from .ops import denser, top_stable
 
 
 @captured
@@ -34,10 +34,7 @@ def cluster(tokens: Tensor, valid: Tensor, num_clusters: Tensor, most: int) -> t
     near = reach.sort(dim=-1).values[..., :most].square().masked_fill(unused[:, None], 0.0)
     near = near.sum(dim=-1) / num_clusters[:, None]
     density = torch.exp(-near).masked_fill(absent, -1.0)
-    earlier = torch.ones(size, size, dtype=torch.bool, device=x.device).tril(-1)
-    mine, other = density[:, :, None], density[:, None, :]
-    denser = (other > mine) | ((other == mine) & earlier)
-    distance = torch.where(denser, reach, torch.inf).amin(dim=-1)
+    distance = torch.where(denser(density), reach, torch.inf).amin(dim=-1)
     farthest = apart.masked_fill(nothing, 0.0).amax(dim=(1, 2))
     distance = torch.where(distance.isinf(), farthest[:, None], distance)
 

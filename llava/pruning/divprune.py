@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import SelectPruner
+from .base import WholeImages
 from .captured import captured
 from .ops import normalize
 from .published import Published
@@ -23,7 +23,7 @@ from .tokens import ImageTokens, VisionTokens, keep_chosen
 
 
 @dataclass
-class DivPrune(SelectPruner):
+class DivPrune(WholeImages):
     """
     visual_token_num: tokens per image; on LLaVA-NeXT of the whole sequence of an image, in which
                       newline tokens are candidates like any other
@@ -43,9 +43,8 @@ class DivPrune(SelectPruner):
             raise ValueError(f"subset_ratio ({self.subset_ratio}) must lie above 0 and up to 1")
 
     def num_tokens(self, available: int) -> int:
-        """Tokens to keep of an image that has `available`."""
         if self.subset_ratio is None:
-            return min(self.tokens_of(available), available)
+            return super().num_tokens(available)
         return max(round(self.subset_ratio * available), 1)
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
@@ -74,9 +73,6 @@ class DivPrune(SelectPruner):
             return farthest_first(embeds, count).sort(dim=1).values
 
         return keep_chosen(images, [self.num_tokens(image.length) for image in images], choose)
-
-    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
-        return [self.num_tokens(num_patches * crops)] * num_layers
 
 
 @captured

@@ -16,28 +16,28 @@ The projection of Qwen2.5-VL's patches into a text space is not described: refus
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .base import SelectPruner
+from .base import WholeImages
 from .captured import captured
-from .clip_text import AsksClip
+from .clip_text import RELEVANCE, AsksClip
 from .coverage import cover_most
+from .extras import with_extra, without_extra
 from .ops import NEGLIGIBLE, cosines, normalize, on_device, range_in_image, shared_out
+from .option_types import check_share
 from .questions import bare_question
 from .required import required
 from .tokens import VisionTokens
 
-#: the extra from one hook to the next: (B, N) how much of the question a patch is about
-RELEVANCE = "relevance"
 #: of crops with budgets of their own as many are picked as a multiple of it: few loops to capture
 ROUND_UP = 32
 
 
 @dataclass
-class EADP(AsksClip, SelectPruner):
+class EADP(AsksClip, WholeImages):
     """
     visual_token_num: tokens per image; on LLaVA-NeXT the sum over its five crops, which get as much
                       as they are relevant (640, 320, 160)
@@ -61,16 +61,15 @@ class EADP(AsksClip, SelectPruner):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("quantile", "mu"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must lie between 0 and 1")
+        check_share("quantile", self.quantile)
+        check_share("mu", self.mu)
         for name in ("tau", "gamma"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be above 0")
         if self.beta < 0:
             raise ValueError(f"beta ({self.beta}) must be at least 0")
         if self.beta == 0:
-            self.needs, self.reads_question = frozenset(), False
+            self.ask_nothing()
 
     # --- relevance ----------------------------------------------------------------------------
 
@@ -90,7 +89,7 @@ class EADP(AsksClip, SelectPruner):
             vision.owners,
             vision.grid,
         )
-        return replace(vision, extras={**vision.extras, RELEVANCE: relevance})
+        return with_extra(vision, RELEVANCE, relevance)
 
     def relevance(
         self,
@@ -151,11 +150,7 @@ class EADP(AsksClip, SelectPruner):
     # --- choice -------------------------------------------------------------------------------
 
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
-        extras = {name: own for name, own in vision.extras.items() if name != RELEVANCE}
-        relevance = vision.extras.get(RELEVANCE)
-        if relevance is None:
-            relevance = torch.ones_like(vision.positions, dtype=torch.float32)
-        vision = replace(vision, extras=extras)
+        relevance, vision = self.relevance_left(vision), without_extra(vision, RELEVANCE)
         if vision.crops_in_budget == 1:
             picks = cover_relevant(vision.features, relevance, self.num_keep(vision))
             return vision.keep(picks.sort(dim=1).values)
@@ -170,9 +165,6 @@ class EADP(AsksClip, SelectPruner):
         taken = rank < on_device(counts, picks.device)[:, None]
         kept = torch.zeros_like(vision.positions, dtype=torch.bool).scatter_(1, picks, taken)
         return vision.keep_mask(kept, counts)
-
-    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
-        return [min(self.tokens_of(num_patches * crops), num_patches * crops)] * num_layers
 
 
 def smoothed(score: Tensor) -> Tensor:

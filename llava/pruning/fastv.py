@@ -9,10 +9,9 @@ map is computed (there, it runs twice and fills its cache twice); the span of ev
 real one, every prompt of a batch and every image of a prompt is ranked on its own.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .base import DecoderPruner
-from .prefill import Prefill
 
 
 @dataclass
@@ -36,29 +35,19 @@ class FastV(DecoderPruner):
             raise ValueError(f"ratio ({self.ratio}) must lie between 0 (keep all) and below 1")
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
-        if self.ratio is not None:  # the budget is not used
-            replace(self, ratio=None, visual_token_num=crops, visual_token_ratio=None).check(
-                num_patches, num_layers, crops
-            )
-        else:
+        if self.ratio is None:
             super().check(num_patches, num_layers, crops)
+        else:  # the budget is not used
+            self.check_depth(num_layers)
 
     def blind_cuts(self, num_layers: int) -> tuple[int, ...]:
         return (self.cut_layer(num_layers),)
 
-    def before_layer(self, index: int, prefill: Prefill) -> Prefill:
-        if self.ratio is None or index != self.cut_layer(len(prefill.decoder.layers)):
-            return super().before_layer(index, prefill)
-        kept = [[left(count, self.ratio) for count in row] for row in prefill.counts.images]
-        return prefill.keep_visual(self.score(prefill), kept)
+    @property
+    def by_share(self) -> bool:
+        return self.ratio is not None or super().by_share
 
-    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
+    def num_keep(self, count: int) -> int:
         if self.ratio is None:
-            return super().token_schedule(num_patches, num_layers, crops)
-        dense, layer = num_patches * crops, self.cut_layer(num_layers)
-        return [dense] * layer + [left(dense, self.ratio)] * (num_layers - layer)
-
-
-def left(count: int, ratio: float) -> int:
-    """Tokens to keep of an image with `count`, of which the share `ratio` is removed."""
-    return max(1, round(count * (1 - ratio)))
+            return super().num_keep(count)
+        return max(1, round(count * (1 - self.ratio)))

@@ -27,13 +27,14 @@ from torch import Tensor
 
 from ..devices import device_of, empty_like_weights, moved
 from .base import Pruner
+from .extras import with_extra, with_number, without_extra
 from .glimpseprune_call import GlimpseRelease
 from .glimpseprune_modules import PAPER_LAYER, Glimpse, GlimpseConfig
 from .glimpseprune_reference import check_boxes, reference_cells
 from .glimpseprune_views import CROPS, Views, shapes_of
 from .interfaces import LanguageModel
 from .learned import WEIGHTS_FILE, build_part, part_folder, read_part, read_part_config
-from .ops import lookup, on_device, rank_within_groups, scale_layer, share_down
+from .ops import lookup, on_device, rank_within_groups, scale_layer
 from .prefill import Prefill
 from .required import assigned, tower_of
 from .stages import DecoderStage, Probe, VisionStage
@@ -201,14 +202,13 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
             states = [x.unflatten(-1, (vision.block, -1)).mean(dim=-2) for x in states]
         states = moved(states, device_of(glimpse))
         conditions = glimpse.attn_fuser.conditions(states).to(here)
-        return replace(vision, extras={**vision.extras, CONDITIONS: conditions})
+        return with_extra(vision, CONDITIONS, conditions)
 
     def before_prompt(self, image: ImageTokens) -> ImageTokens:
         whole = bool(image.frame_pairs) and not self.prune_videos
         if whole:
             say_videos_stay()
-        crops = 0 if whole else image.crops
-        return replace(image, image_extras={**image.image_extras, CROPS: crops})
+        return with_number(image, CROPS, 0 if whole else image.crops)
 
     # --- inside the decoder -------------------------------------------------------------------
 
@@ -293,8 +293,7 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
         if not every:
             kept = kept | ((patch >= 0) & ignored)
         text = ~prefill.is_visual & (prefill.index >= 0)
-        extras = {name: own for name, own in prefill.extras.items() if name != CONDITIONS}
-        return replace(prefill, extras=extras).keep(text | kept)
+        return without_extra(prefill, CONDITIONS).keep(text | kept)
 
     def importance(self, prefill: Prefill, views: Views) -> Tensor:
         """(B, S) logits of the visual tokens; values on other tokens mean nothing."""
@@ -383,6 +382,11 @@ def judges_any(prefill: Prefill) -> bool:
 def judges_all(prefill: Prefill) -> bool:
     """Whether all patches are judged, which those of videos that stay whole are not."""
     return all(map(all, prefill.image_extras[CROPS]))
+
+
+def share_down(count: int, share: float) -> int:
+    """A share of `count`, rounded down."""
+    return int(count * share)
 
 
 def most_within(total: int, share: float) -> int:

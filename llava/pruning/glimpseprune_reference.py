@@ -12,8 +12,6 @@ from torch import Tensor
 from .cells import boxes_to_cells, mask_to_cells
 from .glimpseprune_views import Grid
 
-Box = Sequence[float]
-
 
 def check_boxes(boxes: Sequence) -> None:
     """Raises ValueError unless `boxes` are those of all images, or a list or None for each."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .base import EqualShares
 from .ops import scale_layer, top_stable
+from .option_types import check_share
 from .published import Published
 from .sinks import SinkFilter
 from .tokens import VisionTokens
@@ -51,8 +52,7 @@ class HiPrune(SinkFilter, EqualShares):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha ({self.alpha}) must lie between 0 and 1")
+        check_share("alpha", self.alpha)
         if self.object_layer is not None and self.object_layer < 1:
             raise ValueError(f"object_layer ({self.object_layer}) counts from 1")
 

@@ -12,13 +12,14 @@ number of tokens; one row of one layer is computed (there, the maps of all layer
 runs. The refetching of context that the paper describes is not in the release, nor here.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .base import SelectPruner
+from .base import WholeImages
 from .captured import captured
+from .extras import with_extra, without_extra
 from .ops import true_first
 from .published import Published
 from .sinks import SinkFilter
@@ -33,7 +34,7 @@ LEAST = 1e-6
 
 
 @dataclass
-class HoloV(SinkFilter, SelectPruner):
+class HoloV(SinkFilter, WholeImages):
     """
     visual_token_num: tokens per image; on LLaVA-NeXT of the whole sequence of an image, newlines
                       left out
@@ -74,7 +75,7 @@ class HoloV(SinkFilter, SelectPruner):
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
         """Images of a single crop, all at once; of others the attention is kept for later."""
         if vision.crops_in_budget > 1:
-            return replace(vision, extras={**vision.extras, ATTENTION: vision.cue("salience")})
+            return with_extra(vision, ATTENTION, vision.cue("salience"))
         own_grids = vision.block > 1
         return vision.keep(self.choose(vision.features, vision.cue("salience"), own_grids))
 
@@ -87,10 +88,7 @@ class HoloV(SinkFilter, SelectPruner):
 
         images = [without_newlines(im) if ATTENTION in im.extras else im for im in images]
         pruned = keep_chosen(images, [self.visual_token_num] * len(images), choose)
-        for number, image in enumerate(pruned):  # attention is of no use to the decoder
-            extras = {name: own for name, own in image.extras.items() if name != ATTENTION}
-            pruned[number] = replace(image, extras=extras)
-        return pruned
+        return [without_extra(image, ATTENTION) for image in pruned]  # of no use to the decoder
 
     def choose(self, features: Tensor, attention: Tensor, own_grids: bool = False) -> Tensor:
         """(B, T) places of the tokens to keep, in their order in the prompt."""
@@ -101,9 +99,6 @@ class HoloV(SinkFilter, SelectPruner):
             runs = max(1, int(1024 / 576 * size / count)) if own_grids else NUM_RUNS
         chosen = best_of_runs(features, attention, count, runs, self.alpha)
         return chosen.sort(dim=1).values if self.raster_order or own_grids else chosen
-
-    def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
-        return [min(self.tokens_of(num_patches * crops), num_patches * crops)] * num_layers
 
 
 def without_newlines(image: ImageTokens) -> ImageTokens:

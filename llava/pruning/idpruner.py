@@ -23,6 +23,7 @@ from .base import EqualShares
 from .captured import captured
 from .interfaces import LanguageModel
 from .ops import cosines, top_stable
+from .option_types import check_share
 from .scorer import Scorer, read_scorer, scorer_file
 from .sinks import SinkFilter
 from .tokens import VisionTokens
@@ -51,8 +52,7 @@ class IDPruner(SinkFilter, EqualShares):
     def __post_init__(self):
         super().__post_init__()
         self.module: Scorer | None = None
-        if not 0 <= self.mmr_lambda <= 1:
-            raise ValueError(f"mmr_lambda ({self.mmr_lambda}) must lie between 0 and 1")
+        check_share("mmr_lambda", self.mmr_lambda)
         if self.scorer is not None:
             self.needs = frozenset()
 

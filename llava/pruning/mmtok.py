@@ -13,8 +13,7 @@ adds words to the question, an option of the paper, is left out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +23,9 @@ from ..devices import device_of
 from .base import SelectPruner
 from .captured import captured
 from .coverage import cover_most
+from .extras import with_extra, without_extra
 from .interfaces import LanguageModel
+from .letters import Letters
 from .ops import cosines, normalize, on_device
 from .own_grids import OwnGrids
 from .questions import bare_question
@@ -101,34 +102,22 @@ class MMTok(OwnGrids, SelectPruner):
     # --- choice -------------------------------------------------------------------------------
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
-        return replace(vision, extras={**vision.extras, PATCHES: vision.features})
+        return with_extra(vision, PATCHES, vision.features)
 
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
         self.check_model(vision)
-        extras = dict(vision.extras)
-        patches = extras.pop(PATCHES)
-        vision, device = replace(vision, extras=extras), patches.device
+        patches, vision = vision.extras[PATCHES], without_extra(vision, PATCHES)
         if vision.questions is None:
             batch, _, width = vision.features.shape
             words, weights = (patches.new_empty(batch, 0, width), patches.new_empty(batch, 0))
         else:
-            words, weights = self.words(list(map(bare_question, vision.questions)), device)
+            words, weights = self.words(list(map(bare_question, vision.questions)), patches.device)
             words, weights = words[vision.owners], weights[vision.owners]
         tau_t = self.tau_t or (OWN_GRIDS_TAU_T if self.own_grids else TAU_T)
         texts, constants = (words, weights), (tau_t, self.tau_v, self.alpha)
         count = self.num_keep(vision)
         picks = cover_both(vision.features, patches, *texts, count, *constants)
         return vision.keep(picks.sort(dim=1).values)
-
-
-class Letters:
-    """A tokenizer without a vocabulary: one id per letter, of as many as there are."""
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def __call__(self, text: str, **_) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=[ord(letter) % self.size for letter in text])
 
 
 @captured

@@ -20,21 +20,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .base import Pruner
 from .counts import Known
+from .extras import with_extra, with_number, without_extra
 from .ops import (
     gather_tokens,
     lookup,
     normalize,
     ranks,
     scale_layers,
-    share_up,
     top_stable,
     true_first,
 )
+from .option_types import check_share
 from .own_grids import OwnGrids
 from .prefill import NARROW, Prefill
-from .stages import DecoderStage, Probe, VisionStage
+from .staged import StageLayers
+from .stages import Probe, VisionStage
 from .tokens import MERGED, ImageTokens, TowerTokens, VisionTokens
 
 LAYERS = (2, 6, 10, 14)
@@ -67,7 +68,7 @@ class MustDropState:
 
 
 @dataclass
-class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
+class MustDrop(OwnGrids, VisionStage, StageLayers):
     """
     visual_token_num:  label of a published setting of the two thresholds: 192, 128 or 64 tokens on
                        average. How many are really kept depends on image and question
@@ -110,15 +111,7 @@ class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
             )
         if self.window < 2:
             raise ValueError(f"window ({self.window}) must be at least 2 patches")
-        if not 0 <= self.key_ratio <= 1:
-            raise ValueError(f"key_ratio ({self.key_ratio}) must lie between 0 and 1")
-
-    def check_depth(self, num_layers: int) -> None:
-        layers = self.stage_layers(num_layers)
-        if not 0 <= layers[0] or layers[-1] > num_layers - 2 or list(layers) != sorted(set(layers)):
-            raise ValueError(
-                f"pruning_layers {layers} must ascend and leave a layer of {num_layers} after them"
-            )
+        check_share("key_ratio", self.key_ratio)
 
     @property
     def thresholds(self) -> tuple[float, float]:
@@ -187,14 +180,14 @@ class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
         """Marks the tokens that are never dropped."""
         self.check_model(vision)
-        return vision if self.own_grids else self.with_keys(vision, last_salience(vision))
+        return vision if self.own_grids else self.with_keys(vision, vision.layer_cue("salience"))
 
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
         """Where tokens are blocks of patches, merges those of even windows, each into the one in
         the middle, and marks tokens likewise."""
         if not self.own_grids:
             return vision
-        score, features = last_salience(vision), vision.features
+        score, features = vision.layer_cue("salience"), vision.features
         members = self.windows(vision.grid, features.device)  # (W, w * w)
         first, vision = vision.layers[0]["output"], replace(vision, layers={})
         if not len(members):
@@ -208,10 +201,9 @@ class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
         kept = torch.ones_like(merged)
         kept[:, members] = ~even[..., None].expand(-1, -1, members.shape[1])
         kept[:, middle], merged[:, middle] = True, even
-        extras = {**vision.extras, MERGED: merged, SCORE: score}
-        vision = replace(vision, features=features, extras=extras).keep_mask(kept)
-        score = vision.extras.pop(SCORE)
-        return self.with_keys(vision, score)
+        vision = with_extra(replace(vision, features=features), MERGED, merged)
+        vision = with_extra(vision, SCORE, score).keep_mask(kept)
+        return self.with_keys(without_extra(vision, SCORE), vision.extras[SCORE])
 
     def with_keys(self, vision: VisionTokens, score: Tensor) -> VisionTokens:
         """`vision` with the tokens marked that have the best `score` (B, N)."""
@@ -220,13 +212,13 @@ class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
         else:
             score, count = score.masked_fill(~vision.valid, -1.0), vision.valid.sum(dim=1)
             num_keys = lookup(share_up, count, self.key_ratio, score.shape[1])[:, None]
-        return replace(vision, extras={**vision.extras, KEY: ranks(score) < num_keys})
+        return with_extra(vision, KEY, ranks(score) < num_keys)
 
     # --- decoder ------------------------------------------------------------------------------
 
     def before_prompt(self, image: ImageTokens) -> ImageTokens:
         """Leaves how many tokens the unpruned image has."""
-        return replace(image, image_extras={**image.image_extras, LENGTH: image.length})
+        return with_number(image, LENGTH, image.length)
 
     def probe(self, num_layers: int) -> Probe:
         return Probe(self.stage_layers(num_layers), self.text_rows)
@@ -278,18 +270,15 @@ class MustDrop(OwnGrids, VisionStage, DecoderStage, Pruner):
         )
         return first, second
 
-    def reusable_layers(self, prefill: Prefill) -> int:
-        return self.stage_layers(len(prefill.decoder.layers))[0]
-
     def pruned_caches(self, index: int, num_layers: int) -> range:
         """After the last cut the layers from the first cut on hold its survivors alone."""
         layers = self.stage_layers(num_layers)
         return range(layers[0], index) if index == layers[-1] + 1 else range(0)
 
 
-def last_salience(vision: VisionTokens) -> Tensor:
-    """(B, N) attention that tokens receive in the last tower layer."""
-    return next(cues["salience"] for cues in vision.layers.values() if "salience" in cues)
+def share_up(count: int, share: float) -> int:
+    """A share of `count`, rounded up."""
+    return math.ceil(count * share)
 
 
 def mean_similarity(blocks: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 
 from .base import NO_DECODER_STAGE, DecoderPruner, Pruner
+from .extras import with_number
 from .ops import gather_tokens, normalize, rank_within_groups, scale_layer, top_stable
+from .option_types import check_choice, check_share
 from .own_grids import OwnGrids
 from .prefill import Prefill
 from .published import Published
@@ -40,6 +42,7 @@ CELL = 2  # patches along the side of a cell
 #: tokens after stage 1 on LLaVA-NeXT, and patches that a cell offers, as the release has them
 NEXT_TOKENS = {64: 112, 128: 224, 160: 290, 192: 336, 320: 582, 640: 1162}
 NEXT_TOP = {64: 1, 128: 2, 160: 2, 192: 3, 320: 3, 640: 3}
+PILLAR_MODES, STAGE2 = ("salience", "l2norm", "none"), ("attention", "random", "off")
 #: the number of an image's tokens that stage 2 leaves
 KEPT = "kept"
 
@@ -151,20 +154,15 @@ class Nuwa(SinkFilter, OwnGrids, VisionStage, DecoderPruner):
     )
     needs = frozenset({"salience"})
     position_policy = "grid"
+    before_decoder_by = 'stage2="off"'
 
     def __post_init__(self):
         super().__post_init__()
-        for name, choices in (
-            ("pillar_mode", ("salience", "l2norm", "none")),
-            ("stage2", ("attention", "random", "off")),
-        ):
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"unknown {name} {value!r}, choose from {', '.join(choices)}")
+        check_choice("pillar_mode", self.pillar_mode, PILLAR_MODES)
+        check_choice("stage2", self.stage2, STAGE2)
         if self.distance is not None and self.distance <= 0:
             raise ValueError(f"distance ({self.distance}) must be above 0 squared patches")
-        quantile = self.pillar_quantile
-        if quantile is not None and not 0 <= quantile <= 1:
-            raise ValueError(f"pillar_quantile ({quantile}) must lie between 0 and 1")
+        check_share("pillar_quantile", self.pillar_quantile)
         if self.top_per_region not in (None, 1, 2, 3, 4):
             raise ValueError(f"top_per_region ({self.top_per_region}) must be 1 to {CELL**2}")
 
@@ -255,7 +253,7 @@ class Nuwa(SinkFilter, OwnGrids, VisionStage, DecoderPruner):
         self.check_model(vision)
         if self.own_grids:
             return self.with_sinks_marked(vision, self.block_view(*vision.grid).keep)
-        similar = mean_output(vision).flatten(0, 1)  # (B * N, C)
+        similar = vision.layer_cue("output_mean").flatten(0, 1)  # (B * N, C)
         salience = vision.cue("salience").flatten()
         features = vision.features.flatten(0, 1).clone()
         kept = torch.zeros_like(salience, dtype=torch.bool)
@@ -282,7 +280,7 @@ class Nuwa(SinkFilter, OwnGrids, VisionStage, DecoderPruner):
         if view.untouched:
             return replace(vision, layers={})
         features, salience = vision.features, vision.cue("salience")
-        similar = vision.projected(mean_output(vision).to(features.dtype))
+        similar = vision.projected(vision.layer_cue("output_mean").to(features.dtype))
         chosen = choose(salience, view, sinks)
         blended, _ = self.collect(features, similar, salience, chosen, view, sinks)
         kept = replace(vision, layers={}).keep(chosen)
@@ -395,7 +393,7 @@ class Nuwa(SinkFilter, OwnGrids, VisionStage, DecoderPruner):
         if self.own_grids:
             own = self.with_budget_of(num_patches * image.crops, image.crops)
         count = own.stage2_tokens(len(image.patches), num_patches, image.crops)
-        return replace(image, image_extras={**image.image_extras, KEPT: count})
+        return with_number(image, KEPT, count)
 
     def probe(self, num_layers: int) -> Probe:
         if self.stage2 != "attention":
@@ -420,11 +418,6 @@ class Nuwa(SinkFilter, OwnGrids, VisionStage, DecoderPruner):
         if self.stage2 == "off" or index != self.cut_layer(len(prefill.decoder.layers)):
             return prefill
         return prefill.keep_visual(self.score(prefill), prefill.image_numbers(KEPT))
-
-
-def mean_output(vision: VisionTokens) -> Tensor:
-    """(B, N, C) fp32 what says how alike patches are."""
-    return next(cues["output_mean"] for cues in vision.layers.values() if "output_mean" in cues)
 
 
 def choose(salience: Tensor, view: View, sinks: Tensor | None = None) -> Tensor:

@@ -1,8 +1,7 @@
-"""Tensor routines that two or more methods share."""
+"""Routines on tensors, on numbers of tokens and on layers that belong to no single method."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -16,6 +15,18 @@ Number = TypeVar("Number", int, float)
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` (B, T) of `x` (B, N, C) -> (B, T, C)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, T, C) -> (B, H, T, C / H)."""
+    batch, size, width = x.shape
+    return x.view(batch, size, num_heads, width // num_heads).transpose(1, 2)
+
+
+def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
+    """Every key/value head repeated for the query heads it serves: (B, G, K, d) -> (B, H, K, d)."""
+    groups = num_heads // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
 
 def top_stable(score: Tensor, count: int) -> Tensor:
@@ -70,13 +81,6 @@ def ranks(score: Tensor) -> Tensor:
     return score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
-def order_within_groups(score: Tensor, group: Tensor) -> Tensor:
-    """Places (B, S) of the tokens, group by group in ascending order, the best `score` (B, S) of a
-    group first; equal scores stand in order of place. `group`: (B, S)."""
-    by_score = score.argsort(dim=1, descending=True, stable=True)
-    return by_score.gather(1, group.gather(1, by_score).argsort(dim=1, stable=True))
-
-
 def rank_within_groups(score: Tensor, group: Tensor) -> Tensor:
     """How many tokens of its own group beat each token: 0 for the best. Shapes (B, S) -> (B, S).
 
@@ -88,6 +92,15 @@ def rank_within_groups(score: Tensor, group: Tensor) -> Tensor:
     first = torch.searchsorted(sorted_group, sorted_group)  # place where the own group begins
     own = torch.arange(score.shape[1], device=score.device) - first
     return torch.empty_like(order).scatter_(1, by_score.gather(1, order), own)
+
+
+def denser(density: Tensor) -> Tensor:
+    """(B, N, N) True where the token of the last axis has a higher `density` (B, N) than that of
+    the middle one, or the same and stands before it."""
+    mine, other = density[:, :, None], density[:, None, :]
+    size = density.shape[1]
+    earlier = torch.ones(size, size, dtype=torch.bool, device=density.device).tril(-1)
+    return (other > mine) | ((other == mine) & earlier)
 
 
 def picks_then_rest(picks: Tensor, good: Tensor, rest: Tensor) -> Tensor:
@@ -120,16 +133,6 @@ def _table(
 ) -> Tensor:
     with torch.inference_mode(False):  # it outlives the mode
         return torch.tensor([rule(value, number) for value in range(most + 1)], device=device)
-
-
-def share_down(count: int, share: float) -> int:
-    """A share of `count`, rounded down."""
-    return int(count * share)
-
-
-def share_up(count: int, share: float) -> int:
-    """A share of `count`, rounded up."""
-    return math.ceil(count * share)
 
 
 def shared_out(shares: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:

@@ -1,9 +1,10 @@
-"""What the options of methods may be: their annotations, held against values that were given."""
+"""What the options of methods may be: their annotations, held against values that were given, and
+the checks that several methods make."""
 
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -52,6 +53,18 @@ def in_words(kind: Any) -> str:
         return f"a list, each {in_words(get_args(kinds[0])[0])}"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     return words.get(kinds[0], "no plain value")
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raises ValueError unless the value of the option `name` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}, choose from {', '.join(choices)}")
+
+
+def check_share(name: str, value: float | None) -> None:
+    """Raises ValueError unless the value of the option `name` is a share; None: not given."""
+    if value is not None and not 0 <= value <= 1:
+        raise ValueError(f"{name} ({value}) must lie between 0 and 1")
 
 
 def check_types(method: type, options: Mapping[str, object]) -> None:

@@ -221,11 +221,6 @@ class Prefill:
         numbers = torch.arange(self.most_images, device=self.index.device)
         return self.visual_index[:, None] == numbers[:, None]
 
-    def image_counts(self) -> Tensor:
-        """(B, I) tokens of every image of every row, on the device; `counts` has them on the host.
-        I is the most images a row has, at least 1."""
-        return on_device(self.counts.images, self.visual_index.device)
-
     def image_numbers(self, name: str) -> list[list[Any]]:
         """`image_extras[name]` with 0 where a row has no such image, so that rows are as long."""
         rows = self.image_extras[name]

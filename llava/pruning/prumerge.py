@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .base import Pruner, check_budget
 from .counts import Known
-from .ops import gather_tokens, lookup, normalize
+from .ops import gather_tokens, lookup, normalize, ranks
 from .sinks import SinkFilter, check_sink_ratio
 from .stages import VisionStage
 from .tokens import MERGED, VisionTokens
@@ -129,7 +129,7 @@ class PruMerge(SinkFilter, VisionStage, Pruner):
         size = attention.shape[1]
         number, start, step = self.counts(attention, num_patches or size)
         patch = torch.arange(size, device=attention.device)
-        rank = attention.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        rank = ranks(attention)
         top = rank < number
         key = torch.where(top, rank, 3 * size)
         if self.plus:

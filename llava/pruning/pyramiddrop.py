@@ -13,8 +13,9 @@ query rows of conversations in training are not used. `visual_token_num` is our 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .base import ShareOption, StagedPruner, check_budget
+from .base import ShareOption, check_budget
 from .ops import scale_layers
+from .staged import StagedPruner
 
 #: layers of the cuts in a 32-layer decoder, the published ones first, earlier ones for less
 LAYERS = ((8, 16, 24), (4, 12, 20), (2, 8, 16), (1, 4, 8), (0, 4, 8))

@@ -291,7 +291,7 @@ def check_base(wrapper: str, base: Pruner) -> None:
         reason = "is a wrapper itself"
     elif type(base.decoder) is not DecoderStage:
         reason = f"chooses inside the decoder, where {wrapper} cannot merge what is not chosen"
-        if base.before_decoder_by is not None:
+        if base.before_decoder_by is not None and can_be_asked(base):
             reason += f": set {name}_{base.before_decoder_by}"
         elif not isinstance(base, VisionStage):
             reason += f": let it follow another method, {wrapper}+METHOD+{name}"
@@ -303,15 +303,20 @@ def check_base(wrapper: str, base: Pruner) -> None:
         reason = BLENDS.format(wrapper=wrapper)
     elif base.adaptive or not isinstance(base, ShareOption):
         reason = "cannot be asked for a number of tokens"
-    elif base.visual_token_ratio is not None or base.visual_token_num != default_budget(base):
+    elif (base.visual_token_num, base.visual_token_ratio) != (type(base).visual_token_num, None):
         reason = f"has a budget of its own, {base}: give the budget to {wrapper}"
     else:
         return
     raise ValueError(f"{wrapper} cannot work around {name}, which {reason}")
 
 
-def default_budget(method: ShareOption) -> int | None:
-    return type(method).visual_token_num
+def can_be_asked(base: Pruner) -> bool:
+    """Whether a method can choose a number of tokens before the decoder."""
+    try:
+        base.choosing(1)
+    except ValueError:
+        return False
+    return True
 
 
 # --- tokens that were merged ----------------------------------------------------------------------

@@ -13,26 +13,20 @@ without a class token the attention that patches receive from all takes its plac
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import (
-    BUDGET,
-    NO_DECODER_STAGE,
-    Pruner,
-    SelectPruner,
-    ShareOption,
-    StagedPruner,
-    check_budget,
-)
+from .base import NO_DECODER_STAGE, BudgetPruner, Pruner, SelectPruner
 from .captured import captured
-from .ops import gather_tokens, interpolate, normalize, scale_layers, top_stable
+from .extras import with_extra, with_number
+from .ops import gather_tokens, interpolate, normalize, top_stable
 from .own_grids import OwnGrids
 from .prefill import Prefill
 from .sinks import SinkFilter, check_sink_ratio, num_sinks, sinks
+from .staged import BUDGET, CutLayers
 from .stages import DecoderStage, VisionStage
 from .tokens import MERGED, VisionTokens, without_cues
 from .words import mean_attention, words_behind
@@ -58,7 +52,7 @@ BLOCK_TOKENS = {
 
 
 @dataclass
-class SinkPruner(OwnGrids, VisionStage, ShareOption, StagedPruner):
+class SinkPruner(OwnGrids, VisionStage, BudgetPruner, CutLayers):
     """
     visual_token_num:  label of the published settings: 128, 64 or 32 of 576 enter the layers as
                        130, 65 and 33 on average, other numbers are in between; on LLaVA-NeXT the
@@ -76,7 +70,6 @@ class SinkPruner(OwnGrids, VisionStage, ShareOption, StagedPruner):
     cut_token_list:    tokens per crop left by each cut; None: as the label says
     """
 
-    visual_token_num: int = 64
     sink_ratio: float = 0.01
     salient_token_num: int | None = None
     diverse_token_num: int | None = None
@@ -90,10 +83,11 @@ class SinkPruner(OwnGrids, VisionStage, ShareOption, StagedPruner):
     anyres_tiles = (2, 2)
     in_raster_order = False
     renumbers = False
+    paper_layers = LAYERS
     before_decoder_by = "text_pruner=False"
 
     def __post_init__(self):
-        self.check_budgets()
+        super().__post_init__()
         check_sink_ratio(self.sink_ratio)
         if self.picks_per_round < 1:
             raise ValueError(f"picks_per_round ({self.picks_per_round}) must be at least 1 patch")
@@ -110,18 +104,6 @@ class SinkPruner(OwnGrids, VisionStage, ShareOption, StagedPruner):
             )
         if min(left) < 1:
             raise ValueError(f"cut_token_list ({left}) must be at least 1 token")
-
-    def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
-        super().check(num_patches, num_layers, crops)
-        check_budget(self.tokens_of(num_patches * crops), num_patches, crops)
-
-    def check_depth(self, num_layers: int) -> None:
-        layers = self.cut_layers(num_layers)
-        if not 0 <= layers[0] or layers[-1] >= num_layers or list(layers) != sorted(set(layers)):
-            raise ValueError(f"layer_list {layers} must ascend below the {num_layers} layers")
-
-    def cut_layers(self, num_layers: int) -> tuple[int, ...]:
-        return tuple(self.layer_list or scale_layers(LAYERS, num_layers))
 
     @property
     def decoder(self) -> DecoderStage:
@@ -187,7 +169,7 @@ class SinkPruner(OwnGrids, VisionStage, ShareOption, StagedPruner):
         return plan
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
-        budget = self.with_budget_of(num_patches * crops, crops).visual_token_num // crops
+        budget = self.with_budget_of(num_patches * crops, crops).tokens_per_crop(crops)
         first = self.entering(budget, num_patches) * crops
         return self.image_schedule(first, num_layers, num_patches, budget)
 
@@ -196,24 +178,22 @@ class SinkPruner(OwnGrids, VisionStage, ShareOption, StagedPruner):
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
         self.check_model(vision)
         num_patches = vision.features.shape[1]
-        budget = self.visual_token_num // vision.crops_in_budget
-        images = len(vision.layouts or vision.features)
-        extras: dict[str, list[int | float]]
-        extras = {**vision.image_extras, BUDGET: [budget] * images}
+        budget = self.tokens_per_crop(vision.crops_in_budget)
+        vision = with_number(vision, BUDGET, [budget] * len(vision.crops_of_images()))
         if budget >= num_patches:
-            return replace(vision, image_extras=extras)
+            return vision
         pools = self.pools(budget, num_patches)
         high, salient, diverse = sanitize(
             vision.features, vision.cue("salience"), *pools, self.picks_per_round
         )
         kept = torch.cat([high[:, :1], salient.sort(1).values, diverse.sort(1).values], dim=1)
-        clean = replace(without_cues(vision), image_extras=extras).keep(kept)
+        clean = without_cues(vision).keep(kept)
         if not pools[0]:
             return clean
         clean.features[:, 0] = sink_token(vision.features, high)
         merged = torch.zeros_like(kept, dtype=torch.bool)
         merged[:, 0] = True
-        clean.extras = {**clean.extras, MERGED: merged}
+        clean = with_extra(clean, MERGED, merged)
         if self.own_grids:
             return clean.keep(clean.positions.argsort(dim=1))
         clean.positions[:, 0] = -1  # it stands for no place

@@ -9,11 +9,12 @@ Paper: SinkPruner, https://arxiv.org/abs/2609.01004
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from .extras import with_extra, without_extra
 from .ops import on_device, top_stable
 from .tokens import VisionTokens
 
@@ -106,15 +107,9 @@ class SinkFilter:
         """`vision` with the extra `LEFT_OUT`, where there are sinks, for methods that choose behind
         the projector from whole grids; `without_marks` takes it away again."""
         marks = self.sink_mask(vision.features, least)
-        if marks is None:
-            return vision
-        return replace(vision, extras={**vision.extras, LEFT_OUT: marks})
+        return vision if marks is None else with_extra(vision, LEFT_OUT, marks)
 
 
 def without_marks(vision: VisionTokens) -> tuple[VisionTokens, Tensor | None]:
     """(the tokens as they were before `with_sinks_marked`, (B, N) True on sinks or None)."""
-    marks = vision.extras.get(LEFT_OUT)
-    if marks is None:
-        return vision, None
-    extras = {name: own for name, own in vision.extras.items() if name != LEFT_OUT}
-    return replace(vision, extras=extras), marks
+    return without_extra(vision, LEFT_OUT), vision.extras.get(LEFT_OUT)

@@ -17,20 +17,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Pruner, ShareOption, check_budget
+from .base import ShareOption, check_budget
 from .density_peaks import cluster
 from .ops import (
     gather_tokens,
     interpolate,
     on_device,
-    order_within_groups,
     scale_layers,
     top_stable,
     true_first,
 )
+from .option_types import check_choice
 from .prefill import Prefill
 from .published import Published
-from .stages import DecoderStage, Probe
+from .staged import StageLayers
+from .stages import Probe
 
 LAYERS = {"1.0": (2, 6, 15, 19), "1.5": (2, 6, 15), "2.0": (2, 6, 15)}
 #: tokens left at each stage for a published budget, of 576
@@ -64,7 +65,7 @@ class SparseState:
 
 
 @dataclass
-class SparseVLM(ShareOption, DecoderStage, Pruner):
+class SparseVLM(ShareOption, StageLayers):
     """
     visual_token_num:   label of the published settings, 192, 128, 96 and 64 of 576 tokens; between
                         them the tokens of each stage are interpolated. More tokens than this enter
@@ -97,8 +98,7 @@ class SparseVLM(ShareOption, DecoderStage, Pruner):
             self.visual_token_num, self.retained_tokens = self.retained_tokens, None
         self.check_budgets()
         self.version = str(self.version)
-        if self.version not in LAYERS:
-            raise ValueError(f"unknown version {self.version!r}, choose from {', '.join(LAYERS)}")
+        check_choice("version", self.version, LAYERS)
         if self.num_selected_heads < 1:
             raise ValueError(f"num_selected_heads ({self.num_selected_heads}) must be at least 1")
         stages = len(self.pruning_layers or LAYERS[self.version])
@@ -118,13 +118,6 @@ class SparseVLM(ShareOption, DecoderStage, Pruner):
         super().check(num_patches, num_layers, crops)
         if self.retained_tokens is None and not self.adaptive:
             check_budget(self.tokens_of(num_patches * crops), num_patches, crops)
-
-    def check_depth(self, num_layers: int) -> None:
-        layers = self.stage_layers(num_layers)
-        if not 0 <= layers[0] or layers[-1] > num_layers - 2 or list(layers) != sorted(set(layers)):
-            raise ValueError(
-                f"pruning_layers {layers} must ascend and leave a layer of {num_layers} after them"
-            )
 
     def stage_layers(self, num_layers: int) -> tuple[int, ...]:
         return tuple(self.pruning_layers or scale_layers(LAYERS[self.version], num_layers))
@@ -212,9 +205,6 @@ class SparseVLM(ShareOption, DecoderStage, Pruner):
 
     # --- stages -------------------------------------------------------------------------------
 
-    def reusable_layers(self, prefill: Prefill) -> int:
-        return self.stage_layers(len(prefill.decoder.layers))[0]
-
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         if index == 0:
             counts = [list(row) for row in prefill.counts.images]
@@ -298,6 +288,13 @@ class SparseVLM(ShareOption, DecoderStage, Pruner):
             renumber=True,
             counts=prefill.counts.with_images(prefill.state.counts),
         )
+
+
+def order_within_groups(score: Tensor, group: Tensor) -> Tensor:
+    """Places (B, S) of the tokens, group by group in ascending order, the best `score` (B, S) of a
+    group first; equal scores stand in order of place. `group`: (B, S)."""
+    by_score = score.argsort(dim=1, descending=True, stable=True)
+    return by_score.gather(1, group.gather(1, by_score).argsort(dim=1, stable=True))
 
 
 def ranked(kept, counts, size: int) -> tuple[list[list[bool]], list[list[int]]]:

@@ -225,6 +225,16 @@ class VisionTokens:
             "`needs`, and tokens that were blended before it have none",
         )
 
+    def layer_cue(self, name: str) -> Tensor:
+        """(B, N, ...) that cue of the first tower layer in `layers` that has it, which the method
+        names in `tower_extras`; ValueError where none has."""
+        found = (self.layers[layer].get(name) for layer in sorted(self.layers))
+        return required(
+            next((cue for cue in found if cue is not None), None),
+            f"the cue {name!r} of a tower layer is read but not there: a method gets the cues that "
+            "it names in `tower_extras`",
+        )
+
     @property
     def owners(self) -> Tensor:
         """(B,) `image_index`, which models always give; ValueError where it is None."""

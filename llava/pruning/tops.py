@@ -13,17 +13,20 @@ compete in the first stage, whichever crop they belong to.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .base import BUDGET, ShareOption, StagedPlan, StagedPruner, check_budget
+from .base import BudgetPruner
 from .captured import captured
+from .extras import with_extra, with_number, without_extra
 from .ops import cosines, interpolate, on_device, scale_layers
+from .option_types import check_choice
 from .own_grids import OwnGrids
 from .prefill import Prefill
-from .sinks import SinkFilter, check_sink_ratio
+from .sinks import SinkFilter
+from .staged import BUDGET, StagedPlan, StagedPruner, StageLayers
 from .stages import Probe, VisionStage
 from .tokens import ImageTokens, VisionTokens, keep_chosen
 from .words import Words, mean_attention, words_behind
@@ -66,7 +69,7 @@ class Plan(StagedPlan):
 
 
 @dataclass
-class TOPS(SinkFilter, OwnGrids, VisionStage, ShareOption, StagedPruner):
+class TOPS(SinkFilter, OwnGrids, VisionStage, BudgetPruner, StagedPruner, StageLayers):
     """
     visual_token_num: T, the label of the published tables: 2T tokens of an image enter the decoder,
                       T and T/4 are left after the cuts, which is 1.24 T on average (64 are 79.5);
@@ -84,7 +87,6 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, ShareOption, StagedPruner):
     sink_ratio:       share of the patches left out, those of the largest norm; 0: none
     """
 
-    visual_token_num: int = 64
     average: bool = False
     alpha: float = 0.5
     lam: float | None = None
@@ -102,11 +104,9 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, ShareOption, StagedPruner):
     depth = LAYERS[1]
 
     def __post_init__(self):
-        self.check_budgets()
-        check_sink_ratio(self.sink_ratio)
-        for name, choices in (("normalize", NORMALIZE), ("raters", RATERS)):
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"unknown {name} {value!r}, choose from {', '.join(choices)}")
+        super().__post_init__()
+        check_choice("normalize", self.normalize, NORMALIZE)
+        check_choice("raters", self.raters, RATERS)
         if min(self.alpha, self.lam or 0) < 0:
             raise ValueError(f"alpha ({self.alpha}) and lam ({self.lam}) must be at least 0")
         if self.pruning_layers is not None and len(self.pruning_layers) != 2:
@@ -116,19 +116,7 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, ShareOption, StagedPruner):
         super().attach(model)
         self.depth = model.config.num_hidden_layers
 
-    def check_depth(self, num_layers: int) -> None:
-        first, second = self.rating_layers(num_layers)
-        if not 0 <= first < second < num_layers - 1:
-            raise ValueError(
-                f"pruning_layers {first, second} must ascend and leave a layer of {num_layers} "
-                "after them"
-            )
-
-    def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
-        super().check(num_patches, num_layers, crops)
-        check_budget(self.tokens_of(num_patches * crops), num_patches, crops)
-
-    def rating_layers(self, num_layers: int) -> tuple[int, ...]:
+    def stage_layers(self, num_layers: int) -> tuple[int, ...]:
         layers, depth = BLOCK_LAYERS if self.own_grids else LAYERS
         return tuple(self.pruning_layers or scale_layers(layers, num_layers, depth))
 
@@ -158,7 +146,7 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, ShareOption, StagedPruner):
             last = max(BLOCK_TOKENS)
             part = interpolate(BLOCK_TOKENS, min(budget, last))
             left = tuple(round(number * max(budget / last, 1.0)) for number in part)
-        for layer, number in zip(self.rating_layers(num_layers), left, strict=True):
+        for layer, number in zip(self.stage_layers(num_layers), left, strict=True):
             number = max(1, min(plan[layer], number))
             plan[layer + 1 :] = [number] * (num_layers - layer - 1)
         return plan
@@ -180,7 +168,7 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, ShareOption, StagedPruner):
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
         """Images of a single crop, all at once."""
         if vision.crops_in_budget > 1:  # they are chosen from as a whole
-            return replace(vision, extras={**vision.extras, SALIENCE: vision.cue("salience")})
+            return with_extra(vision, SALIENCE, vision.cue("salience"))
         count = 2 * self.label(math.prod(vision.grid), self.depth)
         if count >= vision.features.shape[1]:
             return vision
@@ -197,11 +185,10 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, ShareOption, StagedPruner):
             return self.first_picks(embeds, salience, count).sort(dim=1).values
 
         pruned = keep_chosen(images, [2 * label for label in labels], choose)
-        for number, (image, label) in enumerate(zip(pruned, labels, strict=True)):
-            extras = {name: own for name, own in image.extras.items() if name != SALIENCE}
-            image_extras = {**image.image_extras, BUDGET: label}
-            pruned[number] = replace(image, extras=extras, image_extras=image_extras)
-        return pruned
+        return [
+            with_number(without_extra(image, SALIENCE), BUDGET, label)
+            for image, label in zip(pruned, labels, strict=True)
+        ]
 
     def first_picks(self, features: Tensor, salience: Tensor, count: int) -> Tensor:
         """(B, count) places of features (B, N, D) in the order they are picked."""
@@ -217,9 +204,8 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, ShareOption, StagedPruner):
         label = image.image_extras.get(BUDGET, image.length)
         # A video of one pair of frames is a still picture.
         kind = VIDEO if image.frame_pairs > 1 else TILED if image.crops > 1 else IMAGE
-        numbers = {SHARE: label / max(image.length, 1), KIND: kind}
-        image = super().before_prompt(image)
-        return replace(image, image_extras={**image.image_extras, **numbers})
+        image = with_number(super().before_prompt(image), KIND, kind)
+        return with_number(image, SHARE, label / max(image.length, 1))
 
     def weights(self, prefill: Prefill) -> list[tuple[float, float]]:
         """(lam, alpha) for every image of every row, one behind the other."""
@@ -234,7 +220,7 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, ShareOption, StagedPruner):
         return found
 
     def probe(self, num_layers: int) -> Probe:
-        return Probe(self.rating_layers(num_layers), self.ask)
+        return Probe(self.stage_layers(num_layers), self.ask)
 
     def ask(self, prefill: Prefill) -> Tensor:
         """Places (B, R) of the words that are asked, which are noted."""

@@ -100,12 +100,11 @@ class PruningTrace:
         self.attention, self.visual_index = {}, None
         self.answer_attention, self.held = {}, {}
 
-    def add_layer(self, visual_index: Tensor | None, valid: Tensor | None, size: Tensor) -> None:
+    def add_layer(self, visual_index: Tensor, valid: Tensor | None, size: Tensor) -> None:
         """One layer of the prefill; `size` (B, S) only lends its shape and device."""
         tokens = size.new_ones(size.shape, dtype=torch.bool) if valid is None else valid
-        visual = tokens & (visual_index >= 0) if visual_index is not None else tokens & False
         self.prompt_tokens.append(tokens.sum(dim=1))
-        self.visual_tokens.append(visual.sum(dim=1))
+        self.visual_tokens.append((tokens & (visual_index >= 0)).sum(dim=1))
 
     def add_attention(self, layer: int, row: Tensor, index: Tensor) -> None:
         """row (B, H, S') of the tokens that stood at `index` (B, S') in the prompt of layer 0;

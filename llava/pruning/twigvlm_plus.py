@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..linear import Linear
 from .interfaces import Decoder, LanguageModel, Layer
-from .ops import gather_tokens
+from .ops import gather_tokens, repeat_heads, split_heads
 from .per_token import at
 from .prefill import Prefill
 from .twigvlm import Twig, TwigVLM
@@ -50,12 +50,12 @@ class PruningHead(nn.Module):
         q (B, H, 1, d) of x and k (B, G, V, d) of y: after RoPE
         """
         q = q.float() * self._opened(self.q_gate(x))
-        k = for_heads(k, self.num_heads).float() * self._opened(self.k_gate(y))
+        k = repeat_heads(k, self.num_heads).float() * self._opened(self.k_gate(y))
         return shares(q, k, real)
 
     def _opened(self, gate: Tensor) -> Tensor:
         """(B, H, S, d) fp32: relu(g) * sigmoid(g) of a gate's output g (B, S, H * d)."""
-        gate = gate.float().unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        gate = split_heads(gate.float(), self.num_heads)
         return gate.relu() * gate.sigmoid()
 
 
@@ -113,14 +113,9 @@ def probed(
 def shares(q: Tensor, k: Tensor, real: Tensor) -> Tensor:
     """(B, V) what a query q (B, H, 1, d) attends to among keys k (B, G, V, d) alone, mean over its
     heads; 0 where `real` (B, V) is False. In fp32, inside autocast, too."""
-    product = (q.float() * for_heads(k, q.shape[1]).float()).sum(dim=-1) * q.shape[-1] ** -0.5
+    product = (q.float() * repeat_heads(k, q.shape[1]).float()).sum(dim=-1) * q.shape[-1] ** -0.5
     product = product.masked_fill(~real[:, None], torch.finfo(product.dtype).min)
     return product.softmax(dim=-1).mean(dim=1).masked_fill(~real, 0)
-
-
-def for_heads(k: Tensor, heads: int) -> Tensor:
-    """Keys (B, G, V, d) of groups of heads as those (B, H, V, d) of every head."""
-    return k[:, :, None].expand(-1, -1, heads // k.shape[1], -1, -1).flatten(1, 2)
 
 
 @dataclass

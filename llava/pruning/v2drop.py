@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import ShareOption, StagedPlan, StagedPruner, check_budget
-from .ops import scale_layers
+from .base import ShareOption, check_budget
 from .prefill import Prefill
+from .staged import CutLayers, StagedPlan
 
 LAYERS = (3, 17, 22)
 #: share of what is left that each cut keeps, published for a budget of 192 of 576
@@ -35,7 +35,7 @@ class Plan(StagedPlan):
 
 
 @dataclass
-class V2Drop(ShareOption, StagedPruner):
+class V2Drop(ShareOption, CutLayers):
     """
     visual_token_num: tokens per image. A third of them is the published setting (192 of 576: 576,
                       288, 144 and 1, which is 203 on average over 32 layers); any other number is
@@ -56,6 +56,7 @@ class V2Drop(ShareOption, StagedPruner):
     reads_text = False
     renumbers = False
     looks_back = 1
+    paper_layers = LAYERS
     plan_class = Plan
 
     def __post_init__(self):
@@ -72,9 +73,6 @@ class V2Drop(ShareOption, StagedPruner):
             raise ValueError(
                 f"keep_list ({keep}) must hold whole numbers of tokens, or shares from 0 to 1"
             )
-
-    def cut_layers(self, num_layers: int) -> tuple[int, ...]:
-        return tuple(self.layer_list or scale_layers(LAYERS, num_layers))
 
     def check_depth(self, num_layers: int) -> None:
         layers = self.cut_layers(num_layers)

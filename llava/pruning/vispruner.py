@@ -18,6 +18,7 @@ from torch import Tensor
 from .base import SelectPruner
 from .captured import captured
 from .ops import normalize, top_stable
+from .option_types import check_share
 from .published import Published
 from .sinks import SinkFilter
 from .tokens import VisionTokens
@@ -44,8 +45,7 @@ class VisPruner(SinkFilter, SelectPruner):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.important_ratio <= 1:
-            raise ValueError(f"important_ratio ({self.important_ratio}) must lie between 0 and 1")
+        check_share("important_ratio", self.important_ratio)
         if self.drop_per_round < 1:
             raise ValueError(f"drop_per_round ({self.drop_per_round}) must be at least 1 patch")
 

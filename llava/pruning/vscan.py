@@ -17,20 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import BUDGET, ShareOption, StagedPruner, check_budget
+from .base import BudgetPruner
 from .captured import captured
-from .ops import (
-    gather_tokens,
-    normalize,
-    rank_within_groups,
-    scale_layer,
-    scale_layers,
-    top_stable,
-    true_first,
-)
+from .extras import with_number
+from .ops import gather_tokens, normalize, rank_within_groups, scale_layer, top_stable, true_first
 from .own_grids import OwnGrids
 from .published import Published
-from .sinks import SinkFilter, check_sink_ratio, without_marks
+from .sinks import SinkFilter, without_marks
+from .staged import BUDGET, CutLayers
 from .stages import VisionStage
 from .tokens import VisionTokens
 
@@ -44,7 +38,7 @@ SINK = -2.0
 
 
 @dataclass
-class VScan(SinkFilter, OwnGrids, ShareOption, VisionStage, StagedPruner):
+class VScan(SinkFilter, OwnGrids, VisionStage, BudgetPruner, CutLayers):
     """
     visual_token_num:  tokens per image, averaged over the decoder layers; on LLaVA-NeXT the sum
                        over its crops. The two counts below follow from it unless they are given
@@ -65,7 +59,6 @@ class VScan(SinkFilter, OwnGrids, ShareOption, VisionStage, StagedPruner):
                        norm; 0: none
     """
 
-    visual_token_num: int = 64
     encoder_token_num: int | None = None
     encoder_token_ratio: float | None = None
     layer_list: Sequence[int] | None = None
@@ -80,10 +73,10 @@ class VScan(SinkFilter, OwnGrids, ShareOption, VisionStage, StagedPruner):
         meaning={"visual_token_num": "encoder_token_num"},
     )
     needs = frozenset({"salience"})
+    paper_layers = CUT_LAYERS
 
     def __post_init__(self):
-        self.check_budgets()
-        check_sink_ratio(self.sink_ratio)
+        super().__post_init__()
         first, later = self.encoder_token_num, self.image_token_list
         if min([1 if first is None else first, *(later or ())]) < 1:
             raise ValueError(
@@ -117,18 +110,12 @@ class VScan(SinkFilter, OwnGrids, ShareOption, VisionStage, StagedPruner):
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
         super().check(num_patches, num_layers, crops)
-        check_budget(self.tokens_of(num_patches * crops), num_patches, crops)
         if (self.encoder_token_num or 1) > num_patches:
             raise ValueError(
                 f"encoder_token_num ({self.encoder_token_num}) exceeds the {num_patches} patches "
                 "of a crop"
             )
         self.token_schedule(num_patches, num_layers, crops)
-
-    def check_depth(self, num_layers: int) -> None:
-        layers = self.cut_layers(num_layers)
-        if not 0 <= min(layers) <= max(layers) < num_layers or list(layers) != sorted(set(layers)):
-            raise ValueError(f"layer_list {layers} must ascend below the {num_layers} layers")
 
     def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
         local = self.local_layer
@@ -137,9 +124,6 @@ class VScan(SinkFilter, OwnGrids, ShareOption, VisionStage, StagedPruner):
         if not 0 <= local <= selected:
             raise ValueError(f"local_layer ({local}) must be one of the {selected + 1} layers run")
         return {local: frozenset({"salience"})}
-
-    def cut_layers(self, num_layers: int) -> tuple[int, ...]:
-        return tuple(self.layer_list or scale_layers(CUT_LAYERS, num_layers))
 
     def encoder_tokens(self, budget: int, num_patches: int) -> int:
         """T, the tokens a crop is asked to keep in the vision stage; `budget` is that of a crop."""
@@ -152,14 +136,14 @@ class VScan(SinkFilter, OwnGrids, ShareOption, VisionStage, StagedPruner):
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
         """Tokens are merged in the space of the language model, sinks are known before it."""
-        budget = self.visual_token_num // vision.crops_in_budget
+        budget = self.tokens_per_crop(vision.crops_in_budget)
         wanted = self.encoder_tokens(budget, vision.features.shape[1])
         return self.with_sinks_marked(vision, wanted)
 
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
         vision, sinks = without_marks(vision)
         num_patches = vision.features.shape[1]
-        budget = self.visual_token_num // vision.crops_in_budget
+        budget = self.tokens_per_crop(vision.crops_in_budget)
         wanted = self.encoder_tokens(budget, num_patches)
         self.check_model(vision)
         if wanted == num_patches:
@@ -168,9 +152,7 @@ class VScan(SinkFilter, OwnGrids, ShareOption, VisionStage, StagedPruner):
             index = self.select(vision, wanted, sinks)
             kept = vision.keep(index)
             kept.features = absorb(vision.features, index, sinks)
-        images = len(vision.layouts or vision.features)
-        kept.image_extras = {**kept.image_extras, BUDGET: [budget] * images}
-        return kept
+        return with_number(kept, BUDGET, [budget] * len(vision.crops_of_images()))
 
     def select(self, vision: VisionTokens, wanted: int, sinks: Tensor | None = None) -> Tensor:
         """(B, K) patches to keep, ascending; K = `num_selected`, or `wanted` of blocks.
@@ -246,7 +228,7 @@ class VScan(SinkFilter, OwnGrids, ShareOption, VisionStage, StagedPruner):
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         self, side = self.with_budget_of(num_patches * crops), math.isqrt(num_patches)
-        budget = self.visual_token_num // crops
+        budget = self.tokens_per_crop(crops)
         wanted = self.encoder_tokens(budget, num_patches)
         kept = wanted if self.own_grids else self.num_selected(wanted, (side, side))
         return self.image_schedule(kept * crops, num_layers, num_patches, budget)
@@ -254,8 +236,7 @@ class VScan(SinkFilter, OwnGrids, ShareOption, VisionStage, StagedPruner):
 
 def local_score(vision: VisionTokens, sinks: Tensor | None = None) -> Tensor:
     """(B, N) attention that patches receive in the shallow layer, `SINK` where `sinks` is True."""
-    found = (vision.layers[layer] for layer in sorted(vision.layers))
-    score = next(cues["salience"] for cues in found if "salience" in cues)
+    score = vision.layer_cue("salience")
     return score if sinks is None else score.masked_fill(sinks, SINK)
 
 

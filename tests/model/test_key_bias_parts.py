@@ -17,6 +17,7 @@ from llava.model.language_model.attention import (
     padded_causal_mask,
 )
 from llava.pruning import Pruner, VisionStage
+from llava.pruning.ops import repeat_heads
 
 SIZES = torch.tensor([1, 3, 1, 2, 1, 1])  # how many tokens each key of a merged prompt stands for
 
@@ -69,7 +70,7 @@ def test_recorded_rows_are_those_of_attention_with_the_bias():
     rows = torch.tensor([[5, 3], [4, 0]])
     mask = attention_mask(padded_causal_mask(valid, 6), bias, 6, q.dtype)
     out = attend(q, k, v, mask, "sdpa")
-    values = attention.repeat_heads(v, 4)
+    values = repeat_heads(v, 4)
     for row, weights in zip(
         rows.T, attention_rows(q, k, rows, valid, bias=bias).unbind(2), strict=True
     ):

@@ -14,6 +14,7 @@ from llava.model.language_model.layers import Rotary
 from llava.model.position_bias import between, joined
 from llava.pruning import DecoderStage, VisionStage, build_pruner, trace_pruning
 from llava.pruning.base import DecoderPruner, SelectPruner
+from llava.pruning.ops import repeat_heads
 from llava.pruning.position_bias import PositionBias
 from llava.pruning.testing.tiny import picture
 from llava.pruning.twigvlm import TwigVLM
@@ -144,7 +145,7 @@ def test_kernels_add_a_number_for_every_pair(backend, groups):
     pairs, keys = torch.randn(2, 6, 6), torch.randn(2, 6)
     bias = joined(keys, pairs)
     out = attend(q, k, v, attention_mask(None, bias, 6, q.dtype), backend)
-    whole = [attention.repeat_heads(x, 4) for x in (k, v)]
+    whole = [repeat_heads(x, 4) for x in (k, v)]
     scores = q @ whole[0].transpose(2, 3) / 8**0.5 + (pairs + keys[:, None])[:, None]
     hidden = torch.ones(6, 6, dtype=torch.bool).triu(1)
     wanted = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1) @ whole[1]

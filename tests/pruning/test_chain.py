@@ -56,6 +56,15 @@ def test_the_first_may_act_inside_the_decoder_by_a_setting_that_is_off(model, sa
     assert counts == model.pruner.token_schedule(36, 6) and counts[2:] == [4, 4, 4, 4]
 
 
+def test_nuwa_before_the_decoder_says_what_to_set(model):
+    with pytest.raises(ValueError, match='first method .*: set nuwa_stage2="off"$'):
+        build_pruner("nuwa+fastv")
+    options = dict(nuwa_visual_token_num=10, fastv_visual_token_num=4, fastv_layer=2)
+    chain = build_pruner("nuwa+fastv", nuwa_stage2="off", **options)
+    model.pruner = chain
+    assert chain.decoder is chain.second
+
+
 def test_what_each_needs_is_asked_for():
     chain = build_pruner("visionzip+adaptprune")
     assert chain.vision.needs == build_pruner("visionzip").needs

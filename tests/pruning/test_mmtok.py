@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from llava.pruning import build_pruner, trace_pruning
-from llava.pruning.mmtok import ROUND_UP, Letters, cover_both
+from llava.pruning.letters import Letters
+from llava.pruning.mmtok import ROUND_UP, cover_both
 
 
 def random(*shape, seed=0):

@@ -4,7 +4,7 @@ import pytest
 
 from llava.pruning import METHODS, build_pruner
 from llava.pruning.base import option_names
-from llava.pruning.option_types import check_types
+from llava.pruning.option_types import check_choice, check_share, check_types
 
 
 @pytest.mark.parametrize("name", METHODS.own)
@@ -46,3 +46,13 @@ def test_an_option_that_takes_more_than_plain_values_is_left_to_its_method():
 def test_a_combination_names_all_of_its_methods(name):
     with pytest.raises(ValueError, match=r"a combination has the form METHOD\+METHOD, got"):
         build_pruner(name)
+
+
+def test_choices_and_shares_are_checked():
+    check_choice("rule", "exact", ("exact", "released"))
+    with pytest.raises(ValueError, match="^unknown rule 'none', choose from exact, released$"):
+        check_choice("rule", "none", ("exact", "released"))
+    for share in (None, 0, 0.5, 1):
+        check_share("alpha", share)
+    with pytest.raises(ValueError, match=r"^alpha \(1.5\) must lie between 0 and 1$"):
+        check_share("alpha", 1.5)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from llava.pruning import ImageTokens, VisionTokens
+from llava.pruning.extras import with_extra, with_number, without_extra
 from llava.pruning.per_token import at, each, mapped, per_token, tensors_of, with_zeros
 
 
@@ -70,6 +71,16 @@ def test_crops_keep_all_they_have_of_their_tokens():
     assert torch.equal(kept.cls_attention[0], vision.cls_attention[0][:, [1, 3]])
     assert torch.equal(kept.extras["mine"][0], vision.extras["mine"][0, [1, 3]])
     assert torch.equal(kept.keys[0], vision.keys[0, [1, 3]]) and kept.cls_token is vision.cls_token
+
+
+def test_extras_and_numbers_come_and_go_without_a_trace_on_what_was():
+    places = torch.arange(4)
+    image = ImageTokens(places[:, None].float(), places, places, 4, extras={"mine": places})
+    more = with_number(with_extra(image, "other", 2 * places), "count", 3)
+    assert list(more.extras) == ["mine", "other"] and more.image_extras == {"count": 3}
+    less = without_extra(without_extra(more, "mine"), "nobody's")
+    assert list(less.extras) == ["other"] and less.image_extras == {"count": 3}
+    assert list(image.extras) == ["mine"] and image.image_extras == {}
 
 
 def test_an_image_keeps_places_a_slice_or_what_a_mask_says():

@@ -23,6 +23,7 @@ def test_what_is_there_comes_back_as_it_is():
     x = torch.zeros(2, 4)
     assert required(0, "nothing") == 0
     assert vision(salience=x).cue("salience") is x and vision(image_index=x).owners is x
+    assert vision(layers={5: {"keys": 2 * x}, 3: {"salience": x}, 1: {}}).layer_cue("salience") is x
     assert vision(project=lambda own: own + 1).projected(x).eq(1).all()
     assert prefill(attention=x).recorded_rows is x and prefill(keys=x).recorded_keys is x
 
@@ -31,6 +32,10 @@ def test_what_is_there_comes_back_as_it_is():
     "read, words",
     [
         (lambda: vision().cue("keys"), "'keys' is read but not there: .* names in `needs`"),
+        (
+            lambda: vision(layers={0: {"output": torch.zeros(1)}}).layer_cue("salience"),
+            "'salience' of a tower layer .* names in `tower_extras`",
+        ),
         (lambda: vision().owners, "set image_index"),
         (lambda: vision().projected(torch.zeros(1)), "in after_projector alone"),
         (lambda: prefill().recorded_rows, "no attention rows .* layer 5: name the layer before"),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import how_to_install
-from ...pruning.ops import gather_tokens, on_device, true_first
+from ...pruning.ops import gather_tokens, on_device, repeat_heads, true_first
 
 logger = logging.getLogger(__name__)
 
@@ -216,12 +216,6 @@ def check_backend(name: str) -> str:
                 f"{how_to_install('flash')}, or use 'sdpa'"
             ) from error
     return name
-
-
-def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
-    """Every key/value head repeated for the query heads it serves: (B, G, K, d) -> (B, H, K, d)."""
-    groups = num_heads // x.shape[1]
-    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
 
 def causal_mask(num_queries: int, num_keys: int, device) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...blocks import GatedMLP, RMSNorm, in_pieces, rope_of, rotate
 from ...devices import device_of, moved
 from ...linear import Linear
-from ...pruning.ops import gather_tokens
+from ...pruning.ops import gather_tokens, split_heads
 from ..kv_cache import KVCache, RowState
 from .attention import (
     Packing,
@@ -155,19 +155,14 @@ class Attention(nn.Module):
         return self.queries(x, rope), self.keys(x, rope)
 
     def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        batch, size, _ = x.shape
-        q = self.q_proj(x).view(batch, size, self.num_heads, self.head_dim).transpose(1, 2)
-        return rotate(q, rope)
+        return rotate(split_heads(self.q_proj(x), self.num_heads), rope)
 
     def keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        batch, size, _ = x.shape
-        k = self.k_proj(x).view(batch, size, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        return rotate(k, rope)
+        return rotate(split_heads(self.k_proj(x), self.num_kv_heads), rope)
 
     def values(self, x: Tensor) -> Tensor:
         """v (B, G, S, d) from normed inputs x (B, S, D)."""
-        batch, size, _ = x.shape
-        return self.v_proj(x).view(batch, size, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        return split_heads(self.v_proj(x), self.num_kv_heads)
 
     def weights_at(self, x: Tensor, k: Tensor, step: Step, rows: Tensor) -> Tensor:
         """(B, H, R, S) fp32 what the tokens at places `rows` (B, R) of normed inputs x (B, S, D)
