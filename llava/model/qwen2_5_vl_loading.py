@@ -201,8 +201,14 @@ def load(
             f"{folder}: {PREPROCESSOR} has patch_size {processor.patch_size}, "
             f"config.json {config.vision_config.patch_size}"
         )
-    how = {"use_safetensors": use_safetensors, "rename": released_name}
-    model, filler = build_empty(model_class, config, dtype, device, **how)
+    model, filler = build_empty(
+        model_class,
+        config,
+        dtype,
+        device,
+        use_safetensors=use_safetensors,
+        rename=released_name,
+    )
     if adapter is not None:  # what was trained beside the adapter takes the place of the base's
         for name, tensor in clean_trainable_names(read_tensors(adapter, NON_LORA)).items():
             filler.add(name, tensor, adapter)

@@ -21,11 +21,12 @@ from torch import Tensor
 from ..devices import device_of
 from .base import EqualShares
 from .captured import captured
+from .extras import without_extra
 from .interfaces import LanguageModel
 from .ops import cosines, top_stable
 from .option_types import check_share
 from .scorer import Scorer, read_scorer, scorer_file
-from .sinks import SinkFilter
+from .sinks import NORMS, SinkFilter, picked
 from .tokens import VisionTokens
 
 
@@ -74,10 +75,10 @@ class IDPruner(SinkFilter, EqualShares):
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
         """Tokens are compared in the space of the language model, sinks are known before it."""
-        return self.candidates(vision, max(self.shares(vision)))
+        return self.with_norms(vision)
 
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
-        return self.keep_shares(vision)
+        return without_extra(self.keep_shares(vision), NORMS)
 
     def importance(self, vision: VisionTokens, rows: Tensor | slice) -> Tensor:
         """(G, N) of every token of the crops `rows` (G,); the scale does not matter, it is brought
@@ -89,8 +90,9 @@ class IDPruner(SinkFilter, EqualShares):
         return scores.to(features.device)
 
     def pick(self, vision: VisionTokens, rows: Tensor | slice, count: int) -> Tensor:
-        importance = self.importance(vision, rows)
-        return marginally_best(vision.features[rows], importance, count, self.mmr_lambda)
+        others, weight = self.others(vision, rows, count), self.mmr_lambda
+        choose = lambda features, scores: marginally_best(features, scores, count, weight)  # noqa: E731
+        return picked(choose, others, vision.features[rows], self.importance(vision, rows))
 
 
 @captured

@@ -66,6 +66,12 @@ def range_in_image(score: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
     return low, over_image(score.amax(dim=1), "amax") - low
 
 
+def hides_tokens(valid: Tensor | None) -> bool:
+    """Whether padding, where `valid` (B, S) is False, stands before a token; behind all tokens the
+    causal mask hides it anyway. Waits for the device."""
+    return valid is not None and bool((valid[:, 1:] & ~valid[:, :-1]).any())
+
+
 def true_first(mask: Tensor) -> Tensor:
     """Places (..., S) of `mask` (..., S): where it is True, then where it is not, each in order."""
     return mask.view(torch.uint8).argsort(dim=-1, descending=True, stable=True)

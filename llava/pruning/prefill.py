@@ -12,7 +12,7 @@ from torch import Tensor
 from .branches import Branches
 from .counts import PADDING, Known, TokenCounts, counted
 from .interfaces import Decoder
-from .ops import on_device, rank_within_groups, true_first, true_last
+from .ops import hides_tokens, on_device, rank_within_groups, true_first, true_last
 from .per_token import at, each, mapped, per_token, with_zeros
 from .position_bias import PositionBias
 from .required import required
@@ -114,7 +114,7 @@ class Prefill:
         known = self.what_is_known()
         if known.hides is not None:
             return known.hides
-        hides = bool((self.valid[:, 1:] & ~self.valid[:, :-1]).any())
+        hides = hides_tokens(self.valid)
         self.know(known.counts, hides, known.left)
         return hides
 
@@ -394,6 +394,16 @@ class Prefill:
         grown = self._with(tokens, positions, image)
         return grown.take(order, valid, renumber, counts)
 
+    @property
+    def follows(self) -> Tensor:
+        """(B,) `next_position`, or what that is where no method has said it."""
+        if self.next_position is not None:
+            return self.next_position
+        places = self.position_ids if not self.has_axes else self.position_ids.amax(dim=2)
+        if self.valid is not None:
+            places = places.masked_fill(~self.valid, -1)
+        return places.amax(dim=1) + 1
+
     def append(self, tokens: Tensor, branches: Branches | None = None) -> Prefill:
         """New tokens (B, M, D) behind every prompt, at the positions that follow it, or, with
         `branches`, as a tree whose root is the last token of the prompt.
@@ -404,13 +414,7 @@ class Prefill:
         batch, count = tokens.shape[:2]
         known = self.what_is_known().counts
         none = self.index.new_full((batch, count), -1)
-        follows = self.next_position
-        if follows is None:
-            places = self.position_ids
-            places = places if places.ndim == 2 else places.amax(dim=2)
-            if self.valid is not None:
-                places = places.masked_fill(~self.valid, -1)
-            follows = places.amax(dim=1) + 1
+        follows = self.follows
         if branches is None:
             ahead = torch.arange(count, device=none.device)
         else:

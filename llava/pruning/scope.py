@@ -21,9 +21,10 @@ from torch import Tensor
 from .base import EqualShares
 from .captured import captured
 from .coverage import cover_most
+from .extras import without_extra
 from .ops import cosines
 from .published import Published
-from .sinks import SinkFilter
+from .sinks import NORMS, SinkFilter, picked
 from .tokens import VisionTokens
 
 COMBINATIONS = ("multiply", "add")
@@ -54,17 +55,19 @@ class Scope(SinkFilter, EqualShares):
             raise ValueError(f"combine ({self.combine!r}) must be one of {', '.join(COMBINATIONS)}")
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
-        vision = self.candidates(vision, max(self.shares(vision)))
+        vision = self.with_norms(vision)
         return vision if vision.block > 1 else self.keep_shares(vision)
 
     def after_projector(self, vision: VisionTokens) -> VisionTokens:
         """Where blocks of patches become tokens here, those are chosen."""
-        return vision if vision.block == 1 else self.keep_shares(vision)
+        vision = vision if vision.block == 1 else self.keep_shares(vision)
+        return without_extra(vision, NORMS)
 
     def pick(self, vision: VisionTokens, rows: Tensor | slice, count: int) -> Tensor:
         attention = vision.cue("salience")[rows] * vision.num_heads  # the sum over heads
-        weight = attention**self.alpha
-        return cover_salient(vision.features[rows], weight, count, self.combine == "add")
+        add, others = self.combine == "add", self.others(vision, rows, count)
+        choose = lambda features, weight: cover_salient(features, weight, count, add)  # noqa: E731
+        return picked(choose, others, vision.features[rows], attention**self.alpha)
 
 
 @captured

@@ -9,17 +9,20 @@ Paper: SinkPruner, https://arxiv.org/abs/2609.01004
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .extras import with_extra, without_extra
-from .ops import on_device, top_stable
+from .ops import gather_tokens, on_device, top_stable, true_first
 from .tokens import VisionTokens
 
 #: the extra, on the way to the projector, that is True on the patches that are left out
 LEFT_OUT = "left_out"
+#: likewise, the norm of every token as the tower gives it
+NORMS = "norms"
 
 
 def check_sink_ratio(sink_ratio: float) -> None:
@@ -83,6 +86,27 @@ class SinkFilter:
         left = torch.ones_like(vision.positions, dtype=torch.bool).scatter(1, found, False)
         return vision.keep_mask(left, [left.shape[1] - found.shape[1]] * len(left))
 
+    def with_norms(self, vision: VisionTokens) -> VisionTokens:
+        """`vision` with the extra that `others` reads, where patches are left out at all."""
+        if not self.sink_ratio:
+            return vision
+        norms = torch.linalg.vector_norm(vision.features.float(), dim=-1)
+        return with_extra(vision, NORMS, norms)
+
+    def others(self, vision: VisionTokens, rows: Tensor | slice, least: int) -> Tensor | None:
+        """(G, M) places in the crops `rows` (G,) of all tokens but the sinks, of which at most so
+        many are left out that `least` tokens are left; None: nothing is left out."""
+        norms = vision.extras.get(NORMS)
+        if norms is None:
+            return None
+        size = norms.shape[1]
+        count = min(num_sinks(size, self.sink_ratio), size - least)
+        if count <= 0:
+            return None
+        found = top_stable(norms[rows], count)
+        left = torch.ones_like(norms[rows], dtype=torch.bool).scatter_(1, found, False)
+        return true_first(left)[:, : size - count]
+
     def candidates_of_images(self, vision: VisionTokens, budget: int) -> VisionTokens:
         """Likewise where the crops of an image are chosen from as a whole: of each of them so many
         are left out that the tokens left of the image, unpadded, are `budget` or more."""
@@ -108,6 +132,19 @@ class SinkFilter:
         the projector from whole grids; `without_marks` takes it away again."""
         marks = self.sink_mask(vision.features, least)
         return vision if marks is None else with_extra(vision, LEFT_OUT, marks)
+
+
+def picked(
+    choose: Callable[[Tensor, Tensor], Tensor],
+    others: Tensor | None,
+    features: Tensor,
+    scores: Tensor,
+) -> Tensor:
+    """Places (G, T) that `choose` picks by features (G, N, C) and scores (G, N), of all tokens or
+    among those at the places `others` (G, M) alone."""
+    if others is None:
+        return choose(features, scores)
+    return others.gather(1, choose(gather_tokens(features, others), scores.gather(1, others)))
 
 
 def without_marks(vision: VisionTokens) -> tuple[VisionTokens, Tensor | None]:

@@ -184,7 +184,12 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, BudgetPruner, StagedPruner, StageL
             salience = torch.stack([image.extras[SALIENCE] for image in alike])
             return self.first_picks(embeds, salience, count).sort(dim=1).values
 
-        pruned = keep_chosen(images, [2 * label for label in labels], choose)
+        # Images of a single crop and videos are cut already; what those have is no salience.
+        counts = [
+            2 * label if SALIENCE in image.extras else image.length
+            for image, label in zip(images, labels, strict=True)
+        ]
+        pruned = keep_chosen(images, counts, choose)
         return [
             with_number(without_extra(image, SALIENCE), BUDGET, label)
             for image, label in zip(pruned, labels, strict=True)

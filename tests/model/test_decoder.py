@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from llava.model.kv_cache import KVCache
 from llava.model.language_model.attention import attend, attention_rows, padded_causal_mask
-from llava.model.language_model.modeling_llama import Rotary, next_position
+from llava.model.language_model.modeling_llama import Rotary
 from llava.pruning import DecoderStage
 from llava.pruning.base import DecoderPruner, Pruner
 from tests.conftest import TINY, make_pruner, pad_batch
@@ -87,7 +87,7 @@ def test_an_answer_follows_the_furthest_position_on_any_axis(model):
             [[[99, 99, 99], [0, 0, 0], [0, 1, 4]], [[0, 0, 0], [0, 6, 0], [2, 2, 2]]]
         ),
     )
-    assert next_position(prefill).tolist() == [5, 7]
+    assert prefill.follows.tolist() == [5, 7]
 
 
 def test_recorded_rows_are_rows_of_the_attention_map():

@@ -156,6 +156,25 @@ def test_it_works_on_tiles_and_on_images_of_any_size(anyres_model, own_grids_mod
 
 
 @pytest.mark.parametrize("name", FILTERING)
+def test_other_images_of_a_call_change_nothing(anyres_model, name):
+    """With five crops and with three: how many sinks there may be follows from an image alone."""
+    pruner = make_pruner_with(name, 0.6, 90)
+    if not pruner.vision.anyres or pruner.vision.anyres_tiles is not None:
+        pytest.skip("all images have as many crops")
+    anyres_model.pruner = pruner
+    five, three = ((2 * SIDE, 2 * SIDE), 5), ((SIDE, 2 * SIDE), 3)
+    for seed in range(8):
+        draw = torch.Generator().manual_seed(seed)
+        given = [(torch.randn(n, 3, SIDE, SIDE, generator=draw), s) for s, n in (five, three)]
+        kept = []
+        for images in (given[:1], given):
+            pixels, sizes = [image for image, _ in images], [size for _, size in images]
+            tokens = anyres_model.image_tokens(pixels, sizes, ["what?"] * len(sizes))
+            kept.append(tokens[0].patches)
+        assert torch.equal(*kept)
+
+
+@pytest.mark.parametrize("name", FILTERING)
 @pytest.mark.parametrize("sink_ratio", [-0.1, 1.0, True])
 def test_a_share_that_leaves_nothing_is_refused(name, sink_ratio):
     with pytest.raises(ValueError, match="sink_ratio .* must lie between 0"):

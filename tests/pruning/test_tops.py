@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llava.pruning import build_pruner, trace_pruning
+from llava.pruning.testing.tiny import video
 from llava.pruning.tops import TOPS, above_mean, preserve
 from tests.conftest import SIDE, make_pruner
 
@@ -154,3 +155,13 @@ def test_options_that_cannot_be_are_refused(options, message):
         build_pruner("tops", **options)
     with pytest.raises(ValueError, match="must ascend and leave a layer of 6"):
         build_pruner("tops", pruning_layers=[2, 5]).check_depth(6)
+
+
+@pytest.mark.parametrize("budget, pairs", [(2, 2), (3, 3), (10, 2)])
+def test_the_frames_of_a_video_are_cut_once(own_grids_model, sample, budget, pairs):
+    own_grids_model.pruner = build_pruner("tops", average=True, visual_token_num=budget)
+    with trace_pruning(own_grids_model) as trace:
+        given = dict(images=[video(pairs, 6, 6)], max_new_tokens=1, do_sample=False)
+        own_grids_model.generate(sample(4, "image", 5).ids, **given)
+    entered = [int(tokens[0]) for tokens in trace.visual_tokens]
+    assert entered[0] % pairs == 0 and 1 <= entered[-1] <= entered[0]

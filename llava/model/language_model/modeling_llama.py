@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ...blocks import RMSNorm
 from ...devices import device_of, moved
 from ...pruning.cost import DecoderShape
-from ...pruning.ops import gather_tokens
+from ...pruning.ops import gather_tokens, hides_tokens
 from ...pruning.prefill import Prefill
 from ...pruning.stages import DecoderStage
 from ..kv_cache import KVCache, RowState
@@ -39,7 +39,7 @@ from .attention import (
 )
 from .decode_step import DecodeStep
 from .layers import DecoderLayer, Rotary, Step, bring, run_layers
-from .prefill_loop import PrefillLoop, next_position
+from .prefill_loop import PrefillLoop
 from .prompt_layer import is_able, run_compiled
 
 
@@ -249,7 +249,7 @@ class LlamaModel(LlamaPreTrainedModel):
                 directions = directions[:, : -len(prefill.branches)]
             of_pairs = Directions(bias, directions, asking)
         size = prefill.index.shape[1]
-        return RowState(next_position(prefill), size, prefill.valid, of_keys, of_pairs)
+        return RowState(prefill.follows, size, prefill.valid, of_keys, of_pairs)
 
     def directions(self, prefill: Prefill) -> Tensor | None:
         """(B, S, d) `Rotary.directions` of the tokens; None where no bias asks for them."""
@@ -357,8 +357,3 @@ class LlamaModel(LlamaPreTrainedModel):
         if self.compile_layers and is_able(layer, x, step, cache):
             return run_compiled(layer, x, step, cache)
         return layer(x, step, cache)
-
-
-def hides_tokens(valid: Tensor | None) -> bool:
-    """Whether padding stands before a token; behind all tokens the causal mask hides it anyway."""
-    return valid is not None and bool((valid[:, 1:] & ~valid[:, :-1]).any())

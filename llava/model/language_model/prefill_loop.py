@@ -183,7 +183,7 @@ class PrefillLoop:
             )
         if "next_position" in hook.changed and self.cache is not None:
             for state in self.cache.states():
-                state.next_position = next_position(prefill).to(state.next_position.device)
+                state.next_position = prefill.follows.to(state.next_position.device)
         return prefill
 
 
@@ -225,16 +225,3 @@ def drop_from_caches(
             state = RowState(follows, size, after.valid, bias, where)
             states[id(before)] = moved(state, there)
         cache.keep(layer, orders[key], states[id(before)])
-
-
-def next_position(prefill: Prefill) -> Tensor:
-    """(B,) position of the first generated token: one after the last position of the prompt,
-    unless the method says otherwise."""
-    if prefill.next_position is not None:
-        return prefill.next_position
-    positions = prefill.position_ids
-    if positions.ndim == 3:
-        positions = positions.amax(dim=2)
-    if prefill.valid is not None:
-        positions = positions.masked_fill(~prefill.valid, -1)
-    return positions.amax(dim=1) + 1

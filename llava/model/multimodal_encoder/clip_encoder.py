@@ -17,9 +17,9 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from ...blocks import in_pieces
 from ...devices import device_of
 from ...linear import fast_linears
-from ...pruning.attention_cues import attention_extras, split_heads
+from ...pruning.attention_cues import attention_extras
 from ...pruning.cues import OutputMean, fingerprint
-from ...pruning.ops import middle_places
+from ...pruning.ops import middle_places, split_heads
 from ...pruning.stages import VisionStage
 from ...pruning.tokens import TowerTokens, VisionTokens
 from ..language_model.compiling import compiled, may_compile
