@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import transformers
@@ -122,3 +122,9 @@ class TrainingArguments(transformers.TrainingArguments):
     def compute_dtype(self) -> torch.dtype:
         """The type in which matrices are multiplied: float16, bfloat16 or float32."""
         return torch.float16 if self.fp16 else torch.bfloat16 if self.bf16 else torch.float32
+
+
+def filled(kind: type, flags, **others):
+    """An object of the dataclass `kind`; what `others` do not say comes from flags of that name."""
+    names = [field.name for field in fields(kind) if field.name not in others]
+    return kind(**{name: getattr(flags, name) for name in names}, **others)

@@ -9,13 +9,21 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import GradientAccumulationPlugin
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 
 from .family import FULL, LORA, PROJECTOR, Family
+from .fsdp import announce_prefetch, settle_fsdp
 from .llava_family import LlavaFamily
 from .optimizer import MuonWith, decoder_matrices, parameter_groups, split_matrices
 from .run import check_same_run, check_whole, trained_shapes, write_run
-from .sampler import EpochRandomSampler, LengthGroupedSampler
+from .sampler import (
+    ChunkSampler,
+    EpochRandomSampler,
+    LengthGroupedSampler,
+    tell_difference,
+    whole_steps,
+)
 from .saving import (
     NON_LORA_FILE,
     PROJECTOR_FILE,
@@ -33,13 +41,17 @@ from .zero import settle_sizes
 
 
 class SamplerEpochs(TrainerCallback):
-    """Tells the sampler which epoch begins, also in a resumed run."""
+    """Tells the sampler which epoch begins, also in a resumed run; steps: those of an epoch.
 
-    def __init__(self, sampler):
-        self.sampler = sampler
+    The loader's own `set_epoch` does not reach the sampler where several processes share it and
+    accelerate is older than the newest.
+    """
+
+    def __init__(self, sampler, steps: int):
+        self.sampler, self.steps = sampler, steps
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.sampler.start_epoch(int((state.epoch or 0) + 1e-6))
+        self.sampler.start_epoch(state.global_step // self.steps)
 
 
 class LLaVATrainer(Trainer):
@@ -48,6 +60,8 @@ class LLaVATrainer(Trainer):
     The order of samples depends on seed and epoch only, so a resumed run sees the same batches.
     """
 
+    #: whether a step takes no fewer samples than it can, and how often in a row it takes each
+    full_batches, repeats = False, 1
     _final = False
 
     def __init__(self, *args, family: Family | None = None, **kwargs):
@@ -62,6 +76,8 @@ class LLaVATrainer(Trainer):
         return self.model.config.hidden_size
 
     def create_accelerator_and_postprocess(self) -> None:
+        if self.args.fsdp:
+            announce_prefetch(self.args)
         # transformers 4.37 passes arguments that accelerate 1.0 has removed.
         self.accelerator = Accelerator(
             dataloader_config=DataLoaderConfiguration(
@@ -76,6 +92,8 @@ class LLaVATrainer(Trainer):
         state = self.accelerator.state
         self.is_deepspeed_enabled = getattr(state, "deepspeed_plugin", None) is not None
         self.is_fsdp_enabled = getattr(state, "fsdp_plugin", None) is not None
+        if self.is_fsdp_enabled and self.args.fsdp:  # a launcher may ask for it as well
+            settle_fsdp(state.fsdp_plugin, self.args)
         if self.is_deepspeed_enabled and getattr(self.args, "hf_deepspeed_config", None) is None:
             self.propagate_args_to_deepspeed()
 
@@ -87,21 +105,48 @@ class LLaVATrainer(Trainer):
 
     # --- what is trained, in which order ------------------------------------------------------
 
-    def _get_train_sampler(self):
+    @property
+    def data_seed(self) -> int:
+        """The seed of the order of samples."""
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def epoch_size(self, batch: int) -> tuple[int, int]:
+        """(steps, samples) of an epoch; batch: samples that a process takes at once."""
         args = self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        if args.group_by_modality_length:
-            sampler = LengthGroupedSampler(
-                args.train_batch_size,
-                world_size=args.world_size * args.gradient_accumulation_steps,
-                lengths=self.train_dataset.modality_lengths,
-                group_by_modality=True,
-                seed=seed,
-            )
+        return whole_steps(
+            len(self.train_dataset) * self.repeats,
+            batch if args.split_batches else batch * args.world_size,
+            args.gradient_accumulation_steps,
+            drop_last=self.full_batches or args.dataloader_drop_last,
+        )
+
+    def _get_train_sampler(self):
+        args, batch, size = self.args, self._train_batch_size, len(self.train_dataset)
+        parts = args.gradient_accumulation_steps  # of a step, of all processes
+        parts *= 1 if args.split_batches else args.world_size
+        steps, taken = self.epoch_size(batch)
+        if self.full_batches:
+            self.order = ChunkSampler(size, self.data_seed, batch * parts, self.repeats)
         else:
-            sampler = EpochRandomSampler(len(self.train_dataset), seed)
-        self.add_callback(SamplerEpochs(sampler))
-        return sampler
+            tell_difference(size, taken, batch * parts)
+            self.order = self._free_order(batch, parts, taken)
+        self.add_callback(SamplerEpochs(self.order, steps))
+        return self.order
+
+    def _free_order(self, batch: int, parts: int, taken: int) -> Sampler:
+        """The order of the flags; parts: batches of a step, in all processes."""
+        args, data, seed = self.args, self.train_dataset, self.data_seed
+        by_modality = args.group_by_modality_length
+        if not by_modality and not args.group_by_length:
+            return EpochRandomSampler(len(data), seed, taken)
+        return LengthGroupedSampler(
+            batch,
+            world_size=parts,
+            lengths=data.modality_lengths if by_modality else data.lengths,
+            group_by_modality=by_modality,
+            seed=seed,
+            taken=taken,
+        )
 
     def create_optimizer(self):
         if self.optimizer is not None:
@@ -199,7 +244,21 @@ class LLaVATrainer(Trainer):
     def run_facts(self) -> dict:
         """What a checkpoint says of its run; one that says otherwise is of another."""
         facts = {"trains": type(self).__name__, "samples": len(self.train_dataset)}
-        return facts | self.run_settings() | {"trained": self._trained}
+        return facts | self.run_settings() | {"trained": self._trained} | self.run_order()
+
+    def run_order(self) -> dict:
+        """What decides which samples a step takes, and in which order."""
+        args = self.args
+        return {
+            "seed": args.seed,
+            "data_seed": self.data_seed,
+            "per_device_train_batch_size": args.train_batch_size,
+            "processes x gradient_accumulation_steps": args.world_size
+            * args.gradient_accumulation_steps,
+            "steps of an epoch": self.epoch_size(args.train_batch_size)[0],
+            "group_by_length": args.group_by_length,
+            "group_by_modality_length": args.group_by_modality_length,
+        }
 
     def check_checkpoint(self, folder: str) -> None:
         """Raises ValueError unless this run can continue exactly from a checkpoint."""
@@ -208,7 +267,7 @@ class LLaVATrainer(Trainer):
         if not split and not self.args.save_only_model:
             needed += ["optimizer.pt", "scheduler.pt"]
         check_whole(folder, needed)
-        check_same_run(folder, self.run_facts())
+        check_same_run(folder, self.run_facts(), later=self.run_order())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -233,6 +292,13 @@ class LLaVATrainer(Trainer):
             load_some(model, read(NON_LORA_FILE))
         if self._pruner_state():
             unwrapped(model).pruner_module.load_state_dict(read(PRUNER_FILE))
+
+    def _load_best_model(self) -> None:
+        # transformers would look for the weights of a whole model.
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         kept = [n for n in load_result.missing_keys if is_written(self.model, n, self.family)]

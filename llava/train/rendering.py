@@ -13,7 +13,8 @@ Span = tuple[int, int]  # [start, end) in characters, or in bytes where said
 
 @dataclass
 class Rendered:
-    """A training prompt and the character spans the model learns to write."""
+    """A training prompt and the character spans the model learns to write; an answer without words
+    has none: its end mark would teach the model to say nothing."""
 
     text: str
     answers: list[Span]
@@ -46,6 +47,8 @@ def render(messages: Sequence[dict], conv: Conversation) -> Rendered:
         if i % 2 == 1:
             open_turn = len(conv.get_prompt())
             conv.messages[-1][1] = value
+            if not value.strip():
+                continue
             # A line break behind the end mark belongs to the next turn: generation stops before it.
             answers.append((open_turn, len(conv.get_prompt().rstrip("\n"))))
     return Rendered(conv.get_prompt(), answers)
@@ -82,7 +85,8 @@ def caption_text(messages: Sequence[dict], conv: Conversation) -> str:
 
 def _render_caption(messages: Sequence[dict], conv: Conversation) -> Rendered:
     text = caption_text(messages, conv)
-    return Rendered(text, [(len(DEFAULT_IMAGE_TOKEN), len(text))])
+    said = bool(messages[1]["value"].strip())
+    return Rendered(text, [(len(DEFAULT_IMAGE_TOKEN), len(text))] if said else [])
 
 
 def _render_single(turns: list[tuple[str, str]], conv: Conversation) -> Rendered:
@@ -91,6 +95,6 @@ def _render_single(turns: list[tuple[str, str]], conv: Conversation) -> Rendered
     for role, value in turns:
         start = len(f"{text}{conv.sep} {role}:")
         text += f"{conv.sep} {role}: {value}\n"
-        if role == conv.roles[1]:
+        if role == conv.roles[1] and value.strip():
             answers.append((start, len(text) + len(conv.sep)))
     return Rendered(f"{text}{conv.sep} ", answers)

@@ -79,11 +79,49 @@ def get_modality_length_grouped_indices(
     return [i for k in order for i in megabatches[k]] + sorted(leftover)
 
 
+def whole_steps(
+    num_samples: int, batch: int, accumulation: int, drop_last: bool = False
+) -> tuple[int, int]:
+    """(steps of the optimizer, samples) of an epoch, which ends with a step.
+
+    batch: samples that all processes take at once; accumulation: batches of a step; drop_last:
+    whether a last batch that is not full is left out
+
+    Where the batches do not fill the last step, those behind the last whole one are left out: the
+    steps are as many as transformers counts. Samples that do not fill a single step come again
+    until they do.
+    """
+    batches = num_samples // batch if drop_last else -(-num_samples // batch)
+    steps = batches // accumulation
+    if steps == 0:
+        return 1, batch * accumulation
+    return steps, min(num_samples, steps * accumulation * batch)
+
+
+def tell_difference(num_samples: int, taken: int, step: int) -> None:
+    """Warns when an epoch takes more or fewer than all samples; step: samples of one."""
+    if taken < num_samples:
+        logger.warning(
+            "%d of %d samples, others in every epoch, are left out: they fill no step of %d",
+            num_samples - taken,
+            num_samples,
+            step,
+        )
+    elif taken > num_samples:
+        logger.warning(
+            "%d samples do not fill a step of %d: they come again until it is full",
+            num_samples,
+            step,
+        )
+
+
 class LengthGroupedSampler(Sampler):
     """Iterates over sample indices in a length-grouped random order.
 
     seed: None draws from the global random state; a number makes the order depend on the seed and
     the epoch only, which is what an exact resume and several processes need.
+    taken: how many indices an epoch has, see `whole_steps`; default: each once. Which ones are left
+    out or come again is drawn with the seed, whatever their length.
     """
 
     def __init__(
@@ -94,17 +132,21 @@ class LengthGroupedSampler(Sampler):
         generator: torch.Generator | None = None,
         group_by_modality: bool = False,
         seed: int | None = None,
+        taken: int | None = None,
     ):
         if lengths is None:
             raise ValueError("lengths must be given: one number per sample")
+        self.taken = len(lengths) if taken is None else taken
         self.batch_size, self.world_size, self.lengths = batch_size, world_size, lengths
-        self.generator, self.seed, self.epoch = generator, seed, 0
+        # Not `generator`: where it is None, accelerate puts one of its own there for several
+        # processes, whose state neither seed nor checkpoint knows.
+        self._generator, self.seed, self.epoch = generator, seed, 0
         self.group = (
             get_modality_length_grouped_indices if group_by_modality else get_length_grouped_indices
         )
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.taken
 
     def start_epoch(self, epoch: int) -> None:
         """Chooses the order of the next pass; only matters with a seed."""
@@ -114,17 +156,31 @@ class LengthGroupedSampler(Sampler):
         with torch.random.fork_rng(devices=[], enabled=self.seed is not None):
             if self.seed is not None:
                 torch.manual_seed(self.seed + self.epoch)
-            return iter(self.group(self.lengths, self.batch_size, self.world_size, self.generator))
+            chosen: Sequence[int] = range(len(self.lengths))
+            if self.taken != len(chosen):
+                chosen = sorted(first(torch.randperm(len(chosen)).tolist(), self.taken))
+            lengths = [self.lengths[i] for i in chosen]
+            order = self.group(lengths, self.batch_size, self.world_size, self._generator)
+            return iter([chosen[i] for i in order])
+
+
+def first(order: Sequence[int], count: int) -> list[int]:
+    """The first `count` of `order`, which begins again where it ends."""
+    return [order[i % len(order)] for i in range(count)]
 
 
 class EpochRandomSampler(Sampler):
-    """A random order of `num_samples` indices that depends on the seed and the epoch only."""
+    """A random order of `num_samples` indices that depends on the seed and the epoch only.
 
-    def __init__(self, num_samples: int, seed: int):
+    taken: how many indices of it an epoch has, see `whole_steps`; default: all
+    """
+
+    def __init__(self, num_samples: int, seed: int, taken: int | None = None):
         self.num_samples, self.seed, self.epoch = num_samples, seed, 0
+        self.taken = num_samples if taken is None else taken
 
     def __len__(self) -> int:
-        return self.num_samples
+        return self.taken
 
     def start_epoch(self, epoch: int) -> None:
         """Chooses the order of the next pass."""
@@ -132,7 +188,8 @@ class EpochRandomSampler(Sampler):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(torch.randperm(self.num_samples, generator=generator).tolist())
+        order = torch.randperm(self.num_samples, generator=generator).tolist()
+        return iter(first(order, self.taken))
 
 
 class ChunkSampler(EpochRandomSampler):
@@ -145,29 +202,22 @@ class ChunkSampler(EpochRandomSampler):
     """
 
     def __init__(self, num_samples: int, seed: int, chunk: int, repeats: int = 1):
-        super().__init__(num_samples, seed)
         if chunk % repeats:
             raise ValueError(
                 f"num_generations {repeats} must divide the {chunk} answers of a step (samples of "
                 "a device x processes x accumulation)"
             )
-        self.questions, self.repeats = chunk // repeats, repeats
-        if num_samples < self.questions:
+        questions, self.repeats = chunk // repeats, repeats
+        if num_samples < questions:
             raise ValueError(
-                f"{num_samples} samples do not fill one step, which takes {self.questions}: use a "
+                f"{num_samples} samples do not fill one step, which takes {questions}: use a "
                 "smaller batch, less accumulation, or more data"
             )
-        if rest := num_samples % self.questions:
-            logger.warning(
-                "%d of %d samples, others in every epoch, are left out: they fill no step of %d",
-                rest,
-                num_samples,
-                self.questions,
-            )
+        super().__init__(num_samples, seed, num_samples // questions * questions)
+        tell_difference(num_samples, self.taken, questions)
 
     def __len__(self) -> int:
-        return self.num_samples // self.questions * self.questions * self.repeats
+        return self.taken * self.repeats
 
     def __iter__(self) -> Iterator[int]:
-        order = list(super().__iter__())[: len(self) // self.repeats]
-        return (index for index in order for _ in range(self.repeats))
+        return (index for index in super().__iter__() for _ in range(self.repeats))

@@ -27,7 +27,7 @@ from llava.train.model_setup import (
     settle_dtypes,
 )
 from llava.train.processes import leave_group
-from llava.train.run import FlagParser, check_evaluation, given_flags, run
+from llava.train.run import FlagParser, check_trainer_flags, given_flags, run
 from llava.train.zero import join_processes, refuse_fsdp
 
 
@@ -96,7 +96,7 @@ def check_flags(model_args, data_args, training_args) -> None:
     """Raises ValueError or FileNotFoundError for flags that do not go together, and data that are
     not there, before a model is loaded."""
     check_data_path(data_args.data_path)
-    check_evaluation(training_args)
+    check_trainer_flags(training_args)
     if training_args.lora_enable and model_args.tune_mm_mlp_adapter:
         raise ValueError(
             "--tune_mm_mlp_adapter trains the projector alone, --lora_enable an adapter beside it: "

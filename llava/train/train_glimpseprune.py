@@ -45,9 +45,8 @@ from .glimpse.batches import (
 from .glimpse.data import BoxSample, read_datasets
 from .glimpse.loss import GlimpseObjective
 from .glimpse.saving import save_released
-from .llava_trainer import LLaVATrainer, SamplerEpochs
-from .run import FlagParser, check_evaluation, run
-from .sampler import ChunkSampler
+from .llava_trainer import LLaVATrainer
+from .run import FlagParser, check_trainer_flags, run
 from .saving import gathered
 from .zero import join_processes, kept_whole, refuse_fsdp, register_parameter
 
@@ -71,7 +70,7 @@ def prepare(words: Sequence[str]) -> GlimpseTrainer:
         raise ValueError("--train_dataset is missing: a yaml file, or a Visual-CoT .jsonl or .json")
     if training_args.fsdp:
         refuse_fsdp("a glimpse")
-    check_evaluation(training_args, has_data=box_args.eval_dataset is not None)
+    check_trainer_flags(training_args, has_eval_data=box_args.eval_dataset is not None)
     check_frame(box_args.box_frame)
     samples = box_samples(box_args.train_dataset, box_args)
     eval_samples = box_args.eval_dataset and box_samples(box_args.eval_dataset, box_args)
@@ -181,6 +180,8 @@ class GlimpseTrainer(LLaVATrainer):
     else goes into config.json
     """
 
+    full_batches = True
+
     def __init__(self, *args, base_model: str, saved_values: dict, **kwargs):
         super().__init__(*args, **kwargs)
         self.base_model, self.saved_values = base_model, saved_values
@@ -202,14 +203,6 @@ class GlimpseTrainer(LLaVATrainer):
 
     def run_settings(self) -> dict:
         return self.part.config.values()
-
-    def _get_train_sampler(self):
-        args = self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        chunk = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-        sampler = ChunkSampler(len(self.train_dataset), seed, chunk)
-        self.add_callback(SamplerEpochs(sampler))
-        return sampler
 
     def compute_loss(self, model, inputs, return_outputs: bool = False):
         out = model(**inputs)

@@ -35,7 +35,7 @@ from .reinforcement.objective import PolicyObjective
 from .reinforcement.rewards import Scorer, check_judge, training_judge
 from .reinforcement.sampling import AnswerSampler
 from .reinforcement.trainer import PolicyTrainer
-from .run import FlagParser, check_evaluation, run
+from .run import FlagParser, check_trainer_flags, run
 from .train_glimpseprune import box_samples, load_frozen
 
 CLASSES = (PolicyModelArguments, BoxArguments, PolicyTrainingArguments)
@@ -63,7 +63,7 @@ def prepare(words: Sequence[str]) -> PolicyTrainer:
             "cannot: choose attn_implementation sdpa, or token_pass released"
         )
     transformers.set_seed(args.seed)
-    check_evaluation(args)
+    check_trainer_flags(args)
     check_frame(box_args.box_frame)
     samples = box_samples(box_args.train_dataset, box_args)
     check_rewards(samples, box_args.train_dataset)

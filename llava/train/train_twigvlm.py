@@ -31,7 +31,7 @@ from llava.train.data import check_data_path, make_supervised_data_module
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.model_setup import choose_family
 from llava.train.processes import leave_group
-from llava.train.run import FlagParser, check_evaluation, given_flags, run
+from llava.train.run import FlagParser, check_trainer_flags, given_flags, run
 from llava.train.saving import gathered
 from llava.train.zero import join_processes, kept_whole, refuse_fsdp
 
@@ -205,7 +205,7 @@ def load_trunk(
     """
     refuse_other_recipes(model_args, training_args)
     check_data_path(data_args.data_path)
-    check_evaluation(training_args)
+    check_trainer_flags(training_args)
     transformers.set_seed(training_args.seed)
     model_args.freeze_backbone = True  # so that the trunk is loaded in the compute precision
     if training_args.fsdp:
@@ -229,6 +229,7 @@ def refuse_other_recipes(model_args, training_args) -> None:
         "unfreeze_mm_vision_tower": model_args.unfreeze_mm_vision_tower,
         "gradient_checkpointing": training_args.gradient_checkpointing,
         "bits": training_args.bits != 16,
+        "neftune_noise_alpha": training_args.neftune_noise_alpha is not None,
         "pruning_method": model_args.pruning_method != "none",
     }
     if asked := [name for name, value in others.items() if value]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import transformers
 
@@ -29,7 +29,7 @@ from llava.pruning.learned import read_part_config
 from llava.pruning.twig_files import holds_pruning_head
 from llava.pruning.twigvlm import TWIG_LAYERS, TwigVLM, load_twig
 from llava.pruning.twigvlm_plus import TwigVLMPlus
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, filled
 from llava.train.processes import leave_group
 from llava.train.run import FlagParser, given_flags, run
 from llava.train.train_twigvlm import Trunk, load_trunk
@@ -103,8 +103,7 @@ class TwigPlusArguments:
 
     def settings(self, kind: type, layer: int):
         """The `Distillation` or `Reinforcement` of these flags."""
-        names = [f.name for f in fields(kind) if f.name != "attention_layer"]
-        return kind(**{name: getattr(self, name) for name in names}, attention_layer=layer)
+        return filled(kind, self, attention_layer=layer)
 
 
 CLASSES = (TwigPlusArguments, ModelArguments, DataArguments, TrainingArguments)

@@ -1,11 +1,14 @@
 """Batches, loss, gradients, sample order and optimizer groups, against recorded ones."""
 
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 from llava.conversation import conv_templates
@@ -20,6 +23,7 @@ from llava.train.sampler import (
     get_length_grouped_indices,
     get_modality_length_grouped_indices,
     split_to_even_chunks,
+    whole_steps,
 )
 from tests.golden_data import GOLDEN, golden_json
 
@@ -190,6 +194,63 @@ def test_a_seeded_order_depends_on_seed_and_epoch_only():
         assert list(sampler) == first and sorted(first) == list(range(len(signed)))
         sampler.start_epoch(1)
         assert list(sampler) != first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps", "taken"),
+    [
+        ((12, 4, 1), 3, 12),
+        ((10, 4, 1), 3, 10),  # the last step has two samples
+        ((10, 1, 4), 2, 8),
+        ((11, 2, 3), 2, 11),
+        ((3, 1, 4), 1, 4),
+        ((3, 2, 2), 1, 3),
+        ((10, 4, 1, True), 2, 8),
+        ((3, 4, 1, True), 1, 4),
+    ],
+)
+def test_an_epoch_is_whole_steps_as_many_as_transformers_counts(arguments, steps, taken):
+    assert whole_steps(*arguments) == (steps, taken)
+    num_samples, batch, accumulation, *drop_last = arguments
+    assert -(-taken // batch) == steps * accumulation
+    loader = DataLoader(range(num_samples), batch, drop_last=bool(drop_last))
+    assert steps == max(1, len(loader) // accumulation)
+
+
+@pytest.mark.parametrize("taken", [8, 10, 25])
+def test_every_sample_may_be_left_out_of_an_epoch_or_come_again(taken):
+    signed = [*range(1, 10), -4]  # one text, which would always stand behind the whole batches
+    for sampler in (
+        LengthGroupedSampler(2, 2, signed, group_by_modality=True, seed=3, taken=taken),
+        EpochRandomSampler(len(signed), seed=3, taken=taken),
+    ):
+        often = Counter()
+        for epoch in range(20):
+            sampler.start_epoch(epoch)
+            order = list(sampler)
+            assert len(order) == len(sampler) == taken
+            counts = Counter({i: 0 for i in range(len(signed))}) | Counter(order)
+            counts = [counts[i] for i in range(len(signed))]
+            assert max(counts) - min(counts) <= 1
+            often.update(order)
+        assert set(often) == set(range(len(signed)))
+
+
+def test_several_processes_share_the_order_of_one():
+    signed = [*range(1, 33), *range(-32, 0)]
+    for sampler in (
+        LengthGroupedSampler(1, 2, signed, group_by_modality=True, seed=3),
+        EpochRandomSampler(len(signed), seed=3),
+    ):
+        loader = DataLoader(range(len(signed)), 1, sampler=sampler)
+        shards = [
+            prepare_data_loader(loader, num_processes=2, process_index=i, put_on_device=False)
+            for i in range(2)
+        ]
+        for epoch in (1, 0, 1):
+            sampler.start_epoch(epoch)
+            order = [batch.item() for pair in zip(*shards, strict=True) for batch in pair]
+            assert order == list(sampler)
 
 
 def test_a_sample_without_words_has_no_modality():

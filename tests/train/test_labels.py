@@ -94,6 +94,22 @@ def test_an_answer_that_contains_the_separator_is_still_learned():
     assert supervised_texts(item, tokenizer()) == [" ok ASSISTANT: yes</s>", " no</s>"]
 
 
+@pytest.mark.parametrize("empty", ["", " ", "\n"])
+@pytest.mark.parametrize("template", sorted(WITH_TURNS))
+def test_an_answer_without_words_teaches_nothing(template, empty):
+    turns = zip(("human", "gpt") * 2, ("What?", empty, "And?", "Red."), strict=True)
+    messages = [{"from": who, "value": text} for who, text in turns]
+    item = preprocess(messages, tokenizer(), conv_templates[template], has_image=False)
+    (said,) = supervised_texts(item, tokenizer())
+    assert "Red." in said
+
+
+def test_a_caption_without_words_teaches_nothing():
+    messages = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": " "}]
+    item = preprocess(messages, tokenizer(), conv_templates["plain"], has_image=True)
+    assert supervised_texts(item, tokenizer()) == []
+
+
 def test_token_spans_cover_the_text():
     text = "A chat. USER: <image>\nhé ☃ you? ASSISTANT: ok</s>USER: no"
     ids, spans = tokenize_with_spans(text, tokenizer(), has_image=True)

@@ -97,6 +97,28 @@ def test_flags_are_found_in_both_spellings():
     assert given_flags(["--version", "v1", "--max_pixels=9", "-x"]) == {"version", "max_pixels"}
 
 
+def test_a_flag_that_is_switched_off_by_its_name_is_given():
+    assert "mm_use_im_patch_token" in given_flags(["--no_mm_use_im_patch_token"])
+
+
+#: flags of the Trainer that no program follows -> what it says
+REFUSED = {
+    "smoothing": ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor 0.1 cannot be set"),
+    "no epochs": ({"num_train_epochs": 0, "max_steps": -1}, "--num_train_epochs 0.0 must be"),
+    "no batches": ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 must be"),
+    "no checkpoint": ({"resume_from_checkpoint": "gone"}, "--resume_from_checkpoint gone: there"),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_a_flag_of_the_trainer_that_is_not_followed_is_refused(place, tmp_path, program, mistake):
+    changes, message = REFUSED[mistake]
+    changes = {"model_name_or_path": "missing/model", **changes}
+    with pytest.raises(ValueError, match=message):
+        PROGRAMS[program].prepare(words(place, program, tmp_path, **changes))
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("mistake", ["evaluation", "data"])
 def test_a_program_ends_with_one_line_before_a_model_is_loaded(
@@ -121,7 +143,11 @@ def test_a_program_ends_with_one_line_before_a_model_is_loaded(
         ("plain", {"pruning_method": "nothing"}, "unknown pruning method"),
         ("gated twig", {"stage": 3}, "--stage 3 is unknown: 1 distils, 2 reinforces"),
         ("gated twig", {"num_groups": 3}, "--num_groups belongs to --stage 2, this is 1"),
+        ("plain", {"group_by_length": True, "group_by_modality_length": True}, "leave one out"),
         ("glimpse", {"mm_projector_lr": 1}, "mm_projector_lr cannot be set"),
+        ("glimpse", {"group_by_length": True}, "group_by_length cannot be set"),
+        ("plus", {"neftune_noise_alpha": 5}, "neftune_noise_alpha cannot be set"),
+        ("twig", {"neftune_noise_alpha": 5}, "neftune_noise_alpha cannot be set"),
         ("glimpse", {"box_frame": "whole"}, "choose from seen, released"),
         ("plus", {"freeze_mm_mlp_adapter": True}, "freeze_mm_mlp_adapter cannot be set"),
         ("plus", {"box_frame": "whole"}, "choose from seen, released"),
@@ -164,6 +190,10 @@ def stopped(place, tmp_path_factory):
         ("twig", "twig", {"twig_K": 0}, "twig_K: 1, here 0"),
         ("twig", "gated twig", {}, "trains: TwigTrainer, here DistillationTrainer"),
         ("twig", "plus", {"lora_r": 2}, "trains: TwigTrainer, here PolicyTrainer"),
+        ("plain", "plain", {"per_device_train_batch_size": 2}, "train_batch_size: 4, here 2"),
+        ("plain", "plain", {"gradient_accumulation_steps": 2}, "accumulation_steps: 1, here 2"),
+        ("twig", "twig", {"seed": 1}, "seed: 42, here 1"),
+        ("plain", "plain", {"group_by_length": True}, "group_by_length: False, here True"),
     ],
 )
 def test_a_run_does_not_go_on_from_the_checkpoint_of_another(
@@ -195,6 +225,31 @@ def test_a_folder_that_only_looks_like_a_checkpoint_is_none(place, stopped, tmp_
     shutil.copytree(stopped / "twig/checkpoint-1", tmp_path / "checkpoint-old")
     trainer = train_twigvlm.train(words(place, "twig", tmp_path, save_strategy="no"))
     assert trainer.state.global_step == 1 and trainer.state.log_history[-1]["train_loss"] > 0
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_does_not_say_its_order(place, stopped, tmp_path):
+    shutil.copytree(stopped / "twig", output := tmp_path / "run")
+    facts = json.loads((file := output / "checkpoint-1" / RUN_FILE).read_text())
+    assert facts.pop("seed") == 42
+    file.write_text(json.dumps(facts))
+    assert train_twigvlm.train(words(place, "twig", output, max_steps=2)).state.global_step == 2
+
+
+def test_a_run_goes_on_from_the_checkpoint_that_is_named_unless_it_has_a_newer(
+    place, stopped, tmp_path
+):
+    flags = {"resume_from_checkpoint": stopped / "twig/checkpoint-1", "max_steps": 2}
+    run = words(place, "twig", tmp_path, save_steps=1, **flags)
+    assert train_twigvlm.train(run).state.global_step == 2
+    assert not (tmp_path / "checkpoint-1").exists()
+    with pytest.raises(ValueError, match="checkpoint-1 is of step 1, but .* holds .*checkpoint-2"):
+        train_twigvlm.train(run)
+
+
+def test_checkpoints_are_not_overwritten(place, stopped):
+    flags = words(place, "plain", stopped / "plain", overwrite_output_dir=True)
+    with pytest.raises(ValueError, match="the newest checkpoint, which is .*checkpoint-1"):
+        train.train(flags)
 
 
 def test_facts_of_a_run_are_compared_as_they_are_stored(tmp_path):

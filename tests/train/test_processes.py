@@ -82,7 +82,8 @@ def farm():
 
 @pytest.fixture(scope="module")
 def place(workplace, tmp_path_factory):  # noqa: F811
-    """`workplace` with captions, a projector, data whose texts come last, and boxes."""
+    """`workplace` with captions, a projector, data whose texts come last, and boxes. Eight samples
+    are two steps, in two processes and in one."""
     pictures = [sample for sample in SAMPLES if "image" in sample]
     texts = [sample for sample in SAMPLES if "image" not in sample]
     captions = [
@@ -91,6 +92,7 @@ def place(workplace, tmp_path_factory):  # noqa: F811
     ]
     (workplace / "captions.json").write_text(json.dumps(captions))
     ordered = [pictures[i % len(pictures)] for i in range(6)] + [texts[0]] * 6
+    (workplace / "whole.json").write_text(json.dumps([*SAMPLES, *SAMPLES]))
     (workplace / "ordered.json").write_text(json.dumps(ordered))
     projector = {
         name: value
@@ -104,6 +106,8 @@ def place(workplace, tmp_path_factory):  # noqa: F811
     save_twig(str(workplace / "twig"), twig, 1, "start", "twigvlm_plus")
     (workplace / "pictures").mkdir()
     qwen_tests.make_place(workplace / "pictures")
+    own = [*qwen_tests.SAMPLES, *qwen_tests.SAMPLES[:2]]
+    (workplace / "pictures/whole.json").write_text(json.dumps(own))
     return workplace
 
 
@@ -116,13 +120,13 @@ def recipe(name, place, output, **changes):
     """(program, flags) of scripts/v1_5/NAME.sh, or of the folder that the name begins with, on the
     data of `place`."""
     twig, glimpse = "train_twig" in name, name == "train_glimpse"
-    whole_batches = name == "pretrain" or name.endswith("stage2")
+    pictures = name == "pretrain" or name.endswith("stage2")  # nothing but samples with one
     environment = {
         "LAUNCHER": r"printf %s\n",
         "MODEL": place / ("boxes/llava" if glimpse else "start"),
         "VISION_TOWER": place / "tower",
         "PROJECTOR": place / "mm_projector.bin",
-        "DATA": place / ("captions.json" if whole_batches else "data.json"),
+        "DATA": place / ("captions.json" if pictures else "whole.json"),
         "IMAGES": GOLDEN / "images",
         "OUTPUT": output,
         "REPORT_TO": "none",
@@ -137,7 +141,7 @@ def recipe(name, place, output, **changes):
         changes = {"attn_fuse_size": 16, "visual_cond_size": 32, "le_dropout_prob": 0} | changes
     if name.startswith("../qwen2_5_vl"):
         environment |= {"MODEL": qwen_tests.CHECKPOINT, "IMAGES": place / "pictures"}
-        environment["DATA"] = place / "pictures/data.json"
+        environment["DATA"] = place / "pictures/whole.json"
     if name.endswith("finetune_lora"):
         changes = {"lora_dropout": 0} | changes
     flags = [str(w) for k, v in (FLAGS | changes).items() for w in (f"--{k}", v)]
@@ -272,10 +276,24 @@ def test_a_run_under_deepspeed_resumes(farm, place, tmp_path, name, zero):
     assert_same(weights(tmp_path / "rest"), weights(tmp_path / "whole"))
 
 
+def test_two_processes_resume_in_a_later_epoch(farm, place, tmp_path):
+    # Six samples: an epoch is one step, others are left out in each.
+    changes = {"deepspeed": "", "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
+    changes |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 3}
+    changes |= {"data_path": place / "data.json", "lr_scheduler_type": "constant"}
+    farm.run(*recipe("finetune", place, tmp_path / "whole", **changes))
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "rest/checkpoint-2")
+    farm.run(*recipe("finetune", place, tmp_path / "rest", **changes))
+    assert losses(tmp_path / "rest") == losses(tmp_path / "whole")
+    assert len(set(losses(tmp_path / "whole"))) == 3
+    assert_same(weights(tmp_path / "rest"), weights(tmp_path / "whole"), tolerance=0)
+
+
 @pytest.mark.parametrize("name", ["finetune", "../qwen2_5_vl/finetune"])
 def test_fsdp_learns_what_one_process_learns(farm, place, single, tmp_path, name):
     settings = json.loads((ROOT / "scripts/fsdp.json").read_text())
     settings["sync_module_states"] = "false"  # it needs a GPU
+    settings |= {"limit_all_gathers": False, "backward_prefetch": "backward_pre"}
     (tmp_path / "fsdp.json").write_text(json.dumps(settings))
     changes = {"deepspeed": "", "fsdp": "full_shard auto_wrap"}
     changes |= {"fsdp_config": tmp_path / "fsdp.json"}

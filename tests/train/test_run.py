@@ -102,6 +102,22 @@ def test_a_resumed_run_continues_exactly(workplace, tmp_path, flags, at):
     assert all(torch.equal(p, expected[name]) for name, p in parameters(rest.model).items())
 
 
+@pytest.mark.parametrize("accumulation", [4, 8])
+def test_a_run_whose_batches_fill_no_whole_steps_resumes_exactly(workplace, tmp_path, accumulation):
+    # Six batches make an epoch: one step and a half, or three quarters of one.
+    flags = ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", accumulation]
+    flags += ["--num_train_epochs", 3, "--save_strategy", "steps", "--save_steps", 1]
+    flags += ["--tune_mm_mlp_adapter", True]
+    whole = run(workplace, tmp_path / "whole", *flags)
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "saved")
+    named = ["--resume_from_checkpoint", tmp_path / "saved"]
+    rest = run(workplace, tmp_path / "rest", *flags, *named)
+    assert whole.state.global_step == 3 and losses(rest) == losses(whole)
+    assert [e["epoch"] for e in whole.state.log_history if "loss" in e] == [1, 2, 3]
+    expected = parameters(whole.model)
+    assert all(torch.equal(p, expected[name]) for name, p in parameters(rest.model).items())
+
+
 def test_only_the_projector_is_trained_and_saved(workplace, tmp_path):
     trainer = run(workplace, tmp_path, "--tune_mm_mlp_adapter", True, "--version", "v1")
     start = parameters(LlavaLlamaForCausalLM.from_pretrained(workplace / "start"))
@@ -239,8 +255,10 @@ def test_wrong_flags_are_explained(workplace, tmp_path, flags, message):
 
 @pytest.mark.slow
 def test_two_processes_do_the_work_of_one(workplace, tmp_path):
-    # Each process takes every other batch, as gradient accumulation does in one process.
-    flags = ["--max_steps", 2, "--optim", "sgd", "--group_by_modality_length", True]
+    # Each process takes every other batch, as gradient accumulation does in one process. Three
+    # steps make an epoch.
+    flags = ["--max_steps", 4, "--optim", "sgd", "--group_by_modality_length", True]
+    flags += ["--per_device_train_batch_size", 1]
     words = command_line(workplace, tmp_path / "two", *flags, "--ddp_backend", "gloo")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost"}

@@ -232,8 +232,9 @@ def test_a_pruning_head_is_distilled_and_reinforced_on_it(place, tmp_path):  # n
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [FULL, LORA], ids=["full", "lora"])
 def test_two_processes_do_the_work_of_one(place, tmp_path, flags):  # noqa: F811
-    # Two steps, one of which gives texts to one process and images to the other.
-    flags = [*flags, "--optim", "sgd", "--learning_rate", 1e-2, "--max_steps", 2]
+    # Three steps, some of which give a text to one process and images to the other.
+    flags = [*flags, "--optim", "sgd", "--learning_rate", 1e-2, "--max_steps", 3]
+    flags += ["--per_device_train_batch_size", 1]
     words = command_line(place, tmp_path / "two", *flags, "--ddp_backend", "gloo")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost"}
@@ -245,6 +246,6 @@ def test_two_processes_do_the_work_of_one(place, tmp_path, flags):  # noqa: F811
     base = CHECKPOINT if "--lora_enable" in flags else None
     two = load(tmp_path / "two", base, torch_dtype=torch.float32)[1].state_dict()
     alone = load(tmp_path / "one", base, torch_dtype=torch.float32)[1].state_dict()
-    assert one.state.global_step == 2
+    assert one.state.global_step == 3
     for name, value in two.items():
         torch.testing.assert_close(value, alone[name], atol=1e-5, rtol=1e-4, msg=name)

@@ -254,6 +254,17 @@ def test_a_run_learns_resumes_exactly_and_can_be_used(workplace, tmp_path):
         assert torch.equal(value, whole.part.state_dict()[name]), name
 
 
+def test_the_best_checkpoint_is_the_result_where_that_is_asked_for(workplace, tmp_path):
+    flags = ["--eval_dataset", workplace / "boxes.jsonl", "--evaluation_strategy", "steps"]
+    flags += ["--eval_steps", 1, "--save_steps", 1, "--max_steps", 3]
+    flags += ["--load_best_model_at_end", True, "--greater_is_better", True]  # so not the last one
+    trainer = train(command_line(workplace, tmp_path, *flags))
+    best = trainer.state.best_model_checkpoint
+    assert best != str(tmp_path / "checkpoint-3")
+    for name, value in read_part(best)[1].items():
+        assert torch.equal(value, trainer.part.state_dict()[name]), name
+
+
 def test_nothing_but_the_part_is_trained(workplace, tmp_path):
     flags = ["--max_steps", 2, "--deep_supervision", True, "--le_length", 2]
     trainer = train(command_line(workplace, tmp_path, *flags))

@@ -111,7 +111,8 @@ def test_the_recipe_has_known_flags(data):
 
 @pytest.mark.slow
 def test_two_processes_do_the_work_of_one(workplace, tmp_path):  # noqa: F811
-    flags = ["--max_steps", 2, "--optim", "sgd", "--group_by_modality_length", True]
+    flags = ["--max_steps", 4, "--optim", "sgd", "--group_by_modality_length", True]
+    flags += ["--per_device_train_batch_size", 1]
     words = command_line(workplace, tmp_path / "two", *TWIG, *flags, "--ddp_backend", "gloo")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost"}

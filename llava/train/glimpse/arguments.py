@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..arguments import TrainingArguments
+from ..arguments import TrainingArguments, filled
 from .data import read_yaml
 from .loss import LossWeights
 
@@ -148,6 +148,8 @@ class BoxTrainingArguments(TrainingArguments):
         return {
             "lora_enable": self.lora_enable,
             "bits": self.bits != 16,
+            "neftune_noise_alpha": self.neftune_noise_alpha is not None,
+            "group_by_length": self.group_by_length,
             "group_by_modality_length": self.group_by_modality_length,
             "mm_projector_lr": self.mm_projector_lr is not None,
             "mm_vision_tower_lr": self.mm_vision_tower_lr is not None,
@@ -173,8 +175,7 @@ class GlimpseTrainingArguments(BoxTrainingArguments):
 
     @property
     def loss_weights(self) -> LossWeights:
-        names = LossWeights.__dataclass_fields__
-        return LossWeights(**{name: getattr(self, name) for name in names})
+        return filled(LossWeights, self)
 
     def refuse_other_recipes(self) -> None:
         """Raises ValueError for flags that ask for something else to be trained."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from llava.answer_scores import JUDGE_MODEL
 
+from ..arguments import filled
 from ..glimpse.arguments import BoxTrainingArguments, GlimpseArguments, shown
 from .objective import PolicyWeights
 from .rewards import LOCAL_JUDGE
@@ -81,8 +82,7 @@ class PolicyTrainingArguments(BoxTrainingArguments):
 
     @property
     def policy_weights(self) -> PolicyWeights:
-        names = PolicyWeights.__dataclass_fields__
-        return PolicyWeights(**{name: getattr(self, name) for name in names})
+        return filled(PolicyWeights, self)
 
     def check(self) -> None:
         """Raises ValueError for flags that ask for something else, or do not fit one another."""

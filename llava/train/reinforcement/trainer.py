@@ -7,8 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..llava_trainer import LLaVATrainer, SamplerEpochs
-from ..sampler import ChunkSampler
+from ..llava_trainer import LLaVATrainer
 from ..saving import lora_state, save_lora
 from .loss import advantages
 from .objective import PolicyObjective
@@ -30,6 +29,8 @@ class PolicyTrainer(LLaVATrainer):
     The answers of one step stand in a row over all processes, and so do the groups in it.
     """
 
+    full_batches = True
+
     def __init__(
         self, *args, answers: AnswerSampler, scorer: Scorer, glimpse_share: float = 0.0, **kwargs
     ):
@@ -47,20 +48,13 @@ class PolicyTrainer(LLaVATrainer):
         return self.model.llava.config.hidden_size
 
     @property
-    def data_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+    def repeats(self) -> int:
+        """The answers to a question, which come in a row."""
+        return self.args.num_generations
 
     def run_settings(self) -> dict:
         layer = self.answers.stage.layer
         return {"num_generations": self.args.num_generations, "reduce_layer": layer}
-
-    def _get_train_sampler(self):
-        args = self.args
-        chunk = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-        size, seed = len(self.train_dataset), self.data_seed
-        self.order = ChunkSampler(size, seed, chunk, args.num_generations)
-        self.add_callback(SamplerEpochs(self.order))
-        return self.order
 
     def compute_loss(self, model, inputs, return_outputs: bool = False):
         asked, wanted = inputs["asked"], inputs["wanted"]
