@@ -108,6 +108,7 @@ class ProgramParser(argparse.ArgumentParser):
 
 class Several(argparse.Action):
     """A list of words with spaces or commas between them: `add_argument(..., action=Several)`.
+    Commas without a word are an error.
 
     type:    makes a value of each word, as that of argparse
     choices: the words there are, None: any
@@ -133,7 +134,10 @@ class Several(argparse.Action):
         self.item = type
 
     def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, [value for part in values for value in part])
+        found = [value for part in values for value in part]
+        if values and not found:
+            raise argparse.ArgumentError(self, "commas alone name nothing: expected a value")
+        setattr(namespace, self.dest, found)
 
 
 def dashed(flag: str) -> str:

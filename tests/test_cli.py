@@ -133,6 +133,16 @@ BAD = {
         ask("--pruning-method", "random", "--visual-token-num", 577),
         "visual_token_num (577) exceeds the 576 patches",
     ),
+    "an image of a variable that is not set": (ask(image=""), "--image-file is empty"),
+    "an empty name between others": (
+        ask(image=f"{IMAGE},"),
+        "png,' has an empty name in it: name a file, or leave the option out",
+    ),
+    "a video of a variable that is not set": (
+        ask("--video-file", " "),
+        "--video-file is empty",
+    ),
+    "nothing between files": (ask("--sep", ""), "--sep is empty"),
     "more images than marks": (ask(image=f"{IMAGE},{TALL}"), "2 images, but the query has places"),
     "more marks than images": (
         ask(query="<image-placeholder> <image-placeholder>"),
@@ -269,6 +279,12 @@ def open_chat(**changes):
     for name, value in changes.items():
         setattr(args, name, value)
     return cli.open_chat(args)
+
+
+@pytest.mark.parametrize("image_file", ["", " "])
+def test_a_chat_about_an_image_without_a_name_does_not_begin(image_file):
+    with pytest.raises(ValueError, match="--image-file is empty"):
+        open_chat(image_file=image_file)
 
 
 def test_what_is_typed_is_text(capsys):

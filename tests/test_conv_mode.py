@@ -20,6 +20,7 @@ from llava.eval.efficiency.arguments import fill_in_questions
 from llava.mm_utils import get_model_name_from_path, infer_conv_mode
 from llava.model import LlavaConfig, LlavaMistralConfig
 from llava.program_parser import ProgramParser
+from llava.serve import model_worker
 from llava.serve.engine import Engine
 from llava.train.llava_family import LlavaFamily
 from tests.model.checkpoint_tools import CHECKPOINT, NEXT, copy_of
@@ -160,6 +161,19 @@ def test_the_worker_answers_in_the_template_of_its_model_and_says_which(model):
         assert engine.status()["conv_mode"] == "mpt"
     finally:
         del model.config.conv_mode
+
+
+@pytest.mark.parametrize("name", ["my-mpt", "llava-v0", "mistral"])
+def test_what_clients_call_a_model_does_not_choose_its_template(name, model, monkeypatch):
+    monkeypatch.setattr(model_worker, "load_from_args", lambda *_: (None, model, None))
+    monkeypatch.setattr("llava.conv_mode._by_shape", lambda values: None)  # the name decides
+    own = model_worker.build_parser().parse_args(["--model-path", "/models/llava-v1-7b"])
+    named = model_worker.build_parser().parse_args(
+        ["--model-path", "/models/llava-v1-7b", "--model-name", name]
+    )
+    engines = [model_worker.load_engine(args) for args in (own, named)]
+    assert [engine.model_name for engine in engines] == ["llava-v1-7b", name]
+    assert [engine.conv_mode.name for engine in engines] == ["vicuna_v1"] * 2
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,20 @@ def test_a_wrong_word_of_a_list_is_named(capsys):
         assert capsys.readouterr().err.endswith(f"{said}\n")
 
 
+@pytest.mark.parametrize("words", [[","], [" , ,"], [""], [",", ","]], ids=str)
+def test_a_list_without_a_word_is_refused(words, capsys):
+    parser = ProgramParser("")
+    parser.add_argument("--sizes", action=Several, type=int, default=[1])
+    parser.add_argument("--names", action=Several, nargs="*")
+    for option in ("--sizes", "--names"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([option, *words])
+        said = f"argument {option}: commas alone name nothing: expected a value\n"
+        assert capsys.readouterr().err.endswith(said)
+    assert parser.parse_args(["--names"]).names == []
+    assert parser.parse_args(["--sizes", "1", ",", "2"]).sizes == [1, 2]
+
+
 def test_help_says_a_default_that_its_text_leaves_out():
     parser = ProgramParser("")
     parser.add_argument("--rate", default=0, help="the 50 %% rate")

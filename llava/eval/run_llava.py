@@ -101,6 +101,18 @@ def with_marks(query: str, num_images: int, num_videos: int = 0) -> str:
     return marked
 
 
+def check_file_names(args) -> None:
+    """Raises ValueError on a name without a character, such as a variable of the shell that is not
+    set: the question would be asked without its image."""
+    if args.sep == "":
+        raise ValueError("--sep is empty: what stands between the files?")
+    for option, text in (("--image-file", args.image_file), ("--video-file", args.video_file)):
+        names = [] if text is None else text.split(args.sep)
+        if not all(name.strip() for name in names):
+            where = "is empty" if len(names) == 1 else f"{text!r} has an empty name in it"
+            raise ValueError(f"{option} {where}: name a file, or leave the option out")
+
+
 def check_picture_name(path: str | None) -> None:
     """Raises ValueError when no picture can be written to `path`; called before the model runs."""
     if path is None:
@@ -114,6 +126,7 @@ def check_picture_name(path: str | None) -> None:
 @torch.inference_mode()
 def answer(args) -> str:
     """The model's answer; also draws the picture of `args.show_pruning`."""
+    check_file_names(args)
     given = args.image_file is not None or args.video_file is not None
     if args.query is None and given:
         raise ValueError("--query is missing: what should be asked about the image?")

@@ -28,6 +28,8 @@ def read_token(token_file: str | None = None) -> str | None:
 
     Raises ValueError when it is too short, or could not be sent in a header.
     """
+    if token_file == "":  # as of a variable that is not set: without a token, anybody may call
+        raise ValueError("--token-file is empty: name a file, or leave the option out")
     text = Path(token_file).read_text() if token_file else os.environ.get(TOKEN_VARIABLE, "")
     token = text.strip()
     if not token and not token_file:

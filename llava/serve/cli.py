@@ -89,6 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def open_chat(args) -> Chat:
     """Loads image and model."""
+    if args.image_file is not None and not args.image_file.strip():
+        raise ValueError("--image-file is empty: name a file, or leave the option out")
     name = args.image_file or default_image()
     image = load_image(name)
     front = load_front_end(args)

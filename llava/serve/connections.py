@@ -1,8 +1,9 @@
 """Connections of strangers: none can be held open to keep others out.
 
 A connection on which nothing is being answered waits: for the head of its first request, for the
-next one, or for the rest of a body that nobody wants any more. Those that wait are few, each for a
-short time; when there are too many, one that had an answer before goes, or else the one that waits
+next one, for a body, or for the rest of one that nobody wants any more. Those that wait are few,
+each for a short time; when there are too many, one that had an answer before goes, or else the one
+that waits longest. A body that arrives in good pieces counts as news: the slowest sender waits
 longest. Used by all three services.
 """
 
@@ -18,6 +19,8 @@ WAITING = 128  # of them
 HEADER_BYTES = 2**15
 HEADER_LINES = 128
 HEAD_SECONDS = 10.0  # until the request line and the headers have arrived
+BODY_SECONDS = 10.0  # that a body may pause
+BODY_PIECE = 2**14  # bytes of a body after which its connection waits anew
 LINGER_SECONDS = 3.0  # that the rest of a body is read, so that its sender sees the refusal
 STALL_SECONDS = 60.0  # that a client may leave its answer unread
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, so that none is closed in use
@@ -49,14 +52,15 @@ class Lobby:
 class ImpatientProtocol(H11Protocol):
     """HTTP/1.1 with a limit on every wait. Web sockets are not spoken: their requests are GETs."""
 
-    head_seconds, linger_seconds = HEAD_SECONDS, LINGER_SECONDS
+    head_seconds, body_seconds, linger_seconds = HEAD_SECONDS, BODY_SECONDS, LINGER_SECONDS
     stall_seconds, places = STALL_SECONDS, WAITING
-    _deadline = _stall = None
+    _deadline = _stall = _awaited = None
+    _piece = 0  # bytes of a body since the connection took its place in the lobby
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
         self._lobby = vars(self.server_state).setdefault("lobby", Lobby(self.places))
-        self._wait(self.head_seconds)
+        self._wait("head", self.head_seconds)
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -65,32 +69,60 @@ class ImpatientProtocol(H11Protocol):
             self._refuse_head()
             return
         super().data_received(data)
-        self._look()
+        self._look(len(data))
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._look()
 
-    def _look(self) -> None:
-        """Notes whether this connection waits now, and until when."""
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._lobby.leave(self)
-            self._forget_deadline()
+    def _look(self, received: int = 0) -> None:
+        """Notes whether this connection waits now, and until when.
+
+        received: bytes that came just now
+        """
+        sending = self.conn.their_state is h11.SEND_BODY
+        if self._is_answering():
+            if sending:
+                self._wait_for_body(received)
+            else:
+                self._lobby.leave(self)
+                self._forget_deadline()
         elif not self.transport.is_closing():
-            if self.conn.their_state is h11.SEND_BODY:
-                self._wait(self.linger_seconds)
+            if sending:
+                self._wait("end of a body", self.linger_seconds)
             elif self.timeout_keep_alive_task is None or self.conn.trailing_data[0]:
-                self._wait(self.head_seconds)
+                self._wait("head", self.head_seconds)
             else:
                 self._enter_lobby()  # between two requests, for as long as uvicorn says
 
-    def _wait(self, seconds: float) -> None:
-        if self._deadline is None:
-            self._deadline = self.loop.call_later(seconds, self.hang_up)
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _wait(self, awaited: str, seconds: float) -> None:
+        if self._awaited != awaited:
+            self._forget_deadline()
+            self._awaited = awaited
+            self._deadline = self.loop.call_later(seconds, self._time_is_up)
         self._enter_lobby()
 
+    def _wait_for_body(self, received: int) -> None:
+        """The time starts again with every byte, the place in the lobby only with a good piece."""
+        self._piece += received
+        if self._awaited != "body" or self._piece >= BODY_PIECE:
+            self._piece = 0
+            self._lobby.leave(self)
+        self._forget_deadline()
+        self._wait("body", self.body_seconds)
+
+    def _time_is_up(self) -> None:
+        if self._awaited == "body" and self.flow.read_paused:
+            self._wait_for_body(0)  # it is us who does not read on
+        else:
+            self.hang_up()
+
     def _enter_lobby(self) -> None:
-        self._lobby.enter(self, answered=self.cycle is not None)
+        answered = self.cycle is not None and self.cycle.response_complete
+        self._lobby.enter(self, answered)
 
     def hang_up(self) -> None:
         """Closes; what the other side has not read by now is lost."""
@@ -123,7 +155,7 @@ class ImpatientProtocol(H11Protocol):
     def _forget_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-            self._deadline = None
+            self._deadline = self._awaited = None
 
     def _forget_stall(self) -> None:
         if self._stall is not None:

@@ -69,12 +69,20 @@ class Controller:
             return None
 
     async def register(self, request: RegisterRequest, caller: str) -> None:
-        """caller: address of the machine that asks."""
+        """Adds a worker, or raises ServeError. A worker that does not say its status is asked.
+
+        caller: address of the machine that asks
+        """
         address = self.allowed.check(request.worker_name, here=is_loopback(caller))
         status = request.worker_status or await self.status_of(address)
-        if status is not None:
-            self.table.register(address, status, request.check_heart_beat)
-            logger.info("registered %s: %s", address, status.model_names)
+        if status is None:
+            raise ServeError(
+                "no_worker",
+                "No worker gives its status at this address, so it was not registered: is it "
+                "running, with the same token as the controller?",
+            )
+        self.table.register(address, status, request.check_heart_beat)
+        logger.info("registered %s: %s", address, status.model_names)
 
     async def refresh(self) -> None:
         """Asks all workers anew, all at once; callers at the same time share one round."""

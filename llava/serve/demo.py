@@ -27,6 +27,7 @@ from ..errors import errors_as_messages, how_to_install
 from ..log_output import protect_standard_streams
 from ..playground import default_model_path
 from ..program_parser import ProgramParser
+from . import direct
 from .auth import TOKEN_VARIABLE, add_token_arg, check_exposure, read_token, token_headers
 
 HERE = "127.0.0.1"
@@ -100,7 +101,7 @@ def free_ports(count: int) -> list[int]:
 def answers(url: str, token: str, ready=lambda reply: True) -> bool:
     """Whether a POST to `url` succeeds and its JSON reply is `ready`."""
     try:
-        reply = requests.post(url, headers=token_headers(token), timeout=2, allow_redirects=False)
+        reply = direct.post(url, headers=token_headers(token), timeout=2)
         return reply.status_code == 200 and ready(reply.json())
     except (requests.RequestException, ValueError):
         return False
@@ -119,13 +120,15 @@ PACKAGES = ("gradio", "fastapi", "uvicorn", "httpx", "python_multipart", "pydant
 
 
 def check_parts(model_path: str | None) -> None:
-    """Raises ImportError or FileNotFoundError where packages, or a model, are missing: the parts
-    would find that out one after the other, some after minutes."""
+    """Raises ImportError, FileNotFoundError or ValueError where packages, or a model, are missing:
+    the parts would find that out one after the other, some after minutes."""
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise ImportError(
             f"the demo needs {', '.join(missing)} of the extra `serve`: {how_to_install('serve')}"
         )
-    if not model_path:
+    if model_path == "":
+        raise ValueError("--model-path is empty: name a model, or leave the option out")
+    if model_path is None:
         default_model_path()
 
 
@@ -166,7 +169,7 @@ def check_worker_args(words: list[str]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__, allow_abbrev=False)
     parser.add_argument("--host", default=HERE, help="address of the web page")
-    parser.add_argument("--port", type=int, default=7860, help="port of the web page")
+    parser.add_argument("--port", type=direct.page_port, default=7860, help="port of the web page")
     parser.add_argument(
         "--model-path", help="folder, or name on the hub (default: the playground's)"
     )

@@ -7,6 +7,8 @@ import re
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from ..conversation import Conversation, SeparatorStyle
 
+#: around the system text of Llama 2
+SYSTEM_BEGINS, SYSTEM_ENDS = "<<SYS>>", "<</SYS>>"
 _MARKS = re.compile(
     "|".join(map(re.escape, (DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, DEFAULT_IM_END_TOKEN)))
 )
@@ -41,8 +43,8 @@ def system_text(prompt: str, template: Conversation) -> str:
     if not user:
         return ""
     if template.sep_style is SeparatorStyle.LLAMA_2:
-        found = re.search(r"<<SYS>>(.*?)<</SYS>>", prompt, flags=re.DOTALL)
-        return found[1].strip() if found else ""
+        text, ends, _ = prompt.partition(SYSTEM_BEGINS)[2].partition(SYSTEM_ENDS)
+        return text.strip() if ends else ""
     before, mark, _ = prompt.partition(user)
     return _without_separators(before, template) if mark else ""
 
@@ -56,8 +58,21 @@ def _role_marks(template: Conversation) -> tuple[str, str]:
 
 
 def _without_separators(text: str, template: Conversation) -> str:
-    text = re.sub(r"<<SYS>>.*?<</SYS>>", "", text, flags=re.DOTALL).strip()
+    text = _without_system_text(text).strip()
     for separator in (template.sep, template.sep2):
         if separator and separator.strip():
             text = text.removesuffix(separator.strip()).strip()
     return text
+
+
+def _without_system_text(text: str) -> str:
+    """Read once from left to right: `re.sub` with `.*?` would look for the end of every beginning
+    up to the end of the text, which takes seconds where a client sends thousands of them."""
+    kept, place = [], 0
+    while (begins := text.find(SYSTEM_BEGINS, place)) >= 0:
+        ends = text.find(SYSTEM_ENDS, begins)
+        if ends < 0:
+            break
+        kept.append(text[place:begins])
+        place = ends + len(SYSTEM_ENDS)
+    return "".join([*kept, text[place:]])

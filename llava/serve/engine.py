@@ -68,6 +68,8 @@ class Engine:
     model_name:  what clients call it
     concurrency: requests that are answered at the same time
     folders:     method -> folder of its trained part, for requests that name the method
+    checkpoint:  the checkpoint's own name, which may decide on the prompt template; None: clients
+                 call it by that name
     """
 
     def __init__(
@@ -79,9 +81,10 @@ class Engine:
         concurrency: int = 5,
         limits: Limits = LIMITS,
         folders: dict[str, str] | None = None,
+        checkpoint: str | None = None,
     ):
         self.model, self.model_name, self.limits = model, model_name, limits
-        self.conv_mode = choose_conv_mode(model.config, model_name)
+        self.conv_mode = choose_conv_mode(model.config, checkpoint or model_name)
         self.front = FrontEnd(tokenizer, model, image_processor, self.conv_mode.name)
         self.shelf = MethodShelf(model.pruner, folders)
         self.methods = offer(model, self.shelf)
@@ -138,8 +141,10 @@ class Engine:
             seat.__enter__()
         except (ValueError, OSError, ImportError) as error:
             raise unavailable(error) from None
-        image_settings = self.model.image_settings  # they depend on the method
-        seat.__exit__()
+        try:
+            image_settings = self.model.image_settings  # they depend on the method
+        finally:
+            seat.__exit__()
         try:
             return self._inputs(request, request_id, seat, images, image_settings)
         except ValueError as error:

@@ -22,6 +22,7 @@ from llava.network import is_loopback
 from llava.program_parser import ProgramParser
 
 from .auth import add_token_arg, read_token
+from .direct import checked_address, page_port
 from .service import set_up_logging
 
 logger = logging.getLogger("llava.serve.web")
@@ -35,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--host", default="127.0.0.1", help="address of the page; 0.0.0.0 opens it to a network"
     )
     parser.add_argument(
-        "--port", type=int, help="port of the page (default: the first free one from 7860 on)"
+        "--port", type=page_port, help="port of the page (default: the first free one from 7860 on)"
     )
     parser.add_argument(
         "--controller-url", default="http://localhost:21001", help="where the controller is"
@@ -108,7 +109,8 @@ def build_page(args):
 
     if args.save_images and not args.log_conversations:
         raise ValueError("--save-images goes with --log-conversations, which is missing")
-    service = Service(args.controller_url, read_token(args.token_file))
+    controller = checked_address(args.controller_url, "--controller-url")
+    service = Service(controller, read_token(args.token_file))
     reload = args.model_list_mode == "reload"
     options = PageOptions(
         models=() if reload else first_models(service),
@@ -138,7 +140,7 @@ def launch(args, uploads: str):
         ) from error
     from .web.guard import UPLOAD_BYTES, Guard
     from .web.script import HEAD
-    from .web.server import limited_server, log_failed_events
+    from .web.server import limited_server, log_failed_events, no_proxy_for
     from .web.style import FRAME, css, theme
 
     page = build_page(args)
@@ -157,6 +159,7 @@ def launch(args, uploads: str):
         listens=lambda session: session in page._queue.pending_messages_per_session,
     )
     log_failed_events()
+    no_proxy_for(args.host)
     options = dict(
         server_name=args.host,
         server_port=args.port,

@@ -10,6 +10,7 @@ from contextlib import suppress
 import httpx
 
 from ..constants import WORKER_HEART_BEAT_INTERVAL
+from ..log_output import error_places
 from .auth import token_headers
 
 RETRY_SECONDS = 5.0
@@ -65,6 +66,9 @@ class HeartBeat:
             except (httpx.HTTPError, ValueError) as error:
                 logger.warning("no answer from the controller: %s", type(error).__name__)
                 wait = RETRY_SECONDS
+            except Exception as error:  # a worker that goes silent is forgotten by the controller
+                logger.error("the heart beat failed: %s", error_places(error))
+                wait = RETRY_SECONDS
             await asyncio.sleep(LEAST_SECONDS)
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._news.wait(), wait)
@@ -83,11 +87,14 @@ class HeartBeat:
     async def beat(self) -> bool:
         """Whether the controller still knows this worker."""
         body = {"worker_name": self.worker, "queue_length": self.status()["queue_length"]}
-        return bool((await self._post("/receive_heart_beat", body))["exist"])
+        reply = await self._post("/receive_heart_beat", body)
+        if not isinstance(reply, dict) or "exist" not in reply:
+            raise ValueError("no reply of a controller")
+        return bool(reply["exist"])
 
     async def leave(self) -> None:
         """Makes the controller look for this worker, which does not answer any more."""
-        with suppress(httpx.HTTPError, ValueError):
+        with suppress(Exception):  # whatever it is, the worker ends
             await self._post("/report_worker", {"worker_name": self.worker})
         await self.client.aclose()
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import base64
-import io
 import warnings
 
 from PIL import Image
 
 from ..image_io import decode_base64, displayed
 from .errors import ServeError
+from .image_files import FORMATS, SAVE_AGAIN, TooManyPixels, Unbounded, open_image
 from .limits import LIMITS, Limits
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
 def decode_images(texts: list[str], limits: Limits = LIMITS) -> list[Image.Image]:
@@ -36,7 +34,8 @@ def decode_images(texts: list[str], limits: Limits = LIMITS) -> list[Image.Image
 
 def image_type(text: str) -> str:
     """The media type of base64 text that `decode_images` accepted."""
-    return f"image/{_open(text, 1).format.lower()}"
+    kind = _open(text, 1).format.lower()
+    return "image/jpeg" if kind == "mpo" else f"image/{kind}"  # a JPEG with others behind it
 
 
 def plain_base64(text: str) -> str:
@@ -51,12 +50,12 @@ def _open(text: str, number: int) -> Image.Image:
     except ValueError:
         raise ServeError("bad_image", f"Image {number} is not valid base64 text.") from None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return open_image(data)
+    except Unbounded as error:
+        raise ServeError("bad_image", f"Image {number} {error}; {SAVE_AGAIN}.") from None
+    except TooManyPixels:
         raise ServeError("too_large", f"Image {number} has too many pixels.") from None
-    except Exception:
+    except ValueError:
         raise _unreadable(number) from None
 
 

@@ -26,6 +26,7 @@ from ..utils import StreamToLogger
 from .service import serve, set_up_logging
 
 from .auth import add_token_arg, check_exposure, read_token  # isort: skip
+from .direct import checked_address
 from .errors import new_request_id
 from .heart_beat import HeartBeat
 from .methods import folder_option
@@ -48,7 +49,7 @@ def add_service_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--controller-address", default="http://localhost:21001", help="where the controller is"
     )
-    parser.add_argument("--model-name", help="what clients call the model")
+    parser.add_argument("--model-name", help="what clients call the model (default: its own name)")
     parser.add_argument(
         "--limit-model-concurrency",
         type=int,
@@ -98,6 +99,8 @@ def load_engine(args):
     """The model that the options ask for, ready to answer."""
     # Both before the model: a typing error should not cost a minute.
     pruner, folders = pruner_from_args(args), trained_parts(args.trained_part)
+    if args.model_path == "":
+        raise ValueError("--model-path is empty: name a model, or leave the option out")
     path = os.path.expanduser(args.model_path or default_model_path())
     name = get_model_name_from_path(path)
     from .engine import Engine
@@ -113,6 +116,7 @@ def load_engine(args):
         args.model_name or name,
         concurrency(args),
         folders=folders,
+        checkpoint=name,
     )
     logger.info("%s", engine.conv_mode)
     return engine
@@ -139,8 +143,13 @@ def trained_parts(pairs: list[str]) -> dict[str, str]:
 
 def own_address(args) -> str:
     """How others call this worker. Raises ValueError where --host does not say it."""
-    if args.worker_address:
-        return args.worker_address
+    if args.worker_address is not None:
+        return checked_address(args.worker_address, "--worker-address", path=False)
+    if args.port == 0:
+        raise ValueError(
+            "--port 0 is any free port, which the controller cannot be told: name one, or the "
+            "address that leads there with --worker-address"
+        )
     if args.host in ("0.0.0.0", "::"):
         raise ValueError(
             f"--host {args.host} is no address that the controller could call: name one with "
@@ -156,11 +165,12 @@ def run_worker(args, load_backend) -> None:
         raise ValueError("--limit-model-concurrency must be at least 1, --max-queue at least 0")
     token = read_token(args.token_file)
     check_exposure(args.host, token)
-    set_up_logging(f"model_worker_{new_request_id()[:6]}.log", args.log_dir)
-    backend = load_backend(args)
     heart_beat = None
     if not args.no_register:
-        heart_beat = HeartBeat(args.controller_address, own_address(args), dict, token)
+        controller = checked_address(args.controller_address, "--controller-address")
+        heart_beat = HeartBeat(controller, own_address(args), dict, token)
+    set_up_logging(f"model_worker_{new_request_id()[:6]}.log", args.log_dir)
+    backend = load_backend(args)
     places = Places(concurrency(args) + args.max_queue)
     logger.info("serving %s", backend.model_name)
     serve(worker_app(backend, places, token, heart_beat), args.host, args.port)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 
-import requests
-
 from ..errors import errors_as_messages
 from ..program_parser import ProgramParser
+from . import direct
 from .auth import add_token_arg, read_token, token_headers
 
 SECONDS = 30
@@ -20,12 +19,11 @@ SECONDS = 30
 
 def post(address: str, path: str, body: dict | None, token: str | None = None, **options):
     """The reply of controller or worker. Raises ValueError with its reason when it refuses."""
-    reply = requests.post(
+    reply = direct.post(
         address.rstrip("/") + path,
         json=body,
         headers={"User-Agent": "LLaVA Client", **token_headers(token)},
         timeout=options.pop("timeout", SECONDS),
-        allow_redirects=False,
         **options,
     )
     if reply.status_code != 200:
@@ -61,7 +59,8 @@ def main() -> None:
         "check_heart_beat": args.check_heart_beat,
         "worker_status": None,
     }
-    post(args.controller_address, "/register_worker", body, read_token(args.token_file))
+    controller = direct.checked_address(args.controller_address, "--controller-address")
+    post(controller, "/register_worker", body, read_token(args.token_file))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ try:
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, Response, StreamingResponse
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
 except ImportError as error:
     raise ImportError(NEEDS_EXTRA) from error
 
@@ -143,6 +144,8 @@ async def read_bytes(request: Request, limits: Limits = LIMITS) -> bytes:
         await asyncio.wait_for(collect(), limits.body_seconds)
     except asyncio.TimeoutError:
         raise ServeError("too_slow", "The request took too long to arrive.") from None
+    except ClientDisconnect:  # the client left, or its connection waited too long
+        raise ServeError("too_slow", "The request ended early.") from None
     return bytes(body)
 
 

@@ -32,6 +32,7 @@ except ImportError as error:
     raise ImportError(NEEDS_EXTRA) from error
 
 from .dialogue import system_text, turns
+from .direct import checked_address
 from .images import decode_images, image_type, plain_base64
 from .limits import CHUNK_BYTES, LIMITS, STATUS_BYTES, Limits
 from .model_worker import add_service_args, run_worker
@@ -60,6 +61,7 @@ class Forwarder:
          prompt taken apart into messages)
     key: secret of that server, sent as a bearer token
     conv_mode: prompt template of the model; None: by its name
+    served: what the server calls the model; None: as clients do
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class Forwarder:
         limits: Limits = LIMITS,
         transport: httpx.AsyncBaseTransport | None = None,
         conv_mode: str | None = None,
+        served: str | None = None,
     ):
         self.model_name, self.api, self.limits = model_name, api, limits
+        self.served = served or model_name
         self.conv_mode = conv_mode or infer_conv_mode(model_name)
         self.template = conv_templates[self.conv_mode]
         self.client = httpx.AsyncClient(
@@ -129,6 +133,8 @@ class Forwarder:
         """(path, body) of the request to the server."""
         request = job.request
         sampling = {"temperature": request.temperature, "top_p": request.top_p}
+        if request.top_p == 0:  # the likeliest token, which most servers know by this alone
+            sampling = {"temperature": 0, "top_p": 1.0}
         if request.stop:
             sampling["stop"] = request.stop
         tokens = min(request.max_new_tokens, self.limits.new_tokens)
@@ -141,7 +147,7 @@ class Forwarder:
             }
             return "/generate", body | ({"image_data": request.images} if request.images else {})
         return "/v1/chat/completions", {
-            "model": self.model_name,
+            "model": self.served,
             "messages": messages(job, self.template),
             "max_tokens": tokens,
             "stream": True,
@@ -224,7 +230,10 @@ def served_path(endpoint: str, api: str, key: str | None = None) -> str:
     for path in paths:
         with suppress(httpx.HTTPError, ValueError, KeyError, IndexError, TypeError):
             reply = httpx.get(
-                base_url(endpoint) + path, headers=key_headers(key), timeout=CONNECT_SECONDS
+                base_url(endpoint) + path,
+                headers=key_headers(key),
+                timeout=CONNECT_SECONDS,
+                trust_env=False,
             )
             if reply.status_code == 200 and len(reply.content) <= STATUS_BYTES:
                 known = reply.json()
@@ -245,13 +254,30 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def load_forwarder(args) -> Forwarder:
+    endpoint = checked_address(args.sgl_endpoint, "--sgl-endpoint")
+    if args.api_key_file == "":
+        raise ValueError("--api-key-file is empty: name a file, or leave the option out")
     key = Path(args.api_key_file).read_text().strip() if args.api_key_file else None
-    path = args.model_name or served_path(args.sgl_endpoint, args.api, key)
-    name = args.model_name or get_model_name_from_path(path)
+    path = model_at(endpoint, args.api, key, args.model_name)
+    own = get_model_name_from_path(path)
     # The folder is asked where this machine has it, too; a name alone says less.
-    choice = checkpoint_conv_mode(path if os.path.isdir(path) else None, None, name)
+    choice = checkpoint_conv_mode(path if os.path.isdir(path) else None, None, own)
     announce(choice)
-    return Forwarder(args.sgl_endpoint, name, args.api, key, conv_mode=choice.name)
+    name = args.model_name or own
+    return Forwarder(endpoint, name, args.api, key, conv_mode=choice.name, served=path)
+
+
+def model_at(endpoint: str, api: str, key: str | None, given: str | None) -> str:
+    """Folder or name of the server's model; `given`, what clients call it, where the server goes by
+    it or does not say. (With OpenAI's protocol a request names the model.)"""
+    if given and api == "openai":
+        return given
+    try:
+        return served_path(endpoint, api, key)
+    except ValueError:
+        if not given:
+            raise
+        return given
 
 
 @errors_as_messages()

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from starlette.responses import StreamingResponse
 
-from llava.serve.connections import CONNECTIONS, WAITING, ImpatientProtocol, Lobby
+from llava.serve.connections import BODY_PIECE, CONNECTIONS, WAITING, ImpatientProtocol, Lobby
 from llava.serve.limits import Limits
 from llava.serve.service import Request, build_app, read_bytes
 from tests.serve.serve_tools import (
@@ -96,6 +96,84 @@ def test_a_body_that_never_ends_is_given_up():
                 b"Content-Length: 100\r\n\r\n{"
             )
             assert b" 408 " in one.recv(1000).split(b"\r\n")[0]
+
+
+class WithoutPatienceForBodies(ImpatientProtocol):
+    body_seconds = 0.5
+
+
+def begun(one, length: int) -> None:
+    """Sends a request without its body."""
+    head = f"POST {STREAM} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    one.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode())
+
+
+@pytest.mark.parametrize("sent", [0, 1, 200_000], ids=lambda sent: f"after {sent} bytes")
+def test_a_body_that_pauses_is_given_up_long_before_its_time_is_over(sent, caplog):
+    caplog.set_level("INFO")
+    with live(words_app(), http=WithoutPatienceForBodies) as worker, connected(worker) as one:
+        began = time.monotonic()
+        begun(one, 300_000)
+        one.sendall(b" " * sent)
+        assert one.recv(100) == b"", "closed"
+        assert time.monotonic() - began < Limits().body_seconds / 2
+        wait_for(lambda: "refused, too_slow" in caplog.text)
+    assert "ERROR" not in caplog.text, "a client that leaves is no failure of ours"
+
+
+class Patient(ImpatientProtocol):
+    body_seconds = 1.5
+
+
+def test_a_body_that_comes_slowly_but_steadily_is_read():
+    content = json.dumps(body()).encode().ljust(200)
+    with live(words_app(), http=Patient) as worker, connected(worker) as one:
+        begun(one, len(content))
+        for start in range(0, len(content), 10):  # longer than a body may pause
+            one.sendall(content[start : start + 10])
+            time.sleep(0.1)
+        assert one.recv(100).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("piece, stays", [(1, False), (BODY_PIECE, True)])
+def test_the_slowest_body_gives_way_to_others(piece, stays):
+    class Small(ImpatientProtocol):
+        places = 4
+
+    with live(words_app(), http=Small) as worker, ExitStack() as several:
+        mine = several.enter_context(connected(worker))
+        begun(mine, 10**6)
+        others = []
+        for _ in range(5):
+            mine.sendall(b" " * piece)
+            time.sleep(0.2)
+            others.append(several.enter_context(connected(worker)))
+            begun(others[-1], 10**6)
+        first = others[0] if stays else mine
+        assert first.recv(100) == b"", "closed"
+        last = mine if stays else others[-1]
+        last.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            last.recv(100)
+
+
+def test_a_server_that_reads_slowly_cuts_nobody_off():
+    read = []
+
+    async def app(scope, receive, send):
+        if scope["type"] == "http":
+            await asyncio.sleep(2.5)  # longer than a body may pause
+            more = True
+            while more:
+                message = await receive()
+                read.append(len(message.get("body", b"")))
+                more = message.get("more_body")
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+    with live(app, http=Patient) as server:
+        reply = patient_post(server, content=bytes(10**7))
+    assert reply.status_code == 200 and sum(read) == 10**7
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /", b"POST / HTTP/1.1\r\nHost: x\r\n"])
@@ -235,6 +313,9 @@ HELD = {
     "nothing": b"",
     "half of a head": b"POST / HTTP/1.1\r\nHost: x\r\nX-",
     "a refused request": b"POST /worker_get_status HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a request whose body never comes": b"POST /worker_generate_stream HTTP/1.1\r\nHost: x\r\n"
+    b"Authorization: Bearer %s\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    % TOKEN.encode(),
     "a refused request whose body never ends": b"POST /worker_get_status HTTP/1.1\r\nHost: x\r\n"
     b"Transfer-Encoding: chunked\r\n\r\n5\r\nab",
 }

@@ -96,7 +96,8 @@ def test_a_worker_registered_without_a_status_is_asked_for_it():
         assert patient_post(address + "/list_models").json() == {"models": ["echo"]}
         assert patient_post(address + "/worker_get_status").json() == status(queue_length=0)
         path, unreachable = registration("http://127.0.0.1:9")
-        assert patient_post(address + path, json=unreachable).status_code == 200
+        refused = patient_post(address + path, json=unreachable)
+        assert refused.status_code == 503 and "not registered" in refused.json()["text"]
         assert list(controller.table.workers) == [worker]
 
 

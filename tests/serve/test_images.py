@@ -67,6 +67,20 @@ def test_images_are_prepared_while_others_have_the_model(engine, image, monkeypa
     assert held == [False]
 
 
+def test_a_request_that_cannot_be_prepared_gives_its_turn_back(engine, image, monkeypatch):
+    class Broken(type(engine.model)):
+        @property
+        def image_settings(self):
+            raise RuntimeError("no settings")
+
+    monkeypatch.setattr(engine.model, "__class__", Broken)
+    (failed,) = ask(engine, image)
+    assert failed["cause"] == "internal"
+    monkeypatch.undo()
+    assert not engine.turns._lock._held
+    assert ask(engine, image)[-1]["error_code"] == 0
+
+
 def test_a_prompt_that_is_too_long_is_said_as_published(engine, image, monkeypatch):
     monkeypatch.setattr(engine.model.config, "max_position_embeddings", 300)
     (refused,) = ask(engine, image)

@@ -116,6 +116,10 @@ def test_a_worker_can_be_registered_by_hand(monkeypatch):
         flags[-1] = "http://evil.example:1"
         with pytest.raises(SystemExit, match="not allowed"):
             run_program(register_worker, monkeypatch, *flags)
+        flags[-1] = "http://127.0.0.1:9"
+        with pytest.raises(SystemExit, match="not registered: is it running"):
+            run_program(register_worker, monkeypatch, *flags)
+        assert list(known.table.workers) == [worker]
 
 
 def test_the_test_message_shows_the_answer(monkeypatch, capsys):

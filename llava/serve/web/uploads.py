@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 import warnings
@@ -10,13 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import httpx
-from PIL import Image
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import File, FormParser, parse_options_header
 
+from ..image_files import FORMATS, SAVE_AGAIN, TooManyPixels, Unbounded, open_image
 from ..limits import LIMITS
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 SUFFIXES = {
     ".png": "image/png",
     ".jpg": "image/jpeg",
@@ -108,8 +106,8 @@ def _checked_suffix(name: str) -> str:
 
 
 def check_image(data: bytes) -> None:
-    """Raises Refused unless the file is a whole image of an accepted format and size. Its header is
-    looked at first, so that a bomb never unfolds."""
+    """Raises Refused unless the file is a whole image of an accepted format and size. Its parts are
+    counted and its header is looked at first, so that a bomb never unfolds."""
     image = _opened(data)
     width, height = image.size
     if width * height > LIMITS.image_pixels or max(width, height) > LIMITS.image_side:
@@ -124,14 +122,15 @@ def check_image(data: bytes) -> None:
         raise Refused(415, "This image is not complete, or damaged; try another file.") from error
 
 
-def _opened(data: bytes) -> Image.Image:
+def _opened(data: bytes):
+    """The image, its header read and nothing decoded."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as error:
+        return open_image(data)
+    except Unbounded as error:
+        raise Refused(415, f"The image {error}; {SAVE_AGAIN}.") from error
+    except TooManyPixels as error:
         raise Refused(413, _too_large()) from error
-    except Exception as error:  # a broken file can raise nearly anything
+    except ValueError as error:
         raise Refused(415, f"This file is not an image ({', '.join(FORMATS)}).") from error
 
 
