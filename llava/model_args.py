@@ -131,7 +131,7 @@ def add_asking_args(parser: argparse.ArgumentParser) -> None:
 def load_front_end(args) -> FrontEnd:
     """The model, with its method and its prompt template, that the options ask for."""
     pruner = pruner_from_args(args)  # before the model: a typing error should not cost a minute
-    path = os.path.expanduser(args.model_path or default_model_path())
+    path = os.path.expanduser(default_model_path(args.model_path))
     name = get_model_name_from_path(path)
     conv_mode = resolve_conv_mode(args.conv_mode, name, path, args.model_base, compare=True)
     return FrontEnd(*load_from_args(args, path, name, pruner), conv_mode)

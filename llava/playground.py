@@ -15,9 +15,15 @@ PARTS = {
 }
 
 
-def default_model_path() -> str:
-    """Folder of the playground checkpoint. Raises FileNotFoundError where it is not."""
-    return str(_existing(CHECKPOINT))
+def default_model_path(given: str | None = None) -> str:
+    """`given`, or where no model was the folder of the playground checkpoint.
+
+    Raises FileNotFoundError where that is not, and ValueError for an empty name, which an unset
+    variable of a shell leaves behind.
+    """
+    if given == "":
+        raise ValueError("--model-path is empty: name a model, or leave the option out")
+    return str(_existing(CHECKPOINT)) if given is None else given
 
 
 def benchmark_dir() -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from .vllm import VLLMEngine
 
 VLLM = "vllm"
+OF_A_SERVER = ("--engine-url", "--allow-engine", "--engine-key-file")
 
 
 def add_engine_args(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +39,9 @@ def engine_from_args(args) -> VLLMEngine | None:
     """
     kind, url = getattr(args, "engine", None), getattr(args, "engine_url", None)
     if kind is None:
-        if url:
-            raise ValueError("--engine-url names a server, but --engine vllm is missing")
+        for option in OF_A_SERVER:
+            if getattr(args, option.strip("-").replace("-", "_"), None):
+                raise ValueError(f"{option} is about a server, but --engine {VLLM} is missing")
         return None
     if not url:
         raise ValueError("--engine vllm needs the address of the server: --engine-url URL")

@@ -126,10 +126,7 @@ def check_parts(model_path: str | None) -> None:
         raise ImportError(
             f"the demo needs {', '.join(missing)} of the extra `serve`: {how_to_install('serve')}"
         )
-    if model_path == "":
-        raise ValueError("--model-path is empty: name a model, or leave the option out")
-    if model_path is None:
-        default_model_path()
+    default_model_path(model_path)
 
 
 #: options of the worker that the demo sets

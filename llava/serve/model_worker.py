@@ -99,9 +99,7 @@ def load_engine(args):
     """The model that the options ask for, ready to answer."""
     # Both before the model: a typing error should not cost a minute.
     pruner, folders = pruner_from_args(args), trained_parts(args.trained_part)
-    if args.model_path == "":
-        raise ValueError("--model-path is empty: name a model, or leave the option out")
-    path = os.path.expanduser(args.model_path or default_model_path())
+    path = os.path.expanduser(default_model_path(args.model_path))
     name = get_model_name_from_path(path)
     from .engine import Engine
 

@@ -152,8 +152,10 @@ def parsed(*words):
 
 def test_options_belong_together(tmp_path):
     assert engine_from_args(parsed()) is None
-    with pytest.raises(ValueError, match="--engine vllm is missing"):
-        engine_from_args(parsed("--engine-url", "http://127.0.0.1:1"))
+    given = {"--engine-url": "http://127.0.0.1:1", "--allow-engine": "h", "--engine-key-file": "k"}
+    for option, value in given.items():
+        with pytest.raises(ValueError, match=f"{option} is about a server, but --engine vllm is"):
+            engine_from_args(parsed(option, value))
     with pytest.raises(ValueError, match="needs the address of the server: --engine-url"):
         engine_from_args(parsed("--engine", "vllm"))
     (tmp_path / "key").write_text("a-secret\n")

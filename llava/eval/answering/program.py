@@ -25,6 +25,7 @@ from llava.model_args import (
     add_sampling_args,
     load_from_args,
 )
+from llava.playground import benchmark_dir, default_model_path
 from llava.program_parser import ProgramParser
 from llava.pruning.cli import add_pruning_args, pruner_from_args
 from llava.weight_files import local_folder
@@ -139,11 +140,7 @@ def load_loop(args) -> AnswerLoop:
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parses the command line; fills in the playground, the model's name, template and pruner."""
     args = parser.parse_args()
-    if args.model_path is None:
-        from llava.playground import default_model_path
-
-        args.model_path = default_model_path()
-    args.model_path = os.path.expanduser(args.model_path)
+    args.model_path = os.path.expanduser(default_model_path(args.model_path))
     args.question_file = os.path.expanduser(args.question_file)
     args.model_name = get_model_name_from_path(args.model_path)
     args.conv_mode = resolve_conv_mode(
@@ -158,7 +155,6 @@ def use_playground_questions(parser, args, questions: str, images: str) -> None:
     default = parser.get_default("question_file")
     if args.question_file != default or os.path.exists(default):
         return
-    from llava.playground import benchmark_dir
 
     args.question_file = os.path.join(benchmark_dir(), questions)
     args.image_folder = args.image_folder or os.path.join(benchmark_dir(), images)

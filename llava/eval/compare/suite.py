@@ -321,7 +321,7 @@ def parse_suite_args(parser: argparse.ArgumentParser, argv: list[str] | None = N
     if args.model_path is None or args.data_dir is None:
         from llava.playground import benchmark_dir, default_model_path
 
-        args.model_path = args.model_path or default_model_path()
+        args.model_path = default_model_path(args.model_path)
         args.data_dir = args.data_dir or benchmark_dir()
     try:
         options_by_method(args.pruning_arg, args.methods)

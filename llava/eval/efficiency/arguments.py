@@ -32,7 +32,7 @@ def fill_in_questions(args: argparse.Namespace, questions: str) -> None:
         args.question_file = os.path.join(benchmark_dir(), questions)
         args.image_folder = args.image_folder or os.path.join(benchmark_dir(), IMAGES)
     args.image_folder = args.image_folder or os.path.dirname(args.question_file)
-    path = args.model_path or default_model_path()
+    path = default_model_path(args.model_path)
     args.model_name = get_model_name_from_path(path)
     args.conv_mode = resolve_conv_mode(args.conv_mode, args.model_name, path, args.model_base)
 

@@ -120,7 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--acceptance ({args.acceptance}) must lie between 0 and 1")
     check_layers(args.layers)
     if args.config is None:
-        args.model_path = args.model_path or default_model_path()
+        args.model_path = default_model_path(args.model_path)
         fill_in_questions(args, QUESTIONS)
     return args
 
