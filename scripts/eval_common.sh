@@ -28,7 +28,7 @@
 #   LAUNCH       further options of `accelerate launch`, for several machines
 #   LAUNCHER     a command that starts all processes in its place (scripts/slurm/eval.sbatch)
 #   BATCH_SIZE   prompts per step (default: 8)
-#   LIMIT        about so many questions, evenly spread, for quick runs
+#   LIMIT        about so many questions, evenly spread, for quick runs (as an option: --limit N)
 #   CONV_MODE    prompt template (default: what the checkpoint says of itself)
 #   OPENAI_API_KEY, OPENAI_BASE_URL, JUDGE_MODEL, JUDGE_WORKERS, JUDGE_EXTRA
 #                the judge of llavabench, mmvet and viscot: docs/Evaluation.md
@@ -41,14 +41,15 @@
 #                "--engine vllm --engine-url http://127.0.0.1:8000" a vLLM server answers
 #   PYTHON       interpreter (default: .venv/bin/python if it is there, else python3)
 #
-# Answers go to DATA_DIR/BENCHMARK/answers/QUESTIONS/CKPT/METHOD/n_TOKENS[_KEY=VALUE].jsonl, the
-# score into a .score.json beside them. A run that was interrupted continues.
+# Answers go to DATA_DIR/BENCHMARK/answers/QUESTIONS/CKPT/METHOD/n_TOKENS[_KEY=VALUE][_limitN].jsonl,
+# the score into a .score.json beside them. A name of more than 180 characters is cut, with a number
+# that stands for the rest. A run that was interrupted continues.
 
 set -euo pipefail
 # Given as seen from where the script was called; the scripts run in the root of the repository.
 [ -z "${DATA_DIR:-}" ] || DATA_DIR=$(realpath -m "$DATA_DIR")
 [ -z "${CKPT_DIR:-}" ] || CKPT_DIR=$(realpath -m "$CKPT_DIR")
-[ ! -d "${CKPT:-}" ] || CKPT=$(realpath "$CKPT")
+[[ "${CKPT:-}" != */* ]] && [ -n "${CKPT_DIR:-}" ] || [ ! -d "${CKPT:-}" ] || CKPT=$(realpath -s "$CKPT")
 source "$(dirname "${BASH_SOURCE[0]}")/released_names.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export LLAVA_TYPED_COMMAND=${LLAVA_TYPED_COMMAND:-bash $0} # how the programs call themselves
@@ -96,7 +97,7 @@ if [ "${MODEL_FAMILY:-}" = qwen2_5_vl ]; then
     OWNER=Qwen DEFAULT_CKPT=Qwen2.5-VL-7B-Instruct
     PLAYGROUND_MODEL=playground/checkpoints/qwen2.5-vl-playground
 fi
-if [ -d "${CKPT:-}" ]; then
+if [[ "${CKPT:-}" == /* ]] && [ -d "$CKPT" ]; then
     MODEL=$CKPT
 elif [ -n "${CKPT_DIR:-}" ]; then
     MODEL=$CKPT_DIR/${CKPT:-$DEFAULT_CKPT}
@@ -165,9 +166,10 @@ run_in_processes() {
         ${LAUNCH:---num_machines 1 --main_process_port 0} --module "$@" --answers-file "$ANSWERS"
 }
 
-# score BENCHMARK: prints the benchmark's report and, as the last line, the score as JSON.
+# score BENCHMARK: prints the benchmark's report and, as the last line, the score as JSON. Of several
+# machines the first one does.
 score() {
-    if [[ "${LAUNCH:-} " =~ --machine_rank[=\ ]+([0-9]+)\  ]] && [ "${BASH_REMATCH[1]}" != 0 ]; then
+    if [[ "${LAUNCH:-} " =~ --machine[_-]rank[=\ ]+([0-9]+)\  ]] && [ "${BASH_REMATCH[1]}" != 0 ]; then
         echo "$1: scored on the machine of rank 0"
         return
     fi

@@ -16,7 +16,7 @@ from llava.errors import errors_as_messages
 from llava.eval import markdown
 from llava.eval.files import box_counts
 from llava.eval.files.answer_lines import read_answers
-from llava.eval.files.answer_places import around_answers, run_of
+from llava.eval.files.answer_places import around_answers, runs_of
 from llava.program_parser import ProgramParser
 
 COLUMNS = {
@@ -31,7 +31,7 @@ COLUMNS = {
 
 def summaries(paths: list[str], where_known: bool = False) -> dict[str, dict]:
     """Name of each file's set -> `box_counts.summarize`, and of several their "mean". Where a set
-    comes twice, its run (`run_of`) stands in front, and every run has its own mean.
+    comes twice, its run (`runs_of`) stands in front, and every run has its own mean.
 
     where_known: a file that says nothing of boxes is named on stderr and left out
     Raises ValueError when a file says nothing of boxes.
@@ -52,8 +52,8 @@ def summaries(paths: list[str], where_known: bool = False) -> dict[str, dict]:
         known[path] = own
     several = len(set(map(set_name, known))) < len(known)
     by_run: dict[str, dict[str, dict]] = {}
-    for path, own in known.items():
-        run = f"{run_of(path)}, " if several else ""
+    for (path, own), its in zip(known.items(), runs_of(list(known)), strict=True):
+        run = f"{its}, " if several else ""
         by_run.setdefault(run, {})[set_name(path)] = own
     found = {}
     for run, sets in by_run.items():

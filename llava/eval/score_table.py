@@ -11,7 +11,7 @@ from types import NoneType
 
 from llava.errors import errors_as_messages
 from llava.eval import markdown
-from llava.eval.files.answer_places import run_of
+from llava.eval.files.answer_places import runs_of
 from llava.eval.files.records import kind_of, read_json
 from llava.program_parser import ProgramParser
 
@@ -27,8 +27,8 @@ def table(results: list[dict], runs: list[str] | None = None) -> str:
 
     runs: what each result is of; they get a column when a benchmark has several
     """
-    if runs is None or not several(results):
-        runs = [""] * len(results)
+    with_runs = runs is not None and several(results)
+    runs = runs if with_runs else [""] * len(results)
     pairs = list(zip(runs, results, strict=True))
     for run in dict.fromkeys(runs):
         own = [result for its, result in pairs if its == run]
@@ -36,7 +36,7 @@ def table(results: list[dict], runs: list[str] | None = None) -> str:
     rows = [
         (run, r["benchmark"], r["metric"], _score(r), _count(r), _tokens(r)) for run, r in pairs
     ]
-    if several(results):
+    if with_runs:
         return markdown.table(("run", *HEAD), rows, "lllr")
     return markdown.table(HEAD, [row[1:] for row in rows], "llr")
 
@@ -104,7 +104,7 @@ def main():
             files = [*files, *file.read().splitlines()]
     if not files:
         raise ValueError("no score to show: name .score.json files, or --list a file that does")
-    results, runs = [read_score(path) for path in files], list(map(run_of, files))
+    results, runs = [read_score(path) for path in files], runs_of(files)
     print(table(results, runs))
     if not several(results):
         print(json.dumps({result["benchmark"]: result["score"] for result in results}))

@@ -11,6 +11,7 @@ KEYS = (
     "min_num_params transformer_layer_cls_to_wrap sync_module_states use_orig_params "
     "limit_all_gathers backward_prefetch forward_prefetch"
 ).split()
+SWITCHES = ("limit_all_gathers", "forward_prefetch", "activation_checkpointing", "use_orig_params")
 #: keys that transformers itself adds, with values that ask for nothing
 ADDED = ("xla", "xla_fsdp_grad_ckpt")
 PREFETCHES = ("backward_pre", "backward_post", "no_prefetch")
@@ -21,6 +22,12 @@ def check_fsdp(training_args) -> None:
     if not training_args.fsdp:
         return
     for key, value in training_args.fsdp_config.items():
+        if key in SWITCHES and str(value).lower() not in ("true", "false"):
+            raise ValueError(f"--fsdp_config: {key} is {value!r}, choose true or false")
+        if key == "use_orig_params" and not isinstance(value, str):
+            raise ValueError(
+                f'--fsdp_config: transformers reads {key} as a text: write "{str(value).lower()}"'
+            )
         if key in KEYS or (key in ADDED and not value):
             continue
         if key == "activation_checkpointing":

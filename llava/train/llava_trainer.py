@@ -60,7 +60,7 @@ class LLaVATrainer(Trainer):
     The order of samples depends on seed and epoch only, so a resumed run sees the same batches.
     """
 
-    #: whether a step takes no fewer samples than it can, and how often in a row it takes each
+    #: whether samples that do not fill a step are left out, and how often in a row each one comes
     full_batches, repeats = False, 1
     _final = False
 
@@ -249,7 +249,8 @@ class LLaVATrainer(Trainer):
     def run_order(self) -> dict:
         """What decides which samples a step takes, and in which order."""
         args = self.args
-        return {
+        sizes = {"processes": args.world_size} if self.is_deepspeed_enabled else {}
+        return sizes | {
             "seed": args.seed,
             "data_seed": self.data_seed,
             "per_device_train_batch_size": args.train_batch_size,

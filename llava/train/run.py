@@ -171,8 +171,9 @@ def check_whole(folder: str, needed: Sequence[str]) -> None:
     """Raises ValueError unless a checkpoint has these files."""
     if lacking := [name for name in needed if not os.path.isfile(os.path.join(folder, name))]:
         raise ValueError(
-            f"{folder} cannot be continued from, it lacks {lacking[0]}: move it away, and the run "
-            "begins from the checkpoint before it, or anew"
+            f"{folder} cannot be continued from, it lacks {lacking[0]}: name another one with "
+            "--resume_from_checkpoint, or move it away, and the run begins from the checkpoint "
+            "before it, or anew"
         )
 
 

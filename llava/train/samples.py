@@ -141,7 +141,7 @@ def check_conversations(
             problem = check_turns(messages, alternate, plain)
             for message in messages:
                 if message["from"] == "gpt" and not message["value"].strip():
-                    findings.note(number, sample, "samples with an empty answer, which is skipped")
+                    findings.note(number, sample, "samples with an empty answer")
                     break
             if messages[0]["from"] == "gpt":
                 findings.note(number, sample, "samples begin with an answer, which is dropped")

@@ -185,9 +185,7 @@ def test_oddities_are_counted_once_each(folder, tokenizer, caplog):
     load(folder, samples, tokenizer)
     lines = [r.getMessage() for r in caplog.records if r.name == "llava.train.samples"]
     assert len(lines) == 4 and all("data.json" in line for line in lines)
-    assert (
-        "samples with an empty answer, which is skipped: 3 of 7, first sample 1 (id 0)" in lines[0]
-    )
+    assert "samples with an empty answer: 3 of 7, first sample 1 (id 0)" in lines[0]
     assert "without an image hold <image>, read as text: 1 of 7" in caplog.text
     assert "begin with an answer, which is dropped: 1 of 7" in caplog.text
     assert "model_max_length 128 and teach nothing: 1 of 7, first sample 6" in caplog.text

@@ -12,7 +12,6 @@ A file is a list of `{question_id, image: [path, "path###[x1, y1, x2, y2]"], con
 conversation being question, box, `<image>` and answer.
 """
 
-import glob
 import json
 import os
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from llava.eval.benchmarks.benchmark import Benchmark, Judged, JudgedRun
 from llava.eval.files.answer_lines import read_answers
 from llava.eval.files.matching import question_id, source, unique
 from llava.eval.files.records import Record, Records, read_json_list
+from llava.eval.files.side_files import SCORERS, scored_files
 from llava.eval.files.writing import write_jsonl
 from llava.eval.scoring.judge import Judge, Prompt, add_judge_args, judge_from_args
 from llava.eval.scoring.units import Unit, Units
@@ -54,8 +54,6 @@ SETS = (
 #: comes with them, and is not evaluated in published tables
 FURTHER_SETS = ("emotic",)
 FIELDS = ("question_id", "prompt", "text", "answer")
-#: what scores answers, as it stands in the name of the file with the scored lines
-SCORERS = ("judge", "precise_match")
 
 
 def viscot_questions(record: dict, brief: bool = False) -> Iterator[Question]:
@@ -167,11 +165,6 @@ def units(answers: Records, judge: Judge | None, images: dict | None = None) -> 
         if earlier != path:
             os.remove(earlier)
     return Units(found, details={"unreadable": unreadable, "file": path})
-
-
-def scored_files(answers: str, scorer: str) -> list[str]:
-    """Files with the scored lines of an answers file, one of `SCORERS` having scored them."""
-    return glob.glob(f"{glob.escape(os.path.splitext(answers)[0])}_{scorer}-[01].*.jsonl")
 
 
 def asked(answer: dict) -> tuple:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from llava.eval.answering.questions import Question, questions_of
-from llava.eval.benchmarks import all_benchmarks, data_files, find_benchmark, viscot
+from llava.eval.benchmarks import all_benchmarks, data_files, find_benchmark
 from llava.eval.benchmarks.benchmark import Benchmark
 from llava.eval.browse.conditions import Condition
 from llava.eval.files import box_counts
@@ -18,6 +18,7 @@ from llava.eval.files.answer_lines import is_failed, read_lines
 from llava.eval.files.answer_places import around_answers
 from llava.eval.files.matching import names_of, question_id
 from llava.eval.files.records import Records, is_id
+from llava.eval.files.side_files import SCORERS, scored_files
 
 
 @dataclass
@@ -143,7 +144,7 @@ class Run:
         own = _scores_in(self.lines.values())
         if own:
             return own
-        scored = [file for name in viscot.SCORERS for file in viscot.scored_files(self.path, name)]
+        scored = [file for name in SCORERS for file in scored_files(self.path, name)]
         if scored:
             return self._scores_beside(scored[0])
         benchmark = self.source.benchmark

@@ -198,17 +198,22 @@ def run_all(
         own: list[Score] = []
         try:
             for benchmark, asked in benchmarks.items():
-                score = run_task(loop, run, benchmark, asked, args, dense, hard, workers, label)
+                try:
+                    score = run_task(loop, run, benchmark, asked, args, dense, hard, workers, label)
+                except NothingAnswered as error:
+                    if run.method == DENSE:
+                        raise
+                    # The other processes know nothing of it, and go on to the next benchmark.
+                    run.refused = run.refused or f"{benchmark.name}: {error}"
+                    continue
                 if workers.main:
                     own.append(score)
                     write_scores([*scores, *own], args)
         except ValueError as error:
-            if isinstance(error.__cause__, UnfitBudget):
-                run.refused = str(error.__cause__)  # without the question, a line of a file
-            elif isinstance(error, NothingAnswered) and run.method != DENSE:
-                run.refused = str(error)
-            else:
+            if not isinstance(error.__cause__, UnfitBudget):
                 raise
+            run.refused = str(error.__cause__)  # without the question, a line of a file
+        if run.refused is not None:
             if workers.main:
                 write_scores(scores, args)
                 print(f"{run.method} {run.budget}: stopped: {run.refused}", flush=True)

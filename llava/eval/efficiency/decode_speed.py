@@ -127,7 +127,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def refuse_strangers(parser: ProgramParser, args: argparse.Namespace) -> None:
     """Ends the program at an option of the other kind of model."""
-    others, why = OF_RANDOM, "is for random weights: name their --config"
+    others, why = OF_RANDOM, f"is for random weights: choose --config from {', '.join(CONFIGS)}"
     if args.config is not None:
         others, why = OF_TRAINED, "has no place there: --config makes a model up"
     for name in others:

@@ -15,6 +15,15 @@ def around_answers(path: str) -> tuple[str, str, str] | None:
     return os.sep.join(parts[: place - 1]), parts[place - 1], parts[place + 1]
 
 
+def runs_of(paths: list[str]) -> list[str]:
+    """`run_of` each, where files of one run are to be told from those of others; all paths without
+    their endings where two files with the same name would not be."""
+    names = {(run_of(path), *(around_answers(path) or ())[1:]) for path in paths}
+    if len(names) < len(set(map(os.path.abspath, paths))):
+        return [os.path.splitext(path)[0].removesuffix(".score") for path in paths]
+    return list(map(run_of, paths))
+
+
 def run_of(path: str) -> str:
     """What a file of answers or their score is of, without its ending: the part of its path behind
     `answers/QUESTIONS`, as the scripts write it, else all of it."""

@@ -4,20 +4,29 @@ tokens were kept. They are worth nothing once the answers are others."""
 import glob
 import os
 import shutil
+from itertools import chain
 
 from llava.eval.files.mask_files import KEPT, REFERENCE
 
 #: endings of names, behind that of the answers file without its own
 FILES = ("_info.json", ".score.json")
-#: lines with scores, the mean in the name
-SCORED = "_*-[01].*.jsonl"
+#: what scores free-form answers, as it stands in the name of the file with the scored lines
+SCORERS = ("judge", "precise_match")
+
+
+def scored_files(answers: str, scorer: str) -> list[str]:
+    """Files with the scored lines of an answers file, one of `SCORERS` having scored them; their
+    mean is in the name."""
+    stem = glob.escape(os.path.splitext(answers)[0])
+    return glob.glob(f"{stem}_{scorer}-[01].[0-9][0-9][0-9][0-9].jsonl")
 
 
 def side_files(answers: str) -> list[str]:
     """Those files and folders of an answers file that are there."""
     stem = os.path.splitext(answers)[0]
     names = [stem + ending for ending in (*FILES, KEPT, REFERENCE)]
-    return [*filter(os.path.exists, names), *glob.glob(glob.escape(stem) + SCORED)]
+    scored = (scored_files(answers, scorer) for scorer in SCORERS)
+    return [*filter(os.path.exists, names), *chain.from_iterable(scored)]
 
 
 def remove_side_files(answers: str) -> None:

@@ -16,8 +16,9 @@ from llava.pruning.ops import true_first
 class Asked:
     """Of a batch of samples with their answers (B, S):
 
-    asking: (B, 1) place of the last token of the first question: the one in front of the first
-            supervised token, which is the last of the prompt when the model is asked
+    asking: (B, 1) place of the last token of the first question with an answer that is learned: the
+            one in front of the first supervised token, which is the last of the prompt when the
+            model is asked
     places: (B, V) places of the visual tokens in front of it, of all images, in order; V is at
             least 1
     real:   (B, V) which of `places` are: none where a sample has no image, or no answer

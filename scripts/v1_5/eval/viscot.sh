@@ -20,4 +20,4 @@ for name in ${SETS:-$(list_benchmarks --sets viscot | grep -vx emotic)}; do
     [ -n "${DO_GLIMPSE:-}" ] || score "viscot_$name${BRIEF:+_brief}"
 done
 "$PYTHON" -m llava.eval.mask_report --where-known "${ALL_ANSWERS[@]}"
-[ -n "${DO_GLIMPSE:-}" ] || "$PYTHON" -m llava.eval.score_table "${SCORES[@]}"
+[ ${#SCORES[@]} = 0 ] || "$PYTHON" -m llava.eval.score_table "${SCORES[@]}"

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ from llava.eval.compare import suite, suite_report
 from llava.eval.compare.budget import Budget
 from llava.eval.compare.comparison import AVERAGE, compare_runs
 from llava.eval.compare.costs import Cost, sample_prompts
-from llava.eval.files.answer_lines import Failure, read_answers
-from llava.eval.files.records import read_jsonl
+from llava.eval.compare.scores import Run
+from llava.eval.files.answer_lines import Failure, NothingAnswered, read_answers
+from llava.eval.files.records import Records, read_jsonl
 from llava.pruning import build_pruner
 from tests.eval import eval_cases, mini_benchmark
 from tests.eval.compare.test_suite import FakeLoop
@@ -343,6 +345,34 @@ def test_costs_are_measured_on_questions_that_were_asked(args):
     sample_prompts(Loop(), benchmarks, str(ROOT / "playground/benchmark"), 4, limit=4)
     ((benchmark, records),) = benchmarks.items()
     assert asked == [question.head["question_id"] for question in benchmark.select(records, 4)]
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_a_run_that_answers_nothing_ends_for_all_processes_alike(args, main, monkeypatch, capsys):
+    runs = [
+        Run(name, Budget(tokens=64), build_pruner(name)) for name in ("none", "random", "fastervlm")
+    ]
+    benchmarks = {find_benchmark(name): Records("f", [{}]) for name in ("pope", "gqa")}
+    asked = []
+
+    def run_task(loop, run, benchmark, *rest):
+        asked.append((run.method, benchmark.name))
+        if main and asked[-1] == ("random", "pope"):  # the others do not read the answers
+            raise NothingAnswered(2, "no room")
+        return types.SimpleNamespace(task=benchmark.name, percent=0.0, failed=0)
+
+    monkeypatch.setattr(suite, "run_task", run_task)
+    monkeypatch.setattr(suite, "extent", lambda *_: "")
+    monkeypatch.setattr(suite, "write_scores", lambda *_: None)
+    loop = types.SimpleNamespace(model=types.SimpleNamespace(pruner=None))
+    scores = suite.run_all(loop, runs, benchmarks, args, types.SimpleNamespace(main=main))
+    assert asked == [(run.method, name) for run in runs for name in ("pope", "gqa")]
+    if main:
+        assert (
+            len(scores) == 4
+            and runs[1].refused == "pope: all 2 questions failed, the first: no room"
+        )
+        assert "random 64: stopped: pope: all 2 questions failed" in capsys.readouterr().out
 
 
 def test_nothing_to_compare_is_said(args):

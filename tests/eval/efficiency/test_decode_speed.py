@@ -153,7 +153,7 @@ def test_made_up_and_trained_models_are_not_mixed(capsys):
         (["--config", "7b", "--model-path", "a"], "--model-path has no place there"),
         (["--config", "7b", "--load-4bit"], "--load-4bit has no place there"),
         (["--config", "7b", "--acceptance", "1.5"], "must lie between 0 and 1"),
-        (["--prompt-length", "9"], "--prompt-length is for random weights: name their --config"),
+        (["--prompt-length", "9"], "--prompt-length is for random weights: choose --config from"),
         (["--acceptance", "0"], "--acceptance is for random weights"),
     ):
         with pytest.raises(SystemExit):

@@ -13,7 +13,9 @@ def test_answers_that_are_made_anew_take_along_what_was_said_of_the_old(tmp_path
     for name in ("n_64[1]_judge-0.5000.jsonl", "n_64[1]_info.json", "n_64[1].score.json"):
         (tmp_path / name).touch()
     write_mask(np.ones((2, 2), bool), mask_path(str(path), 0))
-    others = [tmp_path / name for name in ("n_641_info.json", "n_64[1]0_judge-0.5000.jsonl")]
+    names = ("n_641_info.json", "n_64[1]0_judge-0.5000.jsonl", "n_64[1]_some=-0.5.jsonl")
+    names += ("n_64[1]_twig=-models-llava-1.5-7b.jsonl", "n_64[1]_judge-0.5_x.jsonl")
+    others = [tmp_path / name for name in names]
     for other in others:
         other.touch()
     with AnswersFile(str(path), [{"question_id": 1}], {}) as answers:
