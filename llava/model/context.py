@@ -68,8 +68,9 @@ def answer_room(model, prompt_positions: int | None, wanted: int | None) -> int 
     _warn_once(
         model,
         "answer",
-        f"an answer of up to {wanted} tokens was asked for; behind a prompt of {prompt_positions} "
-        f"positions it ends after {room}, as the model has {limit} (max_position_embeddings)",
+        f"the settings allow an answer of up to {wanted} tokens; behind a prompt of "
+        f"{prompt_positions} positions it ends after {room}, as the model has {limit} "
+        "(max_position_embeddings)",
     )
     return room
 

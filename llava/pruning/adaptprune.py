@@ -73,9 +73,9 @@ class AdaptPrune(DecoderPruner):
     def by_share(self) -> bool:
         return self.keep_ratio is not None or super().by_share
 
-    def num_keep(self, count: int) -> int:
+    def left_of(self, count: int) -> int:
         if self.keep_ratio is None:
-            return super().num_keep(count)
+            return super().left_of(count)
         return int(count * self.keep_ratio)
 
     def before_prompt(self, image: ImageTokens) -> ImageTokens:
@@ -84,7 +84,7 @@ class AdaptPrune(DecoderPruner):
     def score(self, prefill: Prefill) -> Tensor:
         """(B, S) the earlier a token is picked, the higher; 0 on those never picked."""
         row, place, real = prefill.images()
-        rounds = self.num_keep(real.shape[1])
+        rounds = self.left_of(real.shape[1])
         if rounds >= real.shape[1]:  # everything stays
             return torch.zeros_like(prefill.index)
         attention = prefill.recorded_rows[:, :, -1].mean(dim=1)

@@ -295,9 +295,10 @@ class SelectPruner(VisionStage, BudgetPruner):
 
 @dataclass
 class WholeImages(SelectPruner):
-    """Chooses from all crops of an image together, so that its number of tokens is exact.
+    """Base of methods that choose from all crops of an image together, in a hook of their own
+    (`after_projector`, `after_layouts`); here is how many they keep.
 
-    visual_token_num: tokens per image
+    visual_token_num: tokens per image, exactly
     """
 
     def num_tokens(self, available: int) -> int:
@@ -395,7 +396,7 @@ class DecoderPruner(DecoderStage, BudgetPruner):
         """Whether what an image keeps depends on how many tokens it has."""
         return self.visual_token_ratio is not None
 
-    def num_keep(self, count: int) -> int:
+    def left_of(self, count: int) -> int:
         """Tokens to keep of an image with `count`; it may be more than those."""
         return self.tokens_of(count)
 
@@ -403,7 +404,7 @@ class DecoderPruner(DecoderStage, BudgetPruner):
         """Tokens to keep of every image, one number where it is the same for all."""
         if not self.by_share:
             return self.visual_token_num
-        return [[self.num_keep(count) for count in row] for row in prefill.counts.images]
+        return [[self.left_of(count) for count in row] for row in prefill.counts.images]
 
     def reusable_layers(self, prefill: Prefill) -> int:
         num_layers = len(prefill.decoder.layers)
@@ -411,7 +412,7 @@ class DecoderPruner(DecoderStage, BudgetPruner):
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         dense, layer = num_patches * crops, self.cut_layer(num_layers)
-        kept = min(self.num_keep(dense), dense)
+        kept = min(self.left_of(dense), dense)
         return [dense] * layer + [kept] * (num_layers - layer)
 
 

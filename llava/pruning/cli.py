@@ -170,7 +170,7 @@ def options_by_method(pairs: list[str], methods: Iterable[str]) -> dict[str, dic
 
 def parse_pair(pair: str) -> tuple[str, object]:
     """KEY and value of KEY=VALUE; a value that is no Python literal is a string, and so is a number
-    with underscores, which may be the name of a folder."""
+    with underscores (2024_05), which may be the name of a folder."""
     key, equals, text = pair.partition("=")
     if not equals or not key:
         raise ValueError(f"--pruning-arg {pair!r} must have the form KEY=VALUE")

@@ -95,6 +95,7 @@ class ClipText(nn.Module):
             num_attention_heads=max(1, width // 64),
             vocab_size=VOCABULARY,
             projection_dim=width,
+            eos_token_id=VOCABULARY - 1,
         )
         norm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
         projection = nn.Linear(vision.hidden_size, width, bias=False)

@@ -74,7 +74,7 @@ class DART(DecoderPruner):
         pivots = self.pivot_image_token + self.pivot_text_token
         return min(self.pivot_image_token + budget // pivots * pivots, count)
 
-    def num_keep(self, count: int) -> int:
+    def left_of(self, count: int) -> int:
         return self.kept_of(self.tokens_of(count), count)
 
     def before_prompt(self, image: ImageTokens) -> ImageTokens:

@@ -14,7 +14,8 @@ Carrier = TypeVar("Carrier", VisionTokens, ImageTokens, Prefill)
 
 
 def with_extra(tokens: Carrier, name: str, values: Tensor) -> Carrier:
-    """`tokens` with one more of their `extras`, `values` (B, N, ...), of an image (n, ...)."""
+    """`tokens` with one more of their `extras`: `values` (B, N, ...) for crops, (n, ...) for one
+    image."""
     return replace(tokens, extras={**tokens.extras, name: values})
 
 

@@ -47,7 +47,7 @@ class FastV(DecoderPruner):
     def by_share(self) -> bool:
         return self.ratio is not None or super().by_share
 
-    def num_keep(self, count: int) -> int:
+    def left_of(self, count: int) -> int:
         if self.ratio is None:
-            return super().num_keep(count)
+            return super().left_of(count)
         return max(1, round(count * (1 - self.ratio)))

@@ -90,9 +90,9 @@ class IDPruner(SinkFilter, EqualShares):
         return scores.to(features.device)
 
     def pick(self, vision: VisionTokens, rows: Tensor | slice, count: int) -> Tensor:
-        others, weight = self.others(vision, rows, count), self.mmr_lambda
-        choose = lambda features, scores: marginally_best(features, scores, count, weight)  # noqa: E731
-        return picked(choose, others, vision.features[rows], self.importance(vision, rows))
+        given = vision.features[rows], self.importance(vision, rows)
+        others = self.others(vision, rows, count)
+        return picked(others, *given, marginally_best, count, self.mmr_lambda)
 
 
 @captured

@@ -396,7 +396,8 @@ class Prefill:
 
     @property
     def follows(self) -> Tensor:
-        """(B,) `next_position`, or what that is where no method has said it."""
+        """(B,) position of the first token behind the prompt: `next_position` where a method said
+        so, else one after the last position."""
         if self.next_position is not None:
             return self.next_position
         places = self.position_ids if not self.has_axes else self.position_ids.amax(dim=2)

@@ -65,9 +65,9 @@ class Scope(SinkFilter, EqualShares):
 
     def pick(self, vision: VisionTokens, rows: Tensor | slice, count: int) -> Tensor:
         attention = vision.cue("salience")[rows] * vision.num_heads  # the sum over heads
-        add, others = self.combine == "add", self.others(vision, rows, count)
-        choose = lambda features, weight: cover_salient(features, weight, count, add)  # noqa: E731
-        return picked(choose, others, vision.features[rows], attention**self.alpha)
+        given = vision.features[rows], attention**self.alpha
+        others = self.others(vision, rows, count)
+        return picked(others, *given, cover_salient, count, self.combine == "add")
 
 
 @captured

@@ -64,9 +64,12 @@ class SinkFilter:
     def sink_places(self, features: Tensor, least: int) -> Tensor | None:
         """(B, H) places of the sinks among features (B, N, C), at most as many as leave `least`
         tokens of each crop; None: there are none."""
-        size = features.shape[1]
-        count = min(num_sinks(size, self.sink_ratio), size - least)
-        return sinks(features, count) if count > 0 else None
+        count = self.sink_count(features.shape[1], least)
+        return sinks(features, count) if count else None
+
+    def sink_count(self, size: int, least: int) -> int:
+        """Sinks among the `size` tokens of a crop, of which `least` must be left."""
+        return max(0, min(num_sinks(size, self.sink_ratio), size - least))
 
     def sink_mask(self, features: Tensor, least: int) -> Tensor | None:
         """(B, N) True at these places; None: there are none."""
@@ -96,16 +99,14 @@ class SinkFilter:
     def others(self, vision: VisionTokens, rows: Tensor | slice, least: int) -> Tensor | None:
         """(G, M) places in the crops `rows` (G,) of all tokens but the sinks, of which at most so
         many are left out that `least` tokens are left; None: nothing is left out."""
-        norms = vision.extras.get(NORMS)
-        if norms is None:
+        if NORMS not in vision.extras:
             return None
-        size = norms.shape[1]
-        count = min(num_sinks(size, self.sink_ratio), size - least)
-        if count <= 0:
+        norms = vision.extras[NORMS][rows]
+        if not (count := self.sink_count(norms.shape[1], least)):
             return None
-        found = top_stable(norms[rows], count)
-        left = torch.ones_like(norms[rows], dtype=torch.bool).scatter_(1, found, False)
-        return true_first(left)[:, : size - count]
+        left = torch.ones_like(norms, dtype=torch.bool)
+        left.scatter_(1, top_stable(norms, count), False)
+        return true_first(left)[:, : norms.shape[1] - count]
 
     def candidates_of_images(self, vision: VisionTokens, budget: int) -> VisionTokens:
         """Likewise where the crops of an image are chosen from as a whole: of each of them so many
@@ -135,16 +136,14 @@ class SinkFilter:
 
 
 def picked(
-    choose: Callable[[Tensor, Tensor], Tensor],
-    others: Tensor | None,
-    features: Tensor,
-    scores: Tensor,
+    others: Tensor | None, features: Tensor, scores: Tensor, choose: Callable[..., Tensor], *how
 ) -> Tensor:
-    """Places (G, T) that `choose` picks by features (G, N, C) and scores (G, N), of all tokens or
-    among those at the places `others` (G, M) alone."""
+    """Places (G, T) that `choose(features, scores, *how)` picks, given the tokens at the places
+    `others` (G, M) alone (None: all); features (G, N, C), scores (G, N)."""
     if others is None:
-        return choose(features, scores)
-    return others.gather(1, choose(gather_tokens(features, others), scores.gather(1, others)))
+        return choose(features, scores, *how)
+    few = gather_tokens(features, others), scores.gather(1, others)
+    return others.gather(1, choose(*few, *how))
 
 
 def without_marks(vision: VisionTokens) -> tuple[VisionTokens, Tensor | None]:

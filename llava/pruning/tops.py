@@ -177,14 +177,14 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, BudgetPruner, StagedPruner, StageL
 
     def after_layouts(self, images: list[ImageTokens]) -> list[ImageTokens]:
         """Chooses from images of several crops, and leaves T of every image."""
-        labels = [self.label(image.length, self.depth) for image in images]
+        labels = [self.label_of(image) for image in images]
 
         def choose(alike: list[ImageTokens], count: int) -> Tensor:
             embeds = torch.stack([image.embeds for image in alike])
             salience = torch.stack([image.extras[SALIENCE] for image in alike])
             return self.first_picks(embeds, salience, count).sort(dim=1).values
 
-        # Images of a single crop and videos are cut already; what those have is no salience.
+        # Images of a single crop and videos were cut in `after_projector`.
         counts = [
             2 * label if SALIENCE in image.extras else image.length
             for image, label in zip(images, labels, strict=True)
@@ -194,6 +194,14 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, BudgetPruner, StagedPruner, StageL
             with_number(without_extra(image, SALIENCE), BUDGET, label)
             for image, label in zip(pruned, labels, strict=True)
         ]
+
+    def label_of(self, image: ImageTokens) -> int:
+        """T of an image; with `average` that of a video is the sum over its pairs of frames, which
+        were cut one by one."""
+        pairs = image.frame_pairs if self.average else 0
+        if pairs < 2:
+            return self.label(image.length, self.depth)
+        return pairs * self.for_part(pairs).label(image.length // pairs, self.depth)
 
     def first_picks(self, features: Tensor, salience: Tensor, count: int) -> Tensor:
         """(B, count) places of features (B, N, D) in the order they are picked."""

@@ -53,7 +53,9 @@ class TwigRelease(Published):
             raise ValueError(
                 f"{', '.join(fixed)} cannot change from call to call: assign another {pruner.name}"
             )
-        as_tensor = not keywords.get("return_dict_in_generate")
+        config = keywords.get("generation_config")
+        told = getattr(config, "return_dict_in_generate", False)
+        as_tensor = not keywords.get("return_dict_in_generate", told)
         if options or as_tensor != pruner.as_published:
             pruner = pruner.with_options(**options)
             pruner.as_published = as_tensor

@@ -74,11 +74,6 @@ class V2Drop(ShareOption, CutLayers):
                 f"keep_list ({keep}) must hold whole numbers of tokens, or shares from 0 to 1"
             )
 
-    def check_depth(self, num_layers: int) -> None:
-        layers = self.cut_layers(num_layers)
-        if layers[-1] >= num_layers:
-            raise ValueError(f"layer_list {layers} must stay below the {num_layers} decoder layers")
-
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
         super().check(num_patches, num_layers, crops)
         if self.keep_list is not None:  # the budget is not used

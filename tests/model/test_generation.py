@@ -48,18 +48,22 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(model, prompt, name):
         model.generate(prompt.ids, images=prompt.images, **{**GREEDY, **options})
 
 
-@pytest.mark.parametrize("options", [{}, SPECULATE])
-def test_a_cache_is_left_out_wherever_that_is_said(model, prompt, options):
-    model.pruner = make_pruner("fastv" if not options else "none")
-    given = dict(inputs=prompt.ids, images=prompt.images, **options)
-    config = GenerationConfig(**GREEDY, use_cache=False)
-    if options:
-        model.pruner = grown(model)
-        with pytest.raises(ValueError, match="needs a cache"):
-            model.generate(**given, generation_config=config)
-        return
+WITHOUT_CACHE = GenerationConfig(**GREEDY, use_cache=False)
+
+
+def test_a_cache_is_left_out_where_the_config_says_so(model, prompt):
+    model.pruner = make_pruner("fastv")
+    given = dict(inputs=prompt.ids, images=prompt.images)
     by_keyword = model.generate(**given, **GREEDY, use_cache=False)
-    assert torch.equal(model.generate(**given, generation_config=config), by_keyword)
+    assert torch.equal(model.generate(**given, generation_config=WITHOUT_CACHE), by_keyword)
+
+
+def test_guesses_need_a_cache_whoever_says_that_there_is_none(model, prompt):
+    model.pruner = grown(model)
+    given = dict(inputs=prompt.ids, images=prompt.images, **SPECULATE)
+    for options in (dict(generation_config=WITHOUT_CACHE), {**GREEDY, "use_cache": False}):
+        with pytest.raises(ValueError, match="needs a cache"):
+            model.generate(**given, **options)
 
 
 def test_no_images_are_no_images_in_training_too(make_model, sample):

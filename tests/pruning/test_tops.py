@@ -157,11 +157,13 @@ def test_options_that_cannot_be_are_refused(options, message):
         build_pruner("tops", pruning_layers=[2, 5]).check_depth(6)
 
 
-@pytest.mark.parametrize("budget, pairs", [(2, 2), (3, 3), (10, 2)])
-def test_the_frames_of_a_video_are_cut_once(own_grids_model, sample, budget, pairs):
-    own_grids_model.pruner = build_pruner("tops", average=True, visual_token_num=budget)
+@pytest.mark.parametrize("budget, pairs", [(2, 2), (3, 3), (7, 2), (10, 3)])
+def test_a_video_has_the_sum_of_the_labels_of_its_pairs(own_grids_model, sample, budget, pairs):
+    own_grids_model.pruner = pruner = build_pruner("tops", average=True, visual_token_num=budget)
     with trace_pruning(own_grids_model) as trace:
         given = dict(images=[video(pairs, 6, 6)], max_new_tokens=1, do_sample=False)
         own_grids_model.generate(sample(4, "image", 5).ids, **given)
+    label = pairs * pruner.for_part(pairs).label(36, 6)
     entered = [int(tokens[0]) for tokens in trace.visual_tokens]
-    assert entered[0] % pairs == 0 and 1 <= entered[-1] <= entered[0]
+    assert entered == pruner.image_schedule(2 * label, 6, 36, label)
+    assert entered[-1] < entered[0] == 2 * label

@@ -95,5 +95,5 @@ def step_of(model, trace):
 def test_options_that_contradict_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         build_pruner("v2drop", **options)
-    with pytest.raises(ValueError, match="below the 6 decoder layers"):
+    with pytest.raises(ValueError, match="must ascend below the 6 layers"):
         build_pruner("v2drop", layer_list=[3, 17, 22]).check_depth(6)

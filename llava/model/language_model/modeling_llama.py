@@ -20,6 +20,7 @@ from ...devices import device_of, moved
 from ...pruning.cost import DecoderShape
 from ...pruning.ops import gather_tokens, hides_tokens
 from ...pruning.prefill import Prefill
+from ...pruning.required import required
 from ...pruning.stages import DecoderStage
 from ..kv_cache import KVCache, RowState
 from ..position_bias import Directions, between, joined
@@ -205,8 +206,8 @@ class LlamaModel(LlamaPreTrainedModel):
         mask = attention_mask(mask, bias, x.shape[1], x.dtype)
         step = Step(self.rotary(prefill.position_ids[:, known:], x.dtype), mask)
         for number in range(depth):
-            if prefix is not None and cache is not None and known:
-                prefix.put(number, cache, x.shape[0])
+            if prefix is not None and known:
+                prefix.put(number, required(cache, "a prefix needs a cache"), x.shape[0])
             x, step = bring(self.layers[number], x, step)
             x, _ = self.run_layer(self.layers[number], x, step, cache)
         return x
