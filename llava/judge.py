@@ -124,6 +124,8 @@ class Judge:
             raise JudgeError(f"{self.url} does not answer as a chat endpoint: {text}") from error
 
     def _no_verdict(self, reason: str) -> JudgeError:
+        if reason.startswith("ConnectionError"):
+            reason = "ConnectionError: nothing answers there, start the judge or name another"
         return JudgeError(
             f"no verdict from {self.url} in up to {self.attempts} attempts ({reason})"
             + ("; the verdicts so far are kept, start again to go on" if self.cache else "")

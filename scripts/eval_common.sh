@@ -46,6 +46,14 @@
 # that stands for the rest. A run that was interrupted continues.
 
 set -euo pipefail
+for word in "$@"; do
+    if [ "$word" = -h ] || [ "$word" = --help ]; then # the comments at the top of both files
+        for file in "$0" "${BASH_SOURCE[0]}"; do
+            sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$file" && echo
+        done
+        exit 0
+    fi
+done
 # Given as seen from where the script was called; the scripts run in the root of the repository.
 [ -z "${DATA_DIR:-}" ] || DATA_DIR=$(realpath -m "$DATA_DIR")
 [ -z "${CKPT_DIR:-}" ] || CKPT_DIR=$(realpath -m "$CKPT_DIR")

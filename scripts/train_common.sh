@@ -2,17 +2,19 @@
 #
 # BF16=True or False in the environment chooses the precision, PROGRAM=train_mem.py or train.py attention with
 # or without the package flash-attn. Left out, they follow the device at hand: bfloat16 where it is fast (GPUs,
-# and CPUs with instructions for it), flash-attn on a GPU if it is installed.
-if [ -z "${BF16:-}" ] || [ -z "${PROGRAM:-}" ]; then
-    read -r fast_bf16 fast_program < <("${PYTHON:-python}" -c "
+# and CPUs with instructions for it), flash-attn on a GPU if it is installed. So does TF32=True or False.
+if [ -z "${BF16:-}" ] || [ -z "${PROGRAM:-}" ] || [ -z "${TF32:-}" ]; then
+    read -r fast_bf16 fast_program fast_tf32 < <("${PYTHON:-python}" -c "
 import importlib.util, torch
 from llava.model.placement import choose_device, fast_dtype
 device = choose_device(None)
 flash = device.type == 'cuda' and importlib.util.find_spec('flash_attn')
-print(fast_dtype(device) == torch.bfloat16, 'train_mem.py' if flash else 'train.py')")
+tf32 = device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0)
+print(fast_dtype(device) == torch.bfloat16, 'train_mem.py' if flash else 'train.py', tf32)")
     BF16=${BF16:-$fast_bf16}
     PROGRAM=${PROGRAM:-$fast_program}
-    echo "This device: bf16 $BF16, $PROGRAM (BF16 and PROGRAM in the environment choose otherwise)" >&2
+    TF32=${TF32:-$fast_tf32}
+    echo "This device: bf16 $BF16, tf32 $TF32, $PROGRAM (BF16, TF32 and PROGRAM choose otherwise)" >&2
 fi
 
 # What all of them hand to the Trainer ...
@@ -26,7 +28,7 @@ TRAINER_FLAGS=(
     --warmup_ratio 0.03
     --lr_scheduler_type cosine
     --logging_steps 1
-    --tf32 True
+    --tf32 "$TF32"
     --model_max_length 2048
     --dataloader_num_workers 4
     --lazy_preprocess True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from operator import eq
 from typing import Any
@@ -238,13 +240,27 @@ def load_image_processor(folder: str) -> Qwen2_5_VLImageProcessor:
     return processor
 
 
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """A block in which transformers does not say of a published tokenizer that its added tokens
+    have to be trained: they are."""
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def load_tokenizer(folder: str, config: Qwen2_5_VLConfig) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, padding on the left; from vocab.json and merges.txt where
     tokenizer.json is missing or of a later version than the installed `tokenizers` reads."""
     tokenizer, errors = None, []
     for kind in (Qwen2TokenizerFast, Qwen2Tokenizer):
         try:
-            tokenizer = kind.from_pretrained(folder, padding_side="left")
+            with without_advice():
+                tokenizer = kind.from_pretrained(folder, padding_side="left")
             break
         except Exception as error:  # tokenizers of damaged files fail in every way there is
             errors.append(first_line(error))

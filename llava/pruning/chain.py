@@ -169,7 +169,9 @@ def split_options(name: str, options: dict, default: str | None = None) -> dict[
         if owner is None:
             prefixes = " or ".join(f"{method}_" for method in names)
             raise ValueError(
-                f"option {key!r} of {name!r} must start with {prefixes}, the method it belongs to"
+                f"option {key!r} of {name!r} must start with {prefixes}, the method it belongs to: "
+                f"{', '.join(f'{method}_{key}' for method in names)} (as words of a command: "
+                f"--pruning-arg {names[0]}_{key}={value})"
             )
         own = key.removeprefix(f"{owner}_")
         if own in found[owner]:

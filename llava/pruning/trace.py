@@ -219,7 +219,9 @@ def trace_pruning(
     depth = model.config.num_hidden_layers
     layers = list(attention)
     if wrong := [layer for layer in layers if not -depth <= layer < depth]:
-        raise ValueError(f"attention layer {wrong[0]} is not one of the {depth} decoder layers")
+        raise ValueError(
+            f"attention layer {wrong[0]} is not one of the {depth} decoder layers, 0 to {depth - 1}"
+        )
     own = PruningTrace(embeds, frozenset(layer % depth for layer in layers))
     outer, model.pruning_trace = model.pruning_trace, own
     try:

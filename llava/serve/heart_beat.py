@@ -64,7 +64,12 @@ class HeartBeat:
                 )
                 wait = RETRY_SECONDS
             except (httpx.HTTPError, ValueError) as error:
-                logger.warning("no answer from the controller: %s", type(error).__name__)
+                logger.warning(
+                    "no answer from the controller at %s (%s): trying again every %s s",
+                    self.controller,
+                    type(error).__name__,
+                    RETRY_SECONDS,
+                )
                 wait = RETRY_SECONDS
             except Exception as error:  # a worker that goes silent is forgotten by the controller
                 logger.error("the heart beat failed: %s", error_places(error))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+
+import requests
 
 from ..conversation import SeparatorStyle, conv_templates
 from ..errors import errors_as_messages
@@ -22,7 +23,13 @@ def find_worker(args, token: str | None) -> str:
     """Address of a worker for the model. Raises ValueError when there is none."""
     if args.worker_address:
         return args.worker_address
-    post(args.controller_address, "/refresh_all_workers", None, token)
+    try:
+        post(args.controller_address, "/refresh_all_workers", None, token)
+    except requests.ConnectionError as error:
+        raise ValueError(
+            f"no controller at {args.controller_address}: start python -m llava.serve.controller, "
+            "or name another with --controller-address"
+        ) from error
     models = post(args.controller_address, "/list_models", None, token).json()["models"]
     print(f"Models: {sorted(models)}")
     body = {"model": args.model_name}
@@ -57,7 +64,7 @@ def request_body(
 
 
 def show_answer(address: str, body: dict, token: str | None) -> str:
-    """Prints the stream over one line and returns the whole text."""
+    """Prints the stream as it grows and returns the whole text."""
     reply = post(address, "/worker_generate_stream", body, token, timeout=60, stream=True)
     text = ""
     for piece in reply.iter_lines(chunk_size=8192, decode_unicode=False, delimiter=b"\0"):
@@ -65,9 +72,9 @@ def show_answer(address: str, body: dict, token: str | None) -> str:
             chunk = json.loads(piece)
             if chunk["error_code"]:
                 raise ValueError(f"{chunk['text']} (error_code: {chunk['error_code']})")
-            text = chunk["text"]
-            sys.stdout.write("\r" + text)
-            sys.stdout.flush()
+            grown = chunk["text"]
+            print(grown.removeprefix(text), end="", flush=True)
+            text = grown
     print()
     return text
 

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 
 import transformers
 from accelerate.state import AcceleratorState
@@ -76,6 +77,18 @@ def check_trainer_flags(training_args, has_eval_data: bool = False) -> None:
         raise ValueError(
             f"--resume_from_checkpoint {asked}: there is no such folder; without this flag a run "
             "goes on from the newest checkpoint in --output_dir"
+        )
+    if "wandb" in training_args.report_to and find_spec("wandb") is None:
+        raise ValueError(
+            "--report_to wandb needs the package wandb: pip install wandb, or --report_to none "
+            "(REPORT_TO=none in front of a recipe)"
+        )
+    finished = os.path.isfile(os.path.join(output, TRAINER_STATE_NAME))
+    anew = training_args.overwrite_output_dir or asked is not None
+    if finished and not anew and newest_checkpoint(output) is None:
+        raise ValueError(
+            f"--output_dir {output} holds what another run has trained, and no checkpoint to go on "
+            "from: name another folder, or --overwrite_output_dir True"
         )
     if training_args.overwrite_output_dir and (newest := newest_checkpoint(output)):
         raise ValueError(

@@ -202,6 +202,13 @@ def test_a_checkpoint_that_is_a_folder_is_taken_whatever_else_is_set(run, tmp_pa
     assert "/tiny-llava-v1.5/vispruner/" in last_line(done)["answers_file"]
 
 
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_a_script_explains_itself_without_asking_anything(run, word):
+    done = run("qwen2_5_vl/eval/pope.sh", "64", word)
+    assert done.returncode == 0 and "mean F1" in done.stdout and "LIMIT " in done.stdout
+    assert "{" not in done.stdout and not done.stderr
+
+
 def test_a_limit_among_the_words_is_one_for_scoring_too(run):
     done = run("v1_5/eval/pope.sh", "64", "--limit", "4")
     assert last_line(done)["answers_file"].endswith("n_64_limit4.jsonl")

@@ -107,6 +107,7 @@ REFUSED = {
     "no epochs": ({"num_train_epochs": 0, "max_steps": -1}, "--num_train_epochs 0.0 must be"),
     "no batches": ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 must be"),
     "no checkpoint": ({"resume_from_checkpoint": "gone"}, "--resume_from_checkpoint gone: there"),
+    "a log of wandb": ({"report_to": "wandb"}, "--report_to wandb needs the package wandb"),
 }
 
 
@@ -244,6 +245,14 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named_unless_it_has_a_newer(
     assert not (tmp_path / "checkpoint-1").exists()
     with pytest.raises(ValueError, match="checkpoint-1 is of step 1, but .* holds .*checkpoint-2"):
         train_twigvlm.train(run)
+
+
+def test_a_finished_model_is_not_overwritten_unless_that_is_said(place, tmp_path):
+    run = words(place, "plain", tmp_path, save_strategy="no")
+    train.train(run)
+    with pytest.raises(ValueError, match="holds what another run has trained, and no checkpoint"):
+        train.train(run)
+    train.train([*run, "--overwrite_output_dir", "True"])
 
 
 def test_checkpoints_are_not_overwritten(place, stopped):

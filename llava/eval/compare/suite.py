@@ -51,19 +51,22 @@ def plan(args, num_tokens: int | None) -> list[Run]:
     """Returns the runs in the order of the table: the unpruned model once, then every method; those
     that make images smaller come first, as hard questions are what they get wrong.
 
-    num_tokens: visual tokens of an image without pruning; budgets from there on are that run.
-                None: images differ in how many they have
+    num_tokens: visual tokens of an image without pruning; a budget of as many is that run, larger
+                ones are said not to be run. None: images differ in how many they have
     A budget that a method does not know is a run that says so. Raises ValueError on an unknown
     option before anything has run.
     """
     runs = [Run(DENSE, Budget(num_tokens), build_pruner())]
-    budgets = {b for b in args.tokens if b != Budget() and (b.tokens or 0) < (num_tokens or inf)}
+    budgets = {b for b in args.tokens if b != Budget() and (b.tokens or 0) != num_tokens}
     methods = [name for name in dict.fromkeys(args.methods) if name != DENSE]  # which runs anyway
     given = options_by_method(args.pruning_arg, methods)
     for method in sorted(methods, key=lambda name: name not in makes_images_smaller()):
         options = given[method]
         build_pruner(method, **options)  # without a budget: what is wrong now is an option
         for budget in sorted(budgets, key=lambda budget: budget.order, reverse=True):
+            if (budget.tokens or 0) > (num_tokens or inf):
+                runs.append(Run(method, budget, None, f"an image has {num_tokens} tokens"))
+                continue
             try:
                 pruner = build_with_budget(method, budget.options, **options)
                 runs.append(Run(method, budget, pruner))

@@ -44,9 +44,10 @@ def test_a_method_without_shares_says_so_and_the_others_take_them(tmp_path):
     runs = {(run.method, str(run.budget)): run for run in suite.plan(args, num_tokens=576)}
     assert list(runs) == [
         ("none", "576"),
-        *(("prumerge", "0.222"), ("prumerge", "64")),
-        *(("pool", "0.222"), ("pool", "64")),
+        *(("prumerge", "0.222"), ("prumerge", "700"), ("prumerge", "64")),
+        *(("pool", "0.222"), ("pool", "700"), ("pool", "64")),
     ]
+    assert runs["pool", "700"].refused == "an image has 576 tokens"
     refused = runs["prumerge", "0.222"].refused
     assert refused == "its budget is a number of tokens, it takes no share of them"
     assert runs["pool", "0.222"].pruner.visual_token_ratio == 0.222
