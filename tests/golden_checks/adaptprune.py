@@ -38,7 +38,7 @@ def check_cues(pruner, recorded, report):
     score = (prior * attention).flatten()
     report.close("score_map", score, recorded["score_map"].flatten(), 1e-7, 1e-4)
     keys = torch.tensor(recorded["keys_raw"])[None]
-    rounds = min(pruner.num_keep(attention.shape[1]), attention.shape[1])
+    rounds = min(pruner.left_of(attention.shape[1]), attention.shape[1])
     order = pruner.pick(attention, keys, places, rounds)[0]
     if recorded.get("order_strict", True):
         report.equal("selection_order", order, recorded["selection_order"])
