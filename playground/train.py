@@ -161,6 +161,8 @@ def here(output: Path) -> dict:
     options = {"output_dir": output, "use_cpu": not on_gpu}
     options |= {"bf16": on_gpu or cpu_multiplies_bfloat16()}
     options |= {"save_steps": 100, "save_total_limit": 1, "logging_steps": 10}
+    # What a short run left, without a checkpoint, is trained again.
+    options |= {"overwrite_output_dir": not any(output.glob("checkpoint-*"))}
     return options | {"report_to": "none", "seed": 0}
 
 
