@@ -254,7 +254,7 @@ def test_a_worker_without_a_controller_keeps_trying(monkeypatch, caplog):
 
     asyncio.run(run())
     assert "refuses this worker (status 500)" in caplog.text
-    assert "no answer from the controller: ConnectError" in caplog.text
+    assert "controller at http://127.0.0.1:1 (ConnectError): trying again every" in caplog.text
 
 
 def test_the_published_client_finds_a_worker_and_reads_its_stream():

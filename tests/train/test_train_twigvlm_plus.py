@@ -135,7 +135,8 @@ def test_stage_2_refuses_plain_twigs_texts_alone_and_its_own_start(workplace, st
     with pytest.raises(ValueError, match="trained part of 'twigvlm', not of 'twigvlm_plus'"):
         run(workplace, tmp_path / "out", *TWO, "--twig_path", tmp_path / "plain")
     with pytest.raises(ValueError, match="is that of stage 1, which is still needed"):
-        run(workplace, stage1[0], *TWO, "--twig_path", stage1[0])
+        over = "--overwrite_output_dir", "True"
+        run(workplace, stage1[0], *TWO, "--twig_path", stage1[0], *over)
     rows = json.loads((workplace / "data.json").read_text())
     texts = tmp_path / "texts.json"
     texts.write_text(json.dumps([row for row in rows if "image" not in row]))

@@ -93,7 +93,7 @@ def test_dummies_are_not_encoded_where_nothing_is_learned(llava, monkeypatch):
 def test_no_group_of_the_optimizer_is_empty(workplace, tmp_path):  # noqa: F811
     flags = ["--lora_enable", True, "--lora_r", 4, "--max_steps", 1]
     for more in ([], ["--mm_projector_lr", 1e-3]):
-        model = run(workplace, tmp_path, *flags, *more).model
+        model = run(workplace, tmp_path / str(len(more)), *flags, *more).model
         groups = parameter_groups(model, 0.1, 1e-3 if more else None)
         assert len(groups) == (3 if more else 2)
         assert all(group["params"] for group in groups)
