@@ -41,6 +41,8 @@ MAPPED_SHARE = 0.05
 #: dictionaries in dictionaries that a `.bin` may hold, and tensors in one file
 MAX_DEPTH = 3
 MAX_TENSORS = 100_000
+#: names in a folder that an error gives
+NAMES_SHOWN = 5
 #: where downloads from the hub are looked for and put; None: the hub's own place
 CACHE_DIR: ContextVar[str | None] = ContextVar("cache_dir", default=None)
 
@@ -83,9 +85,19 @@ def local_folder(name: str, use_safetensors: bool | None = None) -> str:
             folder = download(".bin", ".pt")
     except Exception as error:
         raise FileNotFoundError(
-            f"{name!r} is neither a folder nor a hub repository that can be reached: {error}"
+            f"{name!r} is neither a folder{_beside(name)} nor a hub repository that can be "
+            f"reached: {error}"
         ) from error
     return folder
+
+
+def _beside(name: str) -> str:
+    """What is said of a name whose first part is a folder here: what lies there."""
+    first = name.partition("/")[0]
+    if first == name or not os.path.isdir(first):
+        return ""
+    found = sorted(os.listdir(first))[:NAMES_SHOWN]
+    return f" ({first} is one, and holds {', '.join(found) or 'nothing'})"
 
 
 def is_repository(name: str) -> bool:

@@ -10,6 +10,7 @@ from transformers import HfArgumentParser
 
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.utils import auto_upgrade
+from llava.weight_files import local_folder
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.model_setup import checkpoint_kind, choose_family
 from tests.model.checkpoint_tools import CHECKPOINT, NEXT, TOWER, copy_of, load, same, write_adapter
@@ -276,3 +277,16 @@ def test_a_next_checkpoint_of_any_name_keeps_its_newline(tmp_path):
     model = load(folder, name="attempt")[1]
     saved = load_file(NEXT / "model-00002-of-00002.safetensors")["model.image_newline"]
     assert torch.equal(model.model.image_newline, saved)
+
+
+def test_a_folder_that_is_not_there_is_told_what_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "checkpoints/llava-v1.5-13b").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
+    with pytest.raises(FileNotFoundError, match=r"\(checkpoints is one, and holds llava-v1.5-13b"):
+        local_folder("checkpoints/llava-v1.5-7b")
+
+
+def no_network(*_, **__):
+    raise OSError("no network")

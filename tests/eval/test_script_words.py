@@ -108,3 +108,9 @@ def test_images_are_looked_for_before_the_first_answer(name, tmp_path):
     (tmp_path / (benchmark.images or "")).mkdir(parents=True, exist_ok=True)
     with pytest.raises(FileNotFoundError, match=r"\.(png|jpg|webp)\n"):
         data_files.check(benchmark, str(tmp_path))
+
+
+def test_an_unknown_split_is_told_those_of_its_benchmark():
+    with pytest.raises(ValueError, match="'testZ' of refcoco, choose from testA, testB, or name"):
+        find_benchmark("refcoco_testZ")
+    assert find_benchmark("refcoco_val") is find_benchmark("refcoco")
