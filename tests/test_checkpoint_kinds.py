@@ -10,9 +10,9 @@ from transformers import HfArgumentParser
 
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.utils import auto_upgrade
-from llava.weight_files import local_folder
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.model_setup import checkpoint_kind, choose_family
+from llava.weight_files import local_folder
 from tests.model.checkpoint_tools import CHECKPOINT, NEXT, TOWER, copy_of, load, same, write_adapter
 
 
