@@ -148,7 +148,9 @@ def damped_picks(score: Tensor, left: Tensor, rounds: int) -> Tensor:
 def cells_of(image: ImageTokens) -> Tensor:
     """(n, 5) where every token stands: grid (from 1), row, column, rows and columns of the grid.
 
-    Zeros on tokens that stand in no grid, such as merged ones.
+    Zeros on tokens that stand in no grid, such as merged ones. Those of the overview have offsets
+    behind it, where the tiles begin; what is no patch but stands in a grid is a newline, at the end
+    of a row.
     """
     cells, start = image.offsets.new_zeros(len(image.offsets), 5), 0
     for number, (rows, columns) in enumerate(image.blocks, start=1):
@@ -164,6 +166,7 @@ def cells_of(image: ImageTokens) -> Tensor:
             dim=1,
         )
         inside = (place >= 0) & (place < rows * columns)
+        inside &= (image.patches >= 0) | (place % columns == columns - 1)
         cells = torch.where(inside[:, None], cell, cells)
         start += rows * columns
     return cells

@@ -40,6 +40,17 @@ def test_a_token_outside_every_grid_has_no_cell():
     assert (cells_of(image) == 0).all(dim=1).tolist() == [True, False, True]
 
 
+def test_merged_tokens_of_the_overview_have_no_cell_and_newlines_have_theirs():
+    """Four patches, three merged ones behind them, then tiles of two rows of three and a newline."""
+    offsets = torch.tensor([0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 9, 10, 11])
+    patches = torch.tensor([0, 1, 2, 3, -1, -1, -1, 4, 5, 6, -1, 7, 8, 9, -1])
+    blocks = ((2, 2), (2, 4))
+    image = ImageTokens(torch.zeros(15, 1), patches, offsets, 12, blocks=blocks)
+    found = cells_of(image)
+    assert (found == 0).all(dim=1).nonzero()[:, 0].tolist() == [4, 5, 6]
+    assert found[7].tolist() == [2, 0, 0, 2, 4] and found[10].tolist() == [2, 0, 3, 2, 4]
+
+
 def test_the_prior_is_a_gaussian_over_the_grid_with_one_at_its_middle():
     prior = AdaptPrune(prior_sigma=2.0).prior(cells((1, 5)))
     assert prior[0].tolist() == pytest.approx([exp(-d * d / 8) for d in (2, 1, 0, 1, 2)])
