@@ -41,7 +41,7 @@ def test_a_token_outside_every_grid_has_no_cell():
 
 
 def test_merged_tokens_of_the_overview_have_no_cell_and_newlines_have_theirs():
-    """Four patches, three merged ones behind them, then tiles of two rows of three and a newline."""
+    """Four patches, three merged ones behind them, then two rows of three tiles and a newline."""
     offsets = torch.tensor([0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 9, 10, 11])
     patches = torch.tensor([0, 1, 2, 3, -1, -1, -1, 4, 5, 6, -1, 7, 8, 9, -1])
     blocks = ((2, 2), (2, 4))
