@@ -372,7 +372,7 @@ def test_a_benchmark_that_fails_does_not_stop_the_others(run, data, tmp_path):
         for path in data.glob(f"{name}/*" if "/" not in name else f"{name}*"):
             copy_into(tmp_path, path, data)
     copy_into(tmp_path, data / "refcoco/llava_refcoco+_testA.jsonl", data)
-    (tmp_path / "images").mkdir()
+    (tmp_path / "images").symlink_to(data / "images")
     (tmp_path / "pope/coco/coco_pope_random.json").write_text("{broken\n")
     with stub_judge(verdict) as server:
         done = run(
