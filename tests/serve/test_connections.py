@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import httpx
 import pytest
@@ -145,12 +145,14 @@ def test_the_slowest_body_gives_way_to_others(piece, stays):
         begun(mine, 10**6)
         others = []
         for _ in range(5):
-            mine.sendall(b" " * piece)
+            with suppress(ConnectionError):  # once it was closed
+                mine.sendall(b" " * piece)
             time.sleep(0.2)
             others.append(several.enter_context(connected(worker)))
             begun(others[-1], 10**6)
         first = others[0] if stays else mine
-        assert first.recv(100) == b"", "closed"
+        with suppress(ConnectionResetError):  # what was sent behind the end
+            assert first.recv(100) == b"", "closed"
         last = mine if stays else others[-1]
         last.settimeout(0.3)
         with pytest.raises(TimeoutError):
