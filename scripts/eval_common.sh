@@ -57,7 +57,10 @@ done
 # Given as seen from where the script was called; the scripts run in the root of the repository.
 [ -z "${DATA_DIR:-}" ] || DATA_DIR=$(realpath -m "$DATA_DIR")
 [ -z "${CKPT_DIR:-}" ] || CKPT_DIR=$(realpath -m "$CKPT_DIR")
-[[ "${CKPT:-}" != */* ]] && [ -n "${CKPT_DIR:-}" ] || [ ! -d "${CKPT:-}" ] || CKPT=$(realpath -s "$CKPT")
+# A name without a slash is sought in CKPT_DIR first; links keep their names.
+if [ -d "${CKPT:-}" ] && { [ -z "${CKPT_DIR:-}" ] || [[ $CKPT == */* ]]; }; then
+    CKPT=$(realpath -s "$CKPT")
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/released_names.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export LLAVA_TYPED_COMMAND=${LLAVA_TYPED_COMMAND:-bash $0} # how the programs call themselves

@@ -40,7 +40,7 @@ def check(benchmark: Benchmark, data_dir: str) -> None:
     images, some that the first questions are about."""
     names = needed(benchmark, data_dir)
     missing = [name for name in names if not os.path.exists(os.path.join(data_dir, name))]
-    if benchmark.questions not in missing:
+    if benchmark.questions not in missing and benchmark.images:  # else they are in the questions
         first = first_questions(benchmark, data_dir)
         if any(map(benchmark.asks_hidden, first)) and not benchmark.server_scored(data_dir):
             missing = [name for name in missing if name not in benchmark.truth]

@@ -4,6 +4,7 @@ tokens were kept. They are worth nothing once the answers are others."""
 import glob
 import os
 import shutil
+import sys
 from itertools import chain
 
 from llava.eval.files.mask_files import KEPT, REFERENCE
@@ -30,5 +31,9 @@ def side_files(answers: str) -> list[str]:
 
 
 def remove_side_files(answers: str) -> None:
-    for name in side_files(answers):
+    """Removes them, and says on stderr which they were."""
+    if found := side_files(answers):
+        names = ", ".join(sorted(map(os.path.basename, found)))
+        print(f"removed with the old answers of {answers}: {names}", file=sys.stderr)
+    for name in found:
         shutil.rmtree(name) if os.path.isdir(name) else os.remove(name)

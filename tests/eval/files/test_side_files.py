@@ -8,7 +8,7 @@ from llava.eval.files.mask_files import mask_path, write_mask
 from llava.eval.files.side_files import side_files
 
 
-def test_answers_that_are_made_anew_take_along_what_was_said_of_the_old(tmp_path):
+def test_answers_that_are_made_anew_take_along_what_was_said_of_the_old(tmp_path, capsys):
     path = tmp_path / "n_64[1].jsonl"  # a name that is a pattern as well
     for name in ("n_64[1]_judge-0.5000.jsonl", "n_64[1]_info.json", "n_64[1].score.json"):
         (tmp_path / name).touch()
@@ -25,6 +25,7 @@ def test_answers_that_are_made_anew_take_along_what_was_said_of_the_old(tmp_path
     with AnswersFile(str(path), [{"question_id": 1}], {}, overwrite=True):
         pass
     assert side_files(str(path)) == [] and all(other.exists() for other in others)
+    assert "removed with the old answers of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["A\x1d", "=A1", "+1", "plain"])
