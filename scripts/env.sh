@@ -2,6 +2,7 @@
 #
 #     source scripts/env.sh
 #     prepare_env dev        # extras of setup.py; sets PYTHON to an interpreter that has them
+#     choose_python          # sets PYTHON to the interpreter at hand; installs nothing
 #
 # PYTHON=/path/to/python in the environment is used as it is and never installed into.
 # Otherwise .venv is made and filled, again only after setup.py has changed.
@@ -17,6 +18,19 @@ prepare_env() {
     else
         _make_venv "$extras"
         PYTHON=$PWD/.venv/bin/python
+    fi
+}
+
+# The interpreter that was given, that of an activated environment (conda's base is always one), that of .venv,
+# or the system's.
+choose_python() {
+    [ -z "${PYTHON:-}" ] || return 0
+    if [ -n "${VIRTUAL_ENV:-}" ] || [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then
+        PYTHON=python
+    elif [ -x .venv/bin/python ]; then
+        PYTHON=$PWD/.venv/bin/python
+    else
+        PYTHON=python3
     fi
 }
 

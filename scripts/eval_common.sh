@@ -39,7 +39,7 @@
 #   ADAPTER_MERGE   1: ADAPTER_DIR is merged into the model, which is what happens in any case
 #   EXTRA        further options of the answering program, for all calls; with
 #                "--engine vllm --engine-url http://127.0.0.1:8000" a vLLM server answers
-#   PYTHON       interpreter (default: .venv/bin/python if it is there, else python3)
+#   PYTHON       interpreter (default: that of an activated environment, else .venv's, else python3)
 #
 # Answers go to DATA_DIR/BENCHMARK/answers/QUESTIONS/CKPT/METHOD/n_TOKENS[_KEY=VALUE][_limitN].jsonl,
 # the score into a .score.json beside them. A name of more than 180 characters is cut, with a number
@@ -68,10 +68,8 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 
 PLAYGROUND_MODEL=playground/checkpoints/llava-v1.5-playground
 DEFAULT_DATA=playground/data/eval
-if [ -z "${PYTHON:-}" ]; then
-    PYTHON=python3
-    [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
-fi
+source scripts/env.sh
+choose_python
 
 SCORES=() # files of the scores so far
 

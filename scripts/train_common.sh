@@ -1,16 +1,27 @@
-# Sourced by the recipes in scripts/v1_5 and scripts/qwen2_5_vl.
+# Sourced by the recipes in scripts/v1_5 and scripts/qwen2_5_vl, from the root of the repository.
+#
+# PYTHON=/path/to/python in the environment, else an activated environment, else .venv, else python3: what
+# lies beside that interpreter (deepspeed, accelerate) is started, if it is there.
 #
 # BF16=True or False in the environment chooses the precision, PROGRAM=train_mem.py or train.py attention with
 # or without the package flash-attn. Left out, they follow the device at hand: bfloat16 where it is fast (GPUs,
 # and CPUs with instructions for it), flash-attn on a GPU if it is installed. So does TF32=True or False.
+source scripts/env.sh
+choose_python
+[[ $PYTHON != */* ]] || PATH=$(dirname "$PYTHON"):$PATH
+
 if [ -z "${BF16:-}" ] || [ -z "${PROGRAM:-}" ] || [ -z "${TF32:-}" ]; then
-    read -r fast_bf16 fast_program fast_tf32 < <("${PYTHON:-python}" -c "
+    answer=$("$PYTHON" -c "
 import importlib.util, torch
 from llava.model.placement import choose_device, fast_dtype
 device = choose_device(None)
 flash = device.type == 'cuda' and importlib.util.find_spec('flash_attn')
 tf32 = device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0)
-print(fast_dtype(device) == torch.bfloat16, 'train_mem.py' if flash else 'train.py', tf32)")
+print(fast_dtype(device) == torch.bfloat16, 'train_mem.py' if flash else 'train.py', tf32)") || {
+        echo "error: $PYTHON cannot start this project: activate its environment, or set PYTHON=/path/to/python" >&2
+        exit 1
+    }
+    read -r fast_bf16 fast_program fast_tf32 <<<"$answer"
     BF16=${BF16:-$fast_bf16}
     PROGRAM=${PROGRAM:-$fast_program}
     TF32=${TF32:-$fast_tf32}

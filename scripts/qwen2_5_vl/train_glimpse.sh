@@ -11,7 +11,7 @@ size=3b
 case "${1:-}" in 3b | 7b) size=$1 && shift ;; esac
 source scripts/train_common.sh
 
-${LAUNCHER:-python -m} llava.train.train_glimpseprune \
+${LAUNCHER:-$PYTHON -m} llava.train.train_glimpseprune \
     --config "${CONFIG:-./scripts/qwen2_5_vl/train_glimpse_$size.yaml}" \
     --model_name_or_path "${MODEL:-Qwen/Qwen2.5-VL-$(tr a-z A-Z <<<"$size")-Instruct}" \
     --train_dataset "${DATA:-./scripts/v1_5/train_glimpse_data.yaml}" \

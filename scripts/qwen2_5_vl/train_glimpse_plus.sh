@@ -19,7 +19,7 @@ ADAPTER=${ADAPTER:-./checkpoints/qwen2.5-vl-7b-glimpse-plus-lora}
 
 if [[ $stages == *1* ]]; then
     # No GPU is loaded for a judge that does not answer.
-    ${CHECK:-${PYTHON:-python} -m llava.train.reinforcement.judge_load} --requests 1
+    ${CHECK:-$PYTHON -m llava.train.reinforcement.judge_load} --requests 1
     ${LAUNCHER:-accelerate launch --num_processes 4 -m} llava.train.train_glimpseprune_plus \
         --config "${CONFIG:-./scripts/qwen2_5_vl/train_glimpse_plus.yaml}" \
         --model_name_or_path "$MODEL" \

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/train_common.sh
 
-${LAUNCHER:-python -m} llava.train.train_glimpseprune \
+${LAUNCHER:-$PYTHON -m} llava.train.train_glimpseprune \
     --config "${CONFIG:-./scripts/v1_5/train_glimpse.yaml}" \
     --model_name_or_path "${MODEL:-liuhaotian/llava-v1.5-7b}" \
     --train_dataset "${DATA:-./scripts/v1_5/train_glimpse_data.yaml}" \

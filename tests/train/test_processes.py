@@ -19,6 +19,7 @@ from tests.paths import ROOT
 from tests.ports import free_port
 from tests.train import test_train_glimpseprune as glimpse_tests
 from tests.train import test_train_qwen2_5_vl as qwen_tests
+from tests.train.recipes import run_recipe
 from tests.train.test_run import SAMPLES, workplace  # noqa: F401
 from tests.train.train_tools import write_start
 
@@ -131,7 +132,6 @@ def recipe(name, place, output, **changes):
         "OUTPUT": output,
         "REPORT_TO": "none",
         "BF16": "False",
-        "PROGRAM": "train.py",
         **({"twig_K": 1, "twig_T": 1, "TWIG": place / "twig"} if twig else {}),
     }
     if name.endswith("stage2"):
@@ -145,14 +145,9 @@ def recipe(name, place, output, **changes):
     if name.endswith("finetune_lora"):
         changes = {"lora_dropout": 0} | changes
     flags = [str(w) for k, v in (FLAGS | changes).items() for w in (f"--{k}", v)]
-    output = subprocess.run(
-        ["bash", str(ROOT / f"scripts/v1_5/{name}.sh"), *flags],
-        env={**os.environ, **{key: str(value) for key, value in environment.items()}},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    program, *words = output.stdout.splitlines()
+    done = run_recipe(f"v1_5/{name}.sh", *flags, **environment)
+    assert done.returncode == 0, done.stderr
+    program, *words = done.stdout.splitlines()
     program = program.removesuffix(".py").replace("/", ".")
     return program, words
 

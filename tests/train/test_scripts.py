@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,35 +13,23 @@ from llava.train import arguments
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.run import own_precision
 from tests.paths import ROOT
+from tests.train.recipes import needs_bash, run_recipe, words_of
 
 CLASSES = (ModelArguments, DataArguments, TrainingArguments)
 FLAGS = {field.name for cls in CLASSES for field in dataclasses.fields(cls)}
 RECIPES = {
-    "pretrain": {"tune_mm_mlp_adapter": "True", "learning_rate": "1e-3", "version": "plain"},
-    "finetune": {"image_aspect_ratio": "pad", "learning_rate": "2e-5", "version": "v1"},
-    "finetune_lora": {"lora_r": "128", "mm_projector_lr": "2e-5", "learning_rate": "2e-4"},
-    "../qwen2_5_vl/finetune": {"learning_rate": "1e-5", "max_pixels": "1003520"},
-    "../qwen2_5_vl/finetune_lora": {"lora_r": "64", "model_max_length": "4096"},
+    "v1_5/pretrain": {"tune_mm_mlp_adapter": "True", "learning_rate": "1e-3", "version": "plain"},
+    "v1_5/finetune": {"image_aspect_ratio": "pad", "learning_rate": "2e-5", "version": "v1"},
+    "v1_5/finetune_lora": {"lora_r": "128", "mm_projector_lr": "2e-5", "learning_rate": "2e-4"},
+    "qwen2_5_vl/finetune": {"learning_rate": "1e-5", "max_pixels": "1003520"},
+    "qwen2_5_vl/finetune_lora": {"lora_r": "64", "model_max_length": "4096"},
 }
 
 
-needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-
-
-def words_of(name, *words, **environment):
-    """What a recipe would start: (program, word ...)."""
-    environment = {**os.environ, "LAUNCHER": "echo", "PYTHON": sys.executable, **environment}
-    script = [str(ROOT / f"scripts/v1_5/{name}.sh"), *words]
-    output = subprocess.run(
-        ["bash", *script], env=environment, capture_output=True, text=True, check=True
-    )
-    return output.stdout.split()
-
-
 @needs_bash
-@pytest.mark.parametrize("name", [*RECIPES, "train_twig", "train_glimpse"])
+@pytest.mark.parametrize("name", [*RECIPES, "v1_5/train_twig", "v1_5/train_glimpse"])
 def test_a_recipe_computes_in_the_precision_that_is_asked_for(name):
-    words = words_of(name, BF16="False", PROGRAM="train.py")
+    (words,) = words_of(f"{name}.sh", BF16="False")
     assert words[words.index("--bf16") + 1] == "False" and words.count("--bf16") == 1
 
 
@@ -51,12 +37,54 @@ def test_a_recipe_computes_in_the_precision_that_is_asked_for(name):
 @needs_bash
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU decides")
 def test_a_recipe_starts_with_what_the_cpu_is_fast_at_and_has():
-    words = words_of("pretrain", BF16="", PROGRAM="")
+    (words,) = words_of("v1_5/pretrain.sh", BF16="", TF32="", PROGRAM="")
     assert words[0] == "llava/train/train.py"  # the other one needs flash-attn
     assert words[words.index("--bf16") + 1] == str(cpu_multiplies_bfloat16())
-    slow = words_of("pretrain", BF16="", PROGRAM="train_mem.py", ONEDNN_MAX_CPU_ISA="AVX2")
+    assert words[words.index("--tf32") + 1] == "False"
+    avx2 = {"BF16": "", "PROGRAM": "train_mem.py", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    (slow,) = words_of("v1_5/pretrain.sh", **avx2)
     assert slow[0] == "llava/train/train_mem.py"
     assert slow[slow.index("--bf16") + 1] == "False"
+
+
+def interpreter(folder, says):
+    """A python in FOLDER/bin that prints what a recipe asks for, or fails."""
+    path = folder / "bin/python"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/sh\n{f'echo {says}' if says else 'exit 1'}\n")
+    path.chmod(0o755)
+    (path.parent / "deepspeed").symlink_to(path)
+    return path
+
+
+@needs_bash
+def test_a_recipe_asks_the_interpreter_that_has_the_project(tmp_path):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    without = interpreter(tmp_path / "without", None)
+    path = f"{without.parent}:{os.defpath}"
+    (without.parent / "python3").symlink_to(without)
+    alone = {key: "" for key in ("PYTHON", "BF16", "VIRTUAL_ENV", "CONDA_DEFAULT_ENV")}
+
+    def precision(**environment):
+        done = run_recipe(tmp_path / "scripts/v1_5/pretrain.sh", **alone | environment)
+        words = done.stdout.split()
+        return words[words.index("--bf16") + 1] if words else done.stderr
+
+    assert "cannot start this project: activate its environment" in precision(PATH=path)
+    interpreter(tmp_path / ".venv", "left train.py False")
+    assert precision(PATH=path) == precision(PATH=path, CONDA_DEFAULT_ENV="base") == "left"
+    given = interpreter(tmp_path / "given", "given train.py False")
+    assert precision(PATH=path, PYTHON=given) == "given"
+    activated = f"{interpreter(tmp_path / 'own', 'own train.py False').parent}:{path}"
+    assert precision(PATH=activated, VIRTUAL_ENV=tmp_path / "own") == "own"
+    assert precision(PATH=activated, CONDA_DEFAULT_ENV="own") == "own"
+
+
+@needs_bash
+def test_deepspeed_is_the_one_beside_the_interpreter(tmp_path):
+    given = interpreter(tmp_path, "started")
+    done = run_recipe("v1_5/pretrain.sh", PYTHON=given, LAUNCHER="")
+    assert done.stdout == "started\n"
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -80,9 +108,7 @@ def test_one_process_needs_no_backend_to_talk_to_others(tmp_path, monkeypatch):
 @needs_bash
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_the_trainer_with_known_flags(name):
-    program, *words = words_of(
-        name, "--max_steps", "7", MODEL="my/model", BF16="True", PROGRAM="train.py"
-    )
+    ((program, *words),) = words_of(f"{name}.sh", "--max_steps", 7, MODEL="my/model")
     assert (ROOT / program).exists()
     values = {k.removeprefix("--"): v for k, v in zip(words[::2], words[1::2], strict=True)}
     assert set(values) <= FLAGS

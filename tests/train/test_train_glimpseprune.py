@@ -34,6 +34,7 @@ from llava.train.train_glimpseprune import found_boxes, train
 from tests.golden_data import GOLDEN
 from tests.paths import ROOT
 from tests.ports import free_port
+from tests.train.recipes import needs_bash, words_of
 from tests.train.train_tools import write_start
 
 # --- boxes ----------------------------------------------------------------------------------------
@@ -339,19 +340,10 @@ def test_flags_come_from_a_yaml_file_and_the_command_line_wins(tmp_path, monkeyp
     assert "--reduce_layer" not in words and os.environ["GLIMPSE_TEST"] == "7"
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@needs_bash
 def test_the_recipe_has_known_flags_and_the_values_of_the_paper(monkeypatch):
-    environment = {
-        **os.environ,
-        "LAUNCHER": "echo",
-        "BF16": "True",
-        "PROGRAM": "train.py",
-        "MODEL": "my/model",
-    }
-    script = ["bash", str(ROOT / "scripts/v1_5/train_glimpse.sh"), "--max_steps", "7"]
-    program, *words = subprocess.run(
-        script, env=environment, capture_output=True, text=True, check=True
-    ).stdout.split()
+    recipe = words_of("v1_5/train_glimpse.sh", "--max_steps", 7, MODEL="my/model")
+    ((program, *words),) = recipe
     assert program == "llava.train.train_glimpseprune"
     monkeypatch.chdir(ROOT)
     words = with_config(words)

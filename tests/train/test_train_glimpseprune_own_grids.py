@@ -33,6 +33,7 @@ from tests.golden_data import GOLDEN
 from tests.paths import ROOT
 from tests.ports import free_port
 from tests.train import glimpse_speed
+from tests.train.recipes import needs_bash, words_of
 from tests.train.test_train_glimpseprune import command_line, losses, write_boxes
 from tests.train.train_tools import write_own_grids_start
 
@@ -328,13 +329,10 @@ def test_prompts_without_gradients_give_the_losses_and_gradients_of_one_pass(tmp
 # --- the recipe -----------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@needs_bash
 @pytest.mark.parametrize(("size", "layer", "depth"), [("3b", 23, 36), ("7b", 18, 28)])
 def test_the_recipes_have_the_published_settings(monkeypatch, size, layer, depth):
-    environment = {**os.environ, "LAUNCHER": "echo", "BF16": "True", "PROGRAM": "train.py"}
-    script = ["bash", str(ROOT / "scripts/qwen2_5_vl/train_glimpse.sh"), size, "--seed", "7"]
-    run = subprocess.run(script, env=environment, capture_output=True, text=True, check=True)
-    program, *words = run.stdout.split()
+    ((program, *words),) = words_of("qwen2_5_vl/train_glimpse.sh", size, "--seed", 7)
     assert program == "llava.train.train_glimpseprune" and words[-2:] == ["--seed", "7"]
     assert f"Qwen/Qwen2.5-VL-{size.upper()}-Instruct" in words
     monkeypatch.chdir(ROOT)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -19,6 +18,7 @@ from llava.train.arguments import DataArguments, ModelArguments, TrainingArgumen
 from llava.train.train_twigvlm import TwigArguments, TwigTraining, train
 from tests.paths import ROOT
 from tests.ports import free_port
+from tests.train.recipes import needs_bash, words_of
 from tests.train.test_run import command_line, losses, parameters, workplace  # noqa: F401
 
 TWIG = ["--twig_K", 1, "--twig_T", 1]
@@ -87,21 +87,13 @@ def test_pieces_that_are_not_trained_are_hidden_from_the_optimizer(model):
     model.requires_grad_(True)
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@needs_bash
 @pytest.mark.parametrize("data", [None, "my.json"])
 def test_the_recipe_has_known_flags(data):
     classes = (TwigArguments, ModelArguments, DataArguments, TrainingArguments)
     known = {field.name for cls in classes for field in dataclasses.fields(cls)}
-    environment = {
-        **os.environ,
-        "LAUNCHER": "echo",
-        "BF16": "True",
-        "PROGRAM": "train.py",
-        "twig_T": "2",
-    } | ({"DATA": data} if data else {})
-    script = [str(ROOT / "scripts/v1_5/train_twig.sh"), "--max_steps", "7"]
-    output = subprocess.run(["bash", *script], env=environment, capture_output=True, text=True)
-    program, *words = output.stdout.split()
+    own = {"DATA": data} if data else {}
+    ((program, *words),) = words_of("v1_5/train_twig.sh", "--max_steps", 7, twig_T=2, **own)
     assert (ROOT / program).exists()
     flags = [word.removeprefix("--") for word in words if word.startswith("--")]
     assert set(flags) <= known and "twig_K" in flags

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -18,6 +17,7 @@ from llava.pruning.twigvlm import grow_twig, save_twig
 from llava.train.train_twigvlm_plus import CLASSES, train
 from tests.paths import ROOT
 from tests.ports import free_port
+from tests.train.recipes import needs_bash, words_of
 from tests.train.test_run import command_line, losses, parameters, workplace  # noqa: F401
 
 ONE = ["--stage", 1, "--twig_K", 0, "--twig_T", 1]
@@ -145,17 +145,14 @@ def test_stage_2_refuses_plain_twigs_texts_alone_and_its_own_start(workplace, st
         run(workplace, tmp_path / "out", *words)
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@needs_bash
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("data", [None, "my.json"])
 def test_the_recipes_have_known_flags(stage, data):
     known = {field.name for cls in CLASSES for field in dataclasses.fields(cls)}
-    environment = {**os.environ, "LAUNCHER": "echo", "BF16": "True", "PROGRAM": "train.py"}
-    environment |= {"twig_T": "2", "A_B": "17", "NUM_GROUPS": "8", "D_ALPHG": "0.2"}
-    environment |= {"DATA": data} if data else {}
-    script = str(ROOT / f"scripts/v1_5/train/train_twig++_stage{stage}.sh")
-    output = subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
-    program, *words = output.stdout.split()
+    own = {"twig_T": 2, "A_B": 17, "NUM_GROUPS": 8, "D_ALPHG": 0.2}
+    own |= {"DATA": data} if data else {}
+    ((program, *words),) = words_of(f"v1_5/train/train_twig++_stage{stage}.sh", **own)
     assert (ROOT / program).exists()
     flags = [word.removeprefix("--") for word in words if word.startswith("--")]
     assert set(flags) <= known and ("skip_samples" in flags) == (data is None)

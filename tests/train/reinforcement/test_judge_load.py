@@ -1,9 +1,6 @@
 """The load test of a judge, and what the scripts of GlimpsePrune+ start."""
 
 import dataclasses
-import os
-import shutil
-import subprocess
 
 import pytest
 import transformers
@@ -15,9 +12,9 @@ from llava.train.reinforcement.judge_load import main
 from llava.train.train_glimpseprune_plus import CLASSES
 from tests.eval.stub_judge import stub_judge
 from tests.paths import ROOT
+from tests.train.recipes import needs_bash, run_recipe, words_of
 
 SCRIPTS = ROOT / "scripts/qwen2_5_vl"
-needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 
 @pytest.fixture(autouse=True)
@@ -40,38 +37,29 @@ def test_a_judge_that_fails_under_load_is_told(capsys):
     assert "3 of 8 questions answered" in capsys.readouterr().out
 
 
-def words_of(script, *words, **environment):
-    values = {"LAUNCHER": "echo", "CHECK": "echo check", "BF16": "True", "PROGRAM": "train.py"}
-    environment = {**os.environ, **values, **environment}
-    command = ["bash", str(SCRIPTS / script), *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return [line.split() for line in done.stdout.splitlines()]
-
-
 @needs_bash
 def test_the_script_checks_the_judge_and_runs_both_stages():
-    check, first, second = words_of("train_glimpse_plus.sh", "--seed", "1", ADAPTER="lora")
+    plus, checked = "qwen2_5_vl/train_glimpse_plus.sh", {"CHECK": "echo check"}
+    check, first, second = words_of(plus, "--seed", 1, ADAPTER="lora", **checked)
     assert check[:2] == ["check", "--requests"]
     assert first[0] == "llava.train.train_glimpseprune_plus" and first[-2:] == ["--seed", "1"]
     assert second[0] == "llava.train.train_glimpseprune" and "--seed" not in second
     assert first[first.index("--output_dir") + 1] == "lora"
     assert second[second.index("--adapter_dir") + 1] == "lora"
-    (alone,) = words_of("train_glimpse_plus.sh", "2", "--seed", "1")
+    (alone,) = words_of(plus, 2, "--seed", 1)
     assert alone[0] == "llava.train.train_glimpseprune" and alone[-2:] == ["--seed", "1"]
-    assert len(words_of("train_glimpse_plus.sh", "1")) == 2
+    assert len(words_of(plus, 1, **checked)) == 2
 
 
 @needs_bash
 def test_the_script_ends_where_the_judge_does_not_answer():
-    environment = {**os.environ, "LAUNCHER": "echo", "CHECK": "false", "BF16": "True"}
-    command = ["bash", str(SCRIPTS / "train_glimpse_plus.sh")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_recipe("qwen2_5_vl/train_glimpse_plus.sh", CHECK="false")
     assert done.returncode and "llava.train" not in done.stdout
 
 
 @needs_bash
 def test_the_judge_is_served_as_published():
-    (words,) = words_of("judge.sh", "--seed", "1", LAUNCHER="echo")
+    (words,) = words_of("qwen2_5_vl/judge.sh", "--seed", 1)
     assert words[:2] == ["serve", "Qwen/Qwen2.5-32B-Instruct-GPTQ-Int8"]
     pairs = dict(zip(words[2::2], words[3::2], strict=True))
     assert pairs["--tensor-parallel-size"] == "2" and pairs["--max-num-seqs"] == "4"
