@@ -5,17 +5,14 @@ Segments of equal size are rows of one batch, so that nothing is padded and no m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
 
 
 @dataclass
@@ -91,16 +88,27 @@ def attend_within(
         visible = None if visible is None else visible[segments.order]
     if visible is None and len(segments.runs) > 1 and takes_all_sizes(q):
         ends, longest = segments.ends_on(q.device), segments.longest
-        whole = varlen_attn(q, k, v, ends, ends, longest, longest)
+        whole = all_sizes()(q, k, v, ends, ends, longest, longest)
     else:
         whole = _size_by_size(q, k, v, segments, visible)
     return whole if segments.back is None else whole[segments.back]
 
 
+@cache
+def all_sizes() -> Callable | None:
+    """torch's attention inside segments of any sizes, if there is one. It brings the whole compiler
+    with it, 1.4 s that programs without a GPU do not wait for."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
 def takes_all_sizes(q: Tensor) -> bool:
     """Whether torch (2.10 on) attends inside segments of any sizes with one kernel: that of
     FlashAttention, on GPUs of compute capability 8.0 on, in half precision, without gradients."""
-    if varlen_attn is None or q.device.type != "cuda" or torch.version.hip is not None:
+    if q.device.type != "cuda" or torch.version.hip is not None or all_sizes() is None:
         return False
     half = q.dtype in (torch.float16, torch.bfloat16)
     half = half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256

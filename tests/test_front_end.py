@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +12,7 @@ from llava.front_end import FrontEnd, in_order
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model_args import load_front_end
 from llava.video_io import Clip
-from tests.paths import GOLDEN, ROOT
+from tests.paths import GOLDEN
 
 NAMES = ("img0_336x336.png", "img1_640x360.png", "img2_300x480.png")
 IMAGES = [Image.open(GOLDEN / "images" / name).convert("RGB") for name in NAMES]
@@ -132,15 +129,6 @@ def test_only_so_many_marks_of_a_prompt_are_images(front):
 def test_an_unknown_template_is_named(front):
     with pytest.raises(ValueError, match="unknown conv mode 'vicuna', choose from"):
         FrontEnd(front.tokenizer, front.model, front.image_processor, "vicuna")
-
-
-def test_serving_needs_nothing_of_evaluation():
-    code = (
-        "import sys, llava.serve.cli, llava.serve.engine, llava.serve.model_worker\n"
-        "print(*[name for name in sys.modules if name.startswith('llava.eval')])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == ""
 
 
 def test_a_system_text_takes_the_place_of_the_templates():

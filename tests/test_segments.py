@@ -46,7 +46,7 @@ def test_segments_of_all_sizes_are_one_call_where_torch_has_the_kernel(monkeypat
         return torch.cat(found)
 
     monkeypatch.setattr(module, "takes_all_sizes", lambda q: True)
-    monkeypatch.setattr(module, "varlen_attn", varlen)
+    monkeypatch.setattr(module, "all_sizes", lambda: varlen)
     (q, k, v), segments = tokens(len(OWNERS), 2, 8), several_sizes()
     for _ in range(2):
         torch.testing.assert_close(attend_within(q, k, v, segments), one_by_one(q, k, v))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...errors import how_to_install
 from ...pruning.ops import gather_tokens, on_device, repeat_heads, true_first
+from .compiling import constant
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def packs_rows(backend: str) -> bool:
     return backend == "flash_attention_2"
 
 
-@torch.compiler.assume_constant_result
+@constant
 def serves_groups(device: torch.device, dtype: torch.dtype, masked: bool) -> bool:
     """Whether a fast kernel of `device` serves several query heads from one key head.
 
