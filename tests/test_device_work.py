@@ -29,6 +29,12 @@ PER_TREE = 240
 PER_RULED_TREE = 90
 #: waits for a further token: whether the answer has ended
 WAITS = 1
+#: rules that a tree is walked by; the same kernels for all that look at each token
+RULES = [
+    {},
+    pytest.param({"repetition_penalty": 1.3}, marks=pytest.mark.slow),
+    pytest.param({"do_sample": True}, marks=pytest.mark.slow),
+]
 #: answers of these lengths are compared
 SHORT, LONG = 5, 8
 
@@ -101,7 +107,7 @@ def guessed(model, inputs, tokens: int, rule: dict) -> tuple:
         return model.generate(**inputs, **options, **SPECULATE), log
 
 
-@pytest.mark.parametrize("rule", [{}, {"repetition_penalty": 1.3}, {"do_sample": True}], ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_step_of_speculation_waits_once_for_every_guess_and_once_for_all(
     make_model, sample, rule
 ):
@@ -122,7 +128,7 @@ def test_a_step_of_speculation_waits_once_for_every_guess_and_once_for_all(
     assert uploads[0] == uploads[1]
 
 
-@pytest.mark.parametrize("rule", [{}, {"repetition_penalty": 1.3}, {"do_sample": True}], ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_step_with_a_tree_of_guesses_waits_once(make_model, sample, rule):
     model, inputs = asked(make_model, sample, "llava")
     grown(model, 2, 2, visual_token_num=30, tree_nodes=60)
@@ -142,7 +148,7 @@ def test_a_step_with_a_tree_of_guesses_waits_once(make_model, sample, rule):
     assert kernels / steps <= layers * PER_LAYER + PER_TREE + (PER_RULED_TREE if rule else 0)
 
 
-@pytest.mark.parametrize("rule", [{}, {"repetition_penalty": 1.3}, {"do_sample": True}], ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_step_of_a_batch_with_trees_waits_once_for_all_rows(make_model, sample, rule):
     model, inputs = asked(make_model, sample, "llava", batch=True)
     grown(model, 2, 2, visual_token_num=30, tree_nodes=20)

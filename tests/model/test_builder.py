@@ -409,7 +409,7 @@ PEAK = textwrap.dedent("""
     ("kind", "saved", "loaded"),
     [
         ("safetensors", torch.float16, "float32"),
-        ("bin", torch.float32, "bfloat16"),
+        pytest.param("bin", torch.float32, "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_loading_takes_little_more_memory_than_the_model(tmp_path, kind, saved, loaded):

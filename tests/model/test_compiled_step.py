@@ -85,6 +85,7 @@ def test_a_layer_is_compiled_to_few_kernels(make_model, together, monkeypatch):
         assert counts[0] <= GROUP and counts[1] <= LAYER, codes[1]
 
 
+@pytest.mark.slow
 def test_batches_of_any_size_are_one_graph(model):
     """Also when the first is as long as other inputs of a step are."""
     decoder, step = model.model, CompiledStep(model.model.rotary, "sdpa")

@@ -135,6 +135,7 @@ def test_chance_agrees_as_often_as_asked():
     assert not choice.stops(guessed[None, :1], torch.tensor([0.01]), 0.6)
 
 
+@pytest.mark.slow
 def test_random_weights_guess_as_many_as_asked_and_are_right_as_often_as_asked(monkeypatch, capsys):
     monkeypatch.setitem(random_model.CLIP_LARGE, "num_hidden_layers", 2)  # the tower is not asked
     words = ["--config", "small", "--visual-token-num", "96", "--num-speculations", "2"]

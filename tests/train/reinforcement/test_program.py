@@ -101,7 +101,10 @@ def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-@pytest.mark.parametrize("family, token_pass", [("llava", "released"), ("qwen", "exact")])
+@pytest.mark.parametrize(
+    "family, token_pass",
+    [pytest.param("llava", "released", marks=pytest.mark.slow), ("qwen", "exact")],
+)
 def test_a_run_learns_what_it_is_rewarded_for(workplace, tmp_path, judge, family, token_pass):
     flags = ["--num_train_epochs", 12, "--num_generations", 8, "--per_device_train_batch_size", 16]
     flags += ["--token_pass", token_pass, "--learning_rate", 1e-2]
