@@ -54,15 +54,23 @@ for word in "$@"; do
         exit 0
     fi
 done
-# Given as seen from where the script was called; the scripts run in the root of the repository.
-[ -z "${DATA_DIR:-}" ] || DATA_DIR=$(realpath -m "$DATA_DIR")
-[ -z "${CKPT_DIR:-}" ] || CKPT_DIR=$(realpath -m "$CKPT_DIR")
-# A name without a slash is sought in CKPT_DIR first; links keep their names.
+# Given as seen from where the script was called; the scripts run in the root of the repository. Links keep
+# their names.
+from_here() {
+    if [ -d "$1" ]; then
+        (CDPATH= cd -- "$1" && pwd)
+    else
+        case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac
+    fi
+}
+[ -z "${DATA_DIR:-}" ] || DATA_DIR=$(from_here "$DATA_DIR")
+[ -z "${CKPT_DIR:-}" ] || CKPT_DIR=$(from_here "$CKPT_DIR")
+# A name without a slash is sought in CKPT_DIR first.
 if [ -d "${CKPT:-}" ] && { [ -z "${CKPT_DIR:-}" ] || [[ $CKPT == */* ]]; }; then
-    CKPT=$(realpath -s "$CKPT")
+    CKPT=$(from_here "$CKPT")
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/released_names.sh"
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 export LLAVA_TYPED_COMMAND=${LLAVA_TYPED_COMMAND:-bash $0} # how the programs call themselves
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 
@@ -197,19 +205,18 @@ list_benchmarks() {
 # run_all ARGUMENTS: runs every benchmark there is data for; a table of all scores. One that fails
 # does not stop the others.
 run_all() {
-    local name seen= failed=()
+    local name names failed=()
+    names=$(list_benchmarks) || return 1
+    if [ -z "$names" ]; then
+        echo "error: there is no data of any benchmark in ${DATA_DIR:-$DEFAULT_DATA}" >&2
+        return 1
+    fi
     SCORE_LIST=$(mktemp)
     export SCORE_LIST WORDS_READ=${words:-}
     while read -r name <&3; do
-        seen=1
         echo "=== $name"
         SPLIT='' bash scripts/v1_5/eval/benchmark.sh "$name" "$@" || failed+=("$name")
-    done 3< <(list_benchmarks)
-    if [ -z "$seen" ]; then
-        echo "error: there is no data of any benchmark in ${DATA_DIR:-$DEFAULT_DATA}" >&2
-        rm "$SCORE_LIST"
-        return 1
-    fi
+    done 3<<<"$names"
     [ ! -s "$SCORE_LIST" ] || "$PYTHON" -m llava.eval.score_table --list "$SCORE_LIST"
     rm "$SCORE_LIST"
     [ ${#failed[@]} = 0 ] || { printf 'error: %s failed\n' "${failed[@]}" >&2 && return 1; }

@@ -10,7 +10,7 @@
 #
 # A call that was cut short, or a step that failed, is made up for by the same call again.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
 
 # Wheels stand in front of what the environment has, which is left as it is; nothing is downloaded.

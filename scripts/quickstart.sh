@@ -8,7 +8,7 @@
 #
 # A second run continues with the answers of the first. Results: runs/quickstart (OUT=... elsewhere).
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
 prepare_env eval
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # everything needed is in the repository

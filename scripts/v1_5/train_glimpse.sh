@@ -4,10 +4,10 @@
 # environment, any flag of llava.train.train_glimpseprune behind the command. Several GPUs:
 # LAUNCHER="accelerate launch --num_processes 2 -m" (the paper: 2 GPUs, 1250 steps).
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+CDPATH= cd -- "$(dirname "$0")/../.."
 source scripts/train_common.sh
 
-${LAUNCHER:-$PYTHON -m} llava.train.train_glimpseprune \
+start "" llava.train.train_glimpseprune \
     --config "${CONFIG:-./scripts/v1_5/train_glimpse.yaml}" \
     --model_name_or_path "${MODEL:-liuhaotian/llava-v1.5-7b}" \
     --train_dataset "${DATA:-./scripts/v1_5/train_glimpse_data.yaml}" \

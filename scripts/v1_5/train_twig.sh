@@ -5,14 +5,14 @@
 # behind the command. Fewer GPUs: raise --gradient_accumulation_steps so that the global batch stays 128.
 # The two samples of the 665k mixture that the published recipe leaves out are left out here, too.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+CDPATH= cd -- "$(dirname "$0")/../.."
 source scripts/train_common.sh
 K=${twig_K:-2} T=${twig_T:-3}
 DATA=${DATA:-./playground/data/llava_v1_5_mix665k.json}
 SKIP=()
 [[ $DATA != *llava_v1_5_mix665k.json ]] || SKIP=(--skip_samples 245723 247644)
 
-${LAUNCHER:-deepspeed} llava/train/train_twigvlm.py \
+start deepspeed.launcher.runner llava/train/train_twigvlm.py \
     --deepspeed "${ZERO:-./scripts/zero2.json}" \
     "${TRAINER_FLAGS[@]}" \
     --model_name_or_path "${MODEL:-liuhaotian/llava-v1.5-7b}" \
@@ -29,5 +29,5 @@ ${LAUNCHER:-deepspeed} llava/train/train_twigvlm.py \
     --output_dir "${OUTPUT:-./checkpoints/TwigVLM-llava1.5-7b-K$K-T$T}" \
     --save_steps 1000 \
     --gradient_checkpointing False \
-    "${SKIP[@]}" \
+    ${SKIP[@]+"${SKIP[@]}"} \
     "$@"

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import shutil
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from llava.train import arguments
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.run import own_precision
 from tests.paths import ROOT
-from tests.train.recipes import needs_bash, run_recipe, words_of
+from tests.train.recipes import needs_bash, words_of
 
 CLASSES = (ModelArguments, DataArguments, TrainingArguments)
 FLAGS = {field.name for cls in CLASSES for field in dataclasses.fields(cls)}
@@ -45,46 +43,6 @@ def test_a_recipe_starts_with_what_the_cpu_is_fast_at_and_has():
     (slow,) = words_of("v1_5/pretrain.sh", **avx2)
     assert slow[0] == "llava/train/train_mem.py"
     assert slow[slow.index("--bf16") + 1] == "False"
-
-
-def interpreter(folder, says):
-    """A python in FOLDER/bin that prints what a recipe asks for, or fails."""
-    path = folder / "bin/python"
-    path.parent.mkdir(parents=True)
-    path.write_text(f"#!/bin/sh\n{f'echo {says}' if says else 'exit 1'}\n")
-    path.chmod(0o755)
-    (path.parent / "deepspeed").symlink_to(path)
-    return path
-
-
-@needs_bash
-def test_a_recipe_asks_the_interpreter_that_has_the_project(tmp_path):
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
-    without = interpreter(tmp_path / "without", None)
-    path = f"{without.parent}:{os.defpath}"
-    (without.parent / "python3").symlink_to(without)
-    alone = {key: "" for key in ("PYTHON", "BF16", "VIRTUAL_ENV", "CONDA_DEFAULT_ENV")}
-
-    def precision(**environment):
-        done = run_recipe(tmp_path / "scripts/v1_5/pretrain.sh", **alone | environment)
-        words = done.stdout.split()
-        return words[words.index("--bf16") + 1] if words else done.stderr
-
-    assert "cannot start this project: activate its environment" in precision(PATH=path)
-    interpreter(tmp_path / ".venv", "left train.py False")
-    assert precision(PATH=path) == precision(PATH=path, CONDA_DEFAULT_ENV="base") == "left"
-    given = interpreter(tmp_path / "given", "given train.py False")
-    assert precision(PATH=path, PYTHON=given) == "given"
-    activated = f"{interpreter(tmp_path / 'own', 'own train.py False').parent}:{path}"
-    assert precision(PATH=activated, VIRTUAL_ENV=tmp_path / "own") == "own"
-    assert precision(PATH=activated, CONDA_DEFAULT_ENV="own") == "own"
-
-
-@needs_bash
-def test_deepspeed_is_the_one_beside_the_interpreter(tmp_path):
-    given = interpreter(tmp_path, "started")
-    done = run_recipe("v1_5/pretrain.sh", PYTHON=given, LAUNCHER="")
-    assert done.stdout == "started\n"
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -14,7 +14,12 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../../eval_common.sh"
 
 ALL_ANSWERS=()
-for name in ${SETS:-$(list_benchmarks --sets viscot | grep -vx emotic)}; do
+SETS=${SETS:-$(list_benchmarks --sets viscot | sed '/^emotic$/d')}
+if [ -z "$SETS" ]; then
+    echo "error: there is no data of Visual-CoT in ${DATA_DIR:-$DEFAULT_DATA}" >&2
+    exit 1
+fi
+for name in $SETS; do
     answer "viscot_$name${BRIEF:+_brief}"
     ALL_ANSWERS+=("$ANSWERS")
     [ -n "${DO_GLIMPSE:-}" ] || score "viscot_$name${BRIEF:+_brief}"

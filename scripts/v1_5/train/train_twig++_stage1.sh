@@ -9,7 +9,7 @@
 # AdamW is 0.999 in the script, as here, and 0.98 in the paper (--adam_beta2 0.98). The two samples of the 665k
 # mixture that the recipe of TwigVLM leaves out are left out here, too.
 set -euo pipefail
-cd "$(dirname "$0")/../../.."
+CDPATH= cd -- "$(dirname "$0")/../../.."
 source scripts/train_common.sh
 K=${twig_K:-2} T=${twig_T:-3}
 DATA=${DATA:-./playground/data/llava_v1_5_mix665k.json}
@@ -18,7 +18,7 @@ SKIP=()
 LAYER=()
 [ -z "${A_B:-}" ] || LAYER=(--attention_layer "$A_B")
 
-${LAUNCHER:-deepspeed} llava/train/train_twigvlm_plus.py \
+start deepspeed.launcher.runner llava/train/train_twigvlm_plus.py \
     --stage 1 \
     --deepspeed "${ZERO:-./scripts/zero2.json}" \
     "${TRAINER_FLAGS[@]}" \
@@ -29,7 +29,7 @@ ${LAUNCHER:-deepspeed} llava/train/train_twigvlm_plus.py \
     --alpha "${D_ALPHG:-0.1}" \
     --gamma "${A_GAMMA:-1.0}" \
     --temperature "${D_TEMP:-5}" \
-    "${LAYER[@]}" \
+    ${LAYER[@]+"${LAYER[@]}"} \
     --data_path "$DATA" \
     --image_folder "${IMAGES:-./playground/data}" \
     --image_aspect_ratio pad \
@@ -40,5 +40,5 @@ ${LAUNCHER:-deepspeed} llava/train/train_twigvlm_plus.py \
     --output_dir "${OUTPUT:-./checkpoints/TwigVLM++-stage1-llava1.5-7b-K$K-T$T}" \
     --save_steps 1000 \
     --gradient_checkpointing False \
-    "${SKIP[@]}" \
+    ${SKIP[@]+"${SKIP[@]}"} \
     "$@"

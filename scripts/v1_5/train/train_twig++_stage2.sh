@@ -9,7 +9,7 @@
 # Fewer GPUs: raise --gradient_accumulation_steps so that the global batch stays 128. The two samples of the 665k
 # mixture that the recipe of TwigVLM leaves out are left out here, too.
 set -euo pipefail
-cd "$(dirname "$0")/../../.."
+CDPATH= cd -- "$(dirname "$0")/../../.."
 source scripts/train_common.sh
 TWIG=${TWIG:-./checkpoints/TwigVLM++-stage1-llava1.5-7b-K2-T3}
 NEXT=${TWIG/stage1/stage2}
@@ -20,7 +20,7 @@ SKIP=()
 LAYER=()
 [ -z "${A_B:-}" ] || LAYER=(--attention_layer "$A_B")
 
-${LAUNCHER:-deepspeed} llava/train/train_twigvlm_plus.py \
+start deepspeed.launcher.runner llava/train/train_twigvlm_plus.py \
     --stage 2 \
     --deepspeed "${ZERO:-./scripts/zero2.json}" \
     "${TRAINER_FLAGS[@]}" \
@@ -32,7 +32,7 @@ ${LAUNCHER:-deepspeed} llava/train/train_twigvlm_plus.py \
     --num_groups "${NUM_GROUPS:-32}" \
     --power "${POWER:-2}" \
     --kl "${KL:-1}" \
-    "${LAYER[@]}" \
+    ${LAYER[@]+"${LAYER[@]}"} \
     --data_path "$DATA" \
     --image_folder "${IMAGES:-./playground/data}" \
     --image_aspect_ratio pad \
@@ -42,5 +42,5 @@ ${LAUNCHER:-deepspeed} llava/train/train_twigvlm_plus.py \
     --output_dir "${OUTPUT:-$NEXT}" \
     --save_steps 100 \
     --gradient_checkpointing False \
-    "${SKIP[@]}" \
+    ${SKIP[@]+"${SKIP[@]}"} \
     "$@"
