@@ -18,6 +18,7 @@ from torch import Tensor
 from ..devices import device_of, moved
 from ..pruning.base import Pruner
 from ..pruning.cues import cues_for, fingerprint
+from ..pruning.precision import full_precision
 from ..pruning.stages import VisionStage, fills
 from ..pruning.tokens import ImageTokens, VisionTokens
 from .image_layout import own_grid_layout
@@ -63,7 +64,8 @@ class BlockEncoding(ModelPart):
         tokens: dict[int, ImageTokens] = {}
         home = device_of(self.get_input_embeddings())
         for batch, vision in zip(batches, self._merged(batches), strict=True):
-            vision = batch.stage.after_projector(vision)
+            with full_precision(vision.features.device):
+                vision = batch.stage.after_projector(vision)
             vision = vision if vision.features.device == home else moved(vision, home)
             laid_out: dict[int, ImageTokens] = {}
             for start in range(0, len(batch.images), batch.pairs):
@@ -74,9 +76,10 @@ class BlockEncoding(ModelPart):
                     for name, values in vision.image_extras.items()
                 }
                 laid_out[number] = replace(image, image_extras=extras)
-            whole = batch.method.vision.after_layouts(list(laid_out.values()))
-            for number, image in zip(laid_out, whole, strict=True):
-                tokens[number] = self.pruner.decoder.before_prompt(image)
+            with full_precision(home):
+                whole = batch.method.vision.after_layouts(list(laid_out.values()))
+                whole = [self.pruner.decoder.before_prompt(image) for image in whole]
+            tokens |= zip(laid_out, whole, strict=True)
         return [tokens[number] for number in range(len(images))]
 
     def _encoded(self, images: list[Tensor | Video], questions: list[str] | None) -> list[Batch]:
@@ -102,7 +105,9 @@ class BlockEncoding(ModelPart):
             if stage.reads_question and questions is not None:
                 vision.questions = [questions[number] for number in numbers]
             part = method.for_part(count).vision
-            batches.append(Batch(method, part, numbers, count, part.after_encoder(vision)))
+            with full_precision(vision.features.device):
+                vision = part.after_encoder(vision)
+            batches.append(Batch(method, part, numbers, count, vision))
         return batches
 
     def image_extent(self, image: Tensor | Video) -> int:

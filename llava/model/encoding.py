@@ -14,6 +14,7 @@ from ..devices import device_of, moved
 from ..image_settings import ImageSettings
 from ..mm_utils import get_anyres_image_grid_shape
 from ..pruning.cues import cues_for
+from ..pruning.precision import full_precision
 from ..pruning.required import required
 from ..pruning.tokens import ImageTokens, VisionTokens
 from .image_layout import flat_layout, image_layout, spatial_layout, with_newline
@@ -54,14 +55,17 @@ class ImageEncoding(ModelPart):
             vision.layouts = [
                 image_layout(crops, tiles, vision.grid, size) for crops, tiles, size in arrangements
             ]
-        vision = stage.after_encoder(vision)
+        with full_precision(crops.device):
+            vision = stage.after_encoder(vision)
         projector = self.get_model().mm_projector
         weight = next(projector.parameters(), None)
         if weight is not None and (device := device_of(projector)) != vision.features.device:
             vision = moved(vision, device)
         features = vision.features if weight is None else vision.features.to(weight.dtype)
         vision.features, vision.project = projector(features), projector
-        vision, home = stage.after_projector(vision), device_of(self.get_input_embeddings())
+        with full_precision(vision.features.device):
+            vision = stage.after_projector(vision)
+        home = device_of(self.get_input_embeddings())
         return vision if vision.features.device == home else moved(vision, home)
 
     def image_tokens(self, images, image_sizes=None, questions=None) -> list[ImageTokens]:
@@ -92,8 +96,9 @@ class ImageEncoding(ModelPart):
         laid_out = [self._layout(vision, layout, newline) for layout in layouts]
         for number, image in enumerate(laid_out):
             image.image_extras = {k: own[number] for k, own in vision.image_extras.items()}
-        whole = self.pruner.vision.after_layouts(laid_out)
-        return [self.pruner.decoder.before_prompt(image) for image in whole]
+        with full_precision(vision.features.device):
+            whole = self.pruner.vision.after_layouts(laid_out)
+            return [self.pruner.decoder.before_prompt(image) for image in whole]
 
     def _arrange(
         self, settings: ImageSettings, crops: slice, tiled: bool, image_size, number: int

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .ops import split_heads
+from .precision import full_precision
 
 
 def attention_extras(
@@ -28,6 +29,13 @@ def attention_extras(
     off, salience (B, N) its mean over heads; attention_mean (B, N) is the column mean of the map
     over heads and all queries.
     """
+    with full_precision(q.device):
+        return _extras(num_heads, scale, q, k, names, mask)
+
+
+def _extras(
+    num_heads: int, scale: float, q: Tensor, k: Tensor, names: frozenset[str], mask: Tensor | None
+) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     if "keys" in names:
         found["keys"] = k[:, 1:]

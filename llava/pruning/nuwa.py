@@ -318,6 +318,8 @@ class Nuwa(SinkFilter, OwnGrids, VisionStage, DecoderPruner):
                 tile = row // rows * across + column // columns
                 places = row % rows * columns + column % columns
                 places = (first + 1 + tile) * num_patches + places
+                if not places.numel():  # so thin an image that nothing of its tiles is left
+                    continue
                 view = self.view(bottom - top, right - left, crops - 1, num_patches, crops)
                 views.setdefault(view, []).append(places.flatten())
         return views

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .precision import full_precision
+
 Number = TypeVar("Number", int, float)
 
 
@@ -49,7 +51,8 @@ def cosines(x: Tensor) -> Tensor:
     """(B, N, N) fp32 cosines of the rows of `x` (B, N, C), 0 where one of them is zero. Copies have
     1, which rounding would leave a little off."""
     unit = normalize(x)
-    found = unit @ unit.transpose(1, 2)
+    with full_precision(x.device):
+        found = unit @ unit.transpose(1, 2)
     return found.masked_fill_(found > 1 - NEGLIGIBLE, 1)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...errors import how_to_install
 from ...pruning.ops import gather_tokens, on_device, repeat_heads, true_first
+from ...pruning.precision import full_precision
 from .compiling import constant
 
 logger = logging.getLogger(__name__)
@@ -366,7 +367,9 @@ def rows_of(
     batch, heads, count, width = picked.shape
     groups = k.shape[1]
     picked = picked.reshape(batch, groups, heads // groups * count, width)
-    scores = (picked @ k.float().transpose(2, 3)).reshape(batch, heads, count, -1)
+    with full_precision(k.device):
+        scores = picked @ k.float().transpose(2, 3)
+    scores = scores.reshape(batch, heads, count, -1)
     if bias is not None:
         scores = scores + spread(bias)
     hidden = torch.arange(k.shape[2], device=k.device) > places[:, None, :, None]

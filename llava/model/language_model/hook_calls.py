@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...pruning.counts import counted, version
 from ...pruning.per_token import each, mapped, tensors_of
+from ...pruning.precision import full_precision
 from ...pruning.prefill import Prefill
 
 #: what layers are told about the tokens beside their hidden states
@@ -53,7 +54,9 @@ def call(hook: Callable[[Prefill], Prefill], prefill: Prefill, name: str) -> Cal
     before = {field: (value, version(value)) for field, value in watched(prefill).items()}
     seen = {field: getattr(prefill, field) for field in SEEN_BY_LAYERS}
     states = prefill.hidden_states
-    layer, prefill = prefill.layer, hook(prefill)
+    layer = prefill.layer
+    with full_precision(states.device):
+        prefill = hook(prefill)
     if not isinstance(prefill, Prefill):
         raise ValueError(
             f"{name} gave {type(prefill).__name__} back before layer {layer}: a hook returns the "

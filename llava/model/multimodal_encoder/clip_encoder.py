@@ -20,6 +20,7 @@ from ...linear import fast_linears
 from ...pruning.attention_cues import attention_extras
 from ...pruning.cues import OutputMean, fingerprint
 from ...pruning.ops import middle_places, split_heads
+from ...pruning.precision import full_precision
 from ...pruning.stages import VisionStage
 from ...pruning.tokens import TowerTokens, VisionTokens
 from ..language_model.compiling import compiled, may_compile
@@ -176,7 +177,8 @@ class CLIPVisionTower(nn.Module):
         mask: Tensor | None = None
         hidden: tuple[Tensor | None, Tensor | None] = (None, None)  # what the mask is of
         for number, layer in enumerate(model.encoder.layers[: last + 1]):
-            tokens = stage.before_tower_layer(number, tokens)
+            with full_precision(x.device):
+                tokens = stage.before_tower_layer(number, tokens)
             names = wanted.get(number, frozenset())
             if unknown := names - LAYER_CUES:
                 raise ValueError(

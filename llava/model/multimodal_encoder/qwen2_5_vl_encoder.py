@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from ...blocks import GatedMLP, RMSNorm, in_pieces, rope_of, rotate
 from ...devices import device_of
 from ...pruning.cues import OutputMean
+from ...pruning.precision import full_precision
 from ...segments import Segments, attend_within, segments_of, window_order
 from ..language_model.compiling import compiled, may_compile
 
@@ -297,7 +298,8 @@ class Block(nn.Module):
             before, behind = compiled(before), compiled(behind)
         q, k, v = before(self, x, rope)
         if cues is not None:
-            cues["received"] = attention_received(q.detach(), k.detach(), segments)
+            with full_precision(q.device):
+                cues["received"] = attention_received(q.detach(), k.detach(), segments)
             cues["keys"] = k.flatten(1)
         return behind(self, x, attend_within(q, k, v, segments))
 

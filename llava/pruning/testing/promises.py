@@ -168,6 +168,14 @@ class Promises:
         )
         assert streamer.tokens[-GREEDY["max_new_tokens"] :] == answer[0].tolist()
 
+    def test_it_runs_where_products_are_cast(self, model, pruner):
+        """As training does with `--bf16 True`, with weights in fp32."""
+        model.pruner = pruner
+        prompt = sample(4, "image", 5)
+        with torch.autocast("cpu", torch.bfloat16):
+            _, scores, _ = generate(model, prompt.ids, self.images_of(prompt))
+        assert scores.isfinite().all()
+
     def test_a_printed_method_builds_itself_again(self, pruner):
         classes: list[type[Pruner]] = [Chain, *(METHODS[n] for n in pruner.name.split("+"))]
         namespace = {cls.__name__: cls for cls in classes}
