@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -13,6 +14,7 @@ from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
 import llava
+from llava.network import is_loopback
 
 OPENAI_URL = "https://api.openai.com/v1"
 FIRST_PAUSE = 0.5  # seconds, doubled after every failed attempt but the first
@@ -104,6 +106,8 @@ class Judge:
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         address = self.url.rstrip("/") + "/chat/completions"
         with requests.Session() as session:
+            # A judge on this machine is asked itself, and not a proxy of the environment.
+            session.trust_env = not is_loopback(urlsplit(self.url).hostname or "")
             session.mount(self.url, HTTPAdapter(max_retries=retries))
             try:
                 response = session.post(address, json=body, headers=headers, timeout=self.timeout)

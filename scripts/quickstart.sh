@@ -32,3 +32,4 @@ echo
 echo "Table:               $OUT/table.md"
 echo "Plot of the scores:  $OUT/plot.png"
 echo "Patches kept:        $OUT/kept_patches.png"
+[ "$PYTHON" != "$PWD/.venv/bin/python" ] || echo "To go on with llava: source .venv/bin/activate"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from functools import partial
 
 import pytest
@@ -22,7 +23,10 @@ from llava.pruning.testing.tiny import (  # noqa: F401
     pad_batch,
     with_random_parts,
 )
+from tests.environment import forget
 from tests.paths import GOLDEN
+
+forget(os.environ)
 
 
 def pytest_collection_finish(session):

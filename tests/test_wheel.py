@@ -1,6 +1,7 @@
 """The package as it is installed: built, unpacked, and used from a folder that is no clone."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -42,6 +43,8 @@ def run(*command, folder: Path, **environment) -> subprocess.CompletedProcess:
 def built(tmp_path_factory) -> tuple[Path, Path]:
     """A source archive of what git knows, and a wheel that was built from it."""
     clone, out = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("dist")
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("needs git, and a clone: what belongs to the archive is what git knows")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,

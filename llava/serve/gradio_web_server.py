@@ -17,7 +17,8 @@ import tempfile
 import threading
 import warnings
 
-from llava.errors import errors_as_messages, how_to_install
+from llava.errors import errors_as_messages
+from llava.gradio_pages import load_gradio, no_proxy_for
 from llava.network import is_loopback
 from llava.program_parser import ProgramParser
 
@@ -128,19 +129,13 @@ def launch(args, uploads: str):
 
     uploads: folder for uploaded images, private to this process
     """
-    # Read by gradio when it is imported: nothing is reported, and uploads stay in our folder.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["GRADIO_TEMP_DIR"] = uploads
-    try:
-        import gradio  # noqa: F401
-        from starlette.middleware import Middleware
-    except ImportError as error:
-        raise ImportError(
-            f"the web page needs the packages of the extra `serve`: {how_to_install('serve')}"
-        ) from error
+    os.environ["GRADIO_TEMP_DIR"] = uploads  # read by gradio when it is imported
+    load_gradio("the web page")
+    from starlette.middleware import Middleware
+
     from .web.guard import UPLOAD_BYTES, Guard
     from .web.script import HEAD
-    from .web.server import limited_server, log_failed_events, no_proxy_for
+    from .web.server import limited_server, log_failed_events
     from .web.style import FRAME, css, theme
 
     page = build_page(args)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -29,7 +30,7 @@ def commands(text: str) -> list[str]:
 
 def run(command: str, **env) -> str:
     done = subprocess.run(
-        ["bash", "-c", command.replace("python ", f"{sys.executable} ", 1)],
+        ["bash", "-c", command.replace("python ", f"{shlex.quote(sys.executable)} ", 1)],
         cwd=ROOT,
         env={**os.environ, "PYTHON": sys.executable, **env},
         capture_output=True,

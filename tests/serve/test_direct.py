@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import logging
 import urllib.request
 
 import httpx
 import pytest
 
+from llava.eval.browse import program as browse
+from llava.gradio_pages import load_gradio
+from llava.judge import Judge
 from llava.serve import demo, direct, gradio_web_server, heart_beat, model_worker
 from llava.serve.auth import read_token
 from llava.serve.heart_beat import HeartBeat
 from llava.serve.register_worker import post
 from llava.serve.sglang_worker import served_model
+from tests.eval.stub_judge import stub_judge
+from tests.paths import ROOT
+from tests.ports import free_port
 from tests.serve.serve_tools import live, wait_for
 
 TOKEN = "0123456789abcdef-the-secret"
@@ -59,6 +66,34 @@ def test_the_page_starts_where_a_proxy_is_set(elsewhere, tmp_path):
         assert not urllib.request.proxy_bypass("api.openai.com")
     finally:
         page.close(verbose=False)
+
+
+def test_answers_are_browsed_where_a_proxy_is_set(elsewhere, tmp_path):
+    pytest.importorskip("gradio")
+    answers = tmp_path / "a.jsonl"
+    answers.write_text('{"question_id": 1, "prompt": "Is it?", "text": "yes"}\n')
+    words = [str(answers), "--benchmark", "pope", "--data-dir", str(ROOT / "playground/benchmark")]
+    args = browse.build_parser().parse_args([*words, "--port", str(free_port())])
+    page, address = browse.launch(args)
+    try:
+        assert httpx.get(address, trust_env=False, timeout=60).status_code == 200
+    finally:
+        page.close(verbose=False)
+
+
+def test_a_judge_on_this_machine_is_asked_itself(elsewhere):
+    with stub_judge(["fine"]) as server:
+        assert Judge("m", server.url, attempts=1).ask(("", "Well?")) == "fine"
+    assert len(server.requests) == 1
+
+
+def test_a_page_says_why_gradio_does_not_load(monkeypatch):
+    def fails(*_, **__):
+        raise ImportError("a package for SOCKS is not installed")
+
+    monkeypatch.setattr(builtins, "__import__", fails)
+    with pytest.raises(ImportError, match="the page needs gradio, which .*: a package for SOCKS"):
+        load_gradio("the page")
 
 
 # --- Addresses

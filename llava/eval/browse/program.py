@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import os
 
-from llava.errors import errors_as_messages, how_to_install
+from llava.errors import errors_as_messages
 from llava.eval.browse.runs import Run, find_source
+from llava.gradio_pages import load_gradio, no_proxy_for
 from llava.program_parser import ProgramParser
 
 LOCAL = "127.0.0.1"
@@ -55,15 +56,10 @@ def read_runs(args) -> dict[str, Run]:
 
 def launch(args):
     """Starts the page in threads of its own; returns (gradio application, address)."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"the page needs the packages of the extra `serve`: {how_to_install('serve')}"
-        ) from error
+    load_gradio("the page")
     from llava.eval.browse.page import CSS, THEME, Page
 
+    no_proxy_for(args.host)
     blocks = Page(read_runs(args)).blocks
     _, address, _ = blocks.launch(
         server_name=args.host,

@@ -180,3 +180,12 @@ class MethodContract(Promises):
             schedule = pruner.token_schedule(NUM_PATCHES, LAYERS, crops=5)
             assert len(trace.visual_positions[0]) == schedule[0]
         assert int(trace.visual_tokens[0][0]) == len(trace.visual_positions[0])
+
+    def test_an_image_so_thin_that_its_tiles_are_padding_runs(self, anyres_model, pruner):
+        if not pruner.vision.anyres or pruner.vision.anyres_tiles is not None:
+            pytest.skip("there are no such images for it")
+        anyres_model.pruner = self.make(pruner.name, 50)
+        prompt, image = sample(4, "image", 5), torch.randn(3, 3, SIDE, SIDE)
+        for size in ((300, 7), (7, 300)):
+            _, scores, _ = generate(anyres_model, prompt.ids, [image], image_sizes=[size])
+            assert scores.isfinite().all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import traceback
 from contextlib import contextmanager
@@ -46,14 +45,6 @@ def limited_server():
         yield
     finally:
         http_server.Server = before
-
-
-def no_proxy_for(host: str) -> None:
-    """Keeps gradio, which asks the page whether it has started, from asking a proxy instead. What
-    goes to other places, to the moderation service for one, still uses it."""
-    spared = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
-    own = ("localhost", "127.0.0.1", "::1", host)
-    os.environ["no_proxy"] = ",".join(filter(None, dict.fromkeys([*spared.split(","), *own])))
 
 
 def log_failed_events() -> None:
