@@ -47,7 +47,8 @@ def test_copies_with_equal_relevance_are_taken_in_order(by_mean, size):
 def test_a_zero_token_resembles_nothing_not_even_itself(by_mean):
     """By hand: token 3 covers itself and half of 5, a zero one nothing; then 5, then 4, which adds
     nothing to either."""
-    features = [[0.0] * 4, [1.0] * 4, [0.0] * 4, [1.0, 1, -1, -1], [1.0, -1, 1, 1], [-1.0, 1, 1, -1]]
+    nothing, others = [0.0] * 4, [[1.0, 1, -1, -1], [1.0, -1, 1, 1], [-1.0, 1, 1, -1]]
+    features = [nothing, [1.0] * 4, nothing, *others]
     relevance = [0.1, 0.9, 0.5, 0.3, 0.35, 0.2]
     assert picks(features, relevance, 2, 1.0, 0.5, by_mean)[1] != 2
     assert picks(features, relevance, 6, lam=1.0) == [1, 3, 5, 4, 2, 0]
