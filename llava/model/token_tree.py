@@ -2,8 +2,10 @@
 
 A tree grows level by level: of the followers that the drafter gives to a level's nodes the most
 probable are looked at further. Of all candidates those whose path is most probable are kept. All of
-it happens on the device, in fp32, and of equal scores the older candidate comes first, so that the
-tree is the same everywhere and no node is kept without those above it.
+it happens on the device, in fp32, and of equal scores the older candidate comes first, so that no
+node is kept without those above it. Which of a node's equally probable followers become candidates,
+and in which order, is the device's choice (to sort a vocabulary takes far longer): trees may differ
+there, answers do not.
 """
 
 from __future__ import annotations

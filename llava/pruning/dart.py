@@ -6,10 +6,10 @@ More (DART), https://arxiv.org/abs/2502.11494
 Differs from the release: pivots take their turns in a fixed order, visual ones first, the largest
 key first (there, in the order of a set of integers); the budget is met exactly (there, 64 are 68);
 prompts with fewer than four words behind the image have fewer pivots (there, an error); every image
-of every prompt of a batch at its real place, no loop on the host. "Keys of layer K-1" may mean two
-things, see `key_states`: the default is what the recorded selections follow. On LLaVA-NeXT the
-budget is that of a full image, and images cut into fewer tiles keep the same share of their tokens
-(there, a setting by hand).
+of every prompt of a batch at its real place, no loop on the host. Fewer pivots take the same number
+of tokens together, by either `rule`. "Keys of layer K-1" may mean two things, see `key_states`: the
+default is what the recorded selections follow. On LLaVA-NeXT the budget is that of a full image,
+and images cut into fewer tiles keep the same share of their tokens (there, a setting by hand).
 """
 
 import math

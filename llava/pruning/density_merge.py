@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .captured import captured
-from .ops import denser, gather_tokens, normalize, top_stable
+from .ops import cosines, denser, gather_tokens, top_stable
 
 
 class Merged(NamedTuple):
@@ -58,8 +58,7 @@ def groups_of(features: Tensor, kept: Tensor, count: int) -> tuple[Tensor, Tenso
     The density of a token is the sum of its cosines with all. Groups form around tokens that are
     dense, and unlike any that is denser; of equal density the earlier one is denser.
     """
-    unit = normalize(features)
-    alike = unit @ unit.transpose(1, 2)  # (B, N, N)
+    alike = cosines(features)  # (B, N, N)
     density = alike.sum(dim=2)
     nearest = alike.masked_fill(~denser(density), -torch.inf).amax(dim=2)
     score = density * (1 - nearest)

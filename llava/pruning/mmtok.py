@@ -141,6 +141,8 @@ def cover_both(
     """
     size = projected.shape[1]
     image = (cosines(patches) / tau_v).softmax(dim=1) * (alpha / size)
-    text = normalize(projected) @ normalize(words).transpose(1, 2)  # (B, N, M)
-    text = (text / tau_t).softmax(dim=1) * weights.float()[:, None]
+    # In fp64 where a device has it: in fp32 copies at other places may differ in the last digit.
+    wide = torch.float32 if projected.device.type == "mps" else torch.float64
+    text = normalize(projected).to(wide) @ normalize(words).to(wide).transpose(1, 2)  # (B, N, M)
+    text = (text.float() / tau_t).softmax(dim=1) * weights.float()[:, None]
     return cover_most(torch.cat([image, text], dim=2), count)

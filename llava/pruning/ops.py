@@ -106,10 +106,8 @@ def rank_within_groups(score: Tensor, group: Tensor) -> Tensor:
 def denser(density: Tensor) -> Tensor:
     """(B, N, N) True where the token of the last axis has a higher `density` (B, N) than that of
     the middle one, or the same and stands before it."""
-    mine, other = density[:, :, None], density[:, None, :]
-    size = density.shape[1]
-    earlier = torch.ones(size, size, dtype=torch.bool, device=density.device).tril(-1)
-    return (other > mine) | ((other == mine) & earlier)
+    rank = ranks(density)
+    return rank[:, None, :] < rank[:, :, None]
 
 
 def picks_then_rest(picks: Tensor, good: Tensor, rest: Tensor) -> Tensor:

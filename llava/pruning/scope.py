@@ -76,7 +76,4 @@ def cover_salient(features: Tensor, weight: Tensor, count: int, add: bool) -> Te
     """Places (B, T) of features (B, N, C) in the order they are picked: the most of the gain in
     coverage times `weight` (B, N), or plus it."""
     cover = cosines(features)
-    if not add:
-        return cover_most(cover, count, weight)
-    # A client of its own that nothing else covers adds its weight to the gain of a token.
-    return cover_most(torch.cat([cover, weight.diag_embed()], dim=2), count)
+    return cover_most(cover, count, None if add else weight, weight if add else None)

@@ -22,7 +22,7 @@ from torch import Tensor
 from .base import NO_DECODER_STAGE, BudgetPruner, Pruner, SelectPruner
 from .captured import captured
 from .extras import with_extra, with_number
-from .ops import gather_tokens, interpolate, normalize, top_stable
+from .ops import cosines, gather_tokens, interpolate, top_stable
 from .own_grids import OwnGrids
 from .prefill import Prefill
 from .sinks import SinkFilter, check_sink_ratio, num_sinks, sinks
@@ -252,16 +252,16 @@ def sanitize(
     high = sinks(features, num_high)
     salience = salience.float().scatter(1, high, -torch.inf)
     salient = top_stable(salience, num_salient)
-    unit = normalize(features.detach())
+    cosine = cosines(features.detach())
     alike = torch.full_like(salience, -1.0)
     if num_salient:
-        alike = (unit @ gather_tokens(unit, salient).transpose(1, 2)).amax(dim=2)
+        alike = gather_tokens(cosine, salient).amax(dim=1)
     alike = alike.scatter(1, torch.cat([high, salient], dim=1), torch.inf)
     picks = [high[:, :0]]
     while (missing := num_diverse - sum(own.shape[1] for own in picks)) > 0:
         own = alike.argsort(dim=1, stable=True)[:, : min(step, missing)]
         picks.append(own)
-        if missing > step:  # six small operations
-            near = (unit @ gather_tokens(unit, own).transpose(1, 2)).amax(dim=2)
+        if missing > step:  # five small operations
+            near = gather_tokens(cosine, own).amax(dim=1)
             alike = torch.maximum(alike, near).scatter_(1, own, torch.inf)
     return high, salient, torch.cat(picks, dim=1)

@@ -52,9 +52,10 @@ NORMALIZE, RATERS = ("minmax", "mean"), ("threshold", "all", "last")
 SHARE, KIND = "tops_share", "tops_kind"
 IMAGE, TILED, VIDEO = range(3)
 SALIENCE = "tops_salience"
-#: the distance that says a token is taken, the least between others, and what is divided by the
-#: distance to mark what is taken: 1e6 there, next to nothing elsewhere
-TAKEN, COPY, MARK = -1e-37, 1e-14, 1e-31
+#: the distance that says a token is taken, the least between others (a power of two: sums of it are
+#: exact), and what is divided by the distance to mark what is taken: 1e6 there, next to nothing
+#: elsewhere
+TAKEN, COPY, MARK = -1e-37, 2.0**-46, 1e-31
 #: the least that a criterion spans: one that is the same everywhere counts 0
 LEAST = 1e-9
 
@@ -298,22 +299,29 @@ def preserve(
     relevance = relevance.float()
     best, pick = relevance.masked_fill(~real, -torch.inf).max(dim=1, keepdim=True)
     order, scores = [pick], [best]
-    rating = scaled(relevance, real, by_mean)[:, None]
-    # (G, V, V): row i is how far every token would be from its nearest pick with i among them.
-    left = (1 - cosines(features)).clamp_(min=COPY)
-    left.diagonal(dim1=1, dim2=2).fill_(TAKEN)
-    left = left.masked_fill_(~real[..., None], torch.inf).masked_fill_(~real[:, None], TAKEN)
+    # Beside LEAST the mark of a free token vanishes, so that it decides between no equals.
+    rating = scaled(relevance, real, by_mean)[:, None] + LEAST
+    # (G, V + 1, V): row i is how far every token would be from its nearest pick with i among them,
+    # the last one without a further pick. What a token leaves of itself, something where it is
+    # zero, is in a column behind the others: its own place is a mark for when it is taken.
+    apart = (1 - cosines(features)).clamp_(min=COPY)
+    whole = apart.new_full((len(apart), size + 1, size + 1), torch.inf)
+    left, itself = whole[..., :size], whole[..., size]
+    left[:, :size] = apart.masked_fill_(~real[..., None], torch.inf)
+    left.masked_fill_(~real[:, None], TAKEN).diagonal(dim1=1, dim2=2).fill_(TAKEN)
+    itself.zero_()[:, :size] = torch.where(real, apart.diagonal(dim1=1, dim2=2), 0.0)
 
-    # (3, G, V): what is left uncovered, the distance to the nearest pick, and a mark of what is
+    # (3, G, V + 1): what is left uncovered, the distance to the nearest pick, and a mark of what is
     # taken; in `above` the first two counted from the worst among the free tokens.
-    criteria = left.new_zeros(3, len(left), size)
-    uncovered, far = criteria[0], criteria[1]
+    criteria = left.new_zeros(3, len(left), size + 1)
+    uncovered, far, tokens = criteria[0], criteria[1, :, :size], criteria[..., :size]
     worst_is_most = torch.ones_like(criteria[:, :1, :1])
     worst_is_most[1].neg_()
-    above = LEAST * -worst_is_most.repeat(1, len(left), size + 1)  # one place more: see LEAST
+    above = LEAST * -worst_is_most.expand_as(criteria)  # its last place stays: see LEAST
     marked, scale = above[..., :size], torch.ones_like(above[..., 0])
     ends = left.new_empty(4, 2, len(left))  # both criteria, most, least, least and most
     worst, span = (pair.diagonal(dim1=0, dim2=1).t() for pair in (ends[:2], ends[2:]))
+    worst = criteria[:2, :, size:] if by_mean else worst[..., None]
     shares, pick = weights.t()[..., None].expand(-1, -1, count), pick[..., None]
     if by_mean:  # of how many free tokens a sum is made
         free = real.sum(dim=1, keepdim=True)
@@ -321,11 +329,13 @@ def preserve(
     for number in range(1, count):  # ten small operations
         torch.gather(left, 1, pick.expand(-1, -1, size), out=far[:, None])
         torch.minimum(left, far[:, None], out=left)
-        torch.sum(left, dim=2, out=uncovered)
-        torch.addcdiv(criteria, worst_is_most, far, value=MARK, out=marked)
-        among = criteria if by_mean else marked
-        torch.aminmax(among[:2], dim=2, out=(ends[1], ends[0]))
-        torch.sub(criteria[:2], worst[..., None], out=marked[:2])
+        if by_mean:  # what is taken adds nothing to the mean
+            itself.scatter_(1, pick[:, 0], 0.0)
+        torch.sum(whole, dim=2, out=uncovered)
+        torch.addcdiv(tokens, worst_is_most, far, value=MARK, out=marked)
+        if not by_mean:
+            torch.aminmax(marked[:2], dim=2, out=(ends[1], ends[0]))
+        torch.sub(tokens[:2], worst, out=marked[:2])
         if by_mean:
             span = above[:2].sum(dim=2)
         else:

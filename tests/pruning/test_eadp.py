@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,8 @@ from llava.pruning.clip_text import ClipText
 from llava.pruning.eadp import cover_relevant, smoothed
 from llava.pruning.ops import normalize, shared_out
 from llava.pruning.testing.tiny import SIDE
+from tests.golden_checks.compare import Report
+from tests.golden_checks.eadp import check_relevance
 
 
 def random(*shape, seed=0):
@@ -54,6 +57,16 @@ def test_relevance_is_scaled_over_the_crops_of_an_image():
     torch.testing.assert_close(found, torch.tensor([[0.0, 0.0], [1.0, 1.0]]), atol=1e-5, rtol=0)
     same = pruner.relevance(patches[:1], [ends], ends, ONE, (1, 2))
     assert same.tolist() == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize("ends", [0, 1])
+def test_a_recorded_relevance_without_words_or_without_a_question_is_compared(ends):
+    recorded = {"image_embeds": np.ones((2, 6, 8)), "text_tokens": np.zeros((0, 8))}
+    recorded |= {"eos": np.ones((ends, 8)), "expected_relevance": np.ones((2, 6))}
+    recorded |= {f"expected_{name}": np.zeros((2, 0)) for name in ("entropy", "text_kept")}
+    report = Report()
+    check_relevance({"args": {"grid": [2, 3]}}, None, recorded, report)
+    assert report.problems == []
 
 
 def test_smoothing_mirrors_behind_the_border_without_its_own_row():

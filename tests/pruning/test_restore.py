@@ -266,3 +266,11 @@ def test_groups_form_around_dense_tokens_by_hand():
 def test_tokens_without_content_are_merged_like_any_other():
     group, anchors, _ = groups_of(torch.zeros(1, 4, 3), torch.tensor([[1]]), 2)
     assert anchors.tolist() == [[0, 2]] and group.tolist() == [[0, 2, 1, 0]]
+
+
+def test_copies_of_an_anchor_form_groups_in_order():
+    base = torch.rand(3, 12, generator=torch.Generator().manual_seed(0))
+    kind = torch.tensor([0, 1, 2] + [2, 0, 1, 1, 0, 2] * 5)
+    _, anchors, _ = groups_of(base[kind][None], torch.zeros(1, 0, dtype=torch.long), 20)
+    assert sorted(anchors[0, :3].tolist()) == [0, 1, 2]
+    assert anchors[0, 3:].tolist() == list(range(3, 20))

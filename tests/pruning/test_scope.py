@@ -51,6 +51,25 @@ def test_copies_with_equal_attention_are_taken_in_order(add):
     assert found[12:] == list(range(12, 48))
 
 
+def test_a_sum_counts_no_gain_below_rounding_but_every_weight():
+    found = cover_salient(torch.ones(1, 4, 16), torch.tensor([[0.25, 1e-8, 8.1e-7, 9e-8]]), 4, True)
+    assert found.tolist() == [[0, 2, 3, 1]]
+    assert cover_salient(torch.eye(4)[None], torch.zeros(1, 4), 4, True).tolist() == [[0, 1, 2, 3]]
+
+
+def test_in_a_sum_copies_with_equal_weights_are_taken_in_order():
+    """In fp32 a sum depends on what stands where in it."""
+    draw = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        features = torch.randn(6, 100, generator=draw)
+        weight = torch.rand(6, generator=draw)
+        copy = torch.randint(6, (41,), generator=draw)
+        found = cover_salient(features[copy][None], weight[copy][None], 41, True)[0]
+        for number in range(6):
+            own = found[copy[found] == number]
+            assert own.tolist() == sorted(own.tolist())
+
+
 def test_an_image_of_three_crops_has_a_third_for_each():
     pruner = build_pruner("scope", visual_token_num=50)
     assert pruner.token_schedule(36, 2, 3) == [48, 48]

@@ -33,6 +33,16 @@ def test_diverse_tokens_are_unlike_all_that_were_taken(step):
             left -= set(best)
 
 
+@pytest.mark.parametrize("step", [1, 4])
+def test_copies_of_what_was_taken_follow_in_order(step):
+    base = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    kind = torch.tensor([0, 1, 2, 3, 4] + [2, 4, 0, 1, 3] * 6)
+    salience = torch.zeros(1, 35)
+    salience[0, :5] = 1.0
+    _, _, diverse = sanitize(base[kind][None], salience, 0, 5, 30, step)
+    assert diverse.tolist() == [list(range(5, 35))]
+
+
 @pytest.mark.parametrize(
     ("label", "entering", "left", "average"),
     [

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llava.pruning import build_pruner, trace_pruning
+from llava.pruning.ops import cosines
 from llava.pruning.testing.tiny import video
 from llava.pruning.tops import TOPS, above_mean, preserve
 from tests.conftest import SIDE, make_pruner
@@ -11,11 +12,11 @@ from tests.conftest import SIDE, make_pruner
 RIGHT, UP, LEFT = [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]
 
 
-def picks(features, relevance, count, lam=0.5, alpha=0.5, **options) -> list[int]:
+def picks(features, relevance, count, lam=0.5, alpha=0.5, by_mean=False) -> list[int]:
     features, relevance = torch.tensor([features]), torch.tensor([relevance])
     real = torch.ones(relevance.shape, dtype=torch.bool)
     weights = torch.tensor([[lam, alpha]])
-    return preserve(features, relevance, real, weights, count, False)[0][0].tolist()
+    return preserve(features, relevance, real, weights, count, by_mean)[0][0].tolist()
 
 
 def test_the_most_relevant_token_is_first_and_a_distant_one_follows():
@@ -29,6 +30,52 @@ def test_coverage_prefers_the_token_that_others_resemble():
 def test_without_coverage_and_diversity_it_is_the_order_of_relevance():
     relevance = [0.3, 0.9, 0.1, 0.9, 0.5]
     assert picks([RIGHT, UP, LEFT, RIGHT, UP], relevance, 5, lam=0, alpha=0) == [1, 3, 4, 0, 2]
+
+
+def test_the_mark_of_what_is_taken_decides_between_no_equals():
+    near = [[1.0, x / 8] for x in range(6)]
+    assert picks(near, [1.0, 0, 0, 0, 0, 0], 6, lam=0, alpha=0) == list(range(6))
+    assert picks(near[::-1], [0, 0, 0, 0, 0, 1.0], 6, lam=0, alpha=0) == [5, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("by_mean, size", [(False, 16), (False, 69), (True, 69)])
+def test_copies_with_equal_relevance_are_taken_in_order(by_mean, size):
+    assert picks([RIGHT] * size, [0.25] * size, size, by_mean=by_mean) == list(range(size))
+
+
+@pytest.mark.parametrize("by_mean", [False, True])
+def test_a_zero_token_resembles_nothing_not_even_itself(by_mean):
+    """By hand: token 3 covers itself and half of 5, a zero one nothing; then 5, then 4, which adds
+    nothing to either."""
+    nothing, others = [0.0] * 4, [[1.0, 1, -1, -1], [1.0, -1, 1, 1], [-1.0, 1, 1, -1]]
+    features = [nothing, [1.0] * 4, nothing, *others]
+    relevance = [0.1, 0.9, 0.5, 0.3, 0.35, 0.2]
+    assert picks(features, relevance, 2, 1.0, 0.5, by_mean)[1] != 2
+    assert picks(features, relevance, 6, lam=1.0) == [1, 3, 5, 4, 2, 0]
+
+
+@pytest.mark.parametrize("by_mean", [False, True])
+def test_zero_tokens_count_nothing_in_the_coverage_of_any(by_mean):
+    """Each further pick of a set with zero tokens is the one that slow sums give."""
+    draw = torch.Generator().manual_seed(4)
+    x, relevance = torch.randn(12, 16, generator=draw), torch.rand(12, generator=draw)
+    x[[2, 5, 7]] = 0
+    alike, size = cosines(x[None])[0].double(), torch.arange(12)
+    order = [int(relevance.argmax())]
+    rating = scaled_by(relevance.double(), by_mean)
+    while len(order) < 12:
+        near = alike[order].amax(dim=0)
+        free = size[~torch.isin(size, torch.tensor(order))]
+        gain = (alike[free][:, free] - near[free]).clamp(min=0).sum(dim=1)
+        score = rating[free] + sum(0.5 * scaled_by(own, by_mean) for own in (gain, 1 - near[free]))
+        order.append(int(free[score.argmax()]))
+    assert picks(x.tolist(), relevance.tolist(), 12, by_mean=by_mean) == order
+
+
+def scaled_by(values, by_mean):
+    if by_mean:
+        return values / values.mean().clamp(min=1e-9)
+    return (values - values.min()) / (values.max() - values.min()).clamp(min=1e-9)
 
 
 @pytest.mark.parametrize("by_mean", [False, True])
