@@ -111,6 +111,19 @@ class GenerationStrategies(ModelPart):
             inputs, bos_token_id, model_kwargs
         )
 
+    def _validate_generated_length(
+        self, generation_config, input_ids_length: int, has_default_max_length: bool
+    ) -> None:
+        """Lengths count an answer and its start mark; here, where transformers knows them all, the
+        ids of a prompt are added where those stand in front of the answer."""
+        more = input_ids_length - 1
+        if generation_config.max_new_tokens is not None:
+            generation_config.max_length -= more  # it was counted from behind the prompt
+        super()._validate_generated_length(generation_config, 1, has_default_max_length)
+        generation_config.max_length += more
+        if generation_config.min_length:
+            generation_config.min_length += more
+
     @staticmethod
     def _expand_inputs_for_generation(expand_size: int = 1, *args, **keywords):
         """Every row `expand_size` times (beams), in what is known of images as well, which
