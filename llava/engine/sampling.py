@@ -67,7 +67,9 @@ def sampling_of(config, options: dict) -> Sampling:
     asked |= {name: value for name, value in options.items() if value is not None}
     check_options(asked)
     ends = asked.get("eos_token_id", config.eos_token_id)
-    length = asked.get("max_new_tokens") or config.max_new_tokens or config.max_length
+    length = asked.get("max_new_tokens") or config.max_new_tokens
+    if not length:
+        length = max(1, config.max_length - 1)  # that counts the start mark as well
     return Sampling(
         **(choice_of(asked) if asked.get("do_sample") else {}),
         max_new_tokens=length,

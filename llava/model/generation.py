@@ -9,9 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import MaxLengthCriteria
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation import MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
@@ -39,6 +46,10 @@ NOT_TAKEN = {
 }
 #: decoder outputs that speculation does not collect
 NOT_COLLECTED = ("output_hidden_states", "output_attentions")
+#: modules of the rules that settings of a call stand for, which treat every row alike
+ROW_BY_ROW = (LogitsProcessor.__module__, StoppingCriteria.__module__)
+#: rules of those modules that know the prompts of all rows
+OF_ALL_ROWS = (EncoderNoRepeatNGramLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor)
 
 
 @dataclass
@@ -111,6 +122,19 @@ class GenerationStrategies(ModelPart):
             inputs, bos_token_id, model_kwargs
         )
 
+    def _validate_generated_length(
+        self, generation_config, input_ids_length: int, has_default_max_length: bool
+    ) -> None:
+        """Lengths count an answer and its start mark; here, where transformers knows them all, the
+        ids of a prompt are added where those stand in front of the answer."""
+        more = input_ids_length - 1
+        if generation_config.max_new_tokens is not None:
+            generation_config.max_length -= more  # it was counted from behind the prompt
+        super()._validate_generated_length(generation_config, 1, has_default_max_length)
+        generation_config.max_length += more
+        if generation_config.min_length:
+            generation_config.min_length += more
+
     @staticmethod
     def _expand_inputs_for_generation(expand_size: int = 1, *args, **keywords):
         """Every row `expand_size` times (beams), in what is known of images as well, which
@@ -179,7 +203,7 @@ class GenerationStrategies(ModelPart):
     ):
         """Every prompt has its own caches, as rows accept different numbers of guesses. Answers
         that are guessed in rows grow one after the other, those in trees together."""
-        check_speculation(self, input_ids, logits_processor, prompt)
+        check_speculation(self, input_ids, [*logits_processor, *stopping_criteria], prompt)
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(f"a streamer shows one answer, but there are {len(input_ids)} prompts")
         ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
@@ -189,11 +213,12 @@ class GenerationStrategies(ModelPart):
         for row in traced_rows(self, len(input_ids)):
             ids = input_ids[row : row + 1]
             choice = self.token_choice(logits_processor, warpers, ids, ends, noise, row)
-            most = stopping_criteria.max_length - ids.shape[1]
+            most = max(1, stopping_criteria.max_length - ids.shape[1])
+            left = 1 if drafter.guesses_trees else len(input_ids) - row
             answers.append(
                 Answer(
                     kind(self, drafter, choice, most, several),
-                    stopping_criteria,
+                    with_share_of_time(stopping_criteria, left),
                     streamer,
                     output_scores,
                 )
@@ -220,8 +245,11 @@ def check_shape(drafter: Drafter, options: dict) -> None:
         raise ValueError(f"{', '.join(given)} would not be read, as guesses are {instead}")
 
 
-def check_speculation(model, input_ids: Tensor, rules: LogitsProcessorList, options: dict) -> None:
-    """Raises ValueError for what holds one token at a time alone."""
+def check_speculation(model, input_ids: Tensor, rules: list, options: dict) -> None:
+    """Raises ValueError for what holds one token at a time alone.
+
+    rules: about scores, and about the end
+    """
     strategy = f"with generation_strategy {STRATEGIES[1]!r}"
     if asked := [name for name in NOT_COLLECTED if options.get(name)]:
         raise ValueError(f"{asked[0]} is not supported {strategy}")
@@ -234,6 +262,24 @@ def check_speculation(model, input_ids: Tensor, rules: LogitsProcessorList, opti
             raise ValueError(f"guidance_scale is not supported {strategy}")
         if isinstance(rule, PrefixConstrainedLogitsProcessor) and len(input_ids) > 1:
             raise ValueError(f"prefix_allowed_tokens_fn takes one prompt at a time {strategy}")
+        alike = type(rule).__module__ in ROW_BY_ROW and not isinstance(rule, OF_ALL_ROWS)
+        if len(input_ids) > 1 and not alike:
+            raise ValueError(
+                f"{type(rule).__name__} would see one of {len(input_ids)} answers {strategy}: give "
+                "one prompt at a time with rules of your own (logits_processor, stopping_criteria)"
+            )
+
+
+def with_share_of_time(criteria: StoppingCriteriaList, left: int) -> StoppingCriteriaList:
+    """`criteria` for one of `left` answers that come one after the other: where the time of all is
+    limited (`max_time`), it has its share of what remains."""
+    now = time.time()
+    return StoppingCriteriaList(
+        MaxTimeCriteria((rule.initial_timestamp + rule.max_time - now) / left, now)
+        if type(rule) is MaxTimeCriteria
+        else rule
+        for rule in criteria
+    )
 
 
 class Answer:

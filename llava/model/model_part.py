@@ -51,6 +51,10 @@ class ModelPart:
 
         def sample(self, *args: Any, **keywords: Any) -> Any: ...
 
+        def _validate_generated_length(
+            self, generation_config: Any, input_ids_length: int, has_default_max_length: bool
+        ) -> None: ...
+
         def _maybe_initialize_input_ids_for_generation(
             self, inputs: Any, bos_token_id: Any, model_kwargs: Any
         ) -> Tensor: ...

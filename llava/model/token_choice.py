@@ -100,7 +100,8 @@ class TokenChoice:
         """
         scores = logits
         if self.rules:
-            scores = self._scores(logits, torch.cat([self.ids, *before], dim=1))
+            # Some rules write into what they are given.
+            scores = self._scores(logits.clone(), torch.cat([self.ids, *before], dim=1))
         distribution = scores.softmax(dim=-1) if self.sampled else None
         if distribution is None:
             best, token = scores.max(dim=-1, keepdim=True)

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from PIL import Image
-from transformers import TextStreamer
+from transformers import GenerationConfig, TextStreamer
 
 from llava.engine import EngineError, VLLMEngine
 from llava.front_end import FrontEnd
@@ -245,6 +245,14 @@ def test_prompts_of_a_batch_have_seeds_of_their_own(remote, server):
 def test_what_a_server_cannot_do_is_refused_with_the_reason(remote, option):
     with pytest.raises(ValueError, match="is not possible with a server"):
         ask(remote, "What is it?", **option)
+
+
+def test_a_length_of_the_settings_counts_the_start_mark(whole, remote):
+    found = []
+    for front in (whole, remote):
+        config = GenerationConfig(max_length=5, eos_token_id=[], pad_token_id=0)
+        found.append(ask(front, "What is it?", max_new_tokens=None, generation_config=config))
+    assert found[0].tolist() == found[1].tolist() and found[0].shape == (1, 4)
 
 
 def test_unknown_keywords_are_refused(remote):

@@ -1,8 +1,18 @@
 """Self-speculative generation: the same answers as one token at a time, in fewer steps."""
 
+import itertools
+import time
+
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+)
+from transformers.generation import EncoderNoRepeatNGramLogitsProcessor, MaxTimeCriteria
 
 from llava.constants import STRATEGIES
 from llava.model.self_speculative import Guess
@@ -13,6 +23,7 @@ from tests.model.speculation_tools import (
     GREEDY,
     SPECULATE,
     Recorder,
+    StopAt,
     answers,
     assert_an_end_mark_ends_the_answer,
     assert_caches_hold_the_answer,
@@ -101,6 +112,67 @@ def test_rules_about_scores_hold(sharp, sample):
     plain, fast, _ = answers(sharp, prompt.ids, prompt.images, **rules)
     assert torch.equal(plain, fast)
     assert not torch.equal(fast, answers(sharp, prompt.ids, prompt.images)[1])
+
+
+def test_the_reported_probability_is_the_plain_one_whatever_rules_do_to_logits():
+    logits = torch.tensor([[2.0, 1.5, 0.5, -1.0]])
+    rules = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(3.0)])  # it writes in place
+    choice = TokenChoice(rules, None, torch.tensor([[0, 3]]), [])
+    token, probability, _ = choice.guess(logits.clone(), [])
+    assert token.item() == 1
+    torch.testing.assert_close(probability, logits.softmax(-1)[:, 1])
+
+
+class Own(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+OF_PROMPTS = EncoderNoRepeatNGramLogitsProcessor(2, torch.ones(1, 4, dtype=torch.long))
+OWN_RULES = [
+    {"stopping_criteria": [StopAt(6)]},
+    {"logits_processor": LogitsProcessorList([Own()])},
+    {"logits_processor": LogitsProcessorList([OF_PROMPTS])},
+]
+
+
+@pytest.mark.parametrize("nodes", [0, 8])
+@pytest.mark.parametrize("rule", OWN_RULES, ids=["end", "scores", "scores by prompts"])
+def test_rules_of_ones_own_want_one_prompt(sharp, sample, rule, nodes):
+    """They would be called with one row of the batch, whatever they make of rows."""
+    grown(sharp, tree_nodes=nodes)
+    rules = {**rule, **GREEDY, **SPECULATE}
+    ids, mask, images = batch_of_three(sample)
+    with pytest.raises(ValueError, match="would see one of 3 answers .* one prompt at a time"):
+        sharp.generate(ids, images=images, attention_mask=mask, **rules)
+    one = sample(4, "image", 5)
+    with pytest.raises(ValueError, match="would see one of 2 answers"):
+        sampled = rules | {"do_sample": True, "num_return_sequences": 2}
+        sharp.generate(one.ids, images=one.images, **sampled)
+    assert len(sharp.generate(one.ids, images=one.images, **rules)) == 1
+
+
+@pytest.mark.parametrize("nodes", [0, 8])
+def test_rules_that_settings_stand_for_take_batches(sharp, sample, nodes):
+    grown(sharp, tree_nodes=nodes)
+    ids, mask, images = batch_of_three(sample)
+    rules = {"logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.5)])}
+    rules |= {"stopping_criteria": [MaxTimeCriteria(1e6)], "no_repeat_ngram_size": 2}
+    plain, fast, _ = answers(sharp, ids, images, attention_mask=mask, **rules)
+    assert torch.equal(plain, fast)
+
+
+@pytest.mark.parametrize("nodes", [0, 8])
+def test_a_limit_of_time_holds_for_all_rows_together(sharp, sample, monkeypatch, nodes):
+    """No row is left with nothing because those before it took the time of all."""
+    grown(sharp, tree_nodes=nodes)
+    ids, mask, images = batch_of_three(sample)
+    clock = itertools.count()  # a second goes by whenever somebody looks
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    limits = {"max_time": 36, "max_new_tokens": 60, "pad_token_id": -7}
+    _, fast, _ = answers(sharp, ids, images, attention_mask=mask, **limits)
+    sizes = (fast != -7).sum(dim=1).tolist()
+    assert 30 <= sum(sizes) <= 40 and min(sizes) >= 6 and (nodes or max(sizes) - min(sizes) <= 2)
 
 
 def test_rows_of_a_batch_stay_apart(sharp, sample):

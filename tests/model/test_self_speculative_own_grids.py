@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from llava.pruning import build_pruner
 from llava.pruning.chain import Chain
@@ -56,6 +57,37 @@ def test_rules_about_tokens_look_at_the_prompt_as_well(sharp):
     sharp.generation_config.repetition_penalty = 1.5
     own = sharp.generate(prompt.ids, images=images, **GREEDY, **SPECULATE, no_repeat_ngram_size=2)
     assert torch.equal(own, plain)
+
+
+#: all tokens but one, so that an end comes as soon as it may
+ENDS = list(range(1, 90))
+#: (limits, tokens that they allow)
+LENGTHS = {
+    "given by nobody": ({}, 19),  # transformers' own limit is 20
+    "keyword": ({"max_length": 9}, 8),
+    "no room": ({"max_length": 1}, 1),
+    "config": ({"generation_config": GenerationConfig(max_length=30, eos_token_id=-1)}, 29),
+    "least": ({"min_length": 6, "eos_token_id": ENDS, "max_length": 30}, 6),
+    "least and new": ({"min_length": 6, "eos_token_id": ENDS, "max_new_tokens": 30}, 6),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("batch", [False, True])
+def test_lengths_count_the_answer_and_its_start_mark(sharp, name, batch):
+    """As in LLaVA, though ids of the prompt stand in front here, as many as a method leaves."""
+    given, length = LENGTHS[name]
+    prompts = [sample(4, "image", 5), sample(2, "image", 5)]
+    ids, mask = pad_batch([own.ids for own in prompts[: 1 + batch]])
+    options = {"images": [picture(*WIDE)] * len(ids), "attention_mask": mask, "do_sample": False}
+    options |= {"eos_token_id": -1, "pad_token_id": 0, **given}
+    found = [sharp.generate(ids, **options).shape[1]]
+    sharp.pruner = build_pruner("random", visual_token_num=12)
+    found.append(sharp.generate(ids, **options).shape[1])
+    grown(sharp, visual_token_num=14)
+    for tree in (ROW, {"tree_nodes": 20}):
+        found.append(sharp.generate(ids, **options, **SPECULATE, **tree).shape[1])
+    assert found == [length] * 4
 
 
 @pytest.mark.parametrize("tree", [ROW, {"tree_nodes": 20}], ids=str)

@@ -140,6 +140,20 @@ def test_a_twig_that_is_the_rest_of_the_decoder_is_always_right(sharp, sample):
     assert logs[0].accepted == [4, 4, 4] and logs[0].tokens_per_step == 5
 
 
+@pytest.mark.parametrize("given", [{"max_new_tokens": 0}, {"max_length": 1}], ids=str)
+def test_an_answer_without_room_is_one_token_as_elsewhere(sharp, sample, given):
+    grown(sharp)
+    prompt = sample(4, "image", 5)
+    options = dict(do_sample=False, eos_token_id=-1, pad_token_id=0, **given)
+    options |= {"output_scores": True, "return_dict_in_generate": True}
+    plain, fast = (
+        sharp.generate(prompt.ids, images=prompt.images, **options, **more)
+        for more in ({}, SPECULATE | TREE)
+    )
+    assert torch.equal(plain.sequences, fast.sequences) and fast.sequences.shape == (1, 1)
+    torch.testing.assert_close(fast.scores, plain.scores, atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("place", range(6))
 def test_an_end_mark_anywhere_ends_the_answer(sharp, sample, place):
     """As a guess, as the decoder's own token, as the first token."""

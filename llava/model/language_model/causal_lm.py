@@ -321,8 +321,8 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         reserve = wanted = setting(self, kwargs, "max_new_tokens")
         if wanted is None:
             reserve, longest = RESERVED, setting(self, kwargs, "max_length")
-            if longest is not None:  # it counts the ids in front as well
-                wanted = max(1, longest - known)
+            if longest is not None:  # it counts the start mark as well
+                wanted = max(1, longest - 1)
         if (room := answer_room(self, prompt.num_positions, wanted)) != wanted:
             kwargs["max_new_tokens"] = room
             kwargs.pop("max_length", None)
