@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 from llava.pruning import DEFAULT_METHOD as METHOD
@@ -37,7 +38,7 @@ class Step:
         """The words of the command behind the interpreter."""
         command = self.small if small else self.command
         values = {"FILE": file, "SECONDS": f"{seconds:.0f}"}
-        return [values.get(word, word) for word in command.split()]
+        return [values.get(word, word) for word in shlex.split(command)]
 
 
 #: the first ones matter most: where time runs out, the last ones are left out

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -40,7 +41,7 @@ def step(tmp_path):
 
     def make(name, code, limit=120.0, least=0.0):
         (tmp_path / f"{name}.py").write_text(code)
-        command = f"{tmp_path / name}.py FILE SECONDS"
+        command = f"{shlex.quote(f'{tmp_path / name}.py')} FILE SECONDS"
         return Step(name, f"what {name} does", command, command, limit, least)
 
     return make
@@ -104,7 +105,8 @@ def test_a_report_that_is_ended_ends_its_step(tmp_path):
     code.write_text(
         f"import os, time; open({str(child)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     )
-    step = f"Step('slow', '', '{code}', '{code}', 600.0, 0.0)"
+    command = shlex.quote(str(code))
+    step = f"Step('slow', '', {command!r}, {command!r}, 600.0, 0.0)"
     names = "from llava.eval.gpu_report.runner import Path, Report, run_steps; "
     names += "from llava.eval.gpu_report.steps import Step; "
     run = f"run_steps([{step}], Report(Path({str(tmp_path)!r}), False, {{}}), 600)"
