@@ -102,8 +102,9 @@ class Qwen2_5_VLForConditionalGeneration(
     def get_vision_tower(self) -> Qwen2_5_VLVisionTower:
         return self.visual
 
-    def follow_method(self, pruner: Pruner) -> None:
+    def follow_method(self, pruner: Pruner) -> dict:
         """Images are the same for every method."""
+        return {}
 
     def forward(self, input_ids=None, *args, images=None, **kwargs):
         """As of the other families; images and videos may also come as transformers has them, see
