@@ -25,6 +25,7 @@ from ..multimodal_encoder.qwen2_5_vl_images import split_images
 from ..multimodal_encoder.qwen2_5_vl_videos import Video, split_videos
 from ..prompt import Prompt
 from ..pruner_slot import PrunerSlot
+from ..qwen2_5_vl_rules import check_own, flat
 from ..splice import Splice, on_host
 from .causal_lm import VisionLanguageForCausalLM
 from .modeling_llama import LlamaModel
@@ -38,7 +39,7 @@ NAMED_PIXELS = (
     "second_per_grid_ts",
 )
 #: frequencies that time, height and width turn in the released models
-RELEASED_SECTIONS = (16, 24, 24)
+RELEASED_SCALING = {"type": "mrope", "mrope_section": [16, 24, 24]}
 
 
 class Qwen2_5_VLConfig(Qwen2Config):
@@ -62,10 +63,14 @@ class Qwen2_5_VLConfig(Qwen2Config):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if not isinstance(vision_config, Qwen2_5_VLVisionConfig):
-            vision_config = Qwen2_5_VLVisionConfig(**(vision_config or {}))
-        self.vision_config = vision_config
-        sections = (rope_scaling or {}).get("mrope_section", RELEASED_SECTIONS)
+        made = isinstance(vision_config, Qwen2_5_VLVisionConfig)
+        tower: Any = vision_config.to_dict() if made else vision_config or {}
+        given = flat({**kwargs, **({"rope_scaling": rope_scaling} if rope_scaling else {})})
+        given["rope_scaling"] = given.get("rope_scaling") or RELEASED_SCALING
+        given |= {"vision_config": tower, "hidden_size": self.hidden_size}
+        check_own(given, "the config of Qwen2.5-VL")
+        self.vision_config = vision_config if made else Qwen2_5_VLVisionConfig(**tower)
+        sections = given["rope_scaling"]["mrope_section"]
         self.rope_scaling = {"type": "mrope", "mrope_section": list(sections)}
         self.image_token_id, self.video_token_id = image_token_id, video_token_id
         self.vision_start_token_id = vision_start_token_id
