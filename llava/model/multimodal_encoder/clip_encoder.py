@@ -112,6 +112,11 @@ class CLIPVisionTower(nn.Module):
         image_index: (B,) image each crop belongs to (default: one crop per image).
         """
         stage, images = stage or VisionStage(), images.to(self.device)
+        given, wanted = tuple(images.shape[1:]), (3, self.image_size, self.image_size)
+        if given != wanted:
+            raise ValueError(
+                f"crops must have the shape {wanted}, as process_images makes them, not {given}"
+            )
         if unknown := needs - self.provides:
             raise ValueError(f"unknown cues {sorted(unknown)}, choose from {sorted(self.provides)}")
         total, selected = self.depth
@@ -202,7 +207,7 @@ class CLIPVisionTower(nn.Module):
         return chosen
 
     def _embed(self, images: Tensor) -> Tensor:
-        """Embeddings (B, 1 + N, C); positions are interpolated for crops of another size."""
+        """Embeddings (B, 1 + N, C); positions are interpolated for crops that were made smaller."""
         embeddings = self.vision_tower.vision_model.embeddings
         if images.shape[-1] == self.config.image_size:
             return embeddings(images)
