@@ -74,6 +74,13 @@ def test_a_mark_without_images_is_an_error(model, sample):
         model(input_ids=prompt.ids)
 
 
+def test_a_prompt_may_be_an_image_alone(model, sample):
+    prompt = sample("image")
+    mark = prompt.ids[:, -1:]
+    with torch.no_grad():
+        assert model(mark, images=prompt.images).logits.shape[1] == 36
+
+
 def test_the_tuple_form_leaves_out_what_was_left_out(model, sample):
     prompt = sample(2, "image", 4)
     out = model.prepare_inputs_labels_for_multimodal(

@@ -149,8 +149,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         else:
             check_decoder()
             if inputs_embeds is None:
-                seen = images is not None and self.get_vision_tower() is not None
-                if seen and tokens.shape[1] > 1:
+                if images is not None and self.get_vision_tower() is not None:
                     prompt = self.splice(
                         tokens, attention_mask, labels, images, image_sizes, questions
                     )

@@ -63,13 +63,13 @@ class Qwen2_5_VLConfig(Qwen2Config):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        made = isinstance(vision_config, Qwen2_5_VLVisionConfig)
-        tower: Any = vision_config.to_dict() if made else vision_config or {}
+        made = vision_config if isinstance(vision_config, Qwen2_5_VLVisionConfig) else None
+        tower: Any = (vision_config or {}) if made is None else made.to_dict()
         given = flat({**kwargs, **({"rope_scaling": rope_scaling} if rope_scaling else {})})
         given["rope_scaling"] = given.get("rope_scaling") or RELEASED_SCALING
         given |= {"vision_config": tower, "hidden_size": self.hidden_size}
         check_own(given, "the config of Qwen2.5-VL")
-        self.vision_config = vision_config if made else Qwen2_5_VLVisionConfig(**tower)
+        self.vision_config = Qwen2_5_VLVisionConfig(**tower) if made is None else made
         sections = given["rope_scaling"]["mrope_section"]
         self.rope_scaling = {"type": "mrope", "mrope_section": list(sections)}
         self.image_token_id, self.video_token_id = image_token_id, video_token_id

@@ -56,6 +56,7 @@ class CLIPVisionTower(nn.Module):
     title = "a CLIP vision tower"
     provides, provides_in_layers = CUES, LAYER_CUES
     window_side = None
+    takes_smaller_images = True
     #: whether layers are compiled, see `compile_prefill` of the model
     compile_layers = False
 
@@ -112,10 +113,10 @@ class CLIPVisionTower(nn.Module):
         image_index: (B,) image each crop belongs to (default: one crop per image).
         """
         stage, images = stage or VisionStage(), images.to(self.device)
-        given, wanted = tuple(images.shape[1:]), (3, self.image_size, self.image_size)
-        if given != wanted:
+        given, expected = tuple(images.shape[1:]), (3, self.image_size, self.image_size)
+        if given != expected:
             raise ValueError(
-                f"crops must have the shape {wanted}, as process_images makes them, not {given}"
+                f"crops must have the shape {expected}, as process_images makes them, not {given}"
             )
         if unknown := needs - self.provides:
             raise ValueError(f"unknown cues {sorted(unknown)}, choose from {sorted(self.provides)}")
