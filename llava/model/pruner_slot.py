@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 from weakref import ref
 
 from ..image_settings import ImageSettings
@@ -16,6 +16,8 @@ from ..pruning import METHODS
 from ..pruning.base import Pruner
 from ..pruning.cues import check_cues, check_needs
 from .model_part import ModelPart
+
+Call = TypeVar("Call", bound=Callable)
 
 
 class InUse(NamedTuple):
@@ -29,7 +31,7 @@ class InUse(NamedTuple):
 IN_CALLS: ContextVar[Mapping[ref, InUse]] = ContextVar("IN_CALLS", default=MappingProxyType({}))
 
 
-def in_one_method(call: Callable) -> Callable:
+def in_one_method(call: Call) -> Call:
     """A function of a model that keeps the method it began with: one that is assigned meanwhile
     counts from the next call."""
 
@@ -40,7 +42,7 @@ def in_one_method(call: Callable) -> Callable:
         with self.using():
             return call(self, *args, **kwargs)
 
-    return kept
+    return cast(Call, kept)
 
 
 class PrunerSlot(ModelPart):
@@ -102,6 +104,13 @@ class PrunerSlot(ModelPart):
         tower = self.get_vision_tower()
         own = ImageSettings.of_checkpoint(self.config)
         changes = own.changes_of(pruner, 0 if tower is None else tower.image_size)
+        merge, trained = own.changed(changes).mm_patch_merge_type, own.mm_patch_merge_type
+        ends = "unpad" in trained or hasattr(self.get_model(), "image_newline")
+        if "unpad" in merge and not ends:
+            raise ValueError(
+                f"{pruner.name} needs the newline of mm_patch_merge_type {merge!r}, and this model "
+                f"was trained with {trained!r}, without one: choose another method"
+            )
         # Models may share a config; it tells what the method asks for that was assigned last.
         self.config.image_changes = changes
         return changes
