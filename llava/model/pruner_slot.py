@@ -105,7 +105,7 @@ class PrunerSlot(ModelPart):
         own = ImageSettings.of_checkpoint(self.config)
         changes = own.changes_of(pruner, 0 if tower is None else tower.image_size)
         merge, trained = own.changed(changes).mm_patch_merge_type, own.mm_patch_merge_type
-        ends = "unpad" in trained or hasattr(self.get_model(), "image_newline")
+        ends = tower is None or "unpad" in trained or hasattr(self.get_model(), "image_newline")
         if "unpad" in merge and not ends:
             raise ValueError(
                 f"{pruner.name} needs the newline of mm_patch_merge_type {merge!r}, and this model "
