@@ -15,7 +15,7 @@ from llava.mm_utils import process_images
 from llava.model.language_model.llava_llama import LlavaConfig
 from llava.model.language_model.llava_mistral import LlavaMistralConfig
 from llava.pruning import METHODS, Pruner, VisionStage, build_pruner
-from tests.conftest import PINPOINTS, SIDE, make_pruner
+from tests.conftest import ANYRES, PINPOINTS, SIDE, make_pruner
 
 PLAIN = ImageSettings("anyres", tuple(map(tuple, PINPOINTS)), "area", "spatial_unpad")
 #: methods that want LLaVA-NeXT's images cut or laid out in another way
@@ -142,6 +142,19 @@ def test_a_method_may_set_nothing_but_settings(anyres_model):
 
     with pytest.raises(ValueError, match="odd sets image_size in anyres_config, choose"):
         anyres_model.pruner = Odd()
+
+
+@pytest.mark.parametrize("merge", ["flat", "spatial"])
+def test_a_newline_that_the_model_does_not_have_is_missed_when_it_is_assigned(make_model, merge):
+    class Unpadded(VisionStage, Pruner):
+        name, anyres_config = "unpadded", {"mm_patch_merge_type": "spatial_unpad"}
+
+    tiled = make_model(**{**ANYRES, "mm_patch_merge_type": merge})
+    before = tiled.pruner
+    with pytest.raises(ValueError, match=f"unpadded needs the newline .* with '{merge}', without"):
+        tiled.pruner = Unpadded()
+    assert tiled.pruner is before and tiled.image_settings.mm_patch_merge_type == merge
+    make_model(mm_patch_merge_type=merge).pruner = Unpadded()  # one crop has no rows to end
 
 
 def test_two_models_with_one_config_each_keep_the_settings_of_their_method(anyres_model):

@@ -110,7 +110,8 @@ class VLLMEngine:
 
         options: those of the method's release for one call; others change nothing here
         """
-        pruner, _ = model.pruner.published.for_call(model.pruner, options)
+        pruner = model.pruner
+        pruner, _ = pruner.published.for_call(pruner, options)
         with model.using(pruner):
             prompt = model.splice(
                 input_ids,

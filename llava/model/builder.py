@@ -77,6 +77,7 @@ from .placement import (
     single_device,
 )
 from .quantization import import_bitsandbytes, quantize
+from .qwen2_5_vl_rules import checked_config
 
 DEFAULT_CONTEXT_LEN = 2048
 #: tokens that a tokenizer may have beyond the model's vocabulary: image marks, padding, a few more
@@ -184,7 +185,7 @@ def load_pretrained_model(
         import_bitsandbytes()
     source = config_path(folder, base)
     if kind.family in OTHER_FAMILIES:
-        values = qwen2_5_vl_loading.checked_config(values, source)
+        values = checked_config(values, source)
         qwen2_5_vl_loading.check_options(model_path, kind, base, vision_tower, pruner, values)
     else:
         values = check_config(values, source, plain=not kind.multimodal)

@@ -82,6 +82,10 @@ class ImageEncoding(ModelPart):
         counts = [len(part) for part in parts]
         if questions is not None and len(questions) != len(counts):
             raise ValueError(f"{len(questions)} questions for {len(counts)} images: give one each")
+        if image_sizes is not None and len(image_sizes) != len(counts):
+            raise ValueError(
+                f"{len(image_sizes)} image_sizes for {len(counts)} images: give one each"
+            )
         crops = torch.cat(parts) if tiled else images
         owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         settings, plans, start = self.image_settings, [], 0

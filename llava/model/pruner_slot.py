@@ -3,15 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from functools import wraps
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar, cast
+from weakref import ref
 
 from ..image_settings import ImageSettings
 from ..pruning import METHODS
 from ..pruning.base import Pruner
 from ..pruning.cues import check_cues, check_needs
 from .model_part import ModelPart
+
+Call = TypeVar("Call", bound=Callable)
+
+
+class InUse(NamedTuple):
+    """A method, and what it changes of how images are cut."""
+
+    pruner: Pruner = Pruner()
+    image_changes: dict = {}
+
+
+#: model -> what the calls that run in this thread go by
+IN_CALLS: ContextVar[Mapping[ref, InUse]] = ContextVar("IN_CALLS", default=MappingProxyType({}))
+
+
+def in_one_method(call: Call) -> Call:
+    """A function of a model that keeps the method it began with: one that is assigned meanwhile
+    counts from the next call."""
+
+    @wraps(call)
+    def kept(self, *args, **kwargs):
+        if ref(self) in IN_CALLS.get():
+            return call(self, *args, **kwargs)
+        with self.using():
+            return call(self, *args, **kwargs)
+
+    return cast(Call, kept)
 
 
 class PrunerSlot(ModelPart):
@@ -21,13 +52,17 @@ class PrunerSlot(ModelPart):
     engine: Any = None
     #: reads texts as the language model does, for methods that compare words; set by the loader
     tokenizer: Any = None
-    _pruner: Pruner = Pruner()
-    _image_changes: dict = {}
+    _assigned = InUse()
+
+    @property
+    def in_use(self) -> InUse:
+        """What was assigned; during a call, in its thread, what the call goes by."""
+        return IN_CALLS.get().get(ref(self)) or self._assigned
 
     @property
     def pruner(self) -> Pruner:
         """The pruning method in use; assign `build_pruner("none")` to switch pruning off."""
-        return self._pruner
+        return self.in_use.pruner
 
     @pruner.setter
     def pruner(self, pruner: Pruner) -> None:
@@ -43,9 +78,8 @@ class PrunerSlot(ModelPart):
             check_cues(pruner.vision, tower, METHODS.own.values())
         pruner = self.checked(pruner)
         pruner.decoder.probe(depth).check(depth)
-        self._pruner = pruner
+        self._assigned = InUse(pruner, self.follow_method(pruner))
         self.pruner_module = pruner.module
-        self.follow_method(pruner)
 
     def checked(self, pruner: Pruner) -> Pruner:
         """The method with its budget as a number of tokens, where that is the same for all images.
@@ -65,40 +99,54 @@ class PrunerSlot(ModelPart):
         pruner.check(tower.num_patches, depth, crops)
         return pruner.with_budget_of(tower.num_patches * crops)
 
-    def follow_method(self, pruner: Pruner) -> None:
-        """Called when another method is in use."""
+    def follow_method(self, pruner: Pruner) -> dict:
+        """Called when another method is assigned: what it changes of how images are cut."""
         tower = self.get_vision_tower()
         own = ImageSettings.of_checkpoint(self.config)
         changes = own.changes_of(pruner, 0 if tower is None else tower.image_size)
+        merge, trained = own.changed(changes).mm_patch_merge_type, own.mm_patch_merge_type
+        ends = tower is None or "unpad" in trained or hasattr(self.get_model(), "image_newline")
+        if "unpad" in merge and not ends:
+            raise ValueError(
+                f"{pruner.name} needs the newline of mm_patch_merge_type {merge!r}, and this model "
+                f"was trained with {trained!r}, without one: choose another method"
+            )
         # Models may share a config; it tells what the method asks for that was assigned last.
-        self._image_changes = self.config.image_changes = changes
+        self.config.image_changes = changes
+        return changes
 
     @contextmanager
-    def using(self, pruner: Pruner) -> Iterator[None]:
-        """Another setting of the method in use, for the time of a block."""
-        before = self._pruner
-        if pruner is before:  # then it is not ours to put back: others may change it meanwhile
-            yield
-            return
-        self._pruner = self.checked(pruner)
+    def using(self, pruner: Pruner | None = None) -> Iterator[None]:
+        """Another setting of the method in use for the time of a block, or (None) that method,
+        whatever is assigned meanwhile. Other threads do not see it."""
+        own = self.in_use
+        if pruner is not None and pruner is not own.pruner:
+            own = own._replace(pruner=self.checked(pruner))
+        token = IN_CALLS.set({**IN_CALLS.get(), ref(self): own})
         try:
             yield
         finally:
-            self._pruner = before
+            IN_CALLS.reset(token)
 
     @property
     def image_settings(self) -> ImageSettings:
         """How images are cut for the method in use and how their tokens are laid out:
         `process_images(images, image_processor, model.image_settings)`."""
-        return ImageSettings.of_checkpoint(self.config).changed(self._image_changes)
+        return ImageSettings.of_checkpoint(self.config).changed(self.in_use.image_changes)
 
-    def save_pretrained(self, *args, **kwargs) -> None:
-        """Saves the model without the parts of the method in use."""
+    def save_pretrained(
+        self, save_directory, is_main_process: bool = True, state_dict=None, *args, **kwargs
+    ) -> None:
+        """Saves the model without the parts of the method in use; arguments as in transformers."""
         if self.engine is not None:
             raise ValueError("a model whose decoder layers run in a server cannot be saved")
-        pruner, self.pruner = self.pruner, Pruner()
+        if state_dict is not None:
+            state_dict = {
+                key: own for key, own in state_dict.items() if not key.startswith("pruner_module.")
+            }
+        pruner, self.pruner = self._assigned.pruner, Pruner()
         try:
-            super().save_pretrained(*args, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
         finally:
             self.pruner = pruner
 

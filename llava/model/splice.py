@@ -24,6 +24,7 @@ from .prompt import (
     pad_rows,
     position_biases,
 )
+from .pruner_slot import in_one_method
 
 
 class Splice(ModelPart):
@@ -67,6 +68,7 @@ class Splice(ModelPart):
             input_ids, attention_mask, labels, images, image_sizes, questions, padding_side
         )
 
+    @in_one_method
     def build_prompt(
         self,
         input_ids: Tensor,

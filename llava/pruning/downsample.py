@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import SelectPruner
+from .interfaces import LanguageModel
 from .tokens import VisionTokens
 
 
@@ -25,6 +26,14 @@ class Downsample(SelectPruner):
     name = "downsample"
     makes_images_smaller = True
     anyres_tiles = (2, 2)
+
+    def attach(self, model: LanguageModel) -> None:
+        tower = model.get_vision_tower()
+        if tower is not None and not tower.takes_smaller_images:
+            raise ValueError(
+                f"{self.name} shows the vision tower smaller images, which {tower.title} does not "
+                "take: choose another method, or a model with another tower"
+            )
 
     def sides(self, grid: tuple[int, int], crops: int) -> tuple[int, int]:
         """(h, w) of the largest grid of about the proportions of `grid` within the budget of a

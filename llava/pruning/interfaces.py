@@ -27,6 +27,8 @@ class Tower(Protocol):
     hidden_size: width of a patch in the layers
     window_side: tokens along a side of the windows that patches attend in where a layer does not
               see all of an image; None: all layers do. `whole_layers` are those that do
+    takes_smaller_images: whether it works on images smaller than its own, see
+              `VisionStage.before_tower`
     select_feature: "patch", or "cls_patch" where the class token is a token like any other
     """
 
@@ -34,6 +36,7 @@ class Tower(Protocol):
     provides: frozenset[str]
     provides_in_layers: frozenset[str]
     select_feature: str
+    takes_smaller_images: bool
 
     @property
     def depth(self) -> tuple[int, int]: ...

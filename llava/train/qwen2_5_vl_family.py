@@ -23,11 +23,11 @@ from llava.model.language_model.qwen2_5_vl import (
 from llava.model.multimodal_encoder.qwen2_5_vl_images import Qwen2_5_VLImageProcessor
 from llava.model.qwen2_5_vl_loading import (
     PREPROCESSOR,
-    checked_config,
     load_image_processor,
     load_tokenizer,
     released_name,
 )
+from llava.model.qwen2_5_vl_rules import checked_config
 from llava.weight_files import CACHE_DIR, local_folder, names_in, tensors_in, weight_files
 
 from .family import FULL, Family, check_loaded, loading_options, set_attention

@@ -34,6 +34,7 @@ class TowerShape:
     provides = OWN_CUES | {"cls_token", "fingerprint", "one_grid"}
     provides_in_layers = OWN_CUES | {"cls_query", "cls_key", "attention_mean"}
     window_side = None
+    takes_smaller_images = False
 
     @classmethod
     def of(cls, config) -> TowerShape:

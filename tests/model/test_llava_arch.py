@@ -6,6 +6,7 @@ import torch
 from llava.constants import IGNORE_INDEX
 from llava.model.image_layout import unpad_image, unpad_window
 from llava.model.splice import image_slots
+from llava.pruning import build_pruner
 from tests.conftest import SIDE, pad_batch
 
 
@@ -73,6 +74,13 @@ def test_a_mark_without_images_is_an_error(model, sample):
         model(input_ids=prompt.ids)
 
 
+def test_a_prompt_may_be_an_image_alone(model, sample):
+    prompt = sample("image")
+    mark = prompt.ids[:, -1:]
+    with torch.no_grad():
+        assert model(mark, images=prompt.images).logits.shape[1] == 36
+
+
 def test_the_tuple_form_leaves_out_what_was_left_out(model, sample):
     prompt = sample(2, "image", 4)
     out = model.prepare_inputs_labels_for_multimodal(
@@ -110,6 +118,22 @@ def test_crops_that_do_not_fit_the_image_size_are_an_error(anyres_model, sample)
         )
     with pytest.raises(ValueError, match="image_sizes"):
         anyres_model.build_prompt(prompt.ids, images=[torch.randn(3, 3, SIDE, SIDE)])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_image_has_a_size(anyres_model, sample, count):
+    prompt = sample(2, "image", 4, "image")
+    images = [torch.randn(3, 3, SIDE, SIDE)] * 2
+    with pytest.raises(ValueError, match=f"{count} image_sizes for 2 images"):
+        anyres_model.build_prompt(prompt.ids, images=images, image_sizes=[(42, 84)] * count)
+
+
+@pytest.mark.parametrize("height, width", [(70, 70), (98, 98), (85, 85), (84, 70), (70, 84)])
+def test_crops_of_another_size_than_the_towers_are_an_error(model, sample, height, width):
+    model.pruner = build_pruner("downsample", visual_token_num=9)  # makes those of the tower small
+    assert model.encode_images(torch.randn(1, 3, SIDE, SIDE)).shape[1] == 9
+    with pytest.raises(ValueError, match=rf"\(3, 84, 84\).* not \(3, {height}, {width}\)"):
+        model.encode_images(torch.randn(1, 3, height, width))
 
 
 def test_unpadding_removes_the_border_the_resize_added():

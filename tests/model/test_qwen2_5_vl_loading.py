@@ -18,6 +18,7 @@ from llava.eval import run_llava
 from llava.eval.model_vqa_loader import main as answer_questions
 from llava.front_end import FrontEnd
 from llava.model import Qwen2_5_VLForConditionalGeneration  # as users know it
+from llava.model.language_model.qwen2_5_vl import Qwen2_5_VLConfig
 from llava.pruning.picture import OUTLINE
 from llava.serve.cli import Chat
 from tests.model.checkpoint_tools import load, same
@@ -223,6 +224,23 @@ def test_impossible_configs_are_refused(folder, values, says):
     with pytest.raises(ValueError, match=says) as caught:
         load(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling must be"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "rope_scaling must be"),
+        ({"text_config": {"use_sliding_window": True}}, "sliding windows are not supported"),
+        ({"use_sliding_window": True}, "sliding windows are not supported"),
+        ({"vision_config": {"hidden_act": "gelu"}}, "hidden_act must be silu"),
+        ({"vision_config": {"window_size": 100}}, "window_size 100 is no multiple of 28"),
+    ],
+    ids=str,
+)
+def test_the_config_class_refuses_what_the_loader_refuses(values, says):
+    with pytest.raises(ValueError, match=says):
+        Qwen2_5_VLConfig(**values)
 
 
 @pytest.mark.parametrize(

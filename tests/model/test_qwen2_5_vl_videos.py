@@ -233,6 +233,18 @@ def test_prompts_of_transformers_give_the_same_answers(model, penalty):
     torch.testing.assert_close(theirs, ours)
 
 
+@pytest.mark.parametrize("filler", [IMAGE_PAD, VIDEO_PAD])
+def test_padding_may_be_a_token_that_stands_for_images(model, filler):
+    _, _, (runs, mask), named = mixed_batch()
+    filled = runs.masked_fill(mask == 0, filler)
+    expected = model.generate(runs, attention_mask=mask, **named, **GREEDY)
+    assert torch.equal(model.generate(filled, attention_mask=mask, **named, **GREEDY), expected)
+    text, its_mask = pad_batch([sample(6).ids, sample(3).ids])
+    filled = text.masked_fill(its_mask == 0, filler)
+    with torch.no_grad():
+        assert torch.isfinite(model(filled, its_mask).logits[its_mask.bool()]).all()
+
+
 def test_rules_see_the_pads_of_videos(model):
     rows, images, (runs, runs_mask), _ = mixed_batch()
     ids, mask = pad_batch([row.ids for row in rows])

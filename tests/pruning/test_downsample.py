@@ -26,6 +26,12 @@ def test_half_precision_stays_half_precision():
     assert pruner.before_tower(torch.zeros(1, 3, 84, 84).bfloat16(), 14).dtype == torch.bfloat16
 
 
+def test_a_tower_of_several_scales_is_refused_when_it_is_assigned(make_model):
+    model = make_model(s2=True, s2_scales="84,168", mm_hidden_size=48)
+    with pytest.raises(ValueError, match="smaller images, which the multi-scale tower does not"):
+        model.pruner = build_pruner("downsample", visual_token_num=9)
+
+
 def test_middle_places_of_equal_parts():
     assert middle_places(3, 6).tolist() == [1, 3, 5]
     assert middle_places(6, 6).tolist() == list(range(6))

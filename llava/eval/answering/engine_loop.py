@@ -106,7 +106,8 @@ class EngineLoop(AnswerLoop):
     def _prompt(self, batch: list[tuple[Question, list[Picture]]]) -> tuple[Prompt, dict]:
         """(the embedded batch, keywords of `generate` for it)."""
         asked, options = self.request(batch)
-        pruner, kept = self.model.pruner.published.for_call(self.model.pruner, options)
+        pruner = self.model.pruner
+        pruner, kept = pruner.published.for_call(pruner, options)
         if not self.reuse:
             return self.engine.encode(self.model, **self.front.inputs(*asked), **options), kept
         with self.model.using(pruner):

@@ -20,7 +20,7 @@ from llava.model.language_model.qwen2_5_vl import (
 )
 from llava.model.multimodal_encoder.builder import resolve_tower_path
 from llava.model.multimodal_encoder.clip_files import read_vision_config
-from llava.model.qwen2_5_vl_loading import checked_config
+from llava.model.qwen2_5_vl_rules import checked_config
 from llava.spelling import unknown
 
 #: decoder sizes: hidden_size, intermediate_size, num_hidden_layers, attention heads, key heads

@@ -20,6 +20,7 @@ from ..generation import GenerationStrategies, setting
 from ..kv_cache import KVCache, holds_tokens
 from ..patches import check_decoder, replacement
 from ..prompt import Prompt, positions_behind
+from ..pruner_slot import in_one_method
 from ..reuse import Prefix
 from ..visuals import Visuals
 from .compiling import check_compiler
@@ -105,6 +106,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
+    @in_one_method
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -147,8 +149,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         else:
             check_decoder()
             if inputs_embeds is None:
-                seen = images is not None and self.get_vision_tower() is not None
-                if seen and tokens.shape[1] > 1:
+                if images is not None and self.get_vision_tower() is not None:
                     prompt = self.splice(
                         tokens, attention_mask, labels, images, image_sizes, questions
                     )
@@ -262,6 +263,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         return total / supervised.sum().clamp(min=1).to(total.device)
 
     @torch.no_grad()
+    @in_one_method
     def generate(
         self,
         inputs: Tensor | None = None,
@@ -305,6 +307,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             return self.generate_from(prompt, **kwargs)
 
     @torch.no_grad()
+    @in_one_method
     def generate_from(self, prompt: Prompt, prefix: Prefix | None = None, **kwargs):
         """`generate` for prompts that are embedded already, padded on the left.
 

@@ -25,6 +25,7 @@ from ..multimodal_encoder.qwen2_5_vl_images import split_images
 from ..multimodal_encoder.qwen2_5_vl_videos import Video, split_videos
 from ..prompt import Prompt
 from ..pruner_slot import PrunerSlot
+from ..qwen2_5_vl_rules import check_own, flat
 from ..splice import Splice, on_host
 from .causal_lm import VisionLanguageForCausalLM
 from .modeling_llama import LlamaModel
@@ -38,7 +39,7 @@ NAMED_PIXELS = (
     "second_per_grid_ts",
 )
 #: frequencies that time, height and width turn in the released models
-RELEASED_SECTIONS = (16, 24, 24)
+RELEASED_SCALING = {"type": "mrope", "mrope_section": [16, 24, 24]}
 
 
 class Qwen2_5_VLConfig(Qwen2Config):
@@ -62,10 +63,14 @@ class Qwen2_5_VLConfig(Qwen2Config):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if not isinstance(vision_config, Qwen2_5_VLVisionConfig):
-            vision_config = Qwen2_5_VLVisionConfig(**(vision_config or {}))
-        self.vision_config = vision_config
-        sections = (rope_scaling or {}).get("mrope_section", RELEASED_SECTIONS)
+        made = vision_config if isinstance(vision_config, Qwen2_5_VLVisionConfig) else None
+        tower: Any = (vision_config or {}) if made is None else made.to_dict()
+        given = flat({**kwargs, **({"rope_scaling": rope_scaling} if rope_scaling else {})})
+        given["rope_scaling"] = given.get("rope_scaling") or RELEASED_SCALING
+        given |= {"vision_config": tower, "hidden_size": self.hidden_size}
+        check_own(given, "the config of Qwen2.5-VL")
+        self.vision_config = Qwen2_5_VLVisionConfig(**tower) if made is None else made
+        sections = given["rope_scaling"]["mrope_section"]
         self.rope_scaling = {"type": "mrope", "mrope_section": list(sections)}
         self.image_token_id, self.video_token_id = image_token_id, video_token_id
         self.vision_start_token_id = vision_start_token_id
@@ -102,19 +107,21 @@ class Qwen2_5_VLForConditionalGeneration(
     def get_vision_tower(self) -> Qwen2_5_VLVisionTower:
         return self.visual
 
-    def follow_method(self, pruner: Pruner) -> None:
+    def follow_method(self, pruner: Pruner) -> dict:
         """Images are the same for every method."""
+        return {}
 
-    def forward(self, input_ids=None, *args, images=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, *args, images=None, **kwargs):
         """As of the other families; images and videos may also come as transformers has them, see
         `NAMED_PIXELS`."""
-        images = self._images(input_ids, images, kwargs)
+        images = self._images(input_ids, attention_mask, images, kwargs)
         continues = holds_tokens(kwargs.get("past_key_values"))
         if images is None and input_ids is not None and not continues:
+            shown = without_padding(input_ids, attention_mask)
             for token, what in self._pads().items():
-                if (input_ids == token).any():
+                if (shown == token).any():
                     raise ValueError(f"the prompt holds {what} tokens, but no images were given")
-        return super().forward(input_ids, *args, images=images, **kwargs)  # type: ignore[misc] # beyond `args`
+        return super().forward(input_ids, attention_mask, *args, images=images, **kwargs)  # type: ignore[misc] # beyond `args`
 
     @torch.no_grad()
     def generate(self, inputs=None, images=None, **kwargs):  # type: ignore[override] # the rest: kwargs
@@ -123,7 +130,8 @@ class Qwen2_5_VLForConditionalGeneration(
         (patches, values) and `image_grid_thw` (images, 3), `pixel_values_videos`, `video_grid_thw`
         and `second_per_grid_ts` (seconds that a pair of frames lasts; 1 without it). `questions`
         follow the order of images and videos in the prompts."""
-        images = self._images(kwargs.get("input_ids", inputs), images, kwargs)
+        mask = kwargs.get("attention_mask")
+        images = self._images(kwargs.get("input_ids", inputs), mask, images, kwargs)
         return super().generate(inputs, images=images, **kwargs)
 
     def _pads(self) -> dict[int, str]:
@@ -133,7 +141,9 @@ class Qwen2_5_VLForConditionalGeneration(
             self.config.video_token_id: "<|video_pad|>",
         }
 
-    def _images(self, input_ids: Tensor | None, images, keywords: dict):
+    def _images(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, images, keywords: dict
+    ):
         """`images` in the order of the prompts, from what `keywords` have of `NAMED_PIXELS`, which
         is taken out of them."""
         given = {name: keywords.pop(name, None) for name in NAMED_PIXELS}
@@ -153,13 +163,14 @@ class Qwen2_5_VLForConditionalGeneration(
         videos = split_videos(video_pixels, video_grids, seconds, merge)
         if not found or input_ids is None:
             return found + videos
-        return in_order(input_ids, found, videos, *self._pads())
+        shown = without_padding(input_ids, attention_mask)
+        return in_order(shown, found, videos, *self._pads())
 
     def read_prompts(self, input_ids, attention_mask, labels, images):
         """As of the other families; runs of `image_token_id` and `video_token_id` are taken for
         marks."""
         ids, mask = on_host(input_ids, attention_mask)
-        shown = ids.masked_fill(~mask, 0)
+        shown = without_padding(ids, mask)
         if any((shown == token).any() for token in self._pads()):
             runs = [
                 (self._pad_of(image), image_length(image))
@@ -177,6 +188,13 @@ class Qwen2_5_VLForConditionalGeneration(
     def ids_for_rules(self, prompt: Prompt, ids: Tensor, mask: Tensor) -> Tensor:
         """What transformers would have had."""
         return expanded_ids(prompt, ids, mask, *self._pads())
+
+
+def without_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Prompts (B, L) with 0 for what stands for nothing, which may be any token."""
+    if attention_mask is None:
+        return input_ids
+    return input_ids.masked_fill(~attention_mask.to(input_ids.device, torch.bool), 0)
 
 
 def in_order(

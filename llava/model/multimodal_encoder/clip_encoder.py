@@ -57,6 +57,7 @@ class CLIPVisionTower(nn.Module):
     title = "a CLIP vision tower"
     provides, provides_in_layers = CUES, LAYER_CUES
     window_side = None
+    takes_smaller_images = True
     #: whether layers are compiled, see `compile_prefill` of the model
     compile_layers = False
 
@@ -113,6 +114,11 @@ class CLIPVisionTower(nn.Module):
         image_index: (B,) image each crop belongs to (default: one crop per image).
         """
         stage, images = stage or VisionStage(), images.to(self.device)
+        given, expected = tuple(images.shape[1:]), (3, self.image_size, self.image_size)
+        if given != expected:
+            raise ValueError(
+                f"crops must have the shape {expected}, as process_images makes them, not {given}"
+            )
         if unknown := needs - self.provides:
             raise ValueError(f"unknown cues {sorted(unknown)}, choose from {sorted(self.provides)}")
         total, selected = self.depth
@@ -204,7 +210,7 @@ class CLIPVisionTower(nn.Module):
         return chosen
 
     def _embed(self, images: Tensor) -> Tensor:
-        """Embeddings (B, 1 + N, C); positions are interpolated for crops of another size."""
+        """Embeddings (B, 1 + N, C); positions are interpolated for crops that were made smaller."""
         embeddings = self.vision_tower.vision_model.embeddings
         if images.shape[-1] == self.config.image_size:
             return embeddings(images)

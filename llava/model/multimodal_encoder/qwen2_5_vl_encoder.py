@@ -116,6 +116,7 @@ class Qwen2_5_VLVisionTower(nn.Module):
     provides = LAYER_CUES | {"fingerprint"}
     provides_in_layers = LAYER_CUES
     select_feature = "patch"
+    takes_smaller_images = True
     grid = None  # every image has its own
     #: whether layers are compiled, see `compile_prefill` of the model
     compile_layers = False

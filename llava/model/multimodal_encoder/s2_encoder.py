@@ -25,6 +25,7 @@ class CLIPVisionTowerS2(CLIPVisionTower):
 
     title = "the multi-scale tower"
     provides, provides_in_layers = frozenset({"fingerprint", "one_grid"}), frozenset()
+    takes_smaller_images = False
 
     def __init__(self, vision_tower: str, args, delay_load: bool = False):
         self.s2_scales = sorted(
