@@ -69,17 +69,23 @@ _num_threads() {
     echo $((cores < 8 ? cores : 8))
 }
 
-# _lacking PYTHON EXTRAS: the modules of these extras, or of none, that an interpreter does not have.
+# _lacking PYTHON EXTRAS: the modules of these extras, or of none, that an interpreter does not have, and the one
+# package whose version matters to the digit.
 _lacking() {
     "$1" - "$2" <<'PY' && return
-import importlib.util, sys
+import importlib.util, re, sys
+from importlib.metadata import version
 
 wanted = ["torch", "transformers", "accelerate", "sentencepiece", "PIL", "numpy", "requests", "shortuuid", "tqdm"]
 serve = ["gradio", "fastapi", "uvicorn", "h11", "httpx", "httpx_sse", "python_multipart", "pydantic"]
 evaluation = ["matplotlib", "openpyxl"]
 tests = ["pytest", "hypothesis", "mypy", "ruff", "peft"]
 wanted += {"dev": tests + evaluation + serve, "eval": evaluation, "gpu": ["pytest"]}.get(sys.argv[1], [])
-print(*(name for name in wanted if importlib.util.find_spec(name) is None))
+lacking = [name for name in wanted if importlib.util.find_spec(name) is None]
+pinned = re.search(r'"transformers==([^"]+)"', open("setup.py").read())[1]
+if "transformers" not in lacking and version("transformers") != pinned:
+    lacking.append(f"transformers=={pinned}")
+print(*lacking)
 PY
     echo "error: $1 does not start; set PYTHON=/path/to/python" >&2
     return 1

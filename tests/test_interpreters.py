@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -64,6 +65,16 @@ def test_without_the_project_a_script_says_how_to_name_an_interpreter(start, scr
     done = start(script)
     assert done.returncode == 1
     assert "error: python3 lacks: torch\nActivate the environment" in done.stderr
+
+
+def test_another_transformers_is_one_that_is_lacking(start, tmp_path):
+    site = tmp_path / "site"
+    (site / "transformers-5.0.0.dist-info").mkdir(parents=True)
+    (site / "transformers-5.0.0.dist-info/METADATA").write_text(
+        "Name: transformers\nVersion: 5.0.0\n"
+    )
+    done = start(TRAIN, PYTHON=sys.executable, PYTHONPATH=str(site))
+    assert done.returncode == 1 and "lacks: transformers==4.37.2\n" in done.stderr
 
 
 @pytest.mark.parametrize("script", [TRAIN, EVALUATE, TEST])
