@@ -26,7 +26,7 @@ from .coverage import cover_most
 from .extras import with_extra, without_extra
 from .interfaces import LanguageModel
 from .letters import Letters
-from .ops import cosines, normalize, on_device
+from .ops import NEGLIGIBLE, cosines, gather_tokens, normalize, on_device
 from .own_grids import OwnGrids
 from .questions import bare_question
 from .required import assigned
@@ -140,9 +140,11 @@ def cover_both(
     patches:   (B, N, C) tokens as they are compared with one another, which count `alpha` together
     """
     size = projected.shape[1]
-    image = (cosines(patches) / tau_v).softmax(dim=1) * (alpha / size)
-    # In fp64 where a device has it: in fp32 copies at other places may differ in the last digit.
-    wide = torch.float32 if projected.device.type == "mps" else torch.float64
-    text = normalize(projected).to(wide) @ normalize(words).to(wide).transpose(1, 2)  # (B, N, M)
-    text = (text.float() / tau_t).softmax(dim=1) * weights.float()[:, None]
+    alike = cosines(patches)
+    image = (alike / tau_v).softmax(dim=1) * (alpha / size)
+    text = normalize(projected) @ normalize(words).transpose(1, 2)  # (B, N, M)
+    # Copies have one product with a word, which rounding would leave a little off.
+    first = gather_tokens(text, (alike == 1).int().argmax(dim=2))
+    text = torch.where((text - first).abs() < NEGLIGIBLE, first, text)
+    text = (text / tau_t).softmax(dim=1) * weights.float()[:, None]
     return cover_most(torch.cat([image, text], dim=2), count)

@@ -11,6 +11,6 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     """Inside, products have the type of their operands. Autocast, as in training with
     `--bf16 True`, would make bfloat16 of fp32, whose rounding chooses other tokens than those that
     the model is used with."""
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
