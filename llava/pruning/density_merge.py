@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .captured import captured
-from .ops import cosines, denser, gather_tokens, top_stable
+from .ops import cosines, denser, first_copies, gather_tokens, top_stable
 
 
 class Merged(NamedTuple):
@@ -59,12 +59,14 @@ def groups_of(features: Tensor, kept: Tensor, count: int) -> tuple[Tensor, Tenso
     dense, and unlike any that is denser; of equal density the earlier one is denser.
     """
     alike = cosines(features)  # (B, N, N)
-    density = alike.sum(dim=2)
+    first = first_copies(alike)
+    density = alike.sum(dim=2).gather(1, first)
     nearest = alike.masked_fill(~denser(density), -torch.inf).amax(dim=2)
     score = density * (1 - nearest)
     score = score.masked_fill(nearest == -torch.inf, torch.inf)  # the densest of all
     score = score.scatter(1, kept, -torch.inf)
     anchors = top_stable(score, count)
     number = torch.arange(count, device=kept.device).expand_as(anchors)
-    group = alike.gather(2, anchors[:, None].expand(-1, alike.shape[1], -1)).argmax(dim=2)
+    around = first.gather(1, anchors)[:, None].expand(-1, alike.shape[1], -1)
+    group = alike.gather(2, around).argmax(dim=2)
     return group.scatter(1, anchors, number).scatter(1, kept, count), anchors, density

@@ -26,7 +26,7 @@ from .coverage import cover_most
 from .extras import with_extra, without_extra
 from .interfaces import LanguageModel
 from .letters import Letters
-from .ops import NEGLIGIBLE, cosines, gather_tokens, normalize, on_device
+from .ops import NEGLIGIBLE, cosines, first_copies, gather_tokens, normalize, on_device
 from .own_grids import OwnGrids
 from .questions import bare_question
 from .required import assigned
@@ -143,8 +143,7 @@ def cover_both(
     alike = cosines(patches)
     image = (alike / tau_v).softmax(dim=1) * (alpha / size)
     text = normalize(projected) @ normalize(words).transpose(1, 2)  # (B, N, M)
-    # Copies have one product with a word, which rounding would leave a little off.
-    first = gather_tokens(text, (alike == 1).int().argmax(dim=2))
+    first = gather_tokens(text, first_copies(alike))
     text = torch.where((text - first).abs() < NEGLIGIBLE, first, text)
     text = (text / tau_t).softmax(dim=1) * weights.float()[:, None]
     return cover_most(torch.cat([image, text], dim=2), count)

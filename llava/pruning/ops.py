@@ -56,6 +56,14 @@ def cosines(x: Tensor) -> Tensor:
     return found.masked_fill_(found > 1 - NEGLIGIBLE, 1)
 
 
+def first_copies(alike: Tensor) -> Tensor:
+    """(B, N) of the copies of every token, by their `cosines` (B, N, N), the first one; what they
+    get by different sums differs by rounding, and does not where the first one's stands for all."""
+    same = alike == 1
+    same.diagonal(dim1=1, dim2=2).fill_(True)  # a zero row resembles nothing, not even itself
+    return same.int().argmax(dim=2)
+
+
 def range_in_image(score: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
     """Of scores (B, N) of crops, the lowest and the span (B, 1) over all crops of their image."""
 

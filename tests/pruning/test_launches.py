@@ -96,7 +96,7 @@ def test_a_further_pick_costs_at_most_six_kernels(pick):
 def test_merging_asks_for_as_many_kernels_whatever_the_budget():
     kept = torch.arange(2 * PICKS).view(1, -1).expand(2, -1)
     few, many = (launches(merge, TOKENS, kept[:, ::step], n, 1.0) for step, n in ((4, 2), (1, 24)))
-    assert few == many <= 50
+    assert few == many <= 54  # five of them so that copies go by their places
 
 
 def test_so_do_clusters_around_density_peaks():
