@@ -73,7 +73,7 @@ _num_threads() {
 # package whose version matters to the digit.
 _lacking() {
     "$1" - "$2" <<'PY' && return
-import importlib.util, re, sys
+import importlib.util, os, re, sys
 from importlib.metadata import version
 
 wanted = ["torch", "transformers", "accelerate", "sentencepiece", "PIL", "numpy", "requests", "shortuuid", "tqdm"]
@@ -82,9 +82,10 @@ evaluation = ["matplotlib", "openpyxl"]
 tests = ["pytest", "hypothesis", "mypy", "ruff", "peft"]
 wanted += {"dev": tests + evaluation + serve, "eval": evaluation, "gpu": ["pytest"]}.get(sys.argv[1], [])
 lacking = [name for name in wanted if importlib.util.find_spec(name) is None]
-pinned = re.search(r'"transformers==([^"]+)"', open("setup.py").read())[1]
-if "transformers" not in lacking and version("transformers") != pinned:
-    lacking.append(f"transformers=={pinned}")
+if os.path.exists("setup.py") and "transformers" not in lacking:
+    pinned = re.search(r'"transformers==([^"]+)"', open("setup.py").read())[1]
+    if version("transformers") != pinned:
+        lacking.append(f"transformers=={pinned}")
 print(*lacking)
 PY
     echo "error: $1 does not start; set PYTHON=/path/to/python" >&2
