@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llava.model.language_model import modeling_llama, prompt_layer
-from llava.model.language_model.decode_step import CompiledStep
+from llava.model.language_model.compiled_step import CompiledStep
 from llava.pruning import METHODS
 from tests.golden_cases import SHARED, SHIPPED, check_of, load_cases, locate, main, run_case
 from tests.golden_checks import e2e, methods

@@ -174,7 +174,18 @@ class Speculation:
         """(1, V) of the drafter at the last token of the prompt."""
         hidden, row = self.decoder.branch(prefill, self.drafter.layers, self.cache)
         prefill.drafter_row = row
+        self._share_state(prefill.layer - 1)
         return self._at_home(self.drafter.logits(hidden)[:, -1])
+
+    def _share_state(self, layer: int) -> None:
+        """Makes the drafter's layers and `layer`, which ran before them without a hook in between,
+        know their tokens as the same ones."""
+        before = self.cache.rows[layer] if layer >= 0 else None
+        for number in range(self.depth, self.depth + len(self.drafter.layers)):
+            own = self.cache.state_of(number)
+            here = own.next_position.device
+            if before and before.size == own.size and before.next_position.device == here:
+                self.cache.rows[number] = before
 
     # --- later steps --------------------------------------------------------------------------
 
@@ -197,8 +208,8 @@ class Speculation:
         newest = self.newest
         while len(guess) < limit:
             if logits is None:
-                rows.append(self._feed(required(newest, NO_TOKEN)))
-                logits = self._drafter_logits()
+                row, logits = self._go_on(required(newest, NO_TOKEN))
+                rows.append(row)
             token, probability, distribution = self.choice.guess(logits, guess.tokens)
             guess.tokens.append(token)
             guess.probabilities.append(probability)
@@ -216,18 +227,24 @@ class Speculation:
         self.waiting.append(x)
         return x
 
-    def _drafter_logits(self) -> Tensor:
-        """(1, V) after the newest token fed.
+    def _go_on(self, token: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs one token (1, 1) through the shared layers and the drafter's; its row (1, 1, D)
+        between them, and the logits (1, V) after it.
 
         The row of the last guess of a step waits until the next one, where it runs along if it was
         accepted: a row more costs next to nothing, a pass of its own as much as any.
         """
-        x = self.waiting[0] if len(self.waiting) == 1 else torch.cat(self.waiting, dim=1)
+        step, layers, cache = self.decoder.step, self.drafter.layers, self.cache
         ending = Ending(self.drafter.norm, self.drafter.head, last=True)
-        logits = self.decoder.step(self.drafter.layers, x, self.cache, ending=ending)
-        self.drafted += len(self.waiting)
+        if self.waiting:
+            row = self._feed(token)
+            logits = step(layers, torch.cat(self.waiting, dim=1), cache, ending=ending)
+        else:
+            x = self.decoder.embed_tokens(token)
+            row, logits = step.both(self.shared, layers, x, cache, ending)
+        self.drafted += max(1, len(self.waiting))
         self.waiting = []
-        return self._at_home(logits[:, -1])
+        return row, self._at_home(logits[:, -1])
 
     def _at_home(self, logits: Tensor) -> Tensor:
         """Logits on the device of the answer, where tokens are chosen."""

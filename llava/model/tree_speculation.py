@@ -71,8 +71,7 @@ class TreeSpeculation(Speculation):
         for level in range(1, self.drafter.tree_depth):
             x = self._embedded(growth.follow())
             branches = Branches(growth.depths, growth.visible, self.count - 1, level)
-            for layers in (self.shared, self.drafter.layers):
-                x = yield self._through(layers, x, branches)
+            x = yield self._through([*self.shared, *self.drafter.layers], x, branches)
             logits = yield Tokens(self.drafter.logits, x)
             growth.add(self._at_home(logits[0]))
         for layer, length in enumerate(lengths):

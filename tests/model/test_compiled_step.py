@@ -11,9 +11,9 @@ from torch._dynamo.utils import counters
 from torch._inductor import cpu_vec_isa
 
 from llava.model.kv_cache import KVCache, RowState
-from llava.model.language_model import decode_step
+from llava.model.language_model import compiled_step
+from llava.model.language_model.compiled_step import CompiledStep
 from llava.model.language_model.compiling import check_compiler, compiled
-from llava.model.language_model.decode_step import CompiledStep
 from llava.pruning import build_pruner
 from tests.conftest import make_pruner
 from tests.model.test_decode_step import SPECULATE, assert_same, batch, generate
@@ -63,7 +63,7 @@ def test_answers_are_those_of_exact_steps_and_nothing_is_compiled_for_a_later_to
 @pytest.mark.parametrize("together", [0, 6])
 def test_a_layer_is_compiled_to_few_kernels(make_model, together, monkeypatch):
     """Also where all layers of a decoder that has few of them are one graph."""
-    monkeypatch.setattr(decode_step, "FEW_LAYERS", together)
+    monkeypatch.setattr(compiled_step, "FEW_LAYERS", together)
     from torch._inductor.utils import run_and_get_code
 
     decoder = make_model().model

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from llava.model import kv_cache
-from llava.model.language_model import compiling, decode_step
+from llava.model.language_model import compiled_step, compiling, decode_step
+from llava.model.language_model.compiled_step import CompiledStep
 from llava.model.language_model.cuda_graphs import GraphStep
-from llava.model.language_model.decode_step import CompiledStep, DecodeStep
+from llava.model.language_model.decode_step import DecodeStep
 from llava.model.reuse import Picture, PrefixCache
 from llava.pruning import METHODS, build_pruner, trace_pruning
 from tests.conftest import SIDE, make_pruner, pad_batch
@@ -26,7 +27,7 @@ def small_buckets(request, monkeypatch):
     """Answers of a few tokens that go from bucket to bucket, by steps compiled or not."""
     monkeypatch.setattr(kv_cache, "BUCKET", 8)
     if request.param == "as it is":
-        monkeypatch.setattr(decode_step, "compiled", lambda function: function)
+        monkeypatch.setattr(compiled_step, "compiled", lambda function: function)
         return
     try:
         compiling.check_compiler(torch.device("cpu"))
@@ -191,7 +192,7 @@ def test_logits_are_part_of_a_compiled_step_unless_somebody_watches(
     model, sample, endings, together, monkeypatch
 ):
     """Norm and head in the graph, or as they are where hooks are on them or on the decoder."""
-    monkeypatch.setattr(decode_step, "FEW_LAYERS", together)
+    monkeypatch.setattr(compiled_step, "FEW_LAYERS", together)
     inputs = batch(sample)
     wanted = generate(model, inputs)
     for _ in steps(model, CompiledStep):

@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 
-from llava.model.language_model import decode_step
+from llava.model.language_model import compiled_step
+from llava.model.language_model.compiled_step import CompiledStep
 from llava.model.language_model.cuda_graphs import GraphStep
-from llava.model.language_model.decode_step import CompiledStep
 from llava.model.lockstep import Numbers
 from llava.pruning.twigvlm import TwigVLM
 from tests.model.speculation_tools import (
@@ -144,7 +144,7 @@ def test_every_backend_gives_the_same(model, batch, flash, backend):  # noqa: F8
 def test_batches_are_the_same_where_steps_are_compiled(
     make_model, batch, monkeypatch, kind, method
 ):
-    monkeypatch.setattr(decode_step, "compiled", lambda function: function)
+    monkeypatch.setattr(compiled_step, "compiled", lambda function: function)
     model = sharpened(make_model(), 3)
     grown(model, 2, 2, method, visual_token_num=14)
     ids, mask, images = batch

@@ -5,9 +5,9 @@ import gc
 import pytest
 import torch
 
-from llava.model.language_model import attention, decode_step
+from llava.model.language_model import attention, compiled_step
+from llava.model.language_model.compiled_step import CompiledStep
 from llava.model.language_model.cuda_graphs import GraphStep
-from llava.model.language_model.decode_step import CompiledStep
 from llava.model.lockstep import Numbers
 from llava.model.token_choice import TokenChoice
 from llava.pruning.testing.tiny import make_own_grids_model, picture
@@ -243,7 +243,7 @@ def test_every_backend_gives_the_same(
 @pytest.mark.parametrize("kind", [CompiledStep, GraphStep])
 @pytest.mark.parametrize(("shared", "method"), [(0, TwigVLM), (2, TwigVLM), (2, PlacedTwig)])
 def test_compiled_and_captured_steps_verify_trees(sharp, sample, monkeypatch, kind, shared, method):
-    monkeypatch.setattr(decode_step, "compiled", lambda function: function)
+    monkeypatch.setattr(compiled_step, "compiled", lambda function: function)
     grown(sharp, shared, 2, method, visual_token_num=14)
     prompt, taken = sample(4, "image", 5), []
     run = kind.run

@@ -23,9 +23,10 @@ from ..prompt import Prompt, positions_behind
 from ..pruner_slot import in_one_method
 from ..reuse import Prefix
 from ..visuals import Visuals
+from .compiled_step import CompiledStep
 from .compiling import check_compiler
 from .cuda_graphs import GraphStep
-from .decode_step import CompiledStep, DecodeStep, Ending
+from .decode_step import DecodeStep, Ending
 from .layers import DecoderLayer, is_watched
 from .modeling_llama import LlamaModel, LlamaPreTrainedModel
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...pruning.required import required
 from ..kv_cache import KVCache, RowState
 from ..position_bias import Directions
-from .decode_step import CompiledStep, Plan
+from .compiled_step import CompiledStep, Plan
 
 #: graphs that are kept
 MOST_GRAPHS = 64
@@ -34,7 +34,7 @@ class GraphStep(CompiledStep):
         self.graphs: OrderedDict[tuple, Captured] = OrderedDict()
         self.spare: dict[int, list[Tensor]] = {}  # per layer keys and values of a former cache
 
-    def run(self, plan: Plan) -> Tensor:
+    def run(self, plan: Plan) -> list[Tensor]:
         key = key_of(plan)
         if key not in self.graphs:
             self.graphs[key] = Captured(plan, self.capture)
@@ -94,7 +94,8 @@ def key_of(plan: Plan) -> tuple:
     shared = [tuple(None if x is None else x.data_ptr() for x in own or ()) for own in plan.shared]
     tree = [x.shape for x in plan.tree() or ()]
     ending = [] if plan.ending is None else [*plan.ending.addresses(), plan.ending.last]
-    parts: tuple[list, ...] = (weights, groups, plan.members, buffers, shared, tree, ending)
+    parts: tuple[list, ...] = (weights, groups, plan.members, plan.stops, buffers, shared)
+    parts += tree, ending
     return (plan.x.shape, plan.x.dtype, plan.x.device, *map(tuple, parts))
 
 
@@ -140,9 +141,9 @@ class Captured:
                     tensor.copy_(required(news[name], f"a step of this graph needs {name}"))
         self.states = plan.states
 
-    def __call__(self, plan: Plan) -> Tensor:
+    def __call__(self, plan: Plan) -> list[Tensor]:
         self.load(plan)
-        return self.replay().clone()  # the next step writes over it
+        return [own.clone() for own in self.replay()]  # the next step writes over them
 
 
 class CudaCapture:
@@ -151,7 +152,7 @@ class CudaCapture:
     def __init__(self):
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def __call__(self, work: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -161,7 +162,7 @@ class CudaCapture:
         with torch.cuda.graph(graph, pool=self.pool):
             out = work()
 
-        def replay() -> Tensor:
+        def replay() -> list[Tensor]:
             graph.replay()
             return out
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..kv_cache import KVCache
+from .compiled_step import runs_on
 from .compiling import compiled
-from .decode_step import runs_on
 from .layers import DecoderLayer, Step
 
 

@@ -9,7 +9,7 @@ from llava.eval.efficiency import decode_speed, random_model
 from llava.eval.efficiency.chance import ChanceChoice
 from llava.eval.efficiency.decode_report import cost_model, rows_of, table
 from llava.eval.efficiency.decode_run import Clock, Variant, measure, variants_of
-from llava.model.language_model import decode_step
+from llava.model.language_model import compiled_step
 from llava.model.self_speculative import SpeculationLog
 from llava.model.token_tree import TokenTree
 from llava.pruning import build_pruner
@@ -103,7 +103,7 @@ def test_levels_of_trees_agree_as_often_as_asked():
 
 
 def test_every_way_is_also_compiled_where_that_is_asked_for(model, monkeypatch):
-    monkeypatch.setattr(decode_step, "compiled", lambda function: function)
+    monkeypatch.setattr(compiled_step, "compiled", lambda function: function)
     ways = variants_of({"twigvlm": grown(model)}, 3, compile=True)
     assert [way.compiled for way in ways] == [False] * 4 + [True] * 4
     kept = {way.name: way for way in ways if way.name.startswith("dense")}
