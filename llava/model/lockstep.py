@@ -8,7 +8,7 @@ for the device once. Nothing is padded: the tokens of the answers stand one behi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -62,7 +62,7 @@ class Layers:
     """
 
     step: Any
-    layers: nn.ModuleList
+    layers: Iterable[nn.Module]
     x: Tensor
     cache: KVCache
     branches: Branches | None = None

@@ -21,6 +21,7 @@ class Row:
     speed_up:        of `decode_rate` over the dense model on the same questions
     step_speed_up:   of `decode_rate` over the same loop without guesses
     predicted:       what the cost model says `step_speed_up` should be
+    of_passes:       what it would be if only the passes of the decoder and the drafter took time
     accepted, drafted: guesses per step; of a tree `drafted` counts levels
     acceptance:      accepted guesses per guess
     same_answers:    share of answers equal to those of the method one token at a time, in percent
@@ -35,6 +36,7 @@ class Row:
     speed_up: float
     step_speed_up: float | None = None
     predicted: float | None = None
+    of_passes: float | None = None
     accepted: float | None = None
     drafted: float | None = None
     acceptance: float | None = None
@@ -87,6 +89,7 @@ def rows_of(variants: list[Variant], model, same_answers: bool = True) -> list[R
             ending = COMPILED if variant.compiled else ""
             still = rates[f"{method}, no guesses{ending}"]
             row.step_speed_up = _ratio(rates[variant.name], still)
+            row.of_passes = _ratio(variant.pass_rates, still) if any(variant.pass_rates) else None
             drafter = variant.pruner.decoder.drafter(len(model.model.layers))
             row.predicted = cost_model(drafter, model, row.accepted, row.drafted)
         if variant.compiled:
@@ -124,11 +127,11 @@ def page(command: str, about: dict, rows: list[Row]) -> str:
     """What stands between the marks of a page: the command, what was measured, and the rows."""
     facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in about.items())
     head = ["way", "first tokens, ms", "tokens per second", "times dense", "times no guesses"]
-    head += ["predicted", "accepted of guessed per step", "same answers, %"]
+    head += ["predicted", "passes alone", "accepted of guessed per step", "same answers, %"]
     head += ["compiled over as it is", "start-up, s"]
     lines = []
     for row in rows:
-        rates = row.speed_up, row.step_speed_up, row.predicted
+        rates = row.speed_up, row.step_speed_up, row.predicted, row.of_passes
         taken = None if row.drafted is None else f"{row.accepted:.2f} of {row.drafted:.2f}"
         same = None if row.same_answers is None else f"{row.same_answers:.0f}"
         cells = [row.name, f"{row.first_ms:.0f}", f"{row.decode_rate:.0f}", *rates, taken, same]

@@ -9,6 +9,7 @@ from functools import partial
 
 from llava.constants import STRATEGIES
 from llava.eval.efficiency.measure import DENSE, Workload
+from llava.eval.efficiency.pass_times import TimedStep, timed_passes
 from llava.model.self_speculative import SpeculationLog
 from llava.progress import progress
 from llava.pruning import Pruner, build_pruner, can_draft
@@ -20,15 +21,21 @@ COMPILED = ", compiled"
 class Clock:
     """A streamer that notes when how many tokens arrive.
 
-    now: says what time it is, in seconds
+    now:    says what time it is, in seconds
+    passes: adds up the time of passes, of which those before the first arrival do not count
     """
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self, now: Callable[[], float] = time.perf_counter, passes: TimedStep | None = None
+    ):
         self.now, self.start, self.arrivals, self.prompt = now, now(), [], True
+        self.passes = passes
 
     def put(self, value) -> None:
         if not self.prompt:  # the first call shows the prompt
             self.arrivals.append((self.now() - self.start, value.numel()))
+            if self.passes is not None and len(self.arrivals) == 1:
+                self.passes.seconds = 0.0
         self.prompt = False
 
     def end(self) -> None:
@@ -43,11 +50,15 @@ class Clock:
         return self.arrivals[0][0]
 
     @property
+    def later(self) -> int:
+        """Tokens after the first arrival."""
+        return self.tokens - self.arrivals[0][1]
+
+    @property
     def decode_rate(self) -> float | None:
         """Tokens per second after the first arrival; None when nothing came after it."""
-        later = self.tokens - self.arrivals[0][1]
         span = self.arrivals[-1][0] - self.arrivals[0][0]
-        return later / span if later else None
+        return self.later / span if self.later else None
 
 
 @dataclass
@@ -57,6 +68,7 @@ class Variant:
     options: further arguments of `generate`
     compiled: whether steps of decoding are
     first_call: seconds of the first call, which compiles
+    pass_rates: tokens per second if only the passes of the decoder and the drafter took time
     """
 
     name: str
@@ -68,6 +80,7 @@ class Variant:
     clocks: list[Clock] = field(default_factory=list)
     answers: list[list[int]] = field(default_factory=list)
     logs: list[SpeculationLog] = field(default_factory=list)
+    pass_rates: list[float | None] = field(default_factory=list)
 
     @property
     def guesses(self) -> bool:
@@ -75,17 +88,28 @@ class Variant:
 
     def run(self, model, inputs: dict, now: Callable[[], float] = time.perf_counter) -> None:
         clock = Clock(now)
-        output = model.generate(
+        output = self.answer(model, inputs, clock)
+        self.clocks.append(clock)
+        self.answers.append(output.sequences[0].tolist())
+        self.logs += getattr(output, "logs", None) or []
+
+    def run_passes(self, model, inputs: dict, now: Callable[[], float] = time.perf_counter) -> None:
+        """Answers once more, to see what the passes of its steps take."""
+        with timed_passes(model, now) as passes:
+            clock = Clock(now, passes)
+            self.answer(model, inputs, clock)
+        known = clock.later and passes.seconds
+        self.pass_rates.append(clock.later / passes.seconds if known else None)
+
+    def answer(self, model, inputs: dict, streamer):
+        return model.generate(
             **inputs,
             **self.options,
             do_sample=False,
             generation_strategy=self.strategy,
-            streamer=clock,
+            streamer=streamer,
             return_dict_in_generate=True,
         )
-        self.clocks.append(clock)
-        self.answers.append(output.sequences[0].tolist())
-        self.logs += getattr(output, "logs", None) or []
 
 
 def variants_of(
@@ -139,7 +163,10 @@ def measure(
         for variant in variants:
             model.pruner = variant.pruner  # first: how images are prepared may depend on it
             use[variant.compiled]()
-            variant.run(model, prompt() | {"max_new_tokens": limit}, now)
+            inputs = prompt() | {"max_new_tokens": limit}
+            variant.run(model, inputs, now)
+            if variant.guesses and number >= warmup:
+                variant.run_passes(model, inputs, now)
             if number == 0 and warmup:
                 variant.first_call = variant.clocks[0].arrivals[-1][0]
             if number < warmup:

@@ -58,7 +58,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
     def compile_decoding(self) -> bool:
         """Whether steps of decoding are compiled, and on a GPU launched as CUDA graphs; off unless
         assigned, which on a GPU assigns `compile_prefill` as well. See
-        `llava.model.language_model.decode_step`."""
+        `llava.model.language_model.compiled_step`."""
         return isinstance(self.model.step, CompiledStep)
 
     @compile_decoding.setter
