@@ -17,7 +17,7 @@ EXTRAS = {
         "h11>=0.16,<0.17",
         "httpx",
         "httpx-sse>=0.4.3,<0.5",
-        "python-multipart>=0.0.34,<0.1",
+        "python-multipart>=0.0.30,<0.1",  # Python 3.10 has none from 0.0.33 on
         "pydantic>=2",
     ],
     "train": ["peft>=0.10,<0.12"],  # newer ones break the Trainer of the pinned transformers

@@ -53,6 +53,7 @@ def checked_upload(content_type: str, body: bytes, folder: str | None = None) ->
 def _only_file(content_type: str, body: bytes) -> tuple[str, bytes]:
     """(name, content) of the file that is all a form holds. Raises Refused."""
     kind, options = parse_options_header(content_type)
+    kind = kind.lower()  # python-multipart before 0.0.34, the newest for Python 3.10, leaves it
     if kind != b"multipart/form-data":
         raise Refused(400, "An upload must be a multipart form.")
     boundary = options.get(b"boundary", b"")
