@@ -1,4 +1,4 @@
-"""What the package needs can be installed with every Python it is for; asks the package registry."""
+"""What is needed can be installed with every Python the package is for; asks the registry."""
 
 import re
 import runpy
