@@ -164,6 +164,34 @@ def test_guesses_and_their_verification_run_through_the_same_step(
     assert torch.equal(plain[1], other.sequences)
 
 
+@pytest.mark.parametrize("together", [0, 12])
+def test_a_guess_is_one_step_of_the_shared_layers_and_the_drafters(
+    make_model, sample, monkeypatch, together
+):
+    monkeypatch.setattr(compiled_step, "FEW_LAYERS", together)
+    model, prompt, taken = make_model(), sample(4, "image", 5), []
+    model.lm_head.weight.data *= 8
+    grown(model, 2, 2, visual_token_num=30, draft_stop_prob=0.0)
+    run = CompiledStep.run
+    monkeypatch.setattr(
+        CompiledStep,
+        "run",
+        lambda self, plan: (
+            taken.append([own.self_attn.layer_idx for own in plan.layers]) or run(self, plan)
+        ),
+    )
+    for _ in steps(model, CompiledStep):
+        options = GREEDY | SPECULATE | {"max_new_tokens": 40}
+        (log,) = model.generate(prompt.ids, images=prompt.images, **options).logs
+    caught_up = sum(
+        accepted == len(drafts) > 0 and bool(later)
+        for drafts, later, accepted in zip(log.drafts, log.drafts[1:], log.accepted, strict=False)
+    )
+    guesses = sum(map(len, log.drafts)) - 1  # the first one comes with the prompt
+    assert len(log.accepted) > 3 and taken.count([0, 1, 6, 7]) == guesses - caught_up > 0
+    assert taken.count([6, 7]) == caught_up
+
+
 def test_what_is_wanted_of_single_layers_comes_from_exact_steps(model, sample, monkeypatch):
     monkeypatch.setattr(CompiledStep, "run", None)
     inputs, found = batch(sample), []
