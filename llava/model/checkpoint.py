@@ -282,6 +282,11 @@ def merge_lora(
         if not name.endswith(".lora_A.weight"):
             if name not in parameters:
                 raise ValueError(f"{folder}: adapter weight {name!r} has no place in the model")
+            if (own := tensors[name].shape) != (there := parameters[name].shape):
+                raise ValueError(
+                    f"{folder}: adapter weight {name!r} has shape {tuple(own)}, the model's "
+                    f"{tuple(there)}"
+                )
             parameters[name].data.copy_(tensors[name])
             continue
         module = name.removesuffix(".lora_A.weight")
