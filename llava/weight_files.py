@@ -28,6 +28,8 @@ WEIGHT_FILES = (
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
 SUFFIXES = (".safetensors", ".bin")
+#: what was trained beside an adapter, in this format whatever that of the adapter is
+BESIDE_ADAPTER = "non_lora_trainables.bin"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 #: endings of the names that other programs give to weights of a few bits in place of ".weight"
 PACKED_SUFFIXES = (".qweight", ".weight_packed")
@@ -77,6 +79,7 @@ def local_folder(name: str, use_safetensors: bool | None = None) -> str:
 
     def download(*suffixes: str) -> str:
         patterns = [f"*{suffix}" for suffix in (".json", ".model", ".txt", *suffixes)]
+        patterns.append(BESIDE_ADAPTER)
         return snapshot_download(name, allow_patterns=patterns, cache_dir=CACHE_DIR.get())
 
     try:

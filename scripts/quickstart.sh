@@ -8,6 +8,7 @@
 #
 # A second run continues with the answers of the first. Results: runs/quickstart (OUT=... elsewhere).
 set -euo pipefail
+case ${OUT:-} in "" | /*) ;; *) OUT=$PWD/$OUT ;; esac # as seen from where it was called
 CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
 prepare_env eval

@@ -163,6 +163,7 @@ BAD = {
     "frames without a video": (ask("--num-frames", 4), "there is no --video-file"),
     "a picture of no type": (ask("--show-pruning", "kept"), "must end in .png"),
     "a model that is not there": (ask(model="./nowhere"), "./nowhere"),
+    "a device that there is not": (ask("--device", "gpu"), "unknown device 'gpu', choose cuda"),
 }
 
 
@@ -260,6 +261,13 @@ def test_the_chat_remembers_and_keeps_end_marks_out_of_its_history(run, monkeypa
     assert len(prompts) == 2
     assert prompts[1].count("<image>") == 1
     assert "What is it?" in prompts[1] and "<s>" not in prompts[1]
+
+
+def test_turns_have_names_without_the_marks_of_the_template(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\n\n"))
+    args = ["--model-path", MODEL, "--image-file", IMAGE, "--temperature", 0]
+    out = run(*args, "--max-new-tokens", 2, "--conv-mode", "chatml_direct", program=cli)
+    assert "user: assistant: " in out and "<|im_start|>" not in out
 
 
 def test_the_streamed_answer_is_the_answer(capsys):

@@ -6,6 +6,7 @@ import pytest
 
 from llava import errors
 from llava.errors import errors_as_messages
+from llava.model import apply_delta, consolidate, make_delta
 from tests.paths import ROOT
 
 
@@ -46,3 +47,18 @@ def test_messages_of_other_errors_are_said_as_they_are():
         errors_as_messages(),
     ):  # a fault of the program keeps its traceback
         raise KeyError("fault")
+
+
+@pytest.mark.parametrize(
+    "program, words",
+    [
+        (consolidate, "--src ./nowhere --dst out"),
+        (apply_delta, "--base ./nowhere --target out --delta ./nowhere"),
+        (make_delta, "--base ./nowhere --target ./nowhere --delta out"),
+    ],
+)
+def test_programs_name_a_checkpoint_that_is_not_there(program, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["program", *words.split()])
+    with pytest.raises(SystemExit, match=r"^error: .*\./nowhere"):
+        program.main()

@@ -105,6 +105,13 @@ def test_the_program_is_the_one_of_the_clone(start, clone, script):
     assert f"sees {clone}:/elsewhere" in done.stdout
 
 
+def test_results_of_the_quickstart_go_where_they_are_wanted_from(start, clone, tmp_path):
+    own = interpreter(tmp_path / "python")
+    done = start("quickstart.sh", PYTHON=str(own), OUT="my results")
+    assert done.returncode == 0 and f"--out {tmp_path}/my results\n" in done.stdout, done.stderr
+    assert (tmp_path / "my results").is_dir()
+
+
 @pytest.mark.parametrize("script", [TRAIN, EVALUATE, TEST])
 def test_cdpath_leads_to_no_other_clone(start, clone, tmp_path, script):
     interpreter(clone / ".venv/bin/python")

@@ -64,7 +64,8 @@ def sampling_of(config, options: dict) -> Sampling:
         raise TypeError(f"generate() got an unexpected keyword argument {min(unknown)!r}")
     config = options.get("generation_config") or config
     asked = {name: getattr(config, name, None) for name in FROM_CONFIG}
-    asked |= {name: value for name, value in options.items() if value is not None}
+    # None in place of a value of the settings says that there is none, as in `generate`.
+    asked |= {n: value for n, value in options.items() if value is not None or n in FROM_CONFIG}
     check_options(asked)
     ends = asked.get("eos_token_id", config.eos_token_id)
     length = asked.get("max_new_tokens") or config.max_new_tokens
@@ -85,6 +86,8 @@ def choice_of(asked: dict) -> dict:
     found = {name: 1.0 if value is None else float(value) for name, value in found.items()}
     if not found["temperature"] > 0:
         raise ValueError(f"temperature ({found['temperature']:g}) must be above 0 to sample")
+    if found["top_p"] == 0:  # the likeliest token alone, which a server knows by temperature 0
+        return {}
     return found | {"top_k": asked.get("top_k") or 0}
 
 

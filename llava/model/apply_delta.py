@@ -4,6 +4,7 @@
         --delta-path DELTA
 """
 
+from ..errors import errors_as_messages
 from ..program_parser import ProgramParser
 from ..weight_files import local_folder
 from .checkpoint import write_checkpoint
@@ -16,6 +17,7 @@ def apply_delta(base_model_path: str, target_model_path: str, delta_path: str) -
     write_checkpoint(target_model_path, tensors, like=delta, torch_dtype="float16")
 
 
+@errors_as_messages()
 def main() -> None:
     parser = ProgramParser(__doc__)
     parser.add_argument("--base-model-path", required=True, help="folder of the language model")

@@ -13,6 +13,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ..progress import progress
 from ..weight_files import (
     NO_PACKED,
     PACKED_SUFFIXES,
+    WEIGHT_FILES,
     check_numbers,
     names_in,
     tensor_file,
@@ -280,6 +282,11 @@ def merge_lora(
         if not name.endswith(".lora_A.weight"):
             if name not in parameters:
                 raise ValueError(f"{folder}: adapter weight {name!r} has no place in the model")
+            if (own := tensors[name].shape) != (there := parameters[name].shape):
+                raise ValueError(
+                    f"{folder}: adapter weight {name!r} has shape {tuple(own)}, the model's "
+                    f"{tuple(there)}"
+                )
             parameters[name].data.copy_(tensors[name])
             continue
         module = name.removesuffix(".lora_A.weight")
@@ -373,20 +380,30 @@ def write_checkpoint(
             size = 0
         shards[-1][name] = tensor.contiguous()
         size += tensor.nbytes
+    index, single = (os.path.join(folder, name) for name in WEIGHT_FILES[0])
     if len(shards) == 1:
-        save_file(shards[0], os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        save_file(shards[0], single, metadata={"format": "pt"})
+        _forget(index)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(progress(shards, "writing", "files"), start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, os.path.join(folder, name), metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)
-    index = {
+    listed = {
         "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
         "weight_map": weight_map,
     }
-    with open(os.path.join(folder, "model.safetensors.index.json"), "w", encoding="utf-8") as file:
-        json.dump(index, file, indent=2)
+    with open(index, "w", encoding="utf-8") as file:
+        json.dump(listed, file, indent=2)
+    _forget(single)
+
+
+def _forget(path: str) -> None:
+    """Removes a file of a checkpoint that was in the folder before: it would be read in place of
+    the new ones, an index here, a single file by transformers."""
+    with suppress(FileNotFoundError):
+        os.remove(path)
 
 
 def write_generation_config(folder: str, config: GenerationConfig) -> None:

@@ -8,6 +8,7 @@ Weights of a vision tower that was not trained along are left out: the tower has
 import torch
 
 from ..checkpoint_kind import values_in
+from ..errors import errors_as_messages
 from ..program_parser import ProgramParser
 from ..progress import progress
 from ..weight_files import tensors_in, weight_files
@@ -27,6 +28,7 @@ def consolidate_ckpt(src_path: str, dst_path: str) -> None:
     write_checkpoint(dst_path, tensors, like=src_path, torch_dtype="float16")
 
 
+@errors_as_messages()
 def main() -> None:
     parser = ProgramParser(__doc__)
     parser.add_argument("--src", required=True, help="checkpoint folder")

@@ -4,6 +4,7 @@
         --delta-path OUT [--hub-repo-id NAME]
 """
 
+from ..errors import errors_as_messages
 from ..program_parser import ProgramParser
 from ..weight_files import local_folder
 from .checkpoint import write_checkpoint
@@ -23,6 +24,7 @@ def make_delta(
         HfApi().upload_folder(repo_id=hub_repo_id, folder_path=delta_path)
 
 
+@errors_as_messages()
 def main() -> None:
     parser = ProgramParser(__doc__)
     parser.add_argument("--base-model-path", required=True, help="folder of the language model")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import sys
 
 import torch
@@ -34,6 +35,9 @@ PLAYGROUND_QUESTIONS = (
     "Is there a red ring in the image?",
     "Describe the image.",
 )
+
+#: around a role in templates that mark turns, such as that of Qwen2.5-VL
+MARKS = re.compile(r"<\|\w+\|>")
 
 
 class Chat:
@@ -109,13 +113,18 @@ def read_question(role: str) -> str:
         return ""
 
 
+def label(role: str) -> str:
+    """What stands before a turn in the terminal: the role without the marks of its template."""
+    return MARKS.sub("", role).strip()
+
+
 @errors_as_messages()
 def main() -> None:
     args = build_parser().parse_args()
     chat = open_chat(args)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a broken character is no reason to stop
-    user, assistant = chat.conversation.roles
+    user, assistant = map(label, chat.conversation.roles)
     while question := read_question(user):
         print(f"{assistant}: ", end="", flush=True)
         streamer = TextStreamer(chat.front.tokenizer, skip_prompt=True, skip_special_tokens=True)

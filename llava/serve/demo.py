@@ -10,6 +10,7 @@ example --device cpu or --pruning-method vispruner.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import secrets
 import shutil
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.util import find_spec
 
 import requests
@@ -32,7 +34,7 @@ from .auth import TOKEN_VARIABLE, add_token_arg, check_exposure, read_token, tok
 
 HERE = "127.0.0.1"
 POLL_SECONDS = 0.2
-READY_SECONDS = 600  # a large model takes minutes to load
+READY_SECONDS = 600  # of a part without a model
 STOP_SECONDS = 8  # what is left then is killed
 
 
@@ -62,13 +64,13 @@ class Demo:
             if (code := process.poll()) is not None:
                 raise ValueError(f"{name} ended (exit code {code}); what it printed says why")
 
-    def wait_until(self, ready) -> None:
+    def wait_until(self, ready, seconds: float = READY_SECONDS) -> None:
         """Returns once `ready()`; ValueError when a process ends before, or it takes too long."""
-        end = time.monotonic() + READY_SECONDS
+        end = time.monotonic() + seconds
         while not ready():
             self.check()
             if time.monotonic() > end:
-                raise ValueError(f"the demo is not ready after {READY_SECONDS} s")
+                raise ValueError(f"the demo is not ready after {seconds} s")
             time.sleep(POLL_SECONDS)
 
     def stop(self) -> None:
@@ -160,7 +162,10 @@ def check_worker_args(words: list[str]) -> None:
     if words:
         from ..pruning.cli import pruner_from_args
 
-        pruner_from_args(worker_parser().parse_args(words))
+        args = worker_parser().parse_args(words)
+        if args.no_register:
+            raise ValueError("--no-register: the page would never hear of its worker")
+        pruner_from_args(args)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -191,7 +196,9 @@ def run(args, worker_args: list[str]) -> None:
         demo.wait_until(lambda: answers(f"{controller}/list_models", token))
         where = ["--host", HERE, "--port", worker_port, "--controller-address", controller]
         demo.start("model_worker", *where, *model, *worker_args)
-        demo.wait_until(lambda: answers(f"{controller}/list_models", token, has_models))
+        # A model that is downloaded or large takes its time; one that cannot be loaded ends.
+        there = partial(answers, f"{controller}/list_models", token, has_models)
+        demo.wait_until(there, seconds=math.inf)
         page = ["--host", args.host, "--port", args.port, "--controller-url", controller]
         demo.start("gradio_web_server", *page, "--model-list-mode", "reload")
         demo.wait_until(lambda: is_listening(args.host, args.port))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from ..chat_template import CHATML_SYSTEM
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from ..conversation import Conversation, SeparatorStyle
 
@@ -46,7 +47,7 @@ def system_text(prompt: str, template: Conversation) -> str:
         text, ends, _ = prompt.partition(SYSTEM_BEGINS)[2].partition(SYSTEM_ENDS)
         return text.strip() if ends else ""
     before, mark, _ = prompt.partition(user)
-    return _without_separators(before, template) if mark else ""
+    return _without_separators(before.removeprefix(CHATML_SYSTEM), template) if mark else ""
 
 
 def _role_marks(template: Conversation) -> tuple[str, str]:

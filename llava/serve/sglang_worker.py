@@ -13,7 +13,7 @@ import argparse
 import asyncio
 import logging
 import os
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +35,13 @@ from .dialogue import system_text, turns
 from .direct import checked_address
 from .images import decode_images, image_type, plain_base64
 from .limits import CHUNK_BYTES, LIMITS, STATUS_BYTES, Limits
-from .model_worker import add_service_args, run_worker
+from .model_worker import CONCURRENCY, add_service_args, concurrency, run_worker
 from .protocol import GenerateRequest
 from .service import log_failure
 
 CONNECT_SECONDS = 5.0
 SILENCE_SECONDS = 120.0
+KEEP_ALIVE_SECONDS = 5.0  # clients give up on a stream that is silent for 10 s
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Forwarder:
     key: secret of that server, sent as a bearer token
     conv_mode: prompt template of the model; None: by its name
     served: what the server calls the model; None: as clients do
+    at_once: requests that the server has at the same time; others wait
     """
 
     def __init__(
@@ -74,11 +76,13 @@ class Forwarder:
         transport: httpx.AsyncBaseTransport | None = None,
         conv_mode: str | None = None,
         served: str | None = None,
+        at_once: int = CONCURRENCY,
     ):
         self.model_name, self.api, self.limits = model_name, api, limits
         self.served = served or model_name
         self.conv_mode = conv_mode or infer_conv_mode(model_name)
         self.template = conv_templates[self.conv_mode]
+        self._turns = asyncio.Semaphore(at_once)
         self.client = httpx.AsyncClient(
             base_url=base_url(endpoint),
             headers=key_headers(key),
@@ -110,6 +114,19 @@ class Forwarder:
         return Job(request, request_id, [image_type(image) for image in images])
 
     async def stream(self, job: Job):
+        """The chunks of the answer, encoded; until its turn comes, chunks without new text."""
+        turn = asyncio.ensure_future(self._turns.acquire())
+        try:
+            while not (await asyncio.wait({turn}, timeout=KEEP_ALIVE_SECONDS))[0]:
+                yield encode_chunk({"text": job.request.prompt, "error_code": 0})
+            async with aclosing(self._answer(job)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        finally:
+            if not turn.cancel():  # it had its turn
+                self._turns.release()
+
+    async def _answer(self, job: Job):
         path, body = self._upstream(job)
         text = ""
         try:
@@ -264,7 +281,15 @@ def load_forwarder(args) -> Forwarder:
     choice = checkpoint_conv_mode(path if os.path.isdir(path) else None, None, own)
     announce(choice)
     name = args.model_name or own
-    return Forwarder(endpoint, name, args.api, key, conv_mode=choice.name, served=path)
+    return Forwarder(
+        endpoint,
+        name,
+        args.api,
+        key,
+        conv_mode=choice.name,
+        served=path,
+        at_once=concurrency(args),
+    )
 
 
 def model_at(endpoint: str, api: str, key: str | None, given: str | None) -> str:

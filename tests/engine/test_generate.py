@@ -225,6 +225,27 @@ def test_everything_about_the_choice_of_tokens_is_said(remote, server):
     assert server.requests[-1]["temperature"] == 0.0 and "seed" not in server.requests[-1]
 
 
+def test_none_takes_a_value_of_the_settings_away(remote, server):
+    """As in `generate`: the settings of Vicuna have a top_p, and programs say None to it."""
+    ends = {"eos_token_id": 2, "pad_token_id": 0}
+    config = GenerationConfig(do_sample=True, temperature=0.9, top_p=0.6, top_k=7, **ends)
+    own = {"generation_config": config, "do_sample": True}
+    ask(remote, "What is it?", **own, temperature=0.2, top_p=None)
+    body = server.requests[-1]
+    assert (body["temperature"], body["top_p"], body["top_k"]) == (0.2, 1.0, 7)
+    ask(remote, "What is it?", **own, temperature=None, top_k=None)
+    body = server.requests[-1]
+    assert (body["temperature"], body["top_p"], body["top_k"]) == (1.0, 0.6, 0)
+
+
+def test_no_share_of_the_probability_is_the_likeliest_token(whole, remote, server):
+    """As in `generate`; vLLM takes only values above 0."""
+    found = [ask(one, "What is it?", do_sample=True, top_p=0.0) for one in (whole, remote)]
+    assert found[0].tolist() == found[1].tolist()
+    body = server.requests[-1]
+    assert (body["temperature"], body["top_p"]) == (0.0, 1.0)
+
+
 def test_prompts_of_a_batch_have_seeds_of_their_own(remote, server):
     before = len(server.requests)
     ask(remote, "What is it?", "And where?", do_sample=True, seed=5)

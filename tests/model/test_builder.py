@@ -93,6 +93,15 @@ def test_large_checkpoints_are_written_in_shards_that_load_again(folder, weights
     assert same(load(folder)[1], weights)
 
 
+def test_a_checkpoint_in_one_file_takes_the_place_of_one_in_several(folder, weights, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "SHARD_BYTES", 400_000)
+        write_checkpoint(str(folder), weights)
+    others = {name: tensor + 1 for name, tensor in weights.items()}
+    write_checkpoint(str(folder), others)
+    assert same(load(folder)[1], others)
+
+
 @pytest.mark.parametrize("model_type", ["llava", "llava_llama", "llama"])
 def test_the_class_follows_the_architecture_not_the_model_type(tmp_path, model_type):
     folder = copy_of(CHECKPOINT, tmp_path / "m", weights=True, model_type=model_type)

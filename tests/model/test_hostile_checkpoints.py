@@ -460,3 +460,14 @@ def test_adapter_weights_of_another_model_are_refused(tmp_path, weights):
         pair = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
         save_file(pair, folder / "adapter_model.safetensors")
         assert "do not fit its shape (32, 32)" in refusal(folder, CHECKPOINT)
+
+
+@pytest.mark.parametrize("rows", [703, 1])
+def test_a_whole_weight_in_an_adapter_has_the_shape_of_the_models(tmp_path, weights, rows):
+    """As a vocabulary that was trained with more tokens; one row would do for all of them."""
+    write_adapter(tmp_path, weights)
+    path = tmp_path / "adapter_model.safetensors"
+    head = {"base_model.model.lm_head.weight": torch.ones(rows, 32)}
+    save_file(load_file(path) | head, path)
+    message = refusal(tmp_path, CHECKPOINT)
+    assert f"'lm_head.weight' has shape ({rows}, 32), the model's (700, 32)" in message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from fnmatch import fnmatch
 
 import huggingface_hub
 import pytest
@@ -14,6 +15,7 @@ from transformers import CLIPImageProcessor
 from llava.model.builder import load_pretrained_model
 from llava.pruning.twigvlm import TwigVLM
 from tests.golden_data import SHIPPED
+from tests.model.checkpoint_tools import write_adapter
 
 CHECKPOINT = SHIPPED / "tiny-llava-v1.5"
 TOWER = SHIPPED / "tiny-clip-vit-l14-336"
@@ -83,7 +85,8 @@ def test_use_safetensors_says_which_files_are_downloaded(tmp_path, monkeypatch):
     asked = []
 
     def download(name, allow_patterns, cache_dir):
-        asked.append(sorted(set(allow_patterns) - {"*.json", "*.model", "*.txt"}))
+        always = {"*.json", "*.model", "*.txt", "non_lora_trainables.bin"}
+        asked.append(sorted(set(allow_patterns) - always))
         return str(CHECKPOINT)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
@@ -91,6 +94,24 @@ def test_use_safetensors_says_which_files_are_downloaded(tmp_path, monkeypatch):
         load("some/llava", use_safetensors=False)
     load("some/llava", use_safetensors=True)
     assert asked == [["*.bin", "*.pt"], ["*.safetensors"]]
+
+
+def test_what_was_trained_beside_an_adapter_comes_with_it_from_the_hub(tmp_path, monkeypatch):
+    """The adapter is in safetensors, as PEFT writes it, the projector beside it is not."""
+    repository, cache = tmp_path / "repository", tmp_path / "cache"
+    repository.mkdir()
+    write_adapter(repository, load_file(CHECKPOINT / "model.safetensors"))
+
+    def download(name, allow_patterns, cache_dir):
+        cache.mkdir(exist_ok=True)
+        for path in repository.iterdir():
+            if any(fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, cache)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model = load_pretrained_model("some/lora", str(CHECKPOINT), "tiny-llava-lora", device="cpu")[1]
+    assert (model.get_model().mm_projector[0].bias == 1).all(), "that of the base"
 
 
 @pytest.fixture

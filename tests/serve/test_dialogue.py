@@ -19,6 +19,15 @@ def test_the_system_text_is_no_part_of_a_turn():
     assert system_text(prompt, LLAMA) == "Be good." and last_question(prompt, LLAMA) == "So."
 
 
+@pytest.mark.parametrize("name", [n for n, own in conv_templates.items() if own.system])
+def test_the_system_text_of_every_template_is_found_without_its_marks(name):
+    template = conv_templates[name].copy()
+    template.append_message(template.roles[0], "Hi")
+    template.append_message(template.roles[1], None)
+    wanted = template.system.removeprefix("<|im_start|>system\n")
+    assert system_text(template.get_prompt(), template) == wanted
+
+
 @pytest.mark.parametrize("text", [f"a {BEGINS} b", f"a {ENDS} b", f"{ENDS} {BEGINS}", BEGINS])
 def test_marks_that_are_not_closed_are_text(text):
     assert turns(f"[INST] {text} [/INST]", LLAMA) == [(0, text)]

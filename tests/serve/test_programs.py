@@ -470,6 +470,8 @@ def test_the_demo_refuses_words_that_the_worker_would_refuse_before_it_starts(mo
     assert "(did you mean '--device'?)" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="'fastvv' .did you mean 'fastv'"):
         run_program(demo, monkeypatch, "--pruning-method", "fastvv")
+    with pytest.raises(SystemExit, match="--no-register: the page would never hear"):
+        run_program(demo, monkeypatch, "--no-register")
 
 
 def test_the_demo_says_what_is_missing_before_it_starts(monkeypatch, tmp_path):

@@ -55,6 +55,15 @@ def new_conversation(settings: Settings) -> Conversation:
     return conv_templates[name].copy()
 
 
+def in_template(conversation: Conversation, settings: Settings) -> Conversation:
+    """The same dialogue in the template of the model that is asked now, which may be another one
+    than before."""
+    found = new_conversation(settings)
+    for number, (_, message) in enumerate(conversation.messages[conversation.offset :]):
+        found.append_message(found.roles[number % 2], message)
+    return found
+
+
 def add_question(
     conversation: Conversation, text: str, image: Image.Image | None = None, mode: str = "Default"
 ) -> None:

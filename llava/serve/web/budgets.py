@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from .failures import Failure
 
 MOST = 8  # budgets of a sweep
@@ -19,6 +21,7 @@ def proposed(dense: int | None) -> str:
 
 def read_budgets(text: str) -> list[tuple[float, bool]]:
     """(budget, whether it is percent of an image's tokens), in their order. Raises Failure."""
+    text = re.sub(r"\s+%", "%", text)  # "11.1 %", as the page itself writes it
     words = text.replace(",", " ").replace(";", " ").split()
     if not words or len(words) > MOST:
         raise Failure(

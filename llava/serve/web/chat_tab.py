@@ -12,6 +12,7 @@ import gradio as gr
 from PIL import Image
 
 from llava.conversation import Conversation
+from llava.image_io import displayed
 from llava.log_output import error_places
 from llava.pruning import DEFAULT_METHOD
 from llava.utils import moderation_msg, violates_moderation
@@ -265,6 +266,7 @@ def _add(chat: Chat, settings: asking.Settings, text: str, image: Image.Image | 
     fresh = image is not None and not _same(image, chat.image)
     if fresh or chat.conversation is None:
         chat.conversation, chat.image, chat.bubbles = asking.new_conversation(settings), image, []
+    chat.conversation = asking.in_template(chat.conversation, settings)
     messages = chat.conversation.messages
     if messages and not messages[-1][1]:
         del messages[-2:]  # it failed and was given up; the model need not know of it
@@ -278,6 +280,7 @@ def _add(chat: Chat, settings: asking.Settings, text: str, image: Image.Image | 
 
 
 def _reopen(chat: Chat, settings: asking.Settings) -> None:
+    chat.conversation = asking.in_template(chat.conversation, settings)
     messages = chat.conversation.messages
     messages[-1][1] = None
     if isinstance(messages[-2][1], tuple):
@@ -292,7 +295,10 @@ def _refused(text: str) -> str:
 
 
 def _same(image: Image.Image, other: Image.Image | None) -> bool:
-    return other is not None and image.size == other.size and image.tobytes() == other.tobytes()
+    """Whether two pictures look the same: one with a palette has numbers of colours for pixels."""
+    if other is None or image.size != other.size:
+        return False
+    return displayed(image).tobytes() == displayed(other).tobytes()
 
 
 def _ip(request: gr.Request) -> str:

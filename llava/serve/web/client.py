@@ -24,6 +24,8 @@ SILENCE_SECONDS = 120  # longest wait for the next piece of an answer
 STATUS_SECONDS = 10
 REFUSAL_BYTES = 2**14
 TRIES = 3  # workers asked when one cannot be reached
+#: its program ended, or its machine is off
+UNREACHABLE = (httpx.ConnectError, httpx.ConnectTimeout)
 #: models that are listed first
 PRIORITY = {"vicuna-13b": "aaaaaaa", "koala-13b": "aaaaaab"}
 
@@ -78,13 +80,17 @@ class Service:
 
     async def status(self, model: str) -> dict:
         """Status of a worker for `model`; "pruning_methods" in it says what can be chosen."""
-        address = await self.worker(model)
-        try:
-            async with self._client(STATUS_SECONDS) as client:
-                reply = await client.post(f"{address}/worker_get_status")
-            return reply.json() if reply.status_code == 200 else {}
-        except (httpx.HTTPError, ValueError):
-            return {}  # the question itself will say what is wrong
+        for _ in range(TRIES):
+            address = await self.worker(model)
+            try:
+                async with self._client(STATUS_SECONDS) as client:
+                    reply = await client.post(f"{address}/worker_get_status")
+                return reply.json() if reply.status_code == 200 else {}
+            except UNREACHABLE:
+                await self._report(address)
+            except (httpx.HTTPError, ValueError):
+                break
+        return {}  # the question itself will say what is wrong
 
     async def answer(self, body: dict, request: str) -> AsyncIterator[Chunk]:
         """The chunks of one answer; `body` is the request of the protocol, with "model".
@@ -97,7 +103,7 @@ class Service:
                 async for chunk in self._stream(address, body, request):
                     yield chunk
                 return
-            except httpx.ConnectError as error:
+            except UNREACHABLE as error:
                 await self._report(address)
                 if attempt == TRIES - 1:
                     raise Failure("no_worker", model=body["model"]) from error

@@ -12,6 +12,7 @@ import gradio as gr
 from PIL import Image
 
 from llava.clone_files import clone_file
+from llava.image_io import displayed
 
 from .pictures import data_uri
 
@@ -62,7 +63,7 @@ def number_of(image: Image.Image, listed: list[Example]) -> int | None:
     """Number, from 0, of the example whose picture `image` is."""
     for number, example in enumerate(listed):
         if example.picture.size == image.size and (
-            example.picture.convert("RGB").tobytes() == image.convert("RGB").tobytes()
+            displayed(example.picture).tobytes() == displayed(image).tobytes()
         ):
             return number
     return None

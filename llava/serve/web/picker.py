@@ -80,7 +80,7 @@ class MethodPicker:
         self.method.input(self.chosen, inputs, self.outputs, **quick)
         behind = [self.then_budget, self.accordion, *self.boxes]
         self.then.input(self.followed, inputs, behind, **quick)
-        scales = [self.budget, self.then, self.then_budget]
+        scales = [self.budget, self.then, *behind]
         self.shares.input(self.rescaled, inputs, scales, **quick)
         self.own.input(self.decided, inputs, [self.budget, self.shares], **quick)
 
@@ -213,7 +213,9 @@ class MethodPicker:
         method = known["methods"].get(values[self.method], NO_METHOD)
         scale = self.scaled(known, method, bool(values[self.shares]), bool(values[self.own]))
         hidden = {self.then: gr.update(value=""), self.then_budget: gr.update(visible=HIDDEN)}
-        return {self.budget: scale, **hidden}
+        own = len(method.extra)  # the boxes behind are those of the second method, which goes
+        hidden |= {box: gr.update(visible=HIDDEN, value="") for box in self.boxes[own:]}
+        return {self.budget: scale, **hidden, self.accordion: gr.update(visible=_seen(own))}
 
     def decided(self, values: dict) -> dict:
         """After it was decided whether the method decides how many tokens it keeps."""

@@ -1,5 +1,6 @@
 """What the page has to draw while an answer comes."""
 
+import asyncio
 import json
 
 import httpx
@@ -18,3 +19,13 @@ def test_signs_of_life_of_a_worker_are_no_updates_of_the_page(monkeypatch):
     chunks = [json.dumps({"text": prompt + text, "error_code": 0}) + "\0" for text in said]
     service = replying(at("http://w1:1"), httpx.Response(200, content="".join(chunks)))
     assert [answer.text for answer in collect(service, "Hi")] == ["a", "a cat", "a cat"]
+
+
+@pytest.mark.parametrize("kind", [httpx.ConnectError, httpx.ConnectTimeout])
+def test_what_can_be_chosen_is_said_by_a_worker_that_can_be_reached(kind):
+    dropped = httpx.Response(200, json={"alive": False})
+    told = httpx.Response(200, json={"conv_mode": "qwen2_5_vl"})
+    service = replying(at("http://w1:1"), kind("gone"), dropped, at("http://w2:1"), told)
+    assert asyncio.run(service.status("m")) == {"conv_mode": "qwen2_5_vl"}
+    service = replying(at("http://w1:1"), httpx.ReadTimeout("busy"))
+    assert asyncio.run(service.status("m")) == {}

@@ -110,6 +110,20 @@ def test_a_second_question_goes_on_with_the_dialogue_and_a_new_image_starts_anot
     assert fake.bodies[-1]["prompt"].count("USER:") == 1
 
 
+def test_the_same_drawing_in_another_colour_is_a_new_image(page, fake):
+    """The pixels of an image with a palette are numbers of its colours."""
+    red, blue = (Image.new("P", (60, 40)) for _ in range(2))
+    red.putpalette([255, 0, 0])
+    blue.putpalette([0, 0, 255])
+    visitor = Visitor(page, "none")
+    visitor.say("First", red)
+    visitor.say("Second", red.copy())
+    assert fake.bodies[-1]["prompt"].count("USER:") == 2
+    before = fake.bodies[-1]["images"]
+    visitor.say("Third", blue)
+    assert fake.bodies[-1]["prompt"].count("USER:") == 1 and fake.bodies[-1]["images"] != before
+
+
 def test_regenerate_asks_the_same_with_the_method_chosen_now(page, fake):
     visitor = Visitor(page, "none")
     visitor.say("Hello", IMAGE)
@@ -121,6 +135,22 @@ def test_regenerate_asks_the_same_with_the_method_chosen_now(page, fake):
     assert again["prompt"] == first["prompt"] and again["images"] == first["images"]
     assert again["pruning"] == {"method": "fastv", "visual_token_num": 12, "options": {}}
     assert "from layer 2 on" in visitor.panel
+
+
+def test_a_dialogue_goes_on_in_the_template_that_is_chosen_now(page, fake):
+    """Another model may have been chosen, or another template among the parameters."""
+    visitor, known = Visitor(page, "none"), page.chat.methods
+    visitor.say("First", IMAGE)
+    visitor.values[known] = {**visitor.values[known], "conv_mode": "mistral_instruct"}
+    visitor.run(page.chat.regenerate, VISITOR)
+    body = fake.bodies[-1]
+    assert body["prompt"] == "[INST] <image>\nFirst [/INST]" and len(body["images"]) == 1
+    visitor.values[page.controls.template] = "chatml_direct"
+    visitor.say("Second", IMAGE)
+    body = fake.bodies[-1]
+    assert body["prompt"].count("<|im_start|>user") == 2 and "[INST]" not in body["prompt"]
+    assert body["prompt"].count("<image>") == 1 and "word9" in body["prompt"]
+    assert body["stop"] == "<|im_end|>"
 
 
 def test_a_second_method_goes_on_inside_the_decoder(page, fake):
@@ -140,6 +170,18 @@ def test_a_second_method_goes_on_inside_the_decoder(page, fake):
     assert "layers 0–1: 9, layers 2–7: 4" in visitor.panel
     visitor.pick(picker, "fastv")
     assert visitor.values[picker.then] == "", "it does not stay behind the next choice"
+
+
+def test_the_options_of_a_second_method_go_with_it(page):
+    visitor, picker = Visitor(page), page.chat.picker
+    visitor.values[picker.then] = "fastv"
+    visitor.receive(picker.followed(visitor.values))
+    ours, its = picker.boxes[0], picker.boxes[2]
+    visitor.values |= {ours: "0.7", its: "3"}
+    updates = picker.rescaled(visitor.values)
+    visitor.receive(updates)
+    assert visitor.values[picker.then] == "" and visitor.values[ours] == "0.7"
+    assert updates[its]["visible"] == "hidden" and visitor.values[its] == ""
 
 
 @pytest.mark.parametrize(

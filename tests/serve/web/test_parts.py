@@ -179,9 +179,10 @@ def stream(text: str):
     return httpx.Response(200, content=json.dumps({"text": text, "error_code": 0}) + "\0")
 
 
-def test_a_worker_that_cannot_be_reached_is_replaced_by_another():
+@pytest.mark.parametrize("kind", [httpx.ConnectError, httpx.ConnectTimeout])
+def test_a_worker_that_cannot_be_reached_is_replaced_by_another(kind):
     prompt = conversation_about("Hi").get_prompt()
-    gone = httpx.ConnectError("gone")
+    gone = kind("gone")  # its program ended, or its machine is off
     dropped = httpx.Response(200, json={"alive": False})
     service = replying(at("http://w1:1"), gone, dropped, at("http://w2:1"), stream(prompt + " yes"))
     assert [answer.text for answer in collect(service, "Hi")][-1] == "yes"

@@ -88,6 +88,7 @@ def test_a_sweep_needs_an_image(page, warnings):
 
 def test_budgets_are_numbers_or_shares_each_once():
     assert read_budgets("64, 32;16 32 11%") == [(64, False), (32, False), (16, False), (11, True)]
+    assert read_budgets("11.1 %, 5 % 16") == [(11.1, True), (5, True), (16, False)]
     assert proposed(576) == "16, 32, 64, 128, 192" and proposed(36) == "1, 2, 4, 8, 12"
     assert all(share for _, share in read_budgets(proposed(None)))
     assert read_budgets(proposed(3))
