@@ -37,7 +37,8 @@
 #   SAVE_MASKS=1 write what was kept of each image as a picture, one pixel per token
 #   ATTN_IMPL    attention: sdpa, flash_attention_2 or eager
 #   ADAPTER_MERGE   1: ADAPTER_DIR is merged into the model, which is what happens in any case
-#   EXTRA        further options of the answering program, for all calls; with
+#   EXTRA        further options of the answering program, for all calls, but for LIMIT and BRIEF,
+#                which scoring has to know; with
 #                "--engine vllm --engine-url http://127.0.0.1:8000" a vLLM server answers
 #   PYTHON       interpreter (default: that of an activated environment, else .venv's, else python3)
 #
@@ -99,6 +100,15 @@ for pair in ${PAIRS[@]+"${PAIRS[@]}"}; do
     LABEL+=_${pair//\//-} # a folder among the options must not become one of the answers
 done
 OPTIONS+=(${REST[@]+"${REST[@]}"})
+for word in ${EXTRA:-}; do
+    case ${word%%=*} in
+    --limit | --num[-_]samples) meant=LIMIT=N ;;
+    --brief) meant=BRIEF=1 ;;
+    *) continue ;;
+    esac
+    echo "error: EXTRA has $word, of which scoring would not know: set $meant in its place" >&2
+    exit 1
+done
 if [ -n "${LIMIT:-}" ]; then
     OPTIONS+=(--limit "$LIMIT")
     LABEL+=_limit$LIMIT

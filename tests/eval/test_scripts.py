@@ -199,6 +199,14 @@ def test_a_folder_is_the_checkpoint_and_a_limit_among_the_words_is_one_for_scori
     assert path.endswith("/tiny-llava-v1.5/vispruner/n_64_limit4.jsonl")
 
 
+@pytest.mark.parametrize("words", ["--limit 4", "--num_samples=4", "--skip-bad --brief"])
+def test_extra_options_that_scoring_has_to_know_are_refused_with_what_to_set(run, words):
+    done = run("v1_5/eval/pope.sh", EXTRA=words)
+    assert done.returncode == 1 and not done.stdout
+    meant = "BRIEF=1" if "brief" in words else "LIMIT=N"
+    assert f"of which scoring would not know: set {meant} in its place" in done.stderr
+
+
 @pytest.mark.parametrize("word", ["-h", "--help"])
 def test_a_script_explains_itself_without_asking_anything(run, word):
     done = run("qwen2_5_vl/eval/pope.sh", "64", word)

@@ -33,8 +33,11 @@ OWN_WORDS = {
     "--chunk-idx": "NPROC=2 in front of the command shares the questions among two processes",
     "--answers-file": "the file is named after checkpoint, method and options",
     "--question-file": "DATA_DIR in front of the command is the folder of the data",
+    "--questions-file": "DATA_DIR in front of the command is the folder of the data",
     "--image-folder": "DATA_DIR in front of the command is the folder of the data",
     "--model-path": "CKPT in front of the command is the checkpoint",
+    "--brief": "BRIEF=1 in front of viscot.sh asks for a single word or phrase",
+    "--do-func-name": "DO_GLIMPSE=1 in front of viscot.sh chooses tokens without answering",
 }
 
 
@@ -78,9 +81,10 @@ def read(words: list[str], method: str, environment: Mapping[str, str]) -> tuple
 
 
 def limit_among(words: list[str]) -> tuple[int | None, list[str]]:
-    """The number behind `--limit`, which scoring must know as well, and the other words."""
+    """The number behind `--limit`, or the release's word for it, which scoring must know as well;
+    and the other words."""
     parser = ProgramParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--limit", "--num-samples", type=int)
     args, rest = parser.parse_known_args(words)
     return args.limit, rest
 
