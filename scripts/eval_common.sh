@@ -145,6 +145,10 @@ if [ -n "$RELEASED_ADAPTER" ]; then
     MODEL=$RELEASED_ADAPTER
 fi
 MODEL_NAME=$(basename "$MODEL")
+# Every training has a checkpoint-500: the folder around it tells them apart, as in the answers.
+case $MODEL_NAME in
+checkpoint-*) MODEL_NAME=$(basename "$(dirname "$MODEL")")_$MODEL_NAME ;;
+esac
 
 # evaluate BENCHMARK: asks its questions and scores the answers. The benchmark is one of
 # llava/eval/benchmarks, which knows its files and the program that asks; SPLIT from the environment

@@ -199,6 +199,14 @@ def test_a_folder_is_the_checkpoint_and_a_limit_among_the_words_is_one_for_scori
     assert path.endswith("/tiny-llava-v1.5/vispruner/n_64_limit4.jsonl")
 
 
+def test_checkpoints_of_two_trainings_have_folders_of_their_own(run, tmp_path):
+    for training in ("first", "second"):
+        checkpoint = tmp_path / training / "checkpoint-500"
+        checkpoint.mkdir(parents=True)
+        path = last_line(run("v1_5/eval/pope.sh", CKPT=str(checkpoint), LIMIT="2"))["answers_file"]
+        assert path.endswith(f"/{training}_checkpoint-500/none/n_all_limit2.jsonl")
+
+
 @pytest.mark.parametrize("words", ["--limit 4", "--num_samples=4", "--skip-bad --brief"])
 def test_extra_options_that_scoring_has_to_know_are_refused_with_what_to_set(run, words):
     done = run("v1_5/eval/pope.sh", EXTRA=words)
