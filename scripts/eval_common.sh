@@ -67,9 +67,11 @@ from_here() {
 [ -z "${DATA_DIR:-}" ] || DATA_DIR=$(from_here "$DATA_DIR")
 [ -z "${CKPT_DIR:-}" ] || CKPT_DIR=$(from_here "$CKPT_DIR")
 # A name without a slash is sought in CKPT_DIR first.
-if [ -d "${CKPT:-}" ] && { [ -z "${CKPT_DIR:-}" ] || [[ $CKPT == */* ]]; }; then
-    CKPT=$(from_here "$CKPT")
-fi
+for name in CKPT BASE_MODEL; do
+    if [ -d "${!name:-}" ] && { [ -z "${CKPT_DIR:-}" ] || [[ ${!name} == */* ]]; }; then
+        printf -v "$name" %s "$(from_here "${!name}")"
+    fi
+done
 source "$(dirname "${BASH_SOURCE[0]}")/released_names.sh"
 CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 export LLAVA_TYPED_COMMAND=${LLAVA_TYPED_COMMAND:-bash $0} # how the programs call themselves
@@ -89,7 +91,8 @@ PAIRS=()
 REST=()
 if [ $# -gt 0 ] || [ -n "$METHOD" ]; then
     # all.sh has read the words for the scripts it starts
-    words=${WORDS_READ:-$("$PYTHON" -m llava.eval.answering.script_args "$METHOD" "$@")}
+    words=${WORDS_READ:-$(CALLED_FROM=$OLDPWD "$PYTHON" -m \
+        llava.eval.answering.script_args "$METHOD" "$@")}
     eval "$words"
 fi
 METHOD=${METHOD:-none}
