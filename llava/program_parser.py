@@ -20,7 +20,7 @@ RANGES = {
     "port": (0, 65535),
     "temperature": (0, None),
     "top_p": (0, 1),
-    "workers": (0, None),
+    "workers": (1, None),
 }
 #: environment variable with what the user typed, where that starts several programs
 TYPED = "LLAVA_TYPED_COMMAND"

@@ -38,7 +38,7 @@ def read_refs(path: str) -> list[dict]:
     with open(path, "rb") as file:
         try:
             return PlainUnpickler(file, encoding="latin1").load()
-        except pickle.UnpicklingError as error:
+        except (pickle.UnpicklingError, EOFError) as error:  # the second of a file that is cut off
             raise ValueError(f"{path} is not a REFER annotation: {error}") from error
 
 

@@ -37,7 +37,8 @@
 #   SAVE_MASKS=1 write what was kept of each image as a picture, one pixel per token
 #   ATTN_IMPL    attention: sdpa, flash_attention_2 or eager
 #   ADAPTER_MERGE   1: ADAPTER_DIR is merged into the model, which is what happens in any case
-#   EXTRA        further options of the answering program, for all calls; with
+#   EXTRA        further options of the answering program, for all calls, but for LIMIT and BRIEF,
+#                which scoring has to know; with
 #                "--engine vllm --engine-url http://127.0.0.1:8000" a vLLM server answers
 #   PYTHON       interpreter (default: that of an activated environment, else .venv's, else python3)
 #
@@ -66,9 +67,11 @@ from_here() {
 [ -z "${DATA_DIR:-}" ] || DATA_DIR=$(from_here "$DATA_DIR")
 [ -z "${CKPT_DIR:-}" ] || CKPT_DIR=$(from_here "$CKPT_DIR")
 # A name without a slash is sought in CKPT_DIR first.
-if [ -d "${CKPT:-}" ] && { [ -z "${CKPT_DIR:-}" ] || [[ $CKPT == */* ]]; }; then
-    CKPT=$(from_here "$CKPT")
-fi
+for name in CKPT BASE_MODEL; do
+    if [ -d "${!name:-}" ] && { [ -z "${CKPT_DIR:-}" ] || [[ ${!name} == */* ]]; }; then
+        printf -v "$name" %s "$(from_here "${!name}")"
+    fi
+done
 source "$(dirname "${BASH_SOURCE[0]}")/released_names.sh"
 CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 export LLAVA_TYPED_COMMAND=${LLAVA_TYPED_COMMAND:-bash $0} # how the programs call themselves
@@ -88,7 +91,8 @@ PAIRS=()
 REST=()
 if [ $# -gt 0 ] || [ -n "$METHOD" ]; then
     # all.sh has read the words for the scripts it starts
-    words=${WORDS_READ:-$("$PYTHON" -m llava.eval.answering.script_args "$METHOD" "$@")}
+    words=${WORDS_READ:-$(CALLED_FROM=$OLDPWD "$PYTHON" -m \
+        llava.eval.answering.script_args "$METHOD" "$@")}
     eval "$words"
 fi
 METHOD=${METHOD:-none}
@@ -99,6 +103,15 @@ for pair in ${PAIRS[@]+"${PAIRS[@]}"}; do
     LABEL+=_${pair//\//-} # a folder among the options must not become one of the answers
 done
 OPTIONS+=(${REST[@]+"${REST[@]}"})
+for word in ${EXTRA:-}; do
+    case ${word%%=*} in
+    --limit | --num[-_]samples) meant=LIMIT=N ;;
+    --brief) meant=BRIEF=1 ;;
+    *) continue ;;
+    esac
+    echo "error: EXTRA has $word, of which scoring would not know: set $meant in its place" >&2
+    exit 1
+done
 if [ -n "${LIMIT:-}" ]; then
     OPTIONS+=(--limit "$LIMIT")
     LABEL+=_limit$LIMIT
@@ -135,6 +148,10 @@ if [ -n "$RELEASED_ADAPTER" ]; then
     MODEL=$RELEASED_ADAPTER
 fi
 MODEL_NAME=$(basename "$MODEL")
+# Every training has a checkpoint-500: the folder around it tells them apart, as in the answers.
+case $MODEL_NAME in
+checkpoint-*) MODEL_NAME=$(basename "$(dirname "$MODEL")")_$MODEL_NAME ;;
+esac
 
 # evaluate BENCHMARK: asks its questions and scores the answers. The benchmark is one of
 # llava/eval/benchmarks, which knows its files and the program that asks; SPLIT from the environment

@@ -11,6 +11,7 @@ import pytest
 from llava import command
 from llava.errors import one_line_warnings
 from llava.eval import run_llava
+from llava.eval.answering import program
 from llava.program_parser import RANGES, TYPED, ProgramParser, Several, typed_command
 from llava.train.run import FlagParser
 from tests.paths import ROOT
@@ -177,6 +178,12 @@ def test_numbers_that_make_no_sense_are_refused_before_a_model_is_loaded(words, 
     with pytest.raises(SystemExit) as ended:
         run_llava.build_parser().parse_args(words.split())
     assert ended.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith(said)
+
+
+def test_no_thread_to_prepare_images_is_refused_before_a_model_is_loaded(capsys):
+    with pytest.raises(SystemExit):
+        program.build_parser("Answers.").parse_args(["--workers", "0"])
+    assert "argument --workers: 0 must be at least 1" in capsys.readouterr().err
 
 
 def test_every_range_belongs_to_options_and_holds_their_defaults():

@@ -18,9 +18,14 @@ from tests.paths import ROOT
 def test_a_limit_among_the_words_is_told_to_scoring_too():
     assert limit_among(["--limit", "4", "--skip-bad"]) == (4, ["--skip-bad"])
     assert limit_among(["--skip-bad"]) == (None, ["--skip-bad"])
+    assert limit_among(["--num_samples=4"]) == (4, [])  # as GlimpsePrune's release calls it
 
 
-@pytest.mark.parametrize("word", ["--num-chunks", "--chunk_idx=1", "--answers-file=A.jsonl"])
+OWN_WORDS = ("--num-chunks", "--chunk_idx=1", "--answers-file=A.jsonl", "--questions-file")
+OWN_WORDS += ("--brief", "--do_func_name")
+
+
+@pytest.mark.parametrize("word", OWN_WORDS)
 def test_what_a_script_sets_itself_is_refused_with_what_to_set_instead(word):
     with pytest.raises(ValueError, match="is set by the script itself: "):
         refuse_own_words(["--skip-bad", word])

@@ -45,7 +45,7 @@ def fake_python(tmp_path_factory):
 
 @pytest.fixture
 def run(data, fake_python):
-    def run(script, *argv, **environment):
+    def run(script, *argv, cwd=None, **environment):
         environment = {
             "DATA_DIR": str(data),
             "PYTHON": str(fake_python),
@@ -57,6 +57,7 @@ def run(data, fake_python):
         return subprocess.run(
             ["bash", ROOT / "scripts" / script, *argv],
             env={**inherited, **environment},
+            cwd=cwd,
             capture_output=True,
             encoding="utf-8",
         )
@@ -197,6 +198,32 @@ def test_a_folder_is_the_checkpoint_and_a_limit_among_the_words_is_one_for_scori
     given = dict(CKPT=str(own), CKPT_DIR=str(tmp_path), LAUNCH="--machine-rank=0")
     path = last_line(run("v1_5/eval/pope.sh", "64", "--limit", "4", **given))["answers_file"]
     assert path.endswith("/tiny-llava-v1.5/vispruner/n_64_limit4.jsonl")
+
+
+def test_a_script_may_be_called_from_another_folder(run, tmp_path):
+    for name in ("my model", "my twig"):
+        (tmp_path / name).mkdir()
+    words = ("64", "twig=my twig")
+    done = run("v1_6/eval/pope.sh", *words, cwd=tmp_path, BASE_MODEL="my model", LIMIT="2")
+    path = Path(last_line(done)["answers_file"])
+    argv = json.loads(path.with_suffix(".argv.json").read_text())
+    assert f"{tmp_path}/my model" in argv and f"twig={tmp_path}/my twig" in argv
+
+
+def test_checkpoints_of_two_trainings_have_folders_of_their_own(run, tmp_path):
+    for training in ("first", "second"):
+        checkpoint = tmp_path / training / "checkpoint-500"
+        checkpoint.mkdir(parents=True)
+        path = last_line(run("v1_5/eval/pope.sh", CKPT=str(checkpoint), LIMIT="2"))["answers_file"]
+        assert path.endswith(f"/{training}_checkpoint-500/none/n_all_limit2.jsonl")
+
+
+@pytest.mark.parametrize("words", ["--limit 4", "--num_samples=4", "--skip-bad --brief"])
+def test_extra_options_that_scoring_has_to_know_are_refused_with_what_to_set(run, words):
+    done = run("v1_5/eval/pope.sh", EXTRA=words)
+    assert done.returncode == 1 and not done.stdout
+    meant = "BRIEF=1" if "brief" in words else "LIMIT=N"
+    assert f"of which scoring would not know: set {meant} in its place" in done.stderr
 
 
 @pytest.mark.parametrize("word", ["-h", "--help"])

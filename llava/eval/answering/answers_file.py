@@ -38,7 +38,8 @@ class AnswersFile:
     foreign:   continue a file that has no settings beside it, as other programs write
 
     `known` holds lines by number of their question. A question that failed in an earlier run is
-    open again, and half a line at the end of a file is passed over. Without `finish`, the answers
+    open again, whatever its record says by now, and half a line at the end of a file is passed
+    over. Without `finish`, the answers
     wait for the next run. Raises ValueError when they belong to other questions or settings, when
     another process writes to the file, and one that names file and line when something is broken.
     """
@@ -113,7 +114,8 @@ class AnswersFile:
             )
         for number, line in lines.items():
             head = self.heads[number]
-            if any(line.get(key) != value for key, value in head.items()):
+            # One that failed has no answer to lose, and its record may have been mended since.
+            if not is_failed(line) and any(line.get(key) != value for key, value in head.items()):
                 raise ValueError(
                     f"{place}, {what} {number + 1} answers question {line.get('question_id')!r}, "
                     f"but question {head['question_id']!r} comes there (or its text differs): the "

@@ -7,7 +7,8 @@ the method as KEY=VALUE), REST (what belongs to the answering program) and, wher
 --limit N, LIMIT. TOKENS with a decimal point are a share of an image's tokens and become a pair. An
 empty METHOD is the one that the options belong to. Numbers in front are the options that the
 method's published scripts take by place, and its published environment variables count where the
-words say nothing.
+words say nothing. Files and folders among the words are meant as seen from CALLED_FROM, a folder in
+the environment.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from llava.errors import errors_as_messages
-from llava.program_parser import ProgramParser
+from llava.program_parser import ProgramParser, dashed
 from llava.pruning import METHODS, Pruner, guess_method
 from llava.pruning.choice import BUDGETS, translate
 from llava.pruning.cli import add_pruning_args, parse_pair
@@ -27,14 +28,19 @@ from llava.pruning.cli import add_pruning_args, parse_pair
 NUMBER = re.compile(r"\d+(\.\d+)?|\.\d+")
 PAIR = re.compile(r"[a-zA-Z_]\w*=.+", re.DOTALL)
 BUDGET, SHARE = BUDGETS
+#: options of the answering program whose value is a file or folder
+PLACES = ("--model-base", "--vision-tower", "--engine-key-file")
 #: options of the answering program that are not for a script -> what is
 OWN_WORDS = {
     "--num-chunks": "NPROC=2 in front of the command shares the questions among two processes",
     "--chunk-idx": "NPROC=2 in front of the command shares the questions among two processes",
     "--answers-file": "the file is named after checkpoint, method and options",
     "--question-file": "DATA_DIR in front of the command is the folder of the data",
+    "--questions-file": "DATA_DIR in front of the command is the folder of the data",
     "--image-folder": "DATA_DIR in front of the command is the folder of the data",
     "--model-path": "CKPT in front of the command is the checkpoint",
+    "--brief": "BRIEF=1 in front of viscot.sh asks for a single word or phrase",
+    "--do-func-name": "DO_GLIMPSE=1 in front of viscot.sh chooses tokens without answering",
 }
 
 
@@ -78,9 +84,10 @@ def read(words: list[str], method: str, environment: Mapping[str, str]) -> tuple
 
 
 def limit_among(words: list[str]) -> tuple[int | None, list[str]]:
-    """The number behind `--limit`, which scoring must know as well, and the other words."""
+    """The number behind `--limit`, or the release's word for it, which scoring must know as well;
+    and the other words."""
     parser = ProgramParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--limit", "--num-samples", type=int)
     args, rest = parser.parse_known_args(words)
     return args.limit, rest
 
@@ -91,6 +98,36 @@ def refuse_own_words(words: list[str]) -> None:
         name = word.partition("=")[0].replace("_", "-")
         if name in OWN_WORDS:
             raise ValueError(f"{word} is set by the script itself: {OWN_WORDS[name]}")
+
+
+def from_everywhere(text: str, folder: str) -> str:
+    """A path without regard to where a program runs, if there is something of that name in
+    `folder`, and that is another folder than that of this program; else the text as it is."""
+    path = os.path.join(folder, text)
+    there = bool(text) and os.path.exists(path) and not os.path.samefile(folder, os.curdir)
+    return os.path.abspath(path) if there else text
+
+
+def pairs_from_everywhere(pairs: list[str], folder: str) -> list[str]:
+    """KEY=VALUE pairs, the values that are texts as `from_everywhere` has them."""
+    found = []
+    for pair in pairs:
+        key, _, text = pair.partition("=")
+        own = isinstance(parse_pair(pair)[1], str)
+        found.append(f"{key}={from_everywhere(text, folder)}" if own else pair)
+    return found
+
+
+def words_from_everywhere(words: list[str], folder: str) -> list[str]:
+    """Words for the program, the values of `PLACES` as `from_everywhere` has them."""
+    found = []
+    for before, word in zip(["", *words], words, strict=False):
+        flag, equals, value = word.partition("=")
+        if equals and dashed(flag) in PLACES:
+            found.append(f"{flag}={from_everywhere(value, folder)}")
+        else:
+            found.append(from_everywhere(word, folder) if dashed(before) in PLACES else word)
+    return found
 
 
 def by_place(options: dict, names: Sequence[str], numbers: Sequence[str]) -> None:
@@ -114,6 +151,8 @@ def main(arguments: list[str] | None = None) -> None:
     method, budget, pairs, rest = read(words, method, os.environ)
     limit, rest = limit_among(rest)
     refuse_own_words(rest)
+    folder = os.environ.get("CALLED_FROM") or os.curdir
+    pairs, rest = pairs_from_everywhere(pairs, folder), words_from_everywhere(rest, folder)
     tokens = "" if budget is None else str(budget)
     print(f"METHOD={shlex.quote(method)} TOKENS={shlex.quote(tokens)}")
     if limit is not None:

@@ -35,19 +35,28 @@ def needed(benchmark: Benchmark, data_dir: str) -> list[str]:
     return names if benchmark.server_scored(data_dir) else [*names, *benchmark.truth]
 
 
-def check(benchmark: Benchmark, data_dir: str) -> None:
-    """Raises FileNotFoundError that names everything that is missing, and where to get it; of the
-    images, some that the first questions are about."""
+def lacking(benchmark: Benchmark, data_dir: str, asked: Records | None = None) -> list[str]:
+    """Returns the files and folders below the data folder that a run needs and that are not there;
+    of the images, one that the first questions are about.
+
+    asked: the records of the question file; None: they are read
+    """
     names = needed(benchmark, data_dir)
     missing = [name for name in names if not os.path.exists(os.path.join(data_dir, name))]
-    if benchmark.questions not in missing and benchmark.images:  # else they are in the questions
-        first = first_questions(benchmark, data_dir)
-        if any(map(benchmark.asks_hidden, first)) and not benchmark.server_scored(data_dir):
-            missing = [name for name in missing if name not in benchmark.truth]
-            missing.append(str(benchmark.server_if))
-        if benchmark.images not in missing:
-            missing += images_missing(benchmark, data_dir, first)
-    if missing:
+    if benchmark.questions in missing or not benchmark.images:  # which are in the questions
+        return missing
+    first = first_questions(benchmark, data_dir, asked)
+    if any(map(benchmark.asks_hidden, first)) and not benchmark.server_scored(data_dir):
+        missing = [name for name in missing if name not in benchmark.truth]
+        missing.append(str(benchmark.server_if))
+    if benchmark.images not in missing:
+        missing += images_missing(benchmark, data_dir, first)
+    return missing
+
+
+def check(benchmark: Benchmark, data_dir: str) -> None:
+    """Raises FileNotFoundError that names everything that is missing, and where to get it."""
+    if missing := lacking(benchmark, data_dir):
         line = "  {}\n    from {}\n".format
         places = (line(os.path.join(data_dir, n), benchmark.source_of(n)) for n in missing)
         raise FileNotFoundError(
@@ -56,10 +65,15 @@ def check(benchmark: Benchmark, data_dir: str) -> None:
         )
 
 
-def first_questions(benchmark: Benchmark, data_dir: str) -> list[Question]:
-    """The first questions of a benchmark; those that cannot be read are found when it is asked."""
+def first_questions(
+    benchmark: Benchmark, data_dir: str, asked: Records | None = None
+) -> list[Question]:
+    """The first questions of a benchmark; those that cannot be read are found when it is asked.
+
+    asked: as in `lacking`
+    """
     try:
-        asked = benchmark.read(os.path.join(data_dir, benchmark.questions))
+        asked = asked or benchmark.read(os.path.join(data_dir, benchmark.questions))
     except ValueError:
         return []
     asked = benchmark.located(Records(asked.path, asked[:SEEN]), benchmark.image_folder(data_dir))

@@ -37,11 +37,13 @@ NUMBER = re.compile(r"(?<![\d.])(?:0(?:\.\d+)?|1(?:\.0+)?|\.\d+)(?![\d]|\.\d)")
 
 
 def judge_prompt(entry: dict, prediction: str, instruction: str | None) -> Prompt:
-    """What the judge is asked; with a text of the benchmark as `instruction`, a row below it."""
+    """What the judge is asked; with a text of the benchmark as `instruction`, a row below it whose
+    last cell the judge fills in."""
     truth = entry["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     cells = [entry["question"], truth, prediction]
     if instruction is not None:
-        return "", instruction.rstrip("\n") + "\n" + " | ".join(c.replace("\n", " ") for c in cells)
+        row = [*(cell.replace("\n", " ") for cell in cells), ""]
+        return "", instruction.rstrip("\n") + "\n" + " | ".join(row)
     names = ("Question", "Ground truth", "Answer")
     return OWN_PROMPT, "\n\n".join(f"{n}: {c}" for n, c in zip(names, cells, strict=True))
 

@@ -42,8 +42,6 @@ def expected(benchmark: str, model: str, rows: list[Published]) -> str:
     """The unpruned scores of the file under our metric, those of several sources with commas."""
     metric = find_benchmark(benchmark).metric
     name, metric = SAME_RULE.get(benchmark, (benchmark, metric))
-    if benchmark.startswith("refcoco"):
-        name = f"{benchmark}_val"
     found = {
         row.value
         for row in rows

@@ -33,7 +33,14 @@ SAME_RULE = {
     "mmbench": ("mmbench", "circular accuracy"),
     "mmbench_cn": ("mmbench_cn", "circular accuracy"),
     "sqa": ("sqa", "accuracy on images"),
+    "seed": ("seed", "accuracy"),
+    "vizwiz_val": ("vizwiz_val", "accuracy"),
     "refcoco": ("refcoco_val", "accuracy at IoU 0.5"),
+    "refcoco+": ("refcoco+_val", "accuracy at IoU 0.5"),
+    "refcoco+_testA": ("refcoco+_testA", "accuracy at IoU 0.5"),
+    "refcoco+_testB": ("refcoco+_testB", "accuracy at IoU 0.5"),
+    "refcocog": ("refcocog_val", "accuracy at IoU 0.5"),
+    "refcocog_test": ("refcocog_test", "accuracy at IoU 0.5"),
     "mme": ("mme", "perception"),
 }
 

@@ -25,7 +25,7 @@ from llava.eval.answering.program import (
 from llava.eval.answering.run import Task, answer_questions
 from llava.eval.answering.settings import settings_of
 from llava.eval.answering.workers import Workers
-from llava.eval.benchmarks import scored_here
+from llava.eval.benchmarks import data_files, scored_here
 from llava.eval.benchmarks.benchmark import Benchmark
 from llava.eval.compare.budget import Budget, budget_of
 from llava.eval.compare.hard import HardQuestions
@@ -256,8 +256,9 @@ def write_scores(scores: list[Score], args) -> None:
 
 
 def available(names: list[str] | None, data_dir: str) -> dict[Benchmark, Records]:
-    """Returns the benchmarks asked for, or all that can be scored with the data folder, with the
-    records of their question files. Raises ValueError where something is missing."""
+    """Returns the benchmarks asked for, or all that can be asked and scored with the data folder,
+    with the records of their question files. One that nobody asked for and whose images are not
+    there is named on stderr. Raises ValueError where something else is missing."""
     if not os.path.isdir(data_dir):
         raise ValueError(f"--data-dir {data_dir}: there is no such folder")
     place = lambda benchmark: os.path.join(data_dir, benchmark.questions)  # noqa: E731
@@ -273,7 +274,16 @@ def available(names: list[str] | None, data_dir: str) -> dict[Benchmark, Records
             f"{data_dir} has no questions of any benchmark (for example "
             f"{scored_here()['pope'].questions}): see playground/data/eval/README.md"
         )
-    return {benchmark: benchmark.read(place(benchmark)) for benchmark in found}
+    asked = {benchmark: benchmark.read(place(benchmark)) for benchmark in found}
+    lost = {b: data_files.lacking(b, data_dir, records) for b, records in asked.items()}
+    lost = {b: os.path.join(data_dir, missing[0]) for b, missing in lost.items() if missing}
+    if lost and (names or len(lost) == len(found)):
+        places = ", ".join(f"{benchmark.name} lacks {path}" for benchmark, path in lost.items())
+        raise ValueError(f"{places}: see playground/data/eval/README.md")
+    for benchmark, path in lost.items():
+        print(f"note: {benchmark.name} is left out, as it lacks {path}", file=sys.stderr)
+        del asked[benchmark]
+    return asked
 
 
 def add_suite_args(parser: argparse.ArgumentParser, out: str) -> None:

@@ -126,6 +126,22 @@ def test_failed_questions_are_asked_again_and_answers_kept(program, tmp_path, mo
     assert program() == second and not asked
 
 
+def test_a_record_that_was_mended_is_asked_and_the_answers_are_kept(program, tmp_path):
+    shutil.copy(IMAGES / "img0_336x336.png", tmp_path / "bad.png")
+    path = tmp_path / "q.jsonl"
+    whole = path.read_text()
+    lines = whole.splitlines()
+    lines[2] = json.dumps({"question_id": "q2", "image": "bad.png"})
+    lines[4] = json.dumps({"image": "bad.png", "text": "What is 4?"})
+    path.write_text("\n".join(lines) + "\n")
+    first = program("--skip-bad")
+    path.write_text(whole)
+    second = program()
+    assert [record["question_id"] for record in second] == [f"q{n}" for n in range(5)]
+    assert all("text" in record for record in second)
+    assert [second[n] for n in (0, 1, 3)] == [first[n] for n in (0, 1, 3)]
+
+
 def test_a_prompt_that_the_model_refuses_is_named_and_the_rest_of_its_batch_answered(
     program, tmp_path, monkeypatch
 ):

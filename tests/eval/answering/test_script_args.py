@@ -86,3 +86,19 @@ def test_the_shell_gets_every_word_whole(capsys):
     with pytest.raises(SystemExit, match="error: 1 2 3: vispruner takes"):
         script_args.main(["", "1", "2", "3"])
     assert sys.argv  # not read: the arguments were given
+
+
+def test_folders_are_meant_as_seen_from_where_the_script_was_called(tmp_path, monkeypatch, capsys):
+    for name in ("there/twig", "there/tower", "here"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("CALLED_FROM", str(tmp_path / "there"))
+    words = ["twigvlm", "64", "twig=twig", "--vision_tower", "./tower", "--model-base=../there"]
+    script_args.main([*words, "--engine-key-file", "nowhere"])
+    pairs, rest = capsys.readouterr().out.splitlines()[-1].split(" REST=")
+    assert pairs == f"PAIRS=(twig={tmp_path}/there/twig)"
+    wanted = f"--vision_tower {tmp_path}/there/tower --model-base={tmp_path}/there"
+    assert rest == f"({wanted} --engine-key-file nowhere)"
+    monkeypatch.setenv("CALLED_FROM", str(tmp_path / "here"))
+    script_args.main(["twigvlm", "64", "twig=../there/twig"])  # in the same folder: as it was typed
+    assert "PAIRS=(twig=../there/twig) " in capsys.readouterr().out

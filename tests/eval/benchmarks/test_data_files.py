@@ -172,3 +172,12 @@ def test_a_pickle_that_would_run_code_is_refused(refer_dir, tmp_path):
     argv = ("--refer-dir", refer_dir, "--dataset", "refcoco", "--split", "val", "--dst", tmp_path)
     done = convert("convert_refcoco_to_llava", *argv)
     assert done.returncode == 1 and "wants to load builtins.print" in done.stderr
+
+
+def test_annotations_that_are_cut_off_are_named(refer_dir, tmp_path):
+    path = refer_dir / "refcoco/refs(unc).p"
+    path.write_bytes(path.read_bytes()[:2])
+    argv = ("--refer-dir", refer_dir, "--dataset", "refcoco", "--split", "val", "--dst", tmp_path)
+    done = convert("convert_refcoco_to_llava", *argv)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {path} is not a REFER annotation")

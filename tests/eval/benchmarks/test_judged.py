@@ -172,7 +172,7 @@ def test_grades_are_averaged_per_capability_and_unreadable_ones_left_out(tmp_pat
 def test_the_benchmarks_own_prompt_is_followed_by_a_row_of_its_table():
     entry = {"question": "Q?", "answer": "a<OR>b"}
     system, user = eval_mmvet.judge_prompt(entry, "two\nlines", "Header | of the table\n")
-    assert system == "" and user == "Header | of the table\nQ? | a <OR> b | two lines"
+    assert system == "" and user == "Header | of the table\nQ? | a <OR> b | two lines | "
 
 
 @pytest.fixture

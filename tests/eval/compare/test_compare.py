@@ -13,13 +13,19 @@ import numpy as np
 import pytest
 import torch
 
+from llava.eval.benchmarks import scored_here
 from llava.eval.compare import report as compare_report
 from llava.eval.compare import suite
 from llava.eval.compare.budget import Budget, budget_of
 from llava.eval.compare.comparison import AVERAGE, compare_runs
 from llava.eval.compare.costs import Cost, measure_costs
 from llava.eval.compare.plot import plot
-from llava.eval.compare.published import model_beside, published_table, read_published
+from llava.eval.compare.published import (
+    SAME_RULE,
+    model_beside,
+    published_table,
+    read_published,
+)
 from llava.eval.efficiency.measure import Workload
 from llava.eval.files.answer_lines import Answer
 from llava.eval.files.records import read_jsonl
@@ -266,6 +272,24 @@ def test_a_broken_row_of_the_literature_is_named(tmp_path):
     path.write_text("\n".join([lines[0], lines[1].replace("own", "heard")]) + "\n")
     with pytest.raises(ValueError, match="line 2: status 'heard'"):
         read_published(str(path))
+
+
+def test_every_benchmark_that_the_literature_has_and_we_score_is_compared(finished):
+    rows, comparison = read_published(), deepcopy(finished[3])
+    known = {(row.benchmark, row.metric) for row in rows}
+    ours = {
+        (own, benchmark.metric): name
+        for name, benchmark in scored_here().items()
+        for own in (name, f"{name}_val")
+        if (own, benchmark.metric) in known
+    }
+    assert {"vizwiz_val", "seed", "refcoco+_testA", "refcocog"} <= set(ours.values())
+    assert {SAME_RULE.get(name): name for name in ours.values()} == ours
+    for row in comparison.rows:
+        row.cells["vizwiz_val"] = row.cells["gqa"]
+    comparison.rows[1].method = "divprune"
+    text = published_table(comparison, rows, "llava-1.5-7b")
+    assert "| `divprune` | 64 | vizwiz_val |" in text and "104.0 (57.8) | EADP |" in text
 
 
 def test_published_circular_accuracies_stand_beside_circular_ones_only(finished):

@@ -3,6 +3,7 @@
 import builtins
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -136,6 +137,29 @@ def test_an_unknown_option_or_benchmark_is_found_before_anything_runs(args, tmp_
     os.remove(os.path.join(args.data_dir, find_benchmark("sqa").questions))
     with pytest.raises(ValueError, match="has no questions of sqa"):
         suite.available(["pope", "sqa"], args.data_dir)
+
+
+def test_images_are_looked_for_before_anything_runs(args, capsys):
+    shutil.rmtree(os.path.join(args.data_dir, "images"))
+    assert [own.name for own in suite.available(None, args.data_dir)] == ["mmbench"]  # inside it
+    said = capsys.readouterr().err
+    assert "note: pope is left out, as it lacks " in said and "pope/val2014\n" in said
+    with pytest.raises(ValueError, match="^gqa lacks .*/gqa/data/images: see playground/data/eval"):
+        suite.available(["mmbench", "gqa"], args.data_dir)
+    os.remove(os.path.join(args.data_dir, find_benchmark("mmbench").questions))
+    with pytest.raises(ValueError, match="pope lacks .*, refcoco lacks "):
+        suite.available(None, args.data_dir)
+
+
+def test_questions_of_a_hidden_split_are_not_asked_to_be_scored_with_other_answers(args, capsys):
+    path = Path(args.data_dir, find_benchmark("vqav2").questions)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line["image"] = f"COCO_test2015_{number:012}.jpg"
+        Path(args.data_dir, "images", line["image"]).touch()
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "vqav2" not in {benchmark.name for benchmark in suite.available(None, args.data_dir)}
+    assert "vqav2 is left out, as it lacks " in capsys.readouterr().err
 
 
 def test_a_pair_of_methods_leaves_the_budget_and_its_first_method_twice_as_many(args):
