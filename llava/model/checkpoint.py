@@ -12,7 +12,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -394,6 +395,20 @@ def write_generation_config(folder: str, config: GenerationConfig) -> None:
     temperature without sampling, which released models have."""
     with open(os.path.join(folder, "generation_config.json"), "w", encoding="utf-8") as file:
         file.write(config.to_json_string())
+
+
+@contextmanager
+def any_generation_config(model: Any, folder: str | None) -> Iterator[None]:
+    """A block in which transformers saves `model` whatever its defaults of `generate` are, which
+    are in `folder` behind it (None: nowhere). By itself it refuses those of Vicuna and LLaVA-1.5,
+    a temperature without sampling, and writes no weights then."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+    if folder is not None:
+        write_generation_config(folder, own)
 
 
 def _copy_settings(source: str, target: str, torch_dtype: str | None) -> None:

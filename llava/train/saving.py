@@ -10,7 +10,9 @@ from collections.abc import Callable
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.modeling_utils import unwrap_model
 
+from llava.model.checkpoint import any_generation_config
 from llava.model.split_parameters import whole
 
 from .family import Family
@@ -114,7 +116,8 @@ def save_full(
         for name, value in state.items()
         if wanted(name)
     }
-    model.save_pretrained(folder, state_dict=state)
+    with any_generation_config(unwrap_model(model), folder):
+        model.save_pretrained(folder, state_dict=state)
     check_written(model, folder, wanted)
     config = portable_config(model, folder)
     if dtype is not None:

@@ -81,6 +81,21 @@ def test_the_loss_falls_and_the_result_loads_from_where_it_lies(workplace):
     assert all(torch.equal(again[name], trained[name]) for name in again)
 
 
+def test_defaults_of_generation_that_transformers_does_not_save_are_kept(workplace, tmp_path):
+    # Those of Vicuna and LLaVA-1.5: a temperature without sampling.
+    values = {"eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}
+    shutil.copytree(workplace / "start", workplace / "warm")
+    (workplace / "warm/generation_config.json").write_text(json.dumps(values))
+    flags = ["--model_name_or_path", workplace / "warm", "--max_steps", 1]
+    flags += ["--save_strategy", "steps", "--save_steps", 1]
+    trainer = run(workplace, tmp_path / "out", *flags)
+    trainer.model.save_pretrained(tmp_path / "again")
+    assert trainer.model.generation_config.temperature == 0.9
+    for folder in ("out", "out/checkpoint-1", "again"):
+        saved = json.loads((tmp_path / folder / "generation_config.json").read_text())
+        assert values.items() <= saved.items(), folder
+
+
 @pytest.mark.parametrize(
     "flags",
     [
