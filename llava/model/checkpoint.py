@@ -247,6 +247,7 @@ def clean_adapter_name(name: str) -> str:
     """A parameter's name in the model, from its name in a PEFT-wrapped one."""
     return (
         name.removeprefix("base_model.model.")
+        .replace(".base_layer.", ".")  # around an adapted layer's own bias
         .replace(".lora_A.default.", ".lora_A.")
         .replace(".lora_B.default.", ".lora_B.")
     )
@@ -254,7 +255,10 @@ def clean_adapter_name(name: str) -> str:
 
 def clean_trainable_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names of `non_lora_trainables.bin` without the wrappers of training."""
-    tensors = {name.removeprefix("base_model."): tensor for name, tensor in tensors.items()}
+    tensors = {
+        name.removeprefix("base_model.").replace(".base_layer.", "."): tensor
+        for name, tensor in tensors.items()
+    }
     if any(name.startswith("model.model.") for name in tensors):
         tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     return tensors

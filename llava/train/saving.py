@@ -49,10 +49,10 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
     bias = model.active_peft_config.bias
     layers = {name.split("lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}
 
-    def wanted(name: str, _: Tensor) -> bool:
+    def wanted(name: str, p: Tensor) -> bool:
         if "lora_" in name or bias == "none":
             return "lora_" in name
-        is_bias = name.endswith("bias")
+        is_bias = p.requires_grad and name.endswith("bias")
         # peft nests an adapted layer's own bias: LAYER.base_layer.bias
         return is_bias and (bias == "all" or name.removesuffix("base_layer.bias") in layers)
 

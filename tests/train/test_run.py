@@ -173,6 +173,17 @@ def test_a_lora_run_writes_adapter_and_projector(workplace, tmp_path):
         assert torch.allclose(value, trained[name], atol=1e-6), name
 
 
+def test_biases_that_are_trained_beside_an_adapter_load_with_it(workplace, tmp_path):
+    flags = ["--lora_enable", True, "--lora_r", 4, "--lora_bias", "all", "--max_steps", 1]
+    trained = run(workplace, tmp_path, *flags).model.merge_and_unload()
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    assert not any("vision_tower" in name for name in adapter)  # which is frozen
+    model = with_base(tmp_path, workplace / "start")
+    expected = parameters(trained)
+    for name, value in parameters(model).items():
+        assert torch.allclose(value, expected[name], atol=1e-6), name
+
+
 def test_bfloat16_keeps_float32_weights_and_writes_bfloat16(workplace, tmp_path):
     trainer = run(workplace, tmp_path, "--bf16", True, "--num_train_epochs", 4)
     assert losses(trainer)[-1] < losses(trainer)[0]
@@ -234,13 +245,16 @@ def test_a_plain_language_model_gets_vision_modules(workplace, tmp_path):
     assert "model.image_newline" in load_file(tmp_path / "out/model.safetensors")
 
 
+def with_base(folder, base):
+    """The model that a projector or an adapter in `folder` makes of `base`."""
+    options = {"device": "cpu", "torch_dtype": torch.float32}
+    return load_pretrained_model(str(folder), str(base), folder.name, **options)[1]
+
+
 def test_a_projector_alone_loads_onto_the_language_model_it_was_trained_with(workplace, tmp_path):
     flags = [*language_model(workplace, tmp_path / "language"), "--tune_mm_mlp_adapter", True]
     trained = run(workplace, tmp_path / "out", *flags).model
-    model = load_pretrained_model(
-        str(tmp_path / "out"), str(tmp_path / "language"), "out",
-        device="cpu", torch_dtype=torch.float32,
-    )[1]  # fmt: skip
+    model = with_base(tmp_path / "out", tmp_path / "language")
     newline = trained.model.image_newline.half().float()  # the loader rounds what such files hold
     assert torch.equal(model.model.image_newline, newline)
 
