@@ -60,8 +60,14 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def non_lora_state(model: nn.Module) -> dict[str, Tensor]:
-    """Trained parameters outside the adapter."""
-    return select_state(model, lambda name, p: p.requires_grad and "lora_" not in name)
+    """Trained parameters outside the adapter, and the projector also where it is kept fixed: the
+    base may lack it, or have another one."""
+
+    def wanted(name: str, p: Tensor) -> bool:
+        kept = p.requires_grad or any(part in name for part in ADAPTER_PARTS)
+        return kept and "lora_" not in name
+
+    return select_state(model, wanted)
 
 
 def save_projector(

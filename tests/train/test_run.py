@@ -259,6 +259,16 @@ def test_a_projector_alone_loads_onto_the_language_model_it_was_trained_with(wor
     assert torch.equal(model.model.image_newline, newline)
 
 
+def test_a_projector_that_is_kept_fixed_is_saved_beside_an_adapter(workplace, tmp_path):
+    flags = [*language_model(workplace, tmp_path / "language"), "--lora_enable", True]
+    flags += ["--lora_r", 4, "--freeze_mm_mlp_adapter", True]
+    trained = run(workplace, tmp_path / "out", *flags).model.get_base_model().model
+    model = with_base(tmp_path / "out", tmp_path / "language").model
+    for name, value in trained.mm_projector.state_dict().items():
+        assert torch.equal(model.mm_projector.state_dict()[name], value)
+    assert torch.equal(model.image_newline, trained.image_newline)
+
+
 def test_the_decoder_attends_as_it_is_told(workplace, tmp_path):
     words = command_line(workplace, tmp_path)
     for asked in ("eager", "sdpa"):
