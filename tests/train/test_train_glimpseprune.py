@@ -178,6 +178,18 @@ def test_a_loss_class_that_is_unknown_is_refused():
         LossWeights(loc_loss_class="L1")
 
 
+def test_prompts_are_not_cut_to_the_length_that_the_model_was_trained_with(workplace, tmp_path):
+    found = []
+    for limit in (2048, 16):
+        shutil.copytree(workplace / "llava", workplace / f"limit{limit}")
+        config = json.loads((workplace / "llava/config.json").read_text())
+        config["tokenizer_model_max_length"] = limit
+        (workplace / f"limit{limit}/config.json").write_text(json.dumps(config))
+        flags = ["--model_name_or_path", workplace / f"limit{limit}", "--max_steps", 1]
+        found.append(losses(train(command_line(workplace, tmp_path / str(limit), *flags))))
+    assert found[0] == found[1]
+
+
 # --- runs -----------------------------------------------------------------------------------------
 
 
