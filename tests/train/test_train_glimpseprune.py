@@ -11,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
+from llava.front_end import FrontEnd
 from llava.model import LlavaLlamaForCausalLM
 from llava.pruning import build_pruner
 from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
@@ -21,7 +22,7 @@ from llava.train.glimpse.arguments import (
     GlimpseTrainingArguments,
     with_config,
 )
-from llava.train.glimpse.batches import box_mask
+from llava.train.glimpse.batches import BoxDataset, ModelFacts, box_mask
 from llava.train.glimpse.data import pixel_box, read_datasets, sampled
 from llava.train.glimpse.loss import (
     GlimpseObjective,
@@ -103,6 +104,18 @@ def test_a_yaml_file_names_data_sets_even_the_same_twice(pictures, caplog):
     assert [s.question for s in samples] == ["What?", "What? Briefly."]
     assert [s.boxes for s in samples] == [[[0, 0, 20, 10]], None]
     assert "2 of 4 samples are left out: their picture is missing" in caplog.text
+
+
+def test_boxes_of_a_picture_that_was_made_smaller_lie_where_they_did(pictures, model):
+    (pictures / "d.json").write_text(json.dumps([line(), line(width=400, height=200)]))
+    small, large = read_datasets(str(pictures / "d.json"), str(pictures), 42)
+    large.boxes = [[10 * edge for edge in large.boxes[0]]]
+    dataset = BoxDataset([small, large], FrontEnd(None, ModelFacts.of(model), None, "vicuna_v1"))
+    one, other = (dataset.mask(sample, (40, 20), (6, 6)) for sample in (small, large))
+    assert torch.equal(one, other) and 0 < one.sum() < 36
+    (pictures / "e.json").write_text(json.dumps([line(width=0)]))
+    with pytest.raises(ValueError, match="width and height are .0, 20., expected numbers above 0"):
+        read_datasets(str(pictures / "e.json"), str(pictures), 42)
 
 
 def test_conversations_of_visual_cot_are_read(pictures):

@@ -45,13 +45,16 @@ DATASET_KEYS = (
 @dataclass
 class BoxSample:
     """A question about a picture, with boxes (left, top, right, bottom) in its pixels around what
-    the answer needs; None: all of it. score_funcs: what an answer is rewarded for."""
+    the answer needs; None: all of it. score_funcs: what an answer is rewarded for; size: (width,
+    height) of the picture that the boxes are of, where the file may be a smaller one; None: as it
+    is."""
 
     question: str
     answer: str
     path: str
     boxes: list[list[float]] | None
     score_funcs: tuple[str, ...] = ()
+    size: tuple[float, float] | None = None
 
 
 def read_datasets(source: str, img_dir: str, seed: int) -> list[BoxSample]:
@@ -180,12 +183,12 @@ def read_line(row: dict, folder: str, bbox_type: str) -> BoxSample:
     """A line of mapper "cot_train"."""
     path = os.path.join(folder, "cot", path_of(of(row), "dataset"), path_of(row, "image"))
     size = row["width"], row["height"]
-    if not all(map(is_number, size)):
-        raise ValueError(f"width and height are {size}, expected numbers")
+    if not all(map(is_number, size)) or min(size) <= 0:
+        raise ValueError(f"width and height are {size}, expected numbers above 0")
     if not isinstance(row["bboxs"], list):
         raise ValueError(f"bboxs is {row['bboxs']!r}, expected a list of boxes")
     boxes = [pixel_box(box, bbox_type, size) for box in row["bboxs"]]
-    return BoxSample(text_of(row, "question"), text_of(row, "answer"), path, boxes)
+    return BoxSample(text_of(row, "question"), text_of(row, "answer"), path, boxes, size=size)
 
 
 def read_conversation(row: dict, folder: str, bbox_type: str) -> BoxSample:
