@@ -134,6 +134,7 @@ def test_conversations_of_visual_cot_are_read(pictures):
     (sample,) = read_datasets(str(pictures / "b.yaml"), str(pictures), 42)
     assert (sample.question, sample.answer) == ("Where?", "There.")
     assert sample.boxes == [[4, 2, 8, 6]]
+    assert read_datasets(entry["json_path"], str(pictures), 42) == [sample]  # without a yaml file
 
 
 @pytest.mark.parametrize(

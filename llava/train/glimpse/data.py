@@ -107,8 +107,8 @@ def read_yaml(path: str) -> dict:
 
 def read_dataset(entry: dict, img_dir: str, seed: int) -> list[BoxSample]:
     """The samples of one entry of `datasets`, sampled as it says."""
-    mapper = entry.get("mapper", "cot_train")
-    if mapper not in MAPPERS:
+    mapper = entry.get("mapper")
+    if mapper is not None and mapper not in MAPPERS:
         raise ValueError(f"mapper {mapper!r} is unknown, choose from {', '.join(MAPPERS)}")
     if (entry.get("additional_mappers") or []) not in ([], ["norm_bboxes"]):
         raise ValueError(
@@ -125,6 +125,10 @@ def read_dataset(entry: dict, img_dir: str, seed: int) -> list[BoxSample]:
     if not isinstance(rewards, list) or not all(isinstance(name, str) for name in rewards):
         raise ValueError(f"score_funcs is {rewards!r}, expected a list of names")
     rows = list(enumerate(read_rows(path)))
+    if mapper is None:  # what the first one is
+        first = rows[0][1]
+        spoken = isinstance(first, dict) and "conversations" in first
+        mapper = "cot_bench" if spoken else "cot_train"
     total, rows = len(rows), sampled(rows, entry.get("sampling_strategy"), seed)
     folder, template = entry.get("img_dir") or img_dir, entry.get("prompt") or "{}"
     if "{}" not in template:
