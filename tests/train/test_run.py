@@ -222,6 +222,13 @@ def test_an_unfrozen_tower_learns_and_is_saved_with_the_model(workplace, tmp_pat
     assert torch.equal(again.get_vision_tower().vision_tower.state_dict()[name], trained)
 
 
+def test_processes_do_not_wait_for_layers_of_a_tower_that_do_not_run(workplace, tmp_path):
+    flags = ["--unfreeze_mm_vision_tower", True, "--gradient_checkpointing", True]
+    trainer = prepare(command_line(workplace, tmp_path, *flags))
+    unused = trainer.model.get_vision_tower().vision_tower.vision_model.post_layernorm.weight
+    assert unused.requires_grad and trainer.args.ddp_find_unused_parameters
+
+
 def language_model(workplace, folder):
     """Flags that give the language model of `workplace`, written to `folder`, an anyres tower."""
     config = json.loads((workplace / "start/config.json").read_text())
