@@ -292,6 +292,8 @@ def test_the_decoder_attends_as_it_is_told(workplace, tmp_path):
         (["--label_masks", "none"], "'exact' or 'released'"),
         (["--pruning_method", "nothing"], "unknown pruning method"),
         (["--max_pixels", "9000"], "--max_pixels: images for .*start have one size"),
+        (["--image_aspect_ratio", "padded"], "--image_aspect_ratio must be square or pad"),
+        (["--mm_patch_merge_type", "unpad"], "--mm_patch_merge_type must be flat or spatial"),
     ],
 )
 def test_wrong_flags_are_explained(workplace, tmp_path, flags, message):
