@@ -85,7 +85,8 @@ class LlavaFamily(Family):
         """As of every family: whoever loads the result asks in the words that the config names."""
         name = self.template_name(version)
         if version != "v0":
-            tokenizer.pad_token = tokenizer.unk_token
+            # Llama 3 knows no unknown tokens.
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         elif tokenizer.pad_token is None:
             add_token_rows(tokenizer, model, {"pad_token": "[PAD]"})
         setattr(model.config, CONFIG_KEY, name)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.pruning import build_pruner
+from llava.train.llava_family import LlavaFamily
 from llava.train.saving import PROJECTOR_FILE
 from llava.train.train import prepare, train
 from tests.conftest import TOWER
@@ -227,6 +229,12 @@ def test_processes_do_not_wait_for_layers_of_a_tower_that_do_not_run(workplace, 
     trainer = prepare(command_line(workplace, tmp_path, *flags))
     unused = trainer.model.get_vision_tower().vision_tower.vision_model.post_layernorm.weight
     assert unused.requires_grad and trainer.args.ddp_find_unused_parameters
+
+
+def test_a_tokenizer_without_an_unknown_token_pads_with_its_end_mark():
+    tokenizer = SimpleNamespace(unk_token=None, eos_token="</s>", pad_token=None)
+    LlavaFamily().choose_template(tokenizer, SimpleNamespace(config=SimpleNamespace()), "v1")
+    assert tokenizer.pad_token == "</s>"
 
 
 def language_model(workplace, folder):
