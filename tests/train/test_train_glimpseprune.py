@@ -207,6 +207,19 @@ def test_prompts_are_not_cut_to_the_length_that_the_model_was_trained_with(workp
 # --- runs -----------------------------------------------------------------------------------------
 
 
+def test_a_glimpse_is_trained_in_the_template_of_the_adapter(workplace, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = LlavaLlamaForCausalLM.from_pretrained(workplace / "llava")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    config = json.loads((workplace / "llava/config.json").read_text())
+    (tmp_path / "adapter/config.json").write_text(json.dumps({**config, "conv_mode": "llava_v1"}))
+    flags = ["--adapter_dir", tmp_path / "adapter", "--max_steps", 1]
+    train(command_line(workplace, tmp_path / "out", *flags))
+    assert json.loads((tmp_path / "out/config.json").read_text())["conv_mode"] == "llava_v1"
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     return make_workplace(tmp_path_factory.mktemp("glimpse"))
