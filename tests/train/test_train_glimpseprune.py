@@ -31,6 +31,7 @@ from llava.train.glimpse.loss import (
     dice_loss,
     hits,
 )
+from llava.train.run import FlagParser
 from llava.train.train_glimpseprune import found_boxes, train
 from tests.golden_data import GOLDEN
 from tests.paths import ROOT
@@ -151,6 +152,15 @@ def test_what_a_data_set_cannot_be_is_told(pictures, entry, message):
     (pictures / "d.yaml").write_text(yaml.dump({"datasets": [entry]}))
     with pytest.raises(ValueError, match=message):
         read_datasets(str(pictures / "d.yaml"), str(pictures), 42)
+
+
+def test_lists_of_a_recipe_may_be_empty(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("anchor_positions: []\nle_layers: []\nle_length: 1\n")
+    classes = GlimpseArguments, BoxArguments, GlimpseTrainingArguments
+    words = with_config(["--config", str(recipe), "--output_dir", str(tmp_path)])
+    given, *_ = FlagParser(classes).parse(words)
+    assert given.anchor_positions == [] and given.le_length == 0  # no layers: no glimpse
 
 
 # --- losses ---------------------------------------------------------------------------------------
