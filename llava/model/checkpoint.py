@@ -12,8 +12,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -248,6 +248,7 @@ def clean_adapter_name(name: str) -> str:
     """A parameter's name in the model, from its name in a PEFT-wrapped one."""
     return (
         name.removeprefix("base_model.model.")
+        .replace(".base_layer.", ".")  # around an adapted layer's own bias
         .replace(".lora_A.default.", ".lora_A.")
         .replace(".lora_B.default.", ".lora_B.")
     )
@@ -255,7 +256,10 @@ def clean_adapter_name(name: str) -> str:
 
 def clean_trainable_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names of `non_lora_trainables.bin` without the wrappers of training."""
-    tensors = {name.removeprefix("base_model."): tensor for name, tensor in tensors.items()}
+    tensors = {
+        name.removeprefix("base_model.").replace(".base_layer.", "."): tensor
+        for name, tensor in tensors.items()
+    }
     if any(name.startswith("model.model.") for name in tensors):
         tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     return tensors
@@ -411,6 +415,20 @@ def write_generation_config(folder: str, config: GenerationConfig) -> None:
     temperature without sampling, which released models have."""
     with open(os.path.join(folder, "generation_config.json"), "w", encoding="utf-8") as file:
         file.write(config.to_json_string())
+
+
+@contextmanager
+def any_generation_config(model: Any, folder: str | None) -> Iterator[None]:
+    """A block in which transformers saves `model` whatever its defaults of `generate` are, which
+    are in `folder` behind it (None: nowhere). By itself it refuses those of Vicuna and LLaVA-1.5,
+    a temperature without sampling, and writes no weights then."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+    if folder is not None:
+        write_generation_config(folder, own)
 
 
 def _copy_settings(source: str, target: str, torch_dtype: str | None) -> None:

@@ -15,6 +15,7 @@ from ..image_settings import ImageSettings
 from ..pruning import METHODS
 from ..pruning.base import Pruner
 from ..pruning.cues import check_cues, check_needs
+from .checkpoint import any_generation_config
 from .model_part import ModelPart
 
 Call = TypeVar("Call", bound=Callable)
@@ -145,8 +146,10 @@ class PrunerSlot(ModelPart):
                 key: own for key, own in state_dict.items() if not key.startswith("pruner_module.")
             }
         pruner, self.pruner = self._assigned.pruner, Pruner()
+        given = save_directory, is_main_process, state_dict
         try:
-            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+            with any_generation_config(self, save_directory if is_main_process else None):
+                super().save_pretrained(*given, *args, **kwargs)
         finally:
             self.pruner = pruner
 

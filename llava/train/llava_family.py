@@ -7,6 +7,7 @@ import math
 import transformers
 from torch import nn
 
+from llava.config_file import RULES, check_rules
 from llava.conv_mode import CONFIG_KEY, DEFAULT
 from llava.conversation import Conversation, conv_templates
 from llava.model.builder import FAMILIES
@@ -35,6 +36,11 @@ class LlavaFamily(Family):
         path, cache_dir = model_args.model_name_or_path, training_args.cache_dir
         if flag := next((name for name in PIXEL_BOUNDS if name in given), None):
             raise ValueError(f"--{flag}: images for {path} have one size, that of its vision tower")
+        layout = {
+            "--image_aspect_ratio": data_args.image_aspect_ratio,
+            "--mm_patch_merge_type": model_args.mm_patch_merge_type,
+        }
+        check_rules(layout, {flag: RULES[flag.removeprefix("--")] for flag in layout}, "flags")
         options = loading_options(self, model_args, training_args, attention)
         options["cache_dir"] = cache_dir
         if model_args.vision_tower is None and not self.kind.multimodal:
@@ -79,7 +85,8 @@ class LlavaFamily(Family):
         """As of every family: whoever loads the result asks in the words that the config names."""
         name = self.template_name(version)
         if version != "v0":
-            tokenizer.pad_token = tokenizer.unk_token
+            # Llama 3 knows no unknown tokens.
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         elif tokenizer.pad_token is None:
             add_token_rows(tokenizer, model, {"pad_token": "[PAD]"})
         setattr(model.config, CONFIG_KEY, name)

@@ -22,6 +22,7 @@ from llava.program_parser import typed_command
 from llava.spelling import did_you_mean
 
 from .fsdp import check_fsdp
+from .zero import check_deepspeed
 
 #: says in a checkpoint which run it belongs to
 RUN_FILE = "run.json"
@@ -57,6 +58,7 @@ def check_trainer_flags(training_args, has_eval_data: bool = False) -> None:
     loaded; has_eval_data: whether there is something to evaluate on."""
     check_evaluation(training_args, has_eval_data)
     check_fsdp(training_args)
+    check_deepspeed(training_args)
     if training_args.label_smoothing_factor:
         raise ValueError(
             f"--label_smoothing_factor {training_args.label_smoothing_factor} cannot be set: the "

@@ -130,6 +130,7 @@ def check_conversations(
     """
     alternate = conv.sep_style != SeparatorStyle.SINGLE
     plain = conv.sep_style == SeparatorStyle.PLAIN
+    asks = conv.sep_style == SeparatorStyle.LLAMA_2
     for number, sample in zip(numbers, progress(samples, "conversations", "samples"), strict=True):
         problem = settle_image(sample, several) or settle_messages(sample)
         if problem is None:
@@ -138,7 +139,7 @@ def check_conversations(
             problem = check_texts(sample["conversations"], reserved)
         if problem is None:
             messages = sample["conversations"]
-            problem = check_turns(messages, alternate, plain)
+            problem = check_turns(messages, alternate, plain, asks)
             for message in messages:
                 if message["from"] == "gpt" and not message["value"].strip():
                     findings.note(number, sample, "samples with an empty answer")
@@ -269,8 +270,11 @@ def check_texts(messages: list[dict], reserved: Sequence[str]) -> str | None:
     return None
 
 
-def check_turns(messages: list[dict], alternate: bool, plain: bool) -> str | None:
-    """Whether the turns come in an order that the template can hold."""
+def check_turns(
+    messages: list[dict], alternate: bool, plain: bool, asks: bool = False
+) -> str | None:
+    """Whether the turns come in an order that the template can hold; asks: it begins with a
+    question that is not empty."""
     roles = [message["from"] for message in messages]
     if "gpt" not in roles:
         return "has no answer"
@@ -293,6 +297,8 @@ def check_turns(messages: list[dict], alternate: bool, plain: bool) -> str | Non
         return "has no answer behind a question"
     if not any(message["value"].strip() for message in messages):
         return "holds no words"
+    if asks and not messages[start]["value"]:
+        return "begins with an empty question, for which this template has no place"
     return None
 
 

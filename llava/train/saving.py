@@ -10,7 +10,9 @@ from collections.abc import Callable
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.modeling_utils import unwrap_model
 
+from llava.model.checkpoint import any_generation_config
 from llava.model.split_parameters import whole
 
 from .family import Family
@@ -47,10 +49,10 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
     bias = model.active_peft_config.bias
     layers = {name.split("lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}
 
-    def wanted(name: str, _: Tensor) -> bool:
+    def wanted(name: str, p: Tensor) -> bool:
         if "lora_" in name or bias == "none":
             return "lora_" in name
-        is_bias = name.endswith("bias")
+        is_bias = p.requires_grad and name.endswith("bias")
         # peft nests an adapted layer's own bias: LAYER.base_layer.bias
         return is_bias and (bias == "all" or name.removesuffix("base_layer.bias") in layers)
 
@@ -58,8 +60,14 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def non_lora_state(model: nn.Module) -> dict[str, Tensor]:
-    """Trained parameters outside the adapter."""
-    return select_state(model, lambda name, p: p.requires_grad and "lora_" not in name)
+    """Trained parameters outside the adapter, and the projector also where it is kept fixed: the
+    base may lack it, or have another one."""
+
+    def wanted(name: str, p: Tensor) -> bool:
+        kept = p.requires_grad or any(part in name for part in ADAPTER_PARTS)
+        return kept and "lora_" not in name
+
+    return select_state(model, wanted)
 
 
 def save_projector(
@@ -114,7 +122,8 @@ def save_full(
         for name, value in state.items()
         if wanted(name)
     }
-    model.save_pretrained(folder, state_dict=state)
+    with any_generation_config(unwrap_model(model), folder):
+        model.save_pretrained(folder, state_dict=state)
     check_written(model, folder, wanted)
     config = portable_config(model, folder)
     if dtype is not None:

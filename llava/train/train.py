@@ -64,6 +64,9 @@ def prepare(
     pruner = chosen_pruner(model_args, pruner)
     if training_args.gradient_checkpointing and training_args.gradient_checkpointing_kwargs is None:
         training_args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    if model_args.unfreeze_mm_vision_tower and training_args.ddp_find_unused_parameters is None:
+        # What a tower has behind the selected layer gets no gradient; nobody may wait for it.
+        training_args.ddp_find_unused_parameters = True
     # Weights that no checkpoint brings (a new projector, LoRA) must not depend on the past.
     transformers.set_seed(training_args.seed)
     if training_args.fsdp and (training_args.lora_enable or model_args.tune_mm_mlp_adapter):

@@ -101,7 +101,8 @@ def load_frozen(
     """The model that is to be pruned, with what stands in front of it."""
     path, adapter = model_args.model_name_or_path, model_args.adapter_dir
     name = get_model_name_from_path(path)
-    version = checkpoint_conv_mode(path, model_name=name, given=box_args.version)
+    own = (adapter, path) if adapter else (path, None)  # an adapter says what it was trained in
+    version = checkpoint_conv_mode(*own, model_name=name, given=box_args.version)
     announce(version)
     with kept_whole(training_args):  # DeepSpeed splits it later, with all that is trained
         tokenizer, model, processor, _ = load_pretrained_model(

@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import transformers
 
+from llava.conv_mode import CONFIG_KEY
 from llava.judge import Judge
 from llava.pruning import build_pruner
 from llava.pruning.glimpseprune_modules import GlimpseConfig
@@ -114,6 +115,7 @@ def load_policy(model_args, box_args, args):
     checkpointing, args.gradient_checkpointing = args.gradient_checkpointing, False
     front = load_frozen(model_args, box_args, args)
     args.gradient_checkpointing = checkpointing
+    setattr(front.model.config, CONFIG_KEY, front.conv_mode)  # for whoever loads the adapter
     return front
 
 

@@ -200,9 +200,10 @@ def keep_questions_about_images(dataset) -> None:
     those that show one behind their first answer. Raises ValueError when nothing is left."""
 
     def fits(sample: dict) -> bool:
-        first, *others = sample["conversations"]
-        shown = [message["value"].count(DEFAULT_IMAGE_TOKEN) for message in (first, *others)]
-        return "image" in sample and sum(shown[1:]) == 0
+        messages = sample["conversations"]  # an answer in front, or a system turn, is none of them
+        answer = next(i for i, m in enumerate(messages) if i and m["from"] == "gpt")
+        late = any(DEFAULT_IMAGE_TOKEN in message["value"] for message in messages[answer:])
+        return "image" in sample and not late
 
     kept = [place for place, sample in enumerate(dataset.samples) if fits(sample)]
     if not kept:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 from transformers.integrations import deepspeed as hf_deepspeed
+
+logger = logging.getLogger(__name__)
+
+#: schedules of DeepSpeed that are one of the Trainer's
+SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear"}
 
 
 def join_processes(training_args) -> None:
@@ -43,6 +49,33 @@ def settle_sizes(training_args, hidden_size: int) -> None:
     if settings.is_zero3():
         settings.fill_only("zero_optimization.stage3_prefetch_bucket_size", int(0.9 * area))
         settings.fill_only("zero_optimization.stage3_param_persistence_threshold", 10 * hidden_size)
+
+
+def check_deepspeed(training_args) -> None:
+    """Raises ValueError for flags that a DeepSpeed file with an optimizer or a schedule of its own
+    leaves unread, and warns of --lr_scheduler_type, before a model is loaded."""
+    if not training_args.deepspeed:
+        return
+    config, file = training_args.hf_deepspeed_config.config, training_args.deepspeed
+    flags = {
+        "mm_projector_lr": training_args.mm_projector_lr is not None,
+        "mm_vision_tower_lr": training_args.mm_vision_tower_lr is not None,
+        "matrix_optim": training_args.matrix_optim != "same",
+    }
+    asked = next((name for name, given in flags.items() if given), None)
+    own = next((name for name in ("optimizer", "scheduler") if name in config), None)
+    if asked and own:
+        raise ValueError(
+            f"--{asked} {getattr(training_args, asked)}: the {own} of {file} has one learning rate "
+            'for all that is trained; take "optimizer" and "scheduler" out of a copy of that file, '
+            "or leave the flag out"
+        )
+    kind = config.get("scheduler", {}).get("type")
+    if kind is not None and SCHEDULES.get(kind) != training_args.lr_scheduler_type:
+        logger.warning(
+            "the schedule of %s, %s, takes the place of --lr_scheduler_type %s",
+            *(file, kind, training_args.lr_scheduler_type.value),
+        )
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.pruning import build_pruner
+from llava.train.llava_family import LlavaFamily
 from llava.train.saving import PROJECTOR_FILE
 from llava.train.train import prepare, train
 from tests.conftest import TOWER
@@ -79,6 +81,21 @@ def test_the_loss_falls_and_the_result_loads_from_where_it_lies(workplace):
     again = parameters(LlavaLlamaForCausalLM.from_pretrained(output))
     trained = parameters(trainer.model)
     assert all(torch.equal(again[name], trained[name]) for name in again)
+
+
+def test_defaults_of_generation_that_transformers_does_not_save_are_kept(workplace, tmp_path):
+    # Those of Vicuna and LLaVA-1.5: a temperature without sampling.
+    values = {"eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}
+    shutil.copytree(workplace / "start", workplace / "warm")
+    (workplace / "warm/generation_config.json").write_text(json.dumps(values))
+    flags = ["--model_name_or_path", workplace / "warm", "--max_steps", 1]
+    flags += ["--save_strategy", "steps", "--save_steps", 1]
+    trainer = run(workplace, tmp_path / "out", *flags)
+    trainer.model.save_pretrained(tmp_path / "again")
+    assert trainer.model.generation_config.temperature == 0.9
+    for folder in ("out", "out/checkpoint-1", "again"):
+        saved = json.loads((tmp_path / folder / "generation_config.json").read_text())
+        assert values.items() <= saved.items(), folder
 
 
 @pytest.mark.parametrize(
@@ -158,6 +175,17 @@ def test_a_lora_run_writes_adapter_and_projector(workplace, tmp_path):
         assert torch.allclose(value, trained[name], atol=1e-6), name
 
 
+def test_biases_that_are_trained_beside_an_adapter_load_with_it(workplace, tmp_path):
+    flags = ["--lora_enable", True, "--lora_r", 4, "--lora_bias", "all", "--max_steps", 1]
+    trained = run(workplace, tmp_path, *flags).model.merge_and_unload()
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    assert not any("vision_tower" in name for name in adapter)  # which is frozen
+    model = with_base(tmp_path, workplace / "start")
+    expected = parameters(trained)
+    for name, value in parameters(model).items():
+        assert torch.allclose(value, expected[name], atol=1e-6), name
+
+
 def test_bfloat16_keeps_float32_weights_and_writes_bfloat16(workplace, tmp_path):
     trainer = run(workplace, tmp_path, "--bf16", True, "--num_train_epochs", 4)
     assert losses(trainer)[-1] < losses(trainer)[0]
@@ -196,6 +224,19 @@ def test_an_unfrozen_tower_learns_and_is_saved_with_the_model(workplace, tmp_pat
     assert torch.equal(again.get_vision_tower().vision_tower.state_dict()[name], trained)
 
 
+def test_processes_do_not_wait_for_layers_of_a_tower_that_do_not_run(workplace, tmp_path):
+    flags = ["--unfreeze_mm_vision_tower", True, "--gradient_checkpointing", True]
+    trainer = prepare(command_line(workplace, tmp_path, *flags))
+    unused = trainer.model.get_vision_tower().vision_tower.vision_model.post_layernorm.weight
+    assert unused.requires_grad and trainer.args.ddp_find_unused_parameters
+
+
+def test_a_tokenizer_without_an_unknown_token_pads_with_its_end_mark():
+    tokenizer = SimpleNamespace(unk_token=None, eos_token="</s>", pad_token=None)
+    LlavaFamily().choose_template(tokenizer, SimpleNamespace(config=SimpleNamespace()), "v1")
+    assert tokenizer.pad_token == "</s>"
+
+
 def language_model(workplace, folder):
     """Flags that give the language model of `workplace`, written to `folder`, an anyres tower."""
     config = json.loads((workplace / "start/config.json").read_text())
@@ -219,15 +260,28 @@ def test_a_plain_language_model_gets_vision_modules(workplace, tmp_path):
     assert "model.image_newline" in load_file(tmp_path / "out/model.safetensors")
 
 
+def with_base(folder, base):
+    """The model that a projector or an adapter in `folder` makes of `base`."""
+    options = {"device": "cpu", "torch_dtype": torch.float32}
+    return load_pretrained_model(str(folder), str(base), folder.name, **options)[1]
+
+
 def test_a_projector_alone_loads_onto_the_language_model_it_was_trained_with(workplace, tmp_path):
     flags = [*language_model(workplace, tmp_path / "language"), "--tune_mm_mlp_adapter", True]
     trained = run(workplace, tmp_path / "out", *flags).model
-    model = load_pretrained_model(
-        str(tmp_path / "out"), str(tmp_path / "language"), "out",
-        device="cpu", torch_dtype=torch.float32,
-    )[1]  # fmt: skip
+    model = with_base(tmp_path / "out", tmp_path / "language")
     newline = trained.model.image_newline.half().float()  # the loader rounds what such files hold
     assert torch.equal(model.model.image_newline, newline)
+
+
+def test_a_projector_that_is_kept_fixed_is_saved_beside_an_adapter(workplace, tmp_path):
+    flags = [*language_model(workplace, tmp_path / "language"), "--lora_enable", True]
+    flags += ["--lora_r", 4, "--freeze_mm_mlp_adapter", True]
+    trained = run(workplace, tmp_path / "out", *flags).model.get_base_model().model
+    model = with_base(tmp_path / "out", tmp_path / "language").model
+    for name, value in trained.mm_projector.state_dict().items():
+        assert torch.equal(model.mm_projector.state_dict()[name], value)
+    assert torch.equal(model.image_newline, trained.image_newline)
 
 
 def test_the_decoder_attends_as_it_is_told(workplace, tmp_path):
@@ -246,6 +300,8 @@ def test_the_decoder_attends_as_it_is_told(workplace, tmp_path):
         (["--label_masks", "none"], "'exact' or 'released'"),
         (["--pruning_method", "nothing"], "unknown pruning method"),
         (["--max_pixels", "9000"], "--max_pixels: images for .*start have one size"),
+        (["--image_aspect_ratio", "padded"], "--image_aspect_ratio must be square or pad"),
+        (["--mm_patch_merge_type", "unpad"], "--mm_patch_merge_type must be flat or spatial"),
     ],
 )
 def test_wrong_flags_are_explained(workplace, tmp_path, flags, message):

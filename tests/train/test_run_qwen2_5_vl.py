@@ -115,6 +115,17 @@ def test_an_adapter_loads_onto_its_model_and_merges(place, tmp_path, start):  # 
     assert torch.equal(answers_of(merged), answers_of(model)) and processor.max_pixels == 8 * 784
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_are_trained_beside_an_adapter_load_with_it(place, tmp_path, start, bias):  # noqa: F811
+    trainer = run(place, tmp_path, *LORA, "--lora_bias", bias, "--max_steps", 2)
+    _, model, *_ = load(tmp_path, CHECKPOINT, torch_dtype=torch.float32)
+    name = "model.layers.0.self_attn.q_proj.bias"
+    assert not torch.equal(model.get_parameter(name), start[name])
+    trained = trainer.model.merge_and_unload()
+    assert torch.equal(model.get_parameter(name), trained.get_parameter(name))
+    torch.testing.assert_close(answers_of(model), answers_of(trained), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("flags", [[*FULL, "--group_by_modality_length", True], LORA])
 def test_a_resumed_run_continues_exactly(place, tmp_path, flags):  # noqa: F811
     # Three steps make an epoch.

@@ -104,6 +104,13 @@ def test_a_mistake_is_named_with_file_number_and_id(folder, tokenizer, case):
         load(folder, [good(), sample], tokenizer)
 
 
+def test_a_template_that_begins_with_a_question_has_no_place_for_an_empty_one(folder, tokenizer):
+    samples = [good(), good(image="absent", conversations=turns("", "Hi."))]
+    with pytest.raises(ValueError, match="sample 1 .*begins with an empty question"):
+        load(folder, samples, tokenizer, version="mistral_instruct")
+    assert len(load(folder, samples, tokenizer)) == 2
+
+
 def test_all_mistakes_are_counted_and_can_be_left_out(folder, tokenizer, caplog):
     samples = [good(id=i, image="b.png" if i % 2 else "a.png") for i in range(20)]
     with pytest.raises(ValueError, match="10 of 20 samples cannot be used:(\n.*){5}\n  and 5 more"):

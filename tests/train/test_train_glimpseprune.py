@@ -11,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
+from llava.front_end import FrontEnd
 from llava.model import LlavaLlamaForCausalLM
 from llava.pruning import build_pruner
 from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
@@ -21,7 +22,7 @@ from llava.train.glimpse.arguments import (
     GlimpseTrainingArguments,
     with_config,
 )
-from llava.train.glimpse.batches import box_mask
+from llava.train.glimpse.batches import BoxDataset, ModelFacts, box_mask
 from llava.train.glimpse.data import pixel_box, read_datasets, sampled
 from llava.train.glimpse.loss import (
     GlimpseObjective,
@@ -30,6 +31,7 @@ from llava.train.glimpse.loss import (
     dice_loss,
     hits,
 )
+from llava.train.run import FlagParser
 from llava.train.train_glimpseprune import found_boxes, train
 from tests.golden_data import GOLDEN
 from tests.paths import ROOT
@@ -105,6 +107,18 @@ def test_a_yaml_file_names_data_sets_even_the_same_twice(pictures, caplog):
     assert "2 of 4 samples are left out: their picture is missing" in caplog.text
 
 
+def test_boxes_of_a_picture_that_was_made_smaller_lie_where_they_did(pictures, model):
+    (pictures / "d.json").write_text(json.dumps([line(), line(width=400, height=200)]))
+    small, large = read_datasets(str(pictures / "d.json"), str(pictures), 42)
+    large.boxes = [[10 * edge for edge in large.boxes[0]]]
+    dataset = BoxDataset([small, large], FrontEnd(None, ModelFacts.of(model), None, "vicuna_v1"))
+    one, other = (dataset.mask(sample, (40, 20), (6, 6)) for sample in (small, large))
+    assert torch.equal(one, other) and 0 < one.sum() < 36
+    (pictures / "e.json").write_text(json.dumps([line(width=0)]))
+    with pytest.raises(ValueError, match="width and height are .0, 20., expected numbers above 0"):
+        read_datasets(str(pictures / "e.json"), str(pictures), 42)
+
+
 def test_conversations_of_visual_cot_are_read(pictures):
     question = (
         "<image>\nWhere? Please provide the bounding box coordinate of the region that can help "
@@ -121,6 +135,7 @@ def test_conversations_of_visual_cot_are_read(pictures):
     (sample,) = read_datasets(str(pictures / "b.yaml"), str(pictures), 42)
     assert (sample.question, sample.answer) == ("Where?", "There.")
     assert sample.boxes == [[4, 2, 8, 6]]
+    assert read_datasets(entry["json_path"], str(pictures), 42) == [sample]  # without a yaml file
 
 
 @pytest.mark.parametrize(
@@ -137,6 +152,15 @@ def test_what_a_data_set_cannot_be_is_told(pictures, entry, message):
     (pictures / "d.yaml").write_text(yaml.dump({"datasets": [entry]}))
     with pytest.raises(ValueError, match=message):
         read_datasets(str(pictures / "d.yaml"), str(pictures), 42)
+
+
+def test_lists_of_a_recipe_may_be_empty(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("anchor_positions: []\nle_layers: []\nle_length: 1\n")
+    classes = GlimpseArguments, BoxArguments, GlimpseTrainingArguments
+    words = with_config(["--config", str(recipe), "--output_dir", str(tmp_path)])
+    given, *_ = FlagParser(classes).parse(words)
+    assert given.anchor_positions == [] and given.le_length == 0  # no layers: no glimpse
 
 
 # --- losses ---------------------------------------------------------------------------------------
@@ -178,7 +202,32 @@ def test_a_loss_class_that_is_unknown_is_refused():
         LossWeights(loc_loss_class="L1")
 
 
+def test_prompts_are_not_cut_to_the_length_that_the_model_was_trained_with(workplace, tmp_path):
+    found = []
+    for limit in (2048, 16):
+        shutil.copytree(workplace / "llava", workplace / f"limit{limit}")
+        config = json.loads((workplace / "llava/config.json").read_text())
+        config["tokenizer_model_max_length"] = limit
+        (workplace / f"limit{limit}/config.json").write_text(json.dumps(config))
+        flags = ["--model_name_or_path", workplace / f"limit{limit}", "--max_steps", 1]
+        found.append(losses(train(command_line(workplace, tmp_path / str(limit), *flags))))
+    assert found[0] == found[1]
+
+
 # --- runs -----------------------------------------------------------------------------------------
+
+
+def test_a_glimpse_is_trained_in_the_template_of_the_adapter(workplace, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = LlavaLlamaForCausalLM.from_pretrained(workplace / "llava")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    config = json.loads((workplace / "llava/config.json").read_text())
+    (tmp_path / "adapter/config.json").write_text(json.dumps({**config, "conv_mode": "llava_v1"}))
+    flags = ["--adapter_dir", tmp_path / "adapter", "--max_steps", 1]
+    train(command_line(workplace, tmp_path / "out", *flags))
+    assert json.loads((tmp_path / "out/config.json").read_text())["conv_mode"] == "llava_v1"
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import TrainerCallback
 from llava.model import LlavaLlamaForCausalLM
 from llava.pruning import build_pruner
 from llava.pruning.twigvlm import grow_twig, save_twig
-from llava.train.train_twigvlm_plus import CLASSES, train
+from llava.train.train_twigvlm_plus import CLASSES, keep_questions_about_images, train
 from tests.paths import ROOT
 from tests.ports import free_port
 from tests.train.recipes import needs_bash, words_of
@@ -143,6 +144,17 @@ def test_stage_2_refuses_plain_twigs_texts_alone_and_its_own_start(workplace, st
     words = [*TWO, "--twig_path", stage1[0], "--data_path", texts]
     with pytest.raises(ValueError, match="stage 2 needs samples with an image, there is none"):
         run(workplace, tmp_path / "out", *words)
+
+
+def test_stage_2_keeps_questions_behind_a_system_turn_or_a_leading_answer():
+    asked = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    late = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}, *asked]
+    fronts = [[], [{"from": "system", "value": "Be brief."}], [{"from": "gpt", "value": "Hi."}]]
+    samples = [{"image": "a.png", "conversations": [*front, *asked]} for front in fronts]
+    samples += [{"image": "a.png", "conversations": [*front, *late]} for front in fronts]
+    data = SimpleNamespace(samples=samples, numbers=list(range(6)), data_path="data.json")
+    keep_questions_about_images(data)
+    assert data.numbers == [0, 1, 2]
 
 
 @needs_bash

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from llava.model import LlavaLlamaForCausalLM
 from llava.train.arguments import TrainingArguments
 from llava.train.optimizer import parameter_groups
-from llava.train.run import own_precision
+from llava.train.run import check_trainer_flags, own_precision
 from llava.train.saving import check_written, save_full
 from llava.train.zero import join_processes, settle_sizes
 from tests.paths import ROOT
@@ -131,6 +131,22 @@ def test_sizes_that_follow_the_width_are_whole_numbers(tmp_path, width, zero):
     for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size"):
         assert type(sizes[key]) is int and sizes[key] > 0.89 * width**2
     assert sizes["stage3_param_persistence_threshold"] == 10 * width
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("zero", ["zero3", "zero3_offload"])
+@pytest.mark.parametrize("flag", ["mm_projector_lr", "mm_vision_tower_lr"])
+def test_a_rate_that_a_deepspeed_file_leaves_unread_is_refused(tmp_path, caplog, flag, zero):
+    file = str(ROOT / f"scripts/{zero}.json")
+    options = dict(deepspeed=file, use_cpu=True, report_to="none", lr_scheduler_type="cosine")
+    check_trainer_flags(TrainingArguments(str(tmp_path), **options))
+    told = "WarmupLR, takes the place of --lr_scheduler_type cosine" in caplog.text
+    assert told == (zero == "zero3_offload")
+    args = TrainingArguments(str(tmp_path), **options, **{flag: 1e-5})
+    if zero == "zero3":
+        return check_trainer_flags(args)
+    with pytest.raises(ValueError, match=f"--{flag} 1e-05: the optimizer of .* has one learning"):
+        check_trainer_flags(args)
 
 
 @needs_deepspeed

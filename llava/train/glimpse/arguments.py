@@ -22,6 +22,8 @@ SHAPE = (
 ).split()
 #: and those that say how the result prunes unless its user says otherwise
 PRUNING = "reduce_threshold min_remain_num max_remain_ratio anchor_positions".split()
+#: lists of a recipe that may be empty, and the flags that say so: no layers are no glimpse
+EMPTY = {"anchor_positions": [], "le_layers": ["--le_length", "0"]}
 
 
 def shown(text: str) -> dict:
@@ -218,11 +220,13 @@ def with_config(words: Sequence[str]) -> list[str]:
     values = read_yaml(path)
     for name, value in (values.pop("env", None) or {}).items():
         os.environ[name] = str(value)
-    flags = []
+    flags, last = [], []
     for name, value in values.items():
         if isinstance(value, dict):
             raise ValueError(f"{path}: {name} must be a value or a list")
-        if value is not None:
+        if value == [] and name in EMPTY:
+            last += EMPTY[name]
+        elif value is not None:
             several = value if isinstance(value, list) else [value]
             flags += [f"--{name}", *map(str, several)]
-    return [*flags, *words[:place], *words[place + 2 :]]
+    return [*flags, *last, *words[:place], *words[place + 2 :]]

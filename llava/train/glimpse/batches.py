@@ -160,7 +160,11 @@ class BoxDataset(Dataset):
         """(h, w) True on the tokens in the boxes of a sample; size: (width, height) as stored."""
         ratio = self.front.model.image_settings.image_aspect_ratio
         mode = "whole" if self.grid is None else ratio
-        return box_mask(sample.boxes, size, grid, mode, self.frame)
+        boxes = sample.boxes
+        if boxes is not None and sample.size is not None:
+            across, down = (here / there for here, there in zip(size, sample.size, strict=True))
+            boxes = [[x * across, y * down, z * across, w * down] for x, y, z, w in boxes]
+        return box_mask(boxes, size, grid, mode, self.frame)
 
     def keep_within(self, limits: LengthLimits) -> None:
         """Leaves out, with a warning that counts them, samples beyond the limits, and pictures that

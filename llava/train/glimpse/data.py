@@ -45,13 +45,16 @@ DATASET_KEYS = (
 @dataclass
 class BoxSample:
     """A question about a picture, with boxes (left, top, right, bottom) in its pixels around what
-    the answer needs; None: all of it. score_funcs: what an answer is rewarded for."""
+    the answer needs; None: all of it. score_funcs: what an answer is rewarded for; size: (width,
+    height) of the picture that the boxes are of, where the file may be a smaller one; None: as it
+    is."""
 
     question: str
     answer: str
     path: str
     boxes: list[list[float]] | None
     score_funcs: tuple[str, ...] = ()
+    size: tuple[float, float] | None = None
 
 
 def read_datasets(source: str, img_dir: str, seed: int) -> list[BoxSample]:
@@ -104,8 +107,8 @@ def read_yaml(path: str) -> dict:
 
 def read_dataset(entry: dict, img_dir: str, seed: int) -> list[BoxSample]:
     """The samples of one entry of `datasets`, sampled as it says."""
-    mapper = entry.get("mapper", "cot_train")
-    if mapper not in MAPPERS:
+    mapper = entry.get("mapper")
+    if mapper is not None and mapper not in MAPPERS:
         raise ValueError(f"mapper {mapper!r} is unknown, choose from {', '.join(MAPPERS)}")
     if (entry.get("additional_mappers") or []) not in ([], ["norm_bboxes"]):
         raise ValueError(
@@ -122,6 +125,10 @@ def read_dataset(entry: dict, img_dir: str, seed: int) -> list[BoxSample]:
     if not isinstance(rewards, list) or not all(isinstance(name, str) for name in rewards):
         raise ValueError(f"score_funcs is {rewards!r}, expected a list of names")
     rows = list(enumerate(read_rows(path)))
+    if mapper is None:  # what the first one is
+        first = rows[0][1]
+        spoken = isinstance(first, dict) and "conversations" in first
+        mapper = "cot_bench" if spoken else "cot_train"
     total, rows = len(rows), sampled(rows, entry.get("sampling_strategy"), seed)
     folder, template = entry.get("img_dir") or img_dir, entry.get("prompt") or "{}"
     if "{}" not in template:
@@ -180,12 +187,12 @@ def read_line(row: dict, folder: str, bbox_type: str) -> BoxSample:
     """A line of mapper "cot_train"."""
     path = os.path.join(folder, "cot", path_of(of(row), "dataset"), path_of(row, "image"))
     size = row["width"], row["height"]
-    if not all(map(is_number, size)):
-        raise ValueError(f"width and height are {size}, expected numbers")
+    if not all(map(is_number, size)) or min(size) <= 0:
+        raise ValueError(f"width and height are {size}, expected numbers above 0")
     if not isinstance(row["bboxs"], list):
         raise ValueError(f"bboxs is {row['bboxs']!r}, expected a list of boxes")
     boxes = [pixel_box(box, bbox_type, size) for box in row["bboxs"]]
-    return BoxSample(text_of(row, "question"), text_of(row, "answer"), path, boxes)
+    return BoxSample(text_of(row, "question"), text_of(row, "answer"), path, boxes, size=size)
 
 
 def read_conversation(row: dict, folder: str, bbox_type: str) -> BoxSample:

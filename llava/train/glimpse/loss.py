@@ -73,6 +73,14 @@ class GlimpseObjective(nn.Module):
         """The part that is trained."""
         return self.llava.pruner.module
 
+    def train(self, mode: bool = True) -> GlimpseObjective:
+        """As of every module; the frozen model takes prompts as it does when it is used, whole,
+        and not cut to the length that it was trained with."""
+        super().train(mode)
+        self.llava.eval()
+        self.glimpse.train(mode)
+        return self
+
     def forward(
         self,
         input_ids: Tensor,

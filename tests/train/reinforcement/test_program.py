@@ -131,6 +131,8 @@ def test_a_run_resumes_exactly_and_its_adapter_is_used_and_trained_upon(
         assert torch.equal(value, adapter(rest)[name]), name
 
     base, out = str(workplace / family), str(tmp_path / "whole")
+    template = {"llava": "vicuna_v1", "qwen": "qwen2_5_vl"}[family]
+    assert json.loads((tmp_path / "whole/config.json").read_text())["conv_mode"] == template
     options = dict(device="cpu", torch_dtype=torch.float32)
     _, merged, _, _ = load_pretrained_model(out, base, get_model_name_from_path(base), **options)
     theirs = whole.objective.policy.merge_and_unload().state_dict()
