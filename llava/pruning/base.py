@@ -146,7 +146,8 @@ class ShareOption(Pruner):
     """Base of methods whose budget `visual_token_num` may be given as a share.
 
     visual_token_ratio: share of an image's tokens in place of `visual_token_num`, which is None
-                        then; above 0 to 1, rounded (halves to even), at least one token
+                        then; above 0 to 1, rounded (halves to even), at least one token. On
+                        LLaVA-NeXT it is made a number once, that of an image of five crops
     """
 
     visual_token_num: int | None = None

@@ -23,6 +23,9 @@ from .ops import NEGLIGIBLE, normalize, picks_then_rest, range_in_image
 from .questions import bare_question
 from .tokens import VisionTokens
 
+#: of a relevance whose square is far from the largest number of fp32, about exp(88)
+LARGEST_EXPONENT = 40.0
+
 
 @dataclass
 class CDPruner(AsksClip, SelectPruner):
@@ -58,7 +61,9 @@ class CDPruner(AsksClip, SelectPruner):
         # Patches of CLIP resemble a text least where it is about them, hence the sign.
         relevance = scale_per_image(-cosine, owners)
         if self.theta is not None:
-            relevance = torch.exp(relevance * self.theta / (2 * (1 - self.theta)))
+            weight = self.theta / (2 * (1 - self.theta))
+            # A factor common to all patches changes no choice, and squares must stay finite.
+            relevance = torch.exp(relevance * weight - max(0.0, weight - LARGEST_EXPONENT))
         return with_extra(vision, RELEVANCE, relevance)
 
     def after_projector(self, vision: VisionTokens) -> VisionTokens:

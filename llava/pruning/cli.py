@@ -73,7 +73,8 @@ def add_option_args(parser: argparse.ArgumentParser, group=None) -> None:
         type=lambda text: f"visual_token_ratio={text}",
         default=argparse.SUPPRESS,
         metavar="SHARE",
-        help="in place of a number, a share of the tokens that an image has: above 0, at most 1",
+        help="in place of a number, a share of the tokens that an image has (LLaVA-NeXT: one of "
+        "five crops): above 0, at most 1",
     )
     group.add_argument(
         "--pruning-arg",

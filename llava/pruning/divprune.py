@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .base import WholeImages
 from .captured import captured
-from .ops import normalize
+from .ops import cosines
 from .published import Published
 from .tokens import ImageTokens, VisionTokens, keep_chosen
 
@@ -80,11 +80,11 @@ def farthest_first(features: Tensor, count: int) -> Tensor:
     """Places (B, count) of features (B, N, C) in the order they are picked.
 
     The first is the token with the most distant nearest neighbour, each further one the token whose
-    cosine distance to the picked ones is largest. Ties go to the lower place.
+    cosine distance to the picked ones is largest. Ties go to the lower place; copies of picks are
+    all at distance 0.
     """
     count = min(count, features.shape[1])
-    unit = normalize(features)
-    distance = (1 - unit @ unit.transpose(1, 2)).clamp(min=0)  # (B, N, N)
+    distance = 1 - cosines(features)  # (B, N, N)
     itself = torch.eye(features.shape[1], dtype=torch.bool, device=features.device)
     isolation = distance.masked_fill(itself, torch.inf).amin(dim=2)
     picks, reach = [], distance.new_full(isolation.shape, torch.inf)
@@ -93,4 +93,4 @@ def farthest_first(features: Tensor, count: int) -> Tensor:
         row = distance.gather(1, pick[..., None].expand(-1, -1, distance.shape[2]))[:, 0]
         reach = torch.minimum(reach, row).scatter(1, pick, -torch.inf)
         picks.append(pick)
-    return torch.cat(picks, dim=1) if picks else isolation.new_empty(len(unit), 0).long()
+    return torch.cat(picks, dim=1) if picks else isolation[:, :0].long()

@@ -192,8 +192,10 @@ class Nuwa(SinkFilter, OwnGrids, VisionStage, DecoderPruner):
         wanted = min(round(7 * total / 4), 2 * total - 1)
         if crops > 1:
             wanted = max(1, NEXT_TOKENS.get(total, round(20 * total / 11)) // crops)
-        whole_cells = (side // CELL * CELL) ** 2 if self.region else num_patches
-        return min(wanted, whole_cells)
+        if not self.region:
+            return min(wanted, num_patches)
+        top = self.top_per_region if crops == 1 else None  # of several crops cells offer enough
+        return min(wanted, (side // CELL) ** 2 * (top or CELL**2))
 
     def stage2_tokens(self, count: int, num_patches: int, crops: int) -> int:
         """Tokens of stage 2 of an image with `count` tokens in the decoder."""

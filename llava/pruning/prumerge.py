@@ -75,7 +75,9 @@ class PruMerge(SinkFilter, VisionStage, Pruner):
             check_budget(self.visual_token_num, num_patches, crops)
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
-        most = num_patches if self.plus else num_patches // 4 + 1  # a quarter is above a quartile
+        most = num_patches + 1  # all of them, and the one for the rest
+        if not self.plus and self.outlier_factor >= 0:
+            most = num_patches // 4 + 1  # a quarter is above a quartile
         if self.visual_token_num is not None:
             most = self.visual_token_num
         elif self.reduction_ratio is not None and not self.plus:

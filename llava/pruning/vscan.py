@@ -115,7 +115,23 @@ class VScan(SinkFilter, OwnGrids, VisionStage, BudgetPruner, CutLayers):
                 f"encoder_token_num ({self.encoder_token_num}) exceeds the {num_patches} patches "
                 "of a crop"
             )
+        if self.image_token_list is None and self.cut_ratio_list is None:
+            self._check_average(num_patches, num_layers, crops)
         self.token_schedule(num_patches, num_layers, crops)
+
+    def _check_average(self, num_patches: int, num_layers: int, crops: int) -> None:
+        """Raises ValueError when the layers before the cut alone exceed the average."""
+        total = num_patches * crops
+        budget, first = self.tokens_of(total) // crops, self.cut_layers(num_layers)[0]
+        wanted = self.encoder_tokens(budget, num_patches)
+        least = (wanted * first + num_layers - first) / num_layers
+        if least >= budget + 1:
+            raise ValueError(
+                f"visual_token_num ({self.tokens_of(total)}) is out of reach: {wanted} tokens of a "
+                f"crop in the first {first} of {num_layers} layers, and one in the others, are "
+                f"{least:.1f} on average; give image_token_list or cut_ratio_list, fewer tokens of "
+                "the vision stage (encoder_token_num), or an earlier layer_list"
+            )
 
     def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
         local = self.local_layer

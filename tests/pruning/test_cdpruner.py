@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llava import linear
-from llava.pruning import build_pruner, trace_pruning
+from llava.pruning import VisionTokens, build_pruner, trace_pruning
 from llava.pruning.cdpruner import CDPruner, largest_volume, scale_per_image
 from llava.pruning.clip_text import ClipText
 from llava.pruning.questions import bare_question
@@ -160,6 +160,20 @@ def test_a_tower_without_text_is_an_error_when_the_method_is_chosen(tmp_path):
     tower = SimpleNamespace(vision_tower_name=str(tmp_path), is_loaded=False)
     with pytest.raises(ValueError, match="holds no weights of a CLIP model"):
         CDPruner().attach(SimpleNamespace(get_vision_tower=lambda: tower))
+
+
+@pytest.mark.parametrize("theta", [0.5, 0.99, 0.995, 0.999])
+def test_next_to_a_weight_of_1_relevance_alone_decides_between_unlike_patches(theta):
+    features = torch.eye(8)[None]
+    shares = torch.tensor([0.0, 0.3, 0.1, 0.9, 0.95, 0.2, 1.0, 0.4])
+    embeds = torch.stack([-shares, (1 - shares.square()).sqrt()], dim=1)[None]
+    pruner = CDPruner(visual_token_num=3, theta=theta)
+    pruner.module = SimpleNamespace(
+        image_embeds=lambda _: embeds, directions=lambda _: torch.tensor([[1.0, 0.0]])
+    )
+    places = torch.arange(8)[None]
+    vision = VisionTokens(features, places, (1, 8), torch.zeros(1).long(), questions=["what?"])
+    assert pruner.select(pruner.after_encoder(vision)).tolist() == [[6, 4, 3]]
 
 
 def test_theta_outside_its_range_is_an_error():

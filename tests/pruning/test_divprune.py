@@ -27,6 +27,13 @@ def test_copies_come_last_in_their_order():
     assert farthest_first(features, 5).tolist() == [[4, 0, 2, 1, 3]]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_behind_one_of_each_kind_copies_of_picks_follow_by_their_places(seed):
+    base = torch.randn(5, 9, generator=torch.Generator().manual_seed(seed))
+    kind = torch.tensor([0, 1, 2, 3, 4, 3, 1, 0, 4, 2, 2, 0, 1])
+    assert farthest_first(base[kind][None], 13)[0, 5:].tolist() == list(range(5, 13))
+
+
 def test_identical_tokens_are_picked_in_order_and_only_once():
     assert farthest_first(torch.ones(1, 6, 4), 4).tolist() == [[0, 1, 2, 3]]
 

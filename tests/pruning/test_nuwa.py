@@ -41,6 +41,14 @@ def test_every_budget_is_the_average_over_the_layers(budget):
     assert min(schedule) >= 1
 
 
+@pytest.mark.parametrize("top, entering", [(1, 9), (2, 18), (4, 28)])
+def test_where_cells_offer_fewer_the_second_stage_keeps_the_average(model, sample, top, entering):
+    model.pruner = Nuwa(visual_token_num=16, top_per_region=top)
+    seen = [int(n) for n in run(model, sample(4, "image", 5)).visual_tokens]
+    assert seen == model.pruner.token_schedule(36, 6)
+    assert seen == [entering] * 3 + [min(entering, 32 - entering)] * 3
+
+
 def test_the_second_stage_follows_the_depth():
     assert Nuwa().cut_layer(40) == 20
     assert Nuwa(layer=16).cut_layer(40) == 16

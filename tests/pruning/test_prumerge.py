@@ -75,6 +75,17 @@ def test_images_of_a_batch_keep_their_own_number(model, sample):
     assert max(alone) <= model.pruner.token_schedule(36, 6)[0]
 
 
+@pytest.mark.parametrize(
+    "options", [{"plus": True, "reduction_ratio": 1.0}, {"outlier_factor": -0.9}]
+)
+def test_no_image_has_more_tokens_than_the_schedule_says(model, sample, options):
+    model.pruner = PruMerge(**options)
+    prompt = sample(3, "image", 4)
+    with trace_pruning(model) as trace:
+        model(prompt.ids, images=prompt.images)
+    assert 10 < int(trace.visual_tokens[0][0]) <= model.pruner.token_schedule(36, 6)[0] == 37
+
+
 def test_tiled_images_are_refused_at_once(anyres_model):
     with pytest.raises(ValueError, match="one crop per image"):
         anyres_model.pruner = build_pruner("prumerge")

@@ -96,3 +96,16 @@ def test_impossible_settings_are_refused_when_assigned(model):
     for options in ({"encoder_token_num": 37}, {"layer_list": [6]}, {"local_layer": 3}):
         with pytest.raises(ValueError, match="exceeds|below|must be one of"):
             model.pruner = VScan(visual_token_num=10, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"encoder_token_num": 192}, {"encoder_token_ratio": 0.6}, {"layer_list": [30]}]
+)
+def test_an_average_that_the_layers_before_the_cut_exceed_is_refused(options):
+    with pytest.raises(ValueError, match=r"visual_token_num \(64\) is out of reach"):
+        VScan(**options).check(576, 32)
+
+
+def test_what_is_left_may_be_said_in_place_of_an_average():
+    VScan(encoder_token_num=192, image_token_list=[64]).check(576, 32)
+    VScan(encoder_token_ratio=0.6, cut_ratio_list=[0.67]).check(1000, 28)
