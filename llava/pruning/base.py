@@ -250,9 +250,7 @@ class BudgetPruner(ShareOption):
         check_budget(self.tokens_of(num_patches * crops), num_patches, crops, shared)
 
 
-def check_budget(
-    visual_token_num: int, num_patches: int, crops: int, shared: bool = True
-) -> None:
+def check_budget(visual_token_num: int, num_patches: int, crops: int, shared: bool = True) -> None:
     """Raises ValueError when the budget does not fit an image of `crops` crops; shared: the crops
     share it, so that each of them needs a token, and are not chosen from as a whole."""
     available = num_patches * crops
