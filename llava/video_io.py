@@ -126,6 +126,8 @@ def read_file(path: Path, fps: float, most: int) -> Clip:
         raise ValueError(f"{path}: {NO_READER}") from None
     try:
         with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError("it holds no pictures, only sound or data")
             stream = container.streams.video[0]
             rate = float(stream.average_rate or 0)
             total = sum(packet.pts is not None for packet in container.demux(stream))

@@ -159,6 +159,17 @@ def test_files_of_telephones_are_turned_upright(tmp_path, monkeypatch, degrees):
     assert shown == stored.rotate(degrees, expand=True)
 
 
+def test_sound_alone_is_no_video(tmp_path, monkeypatch):
+    monkeypatch.setattr(Container, "streams", SimpleNamespace(video=()))
+    reader = ModuleType("av")
+    reader.open, reader.FFmpegError = lambda path: Container(), OSError
+    monkeypatch.setitem(sys.modules, "av", reader)
+    song = tmp_path / "song.m4a"
+    song.write_bytes(b"not an image")
+    with pytest.raises(ValueError, match="song.m4a: it holds no pictures, only sound"):
+        load_video(song)
+
+
 def test_reading_needs_no_torch():
     code = "import sys, llava.video_io; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
