@@ -25,6 +25,12 @@ LEAST, MOST = 4, 768
 FRAME_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 #: milliseconds that a picture of an animation stands where the file says nothing, as in browsers
 USUAL_DURATION = 100
+#: degrees against the clock that a frame has to be turned by to be seen upright -> how
+TURNS = {
+    90: Image.Transpose.ROTATE_90,
+    180: Image.Transpose.ROTATE_180,
+    270: Image.Transpose.ROTATE_270,
+}
 NO_READER = (
     f"video files need PyAV, which is not installed: {how_to_install('video')}, or give a folder "
     "of frames, or an animated GIF or WebP"
@@ -112,13 +118,16 @@ def read_animation(image: Image.Image, fps: float, most: int) -> Clip:
 
 
 def read_file(path: Path, fps: float, most: int) -> Clip:
-    """A video file; it is read twice, so that no more frames than are taken are in memory."""
+    """A video file, upright; it is read twice, so that no more frames than are taken are in
+    memory."""
     try:
         import av
     except ImportError:
         raise ValueError(f"{path}: {NO_READER}") from None
     try:
         with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError("it holds no pictures, only sound or data")
             stream = container.streams.video[0]
             rate = float(stream.average_rate or 0)
             total = sum(packet.pts is not None for packet in container.demux(stream))
@@ -127,11 +136,18 @@ def read_file(path: Path, fps: float, most: int) -> Clip:
         seconds = total / rate
         chosen = spread(total, num_taken(total, seconds, fps, most))
         with av.open(str(path)) as container:
-            decoded = (frame.to_image() for frame in container.decode(video=0))
-            frames = pick(decoded, chosen)
+            frames = pick(map(upright, container.decode(video=0)), chosen)
     except (av.FFmpegError, IndexError, ValueError) as error:
         raise ValueError(f"cannot read video {path}: {error}") from error
     return Clip(frames, len(frames) / seconds)
+
+
+def upright(frame) -> Image.Image:
+    """A frame of PyAV as a player shows it: a telephone stores it as the sensor saw it, and says
+    beside it how to turn it (PyAV 14 or later tells)."""
+    turn = TURNS.get(getattr(frame, "rotation", 0) % 360)
+    image = frame.to_image()
+    return image if turn is None else image.transpose(turn)
 
 
 def num_taken(total: int, seconds: float, fps: float, most: int) -> int:

@@ -142,6 +142,34 @@ def test_files_are_read_by_pyav_where_it_is_installed(tmp_path, monkeypatch):
     assert numbers(clip) == [0, 6, 12, 17, 23, 24] and clip.fps == 2
 
 
+@pytest.mark.parametrize("degrees", [0, -90, 90, 180])
+def test_files_of_telephones_are_turned_upright(tmp_path, monkeypatch, degrees):
+    """PyAV says by how many degrees a frame is turned against the clock to be shown."""
+    stored = Image.new("RGB", (8, 6), "blue")
+    stored.putpixel((0, 0), (255, 0, 0))
+    frame = SimpleNamespace(to_image=lambda: stored, rotation=degrees)
+    monkeypatch.setattr(Container, "decode", lambda self, video: iter([frame] * 30))
+    reader = ModuleType("av")
+    reader.open, reader.FFmpegError = lambda path: Container(), OSError
+    monkeypatch.setitem(sys.modules, "av", reader)
+    film = tmp_path / "film.mp4"
+    film.write_bytes(b"not an image")
+    shown = load_video(film).frames[0]
+    assert shown.size == ((8, 6) if degrees in (0, 180) else (6, 8))
+    assert shown == stored.rotate(degrees, expand=True)
+
+
+def test_sound_alone_is_no_video(tmp_path, monkeypatch):
+    monkeypatch.setattr(Container, "streams", SimpleNamespace(video=()))
+    reader = ModuleType("av")
+    reader.open, reader.FFmpegError = lambda path: Container(), OSError
+    monkeypatch.setitem(sys.modules, "av", reader)
+    song = tmp_path / "song.m4a"
+    song.write_bytes(b"not an image")
+    with pytest.raises(ValueError, match="song.m4a: it holds no pictures, only sound"):
+        load_video(song)
+
+
 def test_reading_needs_no_torch():
     code = "import sys, llava.video_io; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -44,11 +44,13 @@ class TokenMaps:
     text:   the token
     shares: per image, the share of all attention that its tokens get
     maps:   per image (patches,) the attention that each patch gets, NaN where it is not there
+    grids:  per image the (h, w) patches of each crop, which a method may have made smaller
     """
 
     text: str
     shares: list[float]
     maps: list[np.ndarray]
+    grids: list[tuple[int, int]]
 
 
 @torch.inference_mode()
@@ -87,7 +89,8 @@ def attention_maps(
             for value, patches, there, image, grid in places
         ]
         shares = [round(float(value.sum()), 6) for value in values]
-        found.append(TokenMaps(front.tokenizer.decode([token]), shares, maps))
+        text = front.tokenizer.decode([token])
+        found.append(TokenMaps(text, shares, maps, trace.grids))
     return found
 
 
@@ -181,7 +184,8 @@ def main() -> None:
     found = attention_maps(front, images, query, args.layer, args.head, args.max_new_tokens)
     os.makedirs(args.output_dir, exist_ok=True)
     model = front.model
-    boxes = [token_boxes(image.size, model, front.grid(front.picture(image))) for image in images]
+    shown = zip(images, found[0].grids, strict=True)
+    boxes = [token_boxes(image.size, model, grid) for image, grid in shown]
     where = f"(layer {args.layer % model.config.num_hidden_layers}"
     where += ", mean of its heads)" if args.head is None else f", head {args.head})"
     pictures = [draw_token(own, images, boxes, where) for own in found]

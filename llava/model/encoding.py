@@ -77,7 +77,7 @@ class ImageEncoding(ModelPart):
             raise ValueError(
                 f"images must be tensors, as process_images makes of pictures, not {odd[0]}"
             )
-        tiled = isinstance(images, list) or images.ndim == 5
+        tiled = not isinstance(images, Tensor) or images.ndim == 5
         parts = [image if image.ndim == 4 else image[None] for image in images]
         counts = [len(part) for part in parts]
         if questions is not None and len(questions) != len(counts):

@@ -153,6 +153,7 @@ class PrefixCache:
         drafter = self.model.drafter_for(dict(kwargs))  # it fills caches of its own
         trace = self.model.pruning_trace
         whole = trace is not None and trace.attention_layers  # rows are over all of the prompt
+        whole = whole or setting(self.model, kwargs, "output_hidden_states")  # so are these
         cached = setting(self.model, kwargs, "use_cache") is not False
         if images and drafter is None and cached and not whole:
             prefix = self._prefix(prompt, prompts, image_keys)

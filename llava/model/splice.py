@@ -93,7 +93,10 @@ class Splice(ModelPart):
         training = self.as_in_training
         if training is None:
             training = self.training or labels is not None
-        input_ids, ids, mask, labels = self.read_prompts(input_ids, attention_mask, labels, images)
+        ids, mask = on_host(input_ids, attention_mask)
+        check_shapes(ids, mask)
+        side = padding_side or self.padding_side_of(mask)
+        input_ids, ids, mask, labels = self.read_prompts(input_ids, ids, mask, labels, images)
         check_ids(ids, mask, self.config.vocab_size)
         marked = (ids == IMAGE_TOKEN_INDEX) & mask
         num_images = 0 if images is None else len(images)
@@ -132,8 +135,6 @@ class Splice(ModelPart):
             rows[0]["x"] = torch.cat([rows[0]["x"], tokens[0].embeds[:0].to(rows[0]["x"])])
         if not training:
             check_prompts(self, positions)
-        said = padding_side or getattr(self.config, "tokenizer_padding_side", None)
-        side = str(said or "right")
         prompt = pad_rows(rows, side)
         prompt.counts = count_tokens(own_images, texts, limit, side == "left")
         prompt.image_extras = image_numbers(own_images)
@@ -142,12 +143,18 @@ class Splice(ModelPart):
         prompt.token_ids = self.ids_for_rules(prompt, ids, mask)
         return prompt
 
+    def padding_side_of(self, mask: Tensor) -> str:
+        """The side, "left" or "right", that rows are padded on where the call does not say: the one
+        that the config names, else the right. mask: (B, L) of the prompts as they came, on the
+        host"""
+        return str(getattr(self.config, "tokenizer_padding_side", None) or "right")
+
     def read_prompts(
-        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, images
+        self, input_ids: Tensor, ids: Tensor, mask: Tensor, labels: Tensor | None, images
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(ids as they came, ids and mask on the host, labels) of prompts (B, L) in which every
-        image has one mark. A family may take them in other forms."""
-        return input_ids, *on_host(input_ids, attention_mask), labels
+        image has one mark; ids, mask: `on_host`. A family may take them in other forms."""
+        return input_ids, ids, mask, labels
 
     def ids_for_rules(self, prompt: Prompt, ids: Tensor, mask: Tensor) -> Tensor | None:
         """`Prompt.token_ids`, from what `read_prompts` gave."""
@@ -206,10 +213,8 @@ def places(index: Tensor, device: torch.device) -> Tensor | slice:
     return on_device(index.tolist(), device)
 
 
-def check_ids(ids: Tensor, mask: Tensor, vocabulary: int) -> None:
-    """Raises ValueError unless `ids` are prompts (B, L) of tokens and image marks where `mask`, of
-    the same shape, is True. Both are on the host: on a GPU an id that is no token ends everything.
-    """
+def check_shapes(ids: Tensor, mask: Tensor) -> None:
+    """Raises ValueError unless `ids` are prompts (B, L) and `mask` is as large."""
     if ids.ndim != 2 or not ids.shape[1]:
         raise ValueError(
             f"input_ids must be (prompts, tokens), one token at least, not {tuple(ids.shape)}"
@@ -219,6 +224,11 @@ def check_ids(ids: Tensor, mask: Tensor, vocabulary: int) -> None:
             f"attention_mask {tuple(mask.shape)} must have the shape of input_ids, "
             f"{tuple(ids.shape)}"
         )
+
+
+def check_ids(ids: Tensor, mask: Tensor, vocabulary: int) -> None:
+    """Raises ValueError unless `ids` (B, L) are tokens and image marks where `mask`, of the same
+    shape, is True. Both are on the host: on a GPU an id that is no token ends everything."""
     known = (ids == IMAGE_TOKEN_INDEX) | (ids >= 0) & (ids < vocabulary)
     if odd := ids[mask & ~known].tolist():
         raise ValueError(

@@ -247,18 +247,20 @@ class BudgetPruner(ShareOption):
 
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
         super().check(num_patches, num_layers, crops)
-        check_budget(self.tokens_of(num_patches * crops), num_patches, crops)
+        shared = isinstance(self, VisionStage)
+        check_budget(self.tokens_of(num_patches * crops), num_patches, crops, shared)
 
 
-def check_budget(visual_token_num: int, num_patches: int, crops: int) -> None:
-    """Raises ValueError when the budget does not fit an image of `crops` crops."""
+def check_budget(visual_token_num: int, num_patches: int, crops: int, shared: bool = True) -> None:
+    """Raises ValueError when the budget does not fit an image of `crops` crops; shared: the crops
+    share it, so that each of them needs a token, and are not chosen from as a whole."""
     available = num_patches * crops
     if visual_token_num > available:
         where = "a crop" if crops == 1 else f"the {crops} crops of an image"
         raise ValueError(
             f"visual_token_num ({visual_token_num}) exceeds the {available} patches of {where}"
         )
-    if visual_token_num < crops:
+    if shared and visual_token_num < crops:
         raise ValueError(
             f"visual_token_num ({visual_token_num}) leaves less than one token for each of the "
             f"{crops} crops of an image, or pairs of frames of a video"

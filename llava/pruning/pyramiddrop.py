@@ -78,7 +78,7 @@ class PyramidDrop(ShareOption, StagedPruner):
         if not self.has_budget:
             return
         budget = self.tokens_of(total)
-        check_budget(budget, num_patches, crops)
+        check_budget(budget, num_patches, crops, shared=False)
         least = total * layers[0] + num_layers - layers[0]
         if least > budget * num_layers:
             raise ValueError(

@@ -117,7 +117,8 @@ class SparseVLM(ShareOption, StageLayers):
     def check(self, num_patches: int, num_layers: int, crops: int = 1) -> None:
         super().check(num_patches, num_layers, crops)
         if self.retained_tokens is None and not self.adaptive:
-            check_budget(self.tokens_of(num_patches * crops), num_patches, crops)
+            budget = self.tokens_of(num_patches * crops)
+            check_budget(budget, num_patches, crops, shared=False)
 
     def stage_layers(self, num_layers: int) -> tuple[int, ...]:
         return tuple(self.pruning_layers or scale_layers(LAYERS[self.version], num_layers))

@@ -80,7 +80,7 @@ class V2Drop(ShareOption, CutLayers):
             return
         total, layers = num_patches * crops, self.cut_layers(num_layers)
         budget = self.tokens_of(total)
-        check_budget(budget, num_patches, crops)
+        check_budget(budget, num_patches, crops, shared=False)
         least = total * layers[0] + num_layers - layers[0]
         if least > budget * num_layers and not published(budget, total):
             raise ValueError(

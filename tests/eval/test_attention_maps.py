@@ -17,9 +17,11 @@ MODELS = {
     "tiny-llava-v1.6": ["--pruning-method", "random", "--visual-token-num", "100"],
     "tiny-qwen2.5-vl-cut": ["--pruning-method", "random", "--visual-token-num", "2"],
 }
+#: a method after which images have other grids than before, where these are their own
+SMALLER = ["--pruning-method", "downsample", "--visual-token-ratio", "0.5"]
 
 
-@pytest.mark.parametrize("pruned", [False, True], ids=["whole", "pruned"])
+@pytest.mark.parametrize("pruned", [[], "pruned", "smaller"], ids=["whole", "pruned", "smaller"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_token_gets_a_picture_of_both_images(name, pruned, tmp_path):
     files = []
@@ -30,7 +32,7 @@ def test_every_token_gets_a_picture_of_both_images(name, pruned, tmp_path):
     argv = ["--model-path", GOLDEN / name, "--image-file", ",".join(files), "--layer", -1]
     argv += ["--query", "<image-placeholder> and <image-placeholder>?", "--max-new-tokens", 3]
     argv += ["--output-dir", tmp_path / "maps", "--device", "cpu", "--dtype", "float32"]
-    argv += MODELS[name] if pruned else []
+    argv += pruned and (MODELS[name] if pruned == "pruned" else SMALLER)
     printed = eval_cases.run_program("llava.eval.attention_maps", list(map(str, argv)))
     assert f"-> {tmp_path / 'maps'}" in printed
     tokens = json.loads((tmp_path / "maps/attention.json").read_text())

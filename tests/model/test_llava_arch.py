@@ -91,6 +91,14 @@ def test_the_tuple_form_leaves_out_what_was_left_out(model, sample):
     assert out[0] is prompt.ids and out[4] is None
 
 
+def test_images_may_be_a_tuple(model, sample):
+    prompt = sample(2, "image", 1, "image", 4)
+    listed, others = (
+        model.build_prompt(prompt.ids, images=kind(prompt.images)) for kind in (list, tuple)
+    )
+    assert torch.equal(listed.inputs_embeds, others.inputs_embeds)
+
+
 def test_anyres_rows_end_with_a_newline_and_padding_is_cut(anyres_model, sample):
     model = anyres_model
     prompt = sample(2, "image", 4)

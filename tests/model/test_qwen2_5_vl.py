@@ -260,6 +260,38 @@ def test_a_forward_pass_without_its_images_is_refused(model):
         model(prompt(2, "image"), images=[picture(1, 1)], pixel_values=torch.ones(4, VALUES))
 
 
+def test_images_behind_a_filled_cache_are_refused(model):
+    cache = model(prompt(2, "image", 3), images=[picture(2, 3)]).past_key_values
+    values, grids = picture(2, 3).flatten(0, 2), torch.tensor([[1, 4, 6]])
+    named = {"pixel_values": values, "image_grid_thw": grids}
+    with pytest.raises(ValueError, match=r"<.image_pad.> tokens behind a filled past_key_values"):
+        model(with_runs(prompt(1, "image", 2), 6), past_key_values=cache, **named)
+    with pytest.raises(ValueError, match=r"<.video_pad.> tokens behind a filled past_key_values"):
+        model(torch.tensor([[3, VIDEO]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_of_padded_prompts_stand_where_transformers_has_them(model, side):
+    images, rows = [picture(2, 3), picture(3, 4)], [prompt(4, "image", 5), prompt(2, "image", 9)]
+    runs, mask = pad_batch([with_runs(rows[0], 6), with_runs(rows[1], 12)], side)
+    named = {
+        "pixel_values": torch.cat([image.flatten(0, 2) for image in images]),
+        "image_grid_thw": torch.tensor([[1, 4, 6], [1, 6, 8]]),
+    }
+    with torch.no_grad():
+        logits = model(runs, attention_mask=mask, **named).logits
+        alone = [model(row, images=[own]).logits[0] for row, own in zip(rows, images, strict=True)]
+    assert logits.shape[:2] == runs.shape
+    for own, there, expected in zip(logits, mask.bool(), alone, strict=True):
+        torch.testing.assert_close(own[there], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_mask_of_another_shape_is_refused(model):
+    ids = with_runs(prompt(2, "image", 3), 6)
+    with pytest.raises(ValueError, match=r"attention_mask \(1, 4\) must have the shape"):
+        greedy(model, ids, [picture(2, 3)], attention_mask=torch.ones(1, 4, dtype=torch.long))
+
+
 # Answers.
 
 

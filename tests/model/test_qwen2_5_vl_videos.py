@@ -350,6 +350,17 @@ def test_a_budget_below_the_pairs_of_frames_names_the_video(model):
         model.image_tokens([picture(2, 3), video(5, 2, 3)])
 
 
+@pytest.mark.parametrize(
+    "name", ["fastv", "dart", "adaptprune", "sparsevlm", "pyramiddrop", "v2drop", "twigvlm"]
+)
+def test_methods_in_the_decoder_may_leave_less_than_a_token_for_a_pair(model, name):
+    model.pruner = make_pruner(name, 12)
+    with trace_pruning(model) as trace:
+        model.generate(sample(3, "image", 2).ids, images=[video(20, 1, 2)], **GREEDY)
+    counts = [int(n) for n in trace.visual_tokens]
+    assert counts[0] == 40 and counts[-1] <= 12
+
+
 def test_downsampling_makes_all_frames_smaller(model):
     clip = video(3, 4, 9)
     model.pruner = build_pruner("downsample", visual_token_num=36)

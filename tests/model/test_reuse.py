@@ -227,6 +227,16 @@ def test_an_image_asked_about_once_costs_no_extra_pass(model, sample):
     assert tokens[0] == 2 * (41 + 9) + (41 + 4) + 5
 
 
+def test_inputs_of_layers_that_are_wanted_are_those_of_the_whole_prompt(model, sample):
+    cache, image = PrefixCache(model), picture(1)
+    wanted = {"output_hidden_states": True, "return_dict_in_generate": True, **GREEDY}
+    for lengths in ((2, 3), (4, 5)):  # the second time its beginning is known
+        prompts = prompts_about(sample, *lengths)
+        out = cache.generate(prompts, [[image]] * 2, [""] * 2, pad_token_id=0, **wanted)
+        size = len(prompts[1]) + 35
+        assert [x.shape for x in out.hidden_states[0]] == [(2, size, 32)] * 7
+
+
 def test_another_method_empties_the_cache(model, sample):
     cache, prompts = PrefixCache(model), prompts_about(sample, 9, 5)
     pictures = [[picture(0)]] * 2

@@ -26,7 +26,7 @@ from ..multimodal_encoder.qwen2_5_vl_videos import Video, split_videos
 from ..prompt import Prompt
 from ..pruner_slot import PrunerSlot
 from ..qwen2_5_vl_rules import check_own, flat
-from ..splice import Splice, on_host
+from ..splice import Splice
 from .causal_lm import VisionLanguageForCausalLM
 from .modeling_llama import LlamaModel
 
@@ -114,13 +114,15 @@ class Qwen2_5_VLForConditionalGeneration(
     def forward(self, input_ids=None, attention_mask=None, *args, images=None, **kwargs):
         """As of the other families; images and videos may also come as transformers has them, see
         `NAMED_PIXELS`."""
-        images = self._images(input_ids, attention_mask, images, kwargs)
         continues = holds_tokens(kwargs.get("past_key_values"))
+        # A single token, a step of decoding, does not wait for the device.
+        if continues and input_ids is not None and input_ids.shape[1] > 1:
+            why = " behind a filled past_key_values: all images belong to the prompt that fills it"
+            self._refuse_pads(input_ids, why)
+        images = self._images(input_ids, attention_mask, images, kwargs)
         if images is None and input_ids is not None and not continues:
             shown = without_padding(input_ids, attention_mask)
-            for token, what in self._pads().items():
-                if (shown == token).any():
-                    raise ValueError(f"the prompt holds {what} tokens, but no images were given")
+            self._refuse_pads(shown, ", but no images were given")
         return super().forward(input_ids, attention_mask, *args, images=images, **kwargs)  # type: ignore[misc] # beyond `args`
 
     @torch.no_grad()
@@ -140,6 +142,12 @@ class Qwen2_5_VLForConditionalGeneration(
             self.config.image_token_id: "<|image_pad|>",
             self.config.video_token_id: "<|video_pad|>",
         }
+
+    def _refuse_pads(self, ids: Tensor, why: str) -> None:
+        """Raises ValueError where prompts (B, L) hold a token that stands for an image or video."""
+        for token, what in self._pads().items():
+            if (ids == token).any():
+                raise ValueError(f"the prompt holds {what} tokens{why}")
 
     def _images(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, images, keywords: dict
@@ -166,10 +174,17 @@ class Qwen2_5_VLForConditionalGeneration(
         shown = without_padding(input_ids, attention_mask)
         return in_order(shown, found, videos, *self._pads())
 
-    def read_prompts(self, input_ids, attention_mask, labels, images):
+    def padding_side_of(self, mask: Tensor) -> str:
+        """As of the other families; where the config names none, the side that the prompts
+        themselves are padded on, so that logits stand where transformers has them."""
+        if getattr(self.config, "tokenizer_padding_side", None) is None:
+            padded = not mask.all() and mask[:, -1].all()
+            return "left" if padded else "right"
+        return super().padding_side_of(mask)
+
+    def read_prompts(self, input_ids, ids, mask, labels, images):
         """As of the other families; runs of `image_token_id` and `video_token_id` are taken for
         marks."""
-        ids, mask = on_host(input_ids, attention_mask)
         shown = without_padding(ids, mask)
         if any((shown == token).any() for token in self._pads()):
             runs = [
