@@ -325,5 +325,6 @@ def test_base64_text_may_be_wrapped_and_a_data_url(text):
 
 @pytest.mark.parametrize("text", ["data:image/png,%89PNG", "data:", "a b!", "=", "\0"])
 def test_other_text_is_refused(text):
-    with pytest.raises(ValueError, match="image is .*(base64|data URL)"):
+    # Python 3.10 reads nothing from "=", later ones refuse it.
+    with pytest.raises(ValueError, match="image (is|from) .*(base64|data URL)"):
         load_image_from_base64(text)
