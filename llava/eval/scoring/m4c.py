@@ -5,7 +5,9 @@ depend on them.
 """
 
 import re
-from functools import lru_cache
+from collections.abc import Iterable
+from functools import lru_cache, reduce
+from operator import add
 
 NUMBER_WORDS = {"none": "0"} | {
     word: str(value)
@@ -86,7 +88,7 @@ class TextVQAAccuracyEvaluator:
         scores = {}
         for answer in set(answers):
             others = [answers.count(answer) - (held_out == answer) for held_out in answers]
-            scores[answer] = sum(min(1, num / 3) for num in others) / len(others)
+            scores[answer] = _sum(min(1, num / 3) for num in others) / len(others)
         return scores
 
     def score(self, pred_answer: str, gt_answers: list[str]) -> float:
@@ -145,4 +147,9 @@ def edit_distance(first: str, second: str) -> int:
 
 def _mean(scores) -> float:
     scores = list(scores)
-    return sum(scores) / len(scores) if scores else 0.0
+    return _sum(scores) / len(scores) if scores else 0.0
+
+
+def _sum(values: Iterable[float]) -> float:
+    """One after the other, as the official program sums; since Python 3.12 `sum` rounds less."""
+    return reduce(add, values, 0.0)
