@@ -238,6 +238,9 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
         prefill = self.remember_row(count, prefill)
         return self.reduce(prefill) if self.last_dense_layer(count) == count - 1 else prefill
 
+    def acts_behind(self, num_layers: int) -> bool:
+        return self.last_dense_layer(num_layers) == num_layers - 1
+
     def pruned_caches(self, index: int, num_layers: int) -> range:
         return range(index) if index == self.last_dense_layer(num_layers) + 1 else range(0)
 

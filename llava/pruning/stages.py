@@ -162,6 +162,11 @@ class DecoderStage:
         here is missing in the caches that `pruned_caches` names for the number of layers."""
         return prefill
 
+    def acts_behind(self, num_layers: int) -> bool:
+        """Whether `after_layers` has something to do in a decoder of `num_layers`. It is not called
+        where not: then all tokens but the last may end with their keys in the last layer."""
+        return fills(type(self), DecoderStage, "after_layers")
+
     def pruned_caches(self, index: int, num_layers: int) -> range:
         """Layers that already ran whose caches lose what was dropped before layer `index`, too."""
         return range(0)

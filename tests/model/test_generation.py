@@ -222,7 +222,8 @@ def eager_map(model, x, layer):
     own = model.model.layers[layer]
     positions = torch.arange(x.shape[1])[None]
     rope = model.model.rotary(positions, x.dtype)
-    q, k = own.self_attn.queries_and_keys(own.input_layernorm(x), rope)
+    x, attention = own.input_layernorm(x), own.self_attn
+    q, k = attention.queries(x, rope), attention.keys(x, rope)
     scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
     future = torch.ones(scores.shape[-2:], dtype=bool).triu(1)
     return scores.masked_fill(future, float("-inf")).softmax(dim=-1)

@@ -74,7 +74,8 @@ def by_hand(model, prompt, layer, positions, visible):
         seen = causal & (visible if number >= layer else torch.ones_like(visible))[:, None, None]
         seen = seen | ~seen.any(dim=-1, keepdim=True)
         normed, attention = own.input_layernorm(x), own.self_attn
-        q, k = attention.queries_and_keys(normed, model.model.rotary(places, x.dtype))
+        rope = model.model.rotary(places, x.dtype)
+        q, k = attention.queries(normed, rope), attention.keys(normed, rope)
         scores = (q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5
         out = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ attention.values(normed)
         x = x + attention.o_proj(out.transpose(1, 2).flatten(2))

@@ -44,7 +44,7 @@ def by_definition(model, prefill, row):
     x = model.model.through(prefill, twig.layers[:-1])[row]
     normed, attention = layer.input_layernorm(x)[None], layer.self_attn
     rope = model.model.rotary(prefill.position_ids[row : row + 1], x.dtype)
-    q, k = attention.queries_and_keys(normed, rope)
+    q, k = attention.queries(normed, rope), attention.keys(normed, rope)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)[0]
     gates = twig.pruning_head
     asking, visual = int(prefill.last[row]), prefill.is_visual[row].nonzero()[:, 0]

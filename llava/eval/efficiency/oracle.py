@@ -143,7 +143,7 @@ class Oracle(VisionStage, DecoderStage, Pruner):
     def _facts(self, tiled: bool) -> tuple:
         tiles = (self.anyres_tiles, self.anyres_config) if tiled else None
         kind = type(self.like.decoder)
-        cuts = kind.pruned_caches, kind.blind_cuts
+        cuts = kind.pruned_caches, kind.blind_cuts, kind.acts_behind
         return self.schedule, self.position_policy, tiles, cuts
 
     def before_tower(self, images: Tensor, patch_size: int, crops: int = 1) -> Tensor:
@@ -174,6 +174,9 @@ class Oracle(VisionStage, DecoderStage, Pruner):
 
     def blind_cuts(self, num_layers: int) -> tuple[int, ...]:
         return self.like.decoder.blind_cuts(num_layers)
+
+    def acts_behind(self, num_layers: int) -> bool:
+        return self.like.decoder.acts_behind(num_layers)
 
     def pruned_caches(self, index: int, num_layers: int) -> range:
         return self.like.decoder.pruned_caches(index, num_layers)

@@ -175,6 +175,8 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
                 found = found.to(inputs_embeds.device)
             output = CausalLMOutputWithPast(logits=found, past_key_values=cache)
             return output if return_dict is not False else output.to_tuple()
+        ends = last_logits_only and labels is None and not output_hidden_states
+        ends = ends and replacement(self.model, "forward", DECODER_FORWARD) is None
         out = self.model(
             inputs_embeds,
             attention_mask=attention_mask,
@@ -185,6 +187,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             trace=self.pruning_trace,
             output_hidden_states=output_hidden_states,
             prefix=prefix,
+            **({"last_only": True} if ends else {}),
         )
         hidden, loss, logits = out.hidden_states, None, None
         if labels is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -119,6 +119,8 @@ class Step:
             tree; `mask` is about those before them. None: there are no such tokens
     answers: whose the tokens are, one answer behind the other, where each has a cache of its own;
             the cache that a layer is given, `mask` and all else but `rope` are then not read
+    last:   whether only the last token of each row is wanted of a layer; keys and values are those
+            of all tokens. Not where rows are recorded, packed, of a tree or of several answers
     """
 
     rope: tuple[Tensor, Tensor]
@@ -131,6 +133,12 @@ class Step:
     bias: Tensor | None = None
     tail: Tensor | None = None
     answers: list[OwnCache] | None = None
+    last: bool = False
+
+    def of_last(self) -> Step:
+        """The same for a layer of which only the last token is wanted."""
+        mask = None if self.mask is None else self.mask[:, :, -1:]
+        return replace(self, mask=mask, last=True)
 
 
 class Attention(nn.Module):
@@ -150,14 +158,12 @@ class Attention(nn.Module):
         self.v_proj = Linear(width, self.num_kv_heads * self.head_dim, bias=own)
         self.o_proj = Linear(self.num_heads * self.head_dim, width, bias=bias)
 
-    def queries_and_keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """q (B, H, S, d) and k (B, G, S, d) after RoPE, from normed inputs x (B, S, D)."""
-        return self.queries(x, rope), self.keys(x, rope)
-
     def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """q (B, H, S, d) after RoPE, from normed inputs x (B, S, D)."""
         return rotate(split_heads(self.q_proj(x), self.num_heads), rope)
 
     def keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """k (B, G, S, d) after RoPE, from normed inputs x (B, S, D)."""
         return rotate(split_heads(self.k_proj(x), self.num_kv_heads), rope)
 
     def values(self, x: Tensor) -> Tensor:
@@ -172,9 +178,11 @@ class Attention(nn.Module):
         return rows_of(q, k, rows, step.valid, bias=bias_at(step.bias, rows))
 
     def forward(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
+        k, v, asking = self.keys(x, step.rope), self.values(x), step.rope
+        if step.last:
+            x, asking = x[:, -1:], (step.rope[0][:, :, -1:], step.rope[1][:, :, -1:])
         batch, size, _ = x.shape
-        q, k = self.queries_and_keys(x, step.rope)
-        v = self.values(x)
+        q = self.queries(x, asking)
         if step.answers is not None:
             out = self._attend_each(q, k, v, step.answers)
             return self.o_proj(out.transpose(1, 2).reshape(batch, size, -1)), None
@@ -221,14 +229,15 @@ class DecoderLayer(nn.Module):
         return device_of(self) if weight.is_meta else weight.device
 
     def forward(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
-        """x (B, S, D) -> the same shape, and the attention rows or keys that `step` asks for."""
+        """x (B, S, D) -> the same shape, or (B, 1, D) where only the last token is wanted, and the
+        attention rows or keys that `step` asks for."""
         x, row = self.attend(x, step, cache)
         return self.finish(x), row
 
     def attend(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
         """The same before `finish`, which any of the tokens may go through without the others."""
         out, row = self.self_attn(self.input_layernorm(x), step, cache)
-        return x + out, row
+        return (x[:, -1:] if step.last else x) + out, row
 
     def finish(self, x: Tensor) -> Tensor:
         return in_pieces(self.feed_forward, x)

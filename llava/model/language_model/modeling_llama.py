@@ -48,7 +48,7 @@ from .prompt_layer import is_able, run_compiled
 class DecoderOutput:
     """What leaves the last layer.
 
-    hidden_states:     (B, S', D) after the final norm
+    hidden_states:     (B, S', D) after the final norm, or (B, 1, D) of the last token
     index:             (B, S') place of each token in the prompt; None: nothing was removed
     valid:             (B, S') as in `Prefill`
     all_hidden_states: input of every layer and the final output, when asked for
@@ -119,6 +119,7 @@ class LlamaModel(LlamaPreTrainedModel):
         trace=None,
         output_hidden_states: bool = False,
         prefix: Prefix | None = None,
+        last_only: bool = False,
     ) -> DecoderOutput:
         """Runs all layers on `inputs_embeds` (B, S, D).
 
@@ -126,6 +127,10 @@ class LlamaModel(LlamaPreTrainedModel):
         `visuals` says where the images are, and `stage` is called between layers. With a filled
         cache the tokens continue its rows. What is known of the prompts in `prefix` is not computed
         again; when it went through all layers, only what follows it comes out.
+
+        last_only: nobody asks for more than the last hidden states. A prefill then gives those
+        alone, and its other tokens end with their keys and values in the last layer, where that
+        need not run as a whole.
         """
         collect: list[Tensor] | None = [] if output_hidden_states else None
         if cache is not None and len(cache):
@@ -136,9 +141,10 @@ class LlamaModel(LlamaPreTrainedModel):
             if trace is not None:
                 shape = DecoderShape.from_config(self.config, inputs_embeds.element_size())
                 trace.start_prefill(shape, prefill.position_ids)
-            loop = PrefillLoop(self, stage, cache, trace, collect)
+            loop = PrefillLoop(self, stage, cache, trace, collect, last_only)
             prefill = loop.run(prefill, prefix)
             x, valid = prefill.hidden_states, prefill.valid
+            x = x[:, -1:].contiguous() if last_only else x
             index = prefill.index if loop.dropped else None
         x = self.norm(x.to(device_of(self.norm)))
         index, valid = moved((index, valid), x.device)

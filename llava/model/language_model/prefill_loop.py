@@ -28,6 +28,7 @@ class PrefillLoop:
     decoder: a `LlamaModel`
     stage:   of the method; None where there is no image, so that no hook is called
     collect: takes the input of every layer; None: nobody wants them
+    last:    whether only the last token is wanted of the last layer, see `run`
     dropped: whether tokens were dropped, known when the loop has run
     """
 
@@ -36,12 +37,16 @@ class PrefillLoop:
     cache: KVCache | None = None
     trace: PruningTrace | None = None
     collect: list[Tensor] | None = None
+    last: bool = False
     dropped: bool = False
     #: per layer that ran, `held_places` of what its cache holds; None where nobody will ask
     held: list[Tensor | None] = field(default_factory=list)
 
     def run(self, prefill: Prefill, prefix: Prefix | None = None) -> Prefill:
-        """The prompts behind the last layer; what `prefix` knows of them is not computed again."""
+        """The prompts behind the last layer; what `prefix` knows of them is not computed again.
+
+        With `last` the hidden states may be those of the last token alone, (B, 1, D).
+        """
         layers, stage, first = self.decoder.layers, self.stage, 0
         probe = Probe() if stage is None else stage.probe(len(layers))
         visual, places, step = prefill.visual_index, self._places(prefill), None
@@ -68,6 +73,8 @@ class PrefillLoop:
                 rows = None if probe.form == "keys" else probe.rows(prefill)
                 own = replace(step, rows=rows, form=probe.form)
             begun = layer if self._may_wait(number, own) else None
+            if self._may_end(number, own, prefill):
+                own = own.of_last()
             run = partial(self.decoder.run_layer, layer) if begun is None else begun.attend
             prefill.hidden_states, recorded = run(prefill.hidden_states, own, self.cache)
             keys = own.form == "keys"
@@ -75,7 +82,8 @@ class PrefillLoop:
             if self.cache is not None:
                 self.cache.rows[number] = step.state
                 self.held.append(places)
-        prefill = prefill if stage is None else self._finish(prefill)
+        if stage is not None and self._acts_behind:
+            prefill = self._finish(prefill)
         if self.trace is not None:
             self.trace.finish_prefill(self.cache, visual, prefill.importance)
         return prefill
@@ -99,6 +107,22 @@ class PrefillLoop:
             return False
         layer, *after = self.decoder.layers[number : number + 2]
         return bool(after) and layer.device == after[0].device and not is_watched(layer)
+
+    @cached_property
+    def _acts_behind(self) -> bool:
+        return self.stage is not None and self.stage.acts_behind(len(self.decoder.layers))
+
+    def _may_end(self, number: int, step: Step, prefill: Prefill) -> bool:
+        """Whether all tokens but the last one may end with their keys and values in layer `number`:
+        it is the last one, nobody looks at what else would come out, and it need not run as a
+        whole."""
+        if not self.last or number + 1 < len(self.decoder.layers) or self._acts_behind:
+            return False
+        if self.collect is not None or step.rows is not None or step.packed is not None:
+            return False
+        if prefill.branches is not None or torch.is_grad_enabled():
+            return False
+        return not self.decoder.compile_layers and not is_watched(self.decoder.layers[number])
 
     def _places(self, prefill: Prefill) -> Tensor | None:
         return held_places(prefill) if self._drops_from_caches else None
