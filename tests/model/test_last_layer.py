@@ -87,12 +87,14 @@ def test_a_method_that_acts_behind_the_layers_gets_all_tokens(model, sample):
     assert found == {"mlp": [46]} and model.pruner.seen == 46
 
 
-def test_hidden_states_attention_and_losses_want_the_whole_layer(model, sample):
+def test_hidden_states_and_losses_want_the_whole_layer(model, sample):
     model.pruner, prompt = build_pruner("none"), sample(4, "image", 5)
+    found = entering(model, prompt, "mlp", last_logits_only=True, output_hidden_states=True)
+    assert found == {"mlp": [46]}
     labels = prompt.ids.clamp(min=0)
-    for how in ({"output_hidden_states": True}, {"labels": labels}):
-        found = entering(model, prompt, "mlp", last_logits_only=True, **how)
-        assert found == {"mlp": [46]}
+    assert entering(model, prompt, "mlp", labels=labels) == {"mlp": [46]}
+    with pytest.raises(ValueError, match="labels ask about all tokens"):
+        model(prompt.ids, images=prompt.images, labels=labels, last_logits_only=True)
 
 
 def test_a_last_layer_that_is_watched_or_replaced_runs_as_a_whole(model, sample, monkeypatch):

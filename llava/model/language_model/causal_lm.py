@@ -136,6 +136,8 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         """
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError(NO_ATTENTIONS)
+        if labels is not None and last_logits_only:
+            raise ValueError("labels ask about all tokens, last_logits_only=True about one of them")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if self.engine is not None:
@@ -175,7 +177,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
                 found = found.to(inputs_embeds.device)
             output = CausalLMOutputWithPast(logits=found, past_key_values=cache)
             return output if return_dict is not False else output.to_tuple()
-        ends = last_logits_only and labels is None and not output_hidden_states
+        ends = last_logits_only and not output_hidden_states
         ends = ends and replacement(self.model, "forward", DECODER_FORWARD) is None
         out = self.model(
             inputs_embeds,
