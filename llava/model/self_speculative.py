@@ -132,7 +132,8 @@ class Speculation:
         trace = self.model.pruning_trace
         seen = prompt["visuals"] is not None and prompt["visuals"].there
         hooks = DraftingHooks(self, self.model.pruner.decoder if seen else DecoderStage())
-        out = self.decoder(**prompt, cache=self.cache, stage=hooks, trace=trace)
+        asked = self.model.asking(lambda: len(hooks.guess) + 1)
+        out = self.decoder(**prompt, cache=self.cache, stage=hooks, trace=trace, **asked)
         guess = hooks.guess
         count = len(guess)
         self.prompt_lengths = [

@@ -7,6 +7,8 @@ from llava.model.kv_cache import KVCache
 from llava.pruning import DecoderStage, build_pruner
 from llava.pruning.base import Pruner
 from tests.conftest import make_pruner, pad_batch
+from tests.model.speculation_tools import answers, sharpened
+from tests.pruning.test_twigvlm import grown
 
 
 def watch(model, *names: str) -> tuple[dict[str, list[int]], list]:
@@ -118,7 +120,7 @@ def test_a_decoder_that_others_replaced_is_called_as_before(model, sample, monke
 
     monkeypatch.setattr(model.model, "forward", own)
     assert entering(model, prompt, "mlp", last_logits_only=True) == {"mlp": [46]}
-    assert "last_only" not in given[0]
+    assert "asked" not in given[0]
 
 
 def test_gradients_run_the_layer_as_a_whole(model, sample):
@@ -128,6 +130,21 @@ def test_gradients_run_the_layer_as_a_whole(model, sample):
         model(prompt.ids, images=prompt.images, last_logits_only=True)
     hooks[0].remove()
     assert seen == {"mlp": [46]}
+
+
+@pytest.mark.parametrize("tree", [{}, {"tree_nodes": 5, "tree_width": 2}])
+def test_guesses_that_run_with_the_prompt_are_asked_for_as_well(make_model, sample, tree):
+    model = sharpened(make_model(), 3)
+    grown(model, 2, 2, visual_token_num=14)
+    prompt = sample(4, "image", 5)
+    seen, hooks = watch(model, "mlp", "self_attn.k_proj")
+    plain, fast, logs = answers(model, prompt.ids, prompt.images, tree)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(plain, fast)
+    start = len(plain[0])  # behind the steps of the plain answer
+    guessed = len(logs[0].drafts[0])
+    assert guessed and seen["mlp"][start] == 1 + guessed < seen["self_attn.k_proj"][start]
 
 
 def test_text_alone_ends_early_as_well(model, sample):

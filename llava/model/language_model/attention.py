@@ -98,10 +98,11 @@ def attend_with_tail(
 ) -> Tensor:
     """As `attend` for prompts with the nodes of a tree behind them: the prompt's tokens, which see
     none of those, as without them, and the T nodes by `tail` (B or 1, 1, T, K), a mask of numbers.
+    Of the prompt the last tokens may ask alone.
     """
-    size = q.shape[2] - tail.shape[2]
-    prompt = attend(q[:, :, :size], k[:, :, :size], v[:, :, :size], mask, backend)
-    return torch.cat([prompt, attend(q[:, :, size:], k, v, tail, backend)], dim=2)
+    asking, size = (x.shape[2] - tail.shape[2] for x in (q, k))
+    prompt = attend(q[:, :, :asking], k[:, :, :size], v[:, :, :size], mask, backend)
+    return torch.cat([prompt, attend(q[:, :, asking:], k, v, tail, backend)], dim=2)
 
 
 def packs_rows(backend: str) -> bool:

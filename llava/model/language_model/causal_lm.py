@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -178,7 +178,6 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             output = CausalLMOutputWithPast(logits=found, past_key_values=cache)
             return output if return_dict is not False else output.to_tuple()
         ends = last_logits_only and not output_hidden_states
-        ends = ends and replacement(self.model, "forward", DECODER_FORWARD) is None
         out = self.model(
             inputs_embeds,
             attention_mask=attention_mask,
@@ -189,7 +188,7 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             trace=self.pruning_trace,
             output_hidden_states=output_hidden_states,
             prefix=prefix,
-            **({"last_only": True} if ends else {}),
+            **(self.asking(lambda: 1) if ends else {}),
         )
         hidden, loss, logits = out.hidden_states, None, None
         if labels is not None:
@@ -248,6 +247,12 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             return step(layers, x, cache, trace=trace, ending=ending, most=most)
         x = step(layers, x, cache, trace=trace, most=most)
         return self.logits_of(self.model.final_norm(x[:, -1:].contiguous() if last else x))
+
+    def asking(self, count: Callable[[], int]) -> dict:
+        """What tells the decoder that `count()` of its last hidden states are asked for; nothing
+        where another function took the place of its forward, which may not know of that."""
+        replaced = replacement(self.model, "forward", DECODER_FORWARD) is not None
+        return {} if replaced else {"asked": count}
 
     def _steps_in_one(self) -> bool:
         """Whether a step of decoding may go past `LlamaModel.forward`: it is compiled, and nobody

@@ -119,8 +119,8 @@ class Step:
             tree; `mask` is about those before them. None: there are no such tokens
     answers: whose the tokens are, one answer behind the other, where each has a cache of its own;
             the cache that a layer is given, `mask` and all else but `rope` are then not read
-    last:   whether only the last token of each row is wanted of a layer; keys and values are those
-            of all tokens. Not where rows are recorded, packed, of a tree or of several answers
+    last:   so many tokens at the end of each row are wanted of a layer, 0: all; keys and values are
+            those of all tokens. Not where rows are recorded or packed, or of several answers
     """
 
     rope: tuple[Tensor, Tensor]
@@ -133,12 +133,14 @@ class Step:
     bias: Tensor | None = None
     tail: Tensor | None = None
     answers: list[OwnCache] | None = None
-    last: bool = False
+    last: int = 0
 
-    def of_last(self) -> Step:
-        """The same for a layer of which only the last token is wanted."""
-        mask = None if self.mask is None else self.mask[:, :, -1:]
-        return replace(self, mask=mask, last=True)
+    def of_last(self, count: int) -> Step:
+        """The same for a layer of which the last `count` tokens are wanted, nodes of a tree and the
+        token before those among them."""
+        nodes = 0 if self.tail is None else self.tail.shape[2]
+        mask = None if self.mask is None else self.mask[:, :, nodes - count :]
+        return replace(self, mask=mask, last=count)
 
 
 class Attention(nn.Module):
@@ -180,7 +182,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
         k, v, asking = self.keys(x, step.rope), self.values(x), step.rope
         if step.last:
-            x, asking = x[:, -1:], (step.rope[0][:, :, -1:], step.rope[1][:, :, -1:])
+            x = x[:, -step.last :]
+            asking = step.rope[0][:, :, -step.last :], step.rope[1][:, :, -step.last :]
         batch, size, _ = x.shape
         q = self.queries(x, asking)
         if step.answers is not None:
@@ -229,15 +232,15 @@ class DecoderLayer(nn.Module):
         return device_of(self) if weight.is_meta else weight.device
 
     def forward(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
-        """x (B, S, D) -> the same shape, or (B, 1, D) where only the last token is wanted, and the
-        attention rows or keys that `step` asks for."""
+        """x (B, S, D) -> the same shape, or that of the last tokens where they alone are wanted,
+        and the attention rows or keys that `step` asks for."""
         x, row = self.attend(x, step, cache)
         return self.finish(x), row
 
     def attend(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
         """The same before `finish`, which any of the tokens may go through without the others."""
         out, row = self.self_attn(self.input_layernorm(x), step, cache)
-        return (x[:, -1:] if step.last else x) + out, row
+        return (x[:, -step.last :] if step.last else x) + out, row
 
     def finish(self, x: Tensor) -> Tensor:
         return in_pieces(self.feed_forward, x)

@@ -8,6 +8,7 @@ every layer of a prefill that holds an image.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,8 @@ from .prompt_layer import is_able, run_compiled
 class DecoderOutput:
     """What leaves the last layer.
 
-    hidden_states:     (B, S', D) after the final norm, or (B, 1, D) of the last token
+    hidden_states:     (B, S', D) after the final norm, or of the last tokens where those are asked
+                       for
     index:             (B, S') place of each token in the prompt; None: nothing was removed
     valid:             (B, S') as in `Prefill`
     all_hidden_states: input of every layer and the final output, when asked for
@@ -119,7 +121,7 @@ class LlamaModel(LlamaPreTrainedModel):
         trace=None,
         output_hidden_states: bool = False,
         prefix: Prefix | None = None,
-        last_only: bool = False,
+        asked: Callable[[], int] | None = None,
     ) -> DecoderOutput:
         """Runs all layers on `inputs_embeds` (B, S, D).
 
@@ -128,9 +130,9 @@ class LlamaModel(LlamaPreTrainedModel):
         cache the tokens continue its rows. What is known of the prompts in `prefix` is not computed
         again; when it went through all layers, only what follows it comes out.
 
-        last_only: nobody asks for more than the last hidden states. A prefill then gives those
-        alone, and its other tokens end with their keys and values in the last layer, where that
-        need not run as a whole.
+        asked: gives how many of the last hidden states are asked for, once all layers but the last
+        have run. A prefill then gives those alone, and its other tokens end with their keys and
+        values in the last layer, where that need not run as a whole.
         """
         collect: list[Tensor] | None = [] if output_hidden_states else None
         if cache is not None and len(cache):
@@ -141,10 +143,10 @@ class LlamaModel(LlamaPreTrainedModel):
             if trace is not None:
                 shape = DecoderShape.from_config(self.config, inputs_embeds.element_size())
                 trace.start_prefill(shape, prefill.position_ids)
-            loop = PrefillLoop(self, stage, cache, trace, collect, last_only)
+            loop = PrefillLoop(self, stage, cache, trace, collect, asked)
             prefill = loop.run(prefill, prefix)
             x, valid = prefill.hidden_states, prefill.valid
-            x = x[:, -1:].contiguous() if last_only else x
+            x = x if asked is None else x[:, -asked() :].contiguous()
             index = prefill.index if loop.dropped else None
         x = self.norm(x.to(device_of(self.norm)))
         index, valid = moved((index, valid), x.device)

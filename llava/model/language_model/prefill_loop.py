@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -28,7 +28,7 @@ class PrefillLoop:
     decoder: a `LlamaModel`
     stage:   of the method; None where there is no image, so that no hook is called
     collect: takes the input of every layer; None: nobody wants them
-    last:    whether only the last token is wanted of the last layer, see `run`
+    asked:   gives how many tokens at the end are asked for; called before the last layer. None: all
     dropped: whether tokens were dropped, known when the loop has run
     """
 
@@ -37,7 +37,7 @@ class PrefillLoop:
     cache: KVCache | None = None
     trace: PruningTrace | None = None
     collect: list[Tensor] | None = None
-    last: bool = False
+    asked: Callable[[], int] | None = None
     dropped: bool = False
     #: per layer that ran, `held_places` of what its cache holds; None where nobody will ask
     held: list[Tensor | None] = field(default_factory=list)
@@ -45,7 +45,7 @@ class PrefillLoop:
     def run(self, prefill: Prefill, prefix: Prefix | None = None) -> Prefill:
         """The prompts behind the last layer; what `prefix` knows of them is not computed again.
 
-        With `last` the hidden states may be those of the last token alone, (B, 1, D).
+        With `asked` the hidden states may be those of so many tokens alone.
         """
         layers, stage, first = self.decoder.layers, self.stage, 0
         probe = Probe() if stage is None else stage.probe(len(layers))
@@ -73,8 +73,8 @@ class PrefillLoop:
                 rows = None if probe.form == "keys" else probe.rows(prefill)
                 own = replace(step, rows=rows, form=probe.form)
             begun = layer if self._may_wait(number, own) else None
-            if self._may_end(number, own, prefill):
-                own = own.of_last()
+            if self.asked is not None and self._may_end(number, own):
+                own = own.of_last(self.asked())
             run = partial(self.decoder.run_layer, layer) if begun is None else begun.attend
             prefill.hidden_states, recorded = run(prefill.hidden_states, own, self.cache)
             keys = own.form == "keys"
@@ -112,15 +112,13 @@ class PrefillLoop:
     def _acts_behind(self) -> bool:
         return self.stage is not None and self.stage.acts_behind(len(self.decoder.layers))
 
-    def _may_end(self, number: int, step: Step, prefill: Prefill) -> bool:
-        """Whether all tokens but the last one may end with their keys and values in layer `number`:
-        it is the last one, nobody looks at what else would come out, and it need not run as a
-        whole."""
-        if not self.last or number + 1 < len(self.decoder.layers) or self._acts_behind:
+    def _may_end(self, number: int, step: Step) -> bool:
+        """Whether tokens that are not `asked` for may end with their keys and values in layer
+        `number`: it is the last one, nobody looks at what else would come out, and it need not run
+        as a whole."""
+        if number + 1 < len(self.decoder.layers) or self._acts_behind or self.collect is not None:
             return False
-        if self.collect is not None or step.rows is not None or step.packed is not None:
-            return False
-        if prefill.branches is not None or torch.is_grad_enabled():
+        if step.rows is not None or step.packed is not None or torch.is_grad_enabled():
             return False
         return not self.decoder.compile_layers and not is_watched(self.decoder.layers[number])
 
