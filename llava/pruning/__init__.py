@@ -125,7 +125,9 @@ def build_pruner(name: str = "none", **options) -> Pruner:
     except TypeError:  # of a value that the method did arithmetic with
         check_types(method, options)
         raise
-    check_types(method, {key: getattr(made, key) for key in options})  # some are converted
+    values = {key: getattr(made, key) for key in options}  # some are converted
+    unset = [key for key in BUDGETS if values.get(key) is None]  # of the two one is
+    check_types(method, {key: value for key, value in values.items() if key not in unset})
     return made
 
 

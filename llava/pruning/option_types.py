@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 SEQUENCES = (abc.Sequence, list, tuple)
 #: values that are checked: those that command lines and requests are made of
-PLAIN = (bool, int, float, str, list, tuple)
+PLAIN = (bool, int, float, str, list, tuple, NoneType)
 
 
 def type_of(method: type, option: str) -> Any:

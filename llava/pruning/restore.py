@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from .base import BudgetPruner, Pruner, ShareOption, check_budget
 from .counts import Known, counted
 from .density_merge import Merged, merge
+from .extras import with_extra, without_extra
 from .fastervlm import FasterVLM
 from .interfaces import LanguageModel
 from .ops import gather_tokens, on_device, shared_out
@@ -41,6 +42,9 @@ from .position_bias import PositionBias
 from .stages import DecoderStage, VisionStage, fills
 from .tokens import KEY_BIAS, MERGED, ImageTokens, VisionTokens, without_cues
 
+#: the extra, on the way to the sequences of images, that is True on tokens that the base method
+#: leaves out before it chooses: they are merged like all others that it does not choose
+LEFT_OUT = "restore_left_out"
 #: what a wrapper says of its vision stage as the method in it does
 AS_THE_BASE = (
     "needs",
@@ -190,7 +194,7 @@ class Restore(VisionStage, BudgetPruner):
         check_budget(self.visual_token_num, size, crops)
         base = self.chooser(crops)
         if self.on_sequences(crops):
-            return vision if base is None else base.vision.after_encoder(vision)
+            return vision if base is None else marked(vision, base.vision.after_encoder(vision))
         if self.tokens_per_crop(crops) >= size:
             return vision
         chosen = None
@@ -249,7 +253,8 @@ class Restore(VisionStage, BudgetPruner):
             sequences = [images[number] for number in whole]
             chosen = [image.keep(slice(0)) for image in sequences]
             if asked:
-                chosen = self.base.choosing(asked).vision.after_layouts(sequences)
+                offered = [without_marked(image) for image in sequences]
+                chosen = self.base.choosing(asked).vision.after_layouts(offered)
             images = list(images)
             for number, image, own in zip(whole, sequences, chosen, strict=True):
                 kept = torch.searchsorted(image.offsets, own.offsets)
@@ -257,6 +262,7 @@ class Restore(VisionStage, BudgetPruner):
                     image, self.merged(image.embeds[None], kept[None], merged)
                 )
         calibration = Calibration(self.calibrate_decode, self.c)
+        images = [without_extra(image, LEFT_OUT) for image in images]
         return [
             replace(image, position_bias=calibration) if KEY_BIAS in image.extras else image
             for image in images
@@ -317,6 +323,26 @@ def can_be_asked(base: Pruner) -> bool:
     except ValueError:
         return False
     return True
+
+
+# --- tokens that are not offered to the base method ----------------------------------------------
+
+
+def marked(vision: VisionTokens, left: VisionTokens) -> VisionTokens:
+    """`left`, what the base method made of `vision`; where it is without some of the tokens these,
+    too, with the mark `LEFT_OUT`."""
+    if left.positions is vision.positions:
+        return left
+    there = torch.ones_like(left.positions, dtype=torch.bool) if left.valid is None else left.valid
+    missing = torch.ones_like(vision.positions, dtype=torch.bool)
+    return with_extra(vision, LEFT_OUT, missing.scatter(1, left.positions, ~there))
+
+
+def without_marked(image: ImageTokens) -> ImageTokens:
+    """The sequence of an image as the base method would have it."""
+    if (missing := image.extras.get(LEFT_OUT)) is None:
+        return image
+    return without_extra(image.keep(~missing), LEFT_OUT)
 
 
 # --- tokens that were merged ----------------------------------------------------------------------

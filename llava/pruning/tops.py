@@ -349,9 +349,12 @@ def preserve(
 
 
 def scaled(values: Tensor, real: Tensor, by_mean: bool) -> Tensor:
-    """Values (G, V) over the real tokens from 0 to 1, or by their mean; equal ones become 0."""
+    """Values (G, V) over the real tokens from 0 to 1, or by their mean; equal ones become 0, and
+    so does padding, which may stand on a token of the text that is looked at far more."""
     if by_mean:
-        mean = (values * real).sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp(min=1)
+        values = values * real
+        mean = values.sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp(min=1)
         return torch.where(mean > 0, values / mean.clamp(min=1e-30), 0.0)
     above = values - values.masked_fill(~real, torch.inf).amin(dim=1, keepdim=True)
-    return above / above.masked_fill(~real, 0.0).amax(dim=1, keepdim=True).clamp(min=1e-30)
+    above = above.masked_fill(~real, 0.0)
+    return above / above.amax(dim=1, keepdim=True).clamp(min=1e-30)

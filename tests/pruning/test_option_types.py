@@ -23,6 +23,11 @@ def test_what_every_option_is_by_default_is_of_its_type(name):
         ("holov", "num_runs", 2.5, "a whole number"),
         ("v2drop", "keep_list", "abc", "a list, each a number"),
         ("pyramiddrop", "layer_list", [8, "b", 24], "a list, each a whole number"),
+        ("scope", "alpha", None, "a number"),
+        ("eadp", "quantile", None, "a number"),
+        ("mmtok", "tau_v", None, "a number"),
+        ("dart", "pivot_text_token", None, "a whole number"),
+        ("restore", "calibrate_decode", None, "true or false"),
     ],
 )
 def test_a_value_of_another_type_is_refused_with_what_is_possible(name, option, value, wanted):
@@ -35,6 +40,12 @@ def test_values_that_mean_the_same_are_taken():
     assert build_pruner("scope", alpha=2).alpha == 2
     assert build_pruner("holov", raster_order=1).in_raster_order
     assert build_pruner("v2drop", keep_list=(288, 0.5, 1)).keep_list == (288, 0.5, 1)
+
+
+def test_none_is_taken_where_it_means_something():
+    assert build_pruner("mmtok", tau_t=None, visual_token_ratio=None).tau_t is None
+    by_share = {"visual_token_num": None, "visual_token_ratio": 0.5}
+    assert build_pruner("scope", **by_share) == build_pruner("scope", visual_token_ratio=0.5)
 
 
 def test_an_option_that_takes_more_than_plain_values_is_left_to_its_method():

@@ -5,7 +5,7 @@ import torch
 
 from llava.pruning import Chain, build_pruner, trace_pruning
 from llava.pruning.density_merge import groups_of, merge
-from llava.pruning.restore import Restore
+from llava.pruning.restore import LEFT_OUT, Restore
 from llava.pruning.testing import MethodContract, OwnGridsContract, tiny
 from llava.pruning.tokens import KEY_BIAS
 from tests.conftest import SIDE
@@ -245,6 +245,35 @@ def test_crops_with_other_numbers_of_tokens_are_padded(anyres_model, sample):
         assert torch.equal(own.offsets, alone.offsets)
         torch.testing.assert_close(own.embeds, alone.embeds, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(own.extras[KEY_BIAS], alone.extras[KEY_BIAS])
+
+
+@pytest.mark.parametrize("crops, size", [(5, (2 * SIDE, 2 * SIDE)), (3, (42, 84))])
+@pytest.mark.parametrize("gamma, budget", [(0.5, 50), (1.0, 30)])
+def test_sinks_that_the_base_leaves_out_of_a_sequence_are_merged(
+    anyres_model, crops, size, gamma, budget
+):
+    """Of holov, which leaves them out of crops and chooses from the sequence of all crops."""
+    model = anyres_model
+    images = [torch.randn(crops, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(5))]
+    sink, found = {"holov_sink_ratio": 0.1}, []
+    wrapped = build_pruner("restore+holov", visual_token_num=budget, gamma=gamma, **sink)
+    plain = build_pruner("holov", visual_token_num=int(gamma * budget + 0.5), sink_ratio=0.1)
+    for model.pruner in (wrapped, plain):
+        found += model.image_tokens(images, [size])
+    assert len(found[0].embeds) == budget
+    kept, own = found[0].offsets[found[0].patches >= 0], found[1].offsets.sort().values
+    assert torch.equal(kept, own)
+    if gamma < 1:
+        total = float(found[0].extras[KEY_BIAS].exp().sum())
+        assert total == pytest.approx(found[0].length, abs=1e-2)
+
+
+def test_sinks_leave_an_image_that_keeps_everything_whole(anyres_model):
+    images = [torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(5))]
+    options = dict(visual_token_num=170, holov_sink_ratio=0.1)
+    anyres_model.pruner = build_pruner("restore+holov", **options)
+    (image,) = anyres_model.image_tokens(images, [(42, 84)])
+    assert len(image.embeds) == image.length and LEFT_OUT not in image.extras
 
 
 # --- merging --------------------------------------------------------------------------------

@@ -93,6 +93,16 @@ def test_padding_and_other_images_change_nothing(by_mean):
         assert len(set(alone[0].tolist())) == 12
 
 
+@pytest.mark.parametrize("by_mean", [False, True])
+def test_padding_is_never_picked_however_much_it_is_looked_at(by_mean):
+    """It stands on the first tokens of the prompt, to which words attend far more."""
+    features, real = torch.eye(6)[None], torch.arange(6)[None] < 4
+    for relevance in ([2e-7] * 4, [2e-7, 2.1e-7, 1.9e-7, 1.8e-7]):
+        given = torch.tensor([[*relevance, 0.9, 0.1]]), real, torch.tensor([[0.5, 0.5]])
+        order, _ = preserve(features, *given, 4, by_mean)
+        assert sorted(order[0].tolist()) == [0, 1, 2, 3]
+
+
 def test_raters_look_at_the_image_as_much_as_the_mean_of_those_asked():
     looks = torch.tensor([[0.1, 0.5, 0.3, 9.0], [0.2, 0.2, 0.2, 0.0]])
     asked = torch.tensor([[True, True, True, False], [True, True, True, False]])
