@@ -35,17 +35,20 @@ Work = Generator[Request, Any, Found]
 
 @torch.no_grad()
 def together(works: Sequence[Work[Found]]) -> list[Found]:
-    """What each of these returns; they ask for the same kinds of things in the same order."""
-    asked = [next(work) for work in works]
-    found: list[Found] = []
-    while not found:
-        results, asked = type(asked[0]).answer(asked), []
-        for work, result in zip(works, results, strict=True):
+    """What each of these returns; they ask for the same kinds of things in the same order, though
+    some may have all they want before others."""
+    asked = {number: next(work) for number, work in enumerate(works)}
+    found: dict[int, Found] = {}
+    while asked:
+        requests = list(asked.values())
+        results = type(requests[0]).answer(requests)
+        for number, result in zip(list(asked), results, strict=True):
             try:
-                asked.append(work.send(result))
+                asked[number] = works[number].send(result)
             except StopIteration as end:
-                found.append(end.value)
-    return found
+                found[number] = end.value
+                del asked[number]
+    return [found[number] for number in range(len(works))]
 
 
 def alone(work: Work[Found]) -> Found:

@@ -74,11 +74,15 @@ class SpeculationLog:
 @dataclass
 class Guess:
     """Tokens the drafter guessed: one (1, 1) tensor each, with its probability (1,) and, when
-    tokens are sampled, the distribution (1, V) it was drawn from."""
+    tokens are sampled, the distribution (1, V) it was drawn from.
+
+    ended: whether the last of them ends an answer
+    """
 
     tokens: list[Tensor] = field(default_factory=list)
     probabilities: list[Tensor] = field(default_factory=list)
     distributions: list[Tensor | None] = field(default_factory=list)
+    ended: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -216,7 +220,9 @@ class Speculation:
             guess.probabilities.append(probability)
             guess.distributions.append(distribution)
             newest, logits = token, None
-            if self.choice.stops(token, probability, self.drafter.draft_stop_prob):
+            least = self.drafter.draft_stop_prob
+            stops, guess.ended = self.choice.stops(token, probability, least)
+            if stops:
                 break
         if newest is not None:
             rows.append(self._feed(newest))

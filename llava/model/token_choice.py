@@ -84,6 +84,7 @@ class TokenChoice:
     ):
         self.rules = [*processors, *(warpers or [])]
         self.sampled = warpers is not None
+        self.look_back = bool(processors)  # rules that may know what an answer can be
         self.ids = ids
         self.ends = set(ends)
         self.noise, self.row = noise or Noise(), row
@@ -111,11 +112,13 @@ class TokenChoice:
             best = logits.gather(1, token)
         return token, (best[:, 0] - logits.logsumexp(dim=-1)).exp(), distribution
 
-    def stops(self, token: Tensor, probability: Tensor, least: float) -> bool:
-        """Whether guessing ends with this token; waits for the device."""
+    def stops(self, token: Tensor, probability: Tensor, least: float) -> tuple[bool, bool]:
+        """Whether guessing ends with this token, and whether the answer would; waits for the
+        device."""
         # One transfer for both; float32 holds every id below 2 ** 24 exactly.
         number, sure = torch.cat([token[0].float(), probability]).tolist()
-        return sure < least or int(number) in self.ends
+        ends = int(number) in self.ends
+        return sure < least or ends, ends
 
     def verify(self, logits: Tensor, guess) -> tuple[Tensor, list[int], Tensor]:
         """What the decoder makes of g guesses.
@@ -130,9 +133,9 @@ class TokenChoice:
         if self.rules:
             rows = [
                 self._scores(row[None], torch.cat([self.ids, guessed[:, :number]], dim=1))
-                for number, row in enumerate(logits)
+                for number, row in enumerate(logits[:-1] if guess.ended else logits)
             ]
-            scores = torch.cat(rows)
+            scores = torch.cat([*rows, logits[len(rows) :]])  # behind an end there are no rules
         choose = self._sampled if self.sampled else self._best
         tokens, agreed = choose(scores, guessed[0], guess.distributions)
         count, *numbers = torch.cat([agreed[None] + 1, tokens]).tolist()
@@ -161,19 +164,21 @@ class TokenChoice:
 
     # --- trees --------------------------------------------------------------------------------
 
-    def walk(self, logits: Tensor, tree: TokenTree) -> Walk:
+    def walk(self, logits: Tensor, tree: TokenTree, most: int | None = None) -> Walk:
         """From the root of a tree along the tokens of the decoder, as far as guesses go.
 
         logits: (N + 1, V) of the decoder behind the root and behind every node
+        most:   tokens that the answer may grow by, at least 1; None: any number. Where no rule
+                asks, there may be more of them
         Every token is what the decoder chooses, or draws, behind those before it, whatever was
-        guessed. Waits for the device once.
+        guessed. Waits for the device once, with processors once for each token.
         """
-        return alone(self.walking(logits, tree))
+        return alone(self.walking(logits, tree, most))
 
-    def walking(self, logits: Tensor, tree: TokenTree) -> Work[Walk]:
+    def walking(self, logits: Tensor, tree: TokenTree, most: int | None = None) -> Work[Walk]:
         """`walk`, for several answers at once."""
         if self.rules or self.sampled:
-            tokens, nodes, count, scores = self._walk_by_rules(logits, tree)
+            tokens, nodes, count, scores = yield from self._walk_by_rules(logits, tree, most)
         else:
             tokens, nodes, count = self._walk_greedily(logits, tree)
             scores = logits.index_select(0, nodes)
@@ -200,15 +205,16 @@ class TokenChoice:
         return best[path], path, good.sum()
 
     def _walk_by_rules(
-        self, logits: Tensor, tree: TokenTree
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, logits: Tensor, tree: TokenTree, most: int | None
+    ) -> Work[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Likewise, and the scores (d + 1, V): level by level, since rules want to see the answer
-        as it is before each token."""
+        as it is before each token. Processors see nothing but that: they may know no other text,
+        as those that allow a few answers alone, and none behind an end."""
         ids, node = self.ids, self.ids.new_zeros(1)
         alive, count = torch.ones_like(node), self.ids.new_zeros(())
         numbers = torch.arange(1, len(tree) + 1, device=node.device)
         chosen, path, scores = [], [], []
-        for level in range(tree.deepest + 1):
+        for level in range(min(tree.deepest + 1, most or tree.deepest + 1)):
             scores.append(self._scores(logits.index_select(0, node), ids))
             chosen.append(self._draw(scores[-1], level) if self.sampled else scores[-1].argmax(-1))
             path.append(node)
@@ -217,6 +223,11 @@ class TokenChoice:
             alive = alive * follows.any()
             count = count + alive[0]
             node = (numbers * follows).sum(dim=0, keepdim=True)
+            if self.look_back:
+                token, place = yield Numbers(torch.cat([chosen[-1], node]))
+                if token in self.ends or not place:
+                    break
+        count = count.clamp(max=len(path) - 1)
         return torch.cat(chosen), torch.cat(path), count, torch.cat(scores)
 
     def _best_behind(self, logits: Tensor, tree: TokenTree) -> Tensor:

@@ -108,13 +108,13 @@ class TreeSpeculation(Speculation):
 
         Returns what `start` returns, tokens beyond those that the answer may have left out.
         """
-        walk = yield from self.choice.walking(self._at_home(logits), tree)
+        left = self.most - self.count
+        walk = yield from self.choice.walking(self._at_home(logits), tree, left)
         first = [length + self.count for length in self.prompt_lengths[: self.depth]]
         self.cache.keep_of_newest(first, [node - 1 for node in walk.accepted])
         if walk.accepted:
             accepted = walk.nodes[1:].to(self.nodes.device) - 1
             self.waiting.append(self.nodes.index_select(1, accepted))
-        left = self.most - self.count
         self.count += len(walk.numbers)
         self.done = self.count - 1
         self.newest = walk.tokens[-1:][None]

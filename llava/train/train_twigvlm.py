@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from llava.checkpoint_kind import is_llava
 from llava.constants import IGNORE_INDEX
 from llava.conv_mode import CONFIG_KEY
 from llava.conversation import Conversation
@@ -212,6 +213,7 @@ def load_trunk(
         refuse_fsdp("a twig")
     join_processes(training_args)
     family = choose_family(model_args, training_args, given)
+    refuse_other_tokens(model_args, family.values, given)
     with kept_whole(training_args):
         model = family.load_model(model_args, data_args, training_args, given, attn_implementation)
         tokenizer = family.load_tokenizer(training_args)
@@ -219,6 +221,22 @@ def load_trunk(
         family.add_vision(model, tokenizer, model_args, data_args, training_args)
     data_args.image_grid_pinpoints = getattr(model.config, "image_grid_pinpoints", None)
     return Trunk(model.to(training_args.device), tokenizer, conv)
+
+
+def refuse_other_tokens(model_args, values: dict, given: set[str]) -> None:
+    """Raises ValueError for flags by which the vocabulary of the trunk, and with it the head of the
+    twig, would have another size than that of the model with the config `values` when it is loaded:
+    the twig would fit no model.
+
+    given: names of the flags on the command line
+    """
+    for name, usual in (("mm_use_im_start_end", False), ("mm_use_im_patch_token", True)):
+        asked, known = getattr(model_args, name), values.get(name, usual)
+        if name in given and asked != known and is_llava(values):
+            raise ValueError(
+                f"--{name} {asked}: {model_args.model_name_or_path} has {known}, and a twig knows "
+                "the tokens of its model: leave the flag out"
+            )
 
 
 def refuse_other_recipes(model_args, training_args) -> None:

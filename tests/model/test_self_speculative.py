@@ -114,6 +114,43 @@ def test_rules_about_scores_hold(sharp, sample):
     assert not torch.equal(fast, answers(sharp, prompt.ids, prompt.images)[1])
 
 
+@pytest.mark.parametrize("nodes", [0, 20])
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("most", [3, 12])
+def test_rules_are_asked_about_texts_alone_that_can_be_an_answer(
+    sharp, sample, nodes, sampled, most
+):
+    """Not about what would stand behind an end mark, nor behind as many tokens as are allowed."""
+    grown(sharp, enable_pruning=False)
+    prompt, end = sample(4, "image", 5), 41
+    after = {(): [11, 12], (11,): [13, 14], (12,): [14], (11, 13): [15, end], (12, 14): [end]}
+    after |= {(11, 14): [16], (11, 13, 15): [end], (11, 14, 16): [end]}
+    after = {text: after[text] for text in after if len(text) < most}
+    options = dict(GREEDY, do_sample=sampled, max_new_tokens=most, eos_token_id=end)
+    seen: list[list] = [[], []]
+    found: list[set] = [set(), set()]
+    for seed in range(12 if sampled else 1):
+        for number, more in enumerate(({}, {**SPECULATE, "tree_nodes": nodes})):
+
+            def allowed(_, ids, own=seen[number]):
+                own.append(tuple(ids[1:].tolist()))
+                return after[own[-1]]
+
+            torch.manual_seed(seed)
+            text = sharp.generate(
+                prompt.ids,
+                images=prompt.images,
+                prefix_allowed_tokens_fn=allowed,
+                **options,
+                **more,
+            )
+            found[number].add(tuple(text[0].tolist()))
+    assert all(len(text) == most or text[-1] == end for text in found[1])
+    assert sampled or found[0] == found[1]
+    if nodes:  # as without guessing, so that they may count how often they are asked
+        assert seen[0] == seen[1]
+
+
 def test_the_reported_probability_is_the_plain_one_whatever_rules_do_to_logits():
     logits = torch.tensor([[2.0, 1.5, 0.5, -1.0]])
     rules = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(3.0)])  # it writes in place

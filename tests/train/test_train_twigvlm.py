@@ -79,6 +79,17 @@ def test_other_parts_cannot_be_trained_along(workplace, tmp_path):  # noqa: F811
         run(workplace, tmp_path, "--skip_samples", 99)
 
 
+@pytest.mark.parametrize("name", ["mm_use_im_start_end", "mm_use_im_patch_token"])
+def test_a_twig_has_the_vocabulary_of_its_model(workplace, tmp_path, name):  # noqa: F811
+    path = workplace / "start"
+    values = json.loads((path / "config.json").read_text())
+    assert not values.get(name)
+    with pytest.raises(ValueError, match=f"--{name} True: .*start has False, and a twig knows"):
+        run(workplace, tmp_path / "other", "--max_steps", 1, f"--{name}", True)
+    trainer = run(workplace, tmp_path / "same", "--max_steps", 1, f"--{name}", False)
+    assert trainer.model.twig.head.out_features == values["vocab_size"]
+
+
 def test_pieces_that_are_not_trained_are_hidden_from_the_optimizer(model):
     training = TwigTraining(model, 1, 2)
     assert {name.split(".")[0] for name, _ in training.named_parameters()} == {"model"}

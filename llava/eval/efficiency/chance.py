@@ -23,9 +23,9 @@ class ChanceChoice(TokenChoice):
         super().__init__(*args)
         self.acceptance = acceptance
 
-    def stops(self, token: Tensor, probability: Tensor, least: float) -> bool:
+    def stops(self, token: Tensor, probability: Tensor, least: float) -> tuple[bool, bool]:
         super().stops(token, probability, least)
-        return False
+        return False, False
 
     def _best(self, scores: Tensor, guessed: Tensor, _) -> tuple[Tensor, Tensor]:
         best = scores.argmax(dim=-1)
