@@ -24,9 +24,9 @@ from llava.conv_mode import CONFIG_KEY, announce, checkpoint_conv_mode
 from llava.front_end import FrontEnd
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
-from llava.pruning.glimpseprune import GlimpsePrune
+from llava.pruning.glimpseprune import DEFAULTS, WEIGHTS_FILES, GlimpsePrune
 from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
-from llava.pruning.learned import read_part, save_part
+from llava.pruning.learned import WEIGHTS_FILE, read_part, save_part
 from llava.train.processes import leave_group
 
 from .glimpse.arguments import (
@@ -44,6 +44,7 @@ from .glimpse.batches import (
 )
 from .glimpse.data import BoxSample, read_datasets
 from .glimpse.loss import GlimpseObjective
+from .glimpse.saving import WEIGHTS_FILE as RELEASED_FILE
 from .glimpse.saving import save_released
 from .llava_trainer import LLaVATrainer
 from .run import FlagParser, check_trainer_flags, run
@@ -80,7 +81,8 @@ def prepare(words: Sequence[str]) -> GlimpseTrainer:
     model = front.model
     model.pruner = fresh_method(model, model_args)
     front.model = ModelFacts.of(model)
-    saved = {CONFIG_KEY: front.conv_mode, **model_args.pruning}
+    settings = {**DEFAULTS, **model.pruner.saved, **model_args.pruning}
+    saved = {CONFIG_KEY: front.conv_mode, **settings}
     if model_args.adapter_dir is not None:  # what was trained fits the merged model alone
         saved["adapter_dir"] = os.path.basename(os.path.realpath(model_args.adapter_dir))
     return GlimpseTrainer(
@@ -207,19 +209,36 @@ class GlimpseTrainer(LLaVATrainer):
 
     def compute_loss(self, model, inputs, return_outputs: bool = False):
         out = model(**inputs)
-        sums = self._sums[model.training]
-        for name, value in out.items():
-            if name != "loss":
-                sums[name] = sums.get(name, 0) + value.float()
-        sums["steps"] = sums.get("steps", 0) + torch.ones_like(out["loss"]).float()
+        self._note(out, len(inputs["masks"]), self._sums[model.training])
         return (out["loss"], out) if return_outputs else out["loss"]
 
+    def _note(self, out, samples: int, sums: dict[str, torch.Tensor]) -> None:
+        """Adds what a batch of so many samples gave to `sums`: counts of tokens, and the rest,
+        which are means, for every sample; nothing where there is none."""
+        for name, value in out.items():
+            if name != "loss":
+                value = value.float() * (min(samples, 1) if name == "hits" else samples)
+                sums[name] = sums.get(name, 0) + value
+        sums["samples"] = sums.get("samples", 0) + out["loss"].new_tensor(samples).float()
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss alone: what else there is goes into the log."""
+        """The loss alone: what else there is goes into the log, for every sample once, although
+        several processes get some of them twice, where a last batch lacks samples."""
         inputs = self._prepare_inputs(inputs)
+        own = self._own_samples(len(inputs["masks"]))
+        if own:
+            inputs = {name: values[:own] for name, values in inputs.items()}
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach().mean(), None, None
+            out = model(**inputs)
+        self._note(out, own, self._sums[False])
+        return out["loss"].detach().mean(), None, None
+
+    def _own_samples(self, count: int) -> int:
+        """How many of the `count` samples of a batch that is evaluated are not there to fill it."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return count
+        return min(max(state.remainder - self.args.process_index * count, 0), count)
 
     def log(self, logs: dict[str, float]) -> None:
         if "loss" in logs:
@@ -236,9 +255,9 @@ class GlimpseTrainer(LLaVATrainer):
         if not sums:
             return {}
         sums = {name: self.accelerator.reduce(value, "sum") for name, value in sums.items()}
-        logs, steps = found_boxes(sums.pop("hits").tolist()), sums.pop("steps")
+        logs, samples = found_boxes(sums.pop("hits").tolist()), sums.pop("samples")
         for name, total in sums.items():
-            mean = (total / steps).flatten().tolist()
+            mean = (total / samples).flatten().tolist()
             names = [name] if len(mean) == 1 else [f"{name}_{i}" for i in range(len(mean))]
             logs |= {key: round(value, 4) for key, value in zip(names, mean, strict=True)}
         return logs
@@ -258,6 +277,10 @@ class GlimpseTrainer(LLaVATrainer):
         save = save_released if released else save_part
         values = self.saved_values | self.part.config.values()
         save(folder, GlimpsePrune.name, weights, self.base_model, **values)
+        written = RELEASED_FILE if released else WEIGHTS_FILE
+        for name in set(WEIGHTS_FILES) - {written}:  # of an earlier run, which would be read first
+            if os.path.isfile(path := os.path.join(folder, name)):
+                os.remove(path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         _, weights = read_part(resume_from_checkpoint)

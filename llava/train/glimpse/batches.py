@@ -168,13 +168,10 @@ class BoxDataset(Dataset):
 
     def keep_within(self, limits: LengthLimits) -> None:
         """Leaves out, with a warning that counts them, samples beyond the limits, and pictures that
-        cannot be opened or have no place on a grid. Opens the heads of all pictures; without limits
-        and where all images have one grid there is nothing to find out.
+        cannot be opened or have no place on a grid. Opens the heads of all pictures.
 
         Raises ValueError when no sample is left.
         """
-        if self.grid is not None and not limits.any:
-            return
         kept, left_out = [], {}
         for sample in self.samples:
             if why := self._beyond(sample, limits):
