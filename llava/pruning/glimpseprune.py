@@ -30,7 +30,7 @@ from .base import Pruner
 from .extras import with_extra, with_number, without_extra
 from .glimpseprune_call import GlimpseRelease
 from .glimpseprune_modules import PAPER_LAYER, Glimpse, GlimpseConfig
-from .glimpseprune_reference import check_boxes, reference_cells
+from .glimpseprune_reference import check_boxes, check_uncut, reference_cells
 from .glimpseprune_views import CROPS, Views, shapes_of
 from .interfaces import LanguageModel
 from .learned import WEIGHTS_FILE, build_part, part_folder, read_part, read_part_config
@@ -81,7 +81,8 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
                       None: the one of the playground, on the playground's model
     ref_boxes:        diagnosis, in place of the glimpse: what these boxes cover stays; boxes are
                       (left, top, right, bottom), as shares of the picture the tower sees. They hold
-                      for all images, or are one list for each image of a call (None: all of it)
+                      for all images, or are one list for each image of a call (None: all of it);
+                      images that are cut into tiles have no such picture
     ref_masks:        likewise, one for each image of a call: True where a token stays (h, w), or a
                       picture that is bright there
     prune_videos:     every pair of frames of a video is judged as an image is; else videos stay
@@ -224,7 +225,12 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
             return prefill
         if index == 0:
             self.check_anchors(prefill)
-            return self.add_glimpse(prefill) if self.asks_glimpse else prefill
+            if self.asks_glimpse:
+                return self.add_glimpse(prefill)
+            if not prefill.has_axes:  # where they have, crops are frames
+                most = max(map(max, filter(None, prefill.image_extras[CROPS])))
+                check_uncut(self.ref_boxes, self.ref_masks, most)
+            return prefill
         prefill = self.remember_row(index, prefill)
         if index == self.last_dense_layer(len(prefill.decoder.layers)) + 1:
             return self.reduce(prefill)

@@ -381,3 +381,17 @@ def test_boxes_can_take_the_place_of_the_glimpse(model, sample):
     model.pruner = with_random_parts(GlimpsePrune(ref_boxes=[[0, 0, 0.3, 0.3]]))
     _, trace = generate(model, sample(4, "image", 5))
     assert int(trace.visual_tokens[5]) == 4
+
+
+@pytest.mark.parametrize("reference", [{"ref_boxes": [[0, 0, 0.3, 0.3]]}, {"ref_masks": [0]}])
+def test_references_say_no_places_of_images_that_are_cut_into_tiles(
+    anyres_model, sample, reference
+):
+    anyres_model.pruner = with_random_parts(GlimpsePrune())
+    ids = sample(4, "image", 5).ids
+    images, sizes = torch.randn(1, 5, 3, SIDE, SIDE), [(2 * SIDE, 2 * SIDE)]
+    options = dict(images=images, image_sizes=sizes, max_new_tokens=1)
+    with pytest.raises(ValueError, match="are for images in one crop, this model cuts one into 5"):
+        anyres_model.generate(ids, **options, **reference)
+    for everything in ([], [None]):  # nothing stays, or all
+        anyres_model.generate(ids, **options, ref_boxes=everything)
