@@ -193,7 +193,8 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     # --- before the decoder -------------------------------------------------------------------
 
     def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
-        layers = () if self.module is None else self.module.config.tower_layers
+        # A part that is not there yet asks for layers, too: for one that every tower has.
+        layers = (selected,) if self.module is None else self.module.config.tower_layers
         return {layer: frozenset({"output"}) for layer in layers}
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
