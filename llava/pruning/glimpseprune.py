@@ -76,7 +76,8 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     max_remain_ratio: the same as a share of the image's tokens; the smaller cap holds
     reduce_threshold: tokens with a larger probability stay
     min_remain_num:   tokens that stay in any case: the most probable ones
-    anchor_positions: corners that stay in any case: of "tl", "tr", "bl", "br"
+    anchor_positions: corners that stay in any case: of "tl", "tr", "bl", "br", in a list or in one
+                      text ("tl,br")
     new_modules:      folder of the trained part, ours or the published layout, or hub repository;
                       None: the one of the playground, on the playground's model
     ref_boxes:        diagnosis, in place of the glimpse: what these boxes cover stays; boxes are
@@ -97,7 +98,7 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     max_remain_ratio: float | None = None
     reduce_threshold: float | None = None
     min_remain_num: int | None = None
-    anchor_positions: Sequence[str] | None = None
+    anchor_positions: str | Sequence[str] | None = None
     new_modules: str | None = None
     ref_boxes: Sequence | None = None
     ref_masks: Sequence | None = field(default=None, repr=False)
@@ -119,6 +120,8 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
             raise ValueError(f"reduce_threshold ({self.reduce_threshold}) must be from 0 to 1")
         if self.min_remain_num is not None and self.min_remain_num < 0:
             raise ValueError(f"min_remain_num ({self.min_remain_num}) must not be negative")
+        if isinstance(self.anchor_positions, str):  # a word of a command line
+            self.anchor_positions = tuple(self.anchor_positions.replace(",", " ").split())
         if unknown := set(self.anchor_positions or ()) - set(ANCHORS):
             raise ValueError(
                 f"anchor_positions {sorted(unknown)} are unknown, choose from {', '.join(ANCHORS)}"

@@ -1,5 +1,6 @@
 """GlimpsePrune: the glimpse, the rules of what stays, views of images, and its files."""
 
+import argparse
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from PIL import Image
 from llava.eval import run_llava
 from llava.pruning import Prefill, build_pruner, trace_pruning
 from llava.pruning.cells import boxes_to_cells
+from llava.pruning.cli import add_pruning_args, pruner_from_args
 from llava.pruning.glimpseprune import GlimpsePrune
 from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
 from llava.pruning.glimpseprune_views import CROPS, Views, grid_angles
@@ -366,6 +368,14 @@ def test_a_shape_that_cannot_be_is_refused(model, changes, message):
 def test_an_option_that_cannot_be_is_refused(option, value):
     with pytest.raises(ValueError, match=option):
         build_pruner("glimpseprune", **{option: value})
+
+
+@pytest.mark.parametrize("text, corners", [("tl", ("tl",)), ("tl,br", ("tl", "br"))])
+def test_corners_are_named_on_a_command_line(text, corners):
+    parser = argparse.ArgumentParser()
+    add_pruning_args(parser)
+    pruner = pruner_from_args(parser.parse_args(["--anchor-positions", text]))
+    assert pruner.name == "glimpseprune" and pruner.anchor_positions == corners
 
 
 def test_layers_follow_the_depth_of_the_model(model):
