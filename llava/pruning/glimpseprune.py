@@ -370,7 +370,7 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
         dense, last = num_patches * crops, self.last_dense_layer(num_layers)
         most = dense
         if (ratio := self.setting("max_remain_ratio")) is not None:
-            most = min(most, int(ratio * dense))
+            most = min(most, most_within(dense, ratio))
         if self.visual_token_num is not None:
             most = min(most, self.visual_token_num)
         most = max(most, self.setting("min_remain_num") or 0)

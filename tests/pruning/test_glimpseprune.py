@@ -385,6 +385,9 @@ def test_layers_follow_the_depth_of_the_model(model):
     assert config.selected_visual_layers == (3, 3, 2, 1)
     schedule = GlimpsePrune(visual_token_num=5).token_schedule(36, 6)
     assert schedule == [36] * 5 + [5]
+    # 29 of 100 are no more than this share, although it is 28.99... of them.
+    assert GlimpsePrune(max_remain_ratio=0.29).token_schedule(100, 6)[-1] == 29
+    assert GlimpsePrune(max_remain_ratio=0.111).token_schedule(576, 6)[-1] == 63
 
 
 def test_boxes_can_take_the_place_of_the_glimpse(model, sample):
