@@ -240,12 +240,16 @@ class GlimpseTrainer(LLaVATrainer):
             return count
         return min(max(state.remainder - self.args.process_index * count, 0), count)
 
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As of every Trainer; what is logged beside the loss can say which checkpoint is best."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, value in self._logged(in_training=False).items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
     def log(self, logs: dict[str, float]) -> None:
         if "loss" in logs:
             logs = {**logs, **self._logged(in_training=True)}
-        elif "eval_loss" in logs:
-            found = self._logged(in_training=False)
-            logs = {**logs, **{f"eval_{name}": value for name, value in found.items()}}
         super().log(logs)
 
     def _logged(self, in_training: bool) -> dict[str, float]:

@@ -326,6 +326,15 @@ def test_the_best_checkpoint_is_the_result_where_that_is_asked_for(workplace, tm
         assert torch.equal(value, trainer.part.state_dict()[name]), name
 
 
+def test_the_best_checkpoint_can_be_that_which_finds_most_of_the_boxes(workplace, tmp_path):
+    flags = ["--eval_dataset", workplace / "boxes.jsonl", "--evaluation_strategy", "steps"]
+    flags += ["--eval_steps", 1, "--save_steps", 1, "--max_steps", 2]
+    flags += ["--load_best_model_at_end", True, "--metric_for_best_model", "iou"]
+    trainer = train(command_line(workplace, tmp_path, *flags))
+    found = [entry["eval_iou"] for entry in trainer.state.log_history if "eval_iou" in entry]
+    assert trainer.state.best_metric == max(found) and len(found) == 2
+
+
 def test_nothing_but_the_part_is_trained(workplace, tmp_path):
     flags = ["--max_steps", 2, "--deep_supervision", True, "--le_length", 2]
     trainer = train(command_line(workplace, tmp_path, *flags))
