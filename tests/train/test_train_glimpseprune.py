@@ -120,14 +120,18 @@ def test_boxes_of_a_picture_that_was_made_smaller_lie_where_they_did(pictures, m
         read_datasets(str(pictures / "e.json"), str(pictures), 42)
 
 
-def test_pictures_that_cannot_be_opened_are_left_out_before_the_first_step(pictures, model, caplog):
+def test_pictures_that_cannot_be_opened_are_left_out_before_the_first_step(
+    pictures, model, caplog, monkeypatch
+):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # twice as many are refused
     (pictures / "cot/gqa/empty.png").touch()
-    (pictures / "d.json").write_text(json.dumps([line(), line("empty.png")]))
+    Image.new("RGB", (100, 50)).save(pictures / "cot/gqa/huge.png")
+    (pictures / "d.json").write_text(json.dumps([line(), line("empty.png"), line("huge.png")]))
     samples = read_datasets(str(pictures / "d.json"), str(pictures), 42)
     dataset = BoxDataset(samples, FrontEnd(None, ModelFacts.of(model), None, "vicuna_v1"))
     dataset.keep_within(LengthLimits())
     assert [os.path.basename(sample.path) for sample in dataset.samples] == ["a.png"]
-    assert "1 of 2 samples are left out: their picture cannot be opened" in caplog.text
+    assert "2 of 3 samples are left out: their picture cannot be opened" in caplog.text
 
 
 def test_conversations_of_visual_cot_are_read(pictures):

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from llava.constants import IGNORE_INDEX
 from llava.front_end import FrontEnd
-from llava.image_io import load_image
+from llava.image_io import image_size, load_image
 from llava.model.inputs import Picture
 from llava.pruning.cells import boxes_to_cells
 
@@ -188,9 +187,8 @@ class BoxDataset(Dataset):
     def _beyond(self, sample: BoxSample, limits: LengthLimits) -> str | None:
         """Why a sample cannot be used."""
         try:
-            with Image.open(sample.path) as image:  # the head alone
-                size = image.size
-        except OSError:
+            size = image_size(sample.path)
+        except (OSError, ValueError):
             return "their picture cannot be opened"
         try:
             grid = self.grid or self.front.image_processor.grid(size)
