@@ -20,13 +20,14 @@ from collections.abc import Sequence
 import torch
 import transformers
 
+from llava.config_file import read_json
 from llava.conv_mode import CONFIG_KEY, announce, checkpoint_conv_mode
 from llava.front_end import FrontEnd
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 from llava.pruning.glimpseprune import DEFAULTS, WEIGHTS_FILES, GlimpsePrune
 from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
-from llava.pruning.learned import WEIGHTS_FILE, read_part, save_part
+from llava.pruning.learned import CONFIG_FILE, METHOD_KEY, read_part, save_part
 from llava.train.processes import leave_group
 
 from .glimpse.arguments import (
@@ -44,7 +45,6 @@ from .glimpse.batches import (
 )
 from .glimpse.data import BoxSample, read_datasets
 from .glimpse.loss import GlimpseObjective
-from .glimpse.saving import WEIGHTS_FILE as RELEASED_FILE
 from .glimpse.saving import save_released
 from .llava_trainer import LLaVATrainer
 from .run import FlagParser, check_trainer_flags, run
@@ -280,15 +280,27 @@ class GlimpseTrainer(LLaVATrainer):
         released = self.args.save_layout == "released" and not _internal_call
         save = save_released if released else save_part
         values = self.saved_values | self.part.config.values()
+        remove_result(folder)
         save(folder, GlimpsePrune.name, weights, self.base_model, **values)
-        written = RELEASED_FILE if released else WEIGHTS_FILE
-        for name in set(WEIGHTS_FILES) - {written}:  # of an earlier run, which would be read first
-            if os.path.isfile(path := os.path.join(folder, name)):
-                os.remove(path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         _, weights = read_part(resume_from_checkpoint)
         self.part.load_state_dict(weights)
+
+
+def remove_result(folder: str) -> None:
+    """Takes the weights of an earlier run, of any layout, from the folder of a result: those of
+    another layout would stay beside it, and may be what is read. Files that are no trained part of
+    ours, as far as the config tells, stay."""
+    try:
+        owner = read_json(os.path.join(folder, CONFIG_FILE)).get(METHOD_KEY)
+    except (OSError, ValueError):  # there is none, or it is damaged
+        return
+    if owner != GlimpsePrune.name:
+        return
+    for path in (os.path.join(folder, name) for name in WEIGHTS_FILES):
+        if os.path.isfile(path):
+            os.remove(path)
 
 
 def found_boxes(hits: Sequence[float]) -> dict[str, float]:

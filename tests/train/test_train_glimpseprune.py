@@ -33,7 +33,7 @@ from llava.train.glimpse.loss import (
     hits,
 )
 from llava.train.run import FlagParser
-from llava.train.train_glimpseprune import found_boxes, train
+from llava.train.train_glimpseprune import found_boxes, remove_result, train
 from tests.golden_data import GOLDEN
 from tests.paths import ROOT
 from tests.ports import free_port
@@ -375,6 +375,10 @@ def test_a_result_in_another_layout_leaves_nothing_of_the_one_before_it(workplac
         _, weights = read_part(str(tmp_path), WEIGHTS_FILES)
         for name, value in trainer.part.state_dict().items():
             assert torch.equal(weights[name], value), (layout, name)
+    for other in ("{}", ""):  # of a folder of something else, or damaged, nothing is removed
+        (tmp_path / "config.json").write_text(other)
+        remove_result(str(tmp_path))
+        assert (tmp_path / "model.safetensors").is_file()
 
 
 def test_every_sample_that_is_evaluated_counts_once(workplace, tmp_path):
