@@ -61,6 +61,8 @@ FOREIGN_TYPES = {
     "llava_mpt": "LlavaMptForCausalLM",
     "llava_mixtral": "LlavaMixtralForCausalLM",
 }
+#: ending of the model_type of a published trained part of GlimpsePrune, whose config is a model's
+RELEASED_PART = "_gp"
 TOWER_TYPES = ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "clip_text_model")
 #: files of other formats -> what they are
 OTHER_FILES = (
@@ -126,8 +128,9 @@ def family_of(values: Mapping, source: str) -> str:
     another model in transformers. Raises ValueError for what is not supported.
     """
     architecture, kind = architecture_of(values), model_type_of(values)
-    if "pruning_method" in values and not architecture:
-        method = shown(values["pruning_method"])
+    released = kind.endswith(RELEASED_PART) and kind.removesuffix(RELEASED_PART) in MODEL_TYPES
+    if released or ("pruning_method" in values and not architecture):
+        method = shown(values.get("pruning_method", "glimpseprune"))
         raise ValueError(
             f"{source} is the trained part of the pruning method {method}, not a model: name it "
             "with --pruning-arg beside the model it was trained on"

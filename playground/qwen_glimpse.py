@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llava.conv_mode import CONFIG_KEY
 from llava.front_end import FrontEnd
 from llava.model.builder import load_pretrained_model
-from llava.pruning.glimpseprune import GlimpsePrune
+from llava.pruning.glimpseprune import DEFAULTS, GlimpsePrune
 from llava.pruning.learned import read_part, save_part
 from llava.train.glimpse.arguments import GlimpseArguments
 from llava.train.glimpse.batches import BoxCollator, BoxDataset, ModelFacts
@@ -166,5 +166,6 @@ def publish_adapter(trained: Path, checkpoint: Path) -> None:
 def save(stage: Glimpse, checkpoint: Path, folder: Path) -> None:
     """Write the trained part, in bf16, for the model in the folder of the checkpoint."""
     weights = {name: p.to(torch.bfloat16) for name, p in stage.trained.state_dict().items()}
-    values = {CONFIG_KEY: TEMPLATE, **SHAPE.pruning, **stage.trained.config.values()}
+    settings = {**DEFAULTS, **SHAPE.pruning}
+    values = {CONFIG_KEY: TEMPLATE, **settings, **stage.trained.config.values()}
     save_part(str(folder), GlimpsePrune.name, weights, str(checkpoint), **values)

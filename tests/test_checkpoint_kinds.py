@@ -119,6 +119,8 @@ def test_another_architecture_is_refused_by_name(tmp_path, architecture):
         ({"model_type": "clip_vision_model"}, "--vision-tower"),
         ({"model_type": "clip", "architectures": ["CLIPModel"]}, "--vision-tower"),
         ({"pruning_method": "twigvlm", "twig_K": 2}, "trained part of the pruning method"),
+        ({"model_type": "llava_llama_gp", "mm_vision_tower": "x"}, "part of .* 'glimpseprune'"),
+        ({"model_type": "qwen2_5_vl_gp", "vision_config": {}}, "part of .* 'glimpseprune'"),
         ({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, "'qwen3' model"),
         ({}, "neither architectures nor a model_type"),
     ],

@@ -30,7 +30,7 @@ from .base import Pruner
 from .extras import with_extra, with_number, without_extra
 from .glimpseprune_call import GlimpseRelease
 from .glimpseprune_modules import PAPER_LAYER, Glimpse, GlimpseConfig
-from .glimpseprune_reference import check_boxes, reference_cells
+from .glimpseprune_reference import check_boxes, check_uncut, reference_cells
 from .glimpseprune_views import CROPS, Views, shapes_of
 from .interfaces import LanguageModel
 from .learned import WEIGHTS_FILE, build_part, part_folder, read_part, read_part_config
@@ -76,12 +76,14 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     max_remain_ratio: the same as a share of the image's tokens; the smaller cap holds
     reduce_threshold: tokens with a larger probability stay
     min_remain_num:   tokens that stay in any case: the most probable ones
-    anchor_positions: corners that stay in any case: of "tl", "tr", "bl", "br"
+    anchor_positions: corners that stay in any case: of "tl", "tr", "bl", "br", in a list or in one
+                      text ("tl,br")
     new_modules:      folder of the trained part, ours or the published layout, or hub repository;
                       None: the one of the playground, on the playground's model
     ref_boxes:        diagnosis, in place of the glimpse: what these boxes cover stays; boxes are
                       (left, top, right, bottom), as shares of the picture the tower sees. They hold
-                      for all images, or are one list for each image of a call (None: all of it)
+                      for all images, or are one list for each image of a call (None: all of it);
+                      images that are cut into tiles have no such picture
     ref_masks:        likewise, one for each image of a call: True where a token stays (h, w), or a
                       picture that is bright there
     prune_videos:     every pair of frames of a video is judged as an image is; else videos stay
@@ -96,7 +98,7 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     max_remain_ratio: float | None = None
     reduce_threshold: float | None = None
     min_remain_num: int | None = None
-    anchor_positions: Sequence[str] | None = None
+    anchor_positions: str | Sequence[str] | None = None
     new_modules: str | None = None
     ref_boxes: Sequence | None = None
     ref_masks: Sequence | None = field(default=None, repr=False)
@@ -118,6 +120,8 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
             raise ValueError(f"reduce_threshold ({self.reduce_threshold}) must be from 0 to 1")
         if self.min_remain_num is not None and self.min_remain_num < 0:
             raise ValueError(f"min_remain_num ({self.min_remain_num}) must not be negative")
+        if isinstance(self.anchor_positions, str):  # a word of a command line
+            self.anchor_positions = tuple(self.anchor_positions.replace(",", " ").split())
         if unknown := set(self.anchor_positions or ()) - set(ANCHORS):
             raise ValueError(
                 f"anchor_positions {sorted(unknown)} are unknown, choose from {', '.join(ANCHORS)}"
@@ -192,7 +196,8 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     # --- before the decoder -------------------------------------------------------------------
 
     def tower_extras(self, num_layers: int, selected: int) -> dict[int, frozenset[str]]:
-        layers = () if self.module is None else self.module.config.tower_layers
+        # A part that is not there yet asks for layers, too: for one that every tower has.
+        layers = (selected,) if self.module is None else self.module.config.tower_layers
         return {layer: frozenset({"output"}) for layer in layers}
 
     def after_encoder(self, vision: VisionTokens) -> VisionTokens:
@@ -224,7 +229,12 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
             return prefill
         if index == 0:
             self.check_anchors(prefill)
-            return self.add_glimpse(prefill) if self.asks_glimpse else prefill
+            if self.asks_glimpse:
+                return self.add_glimpse(prefill)
+            if not prefill.has_axes:  # where they have, crops are frames
+                most = max(map(max, filter(None, prefill.image_extras[CROPS])))
+                check_uncut(self.ref_boxes, self.ref_masks, most)
+            return prefill
         prefill = self.remember_row(index, prefill)
         if index == self.last_dense_layer(len(prefill.decoder.layers)) + 1:
             return self.reduce(prefill)
@@ -363,7 +373,7 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
         dense, last = num_patches * crops, self.last_dense_layer(num_layers)
         most = dense
         if (ratio := self.setting("max_remain_ratio")) is not None:
-            most = min(most, int(ratio * dense))
+            most = min(most, most_within(dense, ratio))
         if self.visual_token_num is not None:
             most = min(most, self.visual_token_num)
         most = max(most, self.setting("min_remain_num") or 0)

@@ -26,6 +26,17 @@ def check_boxes(boxes: Sequence) -> None:
             )
 
 
+def check_uncut(boxes: Sequence | None, masks: Sequence | None, crops: int) -> None:
+    """Raises ValueError where references say places of a picture that was cut into `crops`: which
+    part of it a crop shows is not known in the decoder."""
+    marks = masks is not None or any(entry is not None and len(entry) for entry in boxes or ())
+    if crops > 1 and marks:
+        raise ValueError(
+            f"{'ref_boxes' if masks is None else 'ref_masks'} are for images in one crop, this "
+            f"model cuts one into {crops}"
+        )
+
+
 def is_box(value) -> bool:
     sequence = isinstance(value, (list, tuple)) and len(value) == 4
     return sequence and all(isinstance(edge, Real) for edge in value)

@@ -20,13 +20,14 @@ from collections.abc import Sequence
 import torch
 import transformers
 
+from llava.config_file import read_json
 from llava.conv_mode import CONFIG_KEY, announce, checkpoint_conv_mode
 from llava.front_end import FrontEnd
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
-from llava.pruning.glimpseprune import GlimpsePrune
+from llava.pruning.glimpseprune import DEFAULTS, WEIGHTS_FILES, GlimpsePrune
 from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
-from llava.pruning.learned import read_part, save_part
+from llava.pruning.learned import CONFIG_FILE, METHOD_KEY, read_part, save_part
 from llava.train.processes import leave_group
 
 from .glimpse.arguments import (
@@ -80,7 +81,8 @@ def prepare(words: Sequence[str]) -> GlimpseTrainer:
     model = front.model
     model.pruner = fresh_method(model, model_args)
     front.model = ModelFacts.of(model)
-    saved = {CONFIG_KEY: front.conv_mode, **model_args.pruning}
+    settings = {**DEFAULTS, **model.pruner.saved, **model_args.pruning}
+    saved = {CONFIG_KEY: front.conv_mode, **settings}
     if model_args.adapter_dir is not None:  # what was trained fits the merged model alone
         saved["adapter_dir"] = os.path.basename(os.path.realpath(model_args.adapter_dir))
     return GlimpseTrainer(
@@ -207,26 +209,47 @@ class GlimpseTrainer(LLaVATrainer):
 
     def compute_loss(self, model, inputs, return_outputs: bool = False):
         out = model(**inputs)
-        sums = self._sums[model.training]
-        for name, value in out.items():
-            if name != "loss":
-                sums[name] = sums.get(name, 0) + value.float()
-        sums["steps"] = sums.get("steps", 0) + torch.ones_like(out["loss"]).float()
+        self._note(out, len(inputs["masks"]), self._sums[model.training])
         return (out["loss"], out) if return_outputs else out["loss"]
 
+    def _note(self, out, samples: int, sums: dict[str, torch.Tensor]) -> None:
+        """Adds what a batch of so many samples gave to `sums`: counts of tokens, and the rest,
+        which are means, for every sample; nothing where there is none."""
+        for name, value in out.items():
+            if name != "loss":
+                value = value.float() * (min(samples, 1) if name == "hits" else samples)
+                sums[name] = sums.get(name, 0) + value
+        sums["samples"] = sums.get("samples", 0) + out["loss"].new_tensor(samples).float()
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss alone: what else there is goes into the log."""
+        """The loss alone: what else there is goes into the log, for every sample once, although
+        several processes get some of them twice, where a last batch lacks samples."""
         inputs = self._prepare_inputs(inputs)
+        own = self._own_samples(len(inputs["masks"]))
+        if own:
+            inputs = {name: values[:own] for name, values in inputs.items()}
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach().mean(), None, None
+            out = model(**inputs)
+        self._note(out, own, self._sums[False])
+        return out["loss"].detach().mean(), None, None
+
+    def _own_samples(self, count: int) -> int:
+        """How many of the `count` samples of a batch that is evaluated are not there to fill it."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return count
+        return min(max(state.remainder - self.args.process_index * count, 0), count)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As of every Trainer; what is logged beside the loss can say which checkpoint is best."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, value in self._logged(in_training=False).items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
 
     def log(self, logs: dict[str, float]) -> None:
         if "loss" in logs:
             logs = {**logs, **self._logged(in_training=True)}
-        elif "eval_loss" in logs:
-            found = self._logged(in_training=False)
-            logs = {**logs, **{f"eval_{name}": value for name, value in found.items()}}
         super().log(logs)
 
     def _logged(self, in_training: bool) -> dict[str, float]:
@@ -236,9 +259,9 @@ class GlimpseTrainer(LLaVATrainer):
         if not sums:
             return {}
         sums = {name: self.accelerator.reduce(value, "sum") for name, value in sums.items()}
-        logs, steps = found_boxes(sums.pop("hits").tolist()), sums.pop("steps")
+        logs, samples = found_boxes(sums.pop("hits").tolist()), sums.pop("samples")
         for name, total in sums.items():
-            mean = (total / steps).flatten().tolist()
+            mean = (total / samples).flatten().tolist()
             names = [name] if len(mean) == 1 else [f"{name}_{i}" for i in range(len(mean))]
             logs |= {key: round(value, 4) for key, value in zip(names, mean, strict=True)}
         return logs
@@ -257,11 +280,27 @@ class GlimpseTrainer(LLaVATrainer):
         released = self.args.save_layout == "released" and not _internal_call
         save = save_released if released else save_part
         values = self.saved_values | self.part.config.values()
+        remove_result(folder)
         save(folder, GlimpsePrune.name, weights, self.base_model, **values)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         _, weights = read_part(resume_from_checkpoint)
         self.part.load_state_dict(weights)
+
+
+def remove_result(folder: str) -> None:
+    """Takes the weights of an earlier run, of any layout, from the folder of a result: those of
+    another layout would stay beside it, and may be what is read. Files that are no trained part of
+    ours, as far as the config tells, stay."""
+    try:
+        owner = read_json(os.path.join(folder, CONFIG_FILE)).get(METHOD_KEY)
+    except (OSError, ValueError):  # there is none, or it is damaged
+        return
+    if owner != GlimpsePrune.name:
+        return
+    for path in (os.path.join(folder, name) for name in WEIGHTS_FILES):
+        if os.path.isfile(path):
+            os.remove(path)
 
 
 def found_boxes(hits: Sequence[float]) -> dict[str, float]:

@@ -122,11 +122,11 @@ def load_policy(model_args, box_args, args):
 def reduce_layer(model, model_args: PolicyModelArguments, glimpse) -> int:
     """The last decoder layer that sees all visual tokens: the flag's, the glimpse's, or the
     paper's."""
-    layer = model_args.reduce_layer
-    if layer is None:
-        config = GlimpseConfig.for_model(model) if glimpse is None else glimpse.module.config
-        layer = config.reduce_layer
-    depth = model.config.num_hidden_layers
+    layer, depth = model_args.reduce_layer, model.config.num_hidden_layers
+    if layer is None and glimpse is not None:
+        layer = glimpse.last_dense_layer(depth)  # a part may name one behind the last
+    elif layer is None:
+        layer = GlimpseConfig.for_model(model).reduce_layer
     if not -1 <= layer < depth:
         raise ValueError(
             f"reduce_layer {layer} must be one of the {depth} decoder layers, or -1: none of them "

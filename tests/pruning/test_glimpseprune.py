@@ -1,5 +1,6 @@
 """GlimpsePrune: the glimpse, the rules of what stays, views of images, and its files."""
 
+import argparse
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from PIL import Image
 from llava.eval import run_llava
 from llava.pruning import Prefill, build_pruner, trace_pruning
 from llava.pruning.cells import boxes_to_cells
+from llava.pruning.cli import add_pruning_args, pruner_from_args
 from llava.pruning.glimpseprune import GlimpsePrune
 from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
 from llava.pruning.glimpseprune_views import CROPS, Views, grid_angles
@@ -368,6 +370,14 @@ def test_an_option_that_cannot_be_is_refused(option, value):
         build_pruner("glimpseprune", **{option: value})
 
 
+@pytest.mark.parametrize("text, corners", [("tl", ("tl",)), ("tl,br", ("tl", "br"))])
+def test_corners_are_named_on_a_command_line(text, corners):
+    parser = argparse.ArgumentParser()
+    add_pruning_args(parser)
+    pruner = pruner_from_args(parser.parse_args(["--anchor-positions", text]))
+    assert pruner.name == "glimpseprune" and pruner.anchor_positions == corners
+
+
 def test_layers_follow_the_depth_of_the_model(model):
     config = GlimpseConfig.for_model(model)
     assert config.reduce_layer == 4 and config.selected_layers == (4,)
@@ -375,9 +385,26 @@ def test_layers_follow_the_depth_of_the_model(model):
     assert config.selected_visual_layers == (3, 3, 2, 1)
     schedule = GlimpsePrune(visual_token_num=5).token_schedule(36, 6)
     assert schedule == [36] * 5 + [5]
+    # 29 of 100 are no more than this share, although it is 28.99... of them.
+    assert GlimpsePrune(max_remain_ratio=0.29).token_schedule(100, 6)[-1] == 29
+    assert GlimpsePrune(max_remain_ratio=0.111).token_schedule(576, 6)[-1] == 63
 
 
 def test_boxes_can_take_the_place_of_the_glimpse(model, sample):
     model.pruner = with_random_parts(GlimpsePrune(ref_boxes=[[0, 0, 0.3, 0.3]]))
     _, trace = generate(model, sample(4, "image", 5))
     assert int(trace.visual_tokens[5]) == 4
+
+
+@pytest.mark.parametrize("reference", [{"ref_boxes": [[0, 0, 0.3, 0.3]]}, {"ref_masks": [0]}])
+def test_references_say_no_places_of_images_that_are_cut_into_tiles(
+    anyres_model, sample, reference
+):
+    anyres_model.pruner = with_random_parts(GlimpsePrune())
+    ids = sample(4, "image", 5).ids
+    images, sizes = torch.randn(1, 5, 3, SIDE, SIDE), [(2 * SIDE, 2 * SIDE)]
+    options = dict(images=images, image_sizes=sizes, max_new_tokens=1)
+    with pytest.raises(ValueError, match="are for images in one crop, this model cuts one into 5"):
+        anyres_model.generate(ids, **options, **reference)
+    for everything in ([], [None]):  # nothing stays, or all
+        anyres_model.generate(ids, **options, ref_boxes=everything)

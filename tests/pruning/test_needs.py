@@ -35,6 +35,13 @@ def test_what_works_is_what_can_be_assigned(own_grids, model):
     assert names_for(model.get_vision_tower(), METHODS.own.values()) == list(METHODS.own)
 
 
+def test_a_method_is_not_named_among_those_that_work_where_it_does_not(make_model):
+    model = make_model(s2=True, s2_scales="84,168", mm_hidden_size=48)
+    with pytest.raises(ValueError, match="glimpseprune needs 'output'") as refused:
+        model.pruner = make_pruner("glimpseprune")
+    assert "sparsevlm, " in str(refused.value) and "glimpseprune" not in str(refused.value)[12:]
+
+
 def test_a_setting_that_does_without_is_named_and_works(own_grids):
     with pytest.raises(ValueError, match="set theta=0 for diversity alone, choose another method"):
         own_grids.pruner = build_pruner("cdpruner", visual_token_num=5)

@@ -14,6 +14,7 @@ from PIL import Image
 from llava.front_end import FrontEnd
 from llava.model import LlavaLlamaForCausalLM
 from llava.pruning import build_pruner
+from llava.pruning.glimpseprune import WEIGHTS_FILES
 from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
 from llava.pruning.learned import read_part
 from llava.train.glimpse.arguments import (
@@ -22,7 +23,7 @@ from llava.train.glimpse.arguments import (
     GlimpseTrainingArguments,
     with_config,
 )
-from llava.train.glimpse.batches import BoxDataset, ModelFacts, box_mask
+from llava.train.glimpse.batches import BoxDataset, LengthLimits, ModelFacts, box_mask
 from llava.train.glimpse.data import pixel_box, read_datasets, sampled
 from llava.train.glimpse.loss import (
     GlimpseObjective,
@@ -32,7 +33,7 @@ from llava.train.glimpse.loss import (
     hits,
 )
 from llava.train.run import FlagParser
-from llava.train.train_glimpseprune import found_boxes, train
+from llava.train.train_glimpseprune import found_boxes, remove_result, train
 from tests.golden_data import GOLDEN
 from tests.paths import ROOT
 from tests.ports import free_port
@@ -117,6 +118,20 @@ def test_boxes_of_a_picture_that_was_made_smaller_lie_where_they_did(pictures, m
     (pictures / "e.json").write_text(json.dumps([line(width=0)]))
     with pytest.raises(ValueError, match="width and height are .0, 20., expected numbers above 0"):
         read_datasets(str(pictures / "e.json"), str(pictures), 42)
+
+
+def test_pictures_that_cannot_be_opened_are_left_out_before_the_first_step(
+    pictures, model, caplog, monkeypatch
+):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # twice as many are refused
+    (pictures / "cot/gqa/empty.png").touch()
+    Image.new("RGB", (100, 50)).save(pictures / "cot/gqa/huge.png")
+    (pictures / "d.json").write_text(json.dumps([line(), line("empty.png"), line("huge.png")]))
+    samples = read_datasets(str(pictures / "d.json"), str(pictures), 42)
+    dataset = BoxDataset(samples, FrontEnd(None, ModelFacts.of(model), None, "vicuna_v1"))
+    dataset.keep_within(LengthLimits())
+    assert [os.path.basename(sample.path) for sample in dataset.samples] == ["a.png"]
+    assert "2 of 3 samples are left out: their picture cannot be opened" in caplog.text
 
 
 def test_conversations_of_visual_cot_are_read(pictures):
@@ -315,6 +330,15 @@ def test_the_best_checkpoint_is_the_result_where_that_is_asked_for(workplace, tm
         assert torch.equal(value, trainer.part.state_dict()[name]), name
 
 
+def test_the_best_checkpoint_can_be_that_which_finds_most_of_the_boxes(workplace, tmp_path):
+    flags = ["--eval_dataset", workplace / "boxes.jsonl", "--evaluation_strategy", "steps"]
+    flags += ["--eval_steps", 1, "--save_steps", 1, "--max_steps", 2]
+    flags += ["--load_best_model_at_end", True, "--metric_for_best_model", "iou"]
+    trainer = train(command_line(workplace, tmp_path, *flags))
+    found = [entry["eval_iou"] for entry in trainer.state.log_history if "eval_iou" in entry]
+    assert trainer.state.best_metric == max(found) and len(found) == 2
+
+
 def test_nothing_but_the_part_is_trained(workplace, tmp_path):
     flags = ["--max_steps", 2, "--deep_supervision", True, "--le_length", 2]
     trainer = train(command_line(workplace, tmp_path, *flags))
@@ -333,10 +357,50 @@ def test_nothing_but_the_part_is_trained(workplace, tmp_path):
         train(command_line(workplace, tmp_path / "other", *start, "--le_length", 3))
 
 
+def test_a_part_that_is_trained_on_keeps_its_settings_unless_they_are_given(workplace, tmp_path):
+    flags = ["--max_steps", 1, "--reduce_threshold", 0.2, "--anchor_positions", "tl"]
+    train(command_line(workplace, tmp_path / "one", *flags))
+    flags = ["--max_steps", 1, "--load_new_modules", tmp_path / "one", "--min_remain_num", 3]
+    train(command_line(workplace, tmp_path / "two", *flags))
+    config = json.loads((tmp_path / "two/config.json").read_text())
+    wanted = {"reduce_threshold": 0.2, "anchor_positions": ["tl"], "min_remain_num": 3}
+    assert {name: config[name] for name in wanted} == wanted
+
+
+def test_a_result_in_another_layout_leaves_nothing_of_the_one_before_it(workplace, tmp_path):
+    flags = ["--max_steps", 1, "--overwrite_output_dir", True]
+    for layout in ("ours", "released", "ours"):
+        flags = [*flags, "--save_layout", layout, "--learning_rate", 1e-3 * (1 + len(flags))]
+        trainer = train(command_line(workplace, tmp_path, *flags))
+        _, weights = read_part(str(tmp_path), WEIGHTS_FILES)
+        for name, value in trainer.part.state_dict().items():
+            assert torch.equal(weights[name], value), (layout, name)
+    for other in ("{}", ""):  # of a folder of something else, or damaged, nothing is removed
+        (tmp_path / "config.json").write_text(other)
+        remove_result(str(tmp_path))
+        assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_every_sample_that_is_evaluated_counts_once(workplace, tmp_path):
+    flags = ["--eval_dataset", workplace / "boxes.jsonl", "--evaluation_strategy", "steps"]
+    flags += ["--eval_steps", 1, "--max_steps", 1, "--per_device_eval_batch_size", 3]  # 3, 3, 2
+    trainer = train(command_line(workplace, tmp_path, *flags))
+    judged = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    parts = judged["eval_le_loss"] + judged["eval_loc_loss"]
+    assert judged["eval_loss"] == pytest.approx(parts, abs=2e-4)
+    assert judged["eval_loc_loss"] == pytest.approx(
+        judged["eval_dice_loss"] + 0.1 * judged["eval_bce_loss"], abs=2e-4
+    )
+
+
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(workplace, tmp_path):
     # Two of four samples on each of two processes are the batch of one process.
     flags = ["--max_steps", 3, "--le_dropout_prob", 0, "--le_weight", 0, "--learning_rate", 1e-3]
+    rows = (workplace / "boxes.jsonl").read_text().splitlines()
+    (tmp_path / "held_out.jsonl").write_text("\n".join(rows[:5]))  # one process lacks samples
+    flags += ["--eval_dataset", tmp_path / "held_out.jsonl", "--evaluation_strategy", "steps"]
+    flags += ["--eval_steps", 3, "--per_device_eval_batch_size", 2]
     one = train(command_line(workplace, tmp_path / "one", *flags))
     words = command_line(workplace, tmp_path / "two", *flags, "--ddp_backend", "gloo")
     words += ["--per_device_train_batch_size", "2"]
@@ -346,6 +410,11 @@ def test_two_processes_learn_what_one_learns(workplace, tmp_path):
     subprocess.run([*launcher, *words], check=True, timeout=1800, cwd=ROOT, env=environment)
     for name, value in read_part(str(tmp_path / "two"))[1].items():
         torch.testing.assert_close(value, one.part.state_dict()[name], atol=2e-5, rtol=1e-3)
+    log = json.loads((tmp_path / "two/trainer_state.json").read_text())["log_history"]
+    logs = (one.state.log_history, log)
+    here, there = (next(entry for entry in log if "eval_loss" in entry) for log in logs)
+    for name in ("eval_loss", "eval_bce_loss", "eval_iou"):
+        assert there[name] == pytest.approx(here[name], abs=1e-3), name
 
 
 def test_padding_changes_no_loss(workplace, tmp_path):
@@ -385,6 +454,7 @@ def test_flags_come_from_a_yaml_file_and_the_command_line_wins(tmp_path, monkeyp
     (tmp_path / "a.yaml").write_text(yaml.dump(values))
     words = with_config(["--config", str(tmp_path / "a.yaml"), "--seed", "4"])
     assert words[-2:] == ["--seed", "4"]
+    assert with_config([f"--config={tmp_path / 'a.yaml'}", "--seed", "4"]) == words
     assert words[words.index("--le_layers") + 1 :][:2] == ["0", "1"]
     assert "--reduce_layer" not in words and os.environ["GLIMPSE_TEST"] == "7"
 

@@ -20,7 +20,8 @@ SHAPE = (
     "selected_visual_layers use_attention_logits attn_fuse_type attn_fuse_size visual_cond_size "
     "attn_fuse_num_heads attn_fuse_global deep_supervision"
 ).split()
-#: and those that say how the result prunes unless its user says otherwise
+#: and those that say how the result prunes unless its user says otherwise; not given, they are what
+#: `load_new_modules` says, else the paper's
 PRUNING = "reduce_threshold min_remain_num max_remain_ratio anchor_positions".split()
 #: lists of a recipe that may be empty, and the flags that say so: no layers are no glimpse
 EMPTY = {"anchor_positions": [], "le_layers": ["--le_length", "0"]}
@@ -78,10 +79,14 @@ class GlimpseArguments:
     ori_attn_supervision: bool = field(
         default=False, **shown("accepted: changes nothing in training, as published")
     )
-    reduce_threshold: float = 0.5
-    min_remain_num: int = 1
-    max_remain_ratio: float | None = None
-    anchor_positions: list[str] = field(default_factory=list)
+    reduce_threshold: float | None = field(
+        default=None, **shown("default: what load_new_modules says, else 0.5")
+    )
+    min_remain_num: int | None = field(default=None, **shown("default: likewise, else 1"))
+    max_remain_ratio: float | None = field(default=None, **shown("default: likewise, else no cap"))
+    anchor_positions: list[str] = field(
+        default_factory=list, **shown("default: likewise, else none")
+    )
     use_ref_masks: bool = field(default=False, **shown("accepted: False, training prunes nothing"))
     use_zero_masks: bool = field(default=False, **shown("accepted: False, likewise"))
 
@@ -100,8 +105,8 @@ class GlimpseArguments:
 
     @property
     def pruning(self) -> dict:
-        """The values of `PRUNING`."""
-        return {name: getattr(self, name) for name in PRUNING}
+        """The values of `PRUNING` that were given."""
+        return {name: value for name, value in given_values(self, PRUNING).items() if value != ()}
 
 
 @dataclass
@@ -210,7 +215,7 @@ def given_values(arguments, names: Sequence[str]) -> dict:
 
 def with_config(words: Sequence[str]) -> list[str]:
     """The command line with the flags of its `--config FILE.yaml` in front of its own."""
-    words = list(words)
+    words = [part for word in words for part in _apart(word)]
     if "--config" not in words:
         return words
     place = words.index("--config")
@@ -230,3 +235,8 @@ def with_config(words: Sequence[str]) -> list[str]:
             several = value if isinstance(value, list) else [value]
             flags += [f"--{name}", *map(str, several)]
     return [*flags, *last, *words[:place], *words[place + 2 :]]
+
+
+def _apart(word: str) -> list[str]:
+    """`--config=FILE` as the two words that it stands for."""
+    return ["--config", word.partition("=")[2]] if word.startswith("--config=") else [word]

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from llava.constants import IGNORE_INDEX
 from llava.front_end import FrontEnd
-from llava.image_io import load_image
+from llava.image_io import image_size, load_image
 from llava.model.inputs import Picture
 from llava.pruning.cells import boxes_to_cells
 
@@ -168,13 +167,10 @@ class BoxDataset(Dataset):
 
     def keep_within(self, limits: LengthLimits) -> None:
         """Leaves out, with a warning that counts them, samples beyond the limits, and pictures that
-        cannot be opened or have no place on a grid. Opens the heads of all pictures; without limits
-        and where all images have one grid there is nothing to find out.
+        cannot be opened or have no place on a grid. Opens the heads of all pictures.
 
         Raises ValueError when no sample is left.
         """
-        if self.grid is not None and not limits.any:
-            return
         kept, left_out = [], {}
         for sample in self.samples:
             if why := self._beyond(sample, limits):
@@ -191,9 +187,8 @@ class BoxDataset(Dataset):
     def _beyond(self, sample: BoxSample, limits: LengthLimits) -> str | None:
         """Why a sample cannot be used."""
         try:
-            with Image.open(sample.path) as image:  # the head alone
-                size = image.size
-        except OSError:
+            size = image_size(sample.path)
+        except (OSError, ValueError):
             return "their picture cannot be opened"
         try:
             grid = self.grid or self.front.image_processor.grid(size)

@@ -8,12 +8,16 @@ import torch
 
 from llava.model.inputs import Picture, generate_inputs
 from llava.pruning import build_pruner, trace_pruning
+from llava.pruning.glimpseprune import GlimpsePrune
+from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
 from llava.pruning.testing import tiny
 from llava.train.reinforcement.adapter import with_adapter
+from llava.train.reinforcement.arguments import PolicyModelArguments
 from llava.train.reinforcement.loss import advantages
 from llava.train.reinforcement.needed import NEEDED, KeepNeeded
 from llava.train.reinforcement.objective import PolicyObjective, PolicyWeights
 from llava.train.reinforcement.sampling import AnswerSampler, Asked, DrawnTokens, drawn
+from llava.train.train_glimpseprune_plus import reduce_layer
 
 END = 5
 FAMILIES = ("crops", "own_grids")
@@ -360,3 +364,12 @@ def test_a_question_without_boxes_keeps_what_the_glimpse_keeps(family, make_mode
     assert (answers.kept[1].nonzero()[:, 0] - start).tolist() == own.tolist()
     assert 0 < visual[1] < bare.picture.pixels.shape[0] * bare.picture.pixels.shape[1]
     assert llava.pruner is glimpse
+
+
+def test_a_glimpse_that_prunes_behind_the_last_layer_says_where_the_policy_does(make_model):
+    llava = make_model()
+    glimpse = GlimpsePrune()
+    glimpse.module = Glimpse(GlimpseConfig.for_model(llava, reduce_layer=1000))
+    flags = PolicyModelArguments()
+    assert reduce_layer(llava, flags, glimpse) == llava.config.num_hidden_layers - 1
+    assert reduce_layer(llava, flags, None) == GlimpseConfig.for_model(llava).reduce_layer
