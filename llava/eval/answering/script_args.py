@@ -26,6 +26,7 @@ from llava.pruning.choice import BUDGETS, translate
 from llava.pruning.cli import add_pruning_args, parse_pair
 
 NUMBER = re.compile(r"\d+(\.\d+)?|\.\d+")
+NEGATIVE = re.compile(r"-[\d.]+")
 PAIR = re.compile(r"[a-zA-Z_]\w*=.+", re.DOTALL)
 BUDGET, SHARE = BUDGETS
 #: options of the answering program whose value is a file or folder
@@ -81,6 +82,22 @@ def read(words: list[str], method: str, environment: Mapping[str, str]) -> tuple
     budget = options.pop(BUDGET, None)
     rest = [word for word in rest if not PAIR.fullmatch(word)]
     return name, budget, [f"{key}={value}" for key, value in options.items()], rest
+
+
+def refuse_strangers(words: list[str], name: str) -> None:
+    """Raises ValueError where the first word of a script is none that it takes, or `name` names a
+    method that there is not: before anything is asked for, and once for all benchmarks and
+    processes."""
+    others = (word for word in words if not NUMBER.fullmatch(word))
+    first = next(others, "-")
+    if not PAIR.fullmatch(first) and (not first.startswith("-") or NEGATIVE.fullmatch(first)):
+        raise ValueError(
+            f"{first!r} is neither a number of tokens (64) nor a share of them (0.222), neither an "
+            "option (KEY=VALUE, --limit 20) nor a folder that is there; --help explains the words"
+        )
+    for part in filter(None, name.split("+")):
+        if part not in METHODS:
+            raise ValueError(METHODS.unknown(part))
 
 
 def limit_among(words: list[str]) -> tuple[int | None, list[str]]:
@@ -148,7 +165,9 @@ def from_environment(method: type[Pruner], environment: Mapping[str, str]) -> di
 @errors_as_messages()
 def main(arguments: list[str] | None = None) -> None:
     method, *words = sys.argv[1:] if arguments is None else arguments
+    typed = words
     method, budget, pairs, rest = read(words, method, os.environ)
+    refuse_strangers(typed, method)
     limit, rest = limit_among(rest)
     refuse_own_words(rest)
     folder = os.environ.get("CALLED_FROM") or os.curdir
