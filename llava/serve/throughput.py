@@ -145,9 +145,16 @@ def read_questions(file: str, images: str, number: int) -> list[tuple[str, Path]
 def requests_for(
     worker: str, questions: list[tuple[str, Path]], args, token: str | None
 ) -> list[dict]:
-    """The requests to one worker, in the template that it says its model has."""
-    template = template_at(worker, token)
-    name = post(worker, "/worker_get_status", None, token).json()["model_names"][0]
+    """The requests to one worker, in the template that it says its model has. Raises ValueError
+    where no worker answers."""
+    try:
+        template = template_at(worker, token)
+        name = post(worker, "/worker_get_status", None, token).json()["model_names"][0]
+    except requests.RequestException as error:
+        raise ValueError(
+            f"no worker answers at {worker} ({type(error).__name__}): is it running? See "
+            "python -m llava.serve.model_worker --help"
+        ) from error
     found = []
     for text, image in questions:
         message = f"{DEFAULT_IMAGE_TOKEN}\n{text}"
