@@ -82,8 +82,8 @@ def read_datasets(source: str, img_dir: str, seed: int) -> list[BoxSample]:
         path = entry.get("json_path")
         if isinstance(path, str) and path != source and not os.path.exists(path):
             raise FileNotFoundError(
-                f"{source}: its json_path {path} is not there; write where the file lies into a "
-                "copy, or name the file itself (--train_dataset, DATA of the recipes)"
+                f"{source}: its json_path {path} is not there; name its place in a copy of "
+                "this list, or the file itself (--train_dataset, DATA of the recipes)"
             )
         samples += read_dataset(entry, img_dir, seed)
     missing = missing_files(sample.path for sample in samples)
