@@ -188,6 +188,10 @@ run_in_processes() {
     fi
     IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
     count=${NPROC:-${#gpus[@]}}
+    if [[ ! $count =~ ^[0-9]+$ ]]; then
+        echo "error: NPROC=$count is not a number of processes" >&2
+        exit 1
+    fi
     if [ "$count" -le 1 ]; then
         "$PYTHON" -m "$@" --answers-file "$ANSWERS"
         return
@@ -195,7 +199,7 @@ run_in_processes() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     # --multi_gpu stands for one process each, on CPUs as well; port 0 is any free one.
     # shellcheck disable=SC2086 # LAUNCH holds several words
-    "$PYTHON" -m accelerate.commands.launch --multi_gpu --num_processes "$count" \
+    "$PYTHON" -m llava.eval.answering.launch --multi_gpu --num_processes "$count" \
         --mixed_precision no --dynamo_backend no \
         ${LAUNCH:---num_machines 1 --main_process_port 0} --module "$@" --answers-file "$ANSWERS"
 }
@@ -220,9 +224,9 @@ list_benchmarks() {
 }
 
 # run_all ARGUMENTS: runs every benchmark there is data for; a table of all scores. One that fails
-# does not stop the others.
+# does not stop the others; Ctrl-C does.
 run_all() {
-    local name names failed=()
+    local name names status failed=()
     names=$(list_benchmarks) || return 1
     if [ -z "$names" ]; then
         echo "error: there is no data of any benchmark in ${DATA_DIR:-$DEFAULT_DATA}" >&2
@@ -232,7 +236,15 @@ run_all() {
     export SCORE_LIST WORDS_READ=${words:-}
     while read -r name <&3; do
         echo "=== $name"
-        SPLIT='' bash scripts/v1_5/eval/benchmark.sh "$name" "$@" || failed+=("$name")
+        SPLIT='' bash scripts/v1_5/eval/benchmark.sh "$name" "$@" && continue
+        status=$?
+        failed+=("$name")
+        case $status in
+        130 | 143) # SIGINT, SIGTERM
+            rm "$SCORE_LIST"
+            exit $status
+            ;;
+        esac
     done 3<<<"$names"
     [ ! -s "$SCORE_LIST" ] || "$PYTHON" -m llava.eval.score_table --list "$SCORE_LIST"
     rm "$SCORE_LIST"

@@ -8,6 +8,11 @@
 #
 # A second run continues with the answers of the first. Results: runs/quickstart (OUT=... elsewhere).
 set -euo pipefail
+case $* in
+"") ;;
+-h | --help) sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$0" && exit 0 ;;
+*) echo "error: '$*' is not understood; settings go in front: LIMIT=300 bash $0" >&2 && exit 1 ;;
+esac
 case ${OUT:-} in "" | /*) ;; *) OUT=$PWD/$OUT ;; esac # as seen from where it was called
 CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh

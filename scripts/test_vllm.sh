@@ -8,6 +8,9 @@
 # vLLM wants other packages than this project, so it gets an environment of its own; PYTHON is the
 # one of the project, as for scripts/test.sh.
 set -euo pipefail
+case " $* " in
+*" -h "* | *" --help "*) sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$0" && exit 0 ;; # installs nothing
+esac
 CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
 

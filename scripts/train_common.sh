@@ -6,8 +6,19 @@
 # BF16=True or False in the environment chooses the precision, PROGRAM=train_mem.py or train.py attention with
 # or without the package flash-attn. Left out, they follow the device at hand: bfloat16 where it is fast (GPUs,
 # and CPUs with instructions for it), flash-attn on a GPU if it is installed. So does TF32=True or False.
+#
+# Files and folders in the environment are meant as seen from where the recipe was called, those in flags behind it as
+# seen from the root of the repository.
 source scripts/env.sh
 choose_python
+if [ "$OLDPWD" != "$PWD" ]; then
+    # What is not there is a name on the hub, or in the root; what is written need not be there yet.
+    for name in MODEL VISION_TOWER PROJECTOR TWIG ADAPTER DATA DATA_2 IMAGES CONFIG CONFIG_2 ZERO OUTPUT; do
+        path=${!name:-}
+        [[ -z $path || $path == /* ]] || [[ $name != OUTPUT && ! -e $OLDPWD/$path ]] ||
+            printf -v "$name" %s "$OLDPWD/$path"
+    done
+fi
 [[ $PYTHON != */* ]] || PATH=$(dirname "$PYTHON"):$PATH # for what LAUNCHER names
 # A program that is started by its path sees its own folder, not this one.
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}

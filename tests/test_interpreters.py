@@ -112,6 +112,19 @@ def test_results_of_the_quickstart_go_where_they_are_wanted_from(start, clone, t
     assert (tmp_path / "my results").is_dir()
 
 
+@pytest.mark.parametrize("script", ["quickstart.sh", "test_vllm.sh"])
+def test_a_script_that_installs_explains_itself_before_it_does(start, script):
+    done = start(script, "--help")
+    assert done.returncode == 0 and not done.stderr
+    assert f"    bash scripts/{script} " in done.stdout and "python" in done.stdout
+
+
+def test_the_quickstart_passes_over_no_word(start):
+    done = start("quickstart.sh", "LIMIT=300")
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("error: 'LIMIT=300' is not understood; settings go in front: ")
+
+
 @pytest.mark.parametrize("script", [TRAIN, EVALUATE, TEST])
 def test_cdpath_leads_to_no_other_clone(start, clone, tmp_path, script):
     interpreter(clone / ".venv/bin/python")

@@ -16,13 +16,15 @@ from ..errors import errors_as_messages
 from ..mm_utils import infer_conv_mode
 from ..program_parser import ProgramParser
 from .auth import add_token_arg, read_token
+from .direct import checked_address
 from .register_worker import post
 
 
 def find_worker(args, token: str | None) -> str:
     """Address of a worker for the model. Raises ValueError when there is none."""
     if args.worker_address:
-        return args.worker_address
+        return checked_address(args.worker_address, "--worker-address")
+    checked_address(args.controller_address, "--controller-address")
     try:
         post(args.controller_address, "/refresh_all_workers", None, token)
     except requests.ConnectionError as error:
@@ -41,8 +43,15 @@ def find_worker(args, token: str | None) -> str:
 
 
 def template_at(address: str, token: str | None) -> str | None:
-    """The template that the worker says its model has; None for a worker that says nothing."""
-    name = post(address, "/worker_get_status", None, token).json().get("conv_mode")
+    """The template that the worker says its model has; None for a worker that says nothing. Raises
+    ValueError where no worker answers."""
+    try:
+        name = post(address, "/worker_get_status", None, token).json().get("conv_mode")
+    except requests.RequestException as error:
+        raise ValueError(
+            f"no worker answers at {address} ({type(error).__name__}): is it running? See "
+            "python -m llava.serve.model_worker --help"
+        ) from error
     return name if isinstance(name, str) and name in conv_templates else None
 
 

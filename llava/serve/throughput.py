@@ -29,6 +29,7 @@ from ..playground import benchmark_dir
 from ..program_parser import ProgramParser, Several
 from ..progress import progress
 from .auth import add_token_arg, read_token
+from .direct import checked_address
 from .register_worker import post
 from .test_message import request_body, template_at
 
@@ -215,6 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
     token = read_token(args.token_file)
+    workers = [checked_address(one, "--worker-address") for one in args.worker_address]
     if min(args.concurrency) < 1 or args.requests < 1 or args.rounds < 1:
         raise ValueError("--concurrency, --requests and --rounds must be at least 1")
     if args.visual_token_num is not None and not args.pruning_method:
@@ -222,8 +224,8 @@ def main() -> None:
     file = args.question_file or f"{benchmark_dir()}/{QUESTIONS}"
     images = args.image_folder or f"{benchmark_dir()}/{IMAGES}"
     questions = read_questions(file, images, args.requests)
-    bodies = {one: requests_for(one, questions, args, token) for one in args.worker_address}
-    speeds = measure(args.worker_address, bodies, args.concurrency, args.rounds, token)
+    bodies = {one: requests_for(one, questions, args, token) for one in workers}
+    speeds = measure(workers, bodies, args.concurrency, args.rounds, token)
     print(table(speeds))
 
 

@@ -8,7 +8,11 @@
 set -euo pipefail
 CDPATH= cd -- "$(dirname "$0")/../.."
 size=3b
-case "${1:-}" in 3b | 7b) size=$1 && shift ;; esac
+case "${1:-}" in
+3b | 7b) size=$1 && shift ;;
+'' | -*) ;;
+*) echo "error: the size of the model is '$1', choose from 3b, 7b" >&2 && exit 1 ;;
+esac
 source scripts/train_common.sh
 
 start "" llava.train.train_glimpseprune \

@@ -12,9 +12,14 @@
 set -euo pipefail
 CDPATH= cd -- "$(dirname "$0")/../.."
 stages="1 2"
-case "${1:-}" in 1 | 2) stages=$1 && shift ;; esac
+case "${1:-}" in
+1 | 2) stages=$1 && shift ;;
+'' | -*) ;;
+*) echo "error: the stage is '$1', choose from 1, 2; without a number both run" >&2 && exit 1 ;;
+esac
 source scripts/train_common.sh
 MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct}
+[[ $stages == 2 || ${ADAPTER:-/} == /* || $OLDPWD == "$PWD" ]] || ADAPTER=$OLDPWD/$ADAPTER # is written
 ADAPTER=${ADAPTER:-./checkpoints/qwen2.5-vl-7b-glimpse-plus-lora}
 
 if [[ $stages == *1* ]]; then

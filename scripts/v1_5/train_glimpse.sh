@@ -13,6 +13,6 @@ start "" llava.train.train_glimpseprune \
     --train_dataset "${DATA:-./scripts/v1_5/train_glimpse_data.yaml}" \
     --img_dir "${IMAGES:-./datas}" \
     --bf16 "$BF16" \
-    --output_dir "${OUTPUT:-./checkpoints/llava-v1.5-7b-glimpse}" \
     --report_to "${REPORT_TO:-none}" \
+    --output_dir "${OUTPUT:-./checkpoints/llava-v1.5-7b-glimpse}" \
     "$@"

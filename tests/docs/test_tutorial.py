@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from llava.pruning import build_pruner
 from tests.docs.notebook import run_cells
 from tests.paths import ROOT
 
@@ -59,3 +60,8 @@ def test_stored_outputs_are_small_and_no_error():
     stored = [part for cell in NOTEBOOK["cells"] for part in cell.get("outputs", [])]
     assert PATH.stat().st_size < 200_000
     assert all(part["output_type"] != "error" for part in stored)
+
+
+def test_the_stored_method_is_printed_as_it_is_now():
+    stored = [cell["outputs"] for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+    assert f"{build_pruner('vispruner', visual_token_num=64)}\n" in printed(stored)

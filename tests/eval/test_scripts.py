@@ -393,6 +393,42 @@ def test_words_that_could_mean_several_methods_stop_the_script(run):
     assert "error: 'layer' belongs to fastv, adaptprune, nuwa, dart: name one method" in done.stderr
 
 
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_the_script_for_any_benchmark_explains_itself_too(run, word):
+    done = run("v1_6/eval/benchmark.sh", word)
+    assert done.returncode == 0 and "NAME [TOKENS]" in done.stdout and "LIMIT " in done.stdout
+
+
+@pytest.mark.parametrize("word", ["list", "--skip-bad"])
+def test_the_script_for_any_benchmark_takes_no_other_word_for_one(run, word):
+    done = run("v1_5/eval/benchmark.sh", word)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the first word must be the name of a benchmark, not ")
+
+
+def test_a_number_of_processes_that_is_none_is_named(run):
+    done = run("v1_5/eval/pope.sh", NPROC="all")
+    assert done.returncode == 1 and done.stderr == "error: NPROC=all is not a number of processes\n"
+
+
+@pytest.mark.parametrize("code, others", [(130, False), (137, True)])
+def test_ctrl_c_stops_all_benchmarks_and_a_program_that_was_killed_does_not(
+    run, data, tmp_path, code, others
+):
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        f'[[ "$*" != *"-m llava.eval.model_vqa"* ]] || exit {code}\n'
+        f'exec "{sys.executable}" "$@"\n'
+    )
+    python.chmod(0o755)
+    for name in ("pope", "textvqa", "images"):
+        (tmp_path / name).symlink_to(data / name)
+    done = run("v1_5/eval/all.sh", PYTHON=str(python), DATA_DIR=str(tmp_path))
+    assert done.returncode == (1 if others else code)
+    assert ("=== textvqa" in done.stdout) == others
+
+
 @pytest.mark.slow
 def test_a_benchmark_that_fails_does_not_stop_the_others(run, data, tmp_path):
     for name in ("pope", "qbench", "refcoco/refcoco+_testA", "viscot/benchmark/gqa"):

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from llava.eval.compare import method_table
 from llava.model.kv_cache import KVCache
 from llava.model.language_model import attention, modeling_llama
 from llava.model.reuse import Picture, PrefixCache
@@ -271,6 +272,17 @@ def test_questions_reach_only_the_methods_that_read_them(model, sample, monkeypa
         monkeypatch.setattr(method, "after_encoder", spy)
         alone(model, prompts_about(sample, 5)[0], [picture(0)], "is it red")
     assert seen == [None, ["is it red"]]
+
+
+@pytest.mark.parametrize("name, crops", [("vispruner", 1), ("cdpruner", 2)])
+def test_two_questions_share_an_image_unless_the_method_reads_them(model, sample, name, crops):
+    model.pruner, image = make_pruner(name), picture(0)
+    with counting(model) as (_, seen):
+        asked = (prompts_about(sample, 5, 9), [[image]] * 2, ["is it red", "who is it"])
+        shared(model, PrefixCache(model), *asked, max_new_tokens=1)
+    assert seen == [crops]
+    # the page with all methods says the same
+    assert (method_table.shared(type(model.pruner)) == "nothing") == (crops == 2)
 
 
 @pytest.mark.parametrize("lengths", [(5, 5), (5, 3)])

@@ -133,6 +133,17 @@ def test_the_test_message_shows_the_answer(monkeypatch, capsys):
             run_program(test_message, monkeypatch, "--controller", address, "--model-name", "other")
 
 
+def test_a_test_message_to_nobody_says_what_is_wrong_with_the_address(monkeypatch):
+    address = f"http://127.0.0.1:{free_port()}"
+    said = {"localhost:9": "--worker-address 'localhost:9' must have the form http://HOST:PORT"}
+    said[address] = f"no worker answers at {address} "
+    for place, message in said.items():
+        with pytest.raises(SystemExit, match=f"error: {message}"):
+            run_program(test_message, monkeypatch, "--worker-address", place)
+    with pytest.raises(SystemExit, match="--controller-address 'localhost:9' must have the form"):
+        run_program(test_message, monkeypatch, "--controller-address", "localhost:9")
+
+
 def test_the_test_message_stops_where_the_template_ends():
     assert test_message.request_body("llava-v1.5-7b", "Hi", 8)["stop"] == "</s>"
     assert test_message.request_body("llava-v0", "Hi", 8)["stop"] == "###"

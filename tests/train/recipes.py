@@ -15,12 +15,13 @@ needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash
 GIVEN = {"BF16": "True", "TF32": "False", "PROGRAM": "train.py"}
 
 
-def run_recipe(script, *words, **environment):
+def run_recipe(script, *words, folder=None, **environment):
     """The finished process of `bash scripts/SCRIPT WORD ...`, its launcher an `echo`."""
     given = {"LAUNCHER": "echo", "PYTHON": sys.executable, **GIVEN, **environment}
     return subprocess.run(
         ["bash", str(ROOT / "scripts" / script), *map(str, words)],
         env=os.environ | {key: str(value) for key, value in given.items()},
+        cwd=folder,
         capture_output=True,
         text=True,
     )

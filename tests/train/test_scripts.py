@@ -11,7 +11,7 @@ from llava.train import arguments
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.run import own_precision
 from tests.paths import ROOT
-from tests.train.recipes import needs_bash, words_of
+from tests.train.recipes import needs_bash, run_recipe, words_of
 
 CLASSES = (ModelArguments, DataArguments, TrainingArguments)
 FLAGS = {field.name for cls in CLASSES for field in dataclasses.fields(cls)}
@@ -73,6 +73,50 @@ def test_a_recipe_runs_the_trainer_with_known_flags(name):
     assert values["model_name_or_path"] == "my/model" and values["max_steps"] == "7"
     assert RECIPES[name].items() <= values.items()
     assert (ROOT / values["deepspeed"]).exists()
+
+
+def value_of(words, flag):
+    return words[words.index(flag) + 1]
+
+
+@needs_bash
+def test_paths_of_a_recipe_are_meant_as_seen_from_where_it_is_called(tmp_path):
+    (tmp_path / "data.json").touch()
+    given = {"DATA": "data.json", "OUTPUT": "new", "MODEL": "owner/model", "folder": tmp_path}
+    (words,) = words_of("v1_5/train_twig.sh", **given)
+    assert value_of(words, "--data_path") == f"{tmp_path}/data.json"
+    assert value_of(words, "--output_dir") == f"{tmp_path}/new"
+    assert value_of(words, "--model_name_or_path") == "owner/model"  # no folder: a name on the hub
+    assert value_of(words, "--image_folder") == "./playground/data"
+    (words,) = words_of("v1_5/train_twig.sh", **given, ZERO=ROOT / "z.json", IMAGES=ROOT)
+    assert value_of(words, "--deepspeed") == f"{ROOT}/z.json"
+    plus = "qwen2_5_vl/train_glimpse_plus.sh"
+    given = {"CHECK": "true", "ADAPTER": "adapter", "folder": tmp_path}
+    first, second = words_of(plus, **given)
+    assert value_of(first, "--output_dir") == value_of(second, "--adapter_dir")
+    assert value_of(first, "--output_dir") == f"{tmp_path}/adapter"
+
+
+@needs_bash
+def test_the_second_stage_of_a_twig_is_named_after_the_first(tmp_path):
+    stage, names = "v1_5/train/train_twig++_stage2.sh", {"a/stage1-b": "a/stage2-b"}
+    names |= {"stage1/twig/": "stage1/twig-stage2", "stage1/x-stage1": "stage1/x-stage2"}
+    for twig, output in names.items():
+        (words,) = words_of(stage, TWIG=twig)
+        assert value_of(words, "--output_dir") == output
+
+
+@needs_bash
+@pytest.mark.parametrize(
+    ("script", "word", "said"),
+    [
+        ("train_glimpse", "7B", "the size of the model is '7B', choose from 3b, 7b"),
+        ("train_glimpse_plus", "3", "the stage is '3', choose from 1, 2; without a number"),
+    ],
+)
+def test_a_size_or_stage_that_there_is_not_starts_nothing(script, word, said):
+    done = run_recipe(f"qwen2_5_vl/{script}.sh", word, CHECK="true")
+    assert done.returncode == 1 and not done.stdout and f"error: {said}" in done.stderr
 
 
 @pytest.mark.parametrize(("name", "stage"), [("zero2", 2), ("zero3", 3), ("zero3_offload", 3)])

@@ -169,6 +169,12 @@ def test_what_a_data_set_cannot_be_is_told(pictures, entry, message):
         read_datasets(str(pictures / "d.yaml"), str(pictures), 42)
 
 
+def test_a_missing_file_is_named_with_the_list_that_names_it(pictures):
+    (pictures / "d.yaml").write_text(yaml.dump({"datasets": [{"json_path": "a/b.jsonl"}]}))
+    with pytest.raises(FileNotFoundError, match=r"d.yaml: its json_path a/b.jsonl is not there"):
+        read_datasets(str(pictures / "d.yaml"), str(pictures), 42)
+
+
 def test_lists_of_a_recipe_may_be_empty(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("anchor_positions: []\nle_layers: []\nle_length: 1\n")

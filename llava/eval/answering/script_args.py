@@ -26,8 +26,12 @@ from llava.pruning.choice import BUDGETS, translate
 from llava.pruning.cli import add_pruning_args, parse_pair
 
 NUMBER = re.compile(r"\d+(\.\d+)?|\.\d+")
+NEGATIVE = re.compile(r"-[\d.]+")
 PAIR = re.compile(r"[a-zA-Z_]\w*=.+", re.DOTALL)
 BUDGET, SHARE = BUDGETS
+#: settings of the scripts that stand in front of the command
+VARIABLES = ("METHOD", "CKPT", "CKPT_DIR", "DATA_DIR", "SPLIT", "NPROC", "LIMIT", "BATCH_SIZE")
+VARIABLES += ("CONV_MODE", "EXTRA", "PYTHON", "CUDA_VISIBLE_DEVICES")
 #: options of the answering program whose value is a file or folder
 PLACES = ("--model-base", "--vision-tower", "--engine-key-file")
 #: options of the answering program that are not for a script -> what is
@@ -81,6 +85,33 @@ def read(words: list[str], method: str, environment: Mapping[str, str]) -> tuple
     budget = options.pop(BUDGET, None)
     rest = [word for word in rest if not PAIR.fullmatch(word)]
     return name, budget, [f"{key}={value}" for key, value in options.items()], rest
+
+
+def refuse_misplaced(words: list[str]) -> None:
+    """Raises ValueError where a word of a script stands where it means nothing: a setting that goes
+    in front of the command, a budget behind an option, or something else in its place."""
+    for before, word in zip(["", *words], words, strict=False):
+        if word.partition("=")[0] in VARIABLES and "=" in word:
+            raise ValueError(f"{word} goes in front of the command: {word} bash ...")
+        if PAIR.fullmatch(before) and NUMBER.fullmatch(word):
+            raise ValueError(f"{word} stands behind {before}: the budget is the first word")
+    others = (word for word in words if not NUMBER.fullmatch(word))
+    first = next(others, "-")
+    if first in METHODS:
+        raise ValueError(f"a method goes in front of the command: METHOD={first} bash ...")
+    if not PAIR.fullmatch(first) and (not first.startswith("-") or NEGATIVE.fullmatch(first)):
+        raise ValueError(
+            f"{first!r} is neither a number of tokens (64) nor a share of them (0.222), neither an "
+            "option (KEY=VALUE, --limit 20) nor a folder that is there; --help explains the words"
+        )
+
+
+def refuse_unknown(name: str) -> None:
+    """Raises ValueError where `name` names a method that there is not: before anything is asked
+    for, and once for all benchmarks and processes."""
+    for part in filter(None, name.split("+")):
+        if part not in METHODS:
+            raise ValueError(METHODS.unknown(part))
 
 
 def limit_among(words: list[str]) -> tuple[int | None, list[str]]:
@@ -148,7 +179,9 @@ def from_environment(method: type[Pruner], environment: Mapping[str, str]) -> di
 @errors_as_messages()
 def main(arguments: list[str] | None = None) -> None:
     method, *words = sys.argv[1:] if arguments is None else arguments
+    refuse_misplaced(words)
     method, budget, pairs, rest = read(words, method, os.environ)
+    refuse_unknown(method)
     limit, rest = limit_among(rest)
     refuse_own_words(rest)
     folder = os.environ.get("CALLED_FROM") or os.curdir

@@ -55,7 +55,8 @@ def find_benchmark(name: str) -> Benchmark:
     if found := known.get(name) or known.get(short):
         return found
     base, _, split = name.rpartition("_")
-    if base in known and (splits := [n for n in known if n.startswith(f"{base}_")]):
-        others = ", ".join(n.removeprefix(f"{base}_") for n in splits)
-        raise ValueError(f"unknown split {split!r} of {base}, choose from {others}, or name none")
+    if base in known:
+        splits = [n.removeprefix(f"{base}_") for n in known if n.startswith(f"{base}_")]
+        others = f"choose from {', '.join(splits)}, or" if splits else "which has one only:"
+        raise ValueError(f"unknown split {split!r} of {base}, {others} name none")
     raise ValueError(unknown("benchmark", name, known))

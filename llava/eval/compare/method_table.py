@@ -31,7 +31,7 @@ def reads(method: type[Pruner]) -> bool:
 def shared(method: type[Pruner]) -> str:
     """What several questions about one image share (`llava.model.reuse`)."""
     if getattr(method, "reads_question", False):
-        return "the tower"
+        return "nothing"
     return "up to its first layer" if acts(method, DecoderStage) else "all of the image"
 
 

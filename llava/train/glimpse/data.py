@@ -61,7 +61,8 @@ def read_datasets(source: str, img_dir: str, seed: int) -> list[BoxSample]:
     """The samples of a yaml file with a list `datasets`, or of one JSON or JSON-lines file.
 
     Samples whose picture is missing are left out, with a warning that counts them. Raises
-    ValueError, with file and number, for samples that lack something.
+    ValueError, with file and number, for samples that lack something, and FileNotFoundError where
+    a file of a list is not there.
     """
     if source.endswith((".yaml", ".yml")):
         values = read_yaml(source)
@@ -77,6 +78,12 @@ def read_datasets(source: str, img_dir: str, seed: int) -> list[BoxSample]:
         if unknown := sorted(set(entry) - set(DATASET_KEYS)):
             raise ValueError(
                 f"{source}: unknown key {', '.join(unknown)}, choose from {', '.join(DATASET_KEYS)}"
+            )
+        path = entry.get("json_path")
+        if isinstance(path, str) and path != source and not os.path.exists(path):
+            raise FileNotFoundError(
+                f"{source}: its json_path {path} is not there; name its place in a copy of "
+                "this list, or the file itself (--train_dataset, DATA of the recipes)"
             )
         samples += read_dataset(entry, img_dir, seed)
     missing = missing_files(sample.path for sample in samples)

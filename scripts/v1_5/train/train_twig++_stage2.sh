@@ -12,8 +12,8 @@ set -euo pipefail
 CDPATH= cd -- "$(dirname "$0")/../../.."
 source scripts/train_common.sh
 TWIG=${TWIG:-./checkpoints/TwigVLM++-stage1-llava1.5-7b-K2-T3}
-NEXT=${TWIG/stage1/stage2}
-[[ $TWIG == *stage1* ]] || NEXT=${TWIG%/}-stage2
+TWIG=${TWIG%/} NEXT=${TWIG%/}-stage2
+[[ ${TWIG##*/} != *stage1* ]] || NEXT=${TWIG%stage1*}stage2${TWIG##*stage1}
 DATA=${DATA:-./playground/data/llava_v1_5_mix665k.json}
 SKIP=()
 [[ $DATA != *llava_v1_5_mix665k.json ]] || SKIP=(--skip_samples 245723 247644)

@@ -102,3 +102,29 @@ def test_folders_are_meant_as_seen_from_where_the_script_was_called(tmp_path, mo
     monkeypatch.setenv("CALLED_FROM", str(tmp_path / "here"))
     script_args.main(["twigvlm", "64", "twig=../there/twig"])  # in the same folder: as it was typed
     assert "PAIRS=(twig=../there/twig) " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["sixty"], ["-5"], ["64", "0.5", "x="], [""]])
+def test_a_word_in_the_place_of_the_budget_that_is_none_is_named_with_what_may_stand_there(words):
+    with pytest.raises(SystemExit, match=f"error: '{words[-1]}' is neither a number of tokens"):
+        script_args.main(["vispruner", *words])
+
+
+@pytest.mark.parametrize("name", ["visprunr", "fastv+visprunr"])
+def test_a_method_that_there_is_not_ends_a_script_before_anything_is_asked_for(name):
+    with pytest.raises(SystemExit, match=r"'visprunr' \(did you mean 'vispruner'\?\)"):
+        script_args.main([name, "64"])
+
+
+MISPLACED = {
+    "METHOD=vispruner 64": "METHOD=vispruner goes in front of the command: METHOD=vispruner bash",
+    "64 LIMIT=3": "LIMIT=3 goes in front of the command",
+    "vispruner 64": "a method goes in front of the command: METHOD=vispruner bash",
+    "important_ratio=0.7 64": "64 stands behind important_ratio=0.7: the budget is the first word",
+}
+
+
+@pytest.mark.parametrize("line", MISPLACED)
+def test_a_word_in_the_wrong_place_is_named_with_the_right_one(line):
+    with pytest.raises(SystemExit, match=f"error: {MISPLACED[line]}"):
+        script_args.main(["", *line.split()])

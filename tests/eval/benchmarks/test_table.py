@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from llava.eval.benchmarks import FILES, all_benchmarks
+from llava.eval.benchmarks import FILES, all_benchmarks, find_benchmark
 from tests.paths import ROOT
 
 FOLDER = ROOT / "llava/eval/benchmarks"
@@ -53,3 +53,15 @@ def test_a_file_starts_as_a_program_without_a_warning(name):
     command = [sys.executable, "-W", "error", "-m", f"llava.eval.benchmarks.{name}", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0 and not done.stderr and "--help" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gqa_foo", "unknown split 'foo' of gqa, which has one only: name none"),
+        ("vizwiz_foo", "unknown split 'foo' of vizwiz, choose from val, or name none"),
+    ],
+)
+def test_a_split_that_there_is_not_is_named_with_those_of_its_benchmark(name, said):
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        find_benchmark(name)
