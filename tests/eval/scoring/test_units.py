@@ -125,6 +125,14 @@ def run_of(values, texts, groups="gghh"):
     )
 
 
+def test_a_unit_is_reported_under_each_of_its_groups():
+    units = Units([Unit(0, 1.0, "", groups=("a", "b")), Unit(1, 0.0, "", groups=("a",))])
+    assert {name: (part.percent, part.count) for name, part in units.by_group().items()} == {
+        "a": (50.0, 2),
+        "b": (100.0, 1),
+    }
+
+
 def test_groups_agreement_and_change_come_from_the_units_of_two_runs():
     dense, own = run_of([1, 1, 0, 1], "abcd"), run_of([1, 0, 1, 1], "axyd")
     assert {name: part.percent for name, part in own.by_group().items()} == {"g": 50, "h": 100}
