@@ -60,6 +60,10 @@ def test_a_share_is_that_of_every_image_of_its_own():
     assert [pruner.left_of(count) for count in (4, 10)] == [2, 5]
 
 
+def test_a_ratio_leaves_one_token_at_least():
+    assert [FastV(ratio=0.9).left_of(count) for count in (1, 4, 10, 20)] == [1, 1, 1, 2]
+
+
 def test_the_cut_follows_the_depth_unless_it_is_given():
     assert FastV().token_schedule(576, 32) == [576] * 2 + [64] * 30
     assert FastV().cut_layer(40) == 2

@@ -91,6 +91,14 @@ def test_a_full_table_refuses_new_workers_and_lets_known_ones_register_again(mon
     assert table.workers["first"].speed == 5 and list(table.workers) == ["first", "second"]
 
 
+@pytest.mark.parametrize("method", ["lottery", "shortest_queue"])
+def test_a_request_goes_to_a_worker_that_has_the_model(method):
+    table = table_of(method, other=100)
+    assert table.choose("name") is None
+    table.register("own", WorkerStatus(**status("name", "echo", speed=1.0)), True)
+    assert {table.choose("name") for _ in range(20)} == {"own"}
+
+
 def test_silent_workers_are_dropped_unless_nobody_checks_them():
     table = table_of("lottery", silent=1, alive=1)
     table.register("unchecked", WorkerStatus(**status(speed=1.0)), False)
