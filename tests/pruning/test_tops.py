@@ -204,6 +204,14 @@ def test_options_that_cannot_be_are_refused(options, message):
         build_pruner("tops", pruning_layers=[2, 5]).check_depth(6)
 
 
+@pytest.mark.parametrize("label, left", [(64, (71, 19)), (128, (139, 39)), (256, (281, 77))])
+def test_cuts_of_blocks_leave_the_numbers_of_the_paper(label, left):
+    pruner = build_pruner("tops", visual_token_num=label)
+    pruner.own_grids = True
+    schedule = pruner.token_schedule(1296, 28)
+    assert schedule[0] == 2 * label and (schedule[13], schedule[17]) == left
+
+
 def test_the_first_layer_may_rate_and_the_last_one_may_not():
     build_pruner("tops", pruning_layers=[0, 4]).check_depth(6)
     with pytest.raises(ValueError, match="must ascend and leave a layer of 6"):
