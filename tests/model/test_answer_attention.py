@@ -88,6 +88,22 @@ def test_rows_of_a_batch_are_those_of_its_prompts(model, sample):
                 torch.testing.assert_close(ours[number], wanted[0], atol=1e-5, rtol=1e-4)
 
 
+def test_tokens_that_come_together_have_a_row_each(model, sample):
+    prompt, more = sample(3, "image", 5), torch.tensor([[7, 11, 4]])
+    with torch.inference_mode(), trace_pruning(model, attention=[1]) as together:
+        out = model(prompt.ids, images=prompt.images, use_cache=True)
+        model(more, past_key_values=out.past_key_values)
+    with torch.inference_mode(), trace_pruning(model, attention=[1]) as alone:
+        out = model(prompt.ids, images=prompt.images, use_cache=True)
+        for token in more[0]:
+            model(token[None, None], past_key_values=out.past_key_values)
+    rows = torch.cat(alone.answer_attention[1], dim=0)
+    assert rows.shape[0] == 3
+    torch.testing.assert_close(
+        torch.cat(together.answer_attention[1], dim=0).flatten(), rows.flatten()
+    )
+
+
 def test_nothing_is_recorded_unless_asked_for(model, sample):
     prompt = sample(3, "image", 5)
     trace, _ = traced(model, [], prompt.ids, prompt.images)

@@ -94,6 +94,23 @@ def test_what_layers_give_is_read_as_the_features_are(model):
         assert mean.dtype == torch.float32 and "output_mean" not in group.cues[0]
 
 
+class Looking(VisionStage, Pruner):
+    """Keeps what it is given."""
+
+    name = "looking"
+
+    def after_encoder(self, vision):
+        self.seen = vision
+        return vision
+
+
+@torch.no_grad()
+def test_a_method_is_told_how_many_heads_the_tower_has(model):
+    model.pruner = looking = Looking()
+    model.image_tokens([picture(4, 9)])
+    assert looking.seen.num_heads == model.visual.config.num_heads > 1
+
+
 class Projecting(VisionStage, Pruner):
     """Projects the features once more."""
 

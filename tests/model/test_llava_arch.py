@@ -21,6 +21,26 @@ def test_images_stand_where_their_marks_were(model, sample):
     assert spliced.position_ids[0].tolist() == list(range(79))
 
 
+def test_a_projector_without_weights_leaves_features_as_they_are(make_model, sample):
+    images = sample(2, "image").images
+    model = make_model(mm_projector_type="identity")
+    vision = model.encode_vision(images)
+    assert vision.features.shape == (1, 36, model.config.mm_hidden_size)
+    (image,) = model.image_tokens(images)
+    assert torch.equal(image.embeds, vision.features[0])
+
+
+def test_an_image_of_one_crop_ends_with_a_newline(make_model, sample):
+    model = make_model(image_aspect_ratio="pad", mm_patch_merge_type="spatial_unpad")
+    model.model.image_newline = torch.nn.Parameter(torch.randn(32))
+    images = sample(2, "image").images
+    (image,) = model.image_tokens([images[0]])
+    assert torch.equal(image.embeds[-1], model.model.image_newline)
+    assert image.length == len(image.embeds) == 37 and image.patches[-1] == -1
+    (bare,) = model.image_tokens(images)
+    assert torch.equal(image.embeds[:-1], bare.embeds) and bare.length == 36
+
+
 def test_labels_of_visual_tokens_are_ignored(model, sample):
     prompt = sample(2, "image", 3)
     spliced = model.build_prompt(prompt.ids, labels=prompt.ids.clamp(min=0), images=prompt.images)

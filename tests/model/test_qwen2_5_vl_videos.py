@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.model.inputs import Picture, generate_inputs
+from llava.model.inputs import Picture, generate_inputs, stack_pixels
 from llava.model.multimodal_encoder.qwen2_5_vl_images import Qwen2_5_VLImageProcessor
 from llava.model.multimodal_encoder.qwen2_5_vl_videos import Video, split_videos
 from llava.model.reuse import PrefixCache
@@ -145,6 +145,13 @@ def test_time_goes_on_with_the_seconds_and_the_text_behind_the_largest(
     assert [tuple(row) for row in made.position_ids[0].tolist()] == expected
     assert made.num_positions == behind + 1
     assert model.image_extent(video(3, 1, 3, seconds)) == behind - 2
+
+
+def test_many_pairs_of_frames_in_no_time_take_the_positions_of_the_widest_side(model):
+    clip = video(5, 1, 3, 0.1)
+    made = model.build_prompt(sample("image", 2).ids, images=[clip])
+    assert made.num_positions == 1 + 3 + 2
+    assert model.image_extent(clip) == 3
 
 
 def test_tokens_per_second_are_those_of_the_config(model, monkeypatch):
@@ -408,8 +415,16 @@ def test_methods_know_videos_from_images(model):
     assert clip.blocks == ((2, 3),) * 3 and clip.patches.tolist() == list(range(18))
 
 
-def test_numbers_that_differ_between_pairs_of_frames_are_refused(model):
-    model.pruner = Notes([1, 2, 3])
+def test_videos_of_one_size_stay_videos(model):
+    clips = [Picture(video(3, 2, 3), (84, 56)) for _ in range(2)]
+    made = stack_pixels(model, clips)
+    assert [type(own) for own in made] == [Video, Video]
+    assert torch.equal(made[1].pixels, clips[1].pixels.pixels)
+
+
+@pytest.mark.parametrize("numbers", [[1, 2, 3], [1, 1, 2]])
+def test_numbers_that_differ_between_pairs_of_frames_are_refused(model, numbers):
+    model.pruner = Notes(numbers)
     with pytest.raises(ValueError, match=r"\['note'\] differs between the pairs of frames of vid"):
         model.image_tokens([video(3, 2, 3)])
 

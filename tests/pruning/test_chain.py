@@ -23,6 +23,18 @@ def test_the_second_starts_from_what_the_first_leaves():
     assert chain.token_schedule(576, 3, crops=5) == [125, 62, 62]
 
 
+def test_tokens_that_crops_cannot_share_equally_are_all_there_for_the_second():
+    """DivPrune chooses from all crops at once."""
+    chain = build_pruner("divprune+fastv", divprune_visual_token_num=12, fastv_visual_token_num=11)
+    assert chain.left_by_first(36, 6, 4) == (3, 4)
+    assert chain.left_by_first(36, 6, 5) == (12, 1)
+    assert chain.token_schedule(36, 6, 5)[0] == 12
+
+
+def test_methods_without_weights_bring_no_module():
+    assert build_pruner("random+fastv").module is None
+
+
 def test_the_first_alone_decides_what_enters_the_decoder(model, sample):
     prompt = sample(4, "image", 5)
 

@@ -25,6 +25,7 @@ MEANT = {
     "--visual_token_num 64": ("vispruner", {"visual_token_num": 64}),
     "--important_ratio=0.25": ("vispruner", {"visual_token_num": 64}),
     "--twig dir --retained_tokens 128": ("twigvlm", {"visual_token_num": 128, "twig": "dir"}),
+    "--twig dir --visual-token-num 64 --retained_tokens 64": ("twigvlm", {"visual_token_num": 64}),
     "--twig-block dir --twig-K 2 -R 96": ("twigvlm", {"visual_token_num": 96, "twig_K": 2}),
     "--layer_list [8,16] --image_token_ratio_list [.5,.25]": (
         "pyramiddrop",
@@ -111,6 +112,13 @@ def test_keywords_of_a_loader_choose_their_method():
     for keywords, method, options in (
         ({"important_ratio": 0.25}, "vispruner", {"important_ratio": 0.25}),
         ({"matain_token": 96, "distance": 148}, "nuwa", {"visual_token_num": 96, "distance": 148}),
+        *(  # as the release has it, and in our names, which then mean what they do here
+            ({**given, "image_token_list": [32]}, "vscan", {"encoder_token_num": 96, **ours})
+            for given, ours in (
+                ({"visual_token_num": 96}, {"visual_token_num": 64}),
+                ({"encoder_token_num": 96, "visual_token_num": 48}, {"visual_token_num": 48}),
+            )
+        ),
         ({"twigvlm_config": {}}, "twigvlm", {"enable_pruning": True}),
         ({"twigvlm_config": None, "layer": None}, "none", {}),
         (

@@ -26,6 +26,13 @@ def counted(prefill) -> TokenCounts:
     return TokenCounts.of(owner, prefill.num_images)
 
 
+def test_tokens_of_rows_say_what_images_have_where_a_row_has_one_at_most():
+    one = TokenCounts((5, 5), (4, 0), ((4,), (0,)), (2, 5))
+    assert one.with_visual([3, 0]).images == ((3,), (0,))
+    two = TokenCounts((5, 5), (8, 4), ((4, 4), (4, 0)), (2, 5))
+    assert two.with_visual([3, 2]).images == () and two.with_visual([3, 2]).visual == (3, 2)
+
+
 @pytest.fixture
 def layers(monkeypatch):
     """The known counts of every layer that was seen, each checked against the tensors."""

@@ -54,6 +54,16 @@ def test_a_ratio_removes_that_share_of_the_tokens(model, sample):
     assert pruner.token_schedule(36, 6) == [36, 36, 36, 9, 9, 9]
 
 
+def test_a_share_is_that_of_every_image_of_its_own():
+    pruner = FastV(visual_token_ratio=0.5)
+    assert pruner.by_share and not FastV(visual_token_num=4).by_share
+    assert [pruner.left_of(count) for count in (4, 10)] == [2, 5]
+
+
+def test_a_ratio_leaves_one_token_at_least():
+    assert [FastV(ratio=0.9).left_of(count) for count in (1, 4, 10, 20)] == [1, 1, 1, 2]
+
+
 def test_the_cut_follows_the_depth_unless_it_is_given():
     assert FastV().token_schedule(576, 32) == [576] * 2 + [64] * 30
     assert FastV().cut_layer(40) == 2

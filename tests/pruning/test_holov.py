@@ -92,3 +92,9 @@ def test_the_name_of_the_release_is_understood():
     assert build_pruner("holov", num_patches=8).num_runs == 8
     with pytest.raises(ValueError, match="num_runs"):
         build_pruner("holov", num_runs=0)
+
+
+def test_alpha_may_be_zero_and_not_less():
+    assert build_pruner("holov", alpha=0).alpha == 0
+    with pytest.raises(ValueError, match="at least 0"):
+        build_pruner("holov", alpha=-0.1)

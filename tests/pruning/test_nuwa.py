@@ -189,5 +189,6 @@ def test_the_entry_point_of_the_release(model):
     ],
 )
 def test_options_out_of_range_are_errors(options):
+    assert all(Nuwa(top_per_region=top).top_per_region == top for top in (None, 1, 2, 3, 4))
     with pytest.raises(ValueError, match="must|choose from"):
         Nuwa(**options)

@@ -7,6 +7,7 @@ import torch
 from llava.pruning import ImageTokens, VisionTokens
 from llava.pruning.extras import with_extra, with_number, without_extra
 from llava.pruning.per_token import at, each, mapped, per_token, tensors_of, with_zeros
+from llava.pruning.tokens import without_cues
 
 
 @dataclass
@@ -90,3 +91,26 @@ def test_an_image_keeps_places_a_slice_or_what_a_mask_says():
         kept = image.keep(index)
         assert kept.patches.tolist() == [1, 2] and kept.extras["mine"].tolist() == [2, 4]
         assert kept.length == 4
+
+
+def test_cues_of_tokens_do_not_outlive_their_blending():
+    places = torch.arange(4)[None]
+    given = VisionTokens(
+        torch.zeros(1, 4, 2),
+        places,
+        (2, 2),
+        salience=torch.rand(1, 4),
+        cls_attention=torch.rand(1, 3, 4),
+        keys=torch.rand(1, 4, 2),
+    )
+    bare = without_cues(given)
+    assert bare.salience is bare.cls_attention is bare.keys is None
+
+
+def test_crops_with_padding_are_not_complete():
+    places = torch.arange(4)[None]
+    given = VisionTokens(torch.zeros(1, 4, 2), places, (2, 2), all_patches=places)
+    assert given.complete
+    assert not VisionTokens(
+        torch.zeros(1, 4, 2), places, (2, 2), all_patches=places, valid=places < 3
+    ).complete

@@ -70,6 +70,11 @@ def test_crops_of_llava_next_have_a_fifth_each():
     assert schedule[0] == 5 * 129 and schedule[-1] == 5 * 42
 
 
+def test_numbers_of_more_tokens_than_a_crop_has_take_all_that_are_no_sinks():
+    pruner = build_pruner("sinkpruner", salient_token_num=20, diverse_token_num=500)
+    assert pruner.pools(10, 36) == (1, 20, 15) and pruner.entering(10, 36) == 36
+
+
 def test_shares_of_blocks_are_those_of_the_paper():
     for share, entering, last in ((0.333, 50, 25), (0.222, 50, 12), (0.111, 25, 6)):
         pruner = build_pruner("sinkpruner", visual_token_ratio=share)

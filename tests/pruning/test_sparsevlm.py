@@ -103,6 +103,11 @@ def test_published_settings_enter_the_layers_with_their_true_average(budget, ave
     assert round(sum(schedule) / 32, 2) == average
 
 
+def test_all_crops_of_an_image_are_one_number_of_tokens():
+    pruner = SparseVLM(visual_token_num=640)
+    assert pruner.token_schedule(576, 32, crops=5) == pruner.token_schedule(5 * 576, 32)
+
+
 def test_other_budgets_lie_between_the_published_ones():
     assert SparseVLM(visual_token_num=160).allowed(576) == (301, 155, 73)
     assert SparseVLM(visual_token_num=640).allowed(2880) == (1515, 550, 180)  # 128 of 576

@@ -214,6 +214,20 @@ def test_options_that_cannot_be_are_refused(options, message):
         build_pruner("tops", pruning_layers=[2, 5]).check_depth(6)
 
 
+@pytest.mark.parametrize("label, left", [(64, (71, 19)), (128, (139, 39)), (256, (281, 77))])
+def test_cuts_of_blocks_leave_the_numbers_of_the_paper(label, left):
+    pruner = build_pruner("tops", visual_token_num=label)
+    pruner.own_grids = True
+    schedule = pruner.token_schedule(1296, 28)
+    assert schedule[0] == 2 * label and (schedule[13], schedule[17]) == left
+
+
+def test_the_first_layer_may_rate_and_the_last_one_may_not():
+    build_pruner("tops", pruning_layers=[0, 4]).check_depth(6)
+    with pytest.raises(ValueError, match="must ascend and leave a layer of 6"):
+        build_pruner("tops", pruning_layers=[-1, 4]).check_depth(6)
+
+
 @pytest.mark.parametrize("budget, pairs", [(2, 2), (3, 3), (7, 2), (10, 3)])
 def test_a_video_has_the_sum_of_the_labels_of_its_pairs(own_grids_model, sample, budget, pairs):
     own_grids_model.pruner = pruner = build_pruner("tops", average=True, visual_token_num=budget)

@@ -106,6 +106,18 @@ def test_an_average_that_the_layers_before_the_cut_exceed_is_refused(options):
         VScan(**options).check(576, 32)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"encoder_token_num": 192, "encoder_token_ratio": 0.6},
+        {"image_token_list": [64], "cut_ratio_list": [0.67]},
+    ],
+)
+def test_a_number_and_a_share_of_the_same_tokens_are_refused(options):
+    with pytest.raises(ValueError, match=f"{' and '.join(options)} say the same"):
+        VScan(**options)
+
+
 def test_what_is_left_may_be_said_in_place_of_an_average():
     VScan(encoder_token_num=192, image_token_list=[64]).check(576, 32)
     VScan(encoder_token_ratio=0.6, cut_ratio_list=[0.67]).check(1000, 28)

@@ -12,8 +12,10 @@ import httpx
 import pytest
 
 from llava.constants import CONTROLLER_HEART_BEAT_EXPIRATION
+from llava.serve import dispatch
 from llava.serve.controller import controller_app
 from llava.serve.dispatch import WorkerTable
+from llava.serve.errors import ServeError
 from llava.serve.heart_beat import HeartBeat
 from llava.serve.protocol import WorkerStatus
 from tests.serve.serve_tools import (
@@ -78,6 +80,23 @@ def test_the_shortest_queue_for_its_speed_is_chosen_and_counted():
 def test_a_worker_of_speed_zero_never_gets_a_request(method):
     assert table_of(method, idle=0).choose("echo") is None
     assert table_of(method, idle=0, busy=1).choose("echo") == "busy"
+
+
+def test_a_full_table_refuses_new_workers_and_lets_known_ones_register_again(monkeypatch):
+    monkeypatch.setattr(dispatch, "WORKERS", 2)
+    table = table_of("lottery", first=1, second=1)
+    with pytest.raises(ServeError, match="already has 2 workers"):
+        table.register("third", WorkerStatus(**status()), True)
+    table.register("first", WorkerStatus(**status(speed=5)), True)
+    assert table.workers["first"].speed == 5 and list(table.workers) == ["first", "second"]
+
+
+@pytest.mark.parametrize("method", ["lottery", "shortest_queue"])
+def test_a_request_goes_to_a_worker_that_has_the_model(method):
+    table = table_of(method, other=100)
+    assert table.choose("name") is None
+    table.register("own", WorkerStatus(**status("name", "echo", speed=1.0)), True)
+    assert {table.choose("name") for _ in range(20)} == {"own"}
 
 
 def test_silent_workers_are_dropped_unless_nobody_checks_them():

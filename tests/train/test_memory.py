@@ -1,12 +1,14 @@
 """The memory of a recipe follows from the sizes of the model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.language_model.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
-from llava.train.memory import Shape, estimate, main, read_shape
+from llava.train.memory import Shape, activations, estimate, main, read_shape
 from tests.golden_data import GOLDEN, SHIPPED
 
 
@@ -19,6 +21,13 @@ def test_parameters_are_counted_as_the_model_has_them():
     assert shape.language_model == sum(counts.values()) - projector
     assert read_shape("7b").language_model == 6_738_415_616
     assert read_shape("13b").language_model == 13_015_864_320
+
+
+def test_every_layer_more_keeps_its_inputs_and_nothing_else():
+    shape = read_shape("7b")
+    deeper = replace(shape, num_hidden_layers=shape.num_hidden_layers + 3)
+    kept = [activations(own, "all", batch=2, length=100, twig_layers=0) for own in (deeper, shape)]
+    assert kept[0] - kept[1] == 3 * 2 * 200 * 4096
 
 
 def test_parameters_of_qwen2_5_vl_are_counted_as_the_model_has_them():

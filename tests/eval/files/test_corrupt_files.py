@@ -44,6 +44,7 @@ JUNK = [
     b'{"question_id": 1, "error": 5}',
     b'{"question_id": 1, "text": "?", "metadata": 5}',
     b'{"question_id": 1, "text": "?", "metadata": {"visual_tokens": "many"}}',
+    b'{"question_id": 1, "text": "?", "metadata": {"visual_tokens": true}}',
     b'{"question_id": 1, "text": "?", "metadata": {"visual_tokens_unpruned": 576}}',
     b"\xff\xfe\x00binary\x00",
     b'\xef\xbb\xbf{"question_id',

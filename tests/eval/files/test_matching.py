@@ -17,7 +17,7 @@ from llava.eval.benchmarks import textvqa as eval_textvqa
 from llava.eval.benchmarks import vizwiz as eval_vizwiz
 from llava.eval.benchmarks import vqav2 as eval_vqav2
 from llava.eval.files.answer_lines import read_answers_tolerantly
-from llava.eval.files.matching import check_known
+from llava.eval.files.matching import check_asked, check_known
 from llava.eval.files.records import read_jsonl
 from tests.eval import mini_benchmark
 from tests.eval.eval_files import SHORT, run_scorer, write_lines
@@ -219,3 +219,14 @@ def test_mmvet_grades_every_question_once(tmp_path):
     assert units.count == len(asked) == 2
     with pytest.raises(ValueError, match="mm-vet.json has no 'v1_7'"):
         eval_mmvet.units(Judge(), entries, [one_answer(7, "x")], str(tmp_path / "h.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "answered, says",
+    [([1], "no answer to question 2$"), ([1, 2, 3], "an answer to question 3, which is not asked")],
+)
+def test_a_missing_answer_is_enough_and_so_is_one_too_many(answered, says):
+    heads = [{"question_id": 1}, {"question_id": 2}]
+    check_asked(heads, [{"question_id": key} for key in (2, 1)], "questions.jsonl")
+    with pytest.raises(ValueError, match=says):
+        check_asked(heads, [{"question_id": key} for key in answered], "questions.jsonl")

@@ -36,6 +36,15 @@ def test_a_letter_before_punctuation_counts_more_than_the_words_behind_it(text):
     assert option_letter(text, DOG_OR_CAT) == "B"
 
 
+def test_an_option_that_ends_with_another_one_is_itself():
+    assert option_letter("This is a big dog", ["dog", "big dog", "cat"]) == "B"
+
+
+@pytest.mark.parametrize("text", ["A. red B. blue", "(A) red (B) blue (C) green"])
+def test_options_that_are_only_listed_name_nothing(text):
+    assert option_letter(text, ["red", "blue", "green"]) is None
+
+
 @pytest.mark.parametrize("text", ["The answer is C++", "the answer is C#."])
 def test_the_name_of_a_language_is_no_letter(text):
     assert option_letter(text, ["C++", "C#", "Java"]) == ("A" if "+" in text else "B")

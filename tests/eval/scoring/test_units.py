@@ -125,6 +125,25 @@ def run_of(values, texts, groups="gghh"):
     )
 
 
+def test_a_unit_is_reported_under_each_of_its_groups():
+    units = Units([Unit(0, 1.0, "", groups=("a", "b")), Unit(1, 0.0, "", groups=("a",))])
+    assert {name: (part.percent, part.count) for name, part in units.by_group().items()} == {
+        "a": (50.0, 2),
+        "b": (100.0, 1),
+    }
+
+
+def test_a_macro_score_is_the_mean_over_the_first_groups():
+    found = [Unit(0, 1.0, "", groups=("a", "even")), Unit(1, 0.0, "", groups=("a", "odd"))]
+    found.append(Unit(2, 1.0, "", groups=("b", "even")))
+    assert Units(found, macro=True).percent == 75
+
+
+def test_each_of_several_answers_of_a_unit_agrees_or_not():
+    own, other = (Units([Unit(0, 1.0, said)]) for said in (("yes", "no"), ("yes", "yes")))
+    assert agreement(own, other) == 50
+
+
 def test_groups_agreement_and_change_come_from_the_units_of_two_runs():
     dense, own = run_of([1, 1, 0, 1], "abcd"), run_of([1, 0, 1, 1], "axyd")
     assert {name: part.percent for name, part in own.by_group().items()} == {"g": 50, "h": 100}
@@ -217,6 +236,13 @@ def test_one_image_has_no_interval():
     assert several.range is not None
     assert range_of_mean([several, Draws(np.zeros(10), images=1)]) is not None
     assert range_of_mean([several, None]) is None and range_of_mean([]) is None
+
+
+def test_the_interval_of_a_mean_is_that_of_the_means_of_each_draw():
+    rising = Draws(np.arange(101.0), images=2)
+    assert range_of_mean([rising, rising]) == rising.range
+    falling = Draws(np.arange(100.0, -1.0, -1.0), images=2)
+    assert range_of_mean([rising, falling]) == (50, 50)
 
 
 def test_no_answers_have_no_interval():

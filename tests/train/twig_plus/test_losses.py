@@ -102,6 +102,7 @@ def test_budgets_are_alike_at_first_and_the_smallest_in_the_end():
 def test_the_budgets_of_a_7b_model_are_the_released_ones_and_others_have_their_share():
     assert candidates(576, 2, 24, 32) == list(RELEASED_KEPT)
     assert candidates(2880, 2, 24, 32) == [5 * kept for kept in RELEASED_KEPT]
+    assert candidates(100, 2, 24, 32) == [8, 13, 18, 24, 29, 35, 40]  # rounded up
     playground = candidates(576, 0, 4, 6)
     assert [kept * 4 / 6 for kept in playground] == pytest.approx(
         [64.2, 85.5, 106.8, 128.1, 149.4, 170.8, 192.1], abs=1
