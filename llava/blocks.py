@@ -59,7 +59,7 @@ def in_pieces(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function(x)`, which treats every token of x (..., D) alone. On a CPU it sees so many tokens
     at a time that what it makes on the way stays in the caches: from memory that would cost more
     than large products save."""
-    if x.device.type != "cpu" or not linear.OWN_WAYS or torch.is_grad_enabled():
+    if not x.is_cpu or not linear.OWN_WAYS or torch.is_grad_enabled():
         return function(x)
     if torch.compiler.is_compiling():  # every number of pieces were a graph of its own
         return function(x)

@@ -45,13 +45,16 @@ class Linear(nn.Linear):
     `half_product` in bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not OWN_WAYS or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            return F.linear(x, self.weight, self.bias)
-        if is_single(x) and is_single(self.weight):
-            return product(x, self.weight, self.bias)
-        if is_half(x) and is_half(self.weight):
-            return half_product(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        # Seven times per layer and token: what is asked here, and how, takes time itself.
+        weight, bias, dtype = self.weight, self.bias, x.dtype
+        if not x.is_cpu or torch.is_grad_enabled() or not OWN_WAYS or dtype is not weight.dtype:
+            return F.linear(x, weight, bias)
+        if x.is_contiguous() and weight.is_contiguous() and not torch.is_autocast_enabled("cpu"):
+            if dtype is torch.float32 and HAS_KERNELS:
+                return product(x, weight, bias)
+            if dtype is torch.bfloat16:
+                return half_product(x, weight, bias)
+        return F.linear(x, weight, bias)
 
 
 def fast_linears(module: nn.Module) -> None:
@@ -59,16 +62,6 @@ def fast_linears(module: nn.Module) -> None:
     for part in module.modules():
         if type(part) is nn.Linear:
             part.__class__ = Linear
-
-
-def is_single(x: Tensor) -> bool:
-    """Whether x is in fp32 and on a CPU, contiguous, and torch has both MKL and oneDNN there."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() and HAS_KERNELS
-
-
-def is_half(x: Tensor) -> bool:
-    """Whether x is in bfloat16 and on a CPU, and contiguous."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.is_contiguous()
 
 
 @contextmanager
@@ -118,7 +111,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     All are contiguous, in fp32 and on a CPU; nothing is differentiated.
     """
-    tokens, outputs, inputs = x.shape[:-1].numel(), *weight.shape
+    outputs, inputs = weight.shape
+    tokens = x.numel() // inputs
     if ON_INTEL and (weight.numel() <= SMALL or not FEW_ON_INTEL < tokens < MANY_ON_INTEL):
         return F.linear(x, weight, bias)
     if tokens == 1 and inputs <= WIDEST and outputs % BLOCK == 0:
@@ -135,7 +129,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def half_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `product`, in bfloat16."""
-    tokens, size = x.shape[:-1].numel(), weight.numel()
+    tokens, size = x.numel() // x.shape[-1], weight.numel()
     if torch.compiler.is_compiling():
         small = size <= LOOPED or not HAS_TILES
         if tokens == 1 and small or size <= SMALL and 1 < tokens <= FEW_LOOPED:
