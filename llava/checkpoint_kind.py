@@ -61,7 +61,7 @@ FOREIGN_TYPES = {
     "llava_mpt": "LlavaMptForCausalLM",
     "llava_mixtral": "LlavaMixtralForCausalLM",
 }
-#: ending of the model_type of a published trained part of GlimpsePrune, whose config is a model's
+#: ending of the model_type in a published trained part of a method, whose config is a model's
 RELEASED_PART = "_gp"
 TOWER_TYPES = ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "clip_text_model")
 #: files of other formats -> what they are
@@ -130,10 +130,11 @@ def family_of(values: Mapping, source: str) -> str:
     architecture, kind = architecture_of(values), model_type_of(values)
     released = kind.endswith(RELEASED_PART) and kind.removesuffix(RELEASED_PART) in MODEL_TYPES
     if released or ("pruning_method" in values and not architecture):
-        method = shown(values.get("pruning_method", "glimpseprune"))
+        named = values.get("pruning_method")
+        method = "a pruning method" if named is None else f"the pruning method {shown(named)}"
         raise ValueError(
-            f"{source} is the trained part of the pruning method {method}, not a model: name it "
-            "with --pruning-arg beside the model it was trained on"
+            f"{source} is the trained part of {method}, not a model: name it with --pruning-arg "
+            "beside the model it was trained on"
         )
     if architecture in OTHER_VISION_MODELS or not architecture and kind in OTHER_FAMILIES:
         return OTHER_VISION_MODELS.get(architecture, kind)  # nested as they are released
