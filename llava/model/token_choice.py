@@ -7,10 +7,22 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import (
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from .lockstep import Numbers, Work, alone
 from .token_tree import TokenTree
+
+#: processors that take any text, also one that can be no answer, and forbid all tokens of none
+TAKE_ANY_TEXT = (
+    RepetitionPenaltyLogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+)
 
 
 @dataclass
@@ -84,7 +96,8 @@ class TokenChoice:
     ):
         self.rules = [*processors, *(warpers or [])]
         self.sampled = warpers is not None
-        self.look_back = bool(processors)  # rules that may know what an answer can be
+        # Whether there are rules that may know what an answer can be, and fail at anything else.
+        self.look_back = any(type(rule) not in TAKE_ANY_TEXT for rule in processors)
         self.ids = ids
         self.ends = set(ends)
         self.noise, self.row = noise or Noise(), row
@@ -171,7 +184,8 @@ class TokenChoice:
         most:   tokens that the answer may grow by, at least 1; None: any number. Where no rule
                 asks, there may be more of them
         Every token is what the decoder chooses, or draws, behind those before it, whatever was
-        guessed. Waits for the device once, with processors once for each token.
+        guessed. Waits for the device once; with processors, but for those that `TAKE_ANY_TEXT`,
+        once for each token.
         """
         return alone(self.walking(logits, tree, most))
 
@@ -208,8 +222,8 @@ class TokenChoice:
         self, logits: Tensor, tree: TokenTree, most: int | None
     ) -> Work[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Likewise, and the scores (d + 1, V): level by level, since rules want to see the answer
-        as it is before each token. Processors see nothing but that: they may know no other text,
-        as those that allow a few answers alone, and none behind an end."""
+        as it is before each token. Processors see nothing but that, unless they `TAKE_ANY_TEXT`:
+        those that allow a few answers alone may know no other text, and none behind an end."""
         ids, node = self.ids, self.ids.new_zeros(1)
         alive, count = torch.ones_like(node), self.ids.new_zeros(())
         numbers = torch.arange(1, len(tree) + 1, device=node.device)
