@@ -108,6 +108,17 @@ def test_gradients_autocast_and_small_weights_in_half_precision_go_through_torch
         assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
+@needs_kernels
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+@pytest.mark.parametrize("on_intel", [True, False])
+def test_weights_that_are_not_there_are_refused(tokens, on_intel, monkeypatch):
+    monkeypatch.setattr(linear, "ON_INTEL", on_intel)
+    for size in (32, 768):
+        layer = Linear(size, 512, device="meta")
+        with torch.no_grad(), pytest.raises(RuntimeError, match="device"):
+            layer(torch.randn(tokens, size))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tokens", [(1, 1), (1,), (2, 1), (1, 5), (0, 1), (2, 40)])
 @pytest.mark.parametrize("large", [1, 2**30])

@@ -37,7 +37,7 @@ from .learned import WEIGHTS_FILE, build_part, part_folder, read_part, read_part
 from .ops import lookup, on_device, rank_within_groups, scale_layer
 from .prefill import Prefill
 from .required import assigned, tower_of
-from .stages import DecoderStage, Probe, VisionStage
+from .stages import DecoderStage, Probe, VisionStage, fills
 from .tokens import ImageTokens, VisionTokens
 
 logger = logging.getLogger(__name__)
@@ -249,6 +249,8 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
         return self.reduce(prefill) if self.last_dense_layer(count) == count - 1 else prefill
 
     def acts_behind(self, num_layers: int) -> bool:
+        if "after_layers" in vars(self) or fills(type(self), GlimpsePrune, "after_layers"):
+            return True  # of others, who built on this class
         return self.last_dense_layer(num_layers) == num_layers - 1
 
     def pruned_caches(self, index: int, num_layers: int) -> range:

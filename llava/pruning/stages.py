@@ -165,7 +165,7 @@ class DecoderStage:
     def acts_behind(self, num_layers: int) -> bool:
         """Whether `after_layers` has something to do in a decoder of `num_layers`. It is not called
         where not: then all tokens but the last may end with their keys in the last layer."""
-        return fills(type(self), DecoderStage, "after_layers")
+        return "after_layers" in vars(self) or fills(type(self), DecoderStage, "after_layers")
 
     def pruned_caches(self, index: int, num_layers: int) -> range:
         """Layers that already ran whose caches lose what was dropped before layer `index`, too."""

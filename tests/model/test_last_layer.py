@@ -1,12 +1,15 @@
 """Where the next token alone is asked for, the last layer is the last token's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llava.model.kv_cache import KVCache
 from llava.pruning import DecoderStage, build_pruner
 from llava.pruning.base import Pruner
-from tests.conftest import make_pruner, pad_batch
+from llava.pruning.glimpseprune import GlimpsePrune
+from tests.conftest import make_pruner, pad_batch, with_random_parts
 from tests.model.speculation_tools import answers, sharpened
 from tests.pruning.test_twigvlm import grown
 
@@ -89,6 +92,34 @@ def test_a_method_that_acts_behind_the_layers_gets_all_tokens(model, sample):
     assert found == {"mlp": [46]} and model.pruner.seen == 46
 
 
+def test_a_hook_of_one_method_alone_is_called(model, sample):
+    model.pruner, seen = make_pruner("fastv"), []
+    model.pruner.after_layers = lambda prefill: seen.append(prefill.hidden_states.shape) or prefill
+    found = entering(model, sample(4, "image", 5), "mlp", last_logits_only=True)
+    assert found == {"mlp": [seen[0][1]]} and seen[0][1] > 10
+
+
+@pytest.mark.parametrize("assigned", [False, True])
+def test_who_builds_on_glimpseprune_is_called_behind_the_layers(model, sample, assigned):
+    seen = []
+
+    def note(prefill):
+        seen.append(prefill.hidden_states.shape[1])
+        return prefill
+
+    class Mine(GlimpsePrune):
+        def after_layers(self, prefill):
+            return note(super().after_layers(prefill))
+
+    pruner = with_random_parts(GlimpsePrune() if assigned else Mine())
+    if assigned:
+        pruner.after_layers = note
+    model.pruner = pruner
+    assert pruner.last_dense_layer(6) < 5
+    assert entering(model, sample(4, "image", 5), "mlp", last_logits_only=True) == {"mlp": seen}
+    assert seen[0] > 1
+
+
 def test_hidden_states_and_losses_want_the_whole_layer(model, sample):
     model.pruner, prompt = build_pruner("none"), sample(4, "image", 5)
     found = entering(model, prompt, "mlp", last_logits_only=True, output_hidden_states=True)
@@ -108,6 +139,36 @@ def test_a_last_layer_that_is_watched_or_replaced_runs_as_a_whole(model, sample,
     assert found == {"mlp": [46]}
     monkeypatch.setattr(layer, "forward", layer.forward)
     assert entering(model, prompt, "mlp", last_logits_only=True) == {"mlp": [46]}
+
+
+def test_attention_that_is_watched_or_replaced_gives_what_it_gave(make_model, sample):
+    model = make_model()
+    grown(model, 2, 2, visual_token_num=14)
+    prompt, attention = sample(4, "image", 5), model.model.layers[-1].self_attn
+    plain, _, _ = answers(model, prompt.ids, prompt.images)
+    seen = []
+    hook = attention.register_forward_hook(lambda _, given, out: seen.append(out[0].shape))
+    found = entering(model, prompt, last_logits_only=True)
+    hook.remove()
+    assert found == {} and seen[0][1] > 1
+
+    def own(x, step, cache):  # of before `Step.last`
+        return type(attention).forward(attention, x, replace(step, last=0), cache)
+
+    attention.forward = own
+    again, fast, _ = answers(model, prompt.ids, prompt.images)
+    assert torch.equal(again, plain) and torch.equal(fast, plain)
+
+
+def test_the_last_tokens_of_several_rows_reach_weights_without_gaps(model, sample):
+    model.pruner, prompt = build_pruner("none"), sample(4, "image", 5)
+    ids, images = prompt.ids.repeat(2, 1), prompt.images.repeat(2, 1, 1, 1)
+    seen, part = [], model.model.layers[-1].self_attn.q_proj
+    hook = part.register_forward_pre_hook(lambda _, x: seen.append(x[0].is_contiguous()))
+    with torch.no_grad():
+        model(ids, images=images, last_logits_only=True)
+    hook.remove()
+    assert seen == [True]
 
 
 def test_a_decoder_that_others_replaced_is_called_as_before(model, sample, monkeypatch):

@@ -182,7 +182,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
         k, v, asking = self.keys(x, step.rope), self.values(x), step.rope
         if step.last:
-            x = x[:, -step.last :]
+            x = x[:, -step.last :].contiguous()  # else `Linear` leaves it to torch
             asking = step.rope[0][:, :, -step.last :], step.rope[1][:, :, -step.last :]
         batch, size, _ = x.shape
         q = self.queries(x, asking)

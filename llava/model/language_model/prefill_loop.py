@@ -120,7 +120,9 @@ class PrefillLoop:
             return False
         if step.rows is not None or step.packed is not None or torch.is_grad_enabled():
             return False
-        return not self.decoder.compile_layers and not is_watched(self.decoder.layers[number])
+        layer = self.decoder.layers[number]
+        parts = (layer, getattr(layer, "self_attn", layer))
+        return not self.decoder.compile_layers and not any(map(is_watched, parts))
 
     def _places(self, prefill: Prefill) -> Tensor | None:
         return held_places(prefill) if self._drops_from_caches else None
