@@ -49,7 +49,7 @@ class Linear(nn.Linear):
         weight, bias, dtype = self.weight, self.bias, x.dtype
         if not x.is_cpu or torch.is_grad_enabled() or not OWN_WAYS or dtype is not weight.dtype:
             return F.linear(x, weight, bias)
-        if not weight.is_cpu:  # oneDNN would read a weight of "meta" as if it were there
+        if not weight.is_cpu or not weight.numel():  # which oneDNN would not ask
             return F.linear(x, weight, bias)
         if x.is_contiguous() and weight.is_contiguous() and not torch.is_autocast_enabled("cpu"):
             if dtype is torch.float32 and HAS_KERNELS:

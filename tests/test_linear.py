@@ -108,6 +108,13 @@ def test_gradients_autocast_and_small_weights_in_half_precision_go_through_torch
         assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
+def test_a_layer_without_inputs_gives_its_bias():
+    layer = Linear(0, 3)
+    with torch.no_grad():
+        layer.bias.fill_(2.0)
+        assert layer(torch.ones(4, 0)).tolist() == [[2.0] * 3] * 4
+
+
 @needs_kernels
 @pytest.mark.parametrize("tokens", [1, 2, 5])
 @pytest.mark.parametrize("on_intel", [True, False])
