@@ -7,7 +7,10 @@ own MKL is the fastest of all for so few.
 
 In bfloat16 torch hands them to oneDNN. With AMX it turns the right operand into tiles before it
 multiplies, so it is faster where the weight stands on the left. And it spends a fixed time on each
-product, which is most of what a small weight takes: compiled code has a loop there.
+product, which is most of what a small weight takes.
+
+Compiled code has loops of its own for few tokens, which read a weight once for all of them: in
+bfloat16, and in fp32 on processors that are not Intel's.
 
 Results differ in the order of summation; those of compiled loops may also be rounded less often.
 """
@@ -34,8 +37,11 @@ FEW = 4
 FEW_ON_INTEL, MANY_ON_INTEL = 3, 256
 #: in bfloat16 one compiled token is a loop over a weight of so many numbers, with AMX at most
 LOOPED = 2**21
-#: most compiled tokens in bfloat16 for which there is a loop over a `SMALL` weight
-FEW_LOOPED = 3
+#: most compiled tokens for which there is a loop over a `SMALL` weight; with AMX for so many at
+#: most, if they are of several rows
+FEW_LOOPED, ROWS_LOOPED = 8, 3
+#: most tokens of one row times numbers of a larger weight, without AMX
+WORK_LOOPED = 2**22
 #: with AMX a weight in bfloat16 of so many numbers or more is the left operand, for so many tokens
 LARGE, FEW_BESIDE = 2**20, 16
 
@@ -117,12 +123,15 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tokens = x.numel() // inputs
     if ON_INTEL and (weight.numel() <= SMALL or not FEW_ON_INTEL < tokens < MANY_ON_INTEL):
         return F.linear(x, weight, bias)
+    compiling = torch.compiler.is_compiling()
+    if compiling and is_looped(x, weight):
+        return looped(x, weight, bias)
     if tokens == 1 and inputs <= WIDEST and outputs % BLOCK == 0:
         out = _in_blocks(x.view(1, inputs), weight)
     elif 1 < tokens <= FEW and weight.numel() <= SMALL:
         out = (weight @ x.view(tokens, inputs).t()).t().contiguous()
     elif tokens > 1 and weight.numel() > SMALL:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # oneDNN
+        return torch.ops.llava.linear(x, weight, bias) if compiling else by_onednn(x, weight, bias)
     else:
         return F.linear(x, weight, bias)
     out = out.view(*x.shape[:-1], outputs)
@@ -132,20 +141,50 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def half_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `product`, in bfloat16."""
     tokens, size = x.numel() // x.shape[-1], weight.numel()
-    if torch.compiler.is_compiling():
-        small = size <= LOOPED or not HAS_TILES
-        if tokens == 1 and small or size <= SMALL and 1 < tokens <= FEW_LOOPED:
-            return looped(x, weight, bias)
+    if torch.compiler.is_compiling() and is_looped(x, weight):
+        return looped(x, weight, bias)
     if HAS_TILES and size >= LARGE and 0 < tokens <= FEW_BESIDE:
         return beside(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `product`, by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+# The same for compiled code: torch compiles its own for weights that are constants alone.
+OPERATIONS = torch.library.Library("llava", "DEF")
+OPERATIONS.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+OPERATIONS.impl("linear", by_onednn, "CPU")
+OPERATIONS.impl("linear", lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)), "Meta")
+
+
+def is_looped(x: Tensor, weight: Tensor) -> bool:
+    """Whether compiled code multiplies x (..., K) and weight in a loop."""
+    size = weight.numel()
+    tokens = x.numel() // weight.shape[1]
+    if tokens == 1:
+        return size <= LOOPED or not HAS_TILES
+    if is_of_rows(x):
+        return size <= SMALL and 1 < tokens <= (ROWS_LOOPED if HAS_TILES else FEW_LOOPED)
+    few = size <= SMALL or not HAS_TILES and tokens * size <= WORK_LOOPED
+    return few and 1 < tokens <= FEW_LOOPED
+
+
+def is_of_rows(x: Tensor) -> bool:
+    """Whether x (..., K) are tokens of several rows, whose number may change from step to step."""
+    return x.dim() > 2 and len(x) > 1
+
+
 def looped(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `product` in half precision, summed in fp32: compiled it becomes one loop over the weight
-    for each token."""
-    rows = x.reshape(-1, 1, x.shape[-1]).float()
-    out = (rows * weight.float()).sum(dim=-1)
+    """As `product`, summed in fp32: compiled it becomes one loop over the weight for all tokens of
+    a row, whose number is then fixed; for several rows one for each token."""
+    tokens, weight = x.reshape(-1, x.shape[-1]).float(), weight.float()
+    if is_of_rows(x):
+        out = (tokens[:, None] * weight).sum(dim=-1)
+    else:
+        out = torch.stack([(token * weight).sum(dim=-1) for token in tokens.unbind()])
     out = out if bias is None else out + bias
     return out.to(x.dtype).view(*x.shape[:-1], -1)
 

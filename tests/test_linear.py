@@ -155,23 +155,8 @@ def test_a_large_weight_in_half_precision_is_on_the_left_for_few_tokens_with_amx
     assert bool(calls) == (tiles and size == "large" and tokens < 17)
 
 
-@pytest.mark.parametrize(
-    "tokens, small, looped, tiles, loops",
-    [
-        (1, 1, 2**21, True, True),
-        (1, 1, 1, True, False),
-        (1, 1, 1, False, True),
-        (3, 2**18, 1, True, True),
-        (4, 2**18, 2**21, True, False),
-        (3, 1, 2**21, False, False),
-    ],
-)
-def test_few_compiled_tokens_in_half_precision_are_loops_over_the_weight(
-    tokens, small, looped, tiles, loops, monkeypatch
-):
-    """One token over any weight, with AMX not over large ones; up to three over a small one."""
-    from torch._inductor.utils import run_and_get_code
-
+@pytest.fixture
+def compiler():
     from llava.model.language_model.compiling import check_compiler, prepare
 
     try:
@@ -179,14 +164,80 @@ def test_few_compiled_tokens_in_half_precision_are_loops_over_the_weight(
     except RuntimeError as error:
         pytest.skip(str(error))
     prepare()  # or torch takes code that another kind of CPU left in its cache
-    for name, value in {"SMALL": small, "LOOPED": looped, "HAS_TILES": tiles}.items():
-        monkeypatch.setattr(linear, name, value)
-    layer, x = Linear(96, 256).bfloat16(), torch.randn(1, tokens, 96, dtype=torch.bfloat16)
+
+
+def code_of(layer, x):
+    """What torch compiles for a layer; what that gives must be what the layer gives."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
     with torch.no_grad():
         found, (code, *_) = run_and_get_code(torch.compile(layer, fullgraph=True), x)
-        torch.testing.assert_close(found, layer(x), atol=0.02, rtol=0.02)
-    called = "extern_kernels." in code or "torch.ops.mkldnn" in code
-    assert called == (not loops)
+        close = 0.02 if x.dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(found, layer(x), atol=close, rtol=close)
+    return code
+
+
+def calls_a_kernel(code):
+    return any(name in code for name in ("extern_kernels.", "torch.ops.mkldnn", "torch.ops.llava"))
+
+
+#: tokens, then SMALL, LOOPED, WORK_LOOPED and whether there is AMX: whether there is a loop
+LOOPS = [
+    ((1, 1), 1, 2**21, 1, True, True),
+    ((1, 1), 1, 1, 1, True, False),
+    ((1, 1), 1, 1, 1, False, True),
+    ((1, 8), 2**18, 1, 1, True, True),
+    ((1, 9), 2**18, 2**21, 2**22, False, False),
+    ((1, 3), 1, 2**21, 2**22, True, False),
+    ((1, 3), 1, 1, 3 * 96 * 256, False, True),
+    ((1, 3), 1, 1, 3 * 96 * 256 - 1, False, False),
+    ((3, 1), 2**18, 1, 1, True, True),
+    ((4, 1), 2**18, 1, 1, True, False),
+    ((8, 1), 2**18, 1, 1, False, True),
+    ((3, 1), 1, 1, 2**22, False, False),
+]
+
+
+@pytest.mark.parametrize("tokens, small, looped, work, tiles, loops", LOOPS)
+def test_few_compiled_tokens_are_loops_over_the_weight(
+    tokens, small, looped, work, tiles, loops, monkeypatch, compiler
+):
+    """One token over any weight, with AMX not over large ones; a few over a small one. So in
+    bfloat16, and in fp32 on processors that are not Intel's."""
+    values = {"SMALL": small, "LOOPED": looped, "WORK_LOOPED": work, "HAS_TILES": tiles}
+    for name, value in values.items():
+        monkeypatch.setattr(linear, name, value)
+    layer, x = Linear(96, 256), torch.randn(*tokens, 96)
+    assert calls_a_kernel(code_of(layer.bfloat16(), x.bfloat16())) == (not loops)
+    if linear.HAS_KERNELS and not tiles:
+        monkeypatch.setattr(linear, "ON_INTEL", False)
+        assert calls_a_kernel(code_of(layer.float(), x)) == (not loops)
+
+
+@needs_kernels
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_few_compiled_tokens_in_fp32_are_left_to_mkl_on_intel(tokens, monkeypatch, compiler):
+    monkeypatch.setattr(linear, "ON_INTEL", True)
+    assert calls_a_kernel(code_of(Linear(96, 256), torch.randn(1, tokens, 96)))
+
+
+@needs_kernels
+def test_one_loop_reads_a_weight_once_for_all_tokens_of_a_row(monkeypatch, compiler):
+    monkeypatch.setattr(linear, "ON_INTEL", False)
+    assert code_of(Linear(96, 256), torch.randn(1, 6, 96)).count("96L*x0") == 1
+
+
+@needs_kernels
+@pytest.mark.parametrize("on_intel", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_several_tokens_and_large_weights_compile(on_intel, bias, monkeypatch, compiler):
+    """torch compiles its operation of oneDNN for constant weights alone."""
+    monkeypatch.setattr(linear, "ON_INTEL", on_intel)
+    monkeypatch.setattr(linear, "WORK_LOOPED", 1)
+    layer = Linear(512, 768, bias=bias)
+    for shape in [(1, 4, 512), (2, 90, 512), (100, 512)]:
+        assert "torch.ops.llava.linear" in code_of(layer, torch.randn(*shape))
 
 
 @needs_kernels
