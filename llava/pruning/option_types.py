@@ -3,6 +3,7 @@ the checks that several methods make."""
 
 from __future__ import annotations
 
+import math
 from collections import abc
 from collections.abc import Iterable, Mapping
 from types import NoneType, UnionType
@@ -34,6 +35,8 @@ def fits(value: object, kind: Any) -> bool:
     if get_origin(kind) in SEQUENCES:
         (inner, *_) = get_args(kind)
         return isinstance(value, tuple) and all(fits(one, inner) for one in value)
+    if type(value) is float and not math.isfinite(value):  # no weight, share or count is
+        return False
     return type(value) is kind or (kind is float and type(value) is int)
 
 
@@ -51,7 +54,7 @@ def in_words(kind: Any) -> str:
     kinds = [one for one in alternatives(kind) if one is not NoneType] or [NoneType]
     if get_origin(kinds[0]) in SEQUENCES:
         return f"a list, each {in_words(get_args(kinds[0])[0])}"
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
     return words.get(kinds[0], "no plain value")
 
 
