@@ -122,7 +122,7 @@ def build_pruner(name: str = "none", **options) -> Pruner:
         raise ValueError(two_budgets(*given))
     try:
         made = method(**options)
-    except TypeError:  # of a value that the method did arithmetic with
+    except (TypeError, OverflowError):  # of a value that the method did arithmetic with
         check_types(method, options)
         raise
     values = {key: getattr(made, key) for key in options}  # some are converted

@@ -25,7 +25,7 @@ def test_what_every_option_is_by_default_is_of_its_type(name):
         ("pyramiddrop", "layer_list", [8, "b", 24], "a list, each a whole number"),
         ("scope", "alpha", None, "a finite number"),
         ("scope", "alpha", float("nan"), "a finite number"),
-        ("v2drop", "keep_list", [float("inf")], "a list, each a finite number"),
+        ("v2drop", "keep_list", [float("inf"), 0.5, 0.1], "a list, each a finite number"),
         ("eadp", "quantile", None, "a finite number"),
         ("mmtok", "tau_v", None, "a finite number"),
         ("dart", "pivot_text_token", None, "a whole number"),
