@@ -30,7 +30,7 @@ from .base import Pruner
 from .extras import with_extra, with_number, without_extra
 from .glimpseprune_call import GlimpseRelease
 from .glimpseprune_modules import PAPER_LAYER, Glimpse, GlimpseConfig
-from .glimpseprune_reference import check_boxes, check_uncut, reference_cells
+from .glimpseprune_reference import check_boxes, check_masks, check_uncut, reference_cells
 from .glimpseprune_views import CROPS, Views, shapes_of
 from .interfaces import LanguageModel
 from .learned import WEIGHTS_FILE, build_part, part_folder, read_part, read_part_config
@@ -130,6 +130,8 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
             raise ValueError("ref_boxes and ref_masks both say which tokens stay: give one of them")
         if self.ref_boxes is not None:
             check_boxes(self.ref_boxes)
+        if self.ref_masks is not None:
+            check_masks(self.ref_masks)
 
     @property
     def asks_glimpse(self) -> bool:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from itertools import chain
 from numbers import Real
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .cells import boxes_to_cells, mask_to_cells
@@ -15,6 +17,8 @@ from .glimpseprune_views import Grid
 
 def check_boxes(boxes: Sequence) -> None:
     """Raises ValueError unless `boxes` are those of all images, or a list or None for each."""
+    if not isinstance(boxes, (list, tuple)):
+        raise ValueError(f"ref_boxes ({boxes!r}) must be a list of boxes, or one for each image")
     own = [boxes] if is_one_list(boxes) else [entry for entry in boxes if entry is not None]
     if odd := [entry for entry in own if not isinstance(entry, (list, tuple))]:
         raise ValueError(f"ref_boxes hold {odd[0]!r}: give a list of boxes, or one for each image")
@@ -24,6 +28,16 @@ def check_boxes(boxes: Sequence) -> None:
                 f"ref_boxes hold {box!r}: a box is (left, top, right, bottom) as shares of the "
                 "picture, from 0 to 1"
             )
+
+
+def check_masks(masks: Sequence) -> None:
+    """Raises ValueError unless `masks` are a mask or None for each image."""
+    wanted = "a list with a mask (True or False, or a picture) for each image"
+    if not isinstance(masks, (list, tuple, Tensor, np.ndarray)):
+        raise ValueError(f"ref_masks ({masks!r}) must be {wanted}")
+    kinds = (list, tuple, Tensor, np.ndarray, Image.Image, type(None))
+    if odd := [mask for mask in masks if not isinstance(mask, kinds)]:
+        raise ValueError(f"ref_masks hold {odd[0]!r}: give {wanted}")
 
 
 def check_uncut(boxes: Sequence | None, masks: Sequence | None, crops: int) -> None:

@@ -352,6 +352,9 @@ def test_boxes_and_masks_of_each_image_take_the_place_of_the_glimpse(model):
         ({"ref_masks": [np.ones((4, 9))]}, "True or False for each, or a picture"),
         ({"ref_boxes": [[[10, 20, 110, 220]]]}, "as shares of the picture, from 0 to 1"),
         ({"ref_boxes": [3]}, "a list of boxes, or one for each image"),
+        ({"ref_boxes": 3}, r"ref_boxes \(3\) must be a list of boxes, or one for each image"),
+        ({"ref_masks": 3}, r"ref_masks \(3\) must be a list with a mask"),
+        ({"ref_masks": [3]}, "ref_masks hold 3: give a list with a mask"),
         ({"ref_boxes": [], "ref_masks": []}, "give one of them"),
     ],
 )
