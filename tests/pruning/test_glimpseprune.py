@@ -396,7 +396,9 @@ def test_boxes_can_take_the_place_of_the_glimpse(model, sample):
     assert int(trace.visual_tokens[5]) == 4
 
 
-@pytest.mark.parametrize("reference", [{"ref_boxes": [[0, 0, 0.3, 0.3]]}, {"ref_masks": [[[True]]]}])
+@pytest.mark.parametrize(
+    "reference", [{"ref_boxes": [[0, 0, 0.3, 0.3]]}, {"ref_masks": [[[True]]]}]
+)
 def test_references_say_no_places_of_images_that_are_cut_into_tiles(
     anyres_model, sample, reference
 ):
