@@ -166,7 +166,8 @@ class Engine:
             image_geometry(image.size, image_settings, tower, picture.pixels)
             for image, picture in zip(images, pictures, strict=True)
         ]
-        room = self._context_length() - len(ids)
+        # The last token of an answer takes no position, a mark those of its image.
+        room = self._context_length() + 1 - (len(ids) - len(pictures))
         if seat.pruner.name == Pruner.name:  # a method leaves fewer: `generate` counts them
             room -= sum(self.model.image_extent(picture.pixels) for picture in pictures)
         most = min(request.max_new_tokens, self.limits.new_tokens, room)
