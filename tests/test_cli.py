@@ -275,7 +275,7 @@ def test_the_streamed_answer_is_the_answer(capsys):
     args.temperature, args.max_new_tokens = 0, 4
     chat = cli.open_chat(args)
     capsys.readouterr()
-    streamer = cli.TextStreamer(chat.front.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = cli.AnswerStreamer(chat.front.tokenizer, skip_prompt=True, skip_special_tokens=True)
     answer = chat.ask("What is it?", streamer)
     assert capsys.readouterr().out.strip() == answer
     assert torch.is_tensor(chat.picture.pixels)

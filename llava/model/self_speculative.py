@@ -157,10 +157,9 @@ class Speculation:
         first, lengths = self.drafter.shared_layers, self.cache.lengths
         for layer in range(first, self.depth):
             trace.prompt_tokens[layer] = trace.prompt_tokens[layer] - count
-        total = trace.prompt_tokens[0]
         for layer in [layer for layer in trace.decoder_keep if layer >= first and count]:
             kept = [row[: len(row) - count] for row in trace.decoder_keep[layer]]
-            before = trace.prompt_tokens[layer - 1] if layer else total
+            before = trace.prompt_tokens[layer - 1] if layer else trace.prompt_size
             trace.decoder_keep[layer] = kept
             if len(kept[0]) == before:  # nothing but the guesses changed there
                 del trace.decoder_keep[layer]

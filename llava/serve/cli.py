@@ -13,7 +13,6 @@ import re
 import sys
 
 import torch
-from transformers import TextStreamer
 
 from llava.errors import errors_as_messages
 from llava.front_end import FrontEnd
@@ -28,6 +27,7 @@ from llava.model_args import (
 )
 from llava.playground import default_image
 from llava.program_parser import ProgramParser
+from llava.serve.answer_text import AnswerStreamer
 
 #: what the playground's model was taught, in words about its first picture
 PLAYGROUND_QUESTIONS = (
@@ -127,7 +127,7 @@ def main() -> None:
     user, assistant = map(label, chat.conversation.roles)
     while question := read_question(user):
         print(f"{assistant}: ", end="", flush=True)
-        streamer = TextStreamer(chat.front.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = AnswerStreamer(chat.front.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
             answer = chat.ask(question, streamer)
         except (ValueError, torch.cuda.OutOfMemoryError) as error:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import TextStreamer
 
 from ..constants import DEFAULT_IMAGE_TOKEN
 from ..conv_mode import choose_conv_mode
@@ -24,6 +23,7 @@ from ..engine.server import EngineError, RefusedError
 from ..front_end import FrontEnd
 from ..model.context import PromptTooLong, position_limit
 from ..pruning import Pruner
+from .answer_text import AnswerStreamer, without_begun
 from .dialogue import last_question
 from .errors import ServeError, encode_chunk, server_gone, server_refused
 from .images import decode_images
@@ -166,7 +166,8 @@ class Engine:
             image_geometry(image.size, image_settings, tower, picture.pixels)
             for image, picture in zip(images, pictures, strict=True)
         ]
-        room = self._context_length() - len(ids)
+        # The last token of an answer takes no position, a mark those of its image.
+        room = self._context_length() + 1 - (len(ids) - len(pictures))
         if seat.pruner.name == Pruner.name:  # a method leaves fewer: `generate` counts them
             room -= sum(self.model.image_extent(picture.pixels) for picture in pictures)
         most = min(request.max_new_tokens, self.limits.new_tokens, room)
@@ -238,7 +239,7 @@ class Stopped(Exception):
     """The answer reached its stop text."""
 
 
-class Writer(TextStreamer):
+class Writer(AnswerStreamer):
     """Turns new tokens into chunks, and passes the turn at the model on with each of them."""
 
     def __init__(self, tokenizer, job: Job, outbox: Outbox):
@@ -260,8 +261,10 @@ class Writer(TextStreamer):
         at = self.answer.find(stop) if stop else -1
         if at >= 0:
             self.answer = self.answer[:at]
-        chunk = {"text": self.job.request.prompt + self.answer, "error_code": 0}
-        if stream_end or at >= 0:
+        ends = stream_end or at >= 0
+        shown = self.answer if ends else without_begun(self.answer, stop)
+        chunk = {"text": self.job.request.prompt + shown, "error_code": 0}
+        if ends:
             chunk["pruning_report"] = self.report()
         self.job.seat.pass_on(lambda: self.outbox.put(chunk))
         if at >= 0:

@@ -31,6 +31,7 @@ PLAIN = (bool, int, float, str, list, tuple, type(None))
 KEPT = 32  # settings that stay built; a method with trained parts keeps one
 TRAINED = 4  # settings of one method with trained parts that are alive at a time
 BUDGET = "visual_token_num"
+REASON_CHARS = 400  # of why a method cannot be used; the names of all methods fit
 TYPICAL_PATCHES = 576  # of an image, where every image has its own number
 _PATH = re.compile(r"\S*[/\\]\S*")
 
@@ -202,7 +203,9 @@ def unavailable(error: Exception) -> ServeError:
     elif isinstance(error, OSError):
         text = "its files cannot be read on this server"
     else:
-        text = _PATH.sub("...", str(error))[:300]
+        text = _PATH.sub("...", str(error))
+        if len(text) > REASON_CHARS:
+            text = f"{text[:REASON_CHARS]}.."
     return ServeError("method_unavailable", f"The pruning method cannot be used: {text}.")
 
 

@@ -1,9 +1,10 @@
-"""Chunks on their way from the thread that generates to the coroutine that sends."""
+"""Chunks on their way from a thread or another server to the coroutine that sends."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncGenerator
 
 CHUNKS = 16  # that wait to be sent before the thread has to
 
@@ -69,3 +70,25 @@ class Outbox:
         """Reader side: nobody reads any more; the thread learns it at its next chunk."""
         self._closed.set()
         self._room.release()
+
+
+async def with_pauses(items: AsyncGenerator, pause: float):
+    """The items in order; None whenever none came for `pause` seconds. Closes `items` at the end,
+    also while it waits for its next one."""
+    pending = None
+    try:
+        while True:
+            pending = pending or asyncio.ensure_future(anext(items))
+            done, _ = await asyncio.wait({pending}, timeout=pause)
+            if not done:
+                yield None
+                continue
+            try:
+                item, pending = pending.result(), None
+            except StopAsyncIteration:
+                return
+            yield item
+    finally:
+        if pending is not None and pending.cancel():
+            await asyncio.wait({pending})
+        await items.aclose()

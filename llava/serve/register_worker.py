@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 
+import requests
+
 from ..errors import errors_as_messages
 from ..program_parser import ProgramParser
 from . import direct
@@ -29,6 +31,17 @@ def post(address: str, path: str, body: dict | None, token: str | None = None, *
     if reply.status_code != 200:
         raise ValueError(f"{path} was refused ({reply.status_code}): {reason(reply)}")
     return reply
+
+
+def ask_controller(address: str, path: str, body: dict | None, token: str | None = None):
+    """`post` to a controller. Raises ValueError where there is none, too."""
+    try:
+        return post(address, path, body, token)
+    except (requests.ConnectionError, requests.Timeout) as error:
+        raise ValueError(
+            f"no controller at {address}: start python -m llava.serve.controller, or name another "
+            "with --controller-address"
+        ) from error
 
 
 def reason(reply) -> str:
@@ -60,7 +73,7 @@ def main() -> None:
         "worker_status": None,
     }
     controller = direct.checked_address(args.controller_address, "--controller-address")
-    post(controller, "/register_worker", body, read_token(args.token_file))
+    ask_controller(controller, "/register_worker", body, read_token(args.token_file))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from .direct import checked_address
 from .images import decode_images, image_type, plain_base64
 from .limits import CHUNK_BYTES, LIMITS, STATUS_BYTES, Limits
 from .model_worker import CONCURRENCY, add_service_args, concurrency, run_worker
+from .outbox import with_pauses
 from .protocol import GenerateRequest
 from .service import log_failure
 
@@ -114,17 +115,18 @@ class Forwarder:
         return Job(request, request_id, [image_type(image) for image in images])
 
     async def stream(self, job: Job):
-        """The chunks of the answer, encoded; until its turn comes, chunks without new text."""
-        turn = asyncio.ensure_future(self._turns.acquire())
-        try:
-            while not (await asyncio.wait({turn}, timeout=KEEP_ALIVE_SECONDS))[0]:
-                yield encode_chunk({"text": job.request.prompt, "error_code": 0})
-            async with aclosing(self._answer(job)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-        finally:
-            if not turn.cancel():  # it had its turn
-                self._turns.release()
+        """The chunks of the answer, encoded; the latest again whenever nothing comes for a while,
+        be it that the server is silent or that the request waits for its turn."""
+        latest = encode_chunk({"text": job.request.prompt, "error_code": 0})
+        async with aclosing(with_pauses(self._in_turn(job), KEEP_ALIVE_SECONDS)) as chunks:
+            async for chunk in chunks:
+                latest = chunk or latest
+                yield latest
+
+    async def _in_turn(self, job: Job):
+        async with self._turns, aclosing(self._answer(job)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def _answer(self, job: Job):
         path, body = self._upstream(job)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from functools import partial
 
 import requests
 
@@ -17,7 +19,7 @@ from ..mm_utils import infer_conv_mode
 from ..program_parser import ProgramParser
 from .auth import add_token_arg, read_token
 from .direct import checked_address
-from .register_worker import post
+from .register_worker import ask_controller, post
 
 
 def find_worker(args, token: str | None) -> str:
@@ -25,17 +27,11 @@ def find_worker(args, token: str | None) -> str:
     if args.worker_address:
         return checked_address(args.worker_address, "--worker-address")
     checked_address(args.controller_address, "--controller-address")
-    try:
-        post(args.controller_address, "/refresh_all_workers", None, token)
-    except requests.ConnectionError as error:
-        raise ValueError(
-            f"no controller at {args.controller_address}: start python -m llava.serve.controller, "
-            "or name another with --controller-address"
-        ) from error
-    models = post(args.controller_address, "/list_models", None, token).json()["models"]
+    ask = partial(ask_controller, args.controller_address, token=token)
+    ask("/refresh_all_workers", None)
+    models = ask("/list_models", None).json()["models"]
     print(f"Models: {sorted(models)}")
-    body = {"model": args.model_name}
-    address = post(args.controller_address, "/get_worker_address", body, token).json()["address"]
+    address = ask("/get_worker_address", {"model": args.model_name}).json()["address"]
     if not address:
         raise ValueError(f"no worker serves {args.model_name!r}, choose from {sorted(models)}")
     print(f"worker_addr: {address}")
@@ -72,18 +68,41 @@ def request_body(
     }
 
 
+def answer_texts(address: str, body: dict, token: str | None, timeout: float = 60) -> Iterator[str]:
+    """The text so far, prompt included, with every chunk of an answer. Raises ValueError where the
+    worker refuses, fails, goes away or sends something else.
+
+    timeout: longest silence in seconds
+    """
+    try:
+        path = "/worker_generate_stream"
+        reply = post(address, path, body, token, timeout=timeout, stream=True)
+        for piece in filter(None, reply.iter_lines(chunk_size=1024, delimiter=b"\0")):
+            yield text_of(piece, address)
+    except requests.RequestException as error:
+        raise ValueError(
+            f"no answer from {address}, or not all of it ({type(error).__name__})"
+        ) from error
+
+
+def text_of(piece: bytes, address: str) -> str:
+    """The text in one chunk. Raises ValueError with the reason where it says that all failed."""
+    try:
+        chunk = json.loads(piece)
+        text, code = chunk["text"], chunk["error_code"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{address} sends what is no answer of a worker") from error
+    if code:
+        raise ValueError(f"{address}: {text} (error_code: {code})")
+    return text
+
+
 def show_answer(address: str, body: dict, token: str | None) -> str:
     """Prints the stream as it grows and returns the whole text."""
-    reply = post(address, "/worker_generate_stream", body, token, timeout=60, stream=True)
     text = ""
-    for piece in reply.iter_lines(chunk_size=8192, decode_unicode=False, delimiter=b"\0"):
-        if piece:
-            chunk = json.loads(piece)
-            if chunk["error_code"]:
-                raise ValueError(f"{chunk['text']} (error_code: {chunk['error_code']})")
-            grown = chunk["text"]
-            print(grown.removeprefix(text), end="", flush=True)
-            text = grown
+    for grown in answer_texts(address, body, token):
+        print(grown.removeprefix(text), end="", flush=True)
+        text = grown
     print()
     return text
 

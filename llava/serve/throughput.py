@@ -21,8 +21,6 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
-import requests
-
 from ..constants import DEFAULT_IMAGE_TOKEN
 from ..errors import errors_as_messages
 from ..playground import benchmark_dir
@@ -31,7 +29,7 @@ from ..progress import progress
 from .auth import add_token_arg, read_token
 from .direct import checked_address
 from .register_worker import post
-from .test_message import request_body, template_at
+from .test_message import answer_texts, request_body, template_at
 
 QUESTIONS, IMAGES = "gqa/llava_gqa_testdev_balanced.jsonl", "images"
 SECONDS = 600  # longest silence of a worker
@@ -66,18 +64,9 @@ class Speed:
 def ask(address: str, body: dict, token: str | None = None) -> Answered:
     """Raises ValueError where the worker refuses, fails or goes away."""
     start, first, text = time.perf_counter(), None, ""
-    try:
-        path = "/worker_generate_stream"
-        reply = post(address, path, body, token, timeout=SECONDS, stream=True)
-        for piece in filter(None, reply.iter_lines(chunk_size=1024, delimiter=b"\0")):
-            chunk = json.loads(piece)
-            if chunk["error_code"]:
-                raise ValueError(f"{address}: {chunk['text']}")
-            text = chunk["text"]
-            if first is None and len(text) > len(body["prompt"]):
-                first = time.perf_counter() - start
-    except requests.RequestException as error:
-        raise ValueError(f"{address} does not answer ({type(error).__name__})") from error
+    for text in answer_texts(address, body, token, SECONDS):
+        if first is None and len(text) > len(body["prompt"]):
+            first = time.perf_counter() - start
     seconds = time.perf_counter() - start
     return Answered(text, seconds if first is None else first, seconds)
 

@@ -267,6 +267,15 @@ def test_the_trace_describes_the_prompt_whatever_the_strategy(sharp, sample):
     assert fast.kv_bytes == plain.kv_bytes + twig_entries * 2 * 32 * 4
 
 
+@pytest.mark.parametrize("pruning", [True, False])
+def test_a_cut_before_the_first_layer_is_in_the_trace(sharp, sample, pruning):
+    """As of the playground's twig, which shares no layer."""
+    grown(sharp, 0, 2, visual_token_num=14, enable_pruning=pruning)
+    plain, fast = assert_traces_describe_the_prompt(sharp, sample(4, "image", 5))
+    assert (0 in plain.decoder_keep) == pruning
+    assert fast.decoder_keep.keys() == plain.decoder_keep.keys()
+
+
 def test_the_trace_of_a_batch_has_a_row_per_prompt(sharp, sample):
     grown(sharp, visual_token_num=14)
     ids, mask, images = batch_of_three(sample)

@@ -35,7 +35,7 @@ def image():
 
 
 def ask(engine, image: str, **changes) -> list[dict]:
-    content = body(images=[image], prompt=PROMPT, **changes)
+    content = body(**{"images": [image], "prompt": PROMPT, **changes})
     (reply,) = call(worker_app(engine, Places(20)), ("/worker_generate_stream", content))
     return chunks_of(reply.content)
 
@@ -89,3 +89,21 @@ def test_a_prompt_that_is_too_long_is_said_as_published(engine, image, monkeypat
     assert answer[-1]["pruning_report"]["new_tokens"] > 0  # so few tokens leave room
     late = ask(engine, image, pruning={"method": "random", "visual_token_num": 320})
     assert late[-1]["cause"] == "prompt_too_long" and late[-1]["text"] == refused["text"]
+
+
+@pytest.mark.parametrize("images", [0, 1])
+@pytest.mark.parametrize("method", ["none", "random"])
+def test_an_answer_fills_the_context_to_its_last_place(engine, image, monkeypatch, images, method):
+    """As `generate` does: the last token of an answer takes none."""
+    monkeypatch.setattr(engine.model.generation_config, "eos_token_id", -1)
+    more = {"images": [image] * images, "prompt": PROMPT.replace("<image>", "<image>" * images)}
+    more |= {"pruning": {"method": method}, "stop": None}
+    chunks = ask(engine, image, **more, max_new_tokens=1)
+    report = chunks[-1]["pruning_report"]
+    length = report["prompt_tokens"] + report["tokens_per_layer"][0]
+    for room, tokens in ((3, 4), (0, 1)):
+        monkeypatch.setattr(engine.model.config, "max_position_embeddings", length + room)
+        chunks = ask(engine, image, **more, max_new_tokens=20)
+        assert chunks[-1]["pruning_report"]["new_tokens"] == tokens
+    monkeypatch.setattr(engine.model.config, "max_position_embeddings", length - 1)
+    assert ask(engine, image, **more)[-1]["cause"] == "prompt_too_long"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from itertools import count
 from types import SimpleNamespace
 
@@ -63,6 +64,56 @@ def test_a_client_that_leaves_while_it_waits_for_the_server_leaves_its_turn_to_o
 
     (chunk,) = asyncio.run(asyncio.wait_for(leave_and_ask(), 60))
     assert b"A cat" in chunk
+
+
+@pytest.mark.parametrize("events_before", [0, 1])
+def test_a_server_that_is_silent_is_no_reason_for_the_client_to_give_up(monkeypatch, events_before):
+    """Clients of LLaVA stop after 10 s without a byte."""
+    monkeypatch.setattr(sglang_worker, "KEEP_ALIVE_SECONDS", 0.01)
+
+    class Slow(httpx.AsyncByteStream):
+        async def __aiter__(self):
+            yield sse(*[{"text": "A"}] * events_before)
+            await asyncio.sleep(0.1)
+            yield sse({"text": "A cat"}, "[DONE]")
+
+    reply = httpx.Response(200, stream=Slow(), headers=EVENTS)
+    forwarder = Forwarder("http://s", "m", transport=httpx.MockTransport(lambda _: reply))
+
+    async def ask():
+        job = await forwarder.prepare(GenerateRequest(prompt="Hi "), "1")
+        return [json.loads(chunk.rstrip(b"\0"))["text"] async for chunk in forwarder.stream(job)]
+
+    texts = asyncio.run(ask())
+    assert len(texts) > 3 and texts[-1] == "Hi A cat"
+    assert set(texts[:-1]) == {"Hi A" if events_before else "Hi "}
+
+
+def test_a_client_that_leaves_while_the_server_is_silent_ends_the_request_there():
+    closed = []
+
+    class Silent(httpx.AsyncByteStream):
+        async def __aiter__(self):
+            yield sse({"text": "A"})
+            await asyncio.sleep(600)
+
+        async def aclose(self):
+            closed.append(True)
+
+    reply = httpx.Response(200, stream=Silent(), headers=EVENTS)
+    forwarder = Forwarder("http://s", "m", transport=httpx.MockTransport(lambda _: reply))
+
+    async def leave():
+        chunks = forwarder.stream(await forwarder.prepare(GenerateRequest(prompt="Hi "), "1"))
+        await anext(chunks)
+        waiting = asyncio.ensure_future(anext(chunks))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await chunks.aclose()
+
+    asyncio.run(asyncio.wait_for(leave(), 60))
+    assert closed == [True]
 
 
 def test_the_demo_waits_for_a_model_as_long_as_its_worker_lives(monkeypatch, capsys):
