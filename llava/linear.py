@@ -38,9 +38,9 @@ FEW_ON_INTEL, MANY_ON_INTEL = 3, 256
 #: in bfloat16 one compiled token is a loop over a weight of so many numbers, with AMX at most
 LOOPED = 2**21
 #: most compiled tokens for which there is a loop over a `SMALL` weight; with AMX for so many at
-#: most, if they are of several rows
+#: most, if their number may change
 FEW_LOOPED, ROWS_LOOPED = 8, 3
-#: most tokens of one row times numbers of a larger weight, without AMX
+#: most tokens, if their number is fixed, times numbers of a larger weight, without AMX
 WORK_LOOPED = 2**22
 #: with AMX a weight in bfloat16 of so many numbers or more is the left operand, for so many tokens
 LARGE, FEW_BESIDE = 2**20, 16
@@ -112,6 +112,8 @@ def cpu_knows(*names: str) -> bool:
 
 ON_INTEL = is_of_intel()
 HAS_TILES = cpu_knows("amx_bf16")
+#: whether compiled code may ask which sizes are symbols; seen to be so from this version on
+KNOWS_FIXED = torch.__version__ >= (2, 13)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -153,11 +155,16 @@ def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-# The same for compiled code: torch compiles its own for weights that are constants alone.
-OPERATIONS = torch.library.Library("llava", "DEF")
-OPERATIONS.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-OPERATIONS.impl("linear", by_onednn, "CPU")
-OPERATIONS.impl("linear", lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)), "Meta")
+def _of_its_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+# The same for compiled code: torch compiles its own for weights that are constants alone. It is
+# there once in a process, also where this module is imported anew.
+if not hasattr(torch.ops.llava, "linear"):
+    torch.library.define("llava::linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    torch.library.impl("llava::linear", "CPU", by_onednn)
+    torch.library.impl("llava::linear", "Meta", _of_its_shape)
 
 
 def is_looped(x: Tensor, weight: Tensor) -> bool:
@@ -166,22 +173,28 @@ def is_looped(x: Tensor, weight: Tensor) -> bool:
     tokens = x.numel() // weight.shape[1]
     if tokens == 1:
         return size <= LOOPED or not HAS_TILES
-    if is_of_rows(x):
+    if may_change(x):
         return size <= SMALL and 1 < tokens <= (ROWS_LOOPED if HAS_TILES else FEW_LOOPED)
     few = size <= SMALL or not HAS_TILES and tokens * size <= WORK_LOOPED
     return few and 1 < tokens <= FEW_LOOPED
 
 
-def is_of_rows(x: Tensor) -> bool:
-    """Whether x (..., K) are tokens of several rows, whose number may change from step to step."""
-    return x.dim() > 2 and len(x) > 1
+def may_change(x: Tensor) -> bool:
+    """Whether compiled code serves other numbers of tokens than x (..., K) has, too: those of
+    several rows, and of one row where its size is a symbol. A loop for each were many graphs."""
+    return x.dim() > 2 and len(x) > 1 or not is_fixed(x.numel() // x.shape[-1])
+
+
+def is_fixed(number: int) -> bool:
+    """Whether compiled code is for this number alone; False where torch does not say."""
+    return KNOWS_FIXED and torch.fx.experimental.symbolic_shapes.has_static_value(number)
 
 
 def looped(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `product`, summed in fp32: compiled it becomes one loop over the weight for all tokens of
-    a row, whose number is then fixed; for several rows one for each token."""
+    """As `product`, summed in fp32: compiled it becomes one loop over the weight for all tokens; if
+    their number `may_change`, one for each of them."""
     tokens, weight = x.reshape(-1, x.shape[-1]).float(), weight.float()
-    if is_of_rows(x):
+    if may_change(x):
         out = (tokens[:, None] * weight).sum(dim=-1)
     else:
         out = torch.stack([(token * weight).sum(dim=-1) for token in tokens.unbind()])

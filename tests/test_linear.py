@@ -1,9 +1,13 @@
 """Products of tokens and weights: what `nn.Linear` gives, by the kernel that suits the sizes."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from llava import linear
 from llava.linear import Linear, fast_linears, product
@@ -226,6 +230,42 @@ def test_few_compiled_tokens_in_fp32_are_left_to_mkl_on_intel(tokens, monkeypatc
 def test_one_loop_reads_a_weight_once_for_all_tokens_of_a_row(monkeypatch, compiler):
     monkeypatch.setattr(linear, "ON_INTEL", False)
     assert code_of(Linear(96, 256), torch.randn(1, 6, 96)).count("96L*x0") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_for_any_number_of_tokens_has_no_loops_for_one_number(dtype, monkeypatch, compiler):
+    """Else every number of few tokens were a graph of its own; one that is fixed may be."""
+    monkeypatch.setattr(linear, "ON_INTEL", False)
+    monkeypatch.setattr(linear, "HAS_TILES", False)
+    torch._dynamo.reset()
+    layer, counter = Linear(96, 256).to(dtype), CompileCounter()
+    run = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for tokens in (2, 3, 5, 8, 4):
+            x = torch.randn(1, tokens, 96, dtype=dtype)
+            torch.testing.assert_close(run(x), layer(x), atol=0.02, rtol=0.02)
+        assert counter.frame_count == 1
+        for tokens in (30, 9, 100):
+            run(torch.randn(1, tokens, 96, dtype=dtype))
+        assert counter.frame_count == 2
+        run(torch.randn(30, 96, dtype=dtype))
+        for tokens in (2, 5, 3):
+            run(torch.randn(tokens, 96, dtype=dtype))
+        assert counter.frame_count == 4
+
+
+@needs_kernels
+def test_the_operation_is_there_once_in_a_process_also_for_modules_imported_anew():
+    code = """if True:
+        import gc, importlib, sys, torch
+        import llava.linear as first
+        importlib.reload(first)
+        del sys.modules["llava.linear"], first
+        import llava.linear
+        gc.collect()
+        print(torch.ops.llava.linear(torch.ones(1, 2, 3), torch.ones(4, 3), None).shape)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "torch.Size([1, 2, 4])\n", done.stderr
 
 
 @needs_kernels

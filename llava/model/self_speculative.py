@@ -244,7 +244,8 @@ class Speculation:
         ending = Ending(self.drafter.norm, self.drafter.head, last=True)
         if self.waiting:
             row = self._feed(token)
-            logits = step(layers, torch.cat(self.waiting, dim=1), cache, ending=ending)
+            x = torch.cat(self.waiting, dim=1)  # two tokens, whenever there are more than one
+            logits = step(layers, x, cache, ending=ending, most=x.shape[1])
         else:
             x = self.decoder.embed_tokens(token)
             row, logits = step.both(self.shared, layers, x, cache, ending)

@@ -4,16 +4,20 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch._inductor import cpu_vec_isa
 
+from llava import linear
 from llava.model.kv_cache import KVCache, RowState
 from llava.model.language_model import compiled_step
 from llava.model.language_model.compiled_step import CompiledStep
-from llava.model.language_model.compiling import check_compiler, compiled
+from llava.model.language_model.compiling import check_compiler, compiled, prepare
+from llava.model.tree_speculation import TreeSpeculation
 from llava.pruning import build_pruner
 from tests.conftest import make_pruner
 from tests.model.test_decode_step import SPECULATE, assert_same, batch, generate
@@ -97,6 +101,72 @@ def test_batches_of_any_size_are_one_graph(model):
             step(decoder.layers, x[:, :1].contiguous(), cache)
         found.append(graphs())
     assert len(set(found)) == 1
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The graphs of steps, as they are traced, which no kernel is made for; as on a processor for
+    which few tokens are loops."""
+    monkeypatch.setattr(linear, "ON_INTEL", False)
+    monkeypatch.setattr(linear, "HAS_TILES", False)
+    monkeypatch.setattr(compiled_step, "FEW_LAYERS", 0)
+    torch.compiler.reset()
+    counter = CompileCounter()
+
+    @cache
+    def traced(function):
+        return torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+
+    prepare()
+    monkeypatch.setattr(compiled_step, "compiled", traced)
+    return counter
+
+
+def test_tokens_of_any_number_are_few_graphs_and_such_of_a_fixed_one_are_loops(model, counted):
+    """A single token, a few, and many are one of a layer each."""
+    decoder = model.model
+    step = CompiledStep(decoder.rotary, "sdpa")
+
+    def run(count, **options):
+        x = torch.randn(1, count, decoder.config.hidden_size)
+        with torch.no_grad():
+            decoder(x, cache=(cache := KVCache(6)))
+            before = counted.frame_count
+            step(decoder.layers, x, cache, **options)
+        return counted.frame_count - before
+
+    for count in (1, 2, 12):
+        run(count)
+    assert [run(count) for count in (3, 4, 5, 6, 7, 8, 9, 14)] == [0] * 8
+    assert run(3, most=4) > 0 and run(2, most=4) == 0, "one for a number that is always the same"
+
+
+def test_however_many_nodes_were_accepted_the_next_tree_grows_by_the_same_graphs(
+    make_model, sample, counted
+):
+    model, prompt = make_model(), sample(4, "image", 5)
+    model.lm_head.weight.data *= 4
+    twig = grown(model, 2, 2, visual_token_num=30, tree_nodes=8, tree_depth=4, tree_width=2).module
+    torch.manual_seed(0)
+    for weight in twig.parameters():
+        weight.data += 0.15 * weight.std() * torch.randn_like(weight)
+    drafts: dict[int, int] = {}
+    draft = TreeSpeculation._draft
+
+    def counts(self):
+        size, before = sum(x.shape[1] for x in self.waiting), counted.frame_count
+        found = yield from draft(self)
+        drafts[size] = drafts.get(size, 0) + counted.frame_count - before
+        return found
+
+    model.compile_decoding = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TreeSpeculation, "_draft", counts)
+        options = dict(do_sample=False, max_new_tokens=40, eos_token_id=-1, pad_token_id=0)
+        model.generate(prompt.ids, images=prompt.images, **options, **SPECULATE)
+    model.compile_decoding = False
+    several = [made for size, made in drafts.items() if size > 1]
+    assert len(several) > 1 and sum(made > 0 for made in several) <= 1, drafts
 
 
 @pytest.mark.slow
