@@ -172,8 +172,13 @@ class Restore(VisionStage, BudgetPruner):
         base = own.chooser(crops)
         if base is None or own.token_schedule(num_patches, 1, crops)[0] == total:
             return
-        base.check(num_patches, num_layers, crops)
         asked = base.visual_token_num  # type: ignore[attr-defined] # `choosing` set it
+        try:
+            base.check(num_patches, num_layers, crops)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.base.name}, which chooses {asked} of {own.visual_token_num} tokens: {error}"
+            ) from error
         if (found := base.token_schedule(num_patches, 1, crops)[0]) != asked:
             raise ValueError(
                 f"{self.base.name} keeps {found} tokens where {type(self).name} asks it for "

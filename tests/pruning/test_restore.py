@@ -117,6 +117,12 @@ def test_what_cannot_be_is_refused_with_the_reason(model, name, options, message
         model.pruner = build_pruner(name, **options)
 
 
+def test_a_refusal_of_the_base_says_whose_number_it_is():
+    wrapped = build_pruner("restore+holov", visual_token_num=5)
+    with pytest.raises(ValueError, match=r"^holov, which chooses 3 of 5 tokens: visual_token_num"):
+        wrapped.check(576, 32, crops=5)
+
+
 def test_a_base_that_is_no_method_is_refused():
     with pytest.raises(ValueError, match="base \\('vispruner'\\) must be a pruning method"):
         Restore(base="vispruner")
