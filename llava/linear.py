@@ -185,6 +185,15 @@ def may_change(x: Tensor) -> bool:
     return x.dim() > 2 and len(x) > 1 or not is_fixed(x.numel() // x.shape[-1])
 
 
+def is_faster_fixed(x: Tensor) -> bool:
+    """Whether compiled code that is for this number of tokens alone is worth a graph of its own:
+    its products of x (B, q, K) with small weights are then loops that several numbers do not have.
+    """
+    if not (x.is_cpu and len(x) == 1 and 1 < x.shape[1] <= FEW_LOOPED and KNOWS_FIXED):
+        return False
+    return x.dtype is torch.bfloat16 or x.dtype is torch.float32 and HAS_KERNELS and not ON_INTEL
+
+
 def is_fixed(number: int) -> bool:
     """Whether compiled code is for this number alone; False where torch does not say."""
     return KNOWS_FIXED and torch.fx.experimental.symbolic_shapes.has_static_value(number)

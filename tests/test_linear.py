@@ -16,6 +16,7 @@ from llava.linear import Linear, fast_linears, product
 SHAPES = [(256, 96), (100, 96), (256, 2304), (768, 512)]
 
 needs_kernels = pytest.mark.skipif(not linear.HAS_KERNELS, reason="torch has no MKL here")
+needs_fixed = pytest.mark.skipif(not linear.KNOWS_FIXED, reason="torch is older than 2.13")
 
 
 def made(outputs, inputs, tokens=(), bias=True):
@@ -191,10 +192,10 @@ LOOPS = [
     ((1, 1), 1, 2**21, 1, True, True),
     ((1, 1), 1, 1, 1, True, False),
     ((1, 1), 1, 1, 1, False, True),
-    ((1, 8), 2**18, 1, 1, True, True),
+    pytest.param((1, 8), 2**18, 1, 1, True, True, marks=needs_fixed),
     ((1, 9), 2**18, 2**21, 2**22, False, False),
     ((1, 3), 1, 2**21, 2**22, True, False),
-    ((1, 3), 1, 1, 3 * 96 * 256, False, True),
+    pytest.param((1, 3), 1, 1, 3 * 96 * 256, False, True, marks=needs_fixed),
     ((1, 3), 1, 1, 3 * 96 * 256 - 1, False, False),
     ((3, 1), 2**18, 1, 1, True, True),
     ((4, 1), 2**18, 1, 1, True, False),
@@ -227,9 +228,32 @@ def test_few_compiled_tokens_in_fp32_are_left_to_mkl_on_intel(tokens, monkeypatc
 
 
 @needs_kernels
+@needs_fixed
 def test_one_loop_reads_a_weight_once_for_all_tokens_of_a_row(monkeypatch, compiler):
     monkeypatch.setattr(linear, "ON_INTEL", False)
     assert code_of(Linear(96, 256), torch.randn(1, 6, 96)).count("96L*x0") == 1
+
+
+@needs_kernels
+@needs_fixed
+@pytest.mark.parametrize(
+    "shape, dtype, intel, worth",
+    [
+        ((1, 2, 96), torch.float32, False, True),
+        ((1, 8, 96), torch.float32, False, True),
+        ((1, 9, 96), torch.float32, False, False),
+        ((1, 1, 96), torch.float32, False, False),
+        ((2, 2, 96), torch.float32, False, False),
+        ((1, 2, 96), torch.float32, True, False),
+        ((1, 2, 96), torch.bfloat16, True, True),
+        ((1, 2, 96), torch.float16, False, False),
+    ],
+)
+def test_a_fixed_number_of_tokens_has_a_graph_of_its_own_where_that_has_loops(
+    shape, dtype, intel, worth, monkeypatch
+):
+    monkeypatch.setattr(linear, "ON_INTEL", intel)
+    assert linear.is_faster_fixed(torch.zeros(shape, dtype=dtype)) == worth
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

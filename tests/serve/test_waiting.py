@@ -46,6 +46,15 @@ def test_a_server_gets_so_many_requests_at_once_and_the_others_wait(monkeypatch)
     assert max(answers, key=len)[0]["text"] == "Hi ", "a sign of life"
 
 
+async def leave(chunks) -> None:
+    """As a client that waits for the next chunk and goes away."""
+    waiting = asyncio.ensure_future(anext(chunks))
+    await asyncio.sleep(0.01)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    await chunks.aclose()
+
+
 def test_a_client_that_leaves_while_it_waits_for_the_server_leaves_its_turn_to_others():
     content = sse({"text": "A cat"}, "[DONE]")
     forwarder = Forwarder("http://s", "m", transport=upstream(content, []), at_once=1)
@@ -54,11 +63,7 @@ def test_a_client_that_leaves_while_it_waits_for_the_server_leaves_its_turn_to_o
         jobs = [await forwarder.prepare(GenerateRequest(prompt="Hi "), "1") for _ in range(3)]
         first, second, third = map(forwarder.stream, jobs)
         await anext(first)
-        waiting = asyncio.ensure_future(anext(second))
-        await asyncio.sleep(0.01)
-        waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
-        await second.aclose()
+        await leave(second)
         await first.aclose()
         return [chunk async for chunk in third]
 
@@ -103,16 +108,12 @@ def test_a_client_that_leaves_while_the_server_is_silent_ends_the_request_there(
     reply = httpx.Response(200, stream=Silent(), headers=EVENTS)
     forwarder = Forwarder("http://s", "m", transport=httpx.MockTransport(lambda _: reply))
 
-    async def leave():
+    async def read_and_leave():
         chunks = forwarder.stream(await forwarder.prepare(GenerateRequest(prompt="Hi "), "1"))
         await anext(chunks)
-        waiting = asyncio.ensure_future(anext(chunks))
-        await asyncio.sleep(0.01)
-        waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
-        await chunks.aclose()
+        await leave(chunks)
 
-    asyncio.run(asyncio.wait_for(leave(), 60))
+    asyncio.run(asyncio.wait_for(read_and_leave(), 60))
     assert closed == [True]
 
 

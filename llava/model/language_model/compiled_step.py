@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...devices import moved
-from ...linear import FEW_LOOPED
+from ...linear import is_faster_fixed
 from ...pruning.branches import Branches
 from ...pruning.position_bias import PositionBias
 from ..kv_cache import KVCache, RowState
@@ -50,7 +50,7 @@ class CompiledStep(DecodeStep):
         if watched or not self.runs(layers, x):
             return super().__call__(layers, x, cache, collect, trace, branches, ending)
         more = max(0, most - x.shape[1]) if branches is None else 0
-        fixed = most > 0 if branches is None else x.is_cpu and x.shape[1] <= FEW_LOOPED
+        fixed = most > 0 if branches is None else is_faster_fixed(x)
         if more:  # behind the tokens, so that these do not see it
             x = torch.cat([x, x[:, -1:].expand(-1, more, -1)], dim=1)
         within = None
