@@ -15,6 +15,8 @@ from .position_bias import Directions, between, joined
 BUCKET = 64
 #: angles of so many tokens of an answer are computed at a time
 AHEAD = 256
+#: tokens still to come that get places ahead of time: most answers end long before their limit
+MOST_RESERVED = 512
 
 
 @dataclass
@@ -102,12 +104,12 @@ class KVCache:
     """Keys and values of every layer for a batch of B rows.
 
     The prompt's keys and values are held as they come, without a copy. The first append after them
-    moves a layer to a buffer with `reserve` free places for the tokens still to come; later appends
-    write in place. A buffer that runs full grows by half its size. Layers may hold different
-    numbers of tokens, and rows may have holes (padding). What all rows begin with may be held once
-    (`share`); lengths and entries of a layer are then those behind it.
+    moves a layer to a buffer with free places for the tokens still to come, `MOST_RESERVED` of them
+    at most; later appends write in place. A buffer that runs full grows by half its size. Layers
+    may hold different numbers of tokens, and rows may have holes (padding). What all rows begin
+    with may be held once (`share`); lengths and entries of a layer are then those behind it.
 
-    reserve: tokens that will be appended after the prompt (`max_new_tokens`)
+    reserve: tokens that may be appended after the prompt (`max_new_tokens`)
     beams:   rows, one behind the other, that have the same prompt; `reorder_cache` stays among them
     """
 
@@ -145,7 +147,8 @@ class KVCache:
             self.lengths[layer] = stop
             return keys, values
         if not self._owned[layer]:
-            all_keys, all_values = self._move(layer, max(stop, start + self.reserve))
+            wanted = min(start + self.reserve, stop + MOST_RESERVED)
+            all_keys, all_values = self._move(layer, max(stop, wanted))
         elif stop > (capacity := all_keys.shape[2]):
             all_keys, all_values = self._move(layer, max(stop, capacity * 3 // 2))
         all_keys[:, :, start:stop] = keys
@@ -160,12 +163,13 @@ class KVCache:
         layer that holds some, of which a step sees the first `window` places.
 
         allocate: makes both buffers, zeros, where new ones are needed: (cache, layer, capacity) ->
-        keys and values
+        keys and values; they have places for all tokens still to come, so that they stay
         """
         start, (keys, values) = self.lengths[layer], self._buffers(layer)
         wanted = self.window(layer, count)
         if not self._claimed[layer] or wanted >= keys.shape[2]:
-            wanted = max(wanted, in_buckets(start + self.reserve))
+            ahead = self.reserve if allocate else min(self.reserve, MOST_RESERVED)
+            wanted = max(wanted, in_buckets(start + ahead))
             # One bucket more than is ever seen: sizes that are never equal compile only once.
             keys, values = self._move(layer, wanted + BUCKET, allocate or _cleared)
         self.lengths[layer] = start + count
@@ -197,8 +201,8 @@ class KVCache:
     def keep(self, layer: int, order: Tensor, state: RowState) -> None:
         """Keeps the entries at `order` (B, n) of one layer; `state` describes the result."""
         keys, values = self._buffers(layer)
-        self._keys[layer] = _taken(keys, order, self.reserve)
-        self._values[layer] = _taken(values, order, self.reserve)
+        room = min(self.reserve, MOST_RESERVED)
+        self._keys[layer], self._values[layer] = (_taken(own, order, room) for own in (keys, values))
         self._owned[layer], self._claimed[layer] = True, False
         self.lengths[layer], self.rows[layer] = order.shape[1], state
 

@@ -26,6 +26,56 @@ def test_a_step_sees_whole_buckets_and_never_a_whole_buffer():
     assert grown.shape[2] > cache.window(0) == 24 and grown[:, :, :5].eq(1).all()
 
 
+def grow_by_appending(cache: KVCache) -> None:
+    cache.append(0, *torch.ones(2, 1, 2, 1, 4))
+
+
+def grow_by_a_cut(cache: KVCache) -> None:
+    cache.keep(0, torch.arange(4)[None], RowState(torch.tensor([4]), 4))
+
+
+def grow_in_a_step(cache: KVCache) -> None:
+    cache.claim(0, 1)
+
+
+@pytest.mark.parametrize("grow", [grow_by_appending, grow_by_a_cut, grow_in_a_step])
+def test_a_long_answer_gets_its_places_as_it_grows(grow, monkeypatch):
+    """Not all that `max_new_tokens` allows at once: 16 answers of 7B may take 8 GiB then."""
+    monkeypatch.setattr(kv_cache, "MOST_RESERVED", 16)
+    cache = KVCache(1, reserve=10_000)
+    cache.append(0, *torch.ones(2, 1, 2, 5, 4))
+    cache.rows[0] = RowState(torch.tensor([5]), 5)
+    grow(cache)
+    assert cache._keys[0].shape[2] <= 40
+    for number in range(100):
+        cache.append(0, *torch.full((2, 1, 2, 1, 4), float(number)))
+    keys, _ = cache.entries(0)
+    assert keys[0, 0, -100:, 0].tolist() == list(range(100)) and cache._keys[0].shape[2] < 200
+
+
+def test_the_rest_of_a_prompt_leaves_places_for_the_answer(monkeypatch):
+    monkeypatch.setattr(kv_cache, "MOST_RESERVED", 16)
+    cache = KVCache(1, reserve=50 + 10_000)
+    cache.append(0, *torch.ones(2, 1, 2, 5, 4))
+    cache.append(0, *torch.ones(2, 1, 2, 50, 4))
+    assert cache._keys[0].shape[2] == 5 + 50 + 16
+
+
+def test_buffers_of_a_caller_have_places_for_all_that_may_come(monkeypatch):
+    """Graphs hold their addresses: a larger one later would be captured anew."""
+    monkeypatch.setattr(kv_cache, "MOST_RESERVED", 16)
+    cache, asked = KVCache(1, reserve=100), []
+    cache.append(0, *torch.ones(2, 1, 2, 5, 4))
+
+    def allocate(cache, layer, capacity):
+        asked.append(capacity)
+        return list(torch.zeros(2, 1, 2, capacity, 4))
+
+    for _ in range(100):
+        cache.claim(0, 1, allocate)
+    assert len(asked) == 1 and asked[0] > 105
+
+
 def test_places_that_steps_see_before_they_are_written_hold_zeros(monkeypatch):
     """Whatever made the buffer before: what is masked is multiplied by 0, and NaN stays NaN."""
     monkeypatch.setattr(
