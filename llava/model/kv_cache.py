@@ -202,7 +202,8 @@ class KVCache:
         """Keeps the entries at `order` (B, n) of one layer; `state` describes the result."""
         keys, values = self._buffers(layer)
         room = min(self.reserve, MOST_RESERVED)
-        self._keys[layer], self._values[layer] = (_taken(own, order, room) for own in (keys, values))
+        self._keys[layer] = _taken(keys, order, room)
+        self._values[layer] = _taken(values, order, room)
         self._owned[layer], self._claimed[layer] = True, False
         self.lengths[layer], self.rows[layer] = order.shape[1], state
 
