@@ -23,7 +23,7 @@ from ..playground import default_model_path
 from ..program_parser import ProgramParser
 from ..pruning.cli import add_pruning_args, pruner_from_args
 from ..utils import StreamToLogger
-from .service import serve, set_up_logging
+from .service import check_place, serve, set_up_logging
 
 from .auth import add_token_arg, check_exposure, read_token  # isort: skip
 from .direct import checked_address
@@ -167,6 +167,7 @@ def run_worker(args, load_backend) -> None:
     if not args.no_register:
         controller = checked_address(args.controller_address, "--controller-address")
         heart_beat = HeartBeat(controller, own_address(args), dict, token)
+    check_place(args.host, args.port)
     set_up_logging(f"model_worker_{new_request_id()[:6]}.log", args.log_dir)
     backend = load_backend(args)
     places = Places(concurrency(args) + args.max_queue)

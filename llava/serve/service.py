@@ -8,8 +8,10 @@ a service on the machine of its reader.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import re
+import socket
 
 from .errors import NEEDS_EXTRA, ServeError, encode_chunk, new_request_id
 
@@ -199,8 +201,35 @@ def build_app(token: str | None, lifespan=None, limits: Limits = LIMITS) -> Fast
     return app
 
 
+def check_place(host: str, port: int) -> None:
+    """Raises ValueError where nothing can listen at `host` and `port`, so that a program says so
+    before it loads a model."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port {port} must be within 0 and 65535")
+    try:
+        places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise ValueError(f"--host {host} is no address of this machine: {error.strerror}") from None
+    refused = []
+    for family, kind, _, _, place in places:
+        try:
+            with socket.socket(family, kind) as tried:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    tried.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                tried.bind(place)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ValueError(f"port {port} is in use, choose another one with --port") from None
+            refused.append(error)
+    if len(refused) == len(places):
+        raise ValueError(f"cannot listen at {host}, port {port}: {refused[0].strerror}")
+
+
 def serve(app, host: str, port: int) -> None:
-    """Runs until SIGINT or SIGTERM; answers in progress get `GRACE_SECONDS`."""
+    """Runs until SIGINT or SIGTERM; answers in progress get `GRACE_SECONDS`. Raises ValueError as
+    `check_place`."""
+    check_place(host, port)
     uvicorn.run(app, host=host, port=port, **uvicorn_options(GRACE_SECONDS))
 
 

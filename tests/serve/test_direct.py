@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import logging
+import socket
 import urllib.request
 
 import httpx
@@ -13,7 +14,7 @@ import pytest
 from llava.eval.browse import program as browse
 from llava.gradio_pages import load_gradio
 from llava.judge import Judge
-from llava.serve import demo, direct, gradio_web_server, heart_beat, model_worker
+from llava.serve import demo, direct, gradio_web_server, heart_beat, model_worker, service
 from llava.serve.auth import read_token
 from llava.serve.heart_beat import HeartBeat
 from llava.serve.register_worker import post
@@ -122,6 +123,34 @@ def test_what_is_no_address_is_refused_before_anything_is_loaded(address, monkey
     args = gradio_web_server.build_parser().parse_args([f"--controller-url={address}"])
     with pytest.raises(ValueError, match="^--controller-url "):
         gradio_web_server.build_page(args)
+
+
+@pytest.mark.parametrize(
+    "host, reason",
+    [
+        ("127.0.0.1", "^port {port} is in use, choose another one with --port$"),
+        ("localhost", "^port {port} is in use"),
+        ("no.such.host", "^--host no.such.host is no address of this machine: "),
+        ("203.0.113.7", "^cannot listen at 203.0.113.7, port {port}: "),
+    ],
+)
+def test_where_no_worker_can_listen_none_is_loaded(host, reason, monkeypatch):
+    """A large model takes minutes."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setenv("LLAVA_SERVE_TOKEN", TOKEN)
+        given = ["--no-register", f"--host={host}", f"--port={port}"]
+        args = model_worker.build_parser().parse_args(given)
+        with pytest.raises(ValueError, match=reason.format(port=port)):
+            model_worker.run_worker(args, lambda args: pytest.fail("it was loaded"))
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_that_there_is_not_is_refused(port):
+    with pytest.raises(ValueError, match=f"^--port {port} must be within 0 and 65535$"):
+        service.serve(None, "127.0.0.1", port)
 
 
 def test_a_worker_has_an_address_without_a_path_and_with_a_port():
