@@ -44,6 +44,20 @@ def ask_controller(address: str, path: str, body: dict | None, token: str | None
         ) from error
 
 
+def said(reply, name: str, kind: type):
+    """What a JSON reply says under `name`, a `kind`. Raises ValueError where it does not: something
+    else listens there."""
+    try:
+        value = json.loads(reply.content)[name]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        value = None
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"{reply.url} answers without {name!r}: is that a controller or worker of llava.serve?"
+        )
+    return value
+
+
 def reason(reply) -> str:
     try:
         return json.loads(reply.content.rstrip(b"\0"))["text"]

@@ -19,7 +19,7 @@ from ..mm_utils import infer_conv_mode
 from ..program_parser import ProgramParser
 from .auth import add_token_arg, read_token
 from .direct import checked_address
-from .register_worker import ask_controller, post
+from .register_worker import ask_controller, post, said
 
 
 def find_worker(args, token: str | None) -> str:
@@ -29,11 +29,11 @@ def find_worker(args, token: str | None) -> str:
     checked_address(args.controller_address, "--controller-address")
     ask = partial(ask_controller, args.controller_address, token=token)
     ask("/refresh_all_workers", None)
-    models = ask("/list_models", None).json()["models"]
-    print(f"Models: {sorted(models)}")
-    address = ask("/get_worker_address", {"model": args.model_name}).json()["address"]
+    models = sorted(map(str, said(ask("/list_models", None), "models", list)))
+    print(f"Models: {models}")
+    address = said(ask("/get_worker_address", {"model": args.model_name}), "address", str)
     if not address:
-        raise ValueError(f"no worker serves {args.model_name!r}, choose from {sorted(models)}")
+        raise ValueError(f"no worker serves {args.model_name!r}, choose from {models}")
     print(f"worker_addr: {address}")
     return address
 
@@ -42,12 +42,14 @@ def template_at(address: str, token: str | None) -> str | None:
     """The template that the worker says its model has; None for a worker that says nothing. Raises
     ValueError where no worker answers."""
     try:
-        name = post(address, "/worker_get_status", None, token).json().get("conv_mode")
+        status = post(address, "/worker_get_status", None, token)
     except requests.RequestException as error:
         raise ValueError(
             f"no worker answers at {address} ({type(error).__name__}): is it running? See "
             "python -m llava.serve.model_worker --help"
         ) from error
+    said(status, "model_names", list)
+    name = status.json().get("conv_mode")
     return name if isinstance(name, str) and name in conv_templates else None
 
 

@@ -28,7 +28,7 @@ from ..program_parser import ProgramParser, Several
 from ..progress import progress
 from .auth import add_token_arg, read_token
 from .direct import checked_address
-from .register_worker import post
+from .register_worker import post, said
 from .test_message import answer_texts, request_body, template_at
 
 QUESTIONS, IMAGES = "gqa/llava_gqa_testdev_balanced.jsonl", "images"
@@ -137,7 +137,8 @@ def requests_for(
 ) -> list[dict]:
     """The requests to one worker, in the template that it says its model has."""
     template = template_at(worker, token)
-    name = post(worker, "/worker_get_status", None, token).json()["model_names"][0]
+    names = said(post(worker, "/worker_get_status", None, token), "model_names", list)
+    name = next(iter(names), "")
     found = []
     for text, image in questions:
         message = f"{DEFAULT_IMAGE_TOKEN}\n{text}"

@@ -12,7 +12,7 @@ from llava.pruning import METHODS, build_pruner
 from llava.serve import register_worker, test_message, throughput
 from llava.serve.methods import unavailable
 from tests.ports import free_port
-from tests.serve.serve_tools import body
+from tests.serve.serve_tools import body, live
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 CHUNK = b'{"text": "abc", "error_code": 0}\0'
@@ -39,6 +39,40 @@ def answering(data: bytes):
         thread.start()
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
         thread.join(10)
+
+
+def saying(reply: bytes):
+    """An app that is none of this package and answers everything so."""
+
+    async def app(scope, receive, send):
+        if scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": reply})
+
+    return app
+
+
+@pytest.mark.parametrize("reply", [b"[1]", b"{}", b"null", b"hello", b'{"models": 5}', b"[" * 9999])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda address: test_message.find_worker(asked(test_message, address), None),
+        lambda address: test_message.template_at(address, None),
+        lambda address: throughput.requests_for(address, [], asked(throughput, address), None),
+    ],
+    ids=["controller", "worker", "worker of throughput"],
+)
+def test_what_is_no_service_of_ours_is_told_so(ask, reply):
+    with live(saying(reply)) as address:
+        with pytest.raises(ValueError, match="is that a controller or worker of llava.serve") as e:
+            ask(address)
+    assert address in str(e.value)
+
+
+def asked(program, address: str):
+    """Options of a program that asks this address."""
+    option = "--worker-address" if program is throughput else "--controller-address"
+    return program.build_parser().parse_args([f"{option}={address}"])
 
 
 @pytest.mark.parametrize("read", [test_message.show_answer, throughput.ask])
