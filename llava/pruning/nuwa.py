@@ -233,9 +233,9 @@ class Nuwa(SinkFilter, OwnGrids, VisionStage, DecoderPruner):
         return None if nearest is None else QWEN_SHARES[nearest]
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
-        self = self.with_budget_of(num_patches * crops)
-        first, layer = self.stage1_tokens(num_patches, crops) * crops, self.cut_layer(num_layers)
-        second = self.stage2_tokens(first, num_patches, crops)
+        own = self.with_budget_of(num_patches * crops)
+        first, layer = own.stage1_tokens(num_patches, crops) * crops, self.cut_layer(num_layers)
+        second = own.stage2_tokens(first, num_patches, crops)
         return [first] * layer + [second] * (num_layers - layer)
 
     def cut_layer(self, num_layers: int) -> int:
@@ -418,10 +418,8 @@ class Nuwa(SinkFilter, OwnGrids, VisionStage, DecoderPruner):
             draw = scramble(scramble(axis) + draw)
         return draw
 
-    def before_layer(self, index: int, prefill: Prefill) -> Prefill:
-        if self.stage2 == "off" or index != self.cut_layer(len(prefill.decoder.layers)):
-            return prefill
-        return prefill.keep_visual(self.score(prefill), prefill.image_numbers(KEPT))
+    def budgets(self, prefill: Prefill) -> list[list[int]]:
+        return prefill.image_numbers(KEPT)
 
 
 def choose(salience: Tensor, view: View, sinks: Tensor | None = None) -> Tensor:
