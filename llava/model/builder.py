@@ -149,6 +149,7 @@ def load_pretrained_model(
     """
     pruner = pruner_from_keywords(pruner, keywords)
     generation_strategy = keywords.pop("generation_strategy", generation_strategy)
+    generation_strategy = check_strategy(generation_strategy or STRATEGIES[0])
     if keywords:
         raise TypeError(
             "load_pretrained_model() got an unexpected keyword argument "
@@ -216,7 +217,7 @@ def load_pretrained_model(
         model.engine, model.tokenizer = engine, tokenizer
         model.pruner = pruner
         model.compile_decoding = compile
-        model.generation_strategy = check_strategy(generation_strategy or STRATEGIES[0])
+        model.generation_strategy = generation_strategy
     context_len = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LEN)
     if kind.family in OTHER_FAMILIES:
         context_len = position_limit(model.config)

@@ -109,11 +109,6 @@ def test_the_class_follows_the_architecture_not_the_model_type(tmp_path, model_t
     assert isinstance(model, LlavaLlamaForCausalLM) and model.config.model_type == "llava_llama"
 
 
-def test_an_empty_base_is_none(weights):
-    """As programs give it whose option for it was left empty."""
-    assert same(load(CHECKPOINT, "")[1], weights)
-
-
 def test_a_mistral_checkpoint_with_grouped_heads_loads(tmp_path, weights):
     folder = copy_of(
         CHECKPOINT,
