@@ -21,6 +21,7 @@ from ..pruning.cues import cues_for, fingerprint
 from ..pruning.precision import full_precision
 from ..pruning.stages import VisionStage, fills
 from ..pruning.tokens import ImageTokens, VisionTokens
+from .encoding import check_one_each
 from .image_layout import own_grid_layout
 from .model_part import ModelPart
 from .multimodal_encoder.qwen2_5_vl_encoder import BlockFeatures
@@ -55,8 +56,7 @@ class BlockEncoding(ModelPart):
     def image_tokens(self, images, image_sizes=None, questions=None) -> list[ImageTokens]:
         """Tokens of every image; images: (h, w, M, values) each, or a `Video`, of which the tower
         and the method see every pair of frames as an image; questions: as in `generate`."""
-        if questions is not None and len(questions) != len(images):
-            raise ValueError(f"{len(questions)} questions for {len(images)} images: give one each")
+        check_one_each("questions", questions, len(images))
         lengths = [image_length(image) for image in images]
         if fills(type(self.pruner.vision), VisionStage, "before_tower"):
             images = [self._before_tower(image, number) for number, image in enumerate(images)]

@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -150,6 +149,7 @@ def load_pretrained_model(
     """
     pruner = pruner_from_keywords(pruner, keywords)
     generation_strategy = keywords.pop("generation_strategy", generation_strategy)
+    generation_strategy = check_strategy(generation_strategy or STRATEGIES[0])
     if keywords:
         raise TypeError(
             "load_pretrained_model() got an unexpected keyword argument "
@@ -163,26 +163,17 @@ def load_pretrained_model(
         )
     if load_8bit and load_4bit:
         raise ValueError("load_8bit and load_4bit exclude each other")
+    quantized = load_8bit or load_4bit
     folder = local_folder(model_path, use_safetensors)
-    base = model_base and local_folder(model_base, use_safetensors)
-    kind, values = kind_of(folder, base or None, model_name)
+    base = local_folder(model_base, use_safetensors) if model_base else None
+    kind, values = kind_of(folder, base, model_name)
     if multimodal:
         kind = replace(kind, multimodal=True)
     if engine is not None:
-        check_engine(engine, kind, pruner, model_path, load_8bit or load_4bit, compile)
+        check_engine(engine, kind, pruner, model_path, quantized, compile)
     device = single_device(device_map, device) or choose_device(device)
-    backend = check_backend(
-        "flash_attention_2" if use_flash_attn else attn_implementation or "sdpa"
-    )
-    if backend == "flash_attention_2" and device.type != "cuda":
-        raise ValueError(f"attn_implementation {backend!r} needs a CUDA device, not {device}")
-    quantized = load_8bit or load_4bit
-    if compile:
-        if quantized:
-            raise ValueError("compile=True is for weights in 16 or 32 bits, not in 8 or 4")
-        check_compiler(device)
-    if quantized:
-        import_bitsandbytes()
+    backend = "flash_attention_2" if use_flash_attn else attn_implementation or "sdpa"
+    check_device(device, check_backend(backend), quantized, compile)
     source = config_path(folder, base)
     if kind.family in OTHER_FAMILIES:
         values = checked_config(values, source)
@@ -198,40 +189,24 @@ def load_pretrained_model(
 
     # All small files first: what is wrong with them should not cost the reading of the weights.
     generation = load_generation_config(base or folder)
+    how = backend, dtype, fill_device, use_safetensors
     if kind.family in OTHER_FAMILIES:
-        tokenizer, model, image_processor = qwen2_5_vl_loading.load(
-            folder, base or None, values, backend, dtype, fill_device, use_safetensors
-        )
+        loaded = qwen2_5_vl_loading.load(folder, base, values, *how)
     elif kind.multimodal:
-        config_class, model_class = FAMILIES[kind.family]
-        config = model_config(config_class, model_class, folder, values, backend)
-        set_vision_tower(config, vision_tower, base)
-        tokenizer = load_tokenizer(base or folder, config, fast=is_fast(base or folder, kind))
-        model, filler = build_empty(
-            model_class,
-            config,
-            dtype,
-            fill_device,
-            decoder=engine is None,
-            use_safetensors=use_safetensors,
-            rename=name_here,
+        loaded = load_llava(
+            folder,
+            base,
+            values,
+            *how,
+            kind=kind,
+            vision_tower=vision_tower,
             tower_dtype=vision_tower_dtype,
+            decoder=engine is None,
         )
-        check_tower_width(model)
-        fill_llava(filler, folder, base, kind)
-        load_tower(model, filler, vision_tower_dtype or dtype, fill_device)
-        add_image_tokens(model, tokenizer)
-        image_processor = model.get_vision_tower().image_processor
     else:
-        if pruner.name != "none":
-            raise ValueError(f"{model_path} is a plain language model, {pruner!r} has no images")
-        if compile:
-            raise ValueError(
-                f"{model_path} is a plain language model, which compile=True is not for"
-            )
-        model = load_plain(folder, base, dtype, fill_device, backend, use_safetensors)
-        tokenizer = load_tokenizer(base or folder, model.config)
-        image_processor = None
+        check_plain(model_path, pruner, compile)
+        loaded = load_plain(folder, base, *how)
+    tokenizer, model, image_processor = loaded
 
     if generation:
         model.generation_config = generation
@@ -242,13 +217,25 @@ def load_pretrained_model(
         model.engine, model.tokenizer = engine, tokenizer
         model.pruner = pruner
         model.compile_decoding = compile
-        model.generation_strategy = check_strategy(generation_strategy or STRATEGIES[0])
+        model.generation_strategy = generation_strategy
     context_len = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LEN)
     if kind.family in OTHER_FAMILIES:
         context_len = position_limit(model.config)
     if engine is not None:
         engine.connect(model, tokenizer)
     return tokenizer, model, image_processor, context_len
+
+
+def check_device(device: torch.device, backend: str, quantized: bool, compile: bool) -> None:
+    """Raises ValueError, or what says which package is missing, where a device cannot do this."""
+    if backend == "flash_attention_2" and device.type != "cuda":
+        raise ValueError(f"attn_implementation {backend!r} needs a CUDA device, not {device}")
+    if compile:
+        if quantized:
+            raise ValueError("compile=True is for weights in 16 or 32 bits, not in 8 or 4")
+        check_compiler(device)
+    if quantized:
+        import_bitsandbytes()
 
 
 def check_engine(
@@ -267,10 +254,56 @@ def check_engine(
     engine.check_servers()
 
 
+def check_plain(model_path: str, pruner: Pruner, compile: bool) -> None:
+    """Raises ValueError for what a plain language model cannot do."""
+    if pruner.name != "none":
+        raise ValueError(f"{model_path} is a plain language model, {pruner!r} has no images")
+    if compile:
+        raise ValueError(f"{model_path} is a plain language model, which compile=True is not for")
+
+
 def config_path(folder: str, base: str | None) -> str:
     """The config.json that describes the model: the folder's own, or that of its base."""
     own = os.path.join(folder, "config.json")
     return own if base is None or os.path.isfile(own) else os.path.join(base, "config.json")
+
+
+def load_llava(
+    folder: str,
+    base: str | None,
+    values: dict,
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    use_safetensors: bool | None,
+    *,
+    kind: Kind,
+    vision_tower: str | None,
+    tower_dtype: torch.dtype | None,
+    decoder: bool,
+) -> tuple:
+    """(tokenizer, model, image processor) of a LLaVA in `folder`, or of what is there on top of
+    `base`; values: of its config. decoder: whether the layers of the decoder are loaded; the rest
+    is as in `load_pretrained_model`."""
+    config_class, model_class = FAMILIES[kind.family]
+    config = model_config(config_class, model_class, folder, values, backend)
+    set_vision_tower(config, vision_tower, base)
+    tokenizer = load_tokenizer(base or folder, config, fast=is_fast(base or folder, kind))
+    model, filler = build_empty(
+        model_class,
+        config,
+        dtype,
+        device,
+        decoder=decoder,
+        use_safetensors=use_safetensors,
+        rename=name_here,
+        tower_dtype=tower_dtype,
+    )
+    check_tower_width(model)
+    fill_llava(filler, folder, base, kind)
+    load_tower(model, filler, tower_dtype or dtype, device)
+    add_image_tokens(model, tokenizer)
+    return tokenizer, model, model.get_vision_tower().image_processor
 
 
 def set_vision_tower(config, override: str | None, base: str | None) -> None:
@@ -338,9 +371,15 @@ def load_tower(model: ModelPart, filler: Filler, dtype: torch.dtype, device) -> 
 
 
 def load_plain(
-    folder: str, base: str | None, dtype, device, backend: str, use_safetensors: bool | None = None
-) -> nn.Module:
-    """A model without images; with `base` the LoRA adapter in `folder` is merged into that."""
+    folder: str,
+    base: str | None,
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    use_safetensors: bool | None,
+) -> tuple:
+    """(tokenizer, model, None) of a model without images; with `base` the LoRA adapter in `folder`
+    is merged into that."""
     source = base or folder
     values = check_config(read_config(source), config_path(source, None), plain=True)
     kind = values.get("model_type")
@@ -358,7 +397,7 @@ def load_plain(
     filler.finish(source)
     if base:
         merge_lora(model, folder)
-    return model
+    return load_tokenizer(source, model.config), model, None
 
 
 def load_tokenizer(folder: str, config, fast: bool = False):

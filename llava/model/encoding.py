@@ -6,6 +6,7 @@ A pruning method is called behind the encoder, behind the projector and behind t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -72,20 +73,10 @@ class ImageEncoding(ModelPart):
         """Tokens of every image, laid out for the prompt; arguments as in `generate`."""
         if replacement(self, "encode_images", AS_IT_CAME) is not None:
             refuse("encode_images")
-        given = (images,) if isinstance(images, Tensor) else images
-        if odd := [type(image).__name__ for image in given if not isinstance(image, Tensor)]:
-            raise ValueError(
-                f"images must be tensors, as process_images makes of pictures, not {odd[0]}"
-            )
+        check_images(images, image_sizes, questions)
         tiled = not isinstance(images, Tensor) or images.ndim == 5
         parts = [image if image.ndim == 4 else image[None] for image in images]
         counts = [len(part) for part in parts]
-        if questions is not None and len(questions) != len(counts):
-            raise ValueError(f"{len(questions)} questions for {len(counts)} images: give one each")
-        if image_sizes is not None and len(image_sizes) != len(counts):
-            raise ValueError(
-                f"{len(image_sizes)} image_sizes for {len(counts)} images: give one each"
-            )
         crops = torch.cat(parts) if tiled else images
         owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         settings, plans, start = self.image_settings, [], 0
@@ -150,6 +141,23 @@ class ImageEncoding(ModelPart):
             return spatial_layout(vision, layout, num_patches, newline)
         flat = flat_layout(vision, layout.crops, num_patches)
         return flat if newline is None else with_newline(flat, newline)
+
+
+def check_images(images, image_sizes, questions) -> None:
+    """Raises ValueError unless images are tensors, and as many as the sizes and questions given."""
+    given = (images,) if isinstance(images, Tensor) else images
+    if odd := [type(image).__name__ for image in given if not isinstance(image, Tensor)]:
+        raise ValueError(
+            f"images must be tensors, as process_images makes of pictures, not {odd[0]}"
+        )
+    check_one_each("questions", questions, len(images))
+    check_one_each("image_sizes", image_sizes, len(images))
+
+
+def check_one_each(name: str, given: Sequence | None, count: int) -> None:
+    """Raises ValueError where something is given, but not for each of `count` images."""
+    if given is not None and len(given) != count:
+        raise ValueError(f"{len(given)} {name} for {count} images: give one each")
 
 
 #: functions that other packages replace, as they came

@@ -101,7 +101,7 @@ class RowState:
 
 
 class KVCache:
-    """Keys and values of every layer for a batch of B rows.
+    """Keys and values of every layer for a batch of B rows, those of G key heads.
 
     The prompt's keys and values are held as they come, without a copy. The first append after them
     moves a layer to a buffer with free places for the tokens still to come, `MOST_RESERVED` of them
@@ -117,11 +117,11 @@ class KVCache:
         self.reserve, self.beams = reserve, beams
         self.lengths = [0] * num_layers
         self.rows: list[RowState | None] = [None] * num_layers
-        self._keys: list[Tensor | None] = [None] * num_layers  # (B, H, capacity, d)
+        self._keys: list[Tensor | None] = [None] * num_layers  # (B, G, capacity, d)
         self._values: list[Tensor | None] = [None] * num_layers
         self._owned = [False] * num_layers  # whether a layer has a buffer to write to
         self._claimed = [False] * num_layers  # whether that is one of `claim`
-        #: per layer keys and values (H, P, d) each, and the keys' bias (P,) or None
+        #: per layer keys and values (G, P, d) each, and the keys' bias (P,) or None
         self.shared: list[tuple[Tensor, Tensor, Tensor | None] | None] = [None] * num_layers
 
     def __len__(self) -> int:
@@ -129,7 +129,7 @@ class KVCache:
         return self.lengths[0]
 
     def share(self, layer: int, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> None:
-        """Keys and values (H, P, d) that every row of an empty layer begins with, and what is added
+        """Keys and values (G, P, d) that every row of an empty layer begins with, and what is added
         to attention to those keys, (P,) or nothing."""
         self.shared[layer] = keys, values, bias
 
@@ -138,7 +138,7 @@ class KVCache:
         return self.shared[layer]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds (B, H, q, d) keys and values; returns all of the layer's, (B, H, length, d)."""
+        """Adds (B, G, q, d) keys and values; returns all of the layer's, (B, G, length, d)."""
         start = self.lengths[layer]
         stop = start + keys.shape[2]
         all_keys, all_values = self._keys[layer], self._values[layer]
@@ -159,7 +159,7 @@ class KVCache:
     def claim(
         self, layer: int, count: int, allocate: Callable | None = None
     ) -> tuple[Tensor, Tensor]:
-        """For `count` further tokens, which the caller writes: the buffers (B, H, capacity, d) of a
+        """For `count` further tokens, which the caller writes: the buffers (B, G, capacity, d) of a
         layer that holds some, of which a step sees the first `window` places.
 
         allocate: makes both buffers, zeros, where new ones are needed: (cache, layer, capacity) ->
@@ -194,7 +194,7 @@ class KVCache:
         return list({id(state): state for state in self.rows if state is not None}.values())
 
     def entries(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer that holds some, (B, H, length, d) each."""
+        """Keys and values of a layer that holds some, (B, G, length, d) each."""
         length, (keys, values) = self.lengths[layer], self._buffers(layer)
         return keys[:, :, :length], values[:, :, :length]
 
@@ -271,7 +271,7 @@ class KVCache:
         return total
 
     def _buffers(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, (B, H, capacity, d) each; ValueError where it holds none."""
+        """Keys and values of a layer, (B, G, capacity, d) each; ValueError where it holds none."""
         keys, values = self._keys[layer], self._values[layer]
         if keys is None or values is None:
             raise ValueError(f"layer {layer} holds no tokens")
@@ -322,7 +322,7 @@ def _allocate(like: Tensor, capacity: int) -> Tensor:
 
 
 def _taken(entries: Tensor, order: Tensor, room: int) -> Tensor:
-    """A buffer with the `entries` (B, H, S, d) at `order` (B, n), and free places behind them."""
+    """A buffer with the `entries` (B, G, S, d) at `order` (B, n), and free places behind them."""
     count, (batch, heads, _, width) = order.shape[1], entries.shape
     made = entries.new_empty(batch, heads, count + room, width)
     index = order[:, None, :, None].expand(-1, heads, -1, width)

@@ -312,6 +312,11 @@ class DraftingHooks:
     def __getattr__(self, name: str):
         return getattr(self.stage, name)
 
+    def blind_cuts(self, num_layers: int) -> tuple[int, ...]:
+        """Those of the method, but where the drafter looks at what the layer before gives."""
+        shared = self.speculation.drafter.shared_layers
+        return tuple(cut for cut in self.stage.blind_cuts(num_layers) if cut != shared)
+
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         rows = branches = None
         if index == self.speculation.drafter.shared_layers:

@@ -101,17 +101,10 @@ class Splice(ModelPart):
         marked = (ids == IMAGE_TOKEN_INDEX) & mask
         num_images = 0 if images is None else len(images)
         slots = image_slots(marked.sum(dim=1).tolist(), num_images, training)
-        tokens: Any = []  # a list of `ImageTokens`
+        # In training processes wait for each other at every part that images use.
         only_dummies = self.training and num_images > 0 and not any(slots)
-        if images is not None and (any(slots) or only_dummies):
-            encoded = isinstance(images[0], ImageTokens)
-            tokens = images if encoded else self.image_tokens(images, image_sizes, questions)
-        newline = getattr(self.get_model(), "image_newline", None)
-        if self.training and tokens and newline is not None:
-            # Gradients have to come in the same order whether the images of a batch use it or not:
-            # before the projector's, behind those of the embeddings.
-            first = tokens[0].embeds
-            tokens[0].embeds = torch.cat([first, newline[None, :][:0].to(first)])
+        used = num_images > 0 and (any(slots) or only_dummies)
+        tokens = self._tokens_of_images(images, image_sizes, questions) if used else []
         if self.pruning_trace is not None and not only_dummies:
             for image in tokens:
                 self.pruning_trace.add_image(image)
@@ -120,8 +113,8 @@ class Splice(ModelPart):
             labels = torch.full_like(input_ids, IGNORE_INDEX)
         labels = labels.to(embeds.device)
         limit = getattr(self.config, "tokenizer_model_max_length", None) if training else None
+        own_images, blanks = [[tokens[i] for i in own] for own in slots], blank_extras(tokens)
         rows, policy, positions, texts = [], self.position_policy, [], []
-        blanks, own_images = blank_extras(tokens), [[tokens[i] for i in own] for own in slots]
         for row, own in enumerate(own_images):
             there = mask[row].nonzero()[:, 0]
             marks = marked[row][there].nonzero()[:, 0].tolist()
@@ -142,6 +135,19 @@ class Splice(ModelPart):
         prompt.num_positions = max(positions)
         prompt.token_ids = self.ids_for_rules(prompt, ids, mask)
         return prompt
+
+    def _tokens_of_images(self, images: Any, image_sizes, questions) -> list[ImageTokens]:
+        """The tokens of all images, which may be known already."""
+        known = isinstance(images[0], ImageTokens)
+        tokens: list[ImageTokens]
+        tokens = images if known else self.image_tokens(images, image_sizes, questions)
+        newline = getattr(self.get_model(), "image_newline", None)
+        if self.training and newline is not None:
+            # Gradients have to come in the same order whether the images of a batch use it or not:
+            # before the projector's, behind those of the embeddings.
+            first = tokens[0].embeds
+            tokens[0].embeds = torch.cat([first, newline[None, :][:0].to(first)])
+        return tokens
 
     def padding_side_of(self, mask: Tensor) -> str:
         """The side, "left" or "right", that rows are padded on where the call does not say: the one

@@ -88,22 +88,33 @@ class AdaptPrune(DecoderPruner):
         if rounds >= real.shape[1]:  # everything stays
             return torch.zeros_like(prefill.index)
         attention = prefill.recorded_rows[:, :, -1].mean(dim=1)
-        attention = attention[row, place].masked_fill(~real, -torch.inf)
         keys = prefill.decoder.layers[prefill.layer].self_attn.k_proj(
             prefill.hidden_states[row, place]
         )
-        order = self.pick(attention, keys, prefill.extras[CELL][row, place], rounds)
+        cells = prefill.extras[CELL][row, place]
+        order = self.pick(attention[row, place], keys, cells, rounds, real)
         # An image with fewer tokens than rounds has been picked empty before the last one.
         number = torch.arange(rounds, device=order.device)
         picked = number < real.sum(dim=1, keepdim=True)
         return prefill.from_images(rounds - number, row, place.gather(1, order), picked)
 
-    def pick(self, attention: Tensor, keys: Tensor, cells: Tensor, rounds: int) -> Tensor:
-        """(G, rounds) places of the picks in order, from attention (G, V), -inf on padding, keys
-        (G, V, C) before any rotation, and cells (G, V, 5) of `cells_of`."""
+    def pick(
+        self,
+        attention: Tensor,
+        keys: Tensor,
+        cells: Tensor,
+        rounds: int,
+        real: Tensor | None = None,
+    ) -> Tensor:
+        """(G, rounds) places of the picks in order, from attention (G, V), keys (G, V, C) before
+        any rotation, and cells (G, V, 5) of `cells_of`; real: (G, V) False on padding, which comes
+        last; None: there is none."""
         if not rounds:
             return cells[:, :0, 0]
-        return damped_picks(self.prior(cells) * attention, self.damping(keys, cells), rounds)
+        score = self.prior(cells) * attention
+        if real is not None:
+            score = score.masked_fill(~real, -torch.inf)
+        return damped_picks(score, self.damping(keys, cells), rounds)
 
     def prior(self, cells: Tensor) -> Tensor:
         """(G, V) preference for the centre of the own grid, 1 at its middle."""

@@ -177,8 +177,9 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
     def load(self, model: LanguageModel) -> Glimpse:
         """Reads the trained part that belongs to `model`."""
         (folder,) = self.part_folders(getattr(model.config, "_name_or_path", ""))
-        self.saved = {k: v for k, v in read_part_config(folder, self.name).items() if k in DEFAULTS}
-        config = GlimpseConfig.from_values(read_part_config(folder, self.name), model)
+        values = read_part_config(folder, self.name)
+        self.saved = {name: value for name, value in values.items() if name in DEFAULTS}
+        config = GlimpseConfig.from_values(values, model)
         source, tensors = read_part(folder, WEIGHTS_FILES)
         like = empty_like_weights(model.get_input_embeddings())
         return build_part(lambda: Glimpse(config), tensors, source, like)

@@ -233,9 +233,9 @@ class Nuwa(SinkFilter, OwnGrids, VisionStage, DecoderPruner):
         return None if nearest is None else QWEN_SHARES[nearest]
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
-        self = self.with_budget_of(num_patches * crops)
-        first, layer = self.stage1_tokens(num_patches, crops) * crops, self.cut_layer(num_layers)
-        second = self.stage2_tokens(first, num_patches, crops)
+        own = self.with_budget_of(num_patches * crops)
+        first, layer = own.stage1_tokens(num_patches, crops) * crops, self.cut_layer(num_layers)
+        second = own.stage2_tokens(first, num_patches, crops)
         return [first] * layer + [second] * (num_layers - layer)
 
     def cut_layer(self, num_layers: int) -> int:
@@ -305,25 +305,21 @@ class Nuwa(SinkFilter, OwnGrids, VisionStage, DecoderPruner):
         device, (batch, num_patches) = vision.features.device, vision.features.shape[:2]
         layouts = vision.layouts or [ImageLayout(slice(n, n + 1)) for n in range(batch)]
         rows, columns = vision.grid
+        every = torch.arange(batch * num_patches, device=device).view(batch, num_patches)
         views: dict[View, list[Tensor]] = {}
         for layout in layouts:
             first, crops = layout.crops.start, layout.crops.stop - layout.crops.start
             singles = crops if layout.mosaic is None else 1
             view = self.view(rows, columns, 1, num_patches, crops)
-            for crop in range(first, first + singles):
-                places = torch.arange(num_patches, device=device) + crop * num_patches
-                views.setdefault(view, []).append(places)
-            if layout.mosaic is not None:
-                (across, _), (top, bottom, left, right) = layout.mosaic
-                row = torch.arange(top, bottom, device=device)[:, None]
-                column = torch.arange(left, right, device=device)
-                tile = row // rows * across + column // columns
-                places = row % rows * columns + column % columns
-                places = (first + 1 + tile) * num_patches + places
-                if not places.numel():  # so thin an image that nothing of its tiles is left
-                    continue
+            views.setdefault(view, []).extend(every[first : first + singles])
+            if layout.mosaic is None:
+                continue
+            (across, down), (top, bottom, left, right) = layout.mosaic
+            tiles = every[first + 1 : first + crops].view(down, across, rows, columns)
+            whole = tiles.transpose(1, 2).reshape(down * rows, across * columns)
+            if (places := whole[top:bottom, left:right].flatten()).numel():  # else all is padding
                 view = self.view(bottom - top, right - left, crops - 1, num_patches, crops)
-                views.setdefault(view, []).append(places.flatten())
+                views.setdefault(view, []).append(places)
         return views
 
     def view(self, rows: int, columns: int, share: int, num_patches: int, crops: int) -> View:
@@ -418,10 +414,8 @@ class Nuwa(SinkFilter, OwnGrids, VisionStage, DecoderPruner):
             draw = scramble(scramble(axis) + draw)
         return draw
 
-    def before_layer(self, index: int, prefill: Prefill) -> Prefill:
-        if self.stage2 == "off" or index != self.cut_layer(len(prefill.decoder.layers)):
-            return prefill
-        return prefill.keep_visual(self.score(prefill), prefill.image_numbers(KEPT))
+    def budgets(self, prefill: Prefill) -> list[list[int]]:
+        return prefill.image_numbers(KEPT)
 
 
 def choose(salience: Tensor, view: View, sinks: Tensor | None = None) -> Tensor:

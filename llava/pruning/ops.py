@@ -157,8 +157,8 @@ def shared_out(shares: Sequence[float], sizes: Sequence[int], total: int) -> lis
     crops, total = range(len(sizes)), min(total, sum(sizes))
     shares = shares if sum(shares) > 0 else [1.0] * len(sizes)
     ideal = [share / sum(shares) * total for share in shares]
-    least = 1 if total >= len(sizes) else 0
-    counts = [max(least, min(int(x), size)) for x, size in zip(ideal, sizes, strict=True)]
+    least = 1 if total >= sum(size > 0 for size in sizes) else 0
+    counts = [min(max(int(x), least), size) for x, size in zip(ideal, sizes, strict=True)]
     by_fraction = sorted(crops, key=lambda n: -(ideal[n] % 1))
     while (left := total - sum(counts)) > 0:
         for crop in [n for n in by_fraction if counts[n] < sizes[n]][:left]:

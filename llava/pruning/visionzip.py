@@ -135,10 +135,10 @@ class VisionZip(SinkFilter, SelectPruner):
         return compress(vision.features, vision.cue("salience"), keys, *counts)
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
-        self = self.with_budget_of(num_patches * crops)
-        if self.keeps_all(num_patches, crops):
+        own = self.with_budget_of(num_patches * crops)
+        if own.keeps_all(num_patches, crops):
             return [num_patches * crops] * num_layers
-        return [(1 + sum(self.counts(num_patches, crops))) * crops] * num_layers
+        return [(1 + sum(own.counts(num_patches, crops))) * crops] * num_layers
 
 
 @dataclass

@@ -53,6 +53,18 @@ def test_keywords_of_other_versions_are_accepted():
         assert load(**options, cache_dir=None, use_safetensors=None)[2] is not None
 
 
+def test_an_empty_base_is_none():
+    """As programs give it whose option for it was left empty."""
+    model = load_pretrained_model(str(CHECKPOINT), "", "tiny-llava", device="cpu")[1]
+    assert model.get_vision_tower().is_loaded
+
+
+def test_an_unknown_strategy_is_said_before_weights_are_read(tmp_path):
+    (moved_copy(tmp_path) / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="unknown generation_strategy 'fast', choose from auto"):
+        load(tmp_path, generation_strategy="fast")
+
+
 def test_code_of_a_checkpoint_is_refused():
     with pytest.raises(ValueError, match="trust_remote_code=True is refused: no code"):
         load(trust_remote_code=True)

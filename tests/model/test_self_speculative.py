@@ -18,6 +18,7 @@ from llava.constants import STRATEGIES
 from llava.model.self_speculative import Guess
 from llava.model.token_choice import TokenChoice
 from llava.pruning import build_pruner, trace_pruning
+from llava.pruning.twigvlm import TwigVLM
 from tests.conftest import pad_batch
 from tests.model.speculation_tools import (
     GREEDY,
@@ -61,6 +62,24 @@ def test_grouped_queries_are_served_as_well(make_model, sample):
     prompt = sample(4, "image", 5)
     plain, fast, logs = answers(model, prompt.ids, prompt.images)
     assert torch.equal(plain, fast) and sum(logs[0].accepted) >= 1
+
+
+def test_the_twig_looks_at_whole_layers_where_the_method_cuts_without_a_look(sharp, sample):
+    class Seeing(TwigVLM):
+        def score(self, prefill):
+            return -prefill.index.float()
+
+    class Blind(Seeing):
+        def blind_cuts(self, num_layers):
+            return (self.shared_layers(num_layers),)
+
+    prompt, guesses = sample(4, "image", 5), []
+    for method in (Seeing, Blind):
+        grown(sharp, 2, 1, method=method, visual_token_num=14)
+        plain, fast, (log,) = answers(sharp, prompt.ids, prompt.images)
+        assert torch.equal(plain, fast)
+        guesses.append(log.drafts)
+    assert guesses[0] == guesses[1]
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 7])

@@ -99,6 +99,15 @@ def test_tokens_without_any_score_are_picked_in_order_and_only_once():
     assert pick(flat(visual_token_num=4), [0.0] * 4, torch.ones(4, 2), (2, 2)) == [0, 1, 2, 3]
 
 
+def test_what_pads_an_image_is_never_picked_however_narrow_the_prior():
+    """Far from the middle a narrow prior is 0, and minus infinity times that is no number."""
+    attention, keys = torch.tensor([[0.9, 0.8, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]]), torch.eye(9)
+    narrow, real = AdaptPrune(prior_sigma=0.1), torch.arange(9)[None] >= 2
+    assert narrow.prior(cells((1, 9)))[0, 0] == 0
+    order = narrow.pick(attention, keys[None], cells((1, 9)), 3, real)
+    assert order.tolist() == [[4, 5, 3]]
+
+
 def test_the_picks_are_those_of_the_plain_loop():
     generator = torch.Generator().manual_seed(0)
     attention = torch.rand(48, generator=generator)

@@ -96,6 +96,8 @@ def test_the_weight_lies_on_what_is_covered():
         ([10, 1, 1, 0, 0], [5] * 5, 20, [5, 4, 4, 4, 3]),
         ([3, 2, 1], [9] * 3, 2, [1, 1, 0]),
         ([1, 2], [3, 3], 99, [3, 3]),
+        ([1, 1], [0, 5], 2, [0, 2]),
+        ([1, 2, 3], [0, 1, 9], 2, [0, 1, 1]),
     ],
 )
 def test_a_budget_is_shared_out_exactly(shares, sizes, total, counts):

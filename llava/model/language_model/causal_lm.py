@@ -28,7 +28,7 @@ from .compiling import check_compiler
 from .cuda_graphs import GraphStep
 from .decode_step import DecodeStep, Ending
 from .layers import DecoderLayer, is_watched
-from .modeling_llama import LlamaModel, LlamaPreTrainedModel
+from .modeling_llama import DecoderOutput, LlamaModel, LlamaPreTrainedModel
 
 #: tokens of an answer that a cache has room for where nobody says how long that may be; it grows
 RESERVED = 64
@@ -151,68 +151,47 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
             self._check_continuation(tokens, attention_mask)
         else:
             check_decoder()
-            if inputs_embeds is None:
-                if images is not None and self.get_vision_tower() is not None:
-                    prompt = self.splice(
-                        tokens, attention_mask, labels, images, image_sizes, questions
-                    )
-                    inputs_embeds, attention_mask = prompt.inputs_embeds, prompt.attention_mask
-                    position_ids = prompt.position_ids
-                    labels = None if labels is None else prompt.labels
-                    visuals = prompt.visuals
-                elif (tokens == IMAGE_TOKEN_INDEX).any():
-                    raise ValueError("the prompt holds <image> marks, but no images were given")
-        if inputs_embeds is None:
+        sees = not continues and images is not None and self.get_vision_tower() is not None
+        if inputs_embeds is None and sees:
+            prompt = self.splice(tokens, attention_mask, labels, images, image_sizes, questions)
+            inputs_embeds, attention_mask = prompt.inputs_embeds, prompt.attention_mask
+            position_ids, visuals = prompt.position_ids, prompt.visuals
+            labels = None if labels is None else prompt.labels
+        elif inputs_embeds is None:
+            if not continues and (tokens == IMAGE_TOKEN_INDEX).any():
+                raise ValueError("the prompt holds <image> marks, but no images were given")
             inputs_embeds = self.model.embed_tokens(tokens)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        cache = past_key_values
+        cache, trace = past_key_values, self.pruning_trace
         if cache is None and use_cache and not self.training:
             cache = KVCache(self.config.num_hidden_layers)
-        short = continues and labels is None and not output_hidden_states
-        if cache is not None and short and self._steps_in_one():
-            found = self.step_logits(
-                self.model.layers, inputs_embeds, cache, last_logits_only, trace=self.pruning_trace
-            )
-            if last_logits_only:
-                found = found.to(inputs_embeds.device)
-            output = CausalLMOutputWithPast(logits=found, past_key_values=cache)
-            return output if return_dict is not False else output.to_tuple()
-        ends = last_logits_only and not output_hidden_states
-        out = self.model(
-            inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            visuals=visuals,
-            cache=cache,
-            stage=None if visuals is None or not visuals.there else self.pruner.decoder,
-            trace=self.pruning_trace,
-            output_hidden_states=output_hidden_states,
-            prefix=prefix,
-            **(self.asking(lambda: 1) if ends else {}),
-        )
-        hidden, loss, logits = out.hidden_states, None, None
-        if labels is not None:
-            labels = labels.to(hidden.device)
-        if labels is not None and out.index is not None:
-            labels = labels.gather(1, out.index.clamp(min=0))
-            labels = labels.masked_fill(out.index < 0, IGNORE_INDEX)
-            if out.valid is not None:  # what stands behind padding is predicted by nothing
-                real = out.valid & out.valid.roll(1, dims=1)
-                labels = labels.masked_fill(~real, IGNORE_INDEX)
-        if labels is not None and self.training:
-            loss = self._loss(hidden, labels)
+        loss: Tensor | None = None
+        logits: Tensor | None
+        hidden_states: tuple[Tensor, ...] | None = None
+        logits_alone = labels is None and not output_hidden_states
+        if cache is not None and continues and logits_alone and self._steps_in_one():
+            layers = self.model.layers
+            logits = self.step_logits(layers, inputs_embeds, cache, last_logits_only, trace=trace)
         else:
-            # A slice with gaps would make the product copy the whole head first.
-            logits = self.logits_of(hidden[:, -1:].contiguous() if last_logits_only else hidden)
-            if labels is not None:
-                targets = labels[:, 1:].flatten().to(logits.device)
-                loss = F.cross_entropy(
-                    logits[:, :-1].flatten(0, 1), targets, ignore_index=IGNORE_INDEX
-                )
-            if last_logits_only:  # the rules that choose a token compute where the prompt is
-                logits = logits.to(inputs_embeds.device)
+            ends = last_logits_only and not output_hidden_states
+            out = self.model(
+                inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                visuals=visuals,
+                cache=cache,
+                stage=None if visuals is None or not visuals.there else self.pruner.decoder,
+                trace=trace,
+                output_hidden_states=output_hidden_states,
+                prefix=prefix,
+                **(self.asking(lambda: 1) if ends else {}),
+            )
+            hidden_states = out.all_hidden_states
+            loss, logits = self._loss_and_logits(out, labels, last_logits_only)
+        if last_logits_only and logits is not None:
+            logits = logits.to(inputs_embeds.device)  # where the rules that choose a token compute
         output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=cache, hidden_states=out.all_hidden_states
+            loss=loss, logits=logits, past_key_values=cache, hidden_states=hidden_states
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -264,6 +243,23 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
         """fp32 logits (..., V) from hidden states (..., D) behind the final norm, on the device of
         the head."""
         return self.lm_head(hidden.to(device_of(self.lm_head))).float()
+
+    def _loss_and_logits(
+        self, out: DecoderOutput, labels: Tensor | None, last: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What `forward` returns of it, from what leaves the decoder; labels: (B, S) of the tokens
+        that entered it; last: whether logits of the last token alone are wanted."""
+        hidden = out.hidden_states
+        if labels is None:
+            # A slice with gaps would make the product copy the whole head first.
+            return None, self.logits_of(hidden[:, -1:].contiguous() if last else hidden)
+        labels = labels_behind(out, labels.to(hidden.device))
+        if self.training:
+            return self._loss(hidden, labels), None
+        logits = self.logits_of(hidden)
+        targets = labels[:, 1:].flatten().to(logits.device)
+        rows = logits[:, :-1].flatten(0, 1)
+        return F.cross_entropy(rows, targets, ignore_index=IGNORE_INDEX), logits
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy over supervised tokens (0 without any), logits for those alone."""
@@ -424,6 +420,17 @@ class VisionLanguageForCausalLM(GenerationStrategies, LlamaPreTrainedModel):
 
 #: these methods as they came: a step goes past them only where nothing took their place
 LOGITS_OF, DECODER_FORWARD = VisionLanguageForCausalLM.logits_of, LlamaModel.forward
+
+
+def labels_behind(out: DecoderOutput, labels: Tensor) -> Tensor:
+    """(B, S') labels of the tokens that left the decoder, from those (B, S) that entered it."""
+    if out.index is None:
+        return labels
+    labels = labels.gather(1, out.index.clamp(min=0)).masked_fill(out.index < 0, IGNORE_INDEX)
+    if out.valid is None:
+        return labels
+    real = out.valid & out.valid.roll(1, dims=1)  # what stands behind padding nothing predicts
+    return labels.masked_fill(~real, IGNORE_INDEX)
 
 
 def drop_first_tokens(output, count: int):

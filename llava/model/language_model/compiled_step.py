@@ -182,7 +182,7 @@ class Plan:
         return None if own is None else (own.depths, own.visible)
 
     def known(self) -> list[dict[str, Tensor | None]]:
-        """What `describe` is told of every group."""
+        """What `describe` is told of every group, by the names in `KNOWN`."""
         return [
             {
                 "size": torch.tensor(state.size, device=self.x.device),
@@ -213,8 +213,8 @@ class Plan:
         torch._dynamo.mark_static(counts, 0)  # or a batch of two is as long as these by name
         biases = [state.directions and state.directions.function for state in self.states]
         groups = [
-            (self.rotary, counts, window, x.shape[1], x.dtype, bias, tree, *group.values())
-            for window, bias, group in zip(self.windows, biases, known, strict=True)
+            (self.rotary, counts, window, x.shape[1], x.dtype, bias, tree, *map(own.get, KNOWN))
+            for window, bias, own in zip(self.windows, biases, known, strict=True)
         ]
         if len(groups) == 1 and len(self.layers) <= self.span:
             parts = map(slice, [0, *self.stops], self.stops)
@@ -242,6 +242,9 @@ class Plan:
 
 
 # --- what is compiled -----------------------------------------------------------------------
+
+#: the last arguments of `describe`, in their order: what is known of a group of layers
+KNOWN = ("size", "next_position", "valid", "bias", "directions", "asking")
 
 
 def describe(

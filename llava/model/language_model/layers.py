@@ -180,6 +180,9 @@ class Attention(nn.Module):
         return rows_of(q, k, rows, step.valid, bias=bias_at(step.bias, rows))
 
     def forward(self, x: Tensor, step: Step, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
+        """Normed inputs x (B, S, D) -> the same shape, or that of the last tokens where they alone
+        are wanted, and the attention rows or keys that `step` asks for; keys and values of all
+        tokens go to the cache."""
         k, v, asking = self.keys(x, step.rope), self.values(x), step.rope
         if step.last:
             x = x[:, -step.last :].contiguous()  # else `Linear` leaves it to torch
@@ -243,6 +246,7 @@ class DecoderLayer(nn.Module):
         return (x[:, -step.last :] if step.last else x) + out, row
 
     def finish(self, x: Tensor) -> Tensor:
+        """x (B, S, D), as `attend` gives it, -> what the layer gives."""
         return in_pieces(self.feed_forward, x)
 
     def feed_forward(self, x: Tensor) -> Tensor:

@@ -122,43 +122,44 @@ class CLIPVisionTower(nn.Module):
         if unknown := needs - self.provides:
             raise ValueError(f"unknown cues {sorted(unknown)}, choose from {sorted(self.provides)}")
         total, selected = self.depth
-        wanted = stage.tower_extras(total, selected)
-        own = needs & OWN_CUES
-        patch_size = self.config.patch_size
-        grid = (images.shape[-1] // patch_size,) * 2
-        images = stage.before_tower(images, patch_size, crops_in_budget)
-        side = images.shape[-1] // patch_size
-        layers: dict[int, dict[str, Tensor]] = {}
-        merged = {**wanted, selected: wanted.get(selected, frozenset()) | own}
+        asked = dict(stage.tower_extras(total, selected))
+        asked[selected] = asked.get(selected, frozenset()) | needs & OWN_CUES
+        images = stage.before_tower(images, self.config.patch_size, crops_in_budget)
         if image_index is None:
             image_index = torch.arange(len(images), device=images.device)
-        tokens = self._run(images, merged, layers, stage, image_index)
-        hidden = tokens.hidden_states.to(images.dtype)
-        extras = layers.get(selected, {})
-        features = hidden[:, 1:] if self.select_feature == "patch" else hidden
-        positions = tokens.positions
-        if self.select_feature != "patch":  # the class token is counted as the first "patch"
-            positions = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
-        elif side != grid[0]:
-            middle = middle_places(side, grid[0], hidden.device)
-            positions = (middle[:, None] * grid[1] + middle).flatten()[positions]
+        layers: dict[int, dict[str, Tensor]] = {}
+        tokens = self._run(images, asked, layers, stage, image_index)
+        hidden, cues = tokens.hidden_states.to(images.dtype), layers.get(selected, {})
         return VisionTokens(
-            features=features,
-            positions=positions,
-            grid=grid,
+            features=hidden[:, 1:] if self.select_feature == "patch" else hidden,
+            positions=self._places(tokens, images.shape[-1] // self.config.patch_size),
+            grid=self.grid,
             crops_in_budget=crops_in_budget,
             valid=tokens.valid,
             all_patches=tokens.all_patches,
             known=tokens.known,
             num_heads=self.config.num_attention_heads,
-            salience=extras.get("salience"),
-            cls_attention=extras.get("cls_attention"),
-            keys=extras.get("keys"),
+            salience=cues.get("salience"),
+            cls_attention=cues.get("cls_attention"),
+            keys=cues.get("keys"),
             extras=tokens.extras,
             cls_token=hidden[:, :1] if "cls_token" in needs else None,
             layers=layers,
             fingerprint=fingerprint(images) if "fingerprint" in needs else None,
         )
+
+    def _places(self, tokens: TowerTokens, side: int) -> Tensor:
+        """(B, N) row-major place in the grid of a whole crop that the features stand for; side:
+        patches along a side of the crops that ran. With "cls_patch" the class token is counted as
+        the first of them."""
+        batch, count, _ = tokens.hidden_states.shape
+        positions, full = tokens.positions, self.num_patches_per_side
+        if self.select_feature != "patch":
+            return torch.arange(count, device=positions.device).expand(batch, -1)
+        if side == full:
+            return positions
+        middle = middle_places(side, full, positions.device)
+        return (middle[:, None] * full + middle).flatten()[positions]
 
     def _run(
         self,
@@ -172,6 +173,8 @@ class CLIPVisionTower(nn.Module):
 
         Layers after the selected one run only as far as something is wanted from them.
         """
+        if unknown := frozenset().union(*wanted.values()) - LAYER_CUES:
+            raise ValueError(f"unknown cues {sorted(unknown)}, choose from {sorted(LAYER_CUES)}")
         model = self.vision_tower.vision_model
         x = model.pre_layrnorm(self._embed(images.to(self.device, self.dtype)))
         count = x.shape[1] - 1
@@ -181,19 +184,15 @@ class CLIPVisionTower(nn.Module):
         means = OutputMean(wanted)
         last = max([self.num_run_layers - 1, *(n for n, names in wanted.items() if names)])
         mask: Tensor | None = None
-        hidden: tuple[Tensor | None, Tensor | None] = (None, None)  # what the mask is of
+        masked: tuple[Tensor | None, Tensor | None] = (None, None)  # what the mask is made of
         for number, layer in enumerate(model.encoder.layers[: last + 1]):
             with full_precision(x.device):
                 tokens = stage.before_tower_layer(number, tokens)
             names = wanted.get(number, frozenset())
-            if unknown := names - LAYER_CUES:
-                raise ValueError(
-                    f"unknown cues {sorted(unknown)}, choose from {sorted(LAYER_CUES)}"
-                )
             x = tokens.hidden_states
             needs_output = number < max(last, self.num_run_layers) or bool(names & OUTPUTS)
-            if hidden[0] is not tokens.valid or hidden[1] is not tokens.key_bias:
-                mask, hidden = key_mask(tokens), (tokens.valid, tokens.key_bias)
+            if masked[0] is not tokens.valid or masked[1] is not tokens.key_bias:
+                mask, masked = key_mask(tokens), (tokens.valid, tokens.key_bias)
             inside = names - OUTPUTS
             compiles = self.compile_layers and needs_output and not inside and may_compile(self)
             run = compiled(run_layer) if compiles else run_layer
