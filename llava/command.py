@@ -4,8 +4,7 @@
     llava eval pope 64 --pruning-method vispruner --limit 100
     llava methods vispruner --visual-token-num 64
 
-`llava COMMAND --help` has the options of a command. Each is a module that can be started by
-`python -m`, too.
+`llava COMMAND --help` lists the options of a command. Commands are modules for `python -m`, too.
 """
 
 from __future__ import annotations
@@ -70,13 +69,13 @@ Without a model or data those of the playground are used. The same as bash {SCRI
 
   BENCHMARK            one of: {{names}}
   TOKENS               visual tokens of an image to keep, or a share of them (0.222)
-  --pruning-method M   see llava methods; default: none, with TOKENS the package's own default
+  --pruning-method M   see llava methods; default: none, with TOKENS the package's default method
   --model-path MODEL   folder, or name on the hub
-  --dtype TYPE         of numbers: fp32, fp16 or bf16 (default: what suits the device)
+  --dtype TYPE         type of numbers: fp32, fp16 or bf16 (default: what suits the device)
   --data-dir DIR       evaluation data (default: playground/data/eval)
   --limit N            about so many questions, evenly spread
   --batch-size N       prompts at a time (default: 8)
-  --conv-mode NAME     prompt template (default: what the checkpoint says of itself)
+  --conv-mode NAME     prompt template (default: the one that the checkpoint asks for)
   --split NAME         another split of the benchmark, such as val or testA
   --processes N        several processes that share the questions
   KEY=VALUE            options of the method; everything else goes to the answering program:

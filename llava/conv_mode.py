@@ -67,7 +67,7 @@ def choose_conv_mode(config: Any = None, model_name: str = "", given: str | None
         name = _known(values[CONFIG_KEY], f"{CONFIG_KEY} in config.json")
         return ConvMode(name, f"{CONFIG_KEY} in config.json", "config")
     known = _by_shape(values) or _by_name(model_name, is_plain(values, model_name))
-    return known or ConvMode(DEFAULT, "neither config.json nor the name says more", "default")
+    return known or ConvMode(DEFAULT, "neither config.json nor the name says which", "default")
 
 
 def checkpoint_conv_mode(

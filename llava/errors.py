@@ -1,6 +1,7 @@
 """Mistakes of the user end a program with one line, not with a traceback."""
 
 import os
+import select
 import signal
 import sys
 import warnings
@@ -11,6 +12,7 @@ from .clone_files import CLONE
 
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
 INTERRUPTED = 128 + signal.SIGINT  # exit code
+PIPE_CLOSED = 128 + 13  # exit code, SIGPIPE of shells
 
 
 class UnavailableError(RuntimeError):
@@ -27,17 +29,34 @@ def how_to_install(extra: str) -> str:
 @contextmanager
 def errors_as_messages():
     """Ends the program with exit code 1 and the message of a ValueError, OSError, ImportError or
-    UnavailableError; after Ctrl-C with the exit code of shells for it, 130.
+    UnavailableError; after Ctrl-C, and when whoever read the output has gone (`| head`), with the
+    exit codes of shells for these, 130 and 141.
 
     Decorates `main` functions: `@errors_as_messages()`.
     """
     try:
         yield
+        sys.stdout.flush()
     except (ImportError, OSError, ValueError, UnavailableError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(PIPE_CLOSED)
         sys.exit(f"error: {_sentence(error)}")
     except KeyboardInterrupt:
         print("\nstopped (Ctrl-C)", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _nobody_reads() -> bool:
+    """Whether the output is a pipe whose reader has gone; then nothing more is written to it."""
+    try:
+        output = sys.stdout.fileno()
+    except (AttributeError, OSError):  # no output, or one that is not a file
+        return False
+    watch = select.poll()
+    watch.register(output, 0)  # errors are always told
+    if gone := bool(watch.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return gone
 
 
 def one_line_warnings() -> None:

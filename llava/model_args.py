@@ -95,7 +95,7 @@ def load_from_args(args, path: str, name: str, pruner=None) -> tuple:
 
 def add_conv_mode_arg(parser, default: str | None = None) -> None:
     """Adds the option that names a prompt template."""
-    text = "prompt template (default: auto, what the checkpoint says of itself)"
+    text = "prompt template (default: auto, the one that the checkpoint asks for)"
     parser.add_argument("--conv-mode", default=default, metavar="NAME", help=text)
 
 
@@ -114,7 +114,7 @@ def add_sampling_args(parser, beams: bool = True) -> None:
         default=0.2,
         help="how freely tokens are drawn; 0: always the likeliest",
     )
-    top = "sample from the likeliest tokens alone, which have this much probability together"
+    top = "sample only from the likeliest tokens that have this much probability together"
     add("--top-p", type=float, metavar="P", help=f"{top}, 0 to 1 (default: all tokens)")
     if beams:
         text = "answers that beam search follows at a time; 1: no beam search"

@@ -29,7 +29,7 @@
 #   LAUNCHER     a command that starts all processes in its place (scripts/slurm/eval.sbatch)
 #   BATCH_SIZE   prompts per step (default: 8)
 #   LIMIT        about so many questions, evenly spread, for quick runs (as an option: --limit N)
-#   CONV_MODE    prompt template (default: what the checkpoint says of itself)
+#   CONV_MODE    prompt template (default: the one that the checkpoint asks for)
 #   OPENAI_API_KEY, OPENAI_BASE_URL, JUDGE_MODEL, JUDGE_WORKERS, JUDGE_EXTRA
 #                the judge of llavabench, mmvet and viscot: docs/Evaluation.md
 #   BASE_MODEL, NUM_SAMPLES   GlimpsePrune's names of CKPT and LIMIT

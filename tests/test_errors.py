@@ -1,6 +1,8 @@
 """Mistakes of the user end a program with one sentence."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -36,6 +38,24 @@ def test_an_interrupted_program_says_so_and_ends_as_shells_expect(capsys):
         raise KeyboardInterrupt
     assert ended.value.code == 130
     assert capsys.readouterr().err == "\nstopped (Ctrl-C)\n"
+
+
+@pytest.mark.parametrize("lines", [1, 10_000])
+def test_a_reader_that_stops_early_gets_no_traceback(lines):
+    code = f"""
+from llava.errors import errors_as_messages
+with errors_as_messages():
+    input()
+    for _ in range({lines}):
+        print("a line")
+"""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    program = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes)
+    program.stdout.close()
+    program.stdin.write("\n")
+    program.stdin.close()
+    assert program.stderr.read() == ""
+    assert program.wait() == 141
 
 
 def test_messages_of_other_errors_are_said_as_they_are():

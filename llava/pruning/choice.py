@@ -46,7 +46,7 @@ def choose(methods: Methods, options: Mapping[str, object], default: str) -> str
     special = {key: names for key, names in owners.items() if key not in BUDGETS}
     said = "; ".join(f"{key!r} belongs to {', '.join(names)}" for key, names in special.items())
     raise ValueError(
-        f"{said}: name one method (pruning method, pruner= or METHOD)"
+        f"{said}: name one method (--pruning-method, in Python pruner=, for scripts METHOD=)"
         if able
         else f"no pruning method has all of these options: {said}"
     )

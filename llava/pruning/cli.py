@@ -18,14 +18,14 @@ def add_pruning_args(parser: argparse.ArgumentParser) -> None:
     method. `--methods`, which programs have that run several, is answered with what to write."""
     group = parser.add_argument_group(
         "pruning",
-        "Every option of a method (docs/Methods.md) is a flag as well: --important-ratio 0.5. One "
-        "that belongs to one method alone chooses it.",
+        "Every option of a method (docs/Methods.md) is a flag, such as --important-ratio 0.5. A "
+        "flag that only one method has chooses that method.",
     )
     group.add_argument(
         "--pruning-method",
         metavar="NAME",
-        help=f"how visual tokens are pruned: {names_in_words()} (default: none, or the method that "
-        "the options below belong to where there are any)",
+        help=f"how visual tokens are pruned: {names_in_words()} (default: none, or the method "
+        "whose options are given)",
     )
     group.add_argument("--methods", action=OneMethod, nargs="*", help=argparse.SUPPRESS)
     add_option_args(parser, group)
@@ -39,7 +39,7 @@ def add_pruning_args(parser: argparse.ArgumentParser) -> None:
 
 
 class OneMethod(argparse.Action):
-    """Says how to name one method, or where several are run."""
+    """Says how to name one method, or which program runs several."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         names = ",".join(values).replace(",", " ").split() or ["NAME"]

@@ -1,13 +1,13 @@
-"""The methods there are; or, of methods that are named: what a setting of them means in tokens per
-decoder layer, operations and cache, on published model sizes.
+"""Lists the methods; or says what a setting of the named ones means: tokens per decoder layer,
+operations and cache, on published model sizes.
 
     llava methods                                            all of them, by where they act
     llava methods vispruner --visual-token-num 192
     llava methods vispruner fastv                            one after the other
     llava methods vispruner+fastv --pruning-arg fastv_layer=3 --text-tokens 60
 
-A budget is that of LLaVA-1.5, whose images have 576 tokens. LLaVA-NeXT is shown with five times as
-many where those fit, as its images have up to five crops of 576.
+A budget is that of LLaVA-1.5, whose images have 576 tokens. LLaVA-NeXT, whose images have up to
+five crops of 576, is shown with five times as many if those fit.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from ..errors import errors_as_messages
 from ..program_parser import ProgramParser, Several
 from . import METHODS, Pruner
 from .about import (
@@ -128,15 +129,15 @@ def parse_args(arguments: list[str] | None) -> Namespace:
         metavar="METHOD",
         action=Several,
         default=[],
-        help="the same, as other programs name methods",
+        help="another way to name methods, as in other programs",
     )
     add_option_args(parser)
     parser.add_argument(
         "--layers",
         type=int,
         metavar="N",
-        help="decoder layers: the model with so many (32 for 7B, 40 for 13B), or both with another "
-        "number of them (default: both)",
+        help="decoder layers: 32 shows 7B alone, 40 shows 13B alone, another number both with so "
+        "many (default: both as they are)",
     )
     parser.add_argument(
         "--text-tokens",
@@ -172,6 +173,7 @@ def listing() -> Iterator[str]:
     yield "llava methods METHOD explains one; two in a row are METHOD+METHOD."
 
 
+@errors_as_messages()
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     if not (args.names or args.pruning_arg or args.visual_token_num):

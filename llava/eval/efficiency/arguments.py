@@ -39,7 +39,7 @@ def fill_in_questions(args: argparse.Namespace, questions: str) -> None:
 
 def add_layers_arg(parser) -> None:
     parser.add_argument(
-        "--layers", type=int, help="only so many decoder layers of the model that --config names"
+        "--layers", type=int, help="number of decoder layers (default: those of --config)"
     )
 
 
@@ -104,8 +104,8 @@ def add_clock_arg(parser) -> None:
     parser.add_argument(
         "--processor-time",
         action="store_true",
-        help="seconds of the processors in place of those on the wall, for a CPU that is busy with "
-        "other programs: their turns do not count",
+        help="processor seconds in place of wall time, for a CPU that is busy with other programs, "
+        "whose turns then do not count",
     )
 
 

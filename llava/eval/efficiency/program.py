@@ -141,7 +141,7 @@ def build_parser() -> ProgramParser:
         type=number,
         default=[1],
         metavar="N",
-        help="prompts at a time, one image each; of several sizes each is measured",
+        help="prompts at a time, one image each; several sizes are each measured",
     )
     add("--prompt-length", type=int, default=64, help="text tokens per prompt (default: 64)")
     add(
@@ -150,7 +150,7 @@ def build_parser() -> ProgramParser:
         type=number,
         default=[17],
         metavar="N",
-        help="tokens of every answer; of several lengths each is measured",
+        help="tokens of every answer; several lengths are each measured",
     )
     add(
         "--decode",
@@ -162,7 +162,7 @@ def build_parser() -> ProgramParser:
     add(
         "--compile",
         action="store_true",
-        help="compiles decoding, on a GPU also prompts; with --decode, every way runs both ways",
+        help="compiles decoding, on a GPU also prompts; with --decode, all with and without it",
     )
     add(
         "--count-kernels",
