@@ -5,6 +5,10 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass, fields, replace
 
+#: beginnings of ways to cut an image that models of later versions of LLaVA were trained with;
+#: other unknown words cut the middle out, as in LLaVA
+ELSEWHERE = ("anyres_", "highres", "crop_split")
+
 
 @dataclass(frozen=True)
 class ImageSettings:
@@ -38,9 +42,11 @@ class ImageSettings:
     def of_checkpoint(cls, config) -> ImageSettings:
         """The values of `config`, whatever pruning method is in use."""
         given = {field.name: getattr(config, field.name, None) for field in fields(cls)}
-        pinpoints = given["image_grid_pinpoints"]
-        if isinstance(pinpoints, str):
-            pinpoints = ast.literal_eval(pinpoints)
+        if str(ratio := given["image_aspect_ratio"]).startswith(ELSEWHERE):
+            raise ValueError(
+                f"image_aspect_ratio {ratio!r} is not supported, choose square, pad or anyres"
+            )
+        pinpoints = read_pinpoints(given["image_grid_pinpoints"])
         given["image_grid_pinpoints"] = tuple(tuple(size) for size in pinpoints or ())
         own = cls(**{key: value for key, value in given.items() if value})
         if own.image_aspect_ratio == "anyres" and not own.image_grid_pinpoints:
@@ -62,6 +68,20 @@ class ImageSettings:
             changes["image_grid_pinpoints"] = ((side * across, side * down),)
             changes["mm_patch_merge_type"] = self.mm_patch_merge_type.replace("_unpad", "")
         return changes
+
+
+def read_pinpoints(pinpoints):
+    """A list of (width, height) from itself or from the same as a text; ValueError for other texts,
+    such as the ranges "(1x1),...,(6x6)" of later versions of LLaVA."""
+    if not isinstance(pinpoints, str):
+        return pinpoints
+    try:
+        return ast.literal_eval(pinpoints)
+    except (ValueError, SyntaxError):
+        raise ValueError(
+            "image_grid_pinpoints must be a list of (width, height) in pixels, or that as a text, "
+            f"not {pinpoints!r}"
+        ) from None
 
 
 class KnowsMethod:

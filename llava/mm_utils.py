@@ -1,6 +1,5 @@
 """From images and text to what the model reads: pixel tensors and token ids."""
 
-import ast
 import math
 import os
 
@@ -18,7 +17,7 @@ from llava.image_io import (
     resized_square,
     to_rgb,
 )
-from llava.image_settings import ImageSettings
+from llava.image_settings import ImageSettings, read_pinpoints
 
 __all__ = [
     "KeywordsStoppingCriteria",
@@ -177,8 +176,7 @@ def _middle(image: Image.Image) -> Image.Image:
 
 
 def _anyres_resolution(image_size, grid_pinpoints, selection: str) -> tuple[int, int]:
-    if isinstance(grid_pinpoints, str):
-        grid_pinpoints = ast.literal_eval(grid_pinpoints)
+    grid_pinpoints = read_pinpoints(grid_pinpoints)
     best = select_best_resolution(image_size, grid_pinpoints, selection)
     if best is None:
         width, height = image_size

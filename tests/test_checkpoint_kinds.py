@@ -292,3 +292,8 @@ def test_a_folder_that_is_not_there_is_told_what_lies_beside_it(tmp_path, monkey
 
 def no_network(*_, **__):
     raise OSError("no network")
+
+
+def test_the_class_that_is_left_out_on_purpose_says_so():
+    with pytest.raises(ImportError, match="LlavaMptForCausalLM .* MPT is not supported; supported"):
+        from llava.model import LlavaMptForCausalLM  # noqa: F401

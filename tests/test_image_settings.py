@@ -164,3 +164,28 @@ def test_two_models_with_one_config_each_keep_the_settings_of_their_method(anyre
     tiled = other.image_settings
     anyres_model.pruner = build_pruner("none")
     assert other.image_settings == tiled != anyres_model.image_settings
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({"image_aspect_ratio": "anyres_max_9"}, "'anyres_max_9' is not supported, choose square"),
+        ({"image_aspect_ratio": "highres"}, "'highres' is not supported"),
+        (
+            {"image_aspect_ratio": "anyres", "image_grid_pinpoints": "(1x1),...,(6x6)"},
+            "image_grid_pinpoints must be a list of .* not '\\(1x1\\),...,\\(6x6\\)'",
+        ),
+    ],
+)
+def test_settings_of_later_versions_are_refused(processor, small_wide_image, values, says):
+    """They cut the middle out in silence, or ended in a SyntaxError."""
+    with pytest.raises(ValueError, match=says):
+        process_images([small_wide_image], processor, SimpleNamespace(**values))
+
+
+def test_unknown_words_cut_the_middle_out(processor, small_wide_image):
+    middle, other = (
+        process_images([small_wide_image], processor, SimpleNamespace(image_aspect_ratio=ratio))
+        for ratio in (None, "anything")
+    )
+    assert torch.equal(middle, other)

@@ -46,6 +46,12 @@ class ImageEncoding(ModelPart):
         stage, tower = self.pruner.vision, self.get_vision_tower()
         if isinstance(tower, CLIPVisionTower):
             check_tower(tower, TOWER_AS_IT_CAME)
+        elif not hasattr(tower, "tokens"):
+            raise ValueError(
+                f"the vision tower is a {type(tower).__name__}, whose forward is not called here: "
+                "derive it from CLIPVisionTower, or give it what "
+                "llava.pruning.interfaces.VisionTower names"
+            )
         budget = self.crops_in_budget(self.pruner)
         if image_index is None:
             image_index = torch.arange(crops.shape[0], device=crops.device)

@@ -128,6 +128,14 @@ class KVCache:
         """Places used in layer 0, holes included."""
         return self.lengths[0]
 
+    def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
+        """`entries` of a layer, where transformers has them as well: `past_key_values[0][0]`."""
+        return self.entries(layer)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Places used in a layer, as caches of transformers are asked for them."""
+        return self.lengths[layer_idx]
+
     def share(self, layer: int, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> None:
         """Keys and values (G, P, d) that every row of an empty layer begins with, and what is added
         to attention to those keys, (P,) or nothing."""

@@ -49,6 +49,25 @@ IMAGE_RULES = {
     "image_mean": COLOURS,
     "image_std": Rule("three numbers above 0", lambda v: COLOURS.holds(v) and min(v) > 0),
 }
+#: where newer versions of transformers put the template, which the pinned one does not read
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+#: that of the release: the parts of a message, one behind the other
+CHAT_TEMPLATE = (
+    "{%- macro words(content) -%}{%- if content is string -%}{{ content }}{%- else -%}"
+    "{%- for part in content -%}"
+    "{%- if part['type'] == 'image' or 'image' in part or 'image_url' in part -%}"
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{%- elif part['type'] == 'video' or 'video' in part -%}"
+    "{{ '<|vision_start|><|video_pad|><|vision_end|>' }}"
+    "{%- elif 'text' in part -%}{{ part['text'] }}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+    "{%- if messages[0]['role'] != 'system' -%}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif -%}"
+    "{%- for turn in messages -%}"
+    "{{ '<|im_start|>' + turn['role'] + '\n' + words(turn['content']) + '<|im_end|>\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
 
 
 def check_options(
@@ -166,7 +185,24 @@ def load_tokenizer(folder: str, config: Qwen2_5_VLConfig) -> PreTrainedTokenizer
             raise ValueError(
                 f"{mark} is token {found} in {folder}, but {wanted} by its config.json"
             )
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = read_template(folder)
     return tokenizer
+
+
+def read_template(folder: str) -> str:
+    """The template of a checkpoint from a file of its own, or that of the release."""
+    for path in (os.path.join(folder, name) for name in TEMPLATE_FILES):
+        if not os.path.isfile(path):
+            continue
+        if path.endswith(".json"):
+            template = read_json(path).get("chat_template")
+        else:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                template = file.read()
+        if isinstance(template, str):
+            return template
+    return CHAT_TEMPLATE
 
 
 def released_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from ..pruning.ops import on_device
+from ..pruning.stages import acts_inside
 from ..pruning.tokens import ImageTokens
 from ..pruning.trace import PruningTrace
 from .context import check_prompts, count_positions
@@ -178,7 +180,9 @@ class Splice(ModelPart):
     ):
         """The splice in the form of LLaVA: (input_ids, position_ids, attention_mask,
         past_key_values, inputs_embeds, labels). What was None stays None, except that the mask is
-        kept when rows were padded."""
+        kept when rows were padded, and positions where they are not simply counted. Embeddings do
+        not say where the images are: a method inside the decoder is not called for them, which a
+        warning says."""
         if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         prompt = self.build_prompt(input_ids, attention_mask, labels, images, image_sizes)
@@ -186,9 +190,17 @@ class Splice(ModelPart):
             attention_mask = prompt.attention_mask.to(attention_mask.dtype)
         elif prompt.counts is None or not prompt.counts.even:
             attention_mask = prompt.attention_mask
+        if prompt.position_bias is not None or acts_inside(self.pruner.decoder):
+            warnings.warn(
+                f"{self.pruner!r} acts inside the decoder, but these embeddings do not say where "
+                "the images are: run on them alone, the decoder does without it. Give input_ids "
+                "and images to the model or its generate",
+                stacklevel=2,
+            )
+        counted = position_ids is None and self.position_policy == "sequence"
         return (
             None,
-            None if position_ids is None else prompt.position_ids,
+            None if counted else prompt.position_ids,
             attention_mask,
             past_key_values,
             prompt.inputs_embeds,

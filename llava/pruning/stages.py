@@ -220,3 +220,8 @@ def filled_hooks(vision: VisionStage, decoder: DecoderStage) -> list[tuple[Stage
         for name in HOOKS[stage]
         if fills(type(own), stage, name)
     ]
+
+
+def acts_inside(decoder: DecoderStage) -> bool:
+    """Whether a stage has something to do inside the decoder."""
+    return fills(type(decoder), DecoderStage, *HOOKS[DecoderStage])

@@ -5,6 +5,7 @@ import torch
 
 from llava.model import kv_cache
 from llava.model.kv_cache import KVCache, RowState
+from llava.pruning import build_pruner
 
 
 @pytest.fixture(autouse=True)
@@ -136,3 +137,17 @@ def test_of_the_newest_entries_some_stay_in_their_order():
             held[layer] = held[layer][..., order, :]
         for layer, wanted in enumerate(held):
             assert torch.equal(torch.stack(cache.entries(layer)), wanted)
+
+
+def test_loops_written_by_hand_read_lengths_where_transformers_has_them(model, sample):
+    """`past_key_values[layer][0].shape[-2]` stands in many, `get_seq_length()` in others."""
+    prompt = sample(3, "image", 4)
+    model.pruner = build_pruner("fastv", visual_token_num=10, layer=2)
+    with torch.no_grad():
+        cache = model(prompt.ids, images=prompt.images).past_key_values
+        model(torch.tensor([[5]]), past_key_values=cache)
+    assert cache.get_seq_length() == len(cache) == 3 + 36 + 4 + 1 + 1
+    for layer, (keys, values) in enumerate(cache):
+        assert keys.shape == values.shape and keys.shape[-2] == cache.get_seq_length(layer)
+    assert layer == model.config.num_hidden_layers - 1
+    assert keys.shape[-2] == len(cache) - 26

@@ -113,3 +113,13 @@ def test_the_multi_scale_tower_refuses_methods_inside_it(tower_dir, images):
         ValueError, match="'tower_tokens'.* which the multi-scale tower does not pr"
     ):
         tower.tokens(images, stage=Inside())
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, None])
+def test_weights_are_read_late_to_wherever_a_loader_says(tower_dir, images, device_map):
+    """`tower.load_model(device_map=device_map)` stands in copies of LLaVA's loader."""
+    config = SimpleNamespace(mm_vision_tower=str(tower_dir), mm_vision_select_layer=-2)
+    late = build_vision_tower(config, delay_load=True)
+    late.load_model(device_map=device_map)
+    late.to(images.device)
+    assert late.is_loaded and torch.equal(late(images), build_vision_tower(config)(images))

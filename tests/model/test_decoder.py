@@ -243,3 +243,12 @@ def test_the_loss_of_a_pruned_batch_is_that_of_its_prompts(model, sample):
     images = torch.cat([prompt.images for prompt in prompts])
     loss = model(ids, attention_mask=mask, labels=labels, images=images).loss
     assert float(loss) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_decoder_alone_takes_embeddings_and_is_read_as_that_of_transformers(model):
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+    embeds = model.get_input_embeddings()(ids)
+    last = model.get_model()(inputs_embeds=embeds).last_hidden_state
+    torch.testing.assert_close(model.lm_head(last).float(), model(ids).logits)
+    with pytest.raises(ValueError, match="takes embeddings .* not ids"):
+        model.get_model()(ids)

@@ -1,5 +1,7 @@
 """The splice: images in place of their marks."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -109,6 +111,25 @@ def test_the_tuple_form_leaves_out_what_was_left_out(model, sample):
     assert [x is None for x in out] == [True, True, True, True, False, True]
     out = model.prepare_inputs_labels_for_multimodal(prompt.ids, None, None, None, None, None)
     assert out[0] is prompt.ids and out[4] is None
+
+
+@pytest.mark.parametrize("name", ["none", "vispruner", "fastv", "nuwa", "restore+vispruner"])
+def test_embeddings_alone_do_what_the_model_does_or_say_that_they_do_not(model, sample, name):
+    prompt = sample(2, "image", 4)
+    model.pruner = build_pruner(name, **({} if name == "none" else {"visual_token_num": 10}))
+    with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        _, places, mask, _, embeds, _ = model.prepare_inputs_labels_for_multimodal(
+            prompt.ids, None, None, None, None, prompt.images
+        )
+        got = model(inputs_embeds=embeds, attention_mask=mask, position_ids=places).logits
+        wanted = model(prompt.ids, images=prompt.images).logits
+    assert (places is None) == (model.position_policy == "sequence")
+    if told := [str(one.message) for one in said]:
+        assert len(told) == 1 and "acts inside the decoder" in told[0]
+    else:
+        torch.testing.assert_close(got, wanted)
+    assert bool(told) == (name in ("fastv", "nuwa", "restore+vispruner"))
 
 
 def test_images_may_be_a_tuple(model, sample):

@@ -217,3 +217,13 @@ def test_functions_that_are_called_may_be_replaced(model, batch, monkeypatch):
         monkeypatch.setattr(owner, "forward", counting, raising=False)
     assert torch.equal(model.generate(**batch, **GREEDY), wanted)
     assert len(calls) == 4 * 3 + 1
+
+
+def test_a_tower_of_another_kind_is_told_what_is_missing(make_model, batch):
+    class Other(torch.nn.Module):
+        is_loaded = True
+
+    model = make_model()
+    model.model.vision_tower = Other()
+    with pytest.raises(ValueError, match="the vision tower is a Other, .* CLIPVisionTower"):
+        model.generate(**batch, **GREEDY)

@@ -85,6 +85,31 @@ def test_the_form_of_transformers_and_back():
         split_images(batch["pixel_values"], batch["image_grid_thw"][:1])
 
 
+def test_bounds_of_one_call_leave_the_settings_as_they_are():
+    processor, picture = Qwen2_5_VLImageProcessor(), Image.new("RGB", (280, 280))
+    small, large = ({"max_pixels": 4 * 784}, {"min_pixels": 400 * 784})
+    grids = [
+        call(picture, **bounds)["image_grid_thw"].tolist()
+        for call in (processor, processor.preprocess)
+        for bounds in ({}, small, large, {})
+    ]
+    assert grids == [[[1, n, n]] for n in (20, 4, 40, 20)] * 2
+    with pytest.raises(ValueError, match="min_pixels 3136 and max_pixels 100 leave no size"):
+        processor(picture, max_pixels=100)
+
+
+def test_lists_of_nothing_are_nothing():
+    """As helpers give them for messages without pictures, or without videos."""
+    processor, picture = Qwen2_5_VLImageProcessor(), Image.new("RGB", (56, 56))
+    assert list(processor(images=[], videos=[])) == []
+    assert list(processor(images=[picture], videos=[])) == ["pixel_values", "image_grid_thw"]
+
+
+def test_texts_are_told_where_they_go():
+    with pytest.raises(ValueError, match="text is not taken here.*FrontEnd.*<|image_pad|>"):
+        Qwen2_5_VLImageProcessor()(text=["Where?"], images=[Image.new("RGB", (56, 56))])
+
+
 def test_other_things_than_pictures_are_refused():
     processor, frame = Qwen2_5_VLImageProcessor(), Image.new("RGB", (56, 56))
     with pytest.raises(ValueError, match="must be a PIL image, not list: videos go to process_"):

@@ -198,6 +198,27 @@ def test_vocab_and_merges_do_where_tokenizer_json_does_not(folder, loaded):
         load(folder)
 
 
+def test_messages_are_rendered_wherever_the_template_is(folder, loaded):
+    """In the tokenizer's config, in a file of its own, or nowhere."""
+    parts = [{"type": "image"}, {"text": "Where?"}, {"type": "video"}, {"image": PICTURE}]
+    asked = [{"role": "user", "content": parts}, {"role": "assistant", "content": "There."}]
+    chats = asked, [{"role": "system", "content": [{"text": "Be brief."}]}, *asked[:1]]
+
+    def rendered(tokenizer) -> list[str]:
+        return [
+            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=open_end)
+            for chat in chats
+            for open_end in (True, False)
+        ]
+
+    change(folder, "tokenizer_config.json", chat_template=None)
+    assert rendered(load(folder)[0]) == rendered(loaded[0])  # from chat_template.json
+    (folder / "chat_template.json").unlink()
+    assert rendered(load(folder)[0]) == rendered(loaded[0])
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['role'] }}!")
+    assert rendered(load(folder)[0])[0] == "user!"
+
+
 @pytest.mark.parametrize(
     "values, says",
     [

@@ -24,8 +24,8 @@ try:
     from vlmeval.vlm.base import BaseModel
 except ImportError as error:
     raise ImportError(
-        "llava.eval.plugins.vlmeval belongs to VLMEvalKit, which is not installed here; "
-        "docs/Comparing.md says how to install the two side by side"
+        "llava.eval.plugins.vlmeval belongs to VLMEvalKit, which is not installed here: install it "
+        "into this environment, or start from the folder of its run.py"
     ) from error
 
 

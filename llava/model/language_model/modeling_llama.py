@@ -61,6 +61,11 @@ class DecoderOutput:
     valid: Tensor | None
     all_hidden_states: tuple[Tensor, ...] | None
 
+    @property
+    def last_hidden_state(self) -> Tensor:
+        """`hidden_states`, as transformers calls it."""
+        return self.hidden_states
+
 
 class LlamaPreTrainedModel(PreTrainedModel):
     """Ties the decoder to transformers' saving, loading and initialisation."""
@@ -134,6 +139,11 @@ class LlamaModel(LlamaPreTrainedModel):
         have run. A prefill then gives those alone, and its other tokens end with their keys and
         values in the last layer, where that need not run as a whole.
         """
+        if not inputs_embeds.is_floating_point():
+            raise ValueError(
+                "the decoder takes embeddings (B, S, D), not ids: call the whole model, or give it "
+                "model.get_input_embeddings()(input_ids)"
+            )
         collect: list[Tensor] | None = [] if output_hidden_states else None
         if cache is not None and len(cache):
             x = self.step(self.layers, inputs_embeds, cache, collect, trace)

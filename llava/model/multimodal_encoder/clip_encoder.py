@@ -24,6 +24,7 @@ from ...pruning.precision import full_precision
 from ...pruning.stages import VisionStage
 from ...pruning.tokens import TowerTokens, VisionTokens
 from ..language_model.compiling import compiled, may_compile
+from ..placement import single_device
 from .clip_files import read_image_processor, read_vision_config, read_vision_model
 
 LAYER_CUES = frozenset(
@@ -79,10 +80,14 @@ class CLIPVisionTower(nn.Module):
             self.load_model()
 
     def load_model(self, device_map=None, torch_dtype=None) -> None:
-        """Reads the weights; does nothing when they are there. device_map: a device."""
+        """Reads the weights; does nothing when they are there.
+
+        device_map: as in `load_pretrained_model`; None, or several devices: where it was read to
+        """
         if not self.is_loaded:
+            device = None if device_map is None else single_device(device_map, None)
             model = read_vision_model(self.vision_tower_name, torch_dtype)
-            self._install(model if device_map is None else model.to(device_map))
+            self._install(model if device is None else model.to(device))
 
     def _install(self, model: CLIPVisionModel) -> None:
         self.image_processor = self.load_image_processor()

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,13 @@ class Qwen2_5_VLImageProcessor:
     def __call__(
         self, images=None, return_tensors: str = "pt", videos=None, fps: float = FPS, **references
     ) -> BatchFeature:
+        """`preprocess`, whose keywords it takes."""
+        if "text" in references:
+            raise ValueError(
+                "text is not taken here, where pictures alone are prepared: use "
+                "llava.front_end.FrontEnd, or the tokenizer on a prompt with one <|image_pad|> "
+                "for every token of an image"
+            )
         return self.preprocess(images, return_tensors, videos, fps, **references)
 
     def preprocess(
@@ -86,6 +94,8 @@ class Qwen2_5_VLImageProcessor:
         fps: float | Sequence[float] = FPS,
         normed_bboxes: Sequence | None = None,
         ref_image_masks: Sequence | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> BatchFeature:
         """The same in the form of transformers: `pixel_values` (patches, values), those of all
         pictures one behind the other, and `image_grid_thw` (pictures, 3); of videos, which are
@@ -96,11 +106,14 @@ class Qwen2_5_VLImageProcessor:
             right, bottom) as shares of it, or a picture that is bright there; they become
             `ref_token_masks`, per picture a tensor (h, w) that is True on the tokens there (None
             where it is None)
+        min_pixels, max_pixels: in place of the settings, for the pictures of this call
         """
         found: dict[str, Any] = {}
         masks = None
+        images, videos = (None if is_empty(given) else given for given in (images, videos))
         if images is not None:
-            parts = self.process_images(images if isinstance(images, (list, tuple)) else [images])
+            own = self.bounded(min_pixels, max_pixels)
+            parts = own.process_images(images if isinstance(images, (list, tuple)) else [images])
             found["pixel_values"] = torch.cat([part.flatten(0, 2) for part in parts])
             found["image_grid_thw"] = torch.tensor([self._grid_thw(part[None]) for part in parts])
             grids = [(part.shape[0], part.shape[1]) for part in parts]
@@ -116,6 +129,15 @@ class Qwen2_5_VLImageProcessor:
         if masks is not None:
             batch["ref_token_masks"] = masks
         return batch
+
+    def bounded(self, min_pixels: int | None, max_pixels: int | None) -> Qwen2_5_VLImageProcessor:
+        """A copy with other bounds of the area of an image, those that are None as they are."""
+        if min_pixels is None and max_pixels is None:
+            return self
+        other = copy(self)
+        other.min_pixels = self.min_pixels if min_pixels is None else min_pixels
+        other.max_pixels = self.max_pixels if max_pixels is None else max_pixels
+        return other
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes preprocessor_config.json beside a model that was saved in `folder`. The bounds of
@@ -268,6 +290,11 @@ def blocks_of_pixels(pixels: Tensor, merge: int, patch: int, frames: int = 2) ->
     blocks = pixels.reshape(-1, 3, h, merge, patch, w, merge, patch)
     blocks = blocks.expand(frames, *[-1] * 7).permute(2, 5, 3, 6, 1, 0, 4, 7)
     return blocks.reshape(h, w, merge * merge, -1)
+
+
+def is_empty(given) -> bool:
+    """Whether it is a list or tuple of nothing."""
+    return isinstance(given, (list, tuple)) and not given
 
 
 def smart_resize(

@@ -330,11 +330,11 @@ def test_options_come_as_strings():
 
 
 def test_a_missing_program_is_named(monkeypatch):
-    for name, package in (
-        ("llava.eval.plugins.lmms", "lmms_eval"),
-        ("llava.eval.plugins.vlmeval", "vlmeval"),
+    for name, package, advice in (
+        ("llava.eval.plugins.lmms", "lmms_eval", "docs/Comparing.md says how to install the two"),
+        ("llava.eval.plugins.vlmeval", "vlmeval", "from the folder of its run.py"),
     ):
         monkeypatch.setitem(sys.modules, package, None)
         monkeypatch.delitem(sys.modules, name, raising=False)
-        with pytest.raises(ImportError, match="not installed here"):
+        with pytest.raises(ImportError, match=f"not installed here.*{advice}"):
             importlib.import_module(name)
