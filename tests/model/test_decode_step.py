@@ -304,7 +304,7 @@ class Recorder:
     def __init__(self):
         self.captured = 0
 
-    def __call__(self, work):
+    def __call__(self, work, device):
         self.captured += 1
         return work
 

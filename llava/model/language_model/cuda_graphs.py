@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...pruning.captured import capture
 from ...pruning.required import required
 from ..kv_cache import KVCache, RowState
 from ..position_bias import Directions
@@ -27,8 +28,8 @@ class GraphStep(CompiledStep):
     """A compiled step whose kernels are launched as one graph."""
 
     def __init__(self, *args, capture: Callable | None = None):
-        """capture: makes of a function of no arguments one that does the same work on the same
-        tensors again; None: as a CUDA graph"""
+        """capture: makes of a function of no arguments, and the device that it works on, a function
+        that does the same work on the same tensors again; None: as a CUDA graph"""
         super().__init__(*args)
         self.capture = CudaCapture() if capture is None else capture
         self.graphs: OrderedDict[tuple, Captured] = OrderedDict()
@@ -124,7 +125,9 @@ class Captured:
         self.held = plan.layers, plan.buffers, plan.shared, plan.ending
         self.states: list[RowState] = []
         self.load(plan)
-        self.replay = capture(lambda: plan.run(self.x, self.counts, self.known, self.tree))
+        self.replay = capture(
+            lambda: plan.run(self.x, self.counts, self.known, self.tree), self.x.device
+        )
 
     def load(self, plan: Plan) -> None:
         """Puts what the step is about to where it is read."""
@@ -152,15 +155,10 @@ class CudaCapture:
     def __init__(self):
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, work: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work()  # compiles, and lets libraries set themselves up, which cannot be captured
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            out = work()
+    def __call__(
+        self, work: Callable[[], list[Tensor]], device: torch.device
+    ) -> Callable[[], list[Tensor]]:
+        graph, out = capture(work, device, self.pool)
 
         def replay() -> list[Tensor]:
             graph.replay()
