@@ -36,6 +36,9 @@ class GraphStep(CompiledStep):
         self.spare: dict[int, list[Tensor]] = {}  # per layer keys and values of a former cache
 
     def run(self, plan: Plan) -> list[Tensor]:
+        if any(own is not None for own in plan.shared):
+            # A graph would be of one image alone, and hold its keys and values until it is evicted.
+            return super().run(plan)
         key = key_of(plan)
         if key not in self.graphs:
             self.graphs[key] = Captured(plan, self.capture)
@@ -85,17 +88,17 @@ def serves(buffer: Tensor, like: Tensor, capacity: int) -> bool:
 
 
 def key_of(plan: Plan) -> tuple:
-    """What a graph of the step depends on, apart from the contents of tensors."""
+    """What a graph of the step depends on, apart from the contents of tensors. Rows share no
+    beginning."""
     weights = [layer.self_attn.q_proj.weight.data_ptr() for layer in plan.layers]
     groups = [
         (window, state.valid is None, state.bias is None, about(state.directions))
         for state, window in zip(plan.states, plan.windows, strict=True)
     ]
     buffers = [(keys.data_ptr(), keys.shape) for keys, _ in plan.buffers]
-    shared = [tuple(None if x is None else x.data_ptr() for x in own or ()) for own in plan.shared]
     tree = [x.shape for x in plan.tree() or ()]
     ending = [] if plan.ending is None else [*plan.ending.addresses(), plan.ending.last]
-    parts: tuple[list, ...] = (weights, groups, plan.members, plan.stops, buffers, shared)
+    parts: tuple[list, ...] = (weights, groups, plan.members, plan.stops, buffers)
     parts += tree, ending
     return (plan.x.shape, plan.x.dtype, plan.x.device, *map(tuple, parts))
 
@@ -122,7 +125,7 @@ class Captured:
             ]
         self.addresses = {keys.data_ptr() for keys, _ in plan.buffers}
         # What has to stay where it is.
-        self.held = plan.layers, plan.buffers, plan.shared, plan.ending
+        self.held = plan.layers, plan.buffers, plan.ending
         self.states: list[RowState] = []
         self.load(plan)
         self.replay = capture(
