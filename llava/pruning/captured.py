@@ -19,8 +19,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from contextlib import ExitStack
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -52,6 +52,17 @@ class Settings:
 
 
 SETTINGS = Settings()
+
+
+@contextmanager
+def nothing_captured() -> Iterator[None]:
+    """A block in which functions run as they are, so that their operations can be counted."""
+    before, SETTINGS.enabled = SETTINGS.enabled, False
+    try:
+        yield
+    finally:
+        SETTINGS.enabled = before
+
 
 Found = TypeVar("Found")
 Result = TypeVar("Result", bound=Tensor | tuple[Tensor, ...])

@@ -11,7 +11,7 @@ from llava.eval.efficiency import bandwidth, launches
 from llava.eval.efficiency import profile as profiling
 from llava.eval.efficiency import program as efficiency
 from llava.eval.efficiency.measure import Workload, make_pruner
-from llava.pruning import Pruner
+from llava.pruning import Pruner, captured
 from llava.pruning.testing.tiny import make_own_grids_model
 from tests.conftest import TINY
 from tests.paths import GOLDEN
@@ -54,6 +54,16 @@ def test_what_a_cpu_does_in_its_own_way_does_not_count(make_model, monkeypatch):
     usual = counts_of(model)
     monkeypatch.setattr(blocks, "PIECE", 4)  # on a CPU many pieces
     assert counts_of(model) == usual
+
+
+def test_loops_that_a_gpu_has_captured_are_counted_as_they_are(make_model, monkeypatch):
+    """Another method, or the calls before, may have captured one by then."""
+    model, kept = make_model(), captured.Captures()
+    wanted = counts_of(model, "divprune")
+    monkeypatch.setattr(captured, "CAPTURES", kept)
+    monkeypatch.setattr(captured, "can_capture", lambda tensors: True)
+    monkeypatch.setattr(kept, "run", lambda function, args: function(*args) + 0)  # more than it is
+    assert counts_of(model, "divprune") == wanted and captured.SETTINGS.enabled
 
 
 def test_the_work_of_a_method_counts_as_its_own(make_model):
