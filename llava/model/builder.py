@@ -62,7 +62,7 @@ from .checkpoint import (
 )
 from .context import position_limit
 from .generation import check_strategy
-from .language_model.attention import check_backend
+from .language_model.attention import check_backend, check_dtype
 from .language_model.compiling import check_compiler
 from .language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from .language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
@@ -190,6 +190,7 @@ def load_pretrained_model(
     else:
         values = check_config(values, source, plain=not kind.multimodal)
     dtype = choose_dtype(torch_dtype, values, device, quantized)
+    check_dtype(backend, dtype)
     if torch_dtype is None and (note := dtype_note(dtype, values, device)):
         say(note)
     if note := layout_note(read_config(base or folder)):
