@@ -1,9 +1,12 @@
 """Work becomes a graph of the device that it is on, whichever device and mode is current."""
 
+import gc
+
 import pytest
 import torch
 
-from llava.model.language_model.cuda_graphs import CudaCapture
+from llava.model.kv_cache import KVCache
+from llava.model.language_model.cuda_graphs import CudaCapture, GraphStep
 from llava.pruning import captured
 from tests.pretended_cuda import PretendedCuda
 
@@ -70,3 +73,43 @@ def test_a_failed_capture_leaves_the_way_free(cuda):
         with pytest.raises(RuntimeError, match="out of memory"):
             CudaCapture()(broken, FIRST)
     assert not captured.CAPTURING.locked()
+
+
+class Interrupted(dict):
+    """Spare buffers; another thread has its turn whenever somebody has looked at them."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.other = other
+
+    def _then_the_other(self, found):
+        other, self.other = self.other, None
+        if other is not None:
+            other()
+        return found
+
+    def get(self, *words):
+        return self._then_the_other(super().get(*words))
+
+    def pop(self, *words):
+        return self._then_the_other(super().pop(*words))
+
+
+def claimed(step):
+    """A cache of one layer, and its buffers."""
+    cache = KVCache(1)
+    cache.append(0, *torch.zeros(2, 1, 2, 3, 4))
+    return cache, cache.claim(0, 1, step.allocate)
+
+
+def test_buffers_that_come_back_while_another_answer_begins_belong_to_one_of_them():
+    """Where a client leaves, an answer of a server ends beside those that go on."""
+    step, found = GraphStep(None, "sdpa", capture=lambda work, device: work), []
+    ending = claimed(step)
+    step.spare = Interrupted(lambda: found.append(claimed(step)))
+    step.spare[0] = [torch.zeros(1, 2, 512, 4) for _ in range(2)]  # larger ones stay
+    del ending  # in one thread, while the other one begins an answer
+    gc.collect()
+    ((_, (keys, _)),) = found
+    assert all(own[0].data_ptr() != keys.data_ptr() for own in step.spare.values())
+    assert len(step.spare) == 1

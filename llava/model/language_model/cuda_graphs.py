@@ -64,19 +64,20 @@ class GraphStep(CompiledStep):
         return buffers
 
     def _take_back(self, layer: int, buffers: list[Tensor]) -> None:
-        """The larger ones stay."""
-        known = self.spare.get(layer, buffers)
-        one, other = sorted((known, buffers), key=lambda pair: pair[0].numel())
-        self.spare[layer] = other
-        if one is not other:
-            self._forget(one)
+        """The larger ones stay. It may run while another thread wants buffers: those that are
+        compared here are nobody's meanwhile."""
+        while (known := self.spare.pop(layer, None)) is not None:
+            gone, buffers = sorted((known, buffers), key=lambda pair: pair[0].numel())
+            self._forget(gone)
+        self.spare[layer] = buffers
 
     def _forget(self, buffers: list[Tensor] | None) -> None:
         """Gives graphs up that hold these buffers, so that their memory is free."""
         if buffers is not None:
             gone = buffers[0].data_ptr()
-            for key in [key for key, own in self.graphs.items() if gone in own.addresses]:
-                del self.graphs[key]
+            for key, own in list(self.graphs.items()):
+                if gone in own.addresses:
+                    self.graphs.pop(key, None)
 
 
 def serves(buffer: Tensor, like: Tensor, capacity: int) -> bool:
