@@ -33,6 +33,12 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"unknown device {device!r}, choose cuda, cuda:1, mps or cpu") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} was asked for, but no CUDA device is available")
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= (count := torch.cuda.device_count()):
+            raise ValueError(
+                f"device {str(device)!r} was asked for, but the last of {count} CUDA devices is "
+                f"cuda:{count - 1}"
+            )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device {str(device)!r} was asked for, but MPS is not available")
     return device
