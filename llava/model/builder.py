@@ -236,9 +236,10 @@ def load_pretrained_model(
 
     if generation:
         model.generation_config = generation
+    packed = None
     if quantized:
-        quantize(model, bits=4 if load_4bit else 8, dtype=dtype)
-    model = place(model.eval(), device_map, device)
+        packed = quantize(model, bits=4 if load_4bit else 8, dtype=dtype)
+    model = place(model.eval(), device_map, device, packed)
     if image_processor is not None:
         model.engine, model.tokenizer = engine, tokenizer
         model.pruner = pruner
