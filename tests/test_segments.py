@@ -1,6 +1,5 @@
 """Attention inside segments of a sequence, of one size or of several."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,15 +57,3 @@ def test_segments_of_all_sizes_are_one_call_where_torch_has_the_kernel(monkeypat
 
 def test_on_the_cpu_sizes_are_taken_one_after_the_other():
     assert not module.takes_all_sizes(tokens(1, 1, 8, dtype=torch.float16)[0])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("width", [8, 80])
-def test_a_gpu_gives_what_the_cpu_gives(width):
-    if torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("no FlashAttention below compute capability 8.0")
-    there = tokens(len(OWNERS), 2, width, device="cuda", dtype=torch.bfloat16)
-    assert module.takes_all_sizes(there[0])
-    found = attend_within(*there, several_sizes().to(there[0].device))
-    wanted = one_by_one(*(x.float().cpu() for x in there))
-    torch.testing.assert_close(found.float().cpu(), wanted, atol=2e-2, rtol=2e-2)

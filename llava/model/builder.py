@@ -61,7 +61,7 @@ from .checkpoint import (
 )
 from .context import position_limit
 from .generation import check_strategy
-from .language_model.attention import check_backend
+from .language_model.attention import check_backend, check_dtype
 from .language_model.compiling import check_compiler
 from .language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from .language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
@@ -181,6 +181,7 @@ def load_pretrained_model(
     else:
         values = check_config(values, source, plain=not kind.multimodal)
     dtype = choose_dtype(torch_dtype, values, device, quantized)
+    check_dtype(backend, dtype)
     if torch_dtype is None and (note := dtype_note(dtype, values, device)):
         say(note)
     if note := layout_note(read_config(base or folder)):
@@ -210,9 +211,10 @@ def load_pretrained_model(
 
     if generation:
         model.generation_config = generation
+    packed = None
     if quantized:
-        quantize(model, bits=4 if load_4bit else 8, dtype=dtype)
-    model = place(model.eval(), device_map, device)
+        packed = quantize(model, bits=4 if load_4bit else 8, dtype=dtype)
+    model = place(model.eval(), device_map, device, packed)
     if image_processor is not None:
         model.engine, model.tokenizer = engine, tokenizer
         model.pruner = pruner

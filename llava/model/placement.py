@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
-from accelerate.utils import get_balanced_memory
+from accelerate.utils import compute_module_sizes, get_balanced_memory
 from torch import nn
 
 from ..checkpoint_kind import OTHER_FAMILIES, family_in
@@ -33,6 +33,12 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"unknown device {device!r}, choose cuda, cuda:1, mps or cpu") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} was asked for, but no CUDA device is available")
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= (count := torch.cuda.device_count()):
+            raise ValueError(
+                f"device {str(device)!r} was asked for, but the last of {count} CUDA devices is "
+                f"cuda:{count - 1}"
+            )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device {str(device)!r} was asked for, but MPS is not available")
     return device
@@ -119,15 +125,21 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float16
 
 
-def place(model: Model, device_map, device: torch.device) -> Model:
-    """The model on its device, or shared out over several as `device_map` says."""
+def place(
+    model: Model, device_map, device: torch.device, packed: dict[str, Any] | None = None
+) -> Model:
+    """The model on its device, or shared out over several as `device_map` says.
+
+    packed: types, as accelerate names them, of weights that are packed as they move there
+    """
     if not may_share(device_map, device):
         return model.to(device)
     if isinstance(device_map, dict):
         return dispatch_model(model, {name: _named(where) for name, where in device_map.items()})
-    if device_map == "auto" and _fits(model, device):
+    packed = packed or {}
+    if device_map == "auto" and _fits(model, device, packed):
         return model.to(device)
-    return _share(model, device_map)
+    return _share(model, device_map, packed)
 
 
 def may_share(device_map, device: torch.device) -> bool:
@@ -138,16 +150,20 @@ def may_share(device_map, device: torch.device) -> bool:
     return several and device_map in SHARING
 
 
-def _fits(model: nn.Module, device: torch.device) -> bool:
+def _fits(model: nn.Module, device: torch.device, packed: dict[str, Any]) -> bool:
     free, _ = torch.cuda.mem_get_info(device)
-    return sum(p.nbytes for p in model.parameters()) < WEIGHT_SHARE * free
+    return compute_module_sizes(model, special_dtypes=packed)[""] < WEIGHT_SHARE * free
 
 
-def _share(model: Model, strategy: str) -> Model:
+def _share(model: Model, strategy: str, packed: dict[str, Any]) -> Model:
     whole = model._no_split_modules
     memory = None
     if strategy != "sequential":
         low = strategy == "balanced_low_0"
-        memory = get_balanced_memory(model, no_split_module_classes=whole, low_zero=low)
-    device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
+        memory = get_balanced_memory(
+            model, no_split_module_classes=whole, special_dtypes=packed, low_zero=low
+        )
+    device_map = infer_auto_device_map(
+        model, max_memory=memory, no_split_module_classes=whole, special_dtypes=packed
+    )
     return dispatch_model(model, device_map)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from accelerate.utils import CustomDtype
 from torch import nn
 
 from llava.errors import how_to_install
@@ -26,14 +28,19 @@ def import_bitsandbytes():
     return bitsandbytes
 
 
-def quantize(model: nn.Module, bits: int, dtype: torch.dtype) -> None:
+def quantize(model: nn.Module, bits: int, dtype: torch.dtype) -> dict[str, Any]:
     """Replaces the decoder's linear layers by quantised ones; they multiply in `dtype`.
 
-    The weights are packed when the model moves to its device.
+    The weights are packed when the model moves to its device. Returns their types then, by name, as
+    accelerate takes them.
     """
     bnb = import_bitsandbytes()
+    weights = {id(linear.weight) for _, _, linear in quantizable(model)}
+    packed = CustomDtype.INT4 if bits == 4 else torch.int8
+    found = {name: packed for name, own in model.named_parameters() if id(own) in weights}
     for parent, name, linear in list(quantizable(model)):
         setattr(parent, name, _quantized(bnb, linear, bits, dtype))
+    return found
 
 
 def quantizable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

@@ -19,9 +19,10 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -52,6 +53,18 @@ class Settings:
 
 SETTINGS = Settings()
 
+
+@contextmanager
+def nothing_captured() -> Iterator[None]:
+    """A block in which functions run as they are, so that their operations can be counted."""
+    before, SETTINGS.enabled = SETTINGS.enabled, False
+    try:
+        yield
+    finally:
+        SETTINGS.enabled = before
+
+
+Found = TypeVar("Found")
 Result = TypeVar("Result", bound=Tensor | tuple[Tensor, ...])
 
 
@@ -87,6 +100,38 @@ def place_of(device: torch.device) -> Hashable:
     return device, torch.cuda.current_stream(device).cuda_stream
 
 
+#: held by the thread that captures: they all do so in the same stream of a device
+CAPTURING = threading.Lock()
+
+
+@cache
+def stream_aside(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device that work is captured in: libraries keep memory for every stream that
+    they have seen, and torch's own one for this is of whatever device captures first."""
+    return torch.cuda.Stream(device)
+
+
+def capture(work: Callable[[], Found], device: torch.device, pool: Any) -> tuple[Any, Found]:
+    """(a CUDA graph of what `work()` does on `device`, the tensors that it writes its result to).
+
+    The device need not be the current one, and other threads may go on using it. pool: memory that
+    the graph shares with others, which run before or after it
+    """
+    with CAPTURING, torch.cuda.device(device):
+        current, aside = torch.cuda.current_stream(), stream_aside(device)
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):  # compiles; libraries allocate what they need the first time
+            work()
+        current.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        begun = torch.cuda.graph(graph, pool, aside, capture_error_mode="thread_local")
+        with ExitStack() as capturing:
+            with torch.inference_mode(False):  # torch makes tensors here that all graphs write to
+                capturing.enter_context(begun)
+            output = work()
+    return graph, output
+
+
 class Graph:
     """A function captured with arguments of some shapes.
 
@@ -97,16 +142,7 @@ class Graph:
         self.args = tuple(torch.empty_like(x) if isinstance(x, Tensor) else x for x in args)
         self.load(args)
         device = next(x.device for x in self.args if isinstance(x, Tensor))
-        with torch.cuda.device(device):
-            current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-            aside.wait_stream(current)
-            with torch.cuda.stream(aside):  # libraries allocate what they need the first time
-                function(*self.args)
-            current.wait_stream(aside)
-            self.graph = torch.cuda.CUDAGraph()
-            # Other threads may go on using the device.
-            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-                self.output = function(*self.args)
+        self.graph, self.output = capture(lambda: function(*self.args), device, pool)
 
     def load(self, args: tuple) -> None:
         for own, given in zip(self.args, args, strict=True):

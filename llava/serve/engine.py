@@ -298,7 +298,8 @@ def failure(error: Exception, request_id: str) -> ServeError:
         return server_refused(error.status)
     if is_out_of_memory(error):
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # torch refuses while another thread captures a graph
+                torch.cuda.empty_cache()
         return ServeError(
             "out_of_memory",
             "The worker ran out of memory. Use a smaller image, a shorter prompt or fewer tokens.",

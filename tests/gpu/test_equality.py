@@ -23,8 +23,8 @@ from tests.gpu.sides import (
 CPU = torch.device("cpu")
 #: products of float32, summed up in another order through all layers
 ATOL = {"llava-1.5": 2e-3, "llava-next": 2e-3, "qwen2.5-vl": 5e-3, "playground": 1e-2}
-#: share of the largest logit that half precision may be off
-HALF = {"fp16": 0.03, "bf16": 0.15}
+#: share of the largest logit that half precision may be off; bf16 has three bits less than fp16
+HALF = {"fp16": 0.03, "bf16": 0.25}
 OPTIONS = dict(do_sample=False, eos_token_id=-1, pad_token_id=0)
 
 

@@ -1,5 +1,8 @@
 """Prompts and steps of decoding compiled, steps launched as graphs, say what plain ones say."""
 
+import gc
+import threading
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ from llava.eval.efficiency.measure import Workload
 from llava.eval.efficiency.profile import profile_tokens
 from llava.eval.efficiency.random_model import build_random_model, shapes
 from llava.model.language_model.compiling import check_compiler
+from llava.pruning.captured import CAPTURES, SETTINGS
 from llava.pruning.testing.tiny import make_own_grids_model
 from llava.pruning.twigvlm import TwigVLM, grow_twig
 from tests.conftest import make_pruner, pad_batch
@@ -17,6 +21,8 @@ OPTIONS = dict(do_sample=False, eos_token_id=-1, pad_token_id=0)
 LONG = 24
 #: calls of the host that start something, for a token whose layers are one graph
 STARTS = 60
+#: bytes that another thread asks the device for, more than torch keeps ready, and how often
+TAKEN, MOST_TAKEN = 2**24, 256
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +98,46 @@ def test_the_other_family_says_what_plain_steps_say(sample):
     model = make_own_grids_model().to("cuda")
     model.pruner = make_pruner("none")
     assert torch.equal(*both(model, dict(input_ids=sample(9).ids.to("cuda"))))
+
+
+@gpu
+@pytest.mark.parametrize("modes", [("inference", "plain"), ("plain", "inference")], ids=str)
+def test_graphs_are_captured_inside_and_outside_of_inference_mode(make_model, sample, modes):
+    """Those of steps and those of loops, of which the third call is captured."""
+    model, prompt = make_model().to("cuda"), sample(4, "image", 5)
+    model.pruner = make_pruner("divprune")
+    inputs = dict(input_ids=prompt.ids.to("cuda"), images=prompt.images.to("cuda"))
+    wanted = model.generate(**inputs, **OPTIONS, max_new_tokens=LONG)
+    CAPTURES.clear()
+    gc.collect()  # what all graphs share is made with the first that there is
+    for mode in modes:
+        model.compile_decoding = True
+        for _ in range(SETTINGS.after + 1):
+            with torch.inference_mode(mode == "inference"):
+                own = model.generate(**inputs, **OPTIONS, max_new_tokens=LONG)
+            assert torch.equal(own, wanted)
+
+
+@gpu
+def test_another_thread_may_take_memory_while_a_step_is_captured(make_model, sample):
+    model, held, done, failed = make_model().to("cuda"), [], threading.Event(), []
+
+    def take():
+        try:
+            while not done.wait(0.001) and len(held) < MOST_TAKEN:
+                held.append(torch.zeros(TAKEN, device="cuda", dtype=torch.uint8))
+                held[-1].sum().item()
+        except RuntimeError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    try:
+        assert torch.equal(*both(model, ragged(sample, "cuda")))
+    finally:
+        done.set()
+        thread.join()
+    assert held and not failed
 
 
 @gpu

@@ -1,6 +1,7 @@
 """Steps that look at buckets of the cache give what exact ones do: as they are, and compiled."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -304,7 +305,7 @@ class Recorder:
     def __init__(self):
         self.captured = 0
 
-    def __call__(self, work):
+    def __call__(self, work, device):
         self.captured += 1
         return work
 
@@ -351,6 +352,24 @@ def test_a_cache_that_is_still_there_keeps_its_buffers(model, sample):
             ]
     assert torch.equal(*out[0]) and torch.equal(*out[1]) and not torch.equal(out[0][0], out[1][0])
     assert held[0].entries(0)[0].data_ptr() != held[1].entries(0)[0].data_ptr()
+
+
+def test_what_rows_share_is_not_held_by_graphs(model, sample):
+    """Each image would make one, and its keys and values stay as long as that."""
+    first = sample(4, "image", seed=1).ids[0]
+    prompts = [torch.cat([first, sample(n, seed=n).ids[0, 1:]]) for n in (9, 5)]
+    pixels = torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    ask = prompts, [[Picture(pixels, (SIDE, SIDE))]] * 2, ["a"] * 2
+    model.pruner, recorder = make_pruner("none"), Recorder()
+    wanted = PrefixCache(model).generate(*ask, **GREEDY)
+    for _ in steps(model, lambda *words: GraphStep(*words, capture=recorder)):
+        known = PrefixCache(model)
+        assert torch.equal(known.generate(*ask, **GREEDY), wanted)
+        ((key, own),) = known._beginnings.items()
+        keys = weakref.ref(own.keys[0])
+        del known, key, own
+        gc.collect()
+        assert keys() is None and not recorder.captured
 
 
 def test_guesses_are_captured_too(make_model, sample):

@@ -35,6 +35,17 @@ def test_a_cpu_takes_bfloat16_only_where_it_multiplies_it(native):
     assert fast_dtype("cpu") == (torch.bfloat16 if native else torch.float32)
 
 
+def test_a_gpu_that_is_not_there_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert placement.choose_device("cuda:1") == torch.device("cuda", 1)
+    assert placement.choose_device("cuda") == CUDA
+    with pytest.raises(ValueError, match="'cuda:2' was asked for, but the last of 2 .* cuda:1"):
+        placement.choose_device("cuda:2")
+    with pytest.raises(ValueError, match="'cuda:2'"):
+        placement.single_device(2, None)
+
+
 @pytest.mark.parametrize("capability, dtype", [((9, 0), "bfloat16"), ((7, 5), "float16")])
 def test_a_gpu_without_bfloat16_products_is_fast_at_float16(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from llava.eval.efficiency.random_model import build_random_model, shapes
+from llava.model import placement
 from llava.model.export import export
+from llava.model.quantization import quantize
 from llava.pruning import build_pruner
 from tests.model.checkpoint_tools import load
 from tests.model.test_qwen2_5_vl_loading import answer
@@ -111,6 +113,27 @@ def test_a_quantised_model_answers_and_prunes(packed, option):
 
     model.pruner = build_pruner("divprune", visual_token_ratio=0.222)
     assert len(answer(tokenizer, model, processor)) == len(dense) == 8
+
+
+@pytest.mark.parametrize("bits", OPTIONS.values())
+def test_packed_weights_need_less_room_on_several_gpus(packed, monkeypatch, bits):
+    """Two of them, with room for a third of the unpacked model each, leave nothing to the CPU."""
+    config, tower = shapes(str(QWEN), layers=24)
+    config.intermediate_size = 512
+    model, asked = build_random_model(config, tower), []
+    names = quantize(model, bits, torch.float32)
+    assert len(names) == 24 * len(NAMES) and names.keys() < dict(model.named_parameters()).keys()
+    whole = sum(p.nbytes for p in model.parameters())
+    room = {0: whole // 3, 1: whole // 3, "cpu": whole}
+    monkeypatch.setattr(placement, "get_balanced_memory", lambda model, **_: dict(room))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * whole // 3, whole))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(placement, "dispatch_model", lambda model, where: asked.append(where))
+    for known in ({}, names):
+        placement.place(model, "balanced", torch.device("cuda"), known)
+    assert ["cpu" in where.values() for where in asked] == [True, False]
+    fits = [placement._fits(model, torch.device("cuda"), known) for known in ({}, names)]
+    assert fits == [False, True]
 
 
 @pytest.mark.parametrize("option", OPTIONS)

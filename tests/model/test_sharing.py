@@ -42,7 +42,7 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(placement, "get_balanced_memory", memory)
     monkeypatch.setattr(placement, "dispatch_model", dispatch)
-    monkeypatch.setattr(placement, "_fits", lambda model, device: False)
+    monkeypatch.setattr(placement, "_fits", lambda model, device, packed: False)
     return asked
 
 

@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from llava.pruning import captured as module
 from llava.pruning.adaptprune import damped_picks
-from llava.pruning.captured import SETTINGS, Captures, Graph, captured
+from llava.pruning.captured import SETTINGS, Captures, Graph
 from llava.pruning.cdpruner import largest_volume
 from llava.pruning.dart import least_alike
 from llava.pruning.density_merge import merge
@@ -223,29 +223,3 @@ def test_large_arguments_are_not_captured(monkeypatch):
     assert module.can_capture([on_gpu])
     monkeypatch.setattr(SETTINGS, "most_bytes", 8)
     assert not module.can_capture([on_gpu])
-
-
-@pytest.mark.gpu
-@ALL
-def test_a_graph_of_the_gpu_picks_what_the_loop_picks(loop):
-    module.CAPTURES.clear()
-    for seed in range(SETTINGS.after + 4):
-        function, args = loop(features(seed).cuda())
-        with torch.inference_mode(seed % 2 == 0):
-            found = function(*args)
-        assert same(found, function.__wrapped__(*args))
-    assert len(graphs(module.CAPTURES)) == 1
-
-
-@pytest.mark.gpu
-def test_what_a_graph_gave_outlives_its_next_replay():
-    module.CAPTURES.clear()
-
-    @captured
-    def double(x: Tensor) -> Tensor:
-        return x * 2
-
-    given = [torch.full((4,), n, device="cuda") for n in range(SETTINGS.after + 3)]
-    found = [double(x) for x in given]
-    assert graphs(module.CAPTURES)
-    assert [own[0].item() for own in found] == [2 * n for n in range(len(given))]

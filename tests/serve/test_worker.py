@@ -319,12 +319,21 @@ def test_every_method_streams_and_reports(name, app, engine, image):
     assert chunks[-1]["text"].startswith(PROMPT) and len(chunks) > 2
 
 
-def test_out_of_memory_is_said_and_the_worker_goes_on(app, engine, monkeypatch):
+@pytest.mark.parametrize("captures", [True, False])
+def test_out_of_memory_is_said_and_the_worker_goes_on(app, engine, monkeypatch, captures):
+    """Also where another thread captures a graph, and torch will not tidy up meanwhile."""
+
     def fail(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory at /secret/place")
 
+    def tidy():
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
     with monkeypatch.context() as patch:
         patch.setattr(engine.model, "generate", fail)
+        if captures:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "empty_cache", tidy)
         (chunk,) = ask(app)
     assert chunk["cause"] == "out_of_memory" and chunk["error_code"] == 1
     assert "secret" not in chunk["text"]

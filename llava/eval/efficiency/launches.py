@@ -22,6 +22,7 @@ from llava.eval.efficiency.measure import DENSE, Workload, stages_of
 from llava.eval.efficiency.stopwatch import Stopwatch
 from llava.linear import as_on_a_gpu
 from llava.pruning import Pruner
+from llava.pruning.captured import nothing_captured
 
 #: operations that compute nothing: views of tensors, and memory that nothing is written to; others
 #: that only give back what they were given, such as `to` the same type, are recognised
@@ -103,7 +104,7 @@ def count_launches(model, name: str, pruner: Pruner, workload: Workload) -> Laun
     (tables of positions and the like). Steps in which a cache grows cost more than `decode`."""
     model.pruner = pruner
     workload.run(model)
-    with torch.inference_mode(), as_on_a_gpu(), Launches() as launches:
+    with torch.inference_mode(), as_on_a_gpu(), nothing_captured(), Launches() as launches:
         watch = LaunchWatch(launches)
         found = stages_of(model, pruner, workload, watch)
     steps = [span for span in watch.spans if span.stage == "decode"]

@@ -37,13 +37,13 @@ def events_of(trace: dict) -> tuple[Counter, Counter]:
     return counts, spent
 
 
-def traced(work) -> dict:
-    """The trace of `work()` on the GPU, as Chrome shows it."""
+def traced(work, device: torch.device) -> dict:
+    """The trace of `work()` on a GPU, as Chrome shows it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
             work()
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         seen.export_chrome_trace(str(path))
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -59,7 +59,7 @@ def profile_tokens(model, workload) -> dict:
     for length in (SHORT, LONG):
         asked = replace(workload, num_tokens=length)
         asked.run(model)  # what is compiled or captured once
-        found.append(events_of(traced(lambda asked=asked: asked.run(model))))
+        found.append(events_of(traced(lambda asked=asked: asked.run(model), model.device)))
     (few, few_spent), (many, many_spent) = found
     tokens, spent = LONG - SHORT, many_spent
     spent.subtract(few_spent)

@@ -275,7 +275,12 @@ def main(argv: list[str] | None = None) -> dict:
         return decode_speed.main(decode_words(args.given))
     name = default_model_path() if args.config == "playground" else args.config
     model = build_random_model(*shapes(name, args.layers), **placed(args))
-    model.compile_decoding = args.compile
+    if args.count_kernels and args.compile and model.device.type != "cuda":
+        raise ValueError(
+            "--count-kernels counts what eager code asks for; --compile adds what the profiler "
+            f"sees on a GPU of compiled steps, and this is {model.device.type}: leave it out"
+        )
+    model.compile_decoding = args.compile and not args.count_kernels
     pruners, refused = methods_to_measure(
         args.methods, args.visual_token_num, model, args.image_size
     )

@@ -32,7 +32,7 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter):
-        self.now = now
+        self.now, self.device = now, device
         self.cuda, self.mps = device.type == "cuda", device.type == "mps"
         self.spans: list[Span] = []
         self._open: Span | None = None
@@ -73,7 +73,7 @@ class Stopwatch:
     def read(self) -> dict[str, list[float]]:
         """Seconds of every passage, by stage; time inside a nested stage counts there only."""
         if self.cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         seconds = {id(span): self.elapsed(span.start, span.stop) for span in self.spans}
         own = dict(seconds)
         for span in self.spans:
@@ -91,7 +91,7 @@ class Stopwatch:
     def _now(self):
         if self.cuda:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self.device))  # not of the current device
             return event
         if self.mps:
             torch.mps.synchronize()

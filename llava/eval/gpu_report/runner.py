@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,6 +97,15 @@ def last_line(log: Path) -> str:
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "no output")
 
 
+def whole(texts: Iterable[str]) -> list:
+    """The values of JSON texts, but for one that a program was ended in the middle of."""
+    found = []
+    for text in texts:
+        with suppress(json.JSONDecodeError):
+            found.append(json.loads(text))
+    return found
+
+
 def run_step(step: Step, report: Report, left: float) -> dict:
     """The entry of a step in the report; left: seconds that it may take at most."""
     if left < step.least:
@@ -117,10 +128,10 @@ def run_step(step: Step, report: Report, left: float) -> dict:
         entry["reason"] = f"ended after {limit:.0f} seconds; its last words: {last_line(log)}"
     elif status:
         entry["reason"] = f"exit status {status}: {last_line(log)}"
-    if result.exists():
-        entry["result"] = json.loads(result.read_text(encoding="utf-8"))
+    if result.exists() and (found := whole([result.read_text(encoding="utf-8")])):
+        entry["result"] = found[0]
     if lines.exists():
-        entry["tests"] = [json.loads(line) for line in lines.read_text().splitlines()]
+        entry["tests"] = whole(lines.read_text(encoding="utf-8").splitlines())
     return entry
 
 

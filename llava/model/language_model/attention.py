@@ -221,6 +221,16 @@ def check_backend(name: str) -> str:
     return name
 
 
+def check_dtype(backend: str, dtype: torch.dtype) -> None:
+    """Raises ValueError where a backend does not compute in `dtype`."""
+    if backend == "flash_attention_2" and dtype not in (torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"attn_implementation 'flash_attention_2' computes in float16 or bfloat16, not in "
+            f"{name}: choose one of these, or 'sdpa'"
+        )
+
+
 def causal_mask(num_queries: int, num_keys: int, device) -> Tensor:
     """(1, 1, Q, K) True where a query may look; the queries are the last Q of the K tokens."""
     keys = torch.arange(num_keys, device=device)

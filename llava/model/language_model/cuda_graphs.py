@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...pruning.captured import capture
 from ...pruning.required import required
 from ..kv_cache import KVCache, RowState
 from ..position_bias import Directions
@@ -27,14 +28,17 @@ class GraphStep(CompiledStep):
     """A compiled step whose kernels are launched as one graph."""
 
     def __init__(self, *args, capture: Callable | None = None):
-        """capture: makes of a function of no arguments one that does the same work on the same
-        tensors again; None: as a CUDA graph"""
+        """capture: makes of a function of no arguments, and the device that it works on, a function
+        that does the same work on the same tensors again; None: as a CUDA graph"""
         super().__init__(*args)
         self.capture = CudaCapture() if capture is None else capture
         self.graphs: OrderedDict[tuple, Captured] = OrderedDict()
         self.spare: dict[int, list[Tensor]] = {}  # per layer keys and values of a former cache
 
     def run(self, plan: Plan) -> list[Tensor]:
+        if any(own is not None for own in plan.shared):
+            # A graph would be of one image alone, and hold its keys and values until it is evicted.
+            return super().run(plan)
         key = key_of(plan)
         if key not in self.graphs:
             self.graphs[key] = Captured(plan, self.capture)
@@ -60,19 +64,20 @@ class GraphStep(CompiledStep):
         return buffers
 
     def _take_back(self, layer: int, buffers: list[Tensor]) -> None:
-        """The larger ones stay."""
-        known = self.spare.get(layer, buffers)
-        one, other = sorted((known, buffers), key=lambda pair: pair[0].numel())
-        self.spare[layer] = other
-        if one is not other:
-            self._forget(one)
+        """The larger ones stay. It may run while another thread wants buffers: those that are
+        compared here are nobody's meanwhile."""
+        while (known := self.spare.pop(layer, None)) is not None:
+            gone, buffers = sorted((known, buffers), key=lambda pair: pair[0].numel())
+            self._forget(gone)
+        self.spare[layer] = buffers
 
     def _forget(self, buffers: list[Tensor] | None) -> None:
         """Gives graphs up that hold these buffers, so that their memory is free."""
         if buffers is not None:
             gone = buffers[0].data_ptr()
-            for key in [key for key, own in self.graphs.items() if gone in own.addresses]:
-                del self.graphs[key]
+            for key, own in list(self.graphs.items()):
+                if gone in own.addresses:
+                    self.graphs.pop(key, None)
 
 
 def serves(buffer: Tensor, like: Tensor, capacity: int) -> bool:
@@ -84,17 +89,17 @@ def serves(buffer: Tensor, like: Tensor, capacity: int) -> bool:
 
 
 def key_of(plan: Plan) -> tuple:
-    """What a graph of the step depends on, apart from the contents of tensors."""
+    """What a graph of the step depends on, apart from the contents of tensors. Rows share no
+    beginning."""
     weights = [layer.self_attn.q_proj.weight.data_ptr() for layer in plan.layers]
     groups = [
         (window, state.valid is None, state.bias is None, about(state.directions))
         for state, window in zip(plan.states, plan.windows, strict=True)
     ]
     buffers = [(keys.data_ptr(), keys.shape) for keys, _ in plan.buffers]
-    shared = [tuple(None if x is None else x.data_ptr() for x in own or ()) for own in plan.shared]
     tree = [x.shape for x in plan.tree() or ()]
     ending = [] if plan.ending is None else [*plan.ending.addresses(), plan.ending.last]
-    parts: tuple[list, ...] = (weights, groups, plan.members, plan.stops, buffers, shared)
+    parts: tuple[list, ...] = (weights, groups, plan.members, plan.stops, buffers)
     parts += tree, ending
     return (plan.x.shape, plan.x.dtype, plan.x.device, *map(tuple, parts))
 
@@ -121,10 +126,12 @@ class Captured:
             ]
         self.addresses = {keys.data_ptr() for keys, _ in plan.buffers}
         # What has to stay where it is.
-        self.held = plan.layers, plan.buffers, plan.shared, plan.ending
+        self.held = plan.layers, plan.buffers, plan.ending
         self.states: list[RowState] = []
         self.load(plan)
-        self.replay = capture(lambda: plan.run(self.x, self.counts, self.known, self.tree))
+        self.replay = capture(
+            lambda: plan.run(self.x, self.counts, self.known, self.tree), self.x.device
+        )
 
     def load(self, plan: Plan) -> None:
         """Puts what the step is about to where it is read."""
@@ -152,15 +159,10 @@ class CudaCapture:
     def __init__(self):
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, work: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work()  # compiles, and lets libraries set themselves up, which cannot be captured
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            out = work()
+    def __call__(
+        self, work: Callable[[], list[Tensor]], device: torch.device
+    ) -> Callable[[], list[Tensor]]:
+        graph, out = capture(work, device, self.pool)
 
         def replay() -> list[Tensor]:
             graph.replay()

@@ -11,7 +11,7 @@ from llava.eval.efficiency import bandwidth, launches
 from llava.eval.efficiency import profile as profiling
 from llava.eval.efficiency import program as efficiency
 from llava.eval.efficiency.measure import Workload, make_pruner
-from llava.pruning import Pruner
+from llava.pruning import Pruner, captured
 from llava.pruning.testing.tiny import make_own_grids_model
 from tests.conftest import TINY
 from tests.paths import GOLDEN
@@ -56,6 +56,16 @@ def test_what_a_cpu_does_in_its_own_way_does_not_count(make_model, monkeypatch):
     assert counts_of(model) == usual
 
 
+def test_loops_that_a_gpu_has_captured_are_counted_as_they_are(make_model, monkeypatch):
+    """Another method, or the calls before, may have captured one by then."""
+    model, kept = make_model(), captured.Captures()
+    wanted = counts_of(model, "divprune")
+    monkeypatch.setattr(captured, "CAPTURES", kept)
+    monkeypatch.setattr(captured, "can_capture", lambda tensors: True)
+    monkeypatch.setattr(kept, "run", lambda function, args: function(*args) + 0)  # more than it is
+    assert counts_of(model, "divprune") == wanted and captured.SETTINGS.enabled
+
+
 def test_the_work_of_a_method_counts_as_its_own(make_model):
     model = make_model()
     dense, own = counts_of(model), counts_of(model, "cdpruner")
@@ -80,6 +90,32 @@ def test_the_program_counts_in_place_of_measuring(capsys, tmp_path):
     assert "<!-- launches: begin -->" in page and "| `fastv` |" in page and "4 decoder" in page
     assert json.loads((tmp_path / "r.json").read_text()) == result
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+
+
+def test_eager_code_is_counted_and_compiled_code_profiled(monkeypatch):
+    """What counts operations is nothing that torch compiles under."""
+    model = SimpleNamespace(device=torch.device("cuda"), compile_decoding=None)
+    counted, profiled = [], []
+
+    def count_all(model, pruners, workload):
+        counted.append(model.compile_decoding)
+        return [launches.LaunchCounts("dense", *[1] * 7)]
+
+    monkeypatch.setattr(efficiency, "build_random_model", lambda *sizes, **placed: model)
+    monkeypatch.setattr(efficiency, "methods_to_measure", lambda *words: ({}, {}))
+    monkeypatch.setattr(efficiency, "describe", lambda *words: {})
+    monkeypatch.setattr(Workload, "random", lambda *words: None)
+    monkeypatch.setattr(launches, "count_all", count_all)
+    monkeypatch.setattr(
+        efficiency, "profile_tokens", lambda model, _: profiled.append(model.compile_decoding) or {}
+    )
+    argv = ["--config", "small", "--device", "cpu", "--count-kernels"]
+    result = efficiency.main([*argv, "--compile"])
+    assert (counted, profiled) == ([False], [False, True])
+    assert list(result["profile"]) == ["plain", "compiled"]
+    model.device = torch.device("cpu")
+    with pytest.raises(SystemExit, match="this is cpu: leave it out"):
+        efficiency.main([*argv, "--compile"])
 
 
 def test_options_of_times_are_not_dropped_where_nothing_is_timed(capsys):
@@ -140,7 +176,7 @@ def test_a_trace_is_counted_by_what_runs_on_the_device_and_what_the_host_starts(
 def test_tokens_are_profiled_by_the_difference_of_two_answers(monkeypatch):
     ran = []
 
-    def traced(work):
+    def traced(work, device):
         work()
         kernels = 100 + 10 * ran[-1]
         return {"traceEvents": [event("kernel", "gemm", 3)] * kernels}
@@ -150,6 +186,6 @@ def test_tokens_are_profiled_by_the_difference_of_two_answers(monkeypatch):
             ran.append(self.num_tokens)
 
     monkeypatch.setattr(profiling, "traced", traced)
-    found = profiling.profile_tokens(SimpleNamespace(), Asked(None, None, [], 1))
+    found = profiling.profile_tokens(SimpleNamespace(device=None), Asked(None, None, [], 1))
     assert found["per_token"] == {"kernels": 10, "copies": 0, "fills": 0, "launches": 0}
     assert found["busy_ms"] == pytest.approx(0.03) and found["top"] == [("gemm", 30)]

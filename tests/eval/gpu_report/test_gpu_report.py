@@ -131,6 +131,16 @@ def test_a_further_call_does_what_is_missing(report, step, capsys):
     assert "good: done before" in capsys.readouterr().out
 
 
+def test_what_a_step_was_ended_in_the_middle_of_is_left_out(report, step):
+    """A result, and a line of the tests: both are written as the time runs out."""
+    code = "import os, sys; open(sys.argv[1], 'w').write('{\"answer\": 4'); "
+    code += f"open(os.environ[{TESTS_FILE!r}], 'w').write('{{}}\\n{{\"test'); sys.exit('x')"
+    run_steps([step("half", code), step("good", GOOD)], report, 60)
+    assert "result" not in report.steps["half"] and report.steps["half"]["tests"] == [{}]
+    assert report.steps["half"]["reason"] == "exit status 1: x"
+    assert report.steps["good"]["result"] == {"answer": 42}
+
+
 @pytest.mark.parametrize(
     "other, says", [({"device": "Card 2"}, "device"), ({"packages": {}}, "packages")]
 )
