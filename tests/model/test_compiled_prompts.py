@@ -270,7 +270,7 @@ def test_assigning_decoding_compiles_prompts_on_a_gpu_alone(model, monkeypatch):
 
     class Graphs(GraphStep):
         def __init__(self, *args):
-            super().__init__(*args, capture=lambda work: work)
+            super().__init__(*args, capture=lambda work, device: work)
 
     monkeypatch.setattr(causal_lm, "GraphStep", Graphs)
     monkeypatch.setattr(causal_lm, "check_compiler", lambda device: None)

@@ -48,6 +48,23 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.parametrize("part", ["mlp.down_proj", "self_attn", "post_attention_layernorm", ""])
+def test_hooks_are_called_though_the_step_was_compiled_before(compiling, sample, part):
+    prompt, seen = sample(4, "image", 5), []
+    ask = dict(inputs=prompt.ids, images=prompt.images)
+    compiling.pruner = build_pruner("none")
+    wanted = generate(compiling, ask, max_new_tokens=5)
+    watched = compiling.model.layers[1].get_submodule(part)
+    hook = watched.register_forward_hook(lambda *_: seen.append(1))
+    found = generate(compiling, ask, max_new_tokens=5)
+    hook.remove()
+    assert_same(found, wanted)
+    assert len(seen) == 5
+    before = graphs()
+    generate(compiling, ask, max_new_tokens=5)
+    assert len(seen) == 5 and graphs() == before
+
+
 def test_answers_are_those_of_exact_steps_and_nothing_is_compiled_for_a_later_token(model, sample):
     """Layers that differ in length, rows that differ in length, and a second bucket."""
     model.pruner = build_pruner("pyramiddrop", visual_token_num=10)

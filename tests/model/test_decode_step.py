@@ -303,11 +303,16 @@ class Recorder:
     """In place of a CUDA graph: does the captured work again, on the tensors it was captured on."""
 
     def __init__(self):
-        self.captured = 0
+        self.captured = self.replayed = 0
 
     def __call__(self, work, device):
         self.captured += 1
-        return work
+
+        def replay():
+            self.replayed += 1
+            return work()
+
+        return replay
 
 
 def test_a_captured_step_serves_later_tokens_and_later_answers(model, sample):
@@ -370,6 +375,47 @@ def test_what_rows_share_is_not_held_by_graphs(model, sample):
         del known, key, own
         gc.collect()
         assert keys() is None and not recorder.captured
+
+
+class Adapter(torch.nn.Module):
+    """A product with something beside it, as adapters of PEFT are."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer, self.on = base, True
+        self.weight = base.weight
+
+    def forward(self, x):
+        return self.base_layer(x) * (3.0 if self.on else 1.0)
+
+
+@pytest.mark.parametrize("part", ["self_attn.v_proj", "mlp.up_proj"])
+def test_an_adapter_that_comes_late_or_is_switched_off_is_seen_by_captured_steps(
+    make_model, sample, part
+):
+    model, prompt, recorder = make_model(), sample(4, "image", 5), Recorder()
+    ask = dict(inputs=prompt.ids, images=prompt.images)
+    place, _, name = part.partition(".")
+    owner = getattr(model.model.layers[2], place)
+
+    def scores() -> torch.Tensor:
+        found = torch.stack(generate(model, ask).scores)
+        gc.collect()  # the buffers of this answer are those of the next one
+        return found
+
+    for _ in steps(model, lambda *words: GraphStep(*words, capture=recorder)):
+        plain = scores()
+        before = vars(recorder).copy()
+        assert before["replayed"] > 0
+        setattr(owner, name, adapter := Adapter(getattr(owner, name)))
+        changed = scores()
+        adapter.on = False
+        torch.testing.assert_close(scores(), plain, atol=1e-4, rtol=1e-4)
+        assert vars(recorder) == before  # a graph would do what it did
+    for _ in steps(model, DecodeStep):
+        adapter.on = True
+        torch.testing.assert_close(scores(), changed, atol=1e-4, rtol=1e-4)
+        assert not torch.equal(changed, plain)
 
 
 def test_guesses_are_captured_too(make_model, sample):

@@ -149,7 +149,7 @@ def test_batches_are_the_same_where_steps_are_compiled(
     grown(model, 2, 2, method, visual_token_num=14)
     ids, mask, images = batch
     plain, fast, _ = answers(model, ids, images, TREE, attention_mask=mask)
-    more = {"capture": lambda work: work} if kind is GraphStep else {}
+    more = {"capture": lambda work, device: work} if kind is GraphStep else {}
     model.model.step = kind(model.model.rotary, "sdpa", **more)
     again = answers(model, ids, images, TREE, attention_mask=mask)
     assert torch.equal(plain, fast) and torch.equal(again[1], plain)

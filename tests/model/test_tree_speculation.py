@@ -255,7 +255,7 @@ def test_compiled_and_captured_steps_verify_trees(sharp, sample, monkeypatch, ki
     monkeypatch.setattr(kind, "run", counted)
     plain, fast, logs = answers(sharp, prompt.ids, prompt.images, max_new_tokens=70)
     assert torch.equal(plain, fast)
-    more = {"capture": lambda work: work} if kind is GraphStep else {}
+    more = {"capture": lambda work, device: work} if kind is GraphStep else {}
     sharp.model.step = kind(sharp.model.rotary, "sdpa", **more)
     for _ in "ab":  # captured steps serve a second answer
         found = answers(sharp, prompt.ids, prompt.images, max_new_tokens=70)

@@ -22,7 +22,7 @@ from ..position_bias import between, joined
 from .attention import attention_mask
 from .compiling import by_itself, compiled
 from .decode_step import DecodeStep, Ending
-from .layers import DecoderLayer, Rotary, Step, is_watched
+from .layers import DecoderLayer, Rotary, Step, is_watched_inside
 
 #: decoders up to so many layers are compiled as a whole on a CPU, as calling six small graphs costs
 #: more there than what they save; deeper ones layer by layer, as all layers share one graph (but
@@ -124,9 +124,9 @@ class CompiledStep(DecodeStep):
 
 
 def runs_on(layer: DecoderLayer, x: Tensor) -> bool:
-    """Whether a layer computes where x is, and nobody watches it: hooks that bring its weights
-    there are no part of a graph, and any other makes one of every layer."""
-    return layer.device == x.device and not is_watched(layer)
+    """Whether a layer computes where x is, and nobody watches it or a part of it: hooks that bring
+    its weights there are no part of a graph, and any other makes one of every layer."""
+    return layer.device == x.device and not is_watched_inside(layer)
 
 
 #: layers one behind the other, the buffers of each, and what its rows begin with

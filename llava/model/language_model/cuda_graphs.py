@@ -12,13 +12,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...pruning.captured import capture
 from ...pruning.required import required
 from ..kv_cache import KVCache, RowState
 from ..position_bias import Directions
 from .compiled_step import CompiledStep, Plan
+from .layers import DecoderLayer
 
 #: graphs that are kept
 MOST_GRAPHS = 64
@@ -41,6 +42,8 @@ class GraphStep(CompiledStep):
             return super().run(plan)
         key = key_of(plan)
         if key not in self.graphs:
+            if any(part._modules for layer in plan.layers for part in products_of(layer)):
+                return super().run(plan)  # adapters, which may be switched off
             self.graphs[key] = Captured(plan, self.capture)
             if len(self.graphs) > MOST_GRAPHS:
                 self.graphs.popitem(last=False)
@@ -88,10 +91,18 @@ def serves(buffer: Tensor, like: Tensor, capacity: int) -> bool:
     return same == other and places >= capacity
 
 
+def products_of(layer: DecoderLayer) -> list[nn.Module]:
+    """The modules of a layer that hold its large weights, or what took their places."""
+    return [*layer.self_attn._modules.values(), *layer.mlp._modules.values()]
+
+
 def key_of(plan: Plan) -> tuple:
     """What a graph of the step depends on, apart from the contents of tensors. Rows share no
     beginning."""
-    weights = [layer.self_attn.q_proj.weight.data_ptr() for layer in plan.layers]
+    weights = [
+        (layer.self_attn.q_proj.weight.data_ptr(), *map(id, products_of(layer)))
+        for layer in plan.layers
+    ]
     groups = [
         (window, state.valid is None, state.bias is None, about(state.directions))
         for state, window in zip(plan.states, plan.windows, strict=True)
@@ -126,7 +137,8 @@ class Captured:
             ]
         self.addresses = {keys.data_ptr() for keys, _ in plan.buffers}
         # What has to stay where it is.
-        self.held = plan.layers, plan.buffers, plan.ending
+        products = [part for layer in plan.layers for part in products_of(layer)]
+        self.held = plan.layers, products, plan.buffers, plan.ending
         self.states: list[RowState] = []
         self.load(plan)
         self.replay = capture(

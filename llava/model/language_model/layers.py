@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...blocks import GatedMLP, RMSNorm, in_pieces, rope_of, rotate
 from ...devices import device_of, moved
@@ -283,6 +285,24 @@ def is_watched(layer: nn.Module) -> bool:
     own = vars(layer)
     replaced = "forward" in own or "_hf_hook" in own
     return bool(replaced or layer._forward_hooks or layer._forward_pre_hooks)
+
+
+#: layers of which no part was watched when so many hooks had been registered
+_unwatched: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def is_watched_inside(layer: nn.Module) -> bool:
+    """The same of a layer or any part of it: a graph of a layer goes past the hooks of its parts
+    that came after it."""
+    if is_watched(layer):
+        return True
+    registered = RemovableHandle.next_id  # counts all hooks that there ever were
+    if _unwatched.get(layer) == registered:
+        return False
+    if any(map(is_watched, layer.modules())):
+        return True
+    _unwatched[layer] = registered
+    return False
 
 
 def bring(layer: DecoderLayer, x: Tensor, step: Step) -> tuple[Tensor, Step]:
