@@ -93,7 +93,9 @@ def serves(buffer: Tensor, like: Tensor, capacity: int) -> bool:
 
 def products_of(layer: DecoderLayer) -> list[nn.Module]:
     """The modules of a layer that hold its large weights, or what took their places."""
-    return [*layer.self_attn._modules.values(), *layer.mlp._modules.values()]
+    # Faster than `children`: this is asked in every step.
+    parts = *layer.self_attn._modules.values(), *layer.mlp._modules.values()
+    return [part for part in parts if part is not None]
 
 
 def key_of(plan: Plan) -> tuple:
