@@ -1,7 +1,7 @@
 """Products of tokens and weights, on a CPU by the kernels of torch that suit their sizes.
 
 In fp32 torch hands all of them to MKL in the same way. Products of few tokens wait for the weights
-alone. On a processor of AMD (docs/Efficiency.md) MKL reads those at two thirds of the memory's
+alone. On a processor of AMD (docs/CPU.md) MKL reads those at two thirds of the memory's
 speed for one token, and at a third for a few: there torch has kernels that are faster. On Intel's
 own MKL is the fastest of all for so few.
 
