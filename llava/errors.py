@@ -36,7 +36,8 @@ def errors_as_messages():
     """
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None and not sys.stdout.closed:  # as it is where nobody reads at all
+            sys.stdout.flush()
     except (ImportError, OSError, ValueError, UnavailableError) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(PIPE_CLOSED)

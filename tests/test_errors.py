@@ -58,6 +58,19 @@ with errors_as_messages():
     assert program.wait() == 141
 
 
+@pytest.mark.parametrize("streams", ["sys.stdout = None", "sys.stdout.close()"])
+def test_a_program_without_any_output_ends_well(streams):
+    """As one whose streams were closed before it began, or by the program."""
+    code = f"""
+import sys
+from llava.errors import errors_as_messages
+with errors_as_messages():
+    {streams}
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_messages_of_other_errors_are_said_as_they_are():
     for error in (ValueError("too much"), OSError("no space"), ImportError("no package")):
         with pytest.raises(SystemExit, match=f"^error: {error}$"), errors_as_messages():
