@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .base import Pruner
-from .stages import DecoderStage, fills
+from .stages import acts_inside
 from .tokens import KEY_BIAS
-
-#: hooks of a method that are called while the decoder runs
-INSIDE = ("probe", "before_layer", "after_layers")
 
 
 def reason_apart(pruner: Pruner) -> str | None:
     """Why a method cannot be used there; None: it can, as far as what it declares tells."""
-    if fills(type(pruner.decoder), DecoderStage, *INSIDE):
+    if acts_inside(pruner.decoder):
         return (
             f"{pruner.name} acts inside the decoder, which runs in a server: use a method that "
             "acts before it"

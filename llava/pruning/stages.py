@@ -223,5 +223,5 @@ def filled_hooks(vision: VisionStage, decoder: DecoderStage) -> list[tuple[Stage
 
 
 def acts_inside(decoder: DecoderStage) -> bool:
-    """Whether a stage has something to do inside the decoder."""
-    return fills(type(decoder), DecoderStage, *HOOKS[DecoderStage])
+    """Whether a stage is called while the decoder runs."""
+    return fills(type(decoder), DecoderStage, "probe", "before_layer", "after_layers")

@@ -184,8 +184,7 @@ def run(args, worker_args: list[str]) -> None:
     token = read_token(args.token_file)
     check_exposure(args.host, token)
     token = token or secrets.token_hex(32)
-    if is_listening("127.0.0.1" if args.host == "0.0.0.0" else args.host, args.port):
-        raise ValueError(f"port {args.port} is in use, choose another one with --port")
+    direct.check_place(args.host, args.port)
     folder = tempfile.mkdtemp(prefix="llava-demo-")  # of whoever is killed, nothing is left
     demo = Demo({**os.environ, TOKEN_VARIABLE: token, "TMPDIR": folder})
     controller_port, worker_port = free_ports(2)

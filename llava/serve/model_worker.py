@@ -23,10 +23,10 @@ from ..playground import default_model_path
 from ..program_parser import ProgramParser
 from ..pruning.cli import add_pruning_args, pruner_from_args
 from ..utils import StreamToLogger
-from .service import check_place, serve, set_up_logging
+from .service import serve, set_up_logging
 
 from .auth import add_token_arg, check_exposure, read_token  # isort: skip
-from .direct import checked_address
+from .direct import check_place, checked_address
 from .errors import new_request_id
 from .heart_beat import HeartBeat
 from .methods import folder_option

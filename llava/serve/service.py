@@ -8,10 +8,8 @@ a service on the machine of its reader.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import re
-import socket
 
 from .errors import NEEDS_EXTRA, ServeError, encode_chunk, new_request_id
 
@@ -27,6 +25,7 @@ except ImportError as error:
 from ..log_output import error_places, log_to_stderr, protect_standard_streams
 from .auth import is_authorized
 from .connections import quiet_loggers, uvicorn_options
+from .direct import check_place
 from .limits import LIMITS, Limits
 from .protocol import Body, parse
 
@@ -199,31 +198,6 @@ def build_app(token: str | None, lifespan=None, limits: Limits = LIMITS) -> Fast
         return refusal(ServeError("unknown_endpoint", "There is nothing here."), request.scope)
 
     return app
-
-
-def check_place(host: str, port: int) -> None:
-    """Raises ValueError where nothing can listen at `host` and `port`, so that a program says so
-    before it loads a model."""
-    if not 0 <= port <= 65535:
-        raise ValueError(f"--port {port} must be within 0 and 65535")
-    try:
-        places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except socket.gaierror as error:
-        raise ValueError(f"--host {host} is no address of this machine: {error.strerror}") from None
-    refused = []
-    for family, kind, _, _, place in places:
-        try:
-            with socket.socket(family, kind) as tried:
-                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    tried.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                tried.bind(place)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise ValueError(f"port {port} is in use, choose another one with --port") from None
-            refused.append(error)
-    if len(refused) == len(places):
-        raise ValueError(f"cannot listen at {host}, port {port}: {refused[0].strerror}")
 
 
 def serve(app, host: str, port: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch._inductor import cpu_vec_isa
+from torch.nn.modules.module import register_module_forward_hook
 
 from llava import linear
 from llava.model.kv_cache import KVCache, RowState
@@ -63,6 +64,17 @@ def test_hooks_are_called_though_the_step_was_compiled_before(compiling, sample,
     before = graphs()
     generate(compiling, ask, max_new_tokens=5)
     assert len(seen) == 5 and graphs() == before
+
+
+def test_hooks_of_all_modules_are_called_in_compiled_steps_too(compiling, sample):
+    prompt, seen = sample(4, "image", 5), []
+    ask, layer = dict(inputs=prompt.ids, images=prompt.images), compiling.model.layers[1]
+    compiling.pruner = build_pruner("none")
+    generate(compiling, ask, max_new_tokens=5)
+    hook = register_module_forward_hook(lambda part, *_: seen.append(part is layer.mlp))
+    generate(compiling, ask, max_new_tokens=5)
+    hook.remove()
+    assert sum(seen) == 5
 
 
 def test_answers_are_those_of_exact_steps_and_nothing_is_compiled_for_a_later_token(model, sample):

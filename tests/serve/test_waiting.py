@@ -119,7 +119,7 @@ def test_a_client_that_leaves_while_the_server_is_silent_ends_the_request_there(
 
 def test_the_demo_waits_for_a_model_as_long_as_its_worker_lives(monkeypatch, capsys):
     """A model that is downloaded takes hours where the line is slow."""
-    clock, there, open_ports = count(0, 400), [True, *[False] * 9, True], [False, True]
+    clock, there, open_ports = count(0, 400), [True, *[False] * 9, True], [True]
 
     def sleep(seconds):
         if not open_ports:  # all is there: the visitor has seen enough
@@ -129,6 +129,7 @@ def test_the_demo_waits_for_a_model_as_long_as_its_worker_lives(monkeypatch, cap
     quiet = SimpleNamespace(signal=lambda *_: None, SIGINT=2, SIGTERM=15, SIG_IGN=1)
     monkeypatch.setattr(demo, "signal", quiet)
     monkeypatch.setattr(demo, "answers", lambda *_: there.pop(0))
+    monkeypatch.setattr(demo.direct, "check_place", lambda *_: None)
     monkeypatch.setattr(demo, "is_listening", lambda *_: open_ports.pop(0))
     monkeypatch.setattr(demo.Demo, "start", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all
 from torch.utils.hooks import RemovableHandle
 
 from ...blocks import GatedMLP, RMSNorm, in_pieces, rope_of, rotate
@@ -292,9 +293,10 @@ _unwatched: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def is_watched_inside(layer: nn.Module) -> bool:
-    """The same of a layer or any part of it: a graph of a layer goes past the hooks of its parts
-    that came after it."""
-    if is_watched(layer):
+    """The same of a layer or any part of it, or of all modules there are: a graph of a layer goes
+    past the hooks of its parts that came after it."""
+    everywhere = hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks
+    if everywhere or is_watched(layer):
         return True
     registered = RemovableHandle.next_id  # counts all hooks that there ever were
     if _unwatched.get(layer) == registered:
