@@ -181,7 +181,7 @@ class Engine:
             return
         outbox = Outbox(asyncio.get_running_loop(), self.limits.stall_seconds)
         future = self._answering.submit(self._run, job, outbox)
-        latest = {"text": job.request.prompt, "error_code": 0}
+        latest = job.request.chunk("")
         chunks = outbox.chunks(KEEP_ALIVE_SECONDS)
         try:
             async for chunk in chunks:
@@ -263,7 +263,7 @@ class Writer(AnswerStreamer):
             self.answer = self.answer[:at]
         ends = stream_end or at >= 0
         shown = self.answer if ends else without_begun(self.answer, stop)
-        chunk = {"text": self.job.request.prompt + shown, "error_code": 0}
+        chunk = self.job.request.chunk(shown)
         if ends:
             chunk["pruning_report"] = self.report()
         self.job.seat.pass_on(lambda: self.outbox.put(chunk))
@@ -283,8 +283,7 @@ class Writer(AnswerStreamer):
 
 def too_long(job: Job) -> dict:
     """The chunk that stands for an answer where the prompt leaves no room for one."""
-    text = job.request.prompt + TOO_LONG
-    return {"text": text, "error_code": 0, "cause": "prompt_too_long"}
+    return job.request.chunk(TOO_LONG) | {"cause": "prompt_too_long"}
 
 
 def failure(error: Exception, request_id: str) -> ServeError:

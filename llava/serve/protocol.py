@@ -1,6 +1,7 @@
 """The JSON bodies that controller and workers accept. Types are strict and every value is bounded.
 
-Keys that the published protocol does not know are ignored, as it did.
+Keys that the published protocol does not know are ignored, as it did; those of a request for an
+answer are named in the answer.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from .limits import (
 )
 
 LARGEST_NUMBER = 1_000_000
+#: of a request's keys without a meaning, so many are named, with so many characters each
+IGNORED, IGNORED_CHARS = 16, 64
 
 Name = Annotated[str, Field(min_length=1, max_length=MODEL_CHARS)]
 Address = Annotated[str, Field(min_length=1, max_length=ADDRESS_CHARS)]
@@ -77,6 +80,8 @@ class GenerateRequest(Body):
     question: the user's question alone, for methods that read it (default: found in the prompt)
     """
 
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
     model: Name | None = None
     prompt: Annotated[str, Field(min_length=1, max_length=LIMITS.prompt_chars)]
     temperature: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] = 1.0
@@ -86,6 +91,15 @@ class GenerateRequest(Body):
     images: Annotated[list[str], Field(max_length=LIMITS.images)] | None = None
     pruning: PruningRequest | None = None
     question: Annotated[str, Field(max_length=LIMITS.prompt_chars)] | None = None
+
+    def chunk(self, answer: str) -> dict:
+        """A chunk of the stream: the prompt with the answer so far, and the keys that had no
+        effect, such as a `repetition_penalty`."""
+        chunk = {"text": self.prompt + answer, "error_code": 0}
+        if self.model_extra:
+            names = sorted(self.model_extra)[:IGNORED]
+            chunk["ignored"] = [name[:IGNORED_CHARS] for name in names]
+        return chunk
 
 
 class WorkerStatus(Body):

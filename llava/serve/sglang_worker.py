@@ -117,7 +117,7 @@ class Forwarder:
     async def stream(self, job: Job):
         """The chunks of the answer, encoded; the latest again whenever nothing comes for a while,
         be it that the server is silent or that the request waits for its turn."""
-        latest = encode_chunk({"text": job.request.prompt, "error_code": 0})
+        latest = encode_chunk(job.request.chunk(""))
         async with aclosing(with_pauses(self._in_turn(job), KEEP_ALIVE_SECONDS)) as chunks:
             async for chunk in chunks:
                 latest = chunk or latest
@@ -137,7 +137,7 @@ class Forwarder:
                     raise server_refused(response.status_code)
                 async for event in events(response):
                     text = self._text(event, text)
-                    yield encode_chunk({"text": job.request.prompt + text, "error_code": 0})
+                    yield encode_chunk(job.request.chunk(text))
         except (SSEError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
             log_failure(error, job.request_id)
             wrong = ServeError("internal", "The model server sent something that is no answer.")

@@ -115,6 +115,13 @@ def test_dense_bytes_are_what_no_pruning_takes(app, image):
     assert pruned["prefill_seconds"] > 0 and pruned["new_tokens"] == 4
 
 
+def test_an_answer_names_the_keys_of_its_request_that_had_no_effect(app):
+    chunks = ask(app, repetition_penalty=1.2, max_tokens=3, **{"k" * 99: None})
+    names = ["k" * 64, "max_tokens", "repetition_penalty"]
+    assert all(chunk["ignored"] == names for chunk in chunks)
+    assert not any("ignored" in chunk for chunk in ask(app, question="Why?"))
+
+
 def test_importance_comes_as_one_value_for_every_patch():
     from llava.pruning import PruningTrace
     from llava.serve.report import _importance
