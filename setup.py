@@ -73,7 +73,7 @@ setup(
     package_data={"llava": ["py.typed"], "llava.eval": ["table/*.json"]},
     cmdclass={"build_py": BuildPy},
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.6",
         "transformers==4.37.2",
         "accelerate>=0.28",
         "sentencepiece",

@@ -84,7 +84,8 @@ def attend(
             grouped = {"enable_gqa": True}
         elif q.shape[2] == 1:  # the heads of a group become the queries of one head
             rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
-            return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).view(q.shape)
+            # Not a view: kernels of GPUs have their output lie query by query.
+            return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
         else:
             k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     causal = mask is None
