@@ -79,7 +79,7 @@ setup(
         "sentencepiece",
         "protobuf",  # transformers reads sentencepiece models of newer Llama tokenizers with it
         "safetensors",
-        "pillow<13",  # 13 resizes portrait images in another pass order, with other pixels
+        "pillow>=10.1,<13",  # 13 resizes portrait images in another pass order: other pixels
         "numpy",
         "requests",
         "shortuuid",
