@@ -86,8 +86,8 @@ def token_spans(text: str, ids: list[int], tokenizer) -> list[Span]:
         return _spans_from_prefixes(text, ids, tokenizer)
     if text.isascii():
         return spans
-    chars = _byte_to_char(text)
-    return [(chars[a], chars[b]) for a, b in spans]
+    chars = _byte_to_char(text)  # several tokens may be bytes of one character
+    return [(chars[a], chars[b - 1] + 1 if b > a else chars[a]) for a, b in spans]
 
 
 def _walk(text: bytes, pieces: list[str], tokenizer) -> list[Span] | None:
@@ -152,5 +152,9 @@ def _byte_to_char(text: str) -> list[int]:
 
 
 def _overlaps(span: Span, answers: list[Span]) -> bool:
+    """Whether a token covers some of an answer, or is the space that a tokenizer puts in front."""
     start, end = span
-    return any(start < answer_end and end > answer_start for answer_start, answer_end in answers)
+    return any(
+        start < answer_end and (end > answer_start or start == end == answer_start)
+        for answer_start, answer_end in answers
+    )
