@@ -1,9 +1,11 @@
 """Label masks: every answer and its end mark are supervised, nothing else is."""
 
 import functools
+import json
 
 import pytest
-from transformers import LlamaTokenizer, Qwen2Tokenizer
+from transformers import LlamaTokenizer, Qwen2Tokenizer, Qwen2TokenizerFast
+from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 from llava.constants import IGNORE_INDEX
 from llava.conversation import SeparatorStyle, conv_templates
@@ -137,6 +139,25 @@ def test_a_character_of_several_tokens_is_learned_from_its_first_one_on(slow):
     item = preprocess(messages, made, conv, has_image=False)
     (said,) = supervised_texts(item, made)
     assert said.strip().startswith("\U00013000 or 🦙<|im_end|>")
+
+
+@pytest.mark.parametrize("kind", [Qwen2Tokenizer, Qwen2TokenizerFast])
+def test_a_line_break_that_an_answer_begins_with_is_no_part_of_the_question(tmp_path, kind):
+    """In Qwen's vocabulary, two line breaks are one token."""
+    vocabulary = [*bytes_to_unicode().values(), "ĊĊ", "<|endoftext|>"]
+    numbers = {word: number for number, word in enumerate(vocabulary)}
+    (tmp_path / "vocab.json").write_text(json.dumps(numbers))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nĊ Ċ\n")
+    made, conv = kind.from_pretrained(tmp_path), conv_templates["qwen2_5_vl"]
+    made.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    turns = zip(("human", "gpt") * 2, ("What?\n\n", "\n\nRed.", "And?", "No.\n"), strict=True)
+    messages = [{"from": who, "value": text} for who, text in turns]
+    item = preprocess(messages, made, conv, has_image=False)
+    assert supervised_texts(item, made) == ["\n\nRed.<|im_end|>", "No.\n<|im_end|>"]
+    asked = conv.copy()
+    asked.messages = [[conv.roles[0], "What?\n\n"], [conv.roles[1], None]]
+    first = (item["labels"] != IGNORE_INDEX).nonzero()[0, 0]
+    assert item["input_ids"][:first].tolist() == made(asked.get_prompt()).input_ids
 
 
 @pytest.mark.parametrize("caption", ["日本", "\nred"])
