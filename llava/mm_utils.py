@@ -227,6 +227,16 @@ def tokenizer_image_token(
     return ids if return_tensors is None else torch.tensor(ids, dtype=torch.long)
 
 
+def known_ids(tokenizer, ids: list[int]) -> list[int]:
+    """The ids that are tokens. A table may have more rows, which can be drawn like any other; fast
+    tokenizers pass them over, the others fail."""
+    size = getattr(tokenizer, "vocab_size", None)
+    if size is None or all(number < size for number in ids):
+        return ids
+    added = tokenizer.added_tokens_decoder
+    return [number for number in ids if number < size or number in added]
+
+
 def get_model_name_from_path(model_path: str) -> str:
     """Last folder of the path; `checkpoint-*` folders are prefixed with their parent's name.
 
@@ -321,6 +331,7 @@ def most_tokens(texts: Sequence[str]) -> int:
 def holds_text(tokenizer, ids: list[int], texts: Sequence[str], **options) -> bool:
     """Whether the text of the last tokens of an answer contains one of `texts`; options: of
     `tokenizer.decode`."""
+    ids = known_ids(tokenizer, ids)
     for start in range(min(len(ids), BYTES_PER_CHARACTER)):
         tail = tokenizer.decode(ids[start:], **options)
         if any(text in tail for text in texts):
