@@ -62,6 +62,11 @@ class FrontEnd:
         return getattr(self.model.config, "image_separator", "\n")
 
     @property
+    def reserved(self) -> tuple[str, ...]:
+        """What the tokenizer has for images and videos, which no question may hold."""
+        return getattr(self.model.config, "reserved_texts", ())
+
+    @property
     def pad_id(self) -> int:
         """What fills up prompts and answers that are shorter than others of their batch."""
         pad_id = self.tokenizer.pad_token_id
