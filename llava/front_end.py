@@ -20,7 +20,7 @@ from llava.constants import (
 )
 from llava.conversation import Conversation, conv_templates
 from llava.image_settings import ImageSettings
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.mm_utils import known_ids, process_images, tokenizer_image_token
 from llava.model.inputs import Picture, generate_inputs
 from llava.video_io import Clip
 
@@ -60,6 +60,11 @@ class FrontEnd:
     def separator(self) -> str:
         """What stands between an image and the text behind it."""
         return getattr(self.model.config, "image_separator", "\n")
+
+    @property
+    def reserved(self) -> tuple[str, ...]:
+        """What the tokenizer has for images and videos, which no question may hold."""
+        return getattr(self.model.config, "reserved_texts", ())
 
     @property
     def pad_id(self) -> int:
@@ -143,7 +148,8 @@ class FrontEnd:
 
     def decode(self, answers: Tensor) -> list[str]:
         """The texts of new tokens (B, n)."""
-        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        rows = [known_ids(self.tokenizer, row.tolist()) for row in answers]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
@@ -40,6 +41,8 @@ __all__ = [
 
 #: what a tokenizer of transformers calls its warning of a long text
 TOO_MANY_TOKENS = "sequence-length-is-longer-than-the-specified-maximum"
+BYTES_PER_CHARACTER = 4  # and so the most tokens that one character can take
+BROKEN = "\ufffd"  # what stands for bytes that are no character
 LONGEST = 32  # times the shorter side that are enlarged before the middle is cut out
 
 
@@ -224,6 +227,16 @@ def tokenizer_image_token(
     return ids if return_tensors is None else torch.tensor(ids, dtype=torch.long)
 
 
+def known_ids(tokenizer, ids: list[int]) -> list[int]:
+    """The ids that are tokens. A table may have more rows, which can be drawn like any other; fast
+    tokenizers pass them over, the others fail."""
+    size = getattr(tokenizer, "vocab_size", None)
+    if size is None or all(number < size for number in ids):
+        return ids
+    added = tokenizer.added_tokens_decoder
+    return [number for number in ids if number < size or number in added]
+
+
 def get_model_name_from_path(model_path: str) -> str:
     """Last folder of the path; `checkpoint-*` folders are prefixed with their parent's name.
 
@@ -251,8 +264,8 @@ def infer_conv_mode(model_name: str, config=None) -> str:
 class KeywordsStoppingCriteria(StoppingCriteria):
     """Stops generation when every row ends with a keyword.
 
-    A row ends with a keyword when its last ids are the keyword's, or when the text of its last
-    `max_keyword_len` new tokens contains it. The prompt never counts.
+    A row ends with a keyword when its last ids are the keyword's, or when its text contains the
+    keyword only thanks to the last `max_keyword_len` new tokens. The prompt never counts.
 
     keywords:  texts to stop at
     input_ids: (B, S) ids given to `generate`. The rows seen later may repeat them or, when
@@ -271,7 +284,9 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         self.max_keyword_len = max(map(len, self._endings))
 
     def __call__(self, output_ids: torch.LongTensor, scores=None, **kwargs) -> bool:
-        last_ids = self._new_ids(output_ids)[:, -self.max_keyword_len :].tolist()
+        # Within an answer a keyword may be of more tokens than alone: "\n###" has no "▁###".
+        last = max(self.max_keyword_len, most_tokens(self.keywords))
+        last_ids = self._new_ids(output_ids)[:, -last:].tolist()
         return all(self._ends_with_keyword(row) for row in last_ids)
 
     def _without_bos(self, text: str) -> list[int]:
@@ -297,5 +312,31 @@ class KeywordsStoppingCriteria(StoppingCriteria):
             return False
         if any(row[-len(ids) :] == ids for ids in self._endings):
             return True
-        tail = self.tokenizer.decode(row, skip_special_tokens=True)
-        return any(keyword in tail for keyword in self.keywords)
+        return any(self._holds(row, keyword) for keyword in self.keywords)
+
+    def _holds(self, row: list[int], keyword: str) -> bool:
+        def holds(ids: list[int]) -> bool:
+            return holds_text(self.tokenizer, ids, [keyword], skip_special_tokens=True)
+
+        last = self.max_keyword_len
+        return holds(row) and (not holds(row[:-last]) or holds(row[-last:]))
+
+
+def most_tokens(texts: Sequence[str]) -> int:
+    """So many tokens one of the texts can take, and one before them: the first of some tokens loses
+    its space where a tokenizer of Llama decodes them."""
+    return max(len(text.encode()) for text in texts) + 1
+
+
+def holds_text(tokenizer, ids: list[int], texts: Sequence[str], **options) -> bool:
+    """Whether the text of the last tokens of an answer contains one of `texts`; options: of
+    `tokenizer.decode`."""
+    ids = known_ids(tokenizer, ids)
+    for start in range(min(len(ids), BYTES_PER_CHARACTER)):
+        tail = tokenizer.decode(ids[start:], **options)
+        if any(text in tail for text in texts):
+            return True
+        if not tail.startswith(BROKEN):
+            return False
+        # Half of a character: beside it, fast tokenizers of Llama show no line break either.
+    return False

@@ -7,9 +7,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, CLIPImageProcessor
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    LlamaTokenizer,
+    LlamaTokenizerFast,
+)
 
 from llava import image_io, mm_utils
 from tests.golden_data import GOLDEN, golden_json
@@ -225,6 +231,47 @@ def test_a_batch_stops_when_every_row_stops(tokenizer):
     criteria = mm_utils.KeywordsStoppingCriteria(["dog"], tokenizer, torch.tensor([[1], [1]]))
     assert criteria(torch.tensor([[1, dog], [1, red]]), None) is False
     assert criteria(torch.tensor([[1, dog], [1, dog]]), None) is True
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A tokenizer of Llama that has "▁###" for the keyword alone, and "##" "#" behind a letter."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    text = "a ### b ### c #### d ## e #" * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text]),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=276,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    return LlamaTokenizer.from_pretrained(folder)
+
+
+def steps_to_stop(tokenizer, text: str, keyword: str) -> int | None:
+    """After so many tokens of a text generation stops."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    criteria = mm_utils.KeywordsStoppingCriteria([keyword], tokenizer, torch.tensor([[1]]))
+    ends = (n for n in range(1, len(ids) + 1) if criteria(torch.tensor([[1, *ids[:n]]])))
+    return next(ends, None)
+
+
+@pytest.mark.parametrize("keyword", ["###", "# #", "🙂"])
+@pytest.mark.parametrize("before", ["", "a", "a b\n", "🙂x ", "#"])
+def test_a_keyword_of_other_tokens_within_a_text_stops_where_it_ends(pieces, keyword, before):
+    ids = pieces(f"{before}{keyword} d", add_special_tokens=False).input_ids
+    texts = [pieces.decode(ids[:count]) for count in range(1, len(ids) + 1)]
+    expected = next((n for n, text in enumerate(texts, 1) if keyword in text), None)
+    assert steps_to_stop(pieces, f"{before}{keyword} d", keyword) == expected
+
+
+def test_a_line_break_behind_bytes_stops_at_once_with_a_fast_tokenizer(pieces, tmp_path):
+    pieces.save_pretrained(tmp_path)
+    fast = LlamaTokenizerFast.from_pretrained(tmp_path)
+    count = len(fast("a 🙂Ꙋ\n", add_special_tokens=False).input_ids)
+    assert steps_to_stop(fast, "a 🙂Ꙋ\nb", "\n") == count
 
 
 def test_an_empty_keyword_is_an_error(tokenizer):

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..mm_utils import holds_text, most_tokens
 from ..model.context import PromptTooLong, answer_room
 from ..model.generation import padded
 from ..model.prompt import Prompt
@@ -24,7 +25,6 @@ from .server import Server
 from .support import check_method, check_options, reason_of_model
 
 REQUESTS = 64  # answers of one call that are under way at the same time
-BYTES_PER_CHARACTER = 4  # and so the most tokens that one character can take
 
 
 @dataclass
@@ -244,14 +244,12 @@ class VLLMEngine:
         """(ids so far, new ids) -> (those that belong to the answer, whether it ends there)."""
         if not texts:
             return lambda found, new: (new, False)
-        # Every token but a leading space has one byte of text at least.
-        window = BYTES_PER_CHARACTER * max(map(len, texts)) + 1
+        window = most_tokens(texts)
 
         def stops(found: list[int], new: list[int]) -> tuple[list[int], bool]:
             for count in range(1, len(new) + 1):
                 tail = (found[-window:] + new[:count])[-window:]
-                text = self.tokenizer.decode(tail)
-                if any(stop in text for stop in texts):
+                if holds_text(self.tokenizer, tail, texts):
                     return new[:count], True
             return new, False
 

@@ -26,6 +26,7 @@ from llava.errors import errors_as_messages
 from llava.eval.files.writing import write_json
 from llava.eval.run_llava import DEFAULT_QUERY, image_parser, load_images, with_marks
 from llava.front_end import FrontEnd
+from llava.mm_utils import BROKEN
 from llava.model_args import add_asking_args, add_length_arg, load_front_end
 from llava.playground import default_image
 from llava.program_parser import ProgramParser
@@ -41,7 +42,8 @@ COLUMNS = 5  # of the overview
 class TokenMaps:
     """What one token of an answer follows from.
 
-    text:   the token
+    text:   the token, with the space in front of it; of several that are one character, the last
+            one has it
     shares: per image, the share of all attention that its tokens get
     maps:   per image (patches,) the attention that each patch gets, NaN where it is not there
     grids:  per image the (h, w) patches of each crop, which a method may have made smaller
@@ -81,7 +83,7 @@ def attention_maps(
     rows = trace.answer_image_attention(layer % model.config.num_hidden_layers)
     alive = alive_positions(trace, layer % model.config.num_hidden_layers)
     found = []
-    for token, own in zip(output.tolist(), rows, strict=False):
+    for text, own in zip(token_texts(front.tokenizer, output.tolist()), rows, strict=False):
         values = [row.mean(dim=0) if head is None else row[head] for row in own]
         places = zip(values, trace.visual_positions, alive, images, trace.grids, strict=True)
         maps = [
@@ -89,9 +91,24 @@ def attention_maps(
             for value, patches, there, image, grid in places
         ]
         shares = [round(float(value.sum()), 6) for value in values]
-        text = front.tokenizer.decode([token])
         found.append(TokenMaps(text, shares, maps, trace.grids))
     return found
+
+
+def token_texts(tokenizer, ids: list[int]) -> list[str]:
+    """What each token adds to the text of an answer; tokenizers of Llama leave out the space of one
+    that they decode alone."""
+    texts, shown = [], ""
+    for count, token in enumerate(ids, start=1):
+        if token in tokenizer.all_special_ids:
+            texts.append(tokenizer.convert_ids_to_tokens(token))
+            continue
+        text = tokenizer.decode(ids[:count], skip_special_tokens=True)
+        # Half of a character waits for the rest, unless that never comes.
+        whole = count == len(ids) or not text.endswith(BROKEN)
+        texts.append(text[len(shown) :] if whole else "")
+        shown = text if whole else shown
+    return texts
 
 
 def alive_positions(trace, layer: int) -> list[Tensor]:

@@ -399,7 +399,8 @@ def load_plain(
     filler.finish(source)
     if base:
         merge_lora(model, folder)
-    return load_tokenizer(source, model.config), model, None
+    tokenizer = load_tokenizer(source, model.config, fast=has_json_alone(source))
+    return tokenizer, model, None
 
 
 def load_tokenizer(folder: str, config, fast: bool = False):
@@ -423,11 +424,24 @@ def load_tokenizer(folder: str, config, fast: bool = False):
 
 
 def is_fast(folder: str, kind: Kind) -> bool:
-    """Whether a LLaVA's tokenizer is read from tokenizer.json: as published, for Mistral; and where
-    that is the only file there is."""
+    """Whether a LLaVA's tokenizer is read from tokenizer.json, or made into that form: as
+    published, for Mistral; and where that is the only file there is.
+
+    Not a tokenizer.model with `legacy: false`, which that form reads in another way (it puts a
+    space behind marks) than the model was trained with.
+    """
+    if kind.family != "mistral":
+        return has_json_alone(folder)
+    settings = os.path.join(folder, "tokenizer_config.json")
+    legacy = not os.path.isfile(settings) or read_json(settings).get("legacy") is not False
+    return legacy or not os.path.isfile(os.path.join(folder, "tokenizer.model"))
+
+
+def has_json_alone(folder: str) -> bool:
+    """Whether tokenizer.json is the only vocabulary in a folder."""
     files = ("tokenizer.model", "vocab.json", "tokenizer.json")
     model, vocabulary, whole = (os.path.isfile(os.path.join(folder, name)) for name in files)
-    return kind.family == "mistral" or whole and not (model or vocabulary)
+    return whole and not (model or vocabulary)
 
 
 def add_image_tokens(model: ModelPart, tokenizer) -> None:

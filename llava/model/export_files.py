@@ -21,6 +21,7 @@ from ..config_file import first_line, read_json
 from ..conversation import conv_templates
 from ..llava_hf import IMAGE_TOKEN, NEXT, PAD_TOKEN, SETTINGS, is_next
 from ..log_output import say
+from ..mm_utils import tokenizer_image_token
 from .multimodal_encoder.clip_files import PREPROCESSOR, PROCESSOR
 
 CHAT_TEMPLATE = "chat_template.json"
@@ -44,6 +45,9 @@ PROBES = (
     "A chat. USER: \nWhat color is the ring?\nAnswer with one word. ASSISTANT:",
     "  two blanks,\ttab, 42 km\u2026 caf\u00e9 \u6f22\u5b57 \U0001f600</s>",
 )
+AROUND_AN_IMAGE = f"A chat. USER: {IMAGE_TOKEN}\nWhat is it? ASSISTANT:"
+#: where tokenizers of Llama differ: those with `legacy: false` put no space behind an end mark
+LATER_TURNS = "What? ASSISTANT: Red.</s>USER: And?</s>\n</s> so"
 
 
 def write_json(folder: str, name: str, values: dict) -> None:
@@ -69,18 +73,34 @@ def tokens_behind(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str] | 
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
-    """The tokenizer's files, and tokenizer.json where it reads texts in the same way."""
+    """The tokenizer's files, and tokenizer.json where it reads texts in the same way.
+
+    With a token for an image it has to read what is behind one as LLaVA does, as the start of a
+    text. Later turns may differ then: without tokenizer.json, every prompt would.
+    """
     tokenizer.save_pretrained(folder)
     if tokenizer.is_fast or not os.path.isfile(os.path.join(folder, "tokenizer.model")):
         return
+    image = tokenizer.get_vocab().get(IMAGE_TOKEN)
+
+    def differs(text: str) -> bool:
+        own = tokenizer_image_token(text, tokenizer, image_token_index=image)
+        return fast(text).input_ids != own
+
     try:
         fast = LlamaTokenizerFast.from_pretrained(folder)
-        different = [text for text in PROBES if fast(text).input_ids != tokenizer(text).input_ids]
+        probes = (*PROBES, LATER_TURNS if image is None else AROUND_AN_IMAGE)
+        different = list(filter(differs, probes))
         why = f"it would read {different[0]!r} in another way" if different else None
     except Exception as error:  # converters of odd vocabularies fail in every way there is
         why = first_line(error)
     if why is None:
         fast.backend_tokenizer.save(os.path.join(folder, "tokenizer.json"))
+        if differs(LATER_TURNS):
+            say(
+                "tokenizer.json puts a space behind </s>, which this tokenizer does not (legacy: "
+                "false): in dialogues of several turns, the first token of a turn may be another."
+            )
     else:
         say(f"No tokenizer.json is written, {why}; tokenizer.model is there.")
 

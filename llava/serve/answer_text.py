@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import TextStreamer
 
+from ..mm_utils import known_ids
+
 
 class AnswerStreamer(TextStreamer):
     """`TextStreamer` that keeps the spaces at the start of lines. It decodes every line alone, and
@@ -13,6 +15,8 @@ class AnswerStreamer(TextStreamer):
     def put(self, value: Tensor) -> None:
         """value: (n,) or (1, n) new ids, the prompt's first"""
         of_prompt = self.skip_prompt and self.next_tokens_are_prompt
+        if not of_prompt:
+            value = value.new_tensor(known_ids(self.tokenizer, value.flatten().tolist()))
         super().put(value)
         if not of_prompt and value.numel() and not self.token_cache:
             self.token_cache = value.flatten()[-1:].tolist()  # the line break, shown already

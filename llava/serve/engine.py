@@ -134,6 +134,12 @@ class Engine:
             raise ServeError(
                 "image_count", f"The prompt has an {DEFAULT_IMAGE_TOKEN} token, but no image came."
             )
+        if odd := [mark for mark in self.front.reserved if mark in request.prompt]:
+            raise ServeError(
+                "bad_request",
+                f"The prompt holds {odd[0]}, which only this model's tokenizer may write; "
+                f"{DEFAULT_IMAGE_TOKEN} says where an image goes.",
+            )
         pruner = self.shelf.get(request.pruning)
         images = decode_images(texts, self.limits)
         seat = self.turns.seat(pruner)

@@ -20,7 +20,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, SeparatorStyle
 
 from .released_labels import preprocess_released
-from .rendering import Span, render, with_system
+from .rendering import Rendered, Span, render, with_system
 
 
 def preprocess(
@@ -44,6 +44,7 @@ def preprocess(
     rendered = render(*with_system(messages, conv))
     has_image = has_image or conv.sep_style == SeparatorStyle.PLAIN
     ids, spans = tokenize_with_spans(rendered.text, tokenizer, has_image)
+    ids, spans = parted(ids, spans, rendered, tokenizer)
     labels = [
         token if token != IMAGE_TOKEN_INDEX and _overlaps(span, rendered.answers) else IGNORE_INDEX
         for token, span in zip(ids, spans, strict=True)
@@ -75,6 +76,29 @@ def tokenize_with_spans(text: str, tokenizer, has_image: bool) -> tuple[list[int
     return ids, spans
 
 
+def parted(
+    ids: list[int], spans: list[Span], rendered: Rendered, tokenizer
+) -> tuple[list[int], list[Span]]:
+    """Ids and spans in which no token begins in front of an answer and ends within it.
+
+    Behind the line break that opens an answer of ChatML, Qwen's tokenizer reads one of the answer's
+    own as part of the same token; the model, which is asked behind the first, has to write it.
+    """
+    inside = [
+        next((start for start, _ in rendered.answers if a < start < b), None) for a, b in spans
+    ]
+    if not any(inside):
+        return ids, spans
+    found: list[tuple[int, Span]] = []
+    for token, (a, b), start in zip(ids, spans, inside, strict=True):
+        halves = [(a, b)] if start is None else [(a, start), (start, b)]
+        for half in halves:
+            text = rendered.text[slice(*half)]
+            own = [token] if start is None else tokenizer(text, add_special_tokens=False).input_ids
+            found += [(number, half) for number in own]
+    return [number for number, _ in found], [span for _, span in found]
+
+
 def token_spans(text: str, ids: list[int], tokenizer) -> list[Span]:
     """Character span of every id in `text`; ids that stand for no character have start == end."""
     if tokenizer.is_fast:
@@ -86,8 +110,8 @@ def token_spans(text: str, ids: list[int], tokenizer) -> list[Span]:
         return _spans_from_prefixes(text, ids, tokenizer)
     if text.isascii():
         return spans
-    chars = _byte_to_char(text)
-    return [(chars[a], chars[b]) for a, b in spans]
+    chars = _byte_to_char(text)  # several tokens may be bytes of one character
+    return [(chars[a], chars[b - 1] + 1 if b > a else chars[a]) for a, b in spans]
 
 
 def _walk(text: bytes, pieces: list[str], tokenizer) -> list[Span] | None:
@@ -152,5 +176,9 @@ def _byte_to_char(text: str) -> list[int]:
 
 
 def _overlaps(span: Span, answers: list[Span]) -> bool:
+    """Whether a token covers some of an answer, or is the space that a tokenizer puts in front."""
     start, end = span
-    return any(start < answer_end and end > answer_start for answer_start, answer_end in answers)
+    return any(
+        start < answer_end and (end > answer_start or start == end == answer_start)
+        for answer_start, answer_end in answers
+    )

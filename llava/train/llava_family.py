@@ -10,7 +10,7 @@ from torch import nn
 from llava.config_file import RULES, check_rules
 from llava.conv_mode import CONFIG_KEY, DEFAULT
 from llava.conversation import Conversation, conv_templates
-from llava.model.builder import FAMILIES
+from llava.model.builder import FAMILIES, has_json_alone
 from llava.model.split_parameters import whole
 
 from .family import FULL, LORA, PROJECTOR, Family, check_loaded, loading_options, set_attention
@@ -64,13 +64,14 @@ class LlavaFamily(Family):
         return model
 
     def load_tokenizer(self, training_args):
-        """The checkpoint's slow tokenizer, padding on the right."""
+        """The checkpoint's tokenizer, padding on the right; the slow one unless tokenizer.json is
+        all there is."""
         return transformers.AutoTokenizer.from_pretrained(
             self.folder,
             cache_dir=training_args.cache_dir,
             model_max_length=training_args.model_max_length,
             padding_side="right",
-            use_fast=False,
+            use_fast=has_json_alone(self.folder),
         )
 
     def template_name(self, version) -> str:

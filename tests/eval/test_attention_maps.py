@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer
 
 from llava.eval import attention_maps as program
 from tests.eval import eval_cases
@@ -42,6 +43,15 @@ def test_every_token_gets_a_picture_of_both_images(name, pruned, tmp_path):
         assert len(token["shares"]) == 2 and 0 < sum(token["shares"]) < 1
     sheet = Image.open(tmp_path / "maps/overview.png")
     assert sheet.width >= len(tokens) * (Image.open(pictures[0]).width // 2)
+
+
+@pytest.mark.parametrize("text", ["A red ring, 🙂 日本", "Yes.\n  No", ""])
+@pytest.mark.parametrize("name", ["tiny-llava-v1.5", "tiny-qwen2.5-vl-cut"])
+def test_the_texts_of_tokens_are_those_of_the_answer_with_its_spaces(name, text):
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / name)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    texts = program.token_texts(tokenizer, [*ids, tokenizer.eos_token_id])
+    assert len(texts) == len(ids) + 1 and "".join(texts) == text + tokenizer.eos_token
 
 
 def test_a_map_is_red_where_most_goes_and_grey_where_tokens_are_gone():

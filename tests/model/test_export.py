@@ -12,6 +12,7 @@ from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
     LlamaForCausalLM,
+    LlamaTokenizer,
     LlavaForConditionalGeneration,
     MistralForCausalLM,
     Qwen2ForCausalLM,
@@ -23,6 +24,7 @@ from llava.llava_hf import MODULES, RELEASED
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model import checkpoint as files
 from llava.model.export import export, main
+from llava.model.export_files import add_layout_tokens, save_tokenizer
 from llava.model.qwen2_5_vl_loading import module_name
 from tests.model.checkpoint_tools import CHECKPOINT, NEXT, TOWER, copy_of, load, write_adapter
 from tests.paths import GOLDEN
@@ -138,6 +140,26 @@ def test_qwen2_5_vl_without_its_tower_is_a_qwen2(tmp_path, capsys):
         AutoTokenizer.from_pretrained(folder)("What color?").input_ids
         == tokenizer("What color?").input_ids
     )
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("image", [True, False])
+def test_a_tokenizer_json_reads_what_the_checkpoints_tokenizer_does(
+    tmp_path, capsys, legacy, image
+):
+    own = LlamaTokenizer.from_pretrained(CHECKPOINT, legacy=legacy)
+    if image:
+        add_layout_tokens(own)
+    save_tokenizer(own, tmp_path)
+    said = capsys.readouterr().err
+    there = (tmp_path / "tokenizer.json").is_file()
+    assert there == (legacy or image) and ("</s>" in said) == (not legacy)
+    if there:
+        mark = own.convert_tokens_to_ids("<image>")
+        one_turn, two_turns = PROMPT if image else "What?", "What? ASSISTANT: Red.</s>USER: And?"
+        for text in (one_turn, two_turns)[: 1 + legacy]:
+            found = AutoTokenizer.from_pretrained(tmp_path, use_fast=True)(text).input_ids
+            assert found == tokenizer_image_token(text, own, image_token_index=mark)
 
 
 # The layout of transformers.

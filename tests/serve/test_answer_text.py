@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from llava.front_end import FrontEnd
+from llava.mm_utils import KeywordsStoppingCriteria
 from llava.playground import default_model_path
 from llava.serve import engine
 from llava.serve.answer_text import AnswerStreamer, without_begun
@@ -46,6 +48,25 @@ def test_the_pieces_are_the_answer_spaces_at_the_start_of_lines_included(tokeniz
         streamer.end()
         whole = "".join(streamer.pieces)
         assert whole == tokenizer.decode(ids) * (answer + 1) == text * (answer + 1)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_ids_that_are_no_tokens_have_no_text(fast):
+    tokenizer = AutoTokenizer.from_pretrained(default_model_path(), use_fast=fast)
+    tokenizer.add_tokens(["<box>"])
+    ids = tokenizer("one <box> two", add_special_tokens=False).input_ids
+    unknown = len(tokenizer)
+    more = torch.tensor([own for number in ids for own in (number, unknown)])
+    streamer = Kept(tokenizer)
+    streamer.put(torch.tensor([[1, 13]]))
+    for number in more:
+        streamer.put(number[None])
+    streamer.end()
+    whole = tokenizer.decode(ids)
+    front = FrontEnd(tokenizer, None, None, "vicuna_v1")
+    assert "".join(streamer.pieces) == whole and front.decode(more[None]) == [whole]
+    criteria = KeywordsStoppingCriteria(["two"], tokenizer, torch.tensor([[1]]))
+    assert criteria(torch.tensor([[*ids, unknown]]))
 
 
 @pytest.mark.parametrize(

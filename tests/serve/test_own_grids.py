@@ -60,3 +60,13 @@ def test_a_report_counts_in_the_grid_of_the_image(engine, pruning, grid, kept):
     assert image.grid == grid and image.total == grid[0] * grid[1]
     assert len(image.kept) == found.tokens_per_layer[0] == kept
     assert found.dense_tokens == 299 and image.crops == [[0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("mark", ["<|image_pad|>", "<|video_pad|>"])
+def test_a_question_that_holds_what_stands_for_an_image_is_refused_in_a_sentence(engine, mark):
+    prompt = f"<|im_start|>user\nWhat is {mark}?<|im_end|>\n<|im_start|>assistant\n"
+    app = worker_app(engine, Places(5))
+    (reply,) = call(app, (STREAM, body(model="qwen", prompt=prompt)))
+    (chunk,) = chunks_of(reply.content)
+    assert (reply.status_code, chunk["cause"]) == (400, "bad_request")
+    assert mark in chunk["text"] and "<image>" in chunk["text"]

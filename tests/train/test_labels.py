@@ -1,9 +1,11 @@
 """Label masks: every answer and its end mark are supervised, nothing else is."""
 
 import functools
+import json
 
 import pytest
-from transformers import LlamaTokenizer
+from transformers import LlamaTokenizer, Qwen2Tokenizer, Qwen2TokenizerFast
+from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 from llava.constants import IGNORE_INDEX
 from llava.conversation import SeparatorStyle, conv_templates
@@ -11,6 +13,7 @@ from llava.train import labels
 from llava.train.labels import preprocess, token_spans, tokenize_with_spans
 from llava.train.sample_images import preprocess_multimodal
 from tests.golden_data import GOLDEN, golden_json
+from tests.paths import GOLDEN as SHIPPED
 
 RECORDED = golden_json("llava-base/train_labels.json")
 WITH_TURNS = {k for k, c in conv_templates.items() if c.sep_style != SeparatorStyle.PLAIN}
@@ -124,6 +127,47 @@ def test_a_tokenizer_that_rewrites_its_input_gives_the_same_masks(monkeypatch):
     monkeypatch.setattr(labels, "_walk", lambda *args: None)
     by_prefixes = preprocess(messages, tokenizer(), conv, has_image=True)
     assert by_prefixes["labels"].tolist() == walked["labels"].tolist()
+
+
+@pytest.mark.parametrize("slow", [LlamaTokenizer, Qwen2Tokenizer])
+def test_a_character_of_several_tokens_is_learned_from_its_first_one_on(slow):
+    folder = (
+        GOLDEN / "tiny-llava-v1.5" if slow is LlamaTokenizer else SHIPPED / "tiny-qwen2.5-vl-cut"
+    )
+    made, conv = slow.from_pretrained(folder), conv_templates["chatml_direct"]
+    messages = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "\U00013000 or 🦙"}]
+    item = preprocess(messages, made, conv, has_image=False)
+    (said,) = supervised_texts(item, made)
+    assert said.strip().startswith("\U00013000 or 🦙<|im_end|>")
+
+
+@pytest.mark.parametrize("kind", [Qwen2Tokenizer, Qwen2TokenizerFast])
+def test_a_line_break_that_an_answer_begins_with_is_no_part_of_the_question(tmp_path, kind):
+    """In Qwen's vocabulary, two line breaks are one token."""
+    vocabulary = [*bytes_to_unicode().values(), "ĊĊ", "<|endoftext|>"]
+    numbers = {word: number for number, word in enumerate(vocabulary)}
+    (tmp_path / "vocab.json").write_text(json.dumps(numbers))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nĊ Ċ\n")
+    made, conv = kind.from_pretrained(tmp_path), conv_templates["qwen2_5_vl"]
+    made.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    turns = zip(("human", "gpt") * 2, ("What?\n\n", "\n\nRed.", "And?", "No.\n"), strict=True)
+    messages = [{"from": who, "value": text} for who, text in turns]
+    item = preprocess(messages, made, conv, has_image=False)
+    assert supervised_texts(item, made) == ["\n\nRed.<|im_end|>", "No.\n<|im_end|>"]
+    asked = conv.copy()
+    asked.messages = [[conv.roles[0], "What?\n\n"], [conv.roles[1], None]]
+    first = (item["labels"] != IGNORE_INDEX).nonzero()[0, 0]
+    assert item["input_ids"][:first].tolist() == made(asked.get_prompt()).input_ids
+
+
+@pytest.mark.parametrize("caption", ["日本", "\nred"])
+def test_the_space_in_front_of_a_caption_is_learned_as_in_the_release(caption):
+    messages = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
+    exact, released = (
+        preprocess(messages, tokenizer(), conv_templates["plain"], True, kind)["labels"].tolist()
+        for kind in ("exact", "released")
+    )
+    assert exact == released
 
 
 def test_ids_without_text_have_no_width():

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import LlamaTokenizerFast, TrainerCallback
 
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
@@ -235,6 +235,17 @@ def test_a_tokenizer_without_an_unknown_token_pads_with_its_end_mark():
     tokenizer = SimpleNamespace(unk_token=None, eos_token="</s>", pad_token=None)
     LlavaFamily().choose_template(tokenizer, SimpleNamespace(config=SimpleNamespace()), "v1")
     assert tokenizer.pad_token == "</s>"
+
+
+def test_training_reads_a_tokenizer_json_where_that_is_all_there_is(tmp_path):
+    fast = LlamaTokenizerFast.from_pretrained(GOLDEN / "tiny-llava-v1.5")
+    fast.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").unlink(missing_ok=True)
+    shutil.copyfile(GOLDEN / "tiny-llava-v1.5/config.json", tmp_path / "config.json")
+    args = SimpleNamespace(cache_dir=None, model_max_length=512)
+    tokenizer = LlavaFamily(str(tmp_path)).load_tokenizer(args)
+    assert tokenizer("What is it?").input_ids == fast("What is it?").input_ids
+    assert tokenizer.padding_side == "right"
 
 
 def language_model(workplace, folder):

@@ -51,6 +51,8 @@ class Qwen2_5_VLConfig(Qwen2Config):
     #: what stands for an image or a video in a prompt, and between that and the question
     image_mark = f"<|vision_start|>{DEFAULT_IMAGE_TOKEN}<|vision_end|>"
     image_separator = ""
+    #: what its tokenizer has for an image and for a video, which no question may hold
+    reserved_texts = ("<|image_pad|>", "<|video_pad|>")
 
     def __init__(
         self,
@@ -138,10 +140,8 @@ class Qwen2_5_VLForConditionalGeneration(
 
     def _pads(self) -> dict[int, str]:
         """The tokens that stand for images and videos in prompts of transformers."""
-        return {
-            self.config.image_token_id: "<|image_pad|>",
-            self.config.video_token_id: "<|video_pad|>",
-        }
+        ids = self.config.image_token_id, self.config.video_token_id
+        return dict(zip(ids, self.config.reserved_texts, strict=True))
 
     def _refuse_pads(self, ids: Tensor, why: str) -> None:
         """Raises ValueError where prompts (B, L) hold a token that stands for an image or video."""
