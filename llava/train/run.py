@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from glob import escape, glob
 from importlib.util import find_spec
 
 import transformers
@@ -183,12 +184,12 @@ def write_run(folder: str, facts: dict) -> None:
 
 
 def check_whole(folder: str, needed: Sequence[str]) -> None:
-    """Raises ValueError unless a checkpoint has these files."""
-    if lacking := [name for name in needed if not os.path.isfile(os.path.join(folder, name))]:
+    """Raises ValueError unless a checkpoint has these files; a name may be a pattern."""
+    if lacking := [name for name in needed if not glob(os.path.join(escape(folder), name))]:
         raise ValueError(
-            f"{folder} cannot be continued from, it lacks {lacking[0]}: name another one with "
-            "--resume_from_checkpoint, or move it away, and the run begins from the checkpoint "
-            "before it, or anew"
+            f"{folder} cannot be continued from, it lacks {lacking[0]} (--save_only_model leaves "
+            "out what a run goes on from): name another one with --resume_from_checkpoint, or "
+            "move it away, and the run begins from the checkpoint before it, or anew"
         )
 
 

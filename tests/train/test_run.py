@@ -224,6 +224,21 @@ def test_an_unfrozen_tower_learns_and_is_saved_with_the_model(workplace, tmp_pat
     assert torch.equal(again.get_vision_tower().vision_tower.state_dict()[name], trained)
 
 
+def test_a_tower_that_is_trained_beside_the_projector_alone_is_saved_with_it(workplace, tmp_path):
+    flags = ["--tune_mm_mlp_adapter", True, "--unfreeze_mm_vision_tower", True]
+    flags += ["--save_strategy", "steps", "--save_steps", 1, "--max_steps", 2]
+    trained = parameters(run(workplace, tmp_path, *flags).model)
+    again = parameters(LlavaLlamaForCausalLM.from_pretrained(tmp_path))
+    assert all(torch.equal(again[name], value) for name, value in trained.items())
+    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "rest/checkpoint-1")
+    resumed = parameters(run(workplace, tmp_path / "rest", *flags).model)
+    assert all(torch.equal(resumed[name], value) for name, value in trained.items())
+    # A projector that is trained on that tower, which stays as it is now, is saved alone.
+    flags = ["--model_name_or_path", tmp_path, "--tune_mm_mlp_adapter", True, "--max_steps", 1]
+    run(workplace, tmp_path / "next", *flags)
+    assert (tmp_path / "next" / PROJECTOR_FILE).exists()
+
+
 def test_processes_do_not_wait_for_layers_of_a_tower_that_do_not_run(workplace, tmp_path):
     flags = ["--unfreeze_mm_vision_tower", True, "--gradient_checkpointing", True]
     trainer = prepare(command_line(workplace, tmp_path, *flags))
