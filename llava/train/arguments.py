@@ -119,6 +119,13 @@ class TrainingArguments(transformers.TrainingArguments):
             )
 
     @property
+    def device(self) -> torch.device:
+        """That of this process. Of several processes on the CPU accelerate numbers it, and a
+        checkpoint cannot be read onto a CPU with a number."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """The type in which matrices are multiplied: float16, bfloat16 or float32."""
         return torch.float16 if self.fp16 else torch.bfloat16 if self.bf16 else torch.float32
