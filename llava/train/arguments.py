@@ -82,6 +82,10 @@ class TrainingArguments(transformers.TrainingArguments):
 
     cache_dir: str | None = None
     optim: str = "adamw_torch"
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "added: True, as in transformers, logs 0 for a loss that is NaN"},
+    )
     remove_unused_columns: bool = False
     freeze_mm_mlp_adapter: bool = False
     mpt_attn_impl: str = field(default="triton", metadata={"help": "unused: MPT is not supported"})

@@ -153,17 +153,18 @@ def check_newest(asked: str, newest: str) -> None:
 
 @contextmanager
 def own_precision() -> Iterator[None]:
-    """Keeps precision, DeepSpeed and FSDP of this run from those of later ones in this process."""
+    """Keeps precision, DeepSpeed and FSDP of this run from those of later ones in this process; its
+    Trainer can be used when it has ended."""
 
     def settings() -> dict[str, str]:
         prefixes = ("ACCELERATE_", "FSDP_")
         return {key: value for key, value in os.environ.items() if key.startswith(prefixes)}
 
     before = settings()
+    AcceleratorState._reset_state()
     try:
         yield
     finally:
-        AcceleratorState._reset_state()
         for key in settings().keys() - before.keys():
             del os.environ[key]
         os.environ.update(before)

@@ -1,6 +1,7 @@
 """Whole training runs on a tiny model: they learn, resume exactly, and write what can be loaded."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -81,6 +82,16 @@ def test_the_loss_falls_and_the_result_loads_from_where_it_lies(workplace):
     again = parameters(LlavaLlamaForCausalLM.from_pretrained(output))
     trained = parameters(trainer.model)
     assert all(torch.equal(again[name], trained[name]) for name in again)
+
+
+def test_a_loss_that_is_no_number_is_logged_as_it_is(workplace, tmp_path):
+    trainer = run(workplace, tmp_path, "--learning_rate", 1e20, "--max_steps", 3)
+    assert math.isfinite(losses(trainer)[0]) and math.isnan(losses(trainer)[-1])
+
+
+def test_the_trainer_can_be_used_when_its_run_has_ended(workplace, tmp_path):
+    trainer = run(workplace, tmp_path, "--max_steps", 1)
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] > 0
 
 
 def test_defaults_of_generation_that_transformers_does_not_save_are_kept(workplace, tmp_path):
