@@ -2,6 +2,7 @@
 goes on from its own checkpoints alone."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -205,6 +206,16 @@ def test_a_run_does_not_go_on_from_the_checkpoint_of_another(
     (place / "fewer.json").write_text(json.dumps(json.loads((place / "data.json").read_text())[:3]))
     with pytest.raises(ValueError, match=f"checkpoint-1 is of another run .*{message}"):
         PROGRAMS[program].train(words(place, program, stopped / before, max_steps=2, **changes))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights are of POSIX")
+@pytest.mark.parametrize("program", ["plain", "twig"])
+def test_whoever_can_read_a_result_can_read_its_weights(stopped, program):
+    for folder in (stopped / program, stopped / program / "checkpoint-1"):
+        config, weights = (
+            (folder / name).stat().st_mode for name in ("config.json", "model.safetensors")
+        )
+        assert weights == config
 
 
 @pytest.mark.parametrize("program", ["plain", "twig"])

@@ -174,6 +174,8 @@ def test_a_lora_run_writes_adapter_and_projector(workplace, tmp_path):
     prefix = "base_model.model.model.mm_projector."
     assert set(others) == {f"{prefix}{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
     adapter = load_file(tmp_path / "adapter_model.safetensors")
+    names = ("adapter_model.safetensors", "config.json")
+    assert len({(tmp_path / name).stat().st_mode for name in names}) == 1
     assert len(adapter) == 2 * 7 * 2 and not any("vision_tower" in name for name in adapter)
 
     from peft import PeftModel
