@@ -174,6 +174,13 @@ class LLaVATrainer(Trainer):
             drop_last=self.full_batches or args.dataloader_drop_last,
         )
 
+    def num_examples(self, dataloader) -> int:
+        """The samples that an epoch takes of the training's data, or all of other data."""
+        data = getattr(dataloader, "dataset", None)
+        if data is self.train_dataset and hasattr(self, "order"):
+            return len(self.order)
+        return super().num_examples(dataloader)
+
     def _get_train_sampler(self):
         args, batch, size = self.args, self._train_batch_size, len(self.train_dataset)
         parts = args.gradient_accumulation_steps  # of a step, of all processes

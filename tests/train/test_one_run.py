@@ -247,6 +247,16 @@ def test_the_log_of_a_resumed_run_is_about_its_own_steps(place, stopped, tmp_pat
     )
 
 
+def test_the_rate_of_a_run_counts_the_samples_that_it_takes(place, tmp_path):
+    # Of four samples one fills no step of three.
+    flags = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
+    flags |= {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "no"}
+    end = train_twigvlm.train(words(place, "twig", tmp_path, **flags)).state.log_history[-1]
+    assert end["step"] == 2
+    taken = end["train_samples_per_second"] / end["train_steps_per_second"]
+    assert taken == pytest.approx(3, rel=0.01)
+
+
 @pytest.mark.parametrize(
     "lost", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 )
