@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import reduce, wraps
 
@@ -192,6 +193,17 @@ def damage_in_words(path: str) -> Iterator[None]:
         raise
     except Exception as error:  # readers of damaged files fail in every way there is
         raise ValueError(f"{path} is damaged or not a weight file: {first_line(error)}") from error
+
+
+def share_files(folder: str) -> None:
+    """Gives the safetensors in a folder the rights of any new file: the package, from 0.8 on,
+    writes them for their owner alone, and whoever else reads the folder would lack the weights."""
+    os.umask(hidden := os.umask(0o077))
+    for entry in os.scandir(folder):
+        if entry.name.endswith(".safetensors") and entry.is_file(follow_symlinks=False):
+            rights = stat.S_IMODE(entry.stat().st_mode) | (0o666 & ~hidden)
+            with suppress(PermissionError):  # a file of somebody else
+                os.chmod(entry.path, rights)
 
 
 def names_in(path: str) -> list[str]:

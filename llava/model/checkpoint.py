@@ -32,6 +32,7 @@ from ..weight_files import (
     WEIGHT_FILES,
     check_numbers,
     names_in,
+    share_files,
     tensor_file,
     tensors_in,
     weight_files,
@@ -387,6 +388,7 @@ def write_checkpoint(
     index, single = (os.path.join(folder, name) for name in WEIGHT_FILES[0])
     if len(shards) == 1:
         save_file(shards[0], single, metadata={"format": "pt"})
+        share_files(folder)
         _forget(index)
         return
     weight_map: dict[str, str] = {}
@@ -394,6 +396,7 @@ def write_checkpoint(
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, os.path.join(folder, name), metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)
+    share_files(folder)
     listed = {
         "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
         "weight_map": weight_map,

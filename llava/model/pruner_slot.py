@@ -15,6 +15,7 @@ from ..image_settings import ImageSettings
 from ..pruning import METHODS
 from ..pruning.base import Pruner
 from ..pruning.cues import check_cues, check_needs
+from ..weight_files import share_files
 from .checkpoint import any_generation_config
 from .model_part import ModelPart
 
@@ -152,6 +153,8 @@ class PrunerSlot(ModelPart):
                 super().save_pretrained(*given, *args, **kwargs)
         finally:
             self.pruner = pruner
+        if is_main_process:
+            share_files(save_directory)
 
     def crops_in_budget(self, pruner: Pruner) -> int:
         """Crops of one image that share `visual_token_num`."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config_file import read_json
 from ..playground import trained_part
-from ..weight_files import index_names, local_folder, names_in, tensors_in
+from ..weight_files import index_names, local_folder, names_in, share_files, tensors_in
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -147,6 +147,7 @@ def save_part(
     os.makedirs(folder, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     save_file(tensors, os.path.join(folder, WEIGHTS_FILE), metadata={"format": "pt"})
+    share_files(folder)
     if os.path.isdir(base_model):
         base_model = os.path.basename(os.path.realpath(base_model))
     values = {METHOD_KEY: method, "base_model": base_model, **hyper_parameters}

@@ -82,6 +82,10 @@ class TrainingArguments(transformers.TrainingArguments):
 
     cache_dir: str | None = None
     optim: str = "adamw_torch"
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "added: True, as in transformers, logs 0 for a loss that is NaN"},
+    )
     remove_unused_columns: bool = False
     freeze_mm_mlp_adapter: bool = False
     mpt_attn_impl: str = field(default="triton", metadata={"help": "unused: MPT is not supported"})
@@ -117,6 +121,13 @@ class TrainingArguments(transformers.TrainingArguments):
                 "--bf16 True: this CPU multiplies bfloat16 many times slower than float32, leave "
                 "it out to train faster"
             )
+
+    @property
+    def device(self) -> torch.device:
+        """That of this process. Of several processes on the CPU accelerate numbers it, and a
+        checkpoint cannot be read onto a CPU with a number."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     @property
     def compute_dtype(self) -> torch.dtype:

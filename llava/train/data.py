@@ -76,7 +76,7 @@ class LazySupervisedDataset(Dataset):
             if odd := [path for path in paths.get(i, ()) if path in wrong]:
                 findings.mistake(number, sample, wrong[odd[0]])
                 bad.add(number)
-            elif not self._keeps_an_answer(sample):
+            elif not self.keeps_an_answer(sample):
                 lost, limit = lost + 1, self.tokenizer.model_max_length
                 what = f"samples lose all answers to model_max_length {limit} and teach nothing"
                 findings.note(number, sample, what)
@@ -100,7 +100,7 @@ class LazySupervisedDataset(Dataset):
         sample = {"image": "", "conversations": [question, {"from": "gpt", "value": "x"}]}
         return len(self._tokens(sample)["input_ids"]) + 16
 
-    def _keeps_an_answer(self, sample: dict) -> bool:
+    def keeps_an_answer(self, sample: dict) -> bool:
         """Whether something to learn is left of a sample that is cut to `model_max_length`.
 
         Texts are tokenised only when they could be too long: no token is shorter than a byte.

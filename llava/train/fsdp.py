@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from accelerate.utils import DistributedType
 from transformers.utils import strtobool
 
 #: the keys that are followed; transformers reads the first four
@@ -43,6 +44,18 @@ def check_fsdp(training_args) -> None:
         raise ValueError(
             f"--fsdp_config: backward_prefetch {prefetch!r} is unknown, choose from "
             f"{', '.join(PREFETCHES)}"
+        )
+
+
+def check_fsdp_devices(training_args) -> None:
+    """Raises ValueError where accelerate would leave --fsdp out without a word, and every process
+    hold the whole model."""
+    kind = training_args.distributed_state.distributed_type
+    if training_args.fsdp and kind in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise ValueError(
+            f"--fsdp {' '.join(training_args.fsdp)} splits a model between GPUs, one for each "
+            "process of a launcher (torchrun --nproc_per_node 8 -m llava.train.train ...): leave "
+            "it out on the CPU, and for one process"
         )
 
 

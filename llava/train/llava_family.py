@@ -139,9 +139,12 @@ class LlavaFamily(Family):
         data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
 
     def saved_part(self, model) -> str:
+        """As of every family: the projector alone, unless the tower is trained with it."""
         part = super().saved_part(model)
-        alone = part != LORA and getattr(model.config, "tune_mm_mlp_adapter", False)
-        return PROJECTOR if alone else part
+        if part == LORA or not getattr(model.config, "tune_mm_mlp_adapter", False):
+            return part
+        names = (name for name, p in model.named_parameters() if p.requires_grad)
+        return FULL if any(self.part_of(name) == "tower" for name in names) else PROJECTOR
 
     def is_saved(self, model, name) -> bool:
         """A frozen tower is left out: the config names it."""

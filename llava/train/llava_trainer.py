@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 from functools import partial
 
@@ -11,6 +13,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import GradientAccumulationPlugin
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from .family import FULL, LORA, PROJECTOR, Family
 from .fsdp import announce_prefetch, settle_fsdp
@@ -39,6 +42,12 @@ from .saving import (
 )
 from .zero import settle_sizes
 
+logger = logging.getLogger(__name__)
+
+
+class NothingLeft(Exception):
+    """The checkpoint that a run goes on from holds its last step."""
+
 
 class SamplerEpochs(TrainerCallback):
     """Tells the sampler which epoch begins, also in a resumed run; steps: those of an epoch.
@@ -54,6 +63,26 @@ class SamplerEpochs(TrainerCallback):
         self.sampler.start_epoch(state.global_step // self.steps)
 
 
+class ResumedSteps(TrainerCallback):
+    """What transformers gets wrong when a run goes on from a checkpoint: it logs, saves and
+    evaluates as often as the run before did, whatever the flags say now; and where no step is left,
+    for which NothingLeft is raised here, it takes another one.
+
+    begun: the step that the run goes on from
+    """
+
+    begun = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun = state.global_step
+        for name in ("logging_steps", "save_steps", "eval_steps"):
+            if (often := getattr(args, name)) is not None:  # below 1: a share of the run
+                steps = math.ceil(state.max_steps * often) if often < 1 else often
+                setattr(state, name, steps)
+        if 0 < state.max_steps <= state.global_step:
+            raise NothingLeft
+
+
 class LLaVATrainer(Trainer):
     """Trains a model of `family`; `args` are `llava.train.arguments.TrainingArguments`.
 
@@ -67,6 +96,8 @@ class LLaVATrainer(Trainer):
     def __init__(self, *args, family: Family | None = None, **kwargs):
         self.family = family or LlavaFamily()
         super().__init__(*args, **kwargs)
+        self._resumed = ResumedSteps()
+        self.add_callback(self._resumed)
         settle_sizes(self.args, self.hidden_size)
         self._trained = trained_shapes(self.model)  # before anything wraps the model
 
@@ -103,6 +134,29 @@ class LLaVATrainer(Trainer):
             return super().autocast_smart_context_manager(cache_enabled)
         return torch.autocast("cpu", dtype=self.amp_dtype, cache_enabled=cache_enabled)
 
+    def train(self, *args, **kwargs):
+        """As of every Trainer. A checkpoint of the last step is loaded, and nothing is trained."""
+        try:
+            return super().train(*args, **kwargs)
+        except NothingLeft:
+            steps = self.state.global_step, self.state.max_steps
+            logger.warning("the checkpoint is of step %d of %d: nothing is left to train", *steps)
+        self.is_in_train = False
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(self.state.global_step, math.nan, {})
+
+    def log(self, logs: dict[str, float]) -> None:
+        """As of every Trainer, which counts the steps before a checkpoint as if this run had taken
+        them, in its time and with a loss of 0."""
+        if "train_runtime" in logs and self._resumed.begun:
+            steps = self.state.global_step - self._resumed.begun
+            for key in [key for key in logs if key.endswith("_per_second")]:
+                logs[key] = round(logs[key] * steps / self.state.max_steps, 3)
+            logs["train_loss"] *= self.state.global_step / steps
+        super().log(logs)
+
     # --- what is trained, in which order ------------------------------------------------------
 
     @property
@@ -119,6 +173,13 @@ class LLaVATrainer(Trainer):
             args.gradient_accumulation_steps,
             drop_last=self.full_batches or args.dataloader_drop_last,
         )
+
+    def num_examples(self, dataloader) -> int:
+        """The samples that an epoch takes of the training's data, or all of other data."""
+        data = getattr(dataloader, "dataset", None)
+        if data is self.train_dataset and hasattr(self, "order"):
+            return len(self.order)
+        return super().num_examples(dataloader)
 
     def _get_train_sampler(self):
         args, batch, size = self.args, self._train_batch_size, len(self.train_dataset)
@@ -265,8 +326,8 @@ class LLaVATrainer(Trainer):
         """Raises ValueError unless this run can continue exactly from a checkpoint."""
         needed = ["trainer_state.json"]
         split = self.is_fsdp_enabled or self.is_deepspeed_enabled  # which save in ways of their own
-        if not split and not self.args.save_only_model:
-            needed += ["optimizer.pt", "scheduler.pt"]
+        if not split:
+            needed += ["optimizer.pt", "scheduler.pt", "rng_state*.pth"]
         check_whole(folder, needed)
         check_same_run(folder, self.run_facts(), later=self.run_order())
 

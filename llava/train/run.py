@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from glob import escape, glob
 from importlib.util import find_spec
 
 import transformers
@@ -152,17 +153,18 @@ def check_newest(asked: str, newest: str) -> None:
 
 @contextmanager
 def own_precision() -> Iterator[None]:
-    """Keeps precision, DeepSpeed and FSDP of this run from those of later ones in this process."""
+    """Keeps precision, DeepSpeed and FSDP of this run from those of later ones in this process; its
+    Trainer can be used when it has ended."""
 
     def settings() -> dict[str, str]:
         prefixes = ("ACCELERATE_", "FSDP_")
         return {key: value for key, value in os.environ.items() if key.startswith(prefixes)}
 
     before = settings()
+    AcceleratorState._reset_state()
     try:
         yield
     finally:
-        AcceleratorState._reset_state()
         for key in settings().keys() - before.keys():
             del os.environ[key]
         os.environ.update(before)
@@ -183,12 +185,12 @@ def write_run(folder: str, facts: dict) -> None:
 
 
 def check_whole(folder: str, needed: Sequence[str]) -> None:
-    """Raises ValueError unless a checkpoint has these files."""
-    if lacking := [name for name in needed if not os.path.isfile(os.path.join(folder, name))]:
+    """Raises ValueError unless a checkpoint has these files; a name may be a pattern."""
+    if lacking := [name for name in needed if not glob(os.path.join(escape(folder), name))]:
         raise ValueError(
-            f"{folder} cannot be continued from, it lacks {lacking[0]}: name another one with "
-            "--resume_from_checkpoint, or move it away, and the run begins from the checkpoint "
-            "before it, or anew"
+            f"{folder} cannot be continued from, it lacks {lacking[0]} (--save_only_model leaves "
+            "out what a run goes on from): name another one with --resume_from_checkpoint, or "
+            "move it away, and the run begins from the checkpoint before it, or anew"
         )
 
 

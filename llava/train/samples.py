@@ -46,13 +46,13 @@ def read_rows(path: str) -> list:
     first, _, rest = text.strip().partition("\n")
     try:
         lines = path.endswith(".jsonl") or (rest and isinstance(json.loads(first), dict))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         lines = False
     try:
         if lines and not text.lstrip().startswith("["):
             return read_lines(text, path)
         rows = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, or a number of 5000 digits
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds a {type(rows).__name__}, expected a list of samples")
@@ -67,7 +67,7 @@ def read_lines(text: str, path: str) -> list:
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
     return rows
 
@@ -214,8 +214,13 @@ def settle_messages(sample: dict) -> str | None:
 
 
 def is_number(value) -> bool:
-    """Whether this is a finite number."""
-    return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    """Whether this is a finite number, and no larger than a float can be."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def is_unicode(text: str) -> bool:

@@ -14,6 +14,7 @@ from transformers.modeling_utils import unwrap_model
 
 from llava.model.checkpoint import any_generation_config
 from llava.model.split_parameters import whole
+from llava.weight_files import share_files
 
 from .family import Family
 from .llava_family import LlavaFamily
@@ -89,6 +90,7 @@ def save_projector(
 def save_lora(model: nn.Module, folder: str, adapter: dict, others: dict) -> None:
     """Writes the adapter, config.json and non_lora_trainables.bin; `model` is a PeftModel."""
     model.save_pretrained(folder, state_dict=adapter, save_embedding_layers=False)
+    share_files(folder)
     portable_config(model, folder).save_pretrained(folder)
     torch.save(others, os.path.join(folder, NON_LORA_FILE))
 
@@ -124,6 +126,7 @@ def save_full(
     }
     with any_generation_config(unwrap_model(model), folder):
         model.save_pretrained(folder, state_dict=state)
+    share_files(folder)
     check_written(model, folder, wanted)
     config = portable_config(model, folder)
     if dtype is not None:

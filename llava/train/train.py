@@ -15,6 +15,7 @@ import transformers
 
 from llava.train.arguments import LORA_BIASES, DataArguments, ModelArguments, TrainingArguments
 from llava.train.data import check_data_path, make_supervised_data_module
+from llava.train.fsdp import check_fsdp_devices
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.model_setup import (
     add_lora,
@@ -71,6 +72,7 @@ def prepare(
     transformers.set_seed(training_args.seed)
     if training_args.fsdp and (training_args.lora_enable or model_args.tune_mm_mlp_adapter):
         refuse_fsdp("LoRA or the projector alone")
+    check_fsdp_devices(training_args)
     join_processes(training_args)
     family = choose_family(model_args, training_args, given)
     model = family.load_model(model_args, data_args, training_args, given, attn_implementation)

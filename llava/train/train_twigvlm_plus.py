@@ -196,20 +196,28 @@ def prepare_reinforcement(
 
 
 def keep_questions_about_images(dataset) -> None:
-    """Leaves out of the data what no selection can be judged by: samples without an image, and
-    those that show one behind their first answer. Raises ValueError when nothing is left."""
+    """Leaves out of the data what no selection can be judged by: samples without an image, those
+    that show one behind their first answer, and those whose answers are all cut away by
+    model_max_length. Raises ValueError when nothing is left."""
 
     def fits(sample: dict) -> bool:
         messages = sample["conversations"]  # an answer in front, or a system turn, is none of them
         answer = next(i for i, m in enumerate(messages) if i and m["from"] == "gpt")
         late = any(DEFAULT_IMAGE_TOKEN in message["value"] for message in messages[answer:])
-        return "image" in sample and not late
+        return "image" in sample and not late and dataset.keeps_an_answer(sample)
 
     kept = [place for place, sample in enumerate(dataset.samples) if fits(sample)]
     if not kept:
-        raise ValueError(f"{dataset.data_path}: stage 2 needs samples with an image, there is none")
+        raise ValueError(
+            f"{dataset.data_path}: stage 2 needs samples with an image, and an answer within "
+            "model_max_length: there is none"
+        )
     if lost := len(dataset.samples) - len(kept):
-        logger.warning("%d samples without an image in their first question are left out", lost)
+        logger.warning(
+            "%d samples without an image in their first question, or without an answer within "
+            "model_max_length, are left out",
+            lost,
+        )
     dataset.samples = [dataset.samples[place] for place in kept]
     dataset.numbers = [dataset.numbers[place] for place in kept]
 

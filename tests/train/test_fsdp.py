@@ -5,10 +5,12 @@ import os
 from types import SimpleNamespace
 
 import pytest
+from accelerate.utils import DistributedType
 
 from llava.train.arguments import TrainingArguments
-from llava.train.fsdp import announce_prefetch, check_fsdp, settle_fsdp
+from llava.train.fsdp import announce_prefetch, check_fsdp, check_fsdp_devices, settle_fsdp
 from llava.train.run import own_precision
+from llava.train.train import prepare
 from tests.paths import ROOT
 
 
@@ -54,3 +56,20 @@ def test_keys_that_transformers_leaves_unread_reach_accelerate(tmp_path):
     assert os.environ["FSDP_FORWARD_PREFETCH"] == "true"
     settle_fsdp(plugin := SimpleNamespace(limit_all_gathers=True), args)
     assert plugin.limit_all_gathers is False
+
+
+@pytest.mark.parametrize("kind", ["NO", "MULTI_CPU", "MULTI_GPU"])
+def test_what_accelerate_would_leave_out_is_refused(tmp_path, kind):
+    args = arguments(tmp_path)
+    args.distributed_state = SimpleNamespace(distributed_type=DistributedType(kind))
+    if kind == "MULTI_GPU":
+        return check_fsdp_devices(args)
+    with pytest.raises(ValueError, match="--fsdp full_shard auto_wrap splits a model between GPUs"):
+        check_fsdp_devices(args)
+
+
+def test_a_run_on_the_cpu_does_not_pretend_to_be_split(tmp_path):
+    (tmp_path / "data.json").write_text("[]")
+    words = f"--data_path {tmp_path}/data.json --output_dir {tmp_path} --use_cpu True".split()
+    with pytest.raises(ValueError, match="leave it out on the CPU"):
+        prepare([*words, "--report_to", "none", "--fsdp", "full_shard auto_wrap"])

@@ -2,10 +2,12 @@
 goes on from its own checkpoints alone."""
 
 import json
+import os
 import shutil
 import sys
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -206,13 +208,72 @@ def test_a_run_does_not_go_on_from_the_checkpoint_of_another(
         PROGRAMS[program].train(words(place, program, stopped / before, max_steps=2, **changes))
 
 
-@pytest.mark.parametrize("lost", ["optimizer.pt", "trainer_state.json"])
+@pytest.mark.skipif(os.name != "posix", reason="rights are of POSIX")
+@pytest.mark.parametrize("program", ["plain", "twig"])
+def test_whoever_can_read_a_result_can_read_its_weights(stopped, program):
+    for folder in (stopped / program, stopped / program / "checkpoint-1"):
+        config, weights = (
+            (folder / name).stat().st_mode for name in ("config.json", "model.safetensors")
+        )
+        assert weights == config
+
+
+@pytest.mark.parametrize("program", ["plain", "twig"])
+def test_a_run_whose_last_checkpoint_is_its_end_takes_no_further_step(
+    place, stopped, tmp_path, program
+):
+    # The run stops amid an epoch of two steps, and is then started again with the same command.
+    flags = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_steps": 1}
+    ended = PROGRAMS[program].train(words(place, program, tmp_path / "run", **flags))
+    shutil.copytree(tmp_path / "run/checkpoint-1", tmp_path / "again/checkpoint-1")
+    again = PROGRAMS[program].train(words(place, program, tmp_path / "again", **flags))
+    assert again.state.global_step == 1
+    assert not any("train_loss" in entry for entry in again.state.log_history)
+    expected = dict(ended.model.named_parameters())
+    assert all(torch.equal(p, expected[name]) for name, p in again.model.named_parameters())
+    files = (tmp_path / name / "model.safetensors" for name in ("run", "again"))
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_the_log_of_a_resumed_run_is_about_its_own_steps(place, stopped, tmp_path):
+    shutil.copytree(stopped / "twig", output := tmp_path / "run")
+    flags = {"max_steps": 2, "logging_steps": 1}  # before, every 500
+    *_, step, end = train_twigvlm.train(words(place, "twig", output, **flags)).state.log_history
+    assert end["train_loss"] == pytest.approx(step["loss"], abs=1e-4)
+    rate = end["train_runtime"] * end["train_steps_per_second"]
+    assert rate == pytest.approx(1, abs=0.1), "one of two steps was taken by this run"
+    assert end["train_samples_per_second"] == pytest.approx(
+        4 * end["train_steps_per_second"], abs=0.1
+    )
+
+
+def test_the_rate_of_a_run_counts_the_samples_that_it_takes(place, tmp_path):
+    # Of four samples one fills no step of three.
+    flags = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
+    flags |= {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "no"}
+    end = train_twigvlm.train(words(place, "twig", tmp_path, **flags)).state.log_history[-1]
+    assert end["step"] == 2
+    taken = end["train_samples_per_second"] / end["train_steps_per_second"]
+    assert taken == pytest.approx(3, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "lost", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
 def test_a_checkpoint_that_lost_a_file_is_not_continued_from(place, stopped, tmp_path, lost):
     output = tmp_path / "run"
     shutil.copytree(stopped / "twig", output)
     (output / "checkpoint-1" / lost).unlink()
-    with pytest.raises(ValueError, match=f"it lacks {lost}"):
+    with pytest.raises(ValueError, match=f"it lacks {lost.replace('e.pth', 'e.*pth')}"):
         train_twigvlm.train(words(place, "twig", output, max_steps=2))
+
+
+def test_a_checkpoint_of_weights_alone_is_not_continued_from(place, tmp_path):
+    # The optimizer and the schedule would begin anew amid the run.
+    flags = {"save_only_model": True, "save_steps": 1}
+    train_twigvlm.train(words(place, "twig", tmp_path, **flags))
+    with pytest.raises(ValueError, match="lacks optimizer.pt .--save_only_model leaves out"):
+        train_twigvlm.train(words(place, "twig", tmp_path, max_steps=2, **flags))
 
 
 def test_a_run_goes_on_from_a_checkpoint_that_does_not_say_whose_it_is(place, stopped, tmp_path):

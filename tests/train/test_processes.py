@@ -1,4 +1,4 @@
-"""Every recipe under DeepSpeed, and FSDP: two processes of the CPU learn what one learns."""
+"""Every recipe under DeepSpeed: two processes of the CPU learn what one learns."""
 
 import importlib.util
 import json
@@ -274,6 +274,7 @@ def test_a_run_under_deepspeed_resumes(farm, place, tmp_path, name, zero):
 def test_two_processes_resume_in_a_later_epoch(farm, place, tmp_path):
     # Six samples: an epoch is one step, others are left out in each.
     changes = {"deepspeed": "", "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
+    changes |= {"optim": "adamw_torch"}  # whose checkpoints hold tensors
     changes |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 3}
     changes |= {"data_path": place / "data.json", "lr_scheduler_type": "constant"}
     farm.run(*recipe("finetune", place, tmp_path / "whole", **changes))
@@ -282,15 +283,3 @@ def test_two_processes_resume_in_a_later_epoch(farm, place, tmp_path):
     assert losses(tmp_path / "rest") == losses(tmp_path / "whole")
     assert len(set(losses(tmp_path / "whole"))) == 3
     assert_same(weights(tmp_path / "rest"), weights(tmp_path / "whole"), tolerance=0)
-
-
-@pytest.mark.parametrize("name", ["finetune", "../qwen2_5_vl/finetune"])
-def test_fsdp_learns_what_one_process_learns(farm, place, single, tmp_path, name):
-    settings = json.loads((ROOT / "scripts/fsdp.json").read_text())
-    settings["sync_module_states"] = "false"  # it needs a GPU
-    settings |= {"limit_all_gathers": False, "backward_prefetch": "backward_pre"}
-    (tmp_path / "fsdp.json").write_text(json.dumps(settings))
-    changes = {"deepspeed": "", "fsdp": "full_shard auto_wrap"}
-    changes |= {"fsdp_config": tmp_path / "fsdp.json"}
-    farm.run(*recipe(name, place, tmp_path / "out", **changes))
-    assert_same(weights(tmp_path / "out"), single(name))

@@ -1,6 +1,7 @@
 """Whole training runs on a tiny model: they learn, resume exactly, and write what can be loaded."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -83,6 +84,16 @@ def test_the_loss_falls_and_the_result_loads_from_where_it_lies(workplace):
     assert all(torch.equal(again[name], trained[name]) for name in again)
 
 
+def test_a_loss_that_is_no_number_is_logged_as_it_is(workplace, tmp_path):
+    trainer = run(workplace, tmp_path, "--learning_rate", 1e20, "--max_steps", 3)
+    assert math.isfinite(losses(trainer)[0]) and math.isnan(losses(trainer)[-1])
+
+
+def test_the_trainer_can_be_used_when_its_run_has_ended(workplace, tmp_path):
+    trainer = run(workplace, tmp_path, "--max_steps", 1)
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] > 0
+
+
 def test_defaults_of_generation_that_transformers_does_not_save_are_kept(workplace, tmp_path):
     # Those of Vicuna and LLaVA-1.5: a temperature without sampling.
     values = {"eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}
@@ -163,6 +174,8 @@ def test_a_lora_run_writes_adapter_and_projector(workplace, tmp_path):
     prefix = "base_model.model.model.mm_projector."
     assert set(others) == {f"{prefix}{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
     adapter = load_file(tmp_path / "adapter_model.safetensors")
+    names = ("adapter_model.safetensors", "config.json")
+    assert len({(tmp_path / name).stat().st_mode for name in names}) == 1
     assert len(adapter) == 2 * 7 * 2 and not any("vision_tower" in name for name in adapter)
 
     from peft import PeftModel
@@ -222,6 +235,21 @@ def test_an_unfrozen_tower_learns_and_is_saved_with_the_model(workplace, tmp_pat
     assert not torch.equal(trained, load_file(workplace / "tower/model.safetensors")[name])
     again = LlavaLlamaForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again.get_vision_tower().vision_tower.state_dict()[name], trained)
+
+
+def test_a_tower_that_is_trained_beside_the_projector_alone_is_saved_with_it(workplace, tmp_path):
+    flags = ["--tune_mm_mlp_adapter", True, "--unfreeze_mm_vision_tower", True]
+    flags += ["--save_strategy", "steps", "--save_steps", 1, "--max_steps", 2]
+    trained = parameters(run(workplace, tmp_path, *flags).model)
+    again = parameters(LlavaLlamaForCausalLM.from_pretrained(tmp_path))
+    assert all(torch.equal(again[name], value) for name, value in trained.items())
+    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "rest/checkpoint-1")
+    resumed = parameters(run(workplace, tmp_path / "rest", *flags).model)
+    assert all(torch.equal(resumed[name], value) for name, value in trained.items())
+    # A projector that is trained on that tower, which stays as it is now, is saved alone.
+    flags = ["--model_name_or_path", tmp_path, "--tune_mm_mlp_adapter", True, "--max_steps", 1]
+    run(workplace, tmp_path / "next", *flags)
+    assert (tmp_path / "next" / PROJECTOR_FILE).exists()
 
 
 def test_processes_do_not_wait_for_layers_of_a_tower_that_do_not_run(workplace, tmp_path):

@@ -92,6 +92,10 @@ WRONG = {
         good(conversations=turns("<image>\nWhat?", float("nan"))),
         "message 1 has the value nan, expected text",
     ),
+    "an answer beyond all numbers": (
+        good(conversations=turns("<image>\nWhat?", 10**400)),
+        "message 1 has the value 1000.*, expected text",
+    ),
     "no words": (good(image="absent", conversations=turns("", " ")), "holds no words"),
 }
 
@@ -170,6 +174,8 @@ def test_lists_lines_and_byte_order_marks_are_read(tmp_path, name, text, bom):
         ("a.json", "[" * 100_000, "a.json is not JSON"),
         ("a.json", b'[{"id": "\xe9"}]', "a.json is not a text in UTF-8: .* at byte 9"),
         ("a.jsonl", '{"id": 1}'.encode("utf-16"), "a.jsonl is not a text in UTF-8"),
+        ("a.json", f"[1{'0' * 5000}]", "a.json is not JSON: Exceeds the limit"),
+        ("a.jsonl", f"1{'0' * 5000}", "a.jsonl, line 1 is not JSON: Exceeds the limit"),
         ("a.json", '{"id": 1}', "holds a dict, expected a list"),
         ("a.jsonl", '{"id": 1}\n{"id"\n', "a.jsonl, line 2 is not JSON"),
     ],
@@ -309,6 +315,7 @@ def read_boxes(folder, rows, name="boxes.jsonl"):
         ({"bboxs": None}, "bboxs is None, expected a list of boxes"),
         ({"bboxs": [0, 0, 4, 4]}, "the box 0 is not four numbers"),
         ({"bboxs": [[0, 0, float("nan"), 4]]}, "the box .* is not four numbers"),
+        ({"bboxs": [[0, 0, 10**400, 4]]}, "the box .* is not four numbers"),
         ({"width": "8"}, r"width and height are \('8', 8\), expected numbers"),
         ({"question": "Is <image> here?"}, "question holds <image> amid its text"),
         ({"answer": "A \ud800"}, "answer holds half of a character"),

@@ -142,7 +142,12 @@ def test_stage_2_refuses_plain_twigs_texts_alone_and_its_own_start(workplace, st
     texts = tmp_path / "texts.json"
     texts.write_text(json.dumps([row for row in rows if "image" not in row]))
     words = [*TWO, "--twig_path", stage1[0], "--data_path", texts]
-    with pytest.raises(ValueError, match="stage 2 needs samples with an image, there is none"):
+    with pytest.raises(ValueError, match="stage 2 needs samples with an image, and an answer"):
+        run(workplace, tmp_path / "out", *words)
+    for row in rows:  # texts keep their answers, so that the data as such can be learned from
+        row["conversations"][0]["value"] += " so" * 400 if "image" in row else ""
+    texts.write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="an answer within model_max_length: there is none"):
         run(workplace, tmp_path / "out", *words)
 
 
@@ -152,7 +157,9 @@ def test_stage_2_keeps_questions_behind_a_system_turn_or_a_leading_answer():
     fronts = [[], [{"from": "system", "value": "Be brief."}], [{"from": "gpt", "value": "Hi."}]]
     samples = [{"image": "a.png", "conversations": [*front, *asked]} for front in fronts]
     samples += [{"image": "a.png", "conversations": [*front, *late]} for front in fronts]
-    data = SimpleNamespace(samples=samples, numbers=list(range(6)), data_path="data.json")
+    samples += [{"image": "cut.png", "conversations": asked}]
+    data = SimpleNamespace(samples=samples, numbers=list(range(7)), data_path="data.json")
+    data.keeps_an_answer = lambda sample: sample["image"] != "cut.png"
     keep_questions_about_images(data)
     assert data.numbers == [0, 1, 2]
 
