@@ -21,10 +21,10 @@ def in_earlier_words(path: str) -> dict | None:
     where it has no such merges, or some that "a b" cannot say."""
     values = read_json(path) if os.path.isfile(path) else {}
     model = values.get("model")
-    merges = model.get("merges") if isinstance(model, dict) else None
-    if not isinstance(merges, list) or not merges:
+    if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
         return None
-    for pair in merges:
+    merges = model["merges"]
+    for pair in merges:  # a list of strings is in earlier words already
         if not isinstance(pair, list) or len(pair) != 2:
             return None
         if not all(isinstance(part, str) and " " not in part for part in pair):
