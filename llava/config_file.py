@@ -299,17 +299,23 @@ def check_rules(values: Mapping, rules: Mapping[str, Rule], source: str) -> None
 
 def earlier_words(values: Mapping) -> dict:
     """The values under the names that they have in released files, where later versions of
-    transformers call them `dtype` and `rope_parameters`."""
+    transformers call them `dtype`, `rope_parameters` and, inside `rope_scaling`, `rope_type`."""
     values = dict(values)
     if values.get("torch_dtype") is None and "dtype" in values:
         values["torch_dtype"] = values["dtype"]
     rope = values.get("rope_parameters")
     if isinstance(rope, dict):
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        plain = scaling.get("rope_type", "default") == "default" and "mrope_section" not in scaling
         if "rope_theta" in rope:
             values.setdefault("rope_theta", rope["rope_theta"])
-        values.setdefault("rope_scaling", None if plain else scaling)
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        values.setdefault("rope_scaling", {"rope_type": "default", **scaling})
+    scaling = values.get("rope_scaling")
+    if isinstance(scaling, dict) and "mrope_section" not in scaling:
+        kind = scaling.get("rope_type")
+        if kind == "default":  # positions as they are
+            values["rope_scaling"] = None
+        elif kind == "linear":
+            values["rope_scaling"] = {"type": kind, "factor": scaling.get("factor")}
     return values
 
 

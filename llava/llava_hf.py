@@ -2,7 +2,8 @@
 into those used here and back.
 
 Weights have two generations of names: those of the released files, which every version reads, and
-those of the modules since transformers 4.52. Configs nest the decoder's values in `text_config` and
+those of the modules since transformers 4.52; since 5, a tower has one level less in both. Configs
+nest the decoder's values in `text_config` and
 the tower's in `vision_config`.
 """
 
@@ -18,15 +19,21 @@ LLAVA, NEXT = "LlavaForConditionalGeneration", "LlavaNextForConditionalGeneratio
 MODEL_TYPES = {LLAVA: "llava", NEXT: "llava_next"}
 RELEASED, MODULES = "released", "modules"
 GENERATIONS = (RELEASED, MODULES)
+#: what the names of the tower's weights begin with here
+TOWER = "model.vision_tower.vision_tower."
 #: beginnings of names: here, in released files, of modules since 4.52. The first that fits counts
 NAMES = (
     ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
     ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
-    ("model.vision_tower.vision_tower.", "vision_tower."),
+    (TOWER, "vision_tower."),
     ("model.image_newline", "image_newline"),
     ("lm_head.", "language_model.lm_head."),
     ("model.", "language_model.model."),
 )
+#: what the names of a CLIP's vision weights begin with, until transformers 5
+VISION_PREFIX = "vision_model."
+#: what they begin with behind it
+VISION_PARTS = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")
 MODULE_NAMES = {
     "language_model.lm_head.": "lm_head.",
     "language_model.model.": "model.language_model.",
@@ -84,13 +91,19 @@ def layout_note(values: Mapping) -> str | None:
 
 def name_here(name: str) -> str:
     """A weight's name here, from its name in either generation; names used here stay."""
-    if name.startswith(("model.vision_tower.vision_tower.", "lm_head.")):
+    if name.startswith((TOWER, "lm_head.")):
         return name
     for ours, theirs in NAMES:
         for start in (theirs, module_name(theirs)):
             if name.startswith(start):
-                return ours + name.removeprefix(start)
+                rest = name.removeprefix(start)
+                return ours + (vision_name(rest) if ours == TOWER else rest)
     return name
+
+
+def vision_name(name: str) -> str:
+    """A vision weight's name in a CLIP, from its name there in any version of transformers."""
+    return f"{VISION_PREFIX}{name}" if name.startswith(VISION_PARTS) else name
 
 
 def name_there(name: str, generation: str = RELEASED) -> str:

@@ -31,6 +31,7 @@ from ..checkpoint_kind import (
 )
 from ..config_file import (
     check_config,
+    earlier_words,
     first_line,
     one_sentence,
     read_config,
@@ -65,6 +66,7 @@ from .language_model.attention import check_backend, check_dtype
 from .language_model.compiling import check_compiler
 from .language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from .language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
+from .later_tokenizer import OTHER_FILES
 from .model_part import ModelPart
 from .multimodal_encoder.builder import tower_beside
 from .placement import (
@@ -383,7 +385,8 @@ def load_plain(
     """(tokenizer, model, None) of a model without images; with `base` the LoRA adapter in `folder`
     is merged into that."""
     source = base or folder
-    values = check_config(read_config(source), config_path(source, None), plain=True)
+    values = earlier_words(read_config(source))
+    values = check_config(values, config_path(source, None), plain=True)
     kind = values.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"{source} is a {shown(kind)} model, which is not supported; {SUPPORTED}")
@@ -410,8 +413,9 @@ def load_tokenizer(folder: str, config, fast: bool = False):
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=fast, trust_remote_code=False)
         count, ids = len(tokenizer), tokenizer("What is this?").input_ids
     except Exception as error:  # tokenizers of damaged files fail in every way there is
+        hint = OTHER_FILES.format("tokenizer.model")
         raise ValueError(
-            f"no tokenizer can be loaded from {folder}: {first_line(error)}"
+            f"no tokenizer can be loaded from {folder}: {first_line(error)}; {hint}"
         ) from error
     rows = config.vocab_size
     highest = max([count - 1, *tokenizer.get_added_vocab().values(), *ids])

@@ -135,6 +135,16 @@ class GenerationStrategies(ModelPart):
         if generation_config.min_length:
             generation_config.min_length += more
 
+    def _get_logits_processor(self, generation_config, *args, **keywords) -> LogitsProcessorList:
+        """Without the rule about the input of an encoder, for which transformers would take the
+        embeddings of the prompt."""
+        if (generation_config.encoder_repetition_penalty or 1) != 1:
+            raise ValueError(
+                "encoder_repetition_penalty is not supported: it is about the input of an encoder, "
+                "and this is a decoder alone; use repetition_penalty"
+            )
+        return super()._get_logits_processor(generation_config, *args, **keywords)
+
     @staticmethod
     def _expand_inputs_for_generation(expand_size: int = 1, *args, **keywords):
         """Every row `expand_size` times (beams), in what is known of images as well, which

@@ -181,9 +181,10 @@ def zeros(like: Tensor, count: int) -> Tensor:
     return like.new_zeros(count, *like.shape[1:])
 
 
-def pad_rows(rows: list[dict], side: str) -> Prompt:
-    """A batch of rows of `build_row`, padded on `side` ("left" or "right")."""
-    longest = max(len(row["labels"]) for row in rows)
+def pad_rows(rows: list[dict], side: str, least: int = 0) -> Prompt:
+    """A batch of rows of `build_row`, padded on `side` ("left" or "right") to the longest of them,
+    and to `least` tokens."""
+    longest = max(least, *(len(row["labels"]) for row in rows))
 
     def pad(values: list[Tensor], fill: int = 0) -> Tensor:
         parts = []

@@ -33,6 +33,7 @@ from .language_model.qwen2_5_vl import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+from .later_tokenizer import OTHER_FILES, earlier_files
 from .multimodal_encoder.qwen2_5_vl_encoder import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionTower
 from .multimodal_encoder.qwen2_5_vl_images import PREPROCESSOR, Qwen2_5_VLImageProcessor
 
@@ -49,6 +50,8 @@ IMAGE_RULES = {
     "image_mean": COLOURS,
     "image_std": Rule("three numbers above 0", lambda v: COLOURS.holds(v) and min(v) > 0),
 }
+#: where newer versions of transformers write the settings of all that prepares inputs
+PROCESSOR = "processor_config.json"
 #: where newer versions of transformers put the template, which the pinned one does not read
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 #: that of the release: the parts of a message, one behind the other
@@ -130,9 +133,9 @@ def load(
 
 
 def load_image_processor(folder: str) -> Qwen2_5_VLImageProcessor:
-    """How images are prepared: what preprocessor_config.json says, or the values of the release."""
-    path = os.path.join(folder, PREPROCESSOR)
-    values = read_json(path) if os.path.isfile(path) else {}
+    """How images are prepared: what preprocessor_config.json says, or processor_config.json, which
+    later versions of transformers write in its place, or the values of the release."""
+    path, values = image_settings(folder)
     size = values.get("size")
     if isinstance(size, dict):  # as later versions of transformers write it
         for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
@@ -146,6 +149,15 @@ def load_image_processor(folder: str) -> Qwen2_5_VLImageProcessor:
             f"{processor.max_pixels}"
         )
     return processor
+
+
+def image_settings(folder: str) -> tuple[str, dict]:
+    """The file in `folder` that says how images are prepared, and what it says; {} without one."""
+    path, all_in_one = (os.path.join(folder, name) for name in (PREPROCESSOR, PROCESSOR))
+    if os.path.isfile(path):
+        return path, read_json(path)
+    inner = read_json(all_in_one).get("image_processor") if os.path.isfile(all_in_one) else None
+    return (all_in_one, inner) if isinstance(inner, dict) else (path, {})
 
 
 @contextmanager
@@ -163,7 +175,8 @@ def without_advice() -> Iterator[None]:
 
 def load_tokenizer(folder: str, config: Qwen2_5_VLConfig) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, padding on the left; from vocab.json and merges.txt where
-    tokenizer.json is missing or of a later version than the installed `tokenizers` reads."""
+    tokenizer.json is missing or of a later version than the installed `tokenizers` reads, and
+    without them from that file all the same."""
     tokenizer, errors = None, []
     for kind in (Qwen2TokenizerFast, Qwen2Tokenizer):
         try:
@@ -172,8 +185,10 @@ def load_tokenizer(folder: str, config: Qwen2_5_VLConfig) -> PreTrainedTokenizer
             break
         except Exception as error:  # tokenizers of damaged files fail in every way there is
             errors.append(first_line(error))
+    tokenizer = later_tokenizer(folder) if tokenizer is None else tokenizer
     if tokenizer is None:
-        raise ValueError(f"no tokenizer can be loaded from {folder}: {'; '.join(errors)}")
+        hint = OTHER_FILES.format("vocab.json and merges.txt")
+        raise ValueError(f"no tokenizer can be loaded from {folder}: {'; '.join(errors)}; {hint}")
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model "
@@ -187,6 +202,20 @@ def load_tokenizer(folder: str, config: Qwen2_5_VLConfig) -> PreTrainedTokenizer
             )
     if tokenizer.chat_template is None:
         tokenizer.chat_template = read_template(folder)
+    return tokenizer
+
+
+def later_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
+    """That of a tokenizer.json of a later version; None where it cannot be understood."""
+    with earlier_files(folder) as copy:
+        if copy is None:
+            return None
+        try:
+            with without_advice():
+                tokenizer = Qwen2TokenizerFast.from_pretrained(copy, padding_side="left")
+        except Exception:  # as above
+            return None
+    tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = folder
     return tokenizer
 
 

@@ -37,6 +37,9 @@ FIXED: dict[str, int | str] = {
     "in_channels": 3,
     "hidden_act": "silu",
 }
+#: what a file that does not say it means in transformers, where that is another value than here
+UNSAID = {"rms_norm_eps": 1e-5}
+UNSAID_VISION = {"tokens_per_second": 4}
 VISION_RULES = {
     "depth": whole(1, 512),
     "hidden_size": SIZE,
@@ -105,7 +108,7 @@ def check_own(values: Mapping, source: str) -> None:
 
 def checked_config(values: Mapping, source: str) -> dict:
     """The values that the model is built from. Raises ValueError for the first impossible one."""
-    values = flat(values)
+    values = with_unsaid(flat(values), UNSAID)
     if lacking := [key for key in NEEDED if values.get(key) is None]:
         raise ValueError(f"{source} does not say {' and '.join(lacking)}")
     if "rope_scaling" not in values:
@@ -115,7 +118,13 @@ def checked_config(values: Mapping, source: str) -> dict:
     check_own(values, source)
     vision = values["vision_config"]
     vision = {key: value for key, value in vision.items() if key in VISION_RULES}
+    vision = with_unsaid(vision, UNSAID_VISION)
     return {**checked, "rope_scaling": values["rope_scaling"], "vision_config": vision}
+
+
+def with_unsaid(values: Mapping, unsaid: Mapping) -> dict:
+    """With those of `unsaid` that the values leave out."""
+    return {**values, **{key: v for key, v in unsaid.items() if values.get(key) is None}}
 
 
 def impossible_tower(vision: Mapping, values: Mapping) -> str | None:

@@ -216,10 +216,15 @@ class PrefixCache:
         shared = cost + sum(size - end for end in ends) < sum(lengths)
         known = {key: self._beginnings.get(key) for key in keys}
         if shared:
+            columns = [slice(size - own, end) for own, end in zip(lengths, ends, strict=True)]
             for row, key in enumerate(keys):
                 if known[key] is None:
-                    columns = slice(size - lengths[row], ends[row])
-                    known[key] = beginning(self.model, prompt, row, columns)
+                    known[key] = beginning(self.model, prompt, row, columns[row])
+            # A method may leave small images alone for longer, but a batch goes on from one layer.
+            least = min(own.depth for own in known.values() if own is not None)
+            for row, key in enumerate(keys):
+                if (own := known[key]) is not None and own.depth > least > 0:
+                    known[key] = beginning(self.model, prompt, row, columns[row], least)
         self._beginnings = known
         begun = [own for key in keys if (own := known[key]) is not None]
         if not shared or any(own.depth == 0 for own in begun):
@@ -230,9 +235,11 @@ class PrefixCache:
         return Prefix(begun, lengths, share)
 
 
-def beginning(model, prompt: Prompt, row: int, columns: slice) -> Beginning:
+def beginning(
+    model, prompt: Prompt, row: int, columns: slice, most: int | None = None
+) -> Beginning:
     """Runs the tokens at `columns` of one row of a prompt through the layers that the method in use
-    leaves alone."""
+    leaves alone, or the first `most` of them."""
     decoder = model.get_model()
     # How many tokens there are is known of the whole row alone.
     visuals = replace(prompt.visuals.row(row, columns), counts=None)
@@ -242,6 +249,7 @@ def beginning(model, prompt: Prompt, row: int, columns: slice) -> Beginning:
         visuals=visuals,
     )
     depth = model.pruner.decoder.reusable_layers(prefill)
+    depth = depth if most is None else min(depth, most)
     cache = KVCache(len(decoder.layers), reserve=0)
     hidden_states = decoder.first_layers(prefill, depth, cache)
     entries = [cache.entries(layer) for layer in range(depth)]

@@ -97,6 +97,7 @@ class Splice(ModelPart):
             training = self.training or labels is not None
         ids, mask = on_host(input_ids, attention_mask)
         check_shapes(ids, mask)
+        given, width = mask.sum(dim=1).tolist(), mask.shape[1]
         side = padding_side or self.padding_side_of(mask)
         input_ids, ids, mask, labels = self.read_prompts(input_ids, ids, mask, labels, images)
         check_ids(ids, mask, self.config.vocab_size)
@@ -130,7 +131,9 @@ class Splice(ModelPart):
             rows[0]["x"] = torch.cat([rows[0]["x"], tokens[0].embeds[:0].to(rows[0]["x"])])
         if not training:
             check_prompts(self, positions)
-        prompt = pad_rows(rows, side)
+        # Prompts in which every token has its place already keep the width that they came in.
+        kept = padding_side is None and given == [len(row["labels"]) for row in rows]
+        prompt = pad_rows(rows, side, width if kept else 0)
         prompt.counts = count_tokens(own_images, texts, limit, side == "left")
         prompt.image_extras = image_numbers(own_images)
         prompt.position_bias = position_biases(own_images)

@@ -12,7 +12,6 @@ from functools import cached_property
 
 import torch
 
-from llava.config_file import read_json
 from llava.conv_mode import CONFIG_KEY
 from llava.conversation import conv_templates
 from llava.model.checkpoint import model_config
@@ -23,6 +22,7 @@ from llava.model.language_model.qwen2_5_vl import (
 from llava.model.multimodal_encoder.qwen2_5_vl_images import Qwen2_5_VLImageProcessor
 from llava.model.qwen2_5_vl_loading import (
     PREPROCESSOR,
+    image_settings,
     load_image_processor,
     load_tokenizer,
     released_name,
@@ -186,8 +186,7 @@ def renamed_weights(folder: str) -> dict | None:
 
 def save_preprocessor(source: str, folder: str, processor) -> None:
     """preprocessor_config.json of `source`, with the bounds of `processor`."""
-    path = os.path.join(source, PREPROCESSOR)
-    values = read_json(path) if os.path.isfile(path) else {}
+    _, values = image_settings(source)
     bounds = {name: getattr(processor, name) for name in PIXEL_BOUNDS}
     if isinstance(values.get("size"), dict):  # as later versions of transformers write it
         edges = dict(zip(("shortest_edge", "longest_edge"), bounds.values(), strict=True))

@@ -32,6 +32,10 @@ REFUSED = {
         "contrastive search",
     ),
     "prompt lookup": (dict(prompt_lookup_num_tokens=3), "assisted decoding .*self_speculative"),
+    "the input of an encoder": (
+        dict(encoder_repetition_penalty=1.2),
+        "this is a decoder alone; use repetition_penalty",
+    ),
     "a cache of the caller": (dict(past_key_values=KVCache(6)), "`past_key_values` is not suppor"),
     "a cache of transformers": (dict(past_key_values=DynamicCache()), "`past_key_values`"),
     "a cache of tuples": (dict(past_key_values=((torch.ones(1),) * 2,) * 6), "`past_key_values`"),

@@ -11,7 +11,9 @@ from transformers import (
     AddedToken,
     CLIPImageProcessor,
     CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -23,6 +25,7 @@ from llava.eval.efficiency.random_model import shapes
 from llava.llava_hf import MODULES, config_here, name_here, name_there
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM
+from llava.model.multimodal_encoder.clip_files import read_vision_model
 from llava.train.model_setup import checkpoint_kind
 from scripts.extract_mm_projector import extract
 from tests.model.checkpoint_tools import CHECKPOINT, load
@@ -189,6 +192,72 @@ def test_words_of_later_versions_are_understood(folder):
     (folder / "processor_config.json").write_text(json.dumps(processor))
     path.unlink()
     assert torch.equal(logits_here(folder)[2], expected)
+
+
+@pytest.mark.parametrize("style", ["released", "modules"])
+def test_transformers_5_names_the_tower_without_a_level(folder, style):
+    expected = logits_here(folder)[2]
+    weights = load_file(folder / "model.safetensors")
+    theirs = {name_there(name_here(name), style): tensor for name, tensor in weights.items()}
+    level = "vision_tower.vision_model."
+    saved = {name.replace(level, "vision_tower."): tensor for name, tensor in theirs.items()}
+    assert len(saved.keys() - theirs.keys()) > 50
+    save_file(saved, folder / "model.safetensors")
+    assert torch.equal(logits_here(folder)[2], expected)
+
+
+def test_a_tower_that_transformers_5_saved_is_read(tmp_path):
+    tower = CLIPVisionModel(CLIPVisionConfig(**TOWER_SIZES))
+    tower.save_pretrained(tmp_path)
+    level = {name.removeprefix("vision_model."): own for name, own in tower.state_dict().items()}
+    save_file(level, tmp_path / "model.safetensors")
+    read = read_vision_model(str(tmp_path)).state_dict()
+    assert all(torch.equal(read[name], own) for name, own in tower.state_dict().items())
+
+
+@pytest.mark.parametrize("decoder", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+    ],
+    ids=str,
+)
+def test_stretched_positions_are_understood_in_every_version(made, tmp_path, decoder, words):
+    folder = shutil.copytree(made / decoder, tmp_path / "model")
+    ids, places = torch.arange(3, 12)[None], torch.arange(9)[None]
+    with torch.no_grad():
+        expected = load(folder)[1](ids, position_ids=places).logits
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= words
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load(folder)[1]
+    assert model.config.rope_scaling == {"type": "linear", "factor": 2.0}
+    with torch.no_grad():
+        stretched = model(ids, position_ids=2 * places).logits
+    torch.testing.assert_close(stretched, expected)
+
+
+def test_positions_that_are_not_stretched_may_be_called_default(folder):
+    expected = logits_here(folder)[2]
+    change(folder, "text_config", rope_scaling={"rope_type": "default"})
+    assert torch.equal(logits_here(folder)[2], expected)
+
+
+def test_a_plain_model_of_transformers_5_keeps_the_base_of_its_rotation(tmp_path):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, rope_theta=500.0)).eval()
+    model.save_pretrained(tmp_path)
+    LlamaTokenizer.from_pretrained(CHECKPOINT).save_pretrained(tmp_path)
+    change(tmp_path, rope_theta=None, rope_scaling=None)
+    change(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        logits, expected = load(tmp_path, name="vicuna")[1](ids).logits, model(ids).logits
+    torch.testing.assert_close(logits, expected)
 
 
 @pytest.mark.parametrize("style", ["here", "released", "modules"])

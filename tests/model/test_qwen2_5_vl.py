@@ -17,7 +17,7 @@ from llava.model.language_model.qwen2_5_vl import (
 )
 from llava.model.multimodal_encoder.qwen2_5_vl_encoder import plan_images
 from llava.model.reuse import PrefixCache
-from llava.pruning import trace_pruning
+from llava.pruning import build_pruner, trace_pruning
 from llava.segments import window_order
 from tests.conftest import pad_batch
 from tests.second_device import SECOND, THIRD, devices, place
@@ -284,6 +284,25 @@ def test_logits_of_padded_prompts_stand_where_transformers_has_them(model, side)
     assert logits.shape[:2] == runs.shape
     for own, there, expected in zip(logits, mask.bool(), alone, strict=True):
         torch.testing.assert_close(own[there], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_columns_that_no_prompt_uses_stay_in_the_logits(model, side):
+    """Tokenizers pad to multiples of 8 where that is asked for."""
+    row, named = with_runs(prompt(4, "image", 5), 6), {"images": [picture(2, 3)]}
+    none = torch.zeros(1, 3, dtype=torch.long)
+    parts, there = (row, none), (torch.ones_like(row), none)
+    flip = slice(None, None, -1) if side == "left" else slice(None)
+    padded, mask = torch.cat(parts[flip], dim=1), torch.cat(there[flip], dim=1)
+    labels = padded.masked_fill((mask == 0) | (padded == IMAGE), IGNORE_INDEX)
+    with torch.no_grad():
+        expected = model(row, **named)
+        out = model(padded, attention_mask=mask, **named)
+        assert out.logits.shape[:2] == padded.shape
+        assert model(padded, attention_mask=mask, labels=labels, **named).logits.shape[1] == 18
+    torch.testing.assert_close(out.logits[mask.bool()], expected.logits[0], atol=1e-4, rtol=1e-4)
+    with model.using(build_pruner("random", visual_token_num=2)):
+        assert model(padded, attention_mask=mask, **named).logits.shape[1] == 11
 
 
 def test_a_mask_of_another_shape_is_refused(model):

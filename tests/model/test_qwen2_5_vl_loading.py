@@ -21,6 +21,7 @@ from llava.model import Qwen2_5_VLForConditionalGeneration  # as users know it
 from llava.model.language_model.qwen2_5_vl import Qwen2_5_VLConfig
 from llava.pruning.picture import OUTLINE
 from llava.serve.cli import Chat
+from llava.train.qwen2_5_vl_family import save_preprocessor
 from tests.model.checkpoint_tools import load, same
 from tests.paths import GOLDEN
 
@@ -196,6 +197,62 @@ def test_vocab_and_merges_do_where_tokenizer_json_does_not(folder, loaded):
         (folder / name).unlink()
     with pytest.raises(ValueError, match="no tokenizer can be loaded from"):
         load(folder)
+
+
+def save_tokenizer_as_transformers_5(folder) -> None:
+    """Merges as pairs, special tokens in a list of another name, and no other files."""
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    pairs = [merge.split(" ") for merge in values["model"]["merges"]]
+    values["model"] |= {"merges": pairs, "ignore_merges": False}
+    path.write_text(json.dumps(values))
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    special = settings.pop("additional_special_tokens")
+    change(folder, "tokenizer_config.json", additional_special_tokens=None)
+    change(folder, "tokenizer_config.json", extra_special_tokens=special, backend="tokenizers")
+
+
+def test_a_tokenizer_that_transformers_5_saved_is_read(folder, loaded):
+    save_tokenizer_as_transformers_5(folder)
+    before = sorted(path.name for path in folder.iterdir())
+    tokenizer = load(folder)[0]
+    text = "<|im_start|>user\n<|vision_start|><|image_pad|>Where is the ring?\n\n It's 42 km…"
+    assert tokenizer(text).input_ids == loaded[0](text).input_ids
+    assert tokenizer.all_special_ids == loaded[0].all_special_ids
+    assert (tokenizer.padding_side, tokenizer.name_or_path) == ("left", str(folder))
+    assert sorted(path.name for path in folder.iterdir()) == before
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["model"]["merges"][0] = ["a b", "c"]  # which "a b c" cannot say
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="put vocab.json and merges.txt of the original model"):
+        load(folder)
+
+
+def test_image_settings_are_read_from_the_file_of_transformers_5(folder, tmp_path):
+    path = folder / "preprocessor_config.json"
+    own = json.loads(path.read_text()) | {"size": {"shortest_edge": 784, "longest_edge": 15680}}
+    own = {key: value for key, value in own.items() if key not in ("min_pixels", "max_pixels")}
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": own}))
+    assert load(folder)[2].max_pixels == 12845056  # of the file that says nothing else
+    path.unlink()
+    processor = load(folder)[2]
+    assert (processor.min_pixels, processor.max_pixels) == (784, 15680)
+    save_preprocessor(str(folder), str(tmp_path), processor)
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text())["size"] == own["size"]
+    own["size"]["longest_edge"] = "many"
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": own}))
+    with pytest.raises(ValueError, match="processor_config.json: max_pixels must be"):
+        load(folder)
+
+
+def test_values_that_a_config_leaves_out_are_those_of_transformers(folder):
+    """Its defaults are not those of Qwen2, nor those of the released models."""
+    change(folder, rms_norm_eps=None)
+    change_tower(folder, tokens_per_second=None)
+    config = load(folder)[1].config
+    assert (config.rms_norm_eps, config.vision_config.tokens_per_second) == (1e-5, 4)
 
 
 def test_messages_are_rendered_wherever_the_template_is(folder, loaded):

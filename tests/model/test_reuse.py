@@ -10,6 +10,7 @@ from llava.model.kv_cache import KVCache
 from llava.model.language_model import attention, modeling_llama
 from llava.model.reuse import Picture, PrefixCache
 from llava.pruning import METHODS, build_pruner, trace_pruning
+from llava.pruning.testing.tiny import picture as own_grid
 from tests.conftest import SIDE, make_pruner
 
 GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=-1)
@@ -226,6 +227,27 @@ def test_an_image_asked_about_once_costs_no_extra_pass(model, sample):
         shared(model, cache, prompts[1:2], [[two]], ["a"], max_new_tokens=1)
     # the second question about an image runs its beginning apart, the third need not
     assert tokens[0] == 2 * (41 + 9) + (41 + 4) + 5
+
+
+@pytest.mark.parametrize("name", ["pyramiddrop", "tops", "vscan", "sinkpruner"])
+@pytest.mark.parametrize("first", ["small", "wide"])
+def test_an_image_that_stays_whole_shares_a_batch_with_one_that_is_pruned(
+    own_grids_model, sample, name, first
+):
+    """Without a cut its beginning reaches the last layer, that of the other the first cut."""
+    model = own_grids_model
+    model.pruner = make_pruner(name)
+    small, wide = (Picture(own_grid(*grid), grid[::-1]) for grid in ((2, 3), (4, 9)))
+    pictures = [small, small, wide, wide] if first == "small" else [wide, wide, small, small]
+    prompts, cache = prompts_about(sample, 4, 5, 6, 7), PrefixCache(model)
+    expected = [
+        model.generate(ids[None], images=[own.pixels], pad_token_id=0, **GREEDY)[0]
+        for ids, own in zip(prompts, pictures, strict=True)
+    ]
+    for _ in range(2):  # the second time beginnings are known
+        own = [[picture] for picture in pictures]
+        found = cache.generate(prompts, own, ["a"] * 4, pad_token_id=0, **GREEDY)
+        assert torch.equal(found, torch.stack(expected))
 
 
 def test_inputs_of_layers_that_are_wanted_are_those_of_the_whole_prompt(model, sample):

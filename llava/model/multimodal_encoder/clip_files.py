@@ -10,13 +10,12 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from transformers.modeling_utils import no_init_weights
 
 from ...config_file import check_config, number, one_sentence, read_json, shown, whole
-from ...llava_hf import is_llava_hf, vision_values
+from ...llava_hf import VISION_PREFIX, is_llava_hf, vision_name, vision_values
 from ...weight_files import CACHE_DIR, hub_file, local_folder, tensors_in, weight_files
 from ..checkpoint import Filler
 
 #: `model_type` of folders with a CLIP vision model; early ones name none
 CLIP_TYPES = ("clip", "clip_vision_model", None)
-VISION_PREFIX = "vision_model."
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 
@@ -54,8 +53,8 @@ def read_vision_model(name: str, dtype: torch.dtype | None = None) -> CLIPVision
     filler = Filler(model.eval(), dtype or torch.float32)
     for path in weight_files(folder):
         for key, tensor in tensors_in(path):
-            if key.startswith(VISION_PREFIX):
-                filler.add(key, tensor, path)
+            if (name := vision_name(key)).startswith(VISION_PREFIX):
+                filler.add(name, tensor, path)
     filler.finish(folder)
     return model
 
