@@ -326,7 +326,8 @@ class Nuwa(SinkFilter, OwnGrids, VisionStage, DecoderPruner):
         """A grid that has the budget of `share` of the `crops` of its image."""
         untouched = self.visual_token_num >= num_patches * crops
         keep = self.stage1_tokens(num_patches, crops) * share
-        needed = math.ceil(keep * CELL**2 / (rows * columns))  # of every cell
+        cells = max(1, (rows // CELL) * (columns // CELL))
+        needed = math.ceil(keep / cells)  # of every cell
         top = self.top_per_region or 1
         if crops > 1 and self.top_per_region is None:
             top = NEXT_TOP.get(self.visual_token_num, 2 if self.visual_token_num <= 160 else 3)
