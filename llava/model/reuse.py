@@ -216,10 +216,7 @@ class PrefixCache:
         shared = cost + sum(size - end for end in ends) < sum(lengths)
         known = {key: self._beginnings.get(key) for key in keys}
         if shared:
-            for row, key in enumerate(keys):
-                if known[key] is None:
-                    columns = slice(size - lengths[row], ends[row])
-                    known[key] = beginning(self.model, prompt, row, columns)
+            self._begin(prompt, keys, known, [size - length for length in lengths], ends)
         self._beginnings = known
         begun = [own for key in keys if (own := known[key]) is not None]
         if not shared or any(own.depth == 0 for own in begun):
@@ -229,10 +226,29 @@ class PrefixCache:
         share &= not self.pruner.decoder.drops_from_caches(self.model.config.num_hidden_layers)
         return Prefix(begun, lengths, share)
 
+    def _begin(
+        self, prompt, keys: list[tuple], known: dict, starts: list[int], ends: list[int]
+    ) -> None:
+        """Makes `known` hold the beginning of every row, its columns from its start to its end; all
+        of as many layers: a method may cut one image where it leaves another alone."""
 
-def beginning(model, prompt: Prompt, row: int, columns: slice) -> Beginning:
+        def begin(row: int, most: int | None = None) -> Beginning:
+            return beginning(self.model, prompt, row, slice(starts[row], ends[row]), most)
+
+        for row, key in enumerate(keys):
+            if known[key] is None:
+                known[key] = begin(row)
+        least = min(known[key].depth for key in keys)
+        for row, key in enumerate(keys):
+            if known[key].depth > least > 0:
+                known[key] = begin(row, least)
+
+
+def beginning(
+    model, prompt: Prompt, row: int, columns: slice, most: int | None = None
+) -> Beginning:
     """Runs the tokens at `columns` of one row of a prompt through the layers that the method in use
-    leaves alone."""
+    leaves alone, the first `most` of them."""
     decoder = model.get_model()
     # How many tokens there are is known of the whole row alone.
     visuals = replace(prompt.visuals.row(row, columns), counts=None)
@@ -242,6 +258,7 @@ def beginning(model, prompt: Prompt, row: int, columns: slice) -> Beginning:
         visuals=visuals,
     )
     depth = model.pruner.decoder.reusable_layers(prefill)
+    depth = depth if most is None else min(depth, most)
     cache = KVCache(len(decoder.layers), reserve=0)
     hidden_states = decoder.first_layers(prefill, depth, cache)
     entries = [cache.entries(layer) for layer in range(depth)]
