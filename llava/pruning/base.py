@@ -106,7 +106,8 @@ class Pruner:
         """The method for images of `num_tokens` tokens: with a number in place of a share, and none
         above what they have.
 
-        parts: pairs of frames of a video; a share is that of every pair, and at least one token
+        parts: pairs of frames of a video; a share is that of every pair, and at least one token,
+               but inside the decoder one of the whole video
         """
         return self
 
@@ -198,6 +199,7 @@ class ShareOption(Pruner):
 
     def with_budget_of(self, num_tokens: int, parts: int = 1) -> Self:
         if self.visual_token_ratio is not None:  # of every part, so that it is theirs exactly
+            parts = parts if isinstance(self, VisionStage) else 1  # the decoder sees them as one
             part = num_tokens // parts
             return self._with_number(parts * max(1, min(self.tokens_of(part), part)))
         budget = self.visual_token_num

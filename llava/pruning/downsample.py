@@ -13,11 +13,12 @@ from torch import Tensor
 
 from .base import SelectPruner
 from .interfaces import LanguageModel
+from .own_grids import OwnGrids
 from .tokens import VisionTokens
 
 
 @dataclass
-class Downsample(SelectPruner):
+class Downsample(OwnGrids, SelectPruner):
     """
     visual_token_num: tokens per image, of which the largest square is used (128 gives 11 x 11);
                       on LLaVA-NeXT the sum over its five crops (640 gives 5 x 121)
@@ -28,6 +29,7 @@ class Downsample(SelectPruner):
     anyres_tiles = (2, 2)
 
     def attach(self, model: LanguageModel) -> None:
+        super().attach(model)
         tower = model.get_vision_tower()
         if tower is not None and not tower.takes_smaller_images:
             raise ValueError(
@@ -56,6 +58,7 @@ class Downsample(SelectPruner):
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         own, side = self.with_budget_of(num_patches * crops), math.isqrt(num_patches)
-        if own.tokens_per_crop(crops) < num_patches:
-            num_patches = math.prod(own.sides((side, side), crops))
+        if (budget := own.tokens_per_crop(crops)) < num_patches:
+            # Grids that are no squares may fill the budget.
+            num_patches = budget if self.own_grids else math.prod(own.sides((side, side), crops))
         return [num_patches * crops] * num_layers

@@ -192,7 +192,7 @@ class Nuwa(SinkFilter, OwnGrids, VisionStage, DecoderPruner):
         wanted = min(round(7 * total / 4), 2 * total - 1)
         if crops > 1:
             wanted = max(1, NEXT_TOKENS.get(total, round(20 * total / 11)) // crops)
-        if not self.region:
+        if not self.region or side < CELL:
             return min(wanted, num_patches)
         top = self.top_per_region if crops == 1 else None  # of several crops cells offer enough
         return min(wanted, (side // CELL) ** 2 * (top or CELL**2))
@@ -326,7 +326,8 @@ class Nuwa(SinkFilter, OwnGrids, VisionStage, DecoderPruner):
         """A grid that has the budget of `share` of the `crops` of its image."""
         untouched = self.visual_token_num >= num_patches * crops
         keep = self.stage1_tokens(num_patches, crops) * share
-        needed = math.ceil(keep * CELL**2 / (rows * columns))  # of every cell
+        cells = max(1, (rows // CELL) * (columns // CELL))
+        needed = math.ceil(keep / cells)  # of every cell
         top = self.top_per_region or 1
         if crops > 1 and self.top_per_region is None:
             top = NEXT_TOP.get(self.visual_token_num, 2 if self.visual_token_num <= 160 else 3)
@@ -334,7 +335,7 @@ class Nuwa(SinkFilter, OwnGrids, VisionStage, DecoderPruner):
             keep = rows * columns  # as released: a budget of more than 3 of 4 patches keeps all
         if crops > 1 or self.top_per_region is None:
             top = min(max(top, needed), CELL**2)
-        if not self.region:
+        if not self.region or min(rows, columns) < CELL:  # not one cell
             top = 0
         quantile = self.pillar_quantile
         if quantile is None:

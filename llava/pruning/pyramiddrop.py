@@ -46,9 +46,13 @@ class PyramidDrop(ShareOption, StagedPruner):
         self.check_budgets()
         layers, ratios = self.layer_list, self.image_token_ratio_list
         if self.has_budget and ratios is not None:
+            number, share = self.visual_token_num, self.visual_token_ratio
+            given = (
+                f"visual_token_num ({number})" if share is None else f"visual_token_ratio ({share})"
+            )
             raise ValueError(
-                f"visual_token_num ({self.tokens_of(1)}) and image_token_ratio_list ({ratios}) "
-                "both say how many tokens to keep: give one of them"
+                f"{given} and image_token_ratio_list ({ratios}) both say how many tokens to keep: "
+                "give one of them"
             )
         if not self.has_budget and len(layers or LAYERS[0]) != len(ratios or RATIOS):
             raise ValueError(

@@ -317,6 +317,7 @@ def check_base(wrapper: str, base: Pruner) -> None:
     elif (base.visual_token_num, base.visual_token_ratio) != (type(base).visual_token_num, None):
         reason = f"has a budget of its own, {base}: give the budget to {wrapper}"
     else:
+        base.choosing(1)  # says so where its options leave no room for a budget
         return
     raise ValueError(f"{wrapper} cannot work around {name}, which {reason}")
 

@@ -245,7 +245,10 @@ class TwigVLM(DecoderStage, BudgetPruner):
             pairs = zip(state.wiped, prefill.counts.visual, strict=True)
             counts = prefill.counts.with_visual([0 if wiped else left for wiped, left in pairs])
             wiped = on_device([[own] for own in state.wiped], prefill.index.device).bool()
-            return prefill.keep(~(prefill.is_visual & wiped), counts=counts)
+            left = prefill.keep(~(prefill.is_visual & wiped), counts=counts)
+            # An answer to an image at the end goes on from there, as guesses behind it have done.
+            left.next_position = prefill.follows
+            return left
         return prefill
 
     def blind_cuts(self, num_layers: int) -> tuple[int, ...]:
@@ -258,7 +261,8 @@ class TwigVLM(DecoderStage, BudgetPruner):
     def _choose(self, prefill: Prefill, num_layers: int) -> Prefill:
         images = prefill.counts.images  # on the host, as what follows
         total = torch.tensor([sum(row) for row in images])
-        budget = torch.tensor([sum(self.tokens_of(n) for n in row if n) for row in images])
+        # What an image has no tokens for is not given to the others.
+        budget = torch.tensor([sum(min(self.tokens_of(n), n) for n in row if n) for row in images])
         wiped = budget < total
         if not wiped.any():
             return prefill

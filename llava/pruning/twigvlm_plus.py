@@ -147,4 +147,5 @@ class TwigVLMPlus(TwigVLM):
         last = prefill.last[:, None]
         scores = twig.scores(prefill.decoder, x, prefill.position_ids, last, places, real)
         scores = scores.to(places.device)
-        return scores.new_zeros(prefill.index.shape).scatter(1, places, scores)
+        # Added: what pads a row is its last token, which may be one of an image, too.
+        return scores.new_zeros(prefill.index.shape).scatter_add(1, places, scores)

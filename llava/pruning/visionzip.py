@@ -19,12 +19,13 @@ from torch import Tensor
 from .base import Pruner, SelectPruner
 from .captured import captured
 from .ops import gather_tokens, normalize, top_stable, true_first
+from .own_grids import OwnGrids
 from .sinks import SinkFilter
 from .tokens import MERGED, VisionTokens, without_cues
 
 
 @dataclass
-class VisionZip(SinkFilter, SelectPruner):
+class VisionZip(SinkFilter, OwnGrids, SelectPruner):
     """
     visual_token_num: tokens per image, 27 dominant for 5 contextual ones (64 = 54 + 10); on
                       LLaVA-NeXT the sum over five crops, images with fewer crops have fewer tokens
@@ -138,7 +139,8 @@ class VisionZip(SinkFilter, SelectPruner):
         own = self.with_budget_of(num_patches * crops)
         if own.keeps_all(num_patches, crops):
             return [num_patches * crops] * num_layers
-        return [(1 + sum(own.counts(num_patches, crops))) * crops] * num_layers
+        kept = sum(own.counts(num_patches, crops, self.own_grids)) + (not self.own_grids)
+        return [kept * crops] * num_layers
 
 
 @dataclass

@@ -10,7 +10,7 @@ from llava.model.kv_cache import KVCache
 from llava.model.language_model import attention, modeling_llama
 from llava.model.reuse import Picture, PrefixCache
 from llava.pruning import METHODS, build_pruner, trace_pruning
-from llava.pruning.testing.tiny import picture as own_grid
+from llava.pruning.testing import tiny
 from tests.conftest import SIDE, make_pruner
 
 GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=-1)
@@ -104,6 +104,16 @@ def test_crops_of_images_share_as_well(anyres_model, sample):
         model.pruner = make_pruner(name, 50)
         pictures = [first, first, second, first]
         check(model, prompts, pictures, ["what"] * 4, [[0, 1], [2, 3], [1, 2, 3]])
+
+
+@pytest.mark.parametrize("name", ["pyramiddrop", "sinkpruner", "tops"])
+def test_images_that_are_cut_may_stand_beside_one_that_is_left_alone(own_grids_model, sample, name):
+    """More layers are the same for all questions about the one that is left alone."""
+    large, small = (Picture(tiny.picture(*grid), grid[::-1]) for grid in ((7, 5), (1, 2)))
+    own_grids_model.pruner = make_pruner(name)
+    prompts = prompts_about(sample, 5, 9, 3, 2)
+    pictures = [[small], [large], [small], [large]]
+    check(own_grids_model, prompts, pictures, ["what"] * 4, [[2], [0, 1], [0, 1], [3, 2], [2]])
 
 
 def test_beams_share(model, sample):
@@ -237,7 +247,7 @@ def test_an_image_that_stays_whole_shares_a_batch_with_one_that_is_pruned(
     """Without a cut its beginning reaches the last layer, that of the other the first cut."""
     model = own_grids_model
     model.pruner = make_pruner(name)
-    small, wide = (Picture(own_grid(*grid), grid[::-1]) for grid in ((2, 3), (4, 9)))
+    small, wide = (Picture(tiny.picture(*grid), grid[::-1]) for grid in ((2, 3), (4, 9)))
     pictures = [small, small, wide, wide] if first == "small" else [wide, wide, small, small]
     prompts, cache = prompts_about(sample, 4, 5, 6, 7), PrefixCache(model)
     expected = [

@@ -55,6 +55,16 @@ def test_greedy_answers_are_those_of_one_token_at_a_time(sharp, sample, shared, 
     assert sum(logs[0].accepted) >= 3  # the test would be idle if no guess were ever right
 
 
+@pytest.mark.parametrize("shared", [0, 1, 2])
+@pytest.mark.parametrize("tree", [{}, {"tree_nodes": 6}])
+def test_so_are_those_to_an_image_at_the_end(model, sample, shared, tree):
+    """Its last token, at the largest position, is one of those that go."""
+    grown(model, shared, 2, visual_token_num=20, draft_stop_prob=0.0)
+    prompt = sample("image")
+    plain, fast, _ = answers(model, prompt.ids, prompt.images, tree)
+    assert torch.equal(plain, fast)
+
+
 def test_grouped_queries_are_served_as_well(make_model, sample):
     model = make_model(mistral=True)
     model.lm_head.weight.data *= 8

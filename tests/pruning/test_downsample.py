@@ -5,6 +5,7 @@ import torch
 
 from llava.pruning import build_pruner, trace_pruning
 from llava.pruning.ops import middle_places
+from llava.pruning.testing import tiny
 
 
 @pytest.mark.parametrize("budget, crops, side", [(64, 1, 8), (128, 1, 11), (640, 5, 11), (3, 1, 1)])
@@ -45,6 +46,15 @@ def test_tokens_stand_in_the_full_grid(model, sample):
         model.build_prompt(prompt.ids, images=prompt.images)
     places = [6 * row + column for row in (1, 3, 5) for column in (1, 3, 5)]
     assert trace.visual_positions[0].tolist() == places
+
+
+def test_a_grid_that_is_no_square_is_within_the_schedule(own_grids_model):
+    """It may fill a budget of which a square uses less."""
+    own_grids_model.pruner = pruner = build_pruner("downsample", visual_token_num=12)
+    with trace_pruning(own_grids_model) as trace:
+        ids = tiny.sample(4, "image", 5).ids
+        own_grids_model.build_prompt(ids, images=[tiny.picture(6, 8)])
+    assert len(trace.visual_positions[0]) == 12 <= pruner.token_schedule(48, 6)[0]
 
 
 def test_the_tower_itself_has_less_to_do(model, sample):

@@ -61,6 +61,21 @@ def test_every_cell_offers_its_best_and_the_best_of_those_stay():
     assert choose(salience, View(2, 4, 3, 0, 0.5)).tolist() == [[0, 1, 4]]
 
 
+@pytest.mark.parametrize("side", [5, 7])
+def test_cells_beside_an_odd_last_row_offer_what_the_schedule_says(side):
+    for budget in range(1, side**2):
+        pruner = Nuwa(visual_token_num=budget)
+        view = pruner.view(side, side, 1, side**2, 1)
+        found = choose(torch.rand(1, side**2), view).shape[1]
+        assert found == pruner.token_schedule(side**2, 6)[0]
+
+
+def test_a_grid_of_one_row_has_no_cells():
+    """What is left of the tiles of a very thin image, where tiles have an odd number of rows."""
+    view = Nuwa(visual_token_num=50).view(1, 14, 2, 49, 3)
+    assert choose(torch.rand(1, 14), view).shape[1] == min(14, view.keep) > 0
+
+
 def test_an_odd_last_row_or_column_is_never_chosen():
     salience = torch.tensor([[1.0, 2, 9, 3, 4, 9, 9, 9, 9]])
     assert choose(salience, View(3, 3, 9, 4, 0.5)).tolist() == [[0, 1, 3, 4]]

@@ -61,6 +61,10 @@ def test_a_stage_keeps_what_the_layer_to_come_attends_to(model, sample):
     ("options", "message"),
     [
         ({"visual_token_num": 64, "image_token_ratio_list": [0.5]}, "give one of them"),
+        (
+            {"visual_token_ratio": 0.2, "image_token_ratio_list": [0.5]},
+            "visual_token_ratio .0.2. and",
+        ),
         ({"layer_list": [8], "image_token_ratio_list": [0.5, 0.2]}, "one entry per cut"),
         ({"layer_list": [8, 8, 9]}, "ascending"),
         ({"image_token_ratio_list": [0.5, 0.6, 0.1]}, "must not rise"),

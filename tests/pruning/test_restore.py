@@ -123,6 +123,14 @@ def test_a_refusal_of_the_base_says_whose_number_it_is():
         wrapped.check(576, 32, crops=5)
 
 
+def test_options_that_say_how_many_are_refused_when_the_wrapper_is_made():
+    """Not with the first image, where images have grids of their own."""
+    for options in ({"visionzip_dominant": 9, "visionzip_contextual": 2}, {"nuwa_stage2": "off"}):
+        name = f"restore+{min(options).partition('_')[0]}"
+        with pytest.raises(ValueError, match="cannot be asked for a number of tokens"):
+            build_pruner(name, **options)
+
+
 def test_a_base_that_is_no_method_is_refused():
     with pytest.raises(ValueError, match="base \\('vispruner'\\) must be a pruning method"):
         Restore(base="vispruner")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llava.pruning import build_pruner, trace_pruning
+from llava.pruning.testing import tiny
 from llava.pruning.twigvlm import TwigVLM, grow_twig, load_twig, save_twig
 
 SIDE_TOKENS = 36
@@ -129,6 +130,14 @@ def test_several_images_share_one_pool(model, sample):
     per_image = [((kept >= 4) & (kept < 40)).sum(), ((kept >= 44) & (kept < 80)).sum()]
     assert sum(per_image) == 2 * pruner.token_schedule(SIDE_TOKENS, 6)[1]
     assert per_image[0] != per_image[1]
+
+
+def test_what_a_small_image_has_no_tokens_for_is_not_given_to_the_others(own_grids_model):
+    grown(own_grids_model, visual_token_num=10)
+    prompt = tiny.sample(3, "image", 4, "image", 5)
+    prompt.images = [tiny.picture(4, 9), tiny.picture(1, 2)]
+    _, trace = traced(own_grids_model, prompt)
+    assert round(sum(int(n) for n in trace.visual_tokens) / 6) == 10 + 2
 
 
 @pytest.mark.parametrize("shared", [0, 1, 2])

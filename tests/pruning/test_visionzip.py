@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llava.pruning import build_pruner, trace_pruning
+from llava.pruning.testing import tiny
 from llava.pruning.visionzip import VisionZip, compress, visionzip
 
 
@@ -77,3 +78,13 @@ def test_tiles_are_read_as_one_grid_then_their_class_and_merged_tokens_follow(an
 def test_impossible_counts_are_an_error(options, message):
     with pytest.raises(ValueError, match=message):
         build_pruner("visionzip", **options)
+
+
+def test_a_tower_without_a_class_token_keeps_none_of_it(own_grids_model):
+    own_grids_model.pruner = pruner = build_pruner("visionzip", dominant=2, contextual=1)
+    for grid in ((1, 2), (2, 3)):
+        with trace_pruning(own_grids_model) as trace:
+            ids = tiny.sample(4, "image", 5).ids
+            own_grids_model.build_prompt(ids, images=[tiny.picture(*grid)])
+        kept = len(trace.visual_positions[0])
+        assert pruner.token_schedule(grid[0] * grid[1], 6) == [kept] * 6

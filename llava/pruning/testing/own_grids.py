@@ -134,6 +134,16 @@ class OwnGridsContract(Promises):
         for number in range(3):  # no pair of frames is left out in front of the decoder
             assert (time == 2 * number).any()
 
+    def test_a_share_of_a_video_is_what_is_scheduled(self, model, pruner):
+        if pruner.name not in METHODS or "visual_token_ratio" not in option_names(type(pruner)):
+            pytest.skip("this method takes no share")
+        # of a pair 14.35, of the video 43.05 of 105 tokens
+        model.pruner = pruner = make_pruner(pruner.name, **self.options, visual_token_ratio=0.41)
+        _, _, trace = generate(model, sample(4, "image", 5).ids, [video(3, 7, 5)])
+        plan = pruner.with_budget_of(3 * 35, 3).token_schedule(35, LAYERS, 3)
+        seen = [int(tokens[0]) for tokens in trace.visual_tokens]
+        assert all(kept <= planned for kept, planned in zip(seen, plan, strict=True))
+
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_batching_changes_nothing(self, model, pruner, side):
         model.pruner = pruner
