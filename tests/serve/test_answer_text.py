@@ -11,6 +11,7 @@ from llava.mm_utils import KeywordsStoppingCriteria
 from llava.playground import default_model_path
 from llava.serve import engine
 from llava.serve.answer_text import AnswerStreamer, without_begun
+from llava.serve.protocol import GenerateRequest
 
 TEXTS = (
     "Here:\n  one\n    two\n three",
@@ -93,8 +94,7 @@ class Seat:
 class Job:
     seat = Seat()
 
-    class request:
-        prompt, stop = "Q:", "two three"
+    request = GenerateRequest(prompt="Q:", stop="two three")
 
 
 @pytest.mark.parametrize(
