@@ -135,6 +135,13 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, BudgetPruner, StagedPruner, StageL
             low, high = (label, high) if sum(plan) <= wanted * num_layers else (low, label - 1)
         return low
 
+    def label_in_parts(self, total: int, parts: int, num_layers: int) -> int:
+        """T of an image of `total` tokens; with `average` that of a video is the sum over its
+        `parts` pairs of frames, which are cut one by one."""
+        if parts < 2 or not self.average:
+            return self.label(total, num_layers)
+        return parts * self.for_part(parts).label(total // parts, num_layers)
+
     def image_schedule(
         self, count: int, num_layers: int, num_patches: int, budget: int = 0
     ) -> list[int]:
@@ -154,7 +161,8 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, BudgetPruner, StagedPruner, StageL
 
     def token_schedule(self, num_patches: int, num_layers: int, crops: int = 1) -> list[int]:
         total = num_patches * crops
-        label = self.label(total, num_layers)
+        # What are crops here are the pairs of frames of a video where images have own grids.
+        label = self.label_in_parts(total, crops if self.own_grids else 1, num_layers)
         first = min(2 * label, total)
         return self.image_schedule(first, num_layers, num_patches, label)
 
@@ -197,12 +205,8 @@ class TOPS(SinkFilter, OwnGrids, VisionStage, BudgetPruner, StagedPruner, StageL
         ]
 
     def label_of(self, image: ImageTokens) -> int:
-        """T of an image; with `average` that of a video is the sum over its pairs of frames, which
-        were cut one by one."""
-        pairs = image.frame_pairs if self.average else 0
-        if pairs < 2:
-            return self.label(image.length, self.depth)
-        return pairs * self.for_part(pairs).label(image.length // pairs, self.depth)
+        """T of an image or a video."""
+        return self.label_in_parts(image.length, image.frame_pairs, self.depth)
 
     def first_picks(self, features: Tensor, salience: Tensor, count: int) -> Tensor:
         """(B, count) places of features (B, N, D) in the order they are picked."""

@@ -1,7 +1,7 @@
 """Methods, options, budgets and prompts drawn at random: a batch says what its rows say alone, a
 schedule what happens, and questions that share images get the answers they get alone.
 
-`CASES` more of them, with other seeds, find what these do not.
+More seeds find what these do not: 13 of the first 700 failed before what they found was mended.
 """
 
 import random
@@ -16,7 +16,8 @@ from llava.pruning.base import option_names
 from llava.pruning.testing import tiny
 from llava.pruning.testing.promises import GREEDY, generate
 
-CASES = 40
+#: those that found something, and a few
+SEEDS = (159, 176, 302, 353, 406, 424, 427, 451, 470, 514, 624, 639, 673, *range(10))
 SHORT = {**GREEDY, "max_new_tokens": 2}
 #: of how many tokens these leave, two in a row promise the most alone, and the second may leave
 #: fewer of those than of fewer
@@ -106,7 +107,7 @@ def case(request, shared_model, shared_own_grids_model):
     return (shared_own_grids_model if own_grids else shared_model), own_grids
 
 
-@pytest.mark.parametrize("seed", range(CASES))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_whatever_is_drawn_keeps_its_promises(case, seed):
     (model, own_grids), draw = case, random.Random(seed)
     model.pruner = build_pruner("none")
@@ -137,6 +138,8 @@ def test_whatever_is_drawn_keeps_its_promises(case, seed):
 def check_schedule(model, trace, image, own_grids: bool) -> None:
     """No more tokens than promised enter the layers for the one image of a prompt."""
     pruner, parts = model.pruner, len(image) if len(image.shape) == 5 else 1
+    if parts > 1 and not getattr(pruner, "prune_videos", True):
+        return  # it leaves videos whole
     count = tiny.NUM_PATCHES if not own_grids else trace.unpruned_lengths[0] // parts
     pruner = pruner.with_budget_of(count * parts, parts)
     plan = pruner.token_schedule(count, len(trace.visual_tokens), parts)
