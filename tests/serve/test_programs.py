@@ -270,13 +270,6 @@ def test_a_server_that_fails_is_said_to(content, status, cause):
     assert [chunk["cause"] for chunk in chunks] == [cause]
 
 
-def test_keys_of_a_request_that_the_server_is_not_told_are_named():
-    answer = sse({"text": "A cat"}, "[DONE]")
-    forwarder = Forwarder("http://s", "m", transport=upstream(answer, []))
-    _, chunks = ask_forwarder(forwarder, top_k=5)
-    assert all(chunk["ignored"] == ["top_k"] for chunk in chunks)
-
-
 def test_events_may_have_every_spelling_that_the_standard_knows():
     content = b': hello\r\n\r\nevent: piece\rdata:{"text":\rdata: "A cat"}\r\rid: 7\n\n'
     forwarder = Forwarder("http://s", "m", transport=upstream(content + sse("[DONE]"), []))

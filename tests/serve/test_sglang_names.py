@@ -1,4 +1,5 @@
-"""What the server behind an `sglang_worker` calls its model, and what clients call it."""
+"""What the server behind an `sglang_worker` calls its model, what clients call it, and what of
+their requests it is not told."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import json
 import pytest
 
 from llava.serve import sglang_worker
-from llava.serve.sglang_worker import build_parser, load_forwarder
+from llava.serve.sglang_worker import Forwarder, build_parser, load_forwarder
 from tests.serve.serve_tools import live
 from tests.serve.test_programs import ask_forwarder, sse, upstream
 
@@ -79,3 +80,10 @@ def test_a_request_for_the_likeliest_tokens_names_no_share_of_nothing(api):
 def test_an_endpoint_that_is_no_address_is_refused(endpoint):
     with pytest.raises(ValueError, match="^--sgl-endpoint .* must have the form http"):
         load(endpoint, "--model-name", "m")
+
+
+def test_keys_of_a_request_that_the_server_is_not_told_are_named():
+    answer = sse({"text": "A cat"}, "[DONE]")
+    forwarder = Forwarder("http://s", "m", transport=upstream(answer, []))
+    _, chunks = ask_forwarder(forwarder, top_k=5)
+    assert all(chunk["ignored"] == ["top_k"] for chunk in chunks)
