@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from llava.eval.efficiency.launches import FREE
 from tests.paths import ROOT
@@ -217,7 +217,22 @@ def place(module: nn.Module, device: torch.device) -> None:
 
 
 class No64(TorchDispatchMode):
-    """Refuses float64 tensors, as MPS does."""
+    """Refuses float64 tensors, as MPS does; but not what `Tensor.quantile` does in itself, which
+    from torch 2.14 on takes some on a CPU."""
+
+    def __enter__(self):
+        quantile = Tensor.quantile
+
+        def unwatched(*args, **kwargs):
+            with _disable_current_modes():
+                return quantile(*args, **kwargs)
+
+        self.quantile, Tensor.quantile = quantile, unwatched
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        Tensor.quantile = self.quantile
+        return super().__exit__(*raised)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))

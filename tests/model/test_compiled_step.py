@@ -167,7 +167,9 @@ def test_tokens_of_any_number_are_few_graphs_and_such_of_a_fixed_one_are_loops(m
     for count in (1, 2, 12):
         run(count)
     assert [run(count) for count in (3, 4, 5, 6, 7, 8, 9, 14)] == [0] * 8
-    assert run(3, most=4) > 0 and run(2, most=4) == 0, "one for a number that is always the same"
+    if linear.KNOWS_FIXED:
+        assert run(3, most=4) > 0, "one for a number that is always the same"
+        assert run(2, most=4) == 0
 
 
 def test_however_many_nodes_were_accepted_the_next_tree_grows_by_the_same_graphs(

@@ -23,7 +23,7 @@ from tests.conftest import TOWER
 from tests.golden_data import GOLDEN
 from tests.paths import ROOT
 from tests.ports import free_port
-from tests.train.train_tools import write_start
+from tests.train.train_tools import MUON, write_start
 
 SAMPLES = json.loads((GOLDEN / "llava-base/train_data.json").read_text())["data"]
 
@@ -112,7 +112,7 @@ def test_defaults_of_generation_that_transformers_does_not_save_are_kept(workpla
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--group_by_modality_length", True, "--matrix_optim", "muon"],
+        ["--group_by_modality_length", True, *MUON],
         ["--tune_mm_mlp_adapter", True, "--dataloader_num_workers", 1],
         ["--lora_enable", True, "--lora_r", 4, "--lora_dropout", 0.2, "--mm_projector_lr", 1e-3],
     ],

@@ -20,6 +20,7 @@ from tests.paths import ROOT
 from tests.ports import free_port
 from tests.train.recipes import needs_bash, words_of
 from tests.train.test_run import command_line, losses, parameters, workplace  # noqa: F401
+from tests.train.train_tools import MUON
 
 TWIG = ["--twig_K", 1, "--twig_T", 1]
 
@@ -55,7 +56,7 @@ def test_only_the_twig_learns_and_it_is_written_as_published(workplace):  # noqa
     assert output.shape == (1, 3)
 
 
-@pytest.mark.parametrize("flags", [["--matrix_optim", "muon"], ["--bf16", True]])
+@pytest.mark.parametrize("flags", [MUON, ["--bf16", True]])
 def test_a_resumed_run_continues_exactly(workplace, tmp_path, flags):  # noqa: F811
     class Stop(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):

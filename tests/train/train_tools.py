@@ -18,6 +18,9 @@ from tests.conftest import PROCESSOR, TINY, TOWER
 from tests.golden_data import GOLDEN
 from tests.paths import GOLDEN as SHIPPED
 
+#: flags for Muon, which torch has from 2.9 on
+MUON = ["--matrix_optim", "muon"] if hasattr(torch.optim, "Muon") else []
+
 
 def write_start(folder: Path, name: str, **config) -> None:
     """A vision tower in folder/tower, and in folder/name a random LLaVA that names it relatively.
