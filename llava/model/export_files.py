@@ -22,7 +22,7 @@ from ..conversation import conv_templates
 from ..llava_hf import IMAGE_TOKEN, NEXT, PAD_TOKEN, SETTINGS, is_next
 from ..log_output import say
 from ..mm_utils import tokenizer_image_token
-from .multimodal_encoder.clip_files import PREPROCESSOR, PROCESSOR
+from .multimodal_encoder.preprocessor_files import PREPROCESSOR, PROCESSOR
 
 CHAT_TEMPLATE = "chat_template.json"
 #: files of a released folder that are taken over as they are

@@ -34,8 +34,9 @@ from .language_model.qwen2_5_vl import (
     Qwen2_5_VLForConditionalGeneration,
 )
 from .later_tokenizer import OTHER_FILES, earlier_files
+from .multimodal_encoder.preprocessor_files import PREPROCESSOR, image_settings
 from .multimodal_encoder.qwen2_5_vl_encoder import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionTower
-from .multimodal_encoder.qwen2_5_vl_images import PREPROCESSOR, Qwen2_5_VLImageProcessor
+from .multimodal_encoder.qwen2_5_vl_images import Qwen2_5_VLImageProcessor
 
 COLOURS = Rule(
     "three numbers",
@@ -50,8 +51,6 @@ IMAGE_RULES = {
     "image_mean": COLOURS,
     "image_std": Rule("three numbers above 0", lambda v: COLOURS.holds(v) and min(v) > 0),
 }
-#: where newer versions of transformers write the settings of all that prepares inputs
-PROCESSOR = "processor_config.json"
 #: where newer versions of transformers put the template, which the pinned one does not read
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 #: that of the release: the parts of a message, one behind the other
@@ -149,15 +148,6 @@ def load_image_processor(folder: str) -> Qwen2_5_VLImageProcessor:
             f"{processor.max_pixels}"
         )
     return processor
-
-
-def image_settings(folder: str) -> tuple[str, dict]:
-    """The file in `folder` that says how images are prepared, and what it says; {} without one."""
-    path, all_in_one = (os.path.join(folder, name) for name in (PREPROCESSOR, PROCESSOR))
-    if os.path.isfile(path):
-        return path, read_json(path)
-    inner = read_json(all_in_one).get("image_processor") if os.path.isfile(all_in_one) else None
-    return (all_in_one, inner) if isinstance(inner, dict) else (path, {})
 
 
 @contextmanager

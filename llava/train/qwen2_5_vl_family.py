@@ -19,10 +19,9 @@ from llava.model.language_model.qwen2_5_vl import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+from llava.model.multimodal_encoder.preprocessor_files import PREPROCESSOR, image_settings
 from llava.model.multimodal_encoder.qwen2_5_vl_images import Qwen2_5_VLImageProcessor
 from llava.model.qwen2_5_vl_loading import (
-    PREPROCESSOR,
-    image_settings,
     load_image_processor,
     load_tokenizer,
     released_name,

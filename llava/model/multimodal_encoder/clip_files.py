@@ -13,10 +13,10 @@ from ...config_file import check_config, number, one_sentence, read_json, shown,
 from ...llava_hf import VISION_PREFIX, is_llava_hf, vision_name, vision_values
 from ...weight_files import CACHE_DIR, hub_file, local_folder, tensors_in, weight_files
 from ..checkpoint import Filler
+from .preprocessor_files import PROCESSOR, image_settings
 
 #: `model_type` of folders with a CLIP vision model; early ones name none
 CLIP_TYPES = ("clip", "clip_vision_model", None)
-PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 
 def read_vision_config(name: str) -> CLIPVisionConfig:
@@ -62,12 +62,9 @@ def read_vision_model(name: str, dtype: torch.dtype | None = None) -> CLIPVision
 def read_image_processor(name: str) -> CLIPImageProcessor:
     """How the tower wants its images: what preprocessor_config.json says, or processor_config.json,
     which later versions of transformers write in its place."""
-    own, all_in_one = (os.path.join(name, file) for file in (PREPROCESSOR, PROCESSOR))
-    values = None
-    if os.path.isfile(all_in_one) and not os.path.isfile(own):
-        values = read_json(all_in_one).get("image_processor")
     with one_sentence(f"the image processor of {name} cannot be read"):
-        if isinstance(values, dict):
+        path, values = image_settings(name)
+        if os.path.basename(path) == PROCESSOR:
             processor = CLIPImageProcessor.from_dict(values)
         else:
             processor = CLIPImageProcessor.from_pretrained(name, cache_dir=CACHE_DIR.get())

@@ -23,9 +23,9 @@ from transformers import BatchFeature
 from ...image_io import to_rgb
 from ...pruning.cells import boxes_to_cells, mask_to_cells
 from ...video_io import FPS
+from .preprocessor_files import PREPROCESSOR
 from .qwen2_5_vl_videos import TOTAL_PIXELS, Video, frame_limits, split_patches
 
-PREPROCESSOR = "preprocessor_config.json"
 #: what it says, and under which name transformers reads it
 SAVED = (
     "min_pixels",
