@@ -202,13 +202,20 @@ def is_fixed(number: int) -> bool:
 def looped(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `product`, summed in fp32: compiled it becomes one loop over the weight for all tokens; if
     their number `may_change`, one for each of them."""
-    tokens, weight = x.reshape(-1, x.shape[-1]).float(), weight.float()
+    tokens, weight = materialized(x.reshape(-1, x.shape[-1]).float()), weight.float()
     if may_change(x):
         out = (tokens[:, None] * weight).sum(dim=-1)
     else:
         out = torch.stack([(token * weight).sum(dim=-1) for token in tokens.unbind()])
     out = out if bias is None else out + bias
     return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def materialized(x: Tensor) -> Tensor:
+    """x as compiled code writes it to memory, once: in the loops that read it torch would compute
+    it anew, a norm for each output of a weight."""
+    x = x.contiguous()
+    return x.as_strided(x.shape, x.stride())
 
 
 def beside(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

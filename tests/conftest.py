@@ -8,6 +8,7 @@ import os
 from functools import partial
 
 import pytest
+import torch
 
 from llava.pruning import build_pruner
 from llava.pruning.testing import tiny
@@ -34,6 +35,18 @@ def pytest_collection_finish(session):
     garbage would take a third of a second each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def compiler():
+    """Skips where nothing compiles for the CPU."""
+    from llava.model.language_model.compiling import check_compiler, prepare
+
+    try:
+        check_compiler(torch.device("cpu"))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    prepare()  # or torch takes code that another kind of CPU left in its cache
 
 
 @pytest.fixture(scope="session")

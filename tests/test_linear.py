@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from llava import linear
+from llava.blocks import RMSNorm
 from llava.linear import Linear, fast_linears, product
 
 #: outputs, inputs: in blocks for one token, small, wide, and large
@@ -160,17 +161,6 @@ def test_a_large_weight_in_half_precision_is_on_the_left_for_few_tokens_with_amx
     assert bool(calls) == (tiles and size == "large" and tokens < 17)
 
 
-@pytest.fixture
-def compiler():
-    from llava.model.language_model.compiling import check_compiler, prepare
-
-    try:
-        check_compiler(torch.device("cpu"))
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    prepare()  # or torch takes code that another kind of CPU left in its cache
-
-
 def code_of(layer, x):
     """What torch compiles for a layer; what that gives must be what the layer gives."""
     from torch._inductor.utils import run_and_get_code
@@ -232,6 +222,16 @@ def test_few_compiled_tokens_in_fp32_are_left_to_mkl_on_intel(tokens, monkeypatc
 def test_one_loop_reads_a_weight_once_for_all_tokens_of_a_row(monkeypatch, compiler):
     monkeypatch.setattr(linear, "ON_INTEL", False)
     assert code_of(Linear(96, 256), torch.randn(1, 6, 96)).count("96L*x0") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_before_a_loop_is_computed_once(dtype, monkeypatch, compiler):
+    """Not anew for every output of the weight."""
+    monkeypatch.setattr(linear, "ON_INTEL", False)
+    layer = nn.Sequential(RMSNorm(96, 1e-5), Linear(96, 256)).to(dtype)
+    code = code_of(layer, torch.randn(1, 1, 96, dtype=dtype))
+    before, loop = code.split("x0<static_cast<int64_t>(256L)", maxsplit=1)
+    assert "sqrt(" in before and "sqrt(" not in loop
 
 
 @needs_kernels

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llava import linear
 from llava.model.language_model import attention
 from llava.model.language_model.attention import (
     Packing,
@@ -188,6 +189,7 @@ def test_repeated_heads_give_what_groups_give(monkeypatch, masked):
     plain = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(attention, "serves_groups", lambda *_: False)
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(linear, "OWN_WAYS", False)
     out = attend(q, k, v, mask if masked else None, "sdpa")
     torch.testing.assert_close(out, wanted)
     kind = torch.bool if masked else None

@@ -31,14 +31,6 @@ DECODER, TOWER, ANY_GRID = (22, 13), (14, 11), (20, 11)
 GRIDS = [[(3, 4)], [(8, 8)], [(9, 9), (2, 3)], [(5, 7), (5, 7), (9, 2)]]
 
 
-@pytest.fixture
-def compiler():
-    try:
-        compiling.check_compiler(torch.device("cpu"))
-    except RuntimeError as error:
-        pytest.skip(str(error))
-
-
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """What is compiled runs as it is, or compiled."""

@@ -17,6 +17,7 @@ from ...errors import how_to_install
 from ...pruning.ops import gather_tokens, on_device, repeat_heads, true_first
 from ...pruning.precision import full_precision
 from .compiling import constant
+from .cpu_attention import attend_few, masked, suits
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ def attend(
         return _eager(q, k, v, mask)
     if mask is None and 1 < q.shape[2] < k.shape[2]:
         mask = causal_mask(q.shape[2], k.shape[2], q.device)
+    if suits(q, mask):
+        return attend_few(q, k, v, mask)
     grouped = {}
     if q.shape[1] != k.shape[1]:
         if GROUPED_SDPA and serves_groups(q.device, q.dtype, mask is not None):
@@ -134,11 +137,6 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     scores = (q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5
     return masked(scores.float(), mask).softmax(dim=-1).to(q.dtype) @ v
-
-
-def masked(scores: Tensor, mask: Tensor) -> Tensor:
-    """Scaled products as the softmax takes them; `mask` as in `attend`, of the same rank."""
-    return scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, float("-inf"))
 
 
 def attend_behind(

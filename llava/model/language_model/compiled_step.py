@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...devices import moved
-from ...linear import is_faster_fixed
+from ...linear import is_faster_fixed, materialized
 from ...pruning.branches import Branches
 from ...pruning.position_bias import PositionBias
 from ..kv_cache import KVCache, RowState
@@ -290,9 +290,10 @@ def describe(
         keys = directions if tree is None else directions.index_select(1, standing)
         bias = joined(bias, between(function, queries, keys, asking))
     if bias is None:
-        added = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, float("-inf"))
-        return places, cos, sin, added
-    return places, cos, sin, attention_mask(seen, bias, count, dtype)
+        mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, float("-inf"))
+    else:
+        mask = attention_mask(seen, bias, count, dtype)
+    return places, materialized(cos), materialized(sin), materialized(mask)
 
 
 class Slots:

@@ -1,0 +1,77 @@
+"""Attention of few queries on a CPU, by what is fastest there.
+
+SDPA's kernel for CPUs makes a product of its own for every head of queries. With one query those
+are a matrix and a vector each: in bfloat16 the slowest way to multiply, and where several heads
+share keys, these are read once for each of them. The numbers are in docs/CPU.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import linear
+
+#: most queries whose heads become the queries of the one head of keys that they share
+FEW_QUERIES = 16
+#: most queries of a head for which compiled code has loops
+FEW_LOOPED = 8
+#: in bfloat16 a single query is asked so many times, so that products are of two matrices
+COPIES = 2
+
+
+def suits(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether `attend_few` is for queries (B, H, Q, d) under a mask. Compiled code that serves
+    other numbers of queries, too, is not asked how many they are: it would be compiled again."""
+    if not q.is_cpu or not linear.OWN_WAYS:
+        return False
+    if q.shape[2] == 1:
+        return True
+    if mask is None or torch.compiler.is_compiling() and not linear.is_fixed(q.shape[2]):
+        return False
+    return q.shape[2] <= FEW_QUERIES
+
+
+def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """As `attend`, where `suits` says so: without a mask there is one query, which sees all keys.
+
+    Results differ in the order of summation; those of compiled code are rounded less often.
+    """
+    rows, shared = q, q.shape[1] // k.shape[1]
+    if shared > 1:  # heads that share keys become queries of one head
+        rows = q.reshape(len(q), k.shape[1], -1, q.shape[3])
+        if mask is not None and q.shape[2] > 1:
+            mask = mask.repeat(1, 1, shared, 1)
+    if torch.compiler.is_compiling() and is_looped(rows):
+        return _looped(rows, k, v, mask).view(q.shape)
+    if rows.shape[2] == 1 and rows.dtype is torch.bfloat16 and not linear.ON_INTEL:
+        rows = rows.expand(-1, -1, COPIES, -1).contiguous()
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+    return out.reshape(q.shape) if shared > 1 else out[:, :, : q.shape[2]]
+
+
+def is_looped(rows: Tensor) -> bool:
+    """Whether compiled code has loops for queries (B, G, R, d), whose number is fixed: on Intel's
+    processors those were not measured."""
+    return not linear.ON_INTEL and not torch.is_grad_enabled() and rows.shape[2] <= FEW_LOOPED
+
+
+def _looped(rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Summed in fp32: compiled it becomes one loop over the keys for all queries of a head, and one
+    over the values."""
+    asked = linear.materialized(rows.float() * rows.shape[3] ** -0.5)
+    k, v = k.float(), v.float()
+    scores = [(row[:, :, None] * k).sum(dim=3) for row in asked.unbind(dim=2)]
+    found = torch.stack(scores, dim=2)  # (B, G, R, K)
+    if mask is not None:
+        found = masked(found, mask)
+    weights = (found - found.amax(dim=3, keepdim=True)).exp()
+    sums = [(row[..., None] * v).sum(dim=2) for row in weights.unbind(dim=2)]
+    out = torch.stack(sums, dim=2) / weights.sum(dim=3, keepdim=True)
+    return out.to(rows.dtype)
+
+
+def masked(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scaled products as the softmax takes them; `mask` as in `attend`, of the same rank."""
+    return scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, float("-inf"))
