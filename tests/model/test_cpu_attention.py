@@ -13,6 +13,11 @@ needs_fixed = pytest.mark.skipif(not linear.KNOWS_FIXED, reason="torch is older 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 
 
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch):
+    monkeypatch.setattr(cpu_attention, "threads", lambda: 2)
+
+
 def made(queries, heads=(6, 2), keys=20, batch=2, dtype=torch.float32):
     """Queries (B, H, Q, d), and keys and values (B, G, K, d) that are part of a larger buffer."""
     generator = torch.Generator().manual_seed(queries)
@@ -83,6 +88,14 @@ def test_heads_that_share_keys_read_them_once(queries, rows, monkeypatch):
     assert calls == [((2, 2, rows, 8), (2, 2, 20, 8), False)]
 
 
+def test_heads_that_share_keys_stay_apart_where_threads_would_wait(monkeypatch):
+    monkeypatch.setattr(cpu_attention, "threads", lambda: 5)
+    calls = asked_kernel(monkeypatch)
+    attend(*made(1), None, "sdpa")
+    attend(*made(1, (6, 3)), None, "sdpa")
+    assert [call[2] for call in calls] == [True, False]
+
+
 def test_many_queries_are_left_to_the_kernel_for_groups(monkeypatch):
     """There the mask, once for each of the heads, would be large."""
     calls = asked_kernel(monkeypatch)
@@ -131,10 +144,12 @@ def test_few_compiled_queries_are_loops_over_keys_and_values(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("intel, queries", [(True, 1), (False, 5)])
-def test_other_compiled_queries_are_left_to_the_kernel(intel, queries, monkeypatch):
-    """On Intel's processors all; elsewhere those of heads that share keys, if they are many."""
+@pytest.mark.parametrize("intel, queries, threads", [(True, 1, 1), (False, 5, 1), (False, 1, 5)])
+def test_other_compiled_queries_are_left_to_the_kernel(intel, queries, threads, monkeypatch):
+    """On Intel's processors all; elsewhere those of heads that share keys, if they are many; and
+    where there are more threads than heads of keys keep busy."""
     monkeypatch.setattr(linear, "ON_INTEL", intel)
+    monkeypatch.setattr(cpu_attention, "threads", lambda: threads)
     monkeypatch.setattr(cpu_attention, "_looped", None)
     torch._dynamo.reset()
     q, k, v = made(queries)

@@ -79,7 +79,7 @@ def attend(
         return _eager(q, k, v, mask)
     if mask is None and 1 < q.shape[2] < k.shape[2]:
         mask = causal_mask(q.shape[2], k.shape[2], q.device)
-    if suits(q, mask):
+    if suits(q, k, mask):
         return attend_few(q, k, v, mask)
     grouped = {}
     if q.shape[1] != k.shape[1]:

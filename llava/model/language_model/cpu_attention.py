@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import linear
+from .compiling import constant
 
 #: most queries whose heads become the queries of the one head of keys that they share
 FEW_QUERIES = 16
@@ -21,10 +22,23 @@ FEW_LOOPED = 8
 COPIES = 2
 
 
-def suits(q: Tensor, mask: Tensor | None) -> bool:
+@constant
+def threads() -> int:
+    return torch.get_num_threads()
+
+
+def fills_threads(k: Tensor) -> bool:
+    """Whether work that is split by the heads of keys (B, G, K, d) keeps a CPU busy. SDPA splits it
+    by those of queries, and makes up with more threads for what it does more slowly."""
+    return 2 * k.shape[1] >= threads()
+
+
+def suits(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     """Whether `attend_few` is for queries (B, H, Q, d) under a mask. Compiled code that serves
     other numbers of queries, too, is not asked how many they are: it would be compiled again."""
     if not q.is_cpu or not linear.OWN_WAYS:
+        return False
+    if q.shape[1] != k.shape[1] and not fills_threads(k):
         return False
     if q.shape[2] == 1:
         return True
@@ -43,7 +57,7 @@ def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         rows = q.reshape(len(q), k.shape[1], -1, q.shape[3])
         if mask is not None and q.shape[2] > 1:
             mask = mask.repeat(1, 1, shared, 1)
-    if torch.compiler.is_compiling() and is_looped(rows):
+    if torch.compiler.is_compiling() and is_looped(rows, k):
         return _looped(rows, k, v, mask).view(q.shape)
     if rows.shape[2] == 1 and rows.dtype is torch.bfloat16 and not linear.ON_INTEL:
         rows = rows.expand(-1, -1, COPIES, -1).contiguous()
@@ -51,10 +65,12 @@ def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return out.reshape(q.shape) if shared > 1 else out[:, :, : q.shape[2]]
 
 
-def is_looped(rows: Tensor) -> bool:
+def is_looped(rows: Tensor, k: Tensor) -> bool:
     """Whether compiled code has loops for queries (B, G, R, d), whose number is fixed: on Intel's
     processors those were not measured."""
-    return not linear.ON_INTEL and not torch.is_grad_enabled() and rows.shape[2] <= FEW_LOOPED
+    if linear.ON_INTEL or torch.is_grad_enabled():
+        return False
+    return rows.shape[2] <= FEW_LOOPED and fills_threads(k)
 
 
 def _looped(rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
