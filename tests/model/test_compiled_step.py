@@ -39,7 +39,9 @@ def compiler():
 
 
 @pytest.fixture
-def compiling(model):
+def compiling(model, monkeypatch):
+    """Layer by layer, which compiles sooner."""
+    monkeypatch.setattr(compiled_step, "FEW_LAYERS", 0)
     model.compile_decoding = True
     yield model
     model.compile_decoding = False
