@@ -289,11 +289,11 @@ def describe(
         queries = directions.index_select(1, size + first + ahead)
         keys = directions if tree is None else directions.index_select(1, standing)
         bias = joined(bias, between(function, queries, keys, asking))
+    cos, sin = materialized(cos), materialized(sin)
     if bias is None:
-        mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, float("-inf"))
-    else:
-        mask = attention_mask(seen, bias, count, dtype)
-    return places, materialized(cos), materialized(sin), materialized(mask)
+        added = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, float("-inf"))
+        return places, cos, sin, materialized(added)
+    return places, cos, sin, attention_mask(seen, bias, count, dtype)
 
 
 class Slots:
