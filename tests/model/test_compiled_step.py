@@ -95,7 +95,7 @@ def test_answers_are_those_of_exact_steps_and_nothing_is_compiled_for_a_later_to
         model.compile_decoding = False
 
 
-@pytest.mark.parametrize("together", [0, 6])
+@pytest.mark.parametrize("together", [0, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_layer_is_compiled_to_few_kernels(make_model, together, monkeypatch):
     """Also where all layers of a decoder that has few of them are one graph."""
     monkeypatch.setattr(compiled_step, "FEW_LAYERS", together)
