@@ -27,10 +27,10 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def fills_threads(k: Tensor) -> bool:
-    """Whether work that is split by the heads of keys (B, G, K, d) keeps a CPU busy. SDPA splits it
-    by those of queries, and makes up with more threads for what it does more slowly."""
-    return 2 * k.shape[1] >= threads()
+def fills_threads(heads: Tensor) -> bool:
+    """Whether work that is split by the heads of a tensor (B, G, K, d) keeps a CPU busy. SDPA
+    splits it further, and makes up with more threads for what it does more slowly."""
+    return 2 * heads.shape[1] >= threads()
 
 
 def suits(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
@@ -52,40 +52,38 @@ def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
     Results differ in the order of summation; those of compiled code are rounded less often.
     """
-    rows, shared = q, q.shape[1] // k.shape[1]
+    shared = q.shape[1] // k.shape[1]
     if shared > 1:  # heads that share keys become queries of one head
         rows = q.reshape(len(q), k.shape[1], -1, q.shape[3])
         if mask is not None and q.shape[2] > 1:
             mask = mask.repeat(1, 1, shared, 1)
-    if torch.compiler.is_compiling() and is_looped(rows, k):
-        return _looped(rows, k, v, mask).view(q.shape)
-    if rows.shape[2] == 1 and rows.dtype is torch.bfloat16 and not linear.ON_INTEL:
-        rows = rows.expand(-1, -1, COPIES, -1).contiguous()
-    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
-    return out.reshape(q.shape) if shared > 1 else out[:, :, : q.shape[2]]
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
+    if torch.compiler.is_compiling() and is_looped(q):
+        return _looped(q, k, v, mask)
+    rows = q
+    if q.shape[2] == 1 and q.dtype is torch.bfloat16 and not linear.ON_INTEL:
+        rows = q.expand(-1, -1, COPIES, -1).contiguous()
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)[:, :, : q.shape[2]]
 
 
-def is_looped(rows: Tensor, k: Tensor) -> bool:
-    """Whether compiled code has loops for queries (B, G, R, d), whose number is fixed: on Intel's
-    processors those were not measured."""
+def is_looped(q: Tensor) -> bool:
+    """Whether compiled code has loops for queries (B, H, Q, d), whose number is fixed and whose
+    heads have keys of their own: on Intel's processors those were not measured."""
     if linear.ON_INTEL or torch.is_grad_enabled():
         return False
-    return rows.shape[2] <= FEW_LOOPED and fills_threads(k)
+    return q.shape[2] <= FEW_LOOPED and fills_threads(q)
 
 
-def _looped(rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Summed in fp32: compiled it becomes one loop over the keys for all queries of a head, and one
-    over the values."""
-    asked = linear.materialized(rows.float() * rows.shape[3] ** -0.5)
-    k, v = k.float(), v.float()
-    scores = [(row[:, :, None] * k).sum(dim=3) for row in asked.unbind(dim=2)]
-    found = torch.stack(scores, dim=2)  # (B, G, R, K)
+def _looped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Summed in fp32: compiled it becomes one loop over the keys and one over the values. Written
+    out query by query they would be a little faster, but take minutes to compile."""
+    asked = linear.materialized(q.float() * q.shape[3] ** -0.5)
+    scores = (asked[:, :, :, None] * k.float()[:, :, None]).sum(dim=4)  # (B, H, Q, K)
     if mask is not None:
-        found = masked(found, mask)
-    weights = (found - found.amax(dim=3, keepdim=True)).exp()
-    sums = [(row[..., None] * v).sum(dim=2) for row in weights.unbind(dim=2)]
-    out = torch.stack(sums, dim=2) / weights.sum(dim=3, keepdim=True)
-    return out.to(rows.dtype)
+        scores = masked(scores, mask)
+    weights = (scores - scores.amax(dim=3, keepdim=True)).exp()
+    out = (weights[..., None] * v.float()[:, :, None]).sum(dim=3)
+    return (out / weights.sum(dim=3, keepdim=True)).to(q.dtype)
 
 
 def masked(scores: Tensor, mask: Tensor) -> Tensor:
