@@ -17,7 +17,7 @@ from ...errors import how_to_install
 from ...pruning.ops import gather_tokens, on_device, repeat_heads, true_first
 from ...pruning.precision import full_precision
 from .compiling import constant
-from .cpu_attention import attend_few, masked, suits
+from .few_queries import attend_few, attend_folded, masked, suits
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +85,8 @@ def attend(
     if q.shape[1] != k.shape[1]:
         if GROUPED_SDPA and serves_groups(q.device, q.dtype, mask is not None):
             grouped = {"enable_gqa": True}
-        elif q.shape[2] == 1:  # the heads of a group become the queries of one head
-            rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
-            # Not a view: kernels of GPUs have their output lie query by query.
-            return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
+        elif q.shape[2] == 1:
+            return attend_folded(q, k, v, mask)
         else:
             k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     causal = mask is None

@@ -1,4 +1,4 @@
-"""Attention of few queries on a CPU, by what is fastest there.
+"""Attention of few queries, by what is fastest for them.
 
 SDPA's kernel for CPUs makes a product of its own for every head of queries. With one query those
 are a matrix and a vector each: in bfloat16 the slowest way to multiply, and where several heads
@@ -27,10 +27,10 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def fills_threads(heads: Tensor) -> bool:
-    """Whether work that is split by the heads of a tensor (B, G, K, d) keeps a CPU busy. SDPA
-    splits it further, and makes up with more threads for what it does more slowly."""
-    return 2 * heads.shape[1] >= threads()
+def fills_threads(k: Tensor) -> bool:
+    """Whether work that is split by the heads of keys (B, G, K, d) keeps a CPU busy. SDPA splits it
+    by those of queries, and makes up with more threads for what it does more slowly."""
+    return 2 * k.shape[1] >= threads()
 
 
 def suits(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
@@ -52,26 +52,30 @@ def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
     Results differ in the order of summation; those of compiled code are rounded less often.
     """
-    shared = q.shape[1] // k.shape[1]
-    if shared > 1:  # heads that share keys become queries of one head
-        rows = q.reshape(len(q), k.shape[1], -1, q.shape[3])
-        if mask is not None and q.shape[2] > 1:
-            mask = mask.repeat(1, 1, shared, 1)
-        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
+    if q.shape[1] != k.shape[1]:
+        return attend_folded(q, k, v, mask)
     if torch.compiler.is_compiling() and is_looped(q):
         return _looped(q, k, v, mask)
-    rows = q
     if q.shape[2] == 1 and q.dtype is torch.bfloat16 and not linear.ON_INTEL:
-        rows = q.expand(-1, -1, COPIES, -1).contiguous()
-    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)[:, :, : q.shape[2]]
+        asked = q.expand(-1, -1, COPIES, -1).contiguous()
+        return F.scaled_dot_product_attention(asked, k, v, attn_mask=mask)[:, :, :1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attend_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same, where heads share keys: they become queries of one head, on any device."""
+    rows = q.reshape(len(q), k.shape[1], -1, q.shape[3])
+    if mask is not None and q.shape[2] > 1:
+        mask = mask.repeat(1, 1, q.shape[1] // k.shape[1], 1)
+    # Not a view: kernels of GPUs have their output lie query by query.
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
 
 
 def is_looped(q: Tensor) -> bool:
     """Whether compiled code has loops for queries (B, H, Q, d), whose number is fixed and whose
     heads have keys of their own: on Intel's processors those were not measured."""
-    if linear.ON_INTEL or torch.is_grad_enabled():
-        return False
-    return q.shape[2] <= FEW_LOOPED and fills_threads(q)
+    few = q.shape[2] <= FEW_LOOPED
+    return few and not linear.ON_INTEL and not torch.is_grad_enabled()
 
 
 def _looped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
