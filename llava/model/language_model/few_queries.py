@@ -16,8 +16,6 @@ from .compiling import constant
 
 #: most queries whose heads become the queries of the one head of keys that they share
 FEW_QUERIES = 16
-#: most queries of a head for which compiled code has loops
-FEW_LOOPED = 8
 #: in bfloat16 a single query is asked so many times, so that products are of two matrices
 COPIES = 2
 
@@ -38,7 +36,9 @@ def suits(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     other numbers of queries, too, is not asked how many they are: it would be compiled again."""
     if not q.is_cpu or not linear.OWN_WAYS:
         return False
-    if q.shape[1] != k.shape[1] and not fills_threads(k):
+    if q.shape[1] == k.shape[1]:
+        return q.shape[2] == 1
+    if not fills_threads(k):
         return False
     if q.shape[2] == 1:
         return True
@@ -48,18 +48,21 @@ def suits(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
 
 
 def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """As `attend`, where `suits` says so: without a mask there is one query, which sees all keys.
+    """As `attend`, where `suits` says so. Without a mask there is one query, which sees all keys.
+    There is one, too, where heads have keys of their own; how that is done was not measured on
+    Intel's processors, where SDPA stays.
 
     Results differ in the order of summation; those of compiled code are rounded less often.
     """
     if q.shape[1] != k.shape[1]:
         return attend_folded(q, k, v, mask)
-    if torch.compiler.is_compiling() and is_looped(q):
+    if linear.ON_INTEL:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
         return _looped(q, k, v, mask)
-    if q.shape[2] == 1 and q.dtype is torch.bfloat16 and not linear.ON_INTEL:
-        asked = q.expand(-1, -1, COPIES, -1).contiguous()
-        return F.scaled_dot_product_attention(asked, k, v, attn_mask=mask)[:, :, :1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if q.dtype is torch.bfloat16:
+        q = q.expand(-1, -1, COPIES, -1).contiguous()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, :, :1]
 
 
 def attend_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -71,22 +74,15 @@ def attend_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
 
 
-def is_looped(q: Tensor) -> bool:
-    """Whether compiled code has loops for queries (B, H, Q, d), whose number is fixed and whose
-    heads have keys of their own: on Intel's processors those were not measured."""
-    few = q.shape[2] <= FEW_LOOPED
-    return few and not linear.ON_INTEL and not torch.is_grad_enabled()
-
-
 def _looped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Summed in fp32: compiled it becomes one loop over the keys and one over the values. Written
-    out query by query they would be a little faster, but take minutes to compile."""
+    """One query, summed in fp32: compiled it becomes a loop over the keys and one over the values.
+    For more queries they gain little or lose, and take long to compile."""
     asked = linear.materialized(q.float() * q.shape[3] ** -0.5)
-    scores = (asked[:, :, :, None] * k.float()[:, :, None]).sum(dim=4)  # (B, H, Q, K)
+    scores = (asked * k.float()).sum(dim=3).unsqueeze(2)  # (B, H, 1, K)
     if mask is not None:
         scores = masked(scores, mask)
     weights = (scores - scores.amax(dim=3, keepdim=True)).exp()
-    out = (weights[..., None] * v.float()[:, :, None]).sum(dim=3)
+    out = (weights.transpose(2, 3) * v.float()).sum(dim=2, keepdim=True)
     return (out / weights.sum(dim=3, keepdim=True)).to(q.dtype)
 
 
