@@ -40,6 +40,7 @@ class RowState:
     bias: Tensor | None = None
     directions: Directions | None = None
     _rope: tuple[int, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+    _size: tuple[int, Tensor] | None = field(default=None, init=False, repr=False)
 
     def rope(self, rotary: Callable, start: int, count: int, dtype) -> tuple[Tensor, Tensor]:
         """`rope_of` the `count` tokens of the answer from `start` on, (B, 1, count, d) each."""
@@ -51,6 +52,12 @@ class RowState:
         first, cos, sin = known
         at = slice(start - first, start - first + count)
         return cos[:, :, at], sin[:, :, at]
+
+    def size_as_tensor(self) -> Tensor:
+        """() `size`, where the positions are."""
+        if self._size is None or self._size[0] != self.size:
+            self._size = self.size, torch.tensor(self.size, device=self.next_position.device)
+        return self._size[1]
 
     def mask(self, length: int) -> Tensor | None:
         """(B, length) True where a token is; None: everywhere."""

@@ -45,8 +45,8 @@ class SpeculationLog:
                    together counts for each of them in equal parts
     """
 
-    drafts: list[list[Any]] = field(default_factory=list)
-    probabilities: list[list[Any]] = field(default_factory=list)
+    drafts: list[list[int]] = field(default_factory=list)
+    probabilities: list[list[float]] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     bonus: list[int] = field(default_factory=list)
     kv_lengths: list[list[int]] = field(default_factory=list)
@@ -73,15 +73,17 @@ class SpeculationLog:
 
 @dataclass
 class Guess:
-    """Tokens the drafter guessed: one (1, 1) tensor each, with its probability (1,) and, when
-    tokens are sampled, the distribution (1, V) it was drawn from.
+    """Tokens the drafter guessed: one (1, 1) tensor each, and, when tokens are sampled, the
+    distribution (1, V) it was drawn from.
 
+    numbers, probabilities: the tokens and their probabilities on the host
     ended: whether the last of them ends an answer
     """
 
     tokens: list[Tensor] = field(default_factory=list)
-    probabilities: list[Tensor] = field(default_factory=list)
     distributions: list[Tensor | None] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)
     ended: bool = False
 
     def __len__(self) -> int:
@@ -207,20 +209,21 @@ class Speculation:
         logits: (1, V) of the drafter at the last prompt token; None in later steps, which start
                 by feeding the newest token
         """
-        guess, rows = Guess(), []
+        guess, rows, choice = Guess(), [], self.choice
         limit = min(self.drafter.num_speculations, self.most - self.count - 1)
         newest = self.newest
         while len(guess) < limit:
             if logits is None:
                 row, logits = self._go_on(required(newest, NO_TOKEN))
                 rows.append(row)
-            token, probability, distribution = self.choice.guess(logits, guess.tokens)
+            token, probability, distribution = choice.guess(logits, guess.tokens)
             guess.tokens.append(token)
-            guess.probabilities.append(probability)
             guess.distributions.append(distribution)
             newest, logits = token, None
-            least = self.drafter.draft_stop_prob
-            stops, guess.ended = self.choice.stops(token, probability, least)
+            number, sure = choice.on_host(token, probability)
+            guess.numbers.append(number)
+            guess.probabilities.append(sure)
+            stops, guess.ended = choice.stops(number, sure, self.drafter.draft_stop_prob)
             if stops:
                 break
         if newest is not None:
@@ -282,24 +285,15 @@ class Speculation:
         self.drafted = min(self.drafted, self.done)
 
     def _record(self, guess: Any, numbers: Any) -> None:
-        self.log.drafts.append(guess.tokens)
+        self.log.drafts.append(guess.numbers)
         self.log.probabilities.append(guess.probabilities)
         self.log.accepted.append(len(numbers) - 1)
         self.log.bonus.append(numbers[-1])
         self.log.kv_lengths.append(list(self.cache.lengths))
 
     def finished_log(self) -> SpeculationLog:
-        """The log with plain numbers in place of tensors; waits for the device twice."""
-        log = self.log
-        log.drafts, log.probabilities = numbers_of(log.drafts), numbers_of(log.probabilities)
-        return log
-
-
-def numbers_of(steps: list[list[Tensor]]) -> list[list]:
-    """The values of tensors of one element, brought to the host all at once."""
-    tensors = [x.flatten() for step in steps for x in step]
-    values = iter(torch.cat(tensors).tolist() if tensors else ())
-    return [[next(values) for _ in step] for step in steps]
+        """The log with plain numbers alone."""
+        return self.log
 
 
 class DraftingHooks:

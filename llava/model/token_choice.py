@@ -116,21 +116,25 @@ class TokenChoice:
         if self.rules:
             # Some rules write into what they are given.
             scores = self._scores(logits.clone(), torch.cat([self.ids, *before], dim=1))
-        distribution = scores.softmax(dim=-1) if self.sampled else None
-        if distribution is None:
-            best, token = scores.max(dim=-1, keepdim=True)
-        else:
+        distribution = None
+        if self.sampled:
+            distribution = scores.softmax(dim=-1)
             token = torch.multinomial(distribution, 1)
-        if self.sampled or self.rules:
-            best = logits.gather(1, token)
-        return token, (best[:, 0] - logits.logsumexp(dim=-1)).exp(), distribution
+        else:
+            token = scores.argmax(dim=-1, keepdim=True)
+        return token, logits.softmax(dim=-1).gather(1, token)[0], distribution
 
-    def stops(self, token: Tensor, probability: Tensor, least: float) -> tuple[bool, bool]:
-        """Whether guessing ends with this token, and whether the answer would; waits for the
-        device."""
+    def on_host(self, token: Tensor, probability: Tensor) -> tuple[int, float]:
+        """A token (1, 1) and its probability (1,) as numbers; waits for the device."""
+        if token.is_cpu:
+            return int(token), float(probability)
         # One transfer for both; float32 holds every id below 2 ** 24 exactly.
         number, sure = torch.cat([token[0].float(), probability]).tolist()
-        ends = int(number) in self.ends
+        return int(number), sure
+
+    def stops(self, number: int, sure: float, least: float) -> tuple[bool, bool]:
+        """Whether guessing ends with a token of this probability, and whether the answer would."""
+        ends = number in self.ends
         return sure < least or ends, ends
 
     def verify(self, logits: Tensor, guess) -> tuple[Tensor, list[int], Tensor]:

@@ -323,7 +323,7 @@ def test_the_trace_of_a_batch_has_a_row_per_prompt(sharp, sample):
 
 def test_waits_for_the_device_are_one_per_guess_and_one_per_step(sharp, sample, monkeypatch):
     grown(sharp, enable_pruning=False)
-    prompt, waits = sample(4, "image", 5), {"stops": 0, "verify": 0}
+    prompt, waits = sample(4, "image", 5), {"on_host": 0, "verify": 0}
     for name in waits:
         method = getattr(TokenChoice, name)
 
@@ -336,7 +336,7 @@ def test_waits_for_the_device_are_one_per_guess_and_one_per_step(sharp, sample, 
         prompt.ids, images=prompt.images, **GREEDY, **SPECULATE, return_dict_in_generate=True
     )
     log = output.logs[0]
-    assert waits == {"stops": sum(map(len, log.drafts)), "verify": len(log.drafts)}
+    assert waits == {"on_host": sum(map(len, log.drafts)), "verify": len(log.drafts)}
 
 
 # --- sampling ---------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ def test_sampled_tokens_have_the_decoders_distribution():
         choice = TokenChoice(LogitsProcessorList(), warpers, torch.ones(1, 1, dtype=int), [])
         token, probability, distribution = choice.guess(guesses, [])
         assert torch.isclose(probability[0], guesses.softmax(-1)[0, token[0, 0]])
-        _, numbers, _ = choice.verify(logits, Guess([token], [probability], [distribution]))
+        _, numbers, _ = choice.verify(logits, Guess([token], [distribution]))
         counts[numbers[0]] += 1
         if len(numbers) == 2:
             pairs[numbers[0], numbers[1]] += 1

@@ -359,7 +359,7 @@ def test_the_log_says_what_every_step_did(sharp, sample):
 def test_a_step_waits_for_the_device_once(sharp, sample, monkeypatch):
     waits, read = [], Numbers.answer
     monkeypatch.setattr(Numbers, "answer", lambda asked: waits.append(len(asked)) or read(asked))
-    monkeypatch.setattr(TokenChoice, "stops", None)
+    monkeypatch.setattr(TokenChoice, "on_host", None)
     grown(sharp, enable_pruning=False)
     prompt = sample(4, "image", 5)
     _, _, logs = answers(sharp, prompt.ids, prompt.images)

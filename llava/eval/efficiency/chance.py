@@ -23,8 +23,7 @@ class ChanceChoice(TokenChoice):
         super().__init__(*args)
         self.acceptance = acceptance
 
-    def stops(self, token: Tensor, probability: Tensor, least: float) -> tuple[bool, bool]:
-        super().stops(token, probability, least)
+    def stops(self, number: int, sure: float, least: float) -> tuple[bool, bool]:
         return False, False
 
     def _best(self, scores: Tensor, guessed: Tensor, _) -> tuple[Tensor, Tensor]:

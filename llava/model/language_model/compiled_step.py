@@ -185,7 +185,7 @@ class Plan:
         """What `describe` is told of every group, by the names in `KNOWN`."""
         return [
             {
-                "size": torch.tensor(state.size, device=self.x.device),
+                "size": state.size_as_tensor(),
                 "next_position": state.next_position,
                 "valid": state.mask(window),
                 "bias": state.key_bias(window),

@@ -132,7 +132,7 @@ def test_chance_agrees_as_often_as_asked():
         assert tokens.tolist() == [3] * runs[-1] + [0, 1, 2, 3][runs[-1] :]
     share = torch.bincount(torch.tensor(runs)) / len(runs)
     assert share.tolist() == pytest.approx([0.5, 0.25, 0.125, 0.125], abs=0.03)
-    assert choice.stops(guessed[None, :1], torch.tensor([0.01]), 0.6) == (False, False)
+    assert choice.stops(3, 0.01, 0.6) == (False, False)
 
 
 @pytest.mark.slow
