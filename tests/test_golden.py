@@ -16,6 +16,8 @@ from tests.golden_checks.models import compiling
 
 #: what a check says about a recorded program that does not exist yet
 NOT_YET = "is not part of the project"
+#: cases whose parts are tests of their own, in tests/eval/answering/test_inference.py
+TESTED_APART = {"inference-cli"}
 #: kinds of cases in which a whole model runs on a prompt -> what is then recorded of it
 WHOLE = {
     "e2e": "output_ids",
@@ -35,7 +37,8 @@ def recorded_cases():
                 if key in seen or not supported(case):
                     continue
                 seen.add(key)
-                yield pytest.param(index.parent, case, id="/".join(key))
+                marks = [pytest.mark.slow] if case["id"] in TESTED_APART else []
+                yield pytest.param(index.parent, case, id="/".join(key), marks=marks)
 
 
 def supported(case) -> bool:

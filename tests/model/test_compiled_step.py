@@ -79,8 +79,13 @@ def test_hooks_of_all_modules_are_called_in_compiled_steps_too(compiling, sample
     assert sum(seen) == 5
 
 
-def test_answers_are_those_of_exact_steps_and_nothing_is_compiled_for_a_later_token(model, sample):
-    """Layers that differ in length, rows that differ in length, and a second bucket."""
+@pytest.mark.parametrize("together", [0, pytest.param(12, marks=pytest.mark.slow)])
+def test_answers_are_those_of_exact_steps_and_nothing_is_compiled_for_a_later_token(
+    model, sample, together, monkeypatch
+):
+    """Layers that differ in length, rows that differ in length, and a second bucket; layer by
+    layer, which compiles sooner, and those of one length as one graph."""
+    monkeypatch.setattr(compiled_step, "FEW_LAYERS", together)
     model.pruner = build_pruner("pyramiddrop", visual_token_num=10)
     inputs = batch(sample)
     wanted = generate(model, inputs, max_new_tokens=40)

@@ -7,13 +7,11 @@ import pytest
 from llava.eval.answering.answers_file import read_journals
 from llava.eval.answering.loop import AnswerLoop
 from tests.eval import eval_cases
+from tests.golden_checks.inference import with_released_template
 from tests.paths import GOLDEN
 
-CASES = [
-    case
-    for case in json.loads((GOLDEN / "llava-base" / "inference_cli.json").read_text())
-    if case["module"] != "llava.eval.run_llava"
-]
+RECORDED = json.loads((GOLDEN / "llava-base" / "inference_cli.json").read_text())
+CASES = [case for case in RECORDED if case["module"] != "llava.eval.run_llava"]
 
 
 def locate(name):
@@ -25,9 +23,10 @@ def prepare(case, folder):
     return eval_cases.inference_argv(case, folder, locate)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
+@pytest.mark.parametrize("case", RECORDED, ids=lambda case: case["id"])
 def test_answers_and_key_order_equal_the_recorded_ones(case, tmp_path):
-    assert not eval_cases.inference_differences(case, tmp_path, locate)
+    run = with_released_template(case)
+    assert not eval_cases.inference_differences(run, tmp_path, locate)
 
 
 BATCHED = ["loader-v1.5", "science-0", pytest.param("loader-v1.6", marks=pytest.mark.slow)]
