@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from llava.checkpoint_kind import checkpoint_config, family_in, is_multimodal
 from llava.conversation import conv_templates
 from llava.log_output import say
+from llava.weight_files import check_checkpoint_name
 
 #: key of config.json that names the template; training writes it
 CONFIG_KEY = "conv_mode"
@@ -79,9 +80,12 @@ def checkpoint_conv_mode(
     """The template of the checkpoint at `model_path`, a folder or hub repository, not yet loaded.
 
     model_base: asked where a projector or adapter comes without a config of its own
+    Raises OSError for what is neither a folder nor can be a repository.
     """
     if given not in (None, AUTO):
         _known(given, "conv mode", (AUTO,))  # before a look at the hub
+    for path in filter(None, (model_path, model_base)):
+        check_checkpoint_name(path)
     config = next(filter(None, map(checkpoint_config, filter(None, (model_path, model_base)))), {})
     return choose_conv_mode(config, model_name, given)
 

@@ -70,12 +70,9 @@ def local_folder(name: str, use_safetensors: bool | None = None) -> str:
 
     use_safetensors: False downloads the `.bin` files in place of safetensors
     """
+    check_checkpoint_name(name)
     if os.path.isdir(name):
         return name
-    if os.path.isfile(name):
-        raise NotADirectoryError(f"{name} is a file: name the folder of the checkpoint")
-    if not is_repository(name):
-        raise FileNotFoundError(f"checkpoint folder {name!r} does not exist")
     from huggingface_hub import snapshot_download
 
     def download(*suffixes: str) -> str:
@@ -93,6 +90,14 @@ def local_folder(name: str, use_safetensors: bool | None = None) -> str:
             f"reached: {error}"
         ) from error
     return folder
+
+
+def check_checkpoint_name(name: str) -> None:
+    """Raises an OSError unless `name` is a folder or might be a hub repository."""
+    if os.path.isfile(name):
+        raise NotADirectoryError(f"{name} is a file: name the folder of the checkpoint")
+    if not os.path.isdir(name) and not is_repository(name):
+        raise FileNotFoundError(f"checkpoint folder {name!r} does not exist")
 
 
 def _beside(name: str) -> str:

@@ -88,6 +88,13 @@ def test_a_template_that_does_not_exist_is_named(name):
             checkpoint_conv_mode("nowhere/at-all", given=name)
 
 
+def test_a_folder_that_is_not_there_has_no_template(tmp_path, capsys):
+    for gone in ((str(tmp_path / "no"), None), (str(CHECKPOINT), str(tmp_path / "no"))):
+        with pytest.raises(FileNotFoundError, match="no. does not exist"):
+            resolve_conv_mode("auto", "no", *gone)
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_copies_of_any_name_get_one_template_and_one_line(tmp_path, capsys, name):
     folder = copy_of(CHECKPOINT, tmp_path / name)
