@@ -18,6 +18,7 @@ does. What the release keeps on its model from call to call is said in the call.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -33,8 +34,9 @@ from .glimpseprune_modules import PAPER_LAYER, Glimpse, GlimpseConfig
 from .glimpseprune_reference import check_boxes, check_masks, check_uncut, reference_cells
 from .glimpseprune_views import CROPS, Views, shapes_of
 from .interfaces import LanguageModel
-from .learned import WEIGHTS_FILE, build_part, part_folder, read_part, read_part_config
+from .learned import CONFIG_FILE, WEIGHTS_FILE, build_part, part_folder, read_part, read_part_config
 from .ops import lookup, on_device, rank_within_groups, scale_layer
+from .option_types import check_saved
 from .prefill import Prefill
 from .required import assigned, tower_of
 from .stages import DecoderStage, Probe, VisionStage, fills
@@ -178,7 +180,7 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
         """Reads the trained part that belongs to `model`."""
         (folder,) = self.part_folders(getattr(model.config, "_name_or_path", ""))
         values = read_part_config(folder, self.name)
-        self.saved = {name: value for name, value in values.items() if name in DEFAULTS}
+        self.saved = saved_settings(values, os.path.join(folder, CONFIG_FILE))
         config = GlimpseConfig.from_values(values, model)
         source, tensors = read_part(folder, WEIGHTS_FILES)
         like = empty_like_weights(model.get_input_embeddings())
@@ -384,6 +386,18 @@ class GlimpsePrune(VisionStage, DecoderStage, Pruner):
         most = max(most, self.setting("min_remain_num") or 0)
         most = min(most + len(self.setting("anchor_positions") or ()), dense)
         return [dense] * (last + 1) + [most] * (num_layers - last - 1)
+
+
+def saved_settings(values: dict, source: str) -> dict:
+    """Of the values in the config of a trained part, `source`, the options of the method, under the
+    same checks as those of a caller."""
+    saved = {name: value for name, value in values.items() if name in DEFAULTS}
+    check_saved(GlimpsePrune, saved, source)
+    try:
+        method = GlimpsePrune(**saved)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    return {name: getattr(method, name) for name in saved}
 
 
 @lru_cache

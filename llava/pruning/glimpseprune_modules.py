@@ -18,6 +18,7 @@ from .glimpseprune_predictor import ImportancePredictor
 from .glimpseprune_views import Views
 from .interfaces import LanguageModel
 from .ops import scale_layer
+from .option_types import check_saved, check_share
 from .required import tower_of
 
 #: layers of the paper: glimpse row and cut of 32 decoder layers, hidden states of a 24-layer tower
@@ -88,6 +89,9 @@ class GlimpseConfig:
     window_side: int | None = None
 
     def __post_init__(self):
+        for name in ("attn_fuse_size", "visual_cond_size", "attn_fuse_num_heads"):
+            if (size := getattr(self, name)) < 1:
+                raise ValueError(f"{name} ({size}) must be at least 1")
         width, heads = self.attn_fuse_size + self.visual_cond_size, self.attn_fuse_num_heads
         if width % (4 * heads) or self.attn_fuse_size % heads:
             raise ValueError(
@@ -98,6 +102,7 @@ class GlimpseConfig:
             raise ValueError(
                 f"le_norm_type {self.le_norm_type!r} is unknown, choose from {', '.join(NORMS)}"
             )
+        check_share("le_dropout_prob", self.le_dropout_prob)
         if self.le_length < 0:
             raise ValueError(f"le_length ({self.le_length}) must not be negative")
         if self.has_glimpse and 0 not in self.le_layers:
@@ -177,6 +182,7 @@ class GlimpseConfig:
             given.setdefault("attn_fuse_global", False)
         if missing := [f.name for f in fields(cls) if f.name not in given and f.default is MISSING]:
             raise ValueError(f"the config of the trained part lacks {', '.join(missing)}")
+        check_saved(cls, given, "the config of the trained part")
         made = cls(**given)
         made.check_depth(config.num_hidden_layers, tower.depth[0])
         return made

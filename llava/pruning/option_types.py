@@ -81,3 +81,14 @@ def check_types(method: type, options: Mapping[str, object]) -> None:
             continue
         if not fits(tuple(value) if isinstance(value, list) else value, kind):
             raise ValueError(f"{name} ({value!r}) must be {in_words(kind)}")
+
+
+def check_saved(method: type, values: Mapping[str, object], source: str) -> None:
+    """Likewise for options that a file brings; source: its name, with which errors begin."""
+    for name, value in values.items():
+        if isinstance(value, dict):  # which no option is, so that `check_types` leaves it alone
+            raise ValueError(f"{source}: {name} must be {in_words(type_of(method, name))}")
+    try:
+        check_types(method, values)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error

@@ -29,8 +29,9 @@ from ..linear import Linear
 from .base import BudgetPruner
 from .drafter import DRAFTER_OPTIONS, Drafter
 from .interfaces import Decoder, LanguageModel
-from .learned import build_part, part_folder, read_part_config, save_part
+from .learned import CONFIG_FILE, build_part, part_folder, read_part_config, save_part
 from .ops import on_device, rank_within_groups, scale_layer
+from .option_types import check_saved
 from .prefill import Prefill
 from .required import assigned
 from .stages import DecoderStage
@@ -39,6 +40,8 @@ from .twigvlm_release import TwigRelease
 
 #: in a 32-layer decoder: K, the layer before which all visual tokens go, layers of the twig
 FIRST_LAYER, WIPE_LAYER, TWIG_LAYERS = 2, 24, 3
+#: what the config of a twig may say
+SAVED = ("twig_K", "twig_T", "final_wipe_layer")
 
 
 class Twig(nn.Module):
@@ -107,11 +110,13 @@ class TwigVLM(DecoderStage, BudgetPruner):
         if isinstance(number, float) and number.is_integer():  # the release takes 64.0 as well
             self.visual_token_num = int(number)
         super().__post_init__()
+        if self.twig_T is not None and self.twig_T < 1:
+            raise ValueError(f"twig_T ({self.twig_T}) must be at least 1 layer")
         Drafter(0, nn.ModuleList(), nn.Identity(), nn.Identity(), **self.drafting)  # checks them
         self.module: Twig | None = None
         self._config: dict = {}
         if self.twig is not None and os.path.isdir(self.twig):
-            self._config = read_part_config(self.twig, self.name)
+            self._config = self._config_in(self.twig)
 
     # --- the twig -----------------------------------------------------------------------------
 
@@ -126,8 +131,9 @@ class TwigVLM(DecoderStage, BudgetPruner):
     def attach(self, model: LanguageModel) -> None:
         if self.module is None:
             (folder,) = self.part_folders(getattr(model.config, "_name_or_path", ""))
-            self._config = read_part_config(folder, self.name)
-            count = self.twig_T or _environment("twig_T")
+            self._config = self._config_in(folder)
+            counts = self.twig_T, _environment("twig_T"), self._config.get("twig_T")
+            count = next((count for count in counts if count is not None), None)
             like = self._neighbour(model)
             self.module = load_twig(folder, model, count, like, self.twig_class)
         width = self.module.head.in_features
@@ -145,6 +151,13 @@ class TwigVLM(DecoderStage, BudgetPruner):
                 f"twig_K ({shared}) and the twig's {layers} layers exceed the {depth} layers of "
                 "the decoder"
             )
+
+    def _config_in(self, folder: str) -> dict:
+        """The values of the twig's config, those of `SAVED` checked."""
+        values = read_part_config(folder, self.name)
+        found = {name: values[name] for name in SAVED if name in values}
+        check_saved(type(self), found, os.path.join(folder, CONFIG_FILE))
+        return values
 
     def use_random_parts(self, model: LanguageModel) -> None:
         """Random weights in place of trained ones, where only costs and shapes matter."""

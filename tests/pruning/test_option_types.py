@@ -1,10 +1,15 @@
 """Values of options that are of another type than the option."""
 
+import json
+
 import pytest
 
-from llava.pruning import METHODS, build_pruner
+from llava.pruning import METHODS, build_pruner, trace_pruning
 from llava.pruning.base import option_names
+from llava.pruning.glimpseprune_modules import Glimpse, GlimpseConfig
+from llava.pruning.learned import save_part
 from llava.pruning.option_types import check_choice, check_share, check_types
+from llava.pruning.twigvlm import grow_twig, save_twig
 
 
 @pytest.mark.parametrize("name", METHODS.own)
@@ -69,3 +74,76 @@ def test_choices_and_shares_are_checked():
         check_share("alpha", share)
     with pytest.raises(ValueError, match=r"^alpha \(1.5\) must lie between 0 and 1$"):
         check_share("alpha", 1.5)
+
+
+# --- options that a file brings -------------------------------------------------------------------
+
+
+def rewritten(folder, **changes):
+    """The folder of a trained part, its config changed."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"twig_K": "1"}, r"config.json: twig_K \('1'\) must be a whole number"),
+        ({"twig_K": True}, r"config.json: twig_K \(True\) must be a whole number"),
+        ({"twig_K": {}}, r"config.json: twig_K must be a whole number"),
+        ({"final_wipe_layer": 3.5}, r"final_wipe_layer \(3.5\) must be a whole number"),
+        ({"twig_T": 5}, "twig_T is 5, but the twig in .* has 2 layers"),
+    ],
+)
+def test_what_the_config_of_a_twig_says_is_checked(model, tmp_path, change, message):
+    save_twig(str(tmp_path), grow_twig(model, 1, 2).state_dict(), 1, "base")
+    with pytest.raises(ValueError, match=message):
+        model.pruner = build_pruner("twigvlm", twig=rewritten(tmp_path, **change))
+
+
+def test_a_twig_has_at_least_one_layer():
+    with pytest.raises(ValueError, match=r"twig_T \(0\) must be at least 1 layer"):
+        build_pruner("twigvlm", twig_T=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reduce_layer": 2.5}, r"reduce_layer \(2.5\) must be a whole number"),
+        ({"selected_layers": 2}, r"selected_layers \(2\) must be a list, each a whole number"),
+        ({"le_layers": "0"}, r"le_layers \('0'\) must be a list, each a whole number"),
+        ({"use_attention_logits": "no"}, r"use_attention_logits \('no'\) must be true or false"),
+        ({"attn_fuse_num_heads": 0}, r"attn_fuse_num_heads \(0\) must be at least 1"),
+        ({"le_dropout_prob": 2}, r"le_dropout_prob \(2\) must lie between 0 and 1"),
+        ({"reduce_threshold": "x"}, r"config.json: reduce_threshold \('x'\) must be a finite"),
+        ({"reduce_threshold": 5}, r"config.json: reduce_threshold \(5\) must be from 0 to 1"),
+        ({"max_remain_ratio": 0}, r"config.json: max_remain_ratio \(0\) must be above 0"),
+        ({"min_remain_num": -3}, r"config.json: min_remain_num \(-3\) must not be negative"),
+        ({"anchor_positions": ["zz"]}, r"config.json: anchor_positions \['zz'\] are unknown"),
+    ],
+)
+def test_what_the_config_of_a_glimpse_says_is_checked(model, tmp_path, change, message):
+    write_glimpse(model, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        model.pruner = build_pruner("glimpseprune", new_modules=rewritten(tmp_path, **change))
+
+
+def test_settings_of_a_glimpse_may_be_written_as_those_of_a_caller(model, tmp_path, sample):
+    write_glimpse(model, tmp_path)
+    values = {"anchor_positions": "tl,br", "max_remain_ratio": None, "reduce_threshold": 1}
+    model.pruner = build_pruner("glimpseprune", new_modules=rewritten(tmp_path, **values))
+    prompt = sample(4, "image", 5)
+    with trace_pruning(model) as trace:
+        model.generate(prompt.ids, images=prompt.images, do_sample=False, max_new_tokens=1)
+    assert model.pruner.setting("anchor_positions") == ("tl", "br")
+    assert {5, 5 + 35} <= set(trace.decoder_keep[max(trace.decoder_keep)][0].tolist())
+
+
+def write_glimpse(model, folder):
+    config = GlimpseConfig.for_model(
+        model, attn_fuse_size=16, visual_cond_size=16, attn_fuse_num_heads=2
+    )
+    glimpse = Glimpse(config)
+    glimpse.initialize()
+    save_part(str(folder), "glimpseprune", glimpse.state_dict(), "base", **config.values())
