@@ -468,6 +468,7 @@ def load_generation_config(folder: str) -> GenerationConfig | None:
     path = os.path.join(folder, "generation_config.json")
     if not os.path.isfile(path):
         return None
-    check_config(read_json(path), path, plain=True)
+    values = read_json(path)
+    check_config(values, path, plain=True)
     with one_sentence(f"{path} is no generation config"):
-        return GenerationConfig.from_pretrained(folder)
+        return GenerationConfig.from_dict(values)

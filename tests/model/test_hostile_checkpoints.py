@@ -159,6 +159,16 @@ def test_a_config_with_a_byte_order_mark_or_unknown_keys_is_read(folder):
     assert load(folder)[1].config.vocab_size == 700
 
 
+def test_marks_of_other_editors_in_json_files_are_no_fault(folder):
+    tower = copy_of(TOWER, folder.parent / "tower", weights=True)
+    write_config(folder, mm_vision_tower=str(tower))
+    names = ("config.json", "generation_config.json", "preprocessor_config.json")
+    for file in filter(os.path.isfile, (part / name for part in (folder, tower) for name in names)):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    _, model, processor, _ = load(folder)
+    assert processor.size and model.generation_config.eos_token_id == 2
+
+
 def test_a_tower_of_another_width_than_the_projectors_is_refused(folder):
     write_config(folder, s2=True)  # features of three scales in place of one
     assert "gives features of width 96" in refusal(folder)

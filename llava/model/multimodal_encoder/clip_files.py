@@ -13,7 +13,7 @@ from ...config_file import check_config, number, one_sentence, read_json, shown,
 from ...llava_hf import VISION_PREFIX, is_llava_hf, vision_name, vision_values
 from ...weight_files import CACHE_DIR, hub_file, local_folder, tensors_in, weight_files
 from ..checkpoint import Filler
-from .preprocessor_files import PROCESSOR, image_settings
+from .preprocessor_files import image_settings
 
 #: `model_type` of folders with a CLIP vision model; early ones name none
 CLIP_TYPES = ("clip", "clip_vision_model", None)
@@ -63,8 +63,8 @@ def read_image_processor(name: str) -> CLIPImageProcessor:
     """How the tower wants its images: what preprocessor_config.json says, or processor_config.json,
     which later versions of transformers write in its place."""
     with one_sentence(f"the image processor of {name} cannot be read"):
-        path, values = image_settings(name)
-        if os.path.basename(path) == PROCESSOR:
+        _, values = image_settings(name)
+        if values:
             processor = CLIPImageProcessor.from_dict(values)
         else:
             processor = CLIPImageProcessor.from_pretrained(name, cache_dir=CACHE_DIR.get())

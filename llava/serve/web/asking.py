@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from PIL import Image
@@ -98,17 +99,21 @@ def latest_question(conversation: Conversation) -> str:
 
 
 async def ask(
-    service: Service, conversation: Conversation, settings: Settings, request: str
+    service: Service,
+    conversation: Conversation,
+    settings: Settings,
+    request: str,
+    wanted: Callable[[], bool] = lambda: True,
 ) -> AsyncIterator[Answer]:
     """The growing answer to the open message of `conversation`, written into it as well.
 
-    Raises Failure.
+    As soon as it is not `wanted` any more it ends, and the worker is left. Raises Failure.
     """
     if not settings.model:
         raise Failure("no_model")
     body = await asyncio.to_thread(request_body, conversation, settings)
     clock, shown, told, text, report = asyncio.get_running_loop().time, 0.0, "", "", None
-    async for chunk in service.answer(body, request):
+    async for chunk in _while(wanted, service.answer(body, request)):
         text = chunk.text[len(body["prompt"]) :].strip()
         report = chunk.report or report
         conversation.messages[-1][1] = text
@@ -116,20 +121,43 @@ async def ask(
         if text != told and clock() - shown >= UPDATE_SECONDS:
             shown, told = clock(), text
             yield Answer(text)
-    yield Answer(text, read_report(report))
+    if wanted():
+        yield Answer(text, read_report(report))
+
+
+async def _while(wanted: Callable[[], bool], pieces: AsyncIterator) -> AsyncIterator:
+    """The pieces as long as they are wanted; the next one is not waited for after that."""
+    async with aclosing(pieces):
+        while True:
+            piece = asyncio.ensure_future(anext(pieces, None))
+            try:
+                while not piece.done() and wanted():
+                    await asyncio.wait({piece}, timeout=UPDATE_SECONDS)
+            finally:
+                if not piece.done():
+                    piece.cancel()
+                    await asyncio.wait({piece})
+            if piece.cancelled() or (chunk := piece.result()) is None or not wanted():
+                return
+            yield chunk
 
 
 async def dense_seconds(
-    service: Service, conversation: Conversation, settings: Settings, request: str
+    service: Service,
+    conversation: Conversation,
+    settings: Settings,
+    request: str,
+    wanted: Callable[[], bool] = lambda: True,
 ) -> float | None:
-    """Measures the prefill of the same prompt without pruning; None when that fails."""
+    """Measures the prefill of the same prompt without pruning; None when that fails, or is not
+    `wanted` any more."""
     asked = conversation.copy()
     asked.messages[-1][1] = None
     dense = {"method": "none", "visual_token_num": None, "options": {}}
     plain = replace(settings, max_new_tokens=1, pruning=dense)
     report = None
     try:
-        async for answer in ask(service, asked, plain, request):
+        async for answer in ask(service, asked, plain, request, wanted):
             report = answer.report
     except Failure:
         return None

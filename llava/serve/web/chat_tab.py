@@ -44,12 +44,14 @@ class Chat:
     image:   the picture the dialogue is about, as it was chosen
     bubbles: the chat window: user and assistant in turn
     started: time of the latest question
+    turn:    id of the request whose answer may still be shown, "" once it was stopped or cleared
     """
 
     conversation: Conversation | None = None
     image: Image.Image | None = None
     bubbles: list[dict] = field(default_factory=list)
     started: float = 0.0
+    turn: str = ""
     model: str = ""
 
 
@@ -116,8 +118,11 @@ class ChatTab:
         asked, shown = [self.send.click, self.text.submit], [self.window]
         gr.on(asked, None, [self.text, self.window], shown, js=SENT, **quick)
         self.again.click(None, [self.window], shown, js=AGAIN, **quick)
-        running = [gr.on(asked, self.ask, **slow), self.again.click(self.regenerate, **slow)]
-        self.stop.click(self.stopped, {self.chat}, self.outputs, cancels=running, **quick)
+        gr.on(asked, self.ask, **slow)
+        self.again.click(self.regenerate, **slow)
+        # Without `cancels`: gradio would go on until the browser has this handler's updates, show
+        # later pieces after them, and may cover the answer with "Error".
+        self.stop.click(self.stopped, {self.chat}, self.outputs, **quick)
         clear = [self.clear.click, self.window.clear]
         gr.on(clear, self.cleared, {self.chat}, self.outputs, **quick)
         for button, kind in zip(self.votes, ("upvote", "downvote", "flag"), strict=True):
@@ -159,42 +164,57 @@ class ChatTab:
             gr.Warning(failure.sentence)
             yield {self.chat: chat, self.window: chat.bubbles}
             return
-        chat.started, chat.model = time.time(), settings.model
+        chat.started, chat.model, chat.turn = time.time(), settings.model, number
         try:
             prepare(settings)
             async for update in self._answer(chat, settings, values, number):
                 yield update
-            self.log.chat(settings.model, chat.conversation, chat.started, _ip(request))
+            if chat.turn == number:
+                self.log.chat(settings.model, chat.conversation, chat.started, _ip(request))
         except Failure as failure:
             logger.warning("request %s: %s", number, failure.cause)
-            yield self._failed(chat, failure.text(number))
+            yield self._failed(chat, failure.text(number), number)
         except Exception as error:
             # The message of an error may repeat what a visitor typed; its place does not.
             logger.error("request %s: %s", number, error_places(error))
-            yield self._failed(chat, Failure("page_error").text(number))
+            yield self._failed(chat, Failure("page_error").text(number), number)
 
     async def _answer(self, chat: Chat, settings: asking.Settings, values: dict, number: str):
         chat.bubbles[-1]["content"] = CURSOR
         yield {**self._busy(), self.chat: chat, self.window: chat.bubbles, self.text: ""}
-        async for answer in asking.ask(self.service, chat.conversation, settings, number):
+        question = (self.service, chat.conversation, settings, number, lambda: chat.turn == number)
+        async for answer in asking.ask(*question):
             chat.bubbles[-1]["content"] = answer.text + CURSOR
             yield {self.window: chat.bubbles}
+        if chat.turn != number:
+            yield self._unchanged()
+            return
         chat.bubbles[-1]["content"] = answer.text or "*(no text)*"
         yield {**self._ready(), self.window: chat.bubbles}
         images = chat.conversation.get_images(return_pil=True)
         if not images:
             yield {self.insight: NO_IMAGE}
             return
-        report, started = answer.report, chat.started
+        report = answer.report
         asked = await asyncio.to_thread(self._asked, chat, settings, answer.text)
         measures = bool(report and report.method != "none" and values[self.controls.dense])
         shown = await asyncio.to_thread(insight, images, report, None, measures, asked)
+        if chat.turn != number:
+            yield self._unchanged()
+            return
         yield {self.insight: shown, **self._widen(values, report)}
         if measures:
-            dense = await asking.dense_seconds(self.service, chat.conversation, settings, number)
-            if chat.started == started:  # else the panel belongs to the next answer already
+            dense = await asking.dense_seconds(*question)
+            if chat.turn == number:  # else the panel belongs to the next answer already
                 shown = await asyncio.to_thread(insight, images, report, dense, asked=asked)
                 yield {self.insight: shown}
+            else:
+                yield self._unchanged()
+
+    def _unchanged(self) -> dict:
+        """The last update of a turn whose answer is not wanted any more: gradio sends the last one
+        again when the turn is over."""
+        return {self.window: gr.skip()}
 
     def _asked(self, chat: Chat, settings: asking.Settings, answer: str) -> Asked:
         """What the panel's link and downloads say."""
@@ -222,8 +242,10 @@ class ChatTab:
         on |= {button: gr.update(interactive=votes) for button in self.votes}
         return {**on, self.send: gr.update(visible=True), self.stop: gr.update(visible=False)}
 
-    def _failed(self, chat: Chat, sentence: str) -> dict:
+    def _failed(self, chat: Chat, sentence: str, number: str) -> dict:
         """The sentence in place of the answer, which stays open for another try."""
+        if chat.turn != number:
+            return self._unchanged()
         chat.conversation.messages[-1][1] = None
         chat.bubbles[-1] = {"role": "assistant", "content": f"⚠️ {sentence}"}
         return {**self._ready(votes=False), self.chat: chat, self.window: chat.bubbles}
@@ -233,15 +255,15 @@ class ChatTab:
         chat = values[self.chat]
         if chat is None or not chat.bubbles:
             return self._ready(votes=False)
-        shown = chat.bubbles[-1]["content"].removesuffix(CURSOR)
-        if STOPPED not in shown:
-            chat.bubbles[-1]["content"] = f"{shown} {STOPPED}".strip()
+        chat.turn, shown = "", chat.bubbles[-1]["content"]
+        if shown.endswith(CURSOR):  # else it was complete in the meantime
+            chat.bubbles[-1]["content"] = f"{shown.removesuffix(CURSOR)} {STOPPED}".strip()
         return {**self._ready(), self.chat: chat, self.window: chat.bubbles}
 
     def cleared(self, values: dict | None = None):
         """Clear: a new dialogue; image and method stay."""
         if values and values[self.chat]:
-            values[self.chat].started = 0.0  # what is still measured belongs to no panel any more
+            values[self.chat].turn = ""  # what is still written or measured is not shown any more
         off = {button: gr.update(interactive=False) for button in self.buttons}
         return {
             **self._ready(),

@@ -55,7 +55,7 @@ class CompareTab:
         quick = dict(concurrency_limit=None, show_progress="hidden")
         asked, seen = [self.run.click, self.text.submit], [self.text, self.controls.image]
         gr.on(asked, None, [*seen, *self.panels], self.panels, js=waiting(NEXT), **quick)
-        running = gr.on(
+        gr.on(
             asked,
             self.compare,
             inputs,
@@ -64,7 +64,7 @@ class CompareTab:
             concurrency_id="answers",
             show_progress="hidden",
         )
-        self.stop.click(self.stopped, {self.runs}, outputs, cancels=[running], **quick)
+        self.stop.click(self.stopped, {self.runs}, outputs, **quick)
 
     async def compare(self, values: dict):
         """Asks both methods, left then right."""
@@ -86,10 +86,15 @@ class CompareTab:
         for (run, panel), picker in zip(sides, self.pickers, strict=True):
             async for _ in run.ask(self.service, self._settings(picker, values), text, image):
                 yield {panel: said(run.method, run.answer())}
+            if run.left:
+                break
             measuring = self._measures(values)
             yield {panel: await asyncio.to_thread(_panel, run, example, None, measuring)}
         done = [(run, panel) for run, panel in sides if run.report]
         dense = await self._dense([run for run, _ in done], values)
+        if runs[0].left:  # gradio sends the last update again when this is over
+            yield {self.panels[0]: gr.skip()}
+            return
         yield {
             panel: await asyncio.to_thread(_panel, run, example, dense, False)
             for run, panel in done
@@ -122,8 +127,8 @@ class CompareTab:
         """Stop: what was written so far stays."""
         cut = {}
         for run, panel in zip(values[self.runs] or [], self.panels, strict=False):
-            if not run.ended:
-                run.stop()
+            run.stop()
+            if run.stopped:
                 cut[panel] = said(run.method, run.answer())
         return {**self._idle(), **cut}
 

@@ -120,7 +120,7 @@ class Page:
         methods, dense = offered(status), status.get("num_patches")
         own_grids = "num_patches" in status and dense is None
         known = {"methods": methods, "dense": dense, "own_grids": own_grids}
-        known["conv_mode"] = status.get("conv_mode")
+        known |= {"conv_mode": status.get("conv_mode"), "answered": bool(status)}
         updates = {self.chat.methods: known, self.sweep.budgets: proposed(dense)}
         # What the worker was started with comes first, where the visitor has chosen nothing yet.
         default = (status.get("default_pruning") or {}).get("method")

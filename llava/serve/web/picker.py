@@ -13,6 +13,7 @@ MAX_OPTIONS = 12  # text boxes for options; a method with more shows only these,
 NOTHING_MORE = ("nothing more", "")
 PERCENT, STEP = 22.2, 0.1  # what a share is at first, and how finely it is chosen
 UNKNOWN = "The worker of this model offers no choice of pruning methods."
+NOBODY = "Pruning methods can be chosen here as soon as a worker answers: reload this page then."
 NO_METHOD = Method("none")
 #: in the page, but not to be seen: what is not in the page at all may miss that it is shown again
 HIDDEN = "hidden"
@@ -98,7 +99,8 @@ class MethodPicker:
         if not methods:
             hidden = gr.update(visible=HIDDEN)
             updates = {component: hidden for component in self.outputs}
-            return {**updates, self.note: gr.update(value=UNKNOWN, visible=True)}
+            note = UNKNOWN if known.get("answered", True) else NOBODY
+            return {**updates, self.note: gr.update(value=note, visible=True)}
         name = next((n for n in (wanted, self.default) if n in methods), next(iter(methods)))
         updates = self.choose(known, name)
         shown = gr.update(choices=menu(methods), value=name, visible=True)

@@ -29,10 +29,12 @@ class Run:
     problem: why there is none, "" as long as nothing failed
     ended:   nothing is written any more
     stopped: ... because the visitor stopped it
+    left:    Stop was pressed: nothing is asked, measured or shown any more
     """
 
     def __init__(self):
-        self.text, self.problem, self.ended, self.stopped = "", "", False, False
+        self.text, self.problem = "", ""
+        self.ended = self.stopped = self.left = False
         self.report: Report | None = None
         self.settings: asking.Settings | None = None
         self.conversation: Conversation | None = None
@@ -47,7 +49,9 @@ class Run:
             self.settings = settings()
             self.conversation = asking.new_conversation(self.settings)
             asking.add_question(self.conversation, text, image, self.settings.mode)
-            async for answer in asking.ask(service, self.conversation, self.settings, number):
+            async for answer in asking.ask(
+                service, self.conversation, self.settings, number, self._wanted
+            ):
                 self.text, self.report = answer.text, answer.report
                 yield
         except Failure as failure:
@@ -60,14 +64,18 @@ class Run:
 
     def stop(self) -> None:
         """What was written so far stays."""
+        self.left = True
         if not self.ended:
             self.ended = self.stopped = True
 
     async def dense_seconds(self, service: Service) -> float | None:
         """Measures the prefill of its prompt without pruning."""
         return await asking.dense_seconds(
-            service, self.conversation, self.settings, new_request_id()
+            service, self.conversation, self.settings, new_request_id(), self._wanted
         )
+
+    def _wanted(self) -> bool:
+        return not self.left
 
     @property
     def method(self) -> str:

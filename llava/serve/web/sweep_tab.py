@@ -56,7 +56,7 @@ class SweepTab:
         asked = [self.run.click, self.text.submit, self.budgets.submit]
         seen = [self.text, self.controls.image, self.panel]
         gr.on(asked, None, seen, [self.panel], js=waiting(NEXT), **quick)
-        running = gr.on(
+        gr.on(
             asked,
             self.sweep,
             inputs | self.picker.inputs,
@@ -65,7 +65,7 @@ class SweepTab:
             concurrency_id="answers",
             show_progress="hidden",
         )
-        self.stop.click(self.stopped, {self.steps}, outputs, cancels=[running], **quick)
+        self.stop.click(self.stopped, {self.steps}, outputs, **quick)
 
     async def sweep(self, values: dict):
         """Asks without pruning, then with every budget."""
@@ -94,6 +94,9 @@ class SweepTab:
                 if clock() - shown >= UPDATE_SECONDS:
                     shown = clock()
                     yield {self.panel: sweep_html(steps, example)}
+            if step.run.left:  # gradio sends the last update again when this is over
+                yield {self.panel: gr.skip()}
+                return
             if step.run.report:
                 await asyncio.to_thread(step.draw, step.run.images)
             yield {self.panel: sweep_html(steps, example)}

@@ -1,5 +1,7 @@
 """The menu of methods: groups, lines and labels follow from what a worker says, not from names."""
 
+import asyncio
+
 import pytest
 
 from llava.serve.web.menu import GROUPS, MARK, budget_label, budget_note, group_of, headings, menu
@@ -65,3 +67,10 @@ def test_a_slider_says_what_its_budget_counts(counts, alone, behind):
     assert budget_label(method, BUDGET, behind=True) == behind
     assert budget_label(method, SHARE).startswith("Share of an image's tokens, %")
     assert ("see all tokens" in budget_note(method)) == (counts == "later layers")
+
+
+def test_without_a_worker_no_worker_is_said_to_offer_nothing(page):
+    values = {page.controls.model: None, **{picker.method: None for picker in page.pickers}}
+    updates = asyncio.run(page.offer(values))
+    for picker in page.pickers:
+        assert "as soon as a worker answers" in updates[picker.note]["value"]

@@ -1,12 +1,13 @@
 """The web page's turns and its guard, against a small service in a thread; no browser."""
 
 import asyncio
+import time
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-pytest.importorskip("gradio")
+gradio = pytest.importorskip("gradio")
 
 
 from llava.serve import gradio_web_server  # noqa: E402
@@ -259,7 +260,42 @@ def test_what_is_measured_when_clear_is_pressed_is_not_shown_any_more(page):
         visitor.receive(page.chat.cleared(visitor.values))
         return [update async for update in turn]
 
-    assert asyncio.run(until_answered()) == [] and "Ask something" in visitor.panel
+    # gradio sends the last update again, which must not be the panel of before
+    assert asyncio.run(until_answered()) == [{page.chat.window: gradio.skip()}]
+    assert "Ask something" in visitor.panel
+
+
+@pytest.mark.parametrize("end", ["stopped", "cleared"])
+@pytest.mark.parametrize("before", ["first", "next"])
+def test_no_piece_arrives_after_stop_or_clear_and_the_worker_is_left(page, fake, end, before):
+    """The browser learns of it in its own time, so the turn ends by itself."""
+    visitor, ended = Visitor(page), len(fake.ended)
+    fake.released.clear()
+
+    async def turn():
+        visitor.values |= {page.chat.text: "held", page.controls.image: IMAGE}
+        turn = page.chat.ask(visitor.values, VISITOR)
+        for _ in range({"first": 1, "next": 3}[before]):
+            visitor.receive(await anext(turn))
+        visitor.receive(getattr(page.chat, end)(visitor.values))
+        return [update async for update in turn]
+
+    assert asyncio.run(asyncio.wait_for(turn(), 20)) == [{page.chat.window: gradio.skip()}]
+    bubbles = visitor.values[page.chat.window]
+    assert bubbles == [] if end == "cleared" else visitor.answer.endswith("*(stopped)*")
+    for _ in range(100):
+        if before == "first" or fake.ended[ended:] == ["left"]:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail(f"the worker still writes: {fake.ended[ended:]}")
+
+
+def test_an_answer_that_was_complete_when_stop_was_pressed_is_not_called_stopped(page):
+    visitor = Visitor(page)
+    visitor.say("Hello", IMAGE)
+    visitor.receive(page.chat.stopped(visitor.values))
+    assert visitor.answer.endswith("word9")
 
 
 @pytest.mark.parametrize("answer, sentence", [(None, "does not answer"), (True, "GUIDELINES")])
@@ -325,6 +361,23 @@ def test_a_stopped_comparison_keeps_what_was_written(page):
     left, right = (visitor.values[panel] for panel in page.compare.panels)
     assert "word0" in left and "(stopped)" in left and "▌" not in left
     assert "(stopped)" in right and "Waiting" not in right
+
+
+def test_a_stopped_comparison_ends_by_itself(page, fake):
+    visitor, tab = Visitor(page), page.compare
+    visitor.values |= {tab.text: "held", page.controls.image: IMAGE}
+    fake.released.clear()
+    before = len(fake.bodies)
+
+    async def until_stopped():
+        turn = tab.compare(visitor.values)
+        for _ in range(3):
+            visitor.receive(await anext(turn))
+        visitor.receive(tab.stopped(visitor.values))
+        return [update async for update in turn]
+
+    assert asyncio.run(asyncio.wait_for(until_stopped(), 20)) == [{tab.panels[0]: gradio.skip()}]
+    assert len(fake.bodies) == before + 1, "nothing more is asked"
 
 
 def test_one_failing_side_does_not_stop_the_other(page):

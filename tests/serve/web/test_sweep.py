@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("gradio")
+gradio = pytest.importorskip("gradio")
 
 from llava.serve.web.budgets import proposed, read_budgets  # noqa: E402
 from llava.serve.web.failures import Failure  # noqa: E402
@@ -100,6 +100,23 @@ def test_a_failing_worker_leaves_the_other_cards(page):
     visitor = sweep(page, "4", text="crash")
     assert all("The worker stopped while it was answering" in card for card in cards(visitor))
     assert "Not all budgets were asked" in visitor.values[page.sweep.panel]
+
+
+def test_a_stopped_sweep_ends_by_itself(page, fake):
+    visitor, tab = Visitor(page), page.sweep
+    visitor.values |= {tab.text: "held", page.controls.image: IMAGE, tab.budgets: "4"}
+    fake.released.clear()
+    before = len(fake.bodies)
+
+    async def until_stopped():
+        turn = tab.sweep(visitor.values)
+        for _ in range(2):
+            visitor.receive(await anext(turn))
+        visitor.receive(tab.stopped(visitor.values))
+        return [update async for update in turn]
+
+    assert asyncio.run(asyncio.wait_for(until_stopped(), 20)) == [{tab.panel: gradio.skip()}]
+    assert len(fake.bodies) == before + 1, "nothing more is asked"
 
 
 def test_a_stopped_sweep_keeps_what_is_there(page):
