@@ -10,6 +10,7 @@ Paper: Growing a Twig to Accelerate Large Vision-Language Models, https://arxiv.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..pruning.branches import Branches
 from ..pruning.drafter import Drafter
+from ..pruning.precision import casting
 from ..pruning.prefill import Prefill
 from ..pruning.required import required
 from ..pruning.stages import DecoderStage
@@ -302,6 +304,7 @@ class DraftingHooks:
 
     def __init__(self, speculation: Speculation, stage: DecoderStage):
         self.speculation, self.stage, self.guess = speculation, stage, Guess()
+        self.casting = casting(speculation.choice.ids.device)
 
     def __getattr__(self, name: str):
         return getattr(self.stage, name)
@@ -314,7 +317,10 @@ class DraftingHooks:
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         rows = branches = None
         if index == self.speculation.drafter.shared_layers:
-            self.guess, rows, branches = self.speculation.guess_first(prefill)
+            with self.casting or nullcontext():  # in the types of all other steps
+                self.guess, rows, branches = self.speculation.guess_first(prefill)
+            if self.casting:  # the method chooses by what is not cast
+                prefill.drafter_row = prefill.drafter_input = None
         prefill = self.stage.before_layer(index, prefill)
         prefill.drafter_row = prefill.drafter_input = None  # of use to that hook alone
         return prefill if rows is None else prefill.append(rows, branches)
