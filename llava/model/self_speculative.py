@@ -118,7 +118,6 @@ class Speculation:
         self.deep = self.decoder.layers[drafter.shared_layers :]
         self.newest: Tensor | None = None  # (1, 1) the newest token of the answer
         self.count = 0  # tokens of the answer
-        self.done = 0  # tokens of the answer whose keys and values are final
         self.drafted = 0  # tokens of the answer, guesses included, that the drafter's layers saw
         self.waiting: list[Tensor] = []  # (1, 1, D) rows the drafter's layers have not seen yet
         self.log = SpeculationLog()
@@ -272,7 +271,6 @@ class Speculation:
         tokens, numbers, scores = self.choice.verify(self._at_home(logits), guess)
         accepted = len(numbers) - 1
         self.count += accepted + 1
-        self.done = self.count - 1
         self.newest = tokens[accepted:, None]
         self._roll_back()
         self._record(guess, numbers)
@@ -280,11 +278,12 @@ class Speculation:
         return tokens, scores, numbers
 
     def _roll_back(self) -> None:
-        """Forgets what belongs to rejected guesses."""
+        """Forgets what belongs to rejected guesses; the newest token did not run yet."""
+        done = self.count - 1
         for layer, length in enumerate(self.prompt_lengths):
-            self.cache.crop(layer, length + self.done)
-        self.waiting = self.waiting[: max(0, self.done - self.drafted)]
-        self.drafted = min(self.drafted, self.done)
+            self.cache.crop(layer, length + done)
+        self.waiting = self.waiting[: max(0, done - self.drafted)]
+        self.drafted = min(self.drafted, done)
 
     def _record(self, guess: Any, numbers: Any) -> None:
         self.log.drafts.append(guess.numbers)

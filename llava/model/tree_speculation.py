@@ -116,7 +116,6 @@ class TreeSpeculation(Speculation):
             accepted = walk.nodes[1:].to(self.nodes.device) - 1
             self.waiting.append(self.nodes.index_select(1, accepted))
         self.count += len(walk.numbers)
-        self.done = self.count - 1
         self.newest = walk.tokens[-1:][None]
         self._record(tree, walk)
         self.choice.add(walk.tokens[:left])
