@@ -130,11 +130,11 @@ class Speculation:
     # --- the prompt ---------------------------------------------------------------------------
 
     @torch.no_grad()
-    def start(self, prompt: dict) -> tuple[Tensor, Tensor, list[int]]:
+    def start(self, prompt: dict) -> tuple[Tensor, list[int]]:
         """Runs the prompt and verifies the first guesses, in one pass of the deeper layers.
 
         prompt: the arguments of the decoder that describe one row, without padding
-        Returns the new tokens (n,), their scores (n, V), and the tokens as numbers.
+        Returns the scores (n, V) of the new tokens, and these as numbers.
         """
         trace = self.model.pruning_trace
         seen = prompt["visuals"] is not None and prompt["visuals"].there
@@ -197,7 +197,7 @@ class Speculation:
     # --- later steps --------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self) -> tuple[Tensor, Tensor, list[int]]:
+    def step(self) -> tuple[Tensor, list[int]]:
         """Guesses and verifies once more; returns as `start` does."""
         guess, rows = self._guess(None)
         x, most = torch.cat(rows, dim=1), self.drafter.num_speculations + 1
@@ -263,7 +263,7 @@ class Speculation:
 
     # --- verification -------------------------------------------------------------------------
 
-    def _verify(self, guess: Any, logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    def _verify(self, guess: Any, logits: Tensor) -> tuple[Tensor, list[int]]:
         """Accepts guesses; logits (g + 1, V) of the decoder before each guess and behind the last.
 
         Returns what `start` returns.
@@ -275,7 +275,7 @@ class Speculation:
         self._roll_back()
         self._record(guess, numbers)
         self.choice.add(tokens)
-        return tokens, scores, numbers
+        return scores, numbers
 
     def _roll_back(self) -> None:
         """Forgets what belongs to rejected guesses; the newest token did not run yet."""
