@@ -328,7 +328,7 @@ class Answer:
             self.take(*self.speculation.step())
         self.log.seconds += time.perf_counter() - began
 
-    def take(self, tokens: Tensor, rows: Tensor, numbers: list[int]) -> None:
+    def take(self, rows: Tensor, numbers: list[int]) -> None:
         """What a step of `speculation` gave."""
         if self.keep_scores:
             self.scores.extend(rows)

@@ -47,8 +47,9 @@ class RowState:
         known = self._rope
         if known is None or not known[0] <= start <= known[0] + known[1].shape[2] - count:
             stop = start + max(count, AHEAD)
-            places = torch.arange(start, stop, device=self.next_position.device)
-            self._rope = known = start, *rotary(self.next_position[:, None] + places, dtype)
+            with torch.inference_mode(False):  # they outlive the mode
+                places = torch.arange(start, stop, device=self.next_position.device)
+                self._rope = known = start, *rotary(self.next_position[:, None] + places, dtype)
         first, cos, sin = known
         at = slice(start - first, start - first + count)
         return cos[:, :, at], sin[:, :, at]
@@ -333,13 +334,14 @@ def in_buckets(places: int) -> int:
 
 def _allocate(like: Tensor, capacity: int) -> Tensor:
     batch, heads, _, width = like.shape
-    return like.new_empty(batch, heads, capacity, width)
+    with torch.inference_mode(False):  # written to outside of that mode as well
+        return like.new_empty(batch, heads, capacity, width)
 
 
 def _taken(entries: Tensor, order: Tensor, room: int) -> Tensor:
     """A buffer with the `entries` (B, G, S, d) at `order` (B, n), and free places behind them."""
-    count, (batch, heads, _, width) = order.shape[1], entries.shape
-    made = entries.new_empty(batch, heads, count + room, width)
+    count, (_, heads, _, width) = order.shape[1], entries.shape
+    made = _allocate(entries, count + room)
     index = order[:, None, :, None].expand(-1, heads, -1, width)
     if entries.requires_grad:
         made[:, :, :count] = entries.gather(2, index)

@@ -10,6 +10,7 @@ Paper: Growing a Twig to Accelerate Large Vision-Language Models, https://arxiv.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..pruning.branches import Branches
 from ..pruning.drafter import Drafter
+from ..pruning.precision import casting
 from ..pruning.prefill import Prefill
 from ..pruning.required import required
 from ..pruning.stages import DecoderStage
@@ -116,7 +118,6 @@ class Speculation:
         self.deep = self.decoder.layers[drafter.shared_layers :]
         self.newest: Tensor | None = None  # (1, 1) the newest token of the answer
         self.count = 0  # tokens of the answer
-        self.done = 0  # tokens of the answer whose keys and values are final
         self.drafted = 0  # tokens of the answer, guesses included, that the drafter's layers saw
         self.waiting: list[Tensor] = []  # (1, 1, D) rows the drafter's layers have not seen yet
         self.log = SpeculationLog()
@@ -129,11 +130,11 @@ class Speculation:
     # --- the prompt ---------------------------------------------------------------------------
 
     @torch.no_grad()
-    def start(self, prompt: dict) -> tuple[Tensor, Tensor, list[int]]:
+    def start(self, prompt: dict) -> tuple[Tensor, list[int]]:
         """Runs the prompt and verifies the first guesses, in one pass of the deeper layers.
 
         prompt: the arguments of the decoder that describe one row, without padding
-        Returns the new tokens (n,), their scores (n, V), and the tokens as numbers.
+        Returns the scores (n, V) of the new tokens, and these as numbers.
         """
         trace = self.model.pruning_trace
         seen = prompt["visuals"] is not None and prompt["visuals"].there
@@ -196,7 +197,7 @@ class Speculation:
     # --- later steps --------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self) -> tuple[Tensor, Tensor, list[int]]:
+    def step(self) -> tuple[Tensor, list[int]]:
         """Guesses and verifies once more; returns as `start` does."""
         guess, rows = self._guess(None)
         x, most = torch.cat(rows, dim=1), self.drafter.num_speculations + 1
@@ -262,7 +263,7 @@ class Speculation:
 
     # --- verification -------------------------------------------------------------------------
 
-    def _verify(self, guess: Any, logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    def _verify(self, guess: Any, logits: Tensor) -> tuple[Tensor, list[int]]:
         """Accepts guesses; logits (g + 1, V) of the decoder before each guess and behind the last.
 
         Returns what `start` returns.
@@ -270,19 +271,19 @@ class Speculation:
         tokens, numbers, scores = self.choice.verify(self._at_home(logits), guess)
         accepted = len(numbers) - 1
         self.count += accepted + 1
-        self.done = self.count - 1
         self.newest = tokens[accepted:, None]
         self._roll_back()
         self._record(guess, numbers)
         self.choice.add(tokens)
-        return tokens, scores, numbers
+        return scores, numbers
 
     def _roll_back(self) -> None:
-        """Forgets what belongs to rejected guesses."""
+        """Forgets what belongs to rejected guesses; the newest token did not run yet."""
+        done = self.count - 1
         for layer, length in enumerate(self.prompt_lengths):
-            self.cache.crop(layer, length + self.done)
-        self.waiting = self.waiting[: max(0, self.done - self.drafted)]
-        self.drafted = min(self.drafted, self.done)
+            self.cache.crop(layer, length + done)
+        self.waiting = self.waiting[: max(0, done - self.drafted)]
+        self.drafted = min(self.drafted, done)
 
     def _record(self, guess: Any, numbers: Any) -> None:
         self.log.drafts.append(guess.numbers)
@@ -302,6 +303,7 @@ class DraftingHooks:
 
     def __init__(self, speculation: Speculation, stage: DecoderStage):
         self.speculation, self.stage, self.guess = speculation, stage, Guess()
+        self.casting = casting(speculation.choice.ids.device)
 
     def __getattr__(self, name: str):
         return getattr(self.stage, name)
@@ -314,7 +316,10 @@ class DraftingHooks:
     def before_layer(self, index: int, prefill: Prefill) -> Prefill:
         rows = branches = None
         if index == self.speculation.drafter.shared_layers:
-            self.guess, rows, branches = self.speculation.guess_first(prefill)
+            with self.casting or nullcontext():  # in the types of all other steps
+                self.guess, rows, branches = self.speculation.guess_first(prefill)
+            if self.casting:  # the method chooses by what is not cast
+                prefill.drafter_row = prefill.drafter_input = None
         prefill = self.stage.before_layer(index, prefill)
         prefill.drafter_row = prefill.drafter_input = None  # of use to that hook alone
         return prefill if rows is None else prefill.append(rows, branches)

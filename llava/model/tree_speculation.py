@@ -39,10 +39,10 @@ class TreeSpeculation(Speculation):
     def guess_first(self, prefill: Prefill) -> tuple[TokenTree, Tensor, Branches]:
         return alone(self._guess_nodes(self._first_logits(prefill)))
 
-    def step(self) -> tuple[Tensor, Tensor, list[int]]:
+    def step(self) -> tuple[Tensor, list[int]]:
         return alone(self.steps())
 
-    def steps(self) -> Work[tuple[Tensor, Tensor, list[int]]]:
+    def steps(self) -> Work[tuple[Tensor, list[int]]]:
         """`step`, for several prompts at once (`together`), of which each has its own tree, accepts
         its own path, and has caches as long as its own text."""
         newest = required(self.newest, NO_TOKEN)
@@ -100,13 +100,13 @@ class TreeSpeculation(Speculation):
 
     # --- verification -------------------------------------------------------------------------
 
-    def _verify(self, tree: TokenTree, logits: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    def _verify(self, tree: TokenTree, logits: Tensor) -> tuple[Tensor, list[int]]:
         return alone(self._verified(tree, logits))
 
-    def _verified(self, tree: TokenTree, logits: Tensor) -> Work[tuple[Tensor, Tensor, list[int]]]:
+    def _verified(self, tree: TokenTree, logits: Tensor) -> Work[tuple[Tensor, list[int]]]:
         """Keeps the path that the decoder takes; logits (N + 1, V) behind the root and every node.
 
-        Returns what `start` returns, tokens beyond those that the answer may have left out.
+        Returns what `start` returns, without tokens beyond those that the answer may have.
         """
         left = self.most - self.count
         walk = yield from self.choice.walking(self._at_home(logits), tree, left)
@@ -116,11 +116,10 @@ class TreeSpeculation(Speculation):
             accepted = walk.nodes[1:].to(self.nodes.device) - 1
             self.waiting.append(self.nodes.index_select(1, accepted))
         self.count += len(walk.numbers)
-        self.done = self.count - 1
         self.newest = walk.tokens[-1:][None]
         self._record(tree, walk)
         self.choice.add(walk.tokens[:left])
-        return walk.tokens[:left], walk.scores[:left], walk.numbers[:left]
+        return walk.scores[:left], walk.numbers[:left]
 
     def _record(self, tree: TokenTree, walk: Walk) -> None:
         log = self.log

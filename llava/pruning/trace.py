@@ -161,17 +161,20 @@ class PruningTrace:
         self.importance = [image for row in rows for image in row.importance or []] or None
         positions = [row.position_ids for row in rows if row.position_ids is not None]
         size = max(p.shape[1] for p in positions)
-        missing = [(0, 0) * (p.ndim - 2) + (size - p.shape[1], 0) for p in positions]
+        missing = [size - p.shape[1] for p in positions]  # padded on the left
         self.position_ids = torch.cat(
-            [F.pad(p, n) for p, n in zip(positions, missing, strict=True)]
-        )
-        kept = [torch.arange(p.shape[1]) for p in positions]
-        for layer in sorted({layer for row in rows for layer in row.decoder_keep}):
-            kept = [
-                row.decoder_keep.get(layer, [before])[0]
-                for row, before in zip(rows, kept, strict=True)
+            [
+                F.pad(p, (0, 0) * (p.ndim - 2) + (n, 0))
+                for p, n in zip(positions, missing, strict=True)
             ]
-            self.decoder_keep[layer] = kept
+        )
+        kept = [torch.arange(n, size) for n in missing]
+        for layer in sorted({layer for row in rows for layer in row.decoder_keep}):
+            for number, (row, n) in enumerate(zip(rows, missing, strict=True)):
+                if layer in row.decoder_keep:
+                    own = row.decoder_keep[layer][0]
+                    kept[number] = torch.where(own < 0, own, own + n)
+            self.decoder_keep[layer] = list(kept)
 
     def finish_prefill(
         self, cache: Any, visual_index: Tensor, judged: tuple[Tensor, Tensor] | None = None

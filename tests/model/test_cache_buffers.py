@@ -6,6 +6,7 @@ import torch
 from llava.model import kv_cache
 from llava.model.kv_cache import KVCache, RowState
 from llava.pruning import build_pruner
+from tests.conftest import make_pruner
 
 
 @pytest.fixture(autouse=True)
@@ -151,3 +152,18 @@ def test_loops_written_by_hand_read_lengths_where_transformers_has_them(model, s
         assert keys.shape == values.shape and keys.shape[-2] == cache.get_seq_length(layer)
     assert layer == model.config.num_hidden_layers - 1
     assert keys.shape[-2] == len(cache) - 26
+
+
+@pytest.mark.parametrize("name", ["none", "mustdrop"])
+@pytest.mark.parametrize("later", [torch.no_grad, torch.enable_grad])
+def test_an_answer_may_go_on_outside_of_inference_mode(model, sample, name, later):
+    """With mustdrop the first buffers come from the prompt itself."""
+    model.pruner = make_pruner(name)
+    prompt, found = sample(4, "image", 5), []
+    for first in (later, torch.inference_mode):
+        with first():
+            cache = model(prompt.ids, images=prompt.images, use_cache=True).past_key_values
+            model(torch.tensor([[5]]), past_key_values=cache)
+        with later():
+            found.append(model(torch.tensor([[6]]), past_key_values=cache).logits)
+    torch.testing.assert_close(*found)

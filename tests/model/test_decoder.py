@@ -252,3 +252,11 @@ def test_the_decoder_alone_takes_embeddings_and_is_read_as_that_of_transformers(
     torch.testing.assert_close(model.lm_head(last).float(), model(ids).logits)
     with pytest.raises(ValueError, match="takes embeddings .* not ids"):
         model.get_model()(ids)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 6), (1, 5)])
+def test_a_mask_of_another_shape_than_the_prompts_is_refused(model, shape):
+    """Also one without padding, which nobody would have looked at."""
+    ids = torch.full((2, 5), 7)
+    with pytest.raises(ValueError, match=r"attention_mask \(.*\) must be .* \(2, 5\)"):
+        model(ids, attention_mask=torch.ones(shape))

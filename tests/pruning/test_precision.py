@@ -9,6 +9,9 @@ from llava.pruning.base import Pruner
 from llava.pruning.ops import cosines
 from llava.pruning.stages import DecoderStage, VisionStage
 from llava.pruning.testing.tiny import make_own_grids_model, picture
+from llava.pruning.trace import trace_pruning
+from tests.conftest import make_pruner
+from tests.model.speculation_tools import GREEDY, SPECULATE, sharpened
 
 RUNS = (
     *("after_encoder", "after_projector", "after_layouts"),
@@ -70,3 +73,19 @@ def test_hooks_run_where_nothing_is_cast(make_model, sample, family):
         assert torch.is_autocast_enabled("cpu")
     hooks = RUNS if own_grids else (*RUNS, "before_tower_layer")
     assert pruner.cast == dict.fromkeys(hooks, False)
+
+
+@pytest.mark.parametrize("name", ["twigvlm", "twigvlm_plus"])
+@pytest.mark.parametrize("tree", [{}, {"tree_nodes": 6}])
+def test_guesses_are_cast_like_all_other_steps_and_choose_the_same_tokens(
+    make_model, sample, name, tree
+):
+    """The first ones are guessed inside a hook."""
+    model, prompt, kept = sharpened(make_model(), 8), sample(4, "image", 5), []
+    model.pruner = make_pruner(name, 14)
+    with torch.autocast("cpu", torch.bfloat16):
+        for options in ({}, SPECULATE | tree):
+            with trace_pruning(model) as trace:
+                model.generate(prompt.ids, images=prompt.images, **GREEDY, **options)
+            kept.append(trace.decoder_keep)
+    torch.testing.assert_close(*kept)

@@ -175,6 +175,11 @@ class LlamaModel(LlamaPreTrainedModel):
         visuals = Visuals.none(x) if visuals is None else visuals
         counts = visuals.counts
         batch, size, _ = x.shape
+        if attention_mask is not None and attention_mask.shape != (batch, size):
+            raise ValueError(
+                f"attention_mask {tuple(attention_mask.shape)} must be one for each of the tokens "
+                f"of the prompts, {(batch, size)}"
+            )
         valid = None
         if attention_mask is not None:
             padded = not attention_mask.all() if counts is None else min(counts.lengths) < size
