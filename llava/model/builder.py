@@ -471,4 +471,6 @@ def load_generation_config(folder: str) -> GenerationConfig | None:
     values = read_json(path)
     check_config(values, path, plain=True)
     with one_sentence(f"{path} is no generation config"):
-        return GenerationConfig.from_dict(values)
+        made = GenerationConfig.from_dict(values)  # from_pretrained takes no byte-order mark
+        made._original_object_hash = hash(made)  # as it does; `generate` asks for it
+        return made

@@ -167,6 +167,7 @@ def test_marks_of_other_editors_in_json_files_are_no_fault(folder):
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
     _, model, processor, _ = load(folder)
     assert processor.size and model.generation_config.eos_token_id == 2
+    assert model.generate(torch.tensor([[1, 5]]), max_new_tokens=1).shape == (1, 1)
 
 
 def test_a_tower_of_another_width_than_the_projectors_is_refused(folder):
