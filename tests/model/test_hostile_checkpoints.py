@@ -162,6 +162,7 @@ def test_a_config_with_a_byte_order_mark_or_unknown_keys_is_read(folder):
 def test_marks_of_other_editors_in_json_files_are_no_fault(folder):
     tower = copy_of(TOWER, folder.parent / "tower", weights=True)
     write_config(folder, mm_vision_tower=str(tower))
+    write_config(folder, "generation_config.json", _from_model_config=True)
     names = ("config.json", "generation_config.json", "preprocessor_config.json")
     for file in filter(os.path.isfile, (part / name for part in (folder, tower) for name in names)):
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
