@@ -122,13 +122,14 @@ def test_a_pick_by_three_scaled_criteria_costs_ten(by_mean):
 
 #: kernels beyond the plain model's until the first token, of models as deep as those of 7B
 CHOOSING = {"glimpseprune": 390, "sparsevlm": 430, "mustdrop": 300, "sinkpruner": 310}
-CHOOSING |= {"dart": 155, "v2drop": 60, "tops": 2400}
+CHOOSING |= {"dart": 160, "v2drop": 60, "tops": 2400}
 
 
 @pytest.mark.slow
 def test_methods_with_many_stages_ask_for_no_more_kernels():
     model = kernels.deep_llava()
-    plain = kernels.count(model, build_pruner("none"))
+    # The first call of a process has a few more, for what is computed once.
+    _, plain = (kernels.count(model, build_pruner("none")) for _ in range(2))
     for name, most in CHOOSING.items():
         more = kernels.count(model, kernels.pruner_of(name, 64)) - plain
         assert 0 < more <= most, f"{name}: {more}"
