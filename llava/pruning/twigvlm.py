@@ -132,10 +132,8 @@ class TwigVLM(DecoderStage, BudgetPruner):
         if self.module is None:
             (folder,) = self.part_folders(getattr(model.config, "_name_or_path", ""))
             self._config = self._config_in(folder)
-            counts = self.twig_T, _environment("twig_T"), self._config.get("twig_T")
-            count = next((count for count in counts if count is not None), None)
             like = self._neighbour(model)
-            self.module = load_twig(folder, model, count, like, self.twig_class)
+            self.module = load_twig(folder, model, self._said("twig_T"), like, self.twig_class)
         width = self.module.head.in_features
         if width != model.config.hidden_size:
             raise ValueError(
@@ -191,10 +189,13 @@ class TwigVLM(DecoderStage, BudgetPruner):
 
     def shared_layers(self, num_layers: int) -> int:
         """K in a decoder with `num_layers` layers."""
-        for given in (self.twig_K, self._config.get("twig_K"), _environment("twig_K")):
-            if given is not None:
-                return given
-        return scale_layer(FIRST_LAYER, num_layers)
+        given = self._said("twig_K")
+        return scale_layer(FIRST_LAYER, num_layers) if given is None else given
+
+    def _said(self, name: str) -> int | None:
+        """What the option says, else the twig's config, else the environment; None: nobody does."""
+        said = getattr(self, name), self._config.get(name), _environment(name)
+        return next((number for number in said if number is not None), None)
 
     def wipe_layer(self, num_layers: int) -> int:
         """The layer before which all visual tokens go; `num_layers` for never."""

@@ -36,8 +36,8 @@ def suits(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     other numbers of queries, too, is not asked how many they are: it would be compiled again."""
     if not q.is_cpu or not linear.OWN_WAYS:
         return False
-    if q.shape[1] == k.shape[1]:
-        return q.shape[2] == 1
+    if q.shape[1] == k.shape[1]:  # what is done then was not measured on Intel's processors
+        return q.shape[2] == 1 and not linear.ON_INTEL
     if not fills_threads(k):
         return False
     if q.shape[2] == 1:
@@ -48,16 +48,13 @@ def suits(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
 
 
 def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """As `attend`, where `suits` says so. Without a mask there is one query, which sees all keys.
-    There is one, too, where heads have keys of their own; how that is done was not measured on
-    Intel's processors, where SDPA stays.
+    """As `attend`, where `suits` says so: without a mask, and where heads have keys of their own,
+    there is one query.
 
     Results differ in the order of summation; those of compiled code are rounded less often.
     """
     if q.shape[1] != k.shape[1]:
         return attend_folded(q, k, v, mask)
-    if linear.ON_INTEL:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if torch.compiler.is_compiling() and not torch.is_grad_enabled():
         return _looped(q, k, v, mask)
     if q.dtype is torch.bfloat16:

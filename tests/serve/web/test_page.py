@@ -58,6 +58,17 @@ class Visitor:
             self.receive(update)
         return updates
 
+    def end(self, turn, count: int, ending) -> list[dict]:
+        """What comes of `turn` when `ending`, a handler, is called behind `count` updates."""
+
+        async def collect():
+            for _ in range(count):
+                self.receive(await anext(turn))
+            self.receive(ending(self.values))
+            return [update async for update in turn]
+
+        return asyncio.run(asyncio.wait_for(collect(), 20))
+
     def say(self, text: str, image=None) -> list[dict]:
         self.values[self.page.chat.text] = text
         self.values[self.page.controls.image] = image
@@ -272,15 +283,10 @@ def test_no_piece_arrives_after_stop_or_clear_and_the_worker_is_left(page, fake,
     visitor, ended = Visitor(page), len(fake.ended)
     fake.released.clear()
 
-    async def turn():
-        visitor.values |= {page.chat.text: "held", page.controls.image: IMAGE}
-        turn = page.chat.ask(visitor.values, VISITOR)
-        for _ in range({"first": 1, "next": 3}[before]):
-            visitor.receive(await anext(turn))
-        visitor.receive(getattr(page.chat, end)(visitor.values))
-        return [update async for update in turn]
-
-    assert asyncio.run(asyncio.wait_for(turn(), 20)) == [{page.chat.window: gradio.skip()}]
+    visitor.values |= {page.chat.text: "held", page.controls.image: IMAGE}
+    turn, count = page.chat.ask(visitor.values, VISITOR), {"first": 1, "next": 3}[before]
+    later = visitor.end(turn, count, getattr(page.chat, end))
+    assert later == [{page.chat.window: gradio.skip()}]
     bubbles = visitor.values[page.chat.window]
     assert bubbles == [] if end == "cleared" else visitor.answer.endswith("*(stopped)*")
     for _ in range(100):
@@ -368,15 +374,8 @@ def test_a_stopped_comparison_ends_by_itself(page, fake):
     visitor.values |= {tab.text: "held", page.controls.image: IMAGE}
     fake.released.clear()
     before = len(fake.bodies)
-
-    async def until_stopped():
-        turn = tab.compare(visitor.values)
-        for _ in range(3):
-            visitor.receive(await anext(turn))
-        visitor.receive(tab.stopped(visitor.values))
-        return [update async for update in turn]
-
-    assert asyncio.run(asyncio.wait_for(until_stopped(), 20)) == [{tab.panels[0]: gradio.skip()}]
+    later = visitor.end(tab.compare(visitor.values), 3, tab.stopped)
+    assert later == [{tab.panels[0]: gradio.skip()}]
     assert len(fake.bodies) == before + 1, "nothing more is asked"
 
 

@@ -107,15 +107,8 @@ def test_a_stopped_sweep_ends_by_itself(page, fake):
     visitor.values |= {tab.text: "held", page.controls.image: IMAGE, tab.budgets: "4"}
     fake.released.clear()
     before = len(fake.bodies)
-
-    async def until_stopped():
-        turn = tab.sweep(visitor.values)
-        for _ in range(2):
-            visitor.receive(await anext(turn))
-        visitor.receive(tab.stopped(visitor.values))
-        return [update async for update in turn]
-
-    assert asyncio.run(asyncio.wait_for(until_stopped(), 20)) == [{tab.panel: gradio.skip()}]
+    later = visitor.end(tab.sweep(visitor.values), 2, tab.stopped)
+    assert later == [{tab.panel: gradio.skip()}]
     assert len(fake.bodies) == before + 1, "nothing more is asked"
 
 
